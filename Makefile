@@ -1,0 +1,56 @@
+# `make demo` and `make test` need only Python 3.11+ and make: each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel clean
+.NOTPARALLEL:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.tpu  ## lay out PaLM 540B, audit it with the TPU compiler, run a tiny one
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.tpu  ## the tests (ARGS="-k name" picks some, ARGS="-m slow" runs the long sweeps)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## style, types and the layer contract
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## put the code in house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
+	$(BIN)/python -m build
+
+clean:  ## forget the environment and everything built
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# One environment, one stamp for each thing that was put into it.
+$(VENV)/.core: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "autoshard needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up $(VENV): JAX, OR-Tools and the rest of the core..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.core
+	@echo "Setting up $(VENV): the $* tools..."
+	@$(PIP) --group $*
+	@touch $@
+
+$(VENV)/.tpu: $(VENV)/.core
+	@echo "Setting up $(VENV): libtpu, the TPU compiler (about 200 MB)..."
+	@$(PIP) --editable '.[tpu]' || \
+		echo "libtpu could not be installed: going on without the TPU compiler ('rm $@' to try again)"
+	@touch $@

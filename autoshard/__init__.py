@@ -1,0 +1,9 @@
+"""Layout search for JAX: the proven fastest sharding of a function over a torus of chips."""
+
+from autoshard.errors import AutoshardError as AutoshardError
+from autoshard.errors import InfeasibleError as InfeasibleError
+from autoshard.errors import PlanMismatchError as PlanMismatchError
+from autoshard.errors import TopologyError as TopologyError
+from autoshard.errors import TraceError as TraceError
+from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
+from autoshard.workload import Workload as Workload

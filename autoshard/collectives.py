@@ -1,0 +1,63 @@
+"""Planned steps as explicit JAX collectives, inside a fully manual `shard_map`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from search.layouts import Axes, Layout
+from search.reshard import Step
+
+
+def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
+    """Runs one step of a change of layout on one chip's piece."""
+    match step.kind:
+        case "all-gather":
+            return lax.all_gather(piece, step.axes, axis=step.source_dim, tiled=True)
+        case "reduce-scatter":
+            return lax.psum_scatter(piece, step.axes, scatter_dimension=step.target_dim, tiled=True)
+        case "all-reduce":
+            return lax.psum(piece, step.axes)
+        case "all-to-all":
+            return lax.all_to_all(piece, step.axes, step.target_dim, step.source_dim, tiled=True)
+        case "collective-permute":
+            axes = step.axes
+            return lax.ppermute(piece, axes, permutation(step.source, step.target, axes, sizes))
+        case "slice":
+            return _own_slice(piece, step.axes, step.target_dim, sizes)
+    raise ValueError(f"no collective is called {step.kind}")
+
+
+def _own_slice(piece: Any, axes: Axes, dim: int, sizes: Mapping[str, int]) -> Any:
+    size = piece.shape[dim] // prod(sizes[axis] for axis in axes)
+    return lax.dynamic_slice_in_dim(piece, lax.axis_index(axes) * size, size, dim)
+
+
+def permutation(source: Layout, target: Layout, axes: Axes, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Who sends its piece to whom, as positions along `axes` (row-major).
+
+    A chip's coordinates along `axes` fall into those that name its block and those that tell copies apart. Block $b$,
+    copy $c$ under the source sends to block $b$, copy $c$ under the target, which is one to one.
+    """
+    counts = tuple(sizes[axis] for axis in axes)
+    coordinates = np.indices(counts).reshape(len(axes), -1)
+    place = dict(zip(axes, coordinates, strict=True))
+    senders = np.argsort(_block(source, axes, place, sizes), kind="stable")
+    receivers = np.argsort(_block(target, axes, place, sizes), kind="stable")
+    return [(int(a), int(b)) for a, b in zip(senders, receivers, strict=True) if a != b] + [
+        (int(a), int(a)) for a, b in zip(senders, receivers, strict=True) if a == b
+    ]
+
+
+def _block(layout: Layout, axes: Axes, place: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+    """Each position's block and copy as one number: blocks by the layout's axes in order, copies by the rest."""
+    used = [axis for dim in layout.dims for axis in dim if axis in axes]
+    rest = [axis for axis in axes if axis not in used]
+    number = np.zeros(prod(sizes[axis] for axis in axes), dtype=np.int64)
+    for axis in (*used, *rest):
+        number = number * sizes[axis] + place[axis]
+    return number

@@ -1,0 +1,271 @@
+"""Emission: the planned program, run on every chip's pieces with its collectives written out.
+
+The whole function becomes one fully manual `jax.shard_map`. Each equation runs in its planned strategy on local pieces,
+each change of layout is the planned sequence of collectives, also inside loops; the partitioner has nothing left to decide
+and so nothing to misread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
+from autoshard.collectives import run_step
+from autoshard.rules import Rule
+from costmodels.program import REDUCED_INSIDE, Program
+from costmodels.topology import Topology
+from search.layouts import Axes, Layout
+from search.reshard import reshard_table
+from search.solution import Choice, kept, needed, produced
+from search.strategies import Strategy
+
+
+def spec_of(layout: Layout) -> PartitionSpec:
+    """A layout as a `PartitionSpec`, without trailing `None`s."""
+    entries: list[Any] = [None if not dim else dim[0] if len(dim) == 1 else dim for dim in layout.dims]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """One operation's strategy as its `local` function sees it."""
+
+    rule: Rule
+    strategy: Strategy
+    sizes: Mapping[str, int]
+
+    def size(self, factor: int) -> int:
+        return self.rule.factors[factor].size // prod(self.sizes[axis] for axis in self.strategy.splits[factor])
+
+    def start(self, factor: int) -> Any:
+        if not self.is_split(factor):
+            return jnp.int32(0)
+        return lax.axis_index(self.strategy.splits[factor]) * self.size(factor)
+
+    def is_split(self, factor: int) -> bool:
+        return bool(self.strategy.splits[factor])
+
+
+class _Scope:
+    """The arrays of one block: per value, its pieces in each layout made so far."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.arrays: dict[int, dict[Layout, Any]] = {}
+
+    def put(self, value: int, piece: Any) -> None:
+        """Keeps a produced value, changing it to the layout that it is kept in."""
+        runner = self.runner
+        made, home = produced(runner.program, runner.choice, value), kept(runner.program, runner.choice, value)
+        self.arrays[value] = {home: runner.reshard(value, piece, made, home)}
+
+    def get(self, atom: Atom, layout: Layout) -> Any:
+        """A value's piece in the layout that a use needs; a literal as it is."""
+        if isinstance(atom, Literal):
+            return atom.value
+        found = self.arrays[atom]
+        if layout not in found:
+            home = next(iter(found))
+            found[layout] = self.runner.reshard(atom, found[home], home, layout)
+        return found[layout]
+
+
+class Runner:
+    """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
+
+    def __init__(self, traced: Traced, choice: Choice, topology: Topology) -> None:
+        self.traced, self.choice, self.topology = traced, choice, topology
+        self.program: Program = traced.program
+        self.sizes = topology.axis_sizes
+
+    def __call__(self, *pieces: Any) -> list[Any]:
+        """Flat arguments and constants in their planned layouts to flat results in theirs."""
+        scope = _Scope(self)
+        values = (*self.traced.argument_values, *self.traced.constant_values)
+        for value, piece in zip(values, pieces, strict=True):
+            scope.put(value, piece)
+        self.block(self.traced.block, scope)
+        return [self._result(scope, k, atom) for k, atom in enumerate(self.traced.block.outputs)]
+
+    def _result(self, scope: _Scope, k: int, atom: Atom) -> Any:
+        if isinstance(atom, Literal):
+            return jnp.asarray(atom.value)
+        return scope.get(atom, needed(self.program, self.choice, self.program.results[k], 0))
+
+    def reshard(self, value: int, piece: Any, source: Layout, target: Layout) -> Any:
+        """Runs the planned collectives of a change of layout."""
+        if source == target:
+            return piece
+        array = self.program.values[value]
+        table = reshard_table(array.shape, array.itemsize, self.topology, bool(source.partial or target.partial))
+        with jax.named_scope(f"{source}->{target}"):
+            for step in table.path(source, target):
+                piece = run_step(step, piece, self.sizes)
+        return piece
+
+    def block(self, block: Block, scope: _Scope) -> None:
+        """Runs a block's steps in order."""
+        for step in block.steps:
+            if isinstance(step, OpStep):
+                self._operation(step, scope)
+            elif isinstance(step, LoopStep):
+                self._loop(step, scope)
+            else:
+                self._branch(step, scope)
+
+    # --- operations ---------------------------------------------------------------------------------------------
+
+    def _operation(self, step: OpStep, scope: _Scope) -> None:
+        strategy = self.choice.strategies[step.operation]
+        op = self.program.operations[step.operation]
+        layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
+        operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts)) for a in step.operands]
+        results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.sizes), operands)
+        for value, piece in zip(step.results, results, strict=True):
+            scope.put(value, _reduced_inside(step.rule, strategy, piece))
+
+    # --- regions ------------------------------------------------------------------------------------------------
+
+    def _layout(self, boundary: Boundary, outer: bool) -> Layout:
+        """The layout of a boundary's outside or inside: its operation's strategy, with or without the stack axis."""
+        op = self.program.operations[boundary.operation]
+        strategy = self.choice.strategies[boundary.operation]
+        plain = Layout(strategy.splits[: len(op.factors) - _stacked(op)])
+        return Layout(((), *plain.dims)) if outer and _stacked(op) else plain
+
+    def _entering(self, boundaries: Sequence[Boundary], scope: _Scope) -> list[Any]:
+        return [
+            b.outer.value if isinstance(b.outer, Literal) and b.operation < 0 else scope.get(b.outer, self._layout(b, True))
+            for b in boundaries
+        ]
+
+    def _inside(self, boundaries: Sequence[Boundary], pieces: Sequence[Any]) -> _Scope:
+        scope = _Scope(self)
+        self._bring_in(scope, boundaries, pieces)
+        return scope
+
+    def _bring_in(self, scope: _Scope, boundaries: Sequence[Boundary], pieces: Sequence[Any]) -> None:
+        for boundary, piece in zip(boundaries, pieces, strict=True):
+            if boundary.inner is not None:
+                scope.put(boundary.inner, piece)
+
+    def _initial(self, boundary: Boundary, scope: _Scope) -> Any:
+        piece = scope.get(boundary.outer, self._layout(boundary, True))
+        return jnp.asarray(piece, self.program.values[boundary.inner].dtype) if isinstance(boundary.outer, Literal) else piece
+
+    def _going_round(self, boundary: Boundary, scope: _Scope) -> Any:
+        piece = scope.get(boundary.inner_next, self._layout(boundary, False))
+        if isinstance(boundary.inner_next, Literal):
+            return jnp.asarray(piece, self.program.values[boundary.inner].dtype)
+        return piece
+
+    def _loop(self, step: LoopStep, scope: _Scope) -> None:
+        held = self._entering(step.constants, scope)
+        carry = [self._initial(b, scope) for b in step.carries]
+        if step.condition is None:
+            results = self._scan(step, scope, held, carry)
+        else:
+            results = self._while(step, held, carry)
+        for boundary, piece in zip((*step.carries, *step.stacks), results, strict=True):
+            scope.put(boundary.outer_result, piece)
+
+    def _scan(self, step: LoopStep, scope: _Scope, held: list[Any], carry: list[Any]) -> list[Any]:
+        params = step.eqn.params
+
+        def body(carry, slices):
+            inner = self._inside((*step.constants, *step.carries, *step.slices), (*held, *carry, *slices))
+            self.block(step.body, inner)
+            after = [self._going_round(b, inner) for b in step.carries]
+            return after, [inner.get(b.inner_next, self._layout(b, False)) for b in step.stacks]
+
+        stacks = self._entering(step.slices, scope)
+        carry, piled = lax.scan(
+            body, carry, stacks, length=params["length"], reverse=params["reverse"], unroll=params.get("unroll", 1)
+        )
+        return [*carry, *piled]
+
+    def _while(self, step: LoopStep, held: list[Any], carry: list[Any]) -> list[Any]:
+        def inside(carry):
+            return self._inside((*step.constants, *step.carries), (*held, *carry))
+
+        def condition(carry):
+            inner = inside(carry)
+            self.block(step.condition, inner)
+            return inner.get(step.condition.outputs[0], Layout(()))
+
+        def body(carry):
+            inner = inside(carry)
+            self.block(step.body, inner)
+            return [self._going_round(b, inner) for b in step.carries]
+
+        return lax.while_loop(condition, body, carry)
+
+    def _branch(self, step: BranchStep, scope: _Scope) -> None:
+        entering = [self._entering(entry, scope) for entry in step.entries]
+        joined = [Layout(self.choice.strategies[at].splits) for at, _ in step.joins]
+
+        def branch(k: int) -> Callable[[list[list[Any]]], list[Any]]:
+            def run(operands):
+                inner = self._inside(step.entries[k], operands[k])
+                self.block(step.blocks[k], inner)
+                return [jnp.asarray(inner.get(a, at)) for a, at in zip(step.blocks[k].outputs, joined, strict=True)]
+
+            return run
+
+        selector = scope.get(step.selector, Layout(()))
+        results = lax.switch(selector, [branch(k) for k in range(len(step.blocks))], entering)
+        for (_, value), piece in zip(step.joins, results, strict=True):
+            scope.put(value, piece)
+
+
+def _stacked(op: Any) -> int:
+    """1 if the operation has a leading stack axis, which is its last factor."""
+    return int(op.primitive in ("loop_slice", "loop_stack"))
+
+
+def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) -> Sequence[Any]:
+    """Runs one equation on local pieces: as it is, or by its rule's `local` function."""
+    if rule.local is not None:
+        return rule.local(eqn, rule, pieces, *operands)
+    results = eqn.primitive.bind(*operands, **eqn.params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
+    """The all-reduce that a split maximum, minimum, conjunction or disjunction runs within its operation."""
+    for factor, axes in zip(rule.factors, strategy.splits, strict=True):
+        if axes and factor.kind in REDUCED_INSIDE:
+            piece = _closed(factor.kind, piece, axes)
+    return piece
+
+
+def _closed(kind: str, piece: Any, axes: Axes) -> Any:
+    if kind in ("max", "min"):
+        return lax.pmax(piece, axes) if kind == "max" else lax.pmin(piece, axes)
+    as_integers = piece.astype(np.int32)
+    reduced = lax.pmin(as_integers, axes) if kind == "and" else lax.pmax(as_integers, axes)
+    return reduced.astype(piece.dtype)
+
+
+def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Callable[..., list[Any]]:
+    """The planned program as a function of flat arguments and constants, each a global array."""
+    program = traced.program
+    sources = (*program.arguments, *program.constants)
+    in_specs = tuple(spec_of(produced(program, choice, program.operations[i].outputs[0].value)) for i in sources)
+    out_specs = [
+        spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec() for i in program.results
+    ]
+    return jax.shard_map(
+        Runner(traced, choice, topology), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

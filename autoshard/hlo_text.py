@@ -1,0 +1,282 @@
+"""Compiled HLO text as computations of instructions, with the loops' trip counts.
+
+Only what an audit needs is read: names, shapes, opcodes, operands, and the rest of each line as
+text. The grammar is XLA's `HloModule::ToString` as host, TPU and GPU compilers print it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+# `%name = shape opcode(`: a shape holds no ` word(`, so the shortest match ends at the opcode.
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_BARE_ENTRY = re.compile(r"(ENTRY )?%?([\w.\-]+) \{\s*$")
+_OPERAND = re.compile(r"%?([A-Za-z_][\w.\-]*)\s*(?:,|$)")
+_PARENTHESIS = re.compile(r"[()]")
+_ANNOTATIONS = re.compile(r", (?:frontend_attributes|metadata|backend_config)=")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|branch_computations|(?:true|false)_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
+_TRIP_COUNT = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_TABLE_ROW = re.compile(r"(\d+) (.*)")
+
+_NARROW_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_TRANSPARENT = frozenset(
+    "copy copy-start copy-done bitcast convert reshape broadcast optimization-barrier".split()
+)
+_CALLERS = frozenset("call fusion conditional custom-call async-start call-start fusion-start".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line: `name = shape opcode(arguments), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    arguments: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        return _OPERAND.findall(self.arguments)
+
+    @property
+    def structure(self) -> str:
+        """The attributes that say what the instruction does, without its annotations."""
+        cut = _ANNOTATIONS.search(self.attributes)
+        return self.attributes[: cut.start()] if cut else self.attributes
+
+    def attribute(self, key: str) -> str:
+        """The word after `key=`, or "" where there is none."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.structure)
+        return found[1] if found else ""
+
+    def called(self) -> list[str]:
+        """The computations that run once when this instruction runs (a loop's are not)."""
+        if self.opcode not in _CALLERS:
+            return []
+        regions = " ".join(_CALLED.findall(self.structure))
+        return re.findall(r"[\w.\-]+", regions.replace("%", " "))
+
+
+@dataclass(frozen=True, slots=True)
+class Computation:
+    """A named list of instructions; `root` is the name of the one whose value it returns."""
+
+    name: str
+    instructions: dict[str, Instruction]
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A compiled program. `sources` maps a stack frame to `file.py:12`."""
+
+    computations: dict[str, Computation]
+    entry: str
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A computation together with the instruction that runs it, and where that one stands."""
+
+    computation: Computation
+    caller: Instruction | None = None
+    parent: Scope | None = None
+
+    def operand(self, name: str) -> Instruction | None:
+        return self.computation.instructions.get(name)
+
+    def enclosing(self) -> Iterator[Scope]:
+        """This scope, its caller's, and so on outwards to the entry."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
+
+def parse(text: str) -> Module:
+    """Read the text of a compiled program (`compiled.as_text()`).
+
+    **Raises:** `ValueError` when the text holds no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    tables: dict[str, dict[str, str]] = {}
+    entry, root, table = "", "", {}
+    body: dict[str, Instruction] | None = None
+    name = ""
+    for line in text.splitlines():
+        if body is None:
+            header = _COMPUTATION.match(line) or _BARE_ENTRY.match(line)
+            if header:
+                name, root, body = header[2], "", {}
+                entry = name if header[1] else entry
+            elif row := _TABLE_ROW.match(line):
+                table[row[1]] = row[2]
+            elif line and line[0].isalpha():
+                table = tables.setdefault(line.strip(), {})
+        elif line.startswith("}"):
+            computations[name] = Computation(name, body, root or next(reversed(body), ""))
+            body = None
+        elif found := _INSTRUCTION.match(line):
+            end = _closing(line, found.end())
+            body[found[2]] = Instruction(
+                found[2], found[3], found[4], line[found.end() : end], line[end + 1 :]
+            )
+            root = found[2] if found[1] else root
+    if entry not in computations:
+        raise ValueError(
+            "This is not the text of a compiled program: it holds no ENTRY computation. "
+            "Pass what `jax.jit(fn).lower(*args).compile().as_text()` returns."
+        )
+    return Module(computations, entry, _sources(tables))
+
+
+def _closing(line: str, start: int) -> int:
+    depth = 1
+    for found in _PARENTHESIS.finditer(line, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    return len(line)
+
+
+def _sources(tables: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    files = {key: os.path.basename(row.strip('"')) for key, row in tables.get("FileNames", {}).items()}
+    places = {}
+    for key, row in tables.get("FileLocations", {}).items():
+        file, line = re.search(r"file_name_id=(\d+)", row), re.search(r"\bline=(\d+)", row)
+        if file and line:
+            places[key] = f"{files.get(file[1], '')}:{line[1]}"
+    frames = {}
+    for key, row in tables.get("StackFrames", {}).items():
+        place = re.search(r"file_location_id=(\d+)", row)
+        frames[key] = places.get(place[1], "") if place else ""
+    return frames
+
+
+@functools.lru_cache(maxsize=4096)
+def shape_bytes(shape: str) -> int:
+    """Unpadded bytes of a shape: `bf16[4,8]{1,0:T(8,128)}` takes 64; a tuple's parts are added."""
+    bits = 0
+    for dtype, sizes in _ARRAY.findall(shape):
+        elements = math.prod(int(size) for size in re.findall(r"\d+", sizes))
+        bits += elements * _dtype_bits(dtype)
+    return (bits + 7) // 8
+
+
+def shape_dtype(shape: str) -> str:
+    """The element type of an array shape, or of the first array of a tuple."""
+    found = _ARRAY.search(shape)
+    return found[1] if found else ""
+
+
+def _dtype_bits(dtype: str) -> int:
+    if dtype in _NARROW_BITS:
+        return _NARROW_BITS[dtype]
+    found = re.match(r"[a-z]+(\d+)", dtype)  # bf16, s4, f8e4m3fn, c64 (both parts together)
+    return int(found[1]) if found else 0
+
+
+def follow(name: str, scope: Scope, module: Module, index: int | None = None):
+    """What a value is, seen through copies, tuples, fusions and calls, up to the loop it is in.
+
+    **Returns:** (instruction, tuple index or None, scope). The instruction is a `parameter` when
+    the value is carried by the loop whose region `scope` is; None when the name is not known.
+    """
+    while (found := scope.operand(name)) is not None:
+        if found.opcode in _TRANSPARENT:
+            name = found.operands[0]
+        elif found.opcode in ("fusion", "call") and (called := found.called()):
+            scope = Scope(module.computations[called[0]], found, scope)
+            name = scope.computation.root
+        elif found.opcode == "get-tuple-element" and index is None:
+            name, index = found.operands[0], int(found.attribute("index"))
+        elif found.opcode == "tuple" and index is not None:
+            name, index = found.operands[index], None
+        elif found.opcode == "parameter" and scope.parent and not _is_loop(scope.caller):
+            name, scope = scope.caller.operands[_position(found, scope)], scope.parent
+        else:
+            break
+    return found, index, scope
+
+
+def _position(parameter: Instruction, scope: Scope) -> int:
+    """Which operand of its caller a parameter is; a conditional's first operand chooses, then comes one a branch."""
+    if scope.caller.opcode == "conditional":
+        return scope.caller.called().index(scope.computation.name) + 1
+    return int(parameter.arguments)
+
+
+def _is_loop(caller: Instruction | None) -> bool:
+    return caller is not None and caller.opcode == "while"
+
+
+def _constant(name: str, scope: Scope, module: Module, index: int | None = None) -> int | None:
+    """The integer that a value always is, also where an outer loop carries it unchanged."""
+    found, index, scope = follow(name, scope, module, index)
+    if found is None:
+        return None
+    if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.arguments):
+        return int(found.arguments)
+    if found.opcode == "parameter" and index is not None and scope.parent and scope.caller:
+        body = Scope(module.computations[scope.caller.attribute("body")], scope.caller, scope.parent)
+        kept, kept_index, _ = follow(body.computation.root, body, module, index)
+        if kept is not None and kept.opcode == "parameter" and kept_index == index:
+            return _constant(scope.caller.operands[0], scope.parent, module, index)
+    return None
+
+
+def _step(index: int, body: Scope, module: Module) -> int | None:
+    """By how much one round of a loop changes carried value `index`."""
+    found, _, scope = follow(body.computation.root, body, module, index)
+    if found is None or found.opcode not in ("add", "subtract"):
+        return None
+    left, right = found.operands
+    _, carried, _ = follow(left, scope, module)
+    if carried != index:
+        left, right = right, left
+    change = _constant(right, scope, module)
+    return -change if change is not None and found.opcode == "subtract" else change
+
+
+def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bool]:
+    """How many rounds a `while` takes, and whether that is certain.
+
+    From `known_trip_count` where the compiler wrote it; else from the condition `i < n` with the
+    start and the step of `i`: $\\lceil (n - i_0) / \\mathrm{step} \\rceil$.
+    """
+    if known := _TRIP_COUNT.search(loop.attributes):
+        return int(known[1]), True
+    condition = Scope(module.computations[loop.attribute("condition")], loop, scope)
+    body = Scope(module.computations[loop.attribute("body")], loop, scope)
+    test, _, where = follow(condition.computation.root, condition, module)
+    if test is None or test.opcode != "compare":
+        return 1, False
+    left, right = test.operands
+    direction = test.attribute("direction")
+    counter, index, at = follow(left, where, module)
+    if not (counter and counter.opcode == "parameter" and at.computation is condition.computation and index is not None):
+        left, right = right, left
+        direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
+        counter, index, at = follow(left, where, module)
+    bound = _constant(right, where, module)
+    if bound is None or index is None:
+        return 1, False
+    start = _constant(loop.operands[0], scope, module, index)
+    step = _step(index, body, module)
+    if start is None or not step:
+        return max(bound, 1), False
+    distance = (bound - start) / step
+    inclusive = direction in ("LE", "GE")
+    return max(math.floor(distance) + 1 if inclusive else math.ceil(distance), 0), True

@@ -1,0 +1,12 @@
+"""One sharding rule per primitive: factors as data, and how to run the primitive on one chip's pieces."""
+
+from autoshard.rules import contract as contract
+from autoshard.rules import elementwise as elementwise
+from autoshard.rules import indexing as indexing
+from autoshard.rules import random as random
+from autoshard.rules import shape as shape
+from autoshard.rules import window as window
+from autoshard.rules.rule import Factors as Factors
+from autoshard.rules.rule import Rule as Rule
+from autoshard.rules.rule import register as register
+from autoshard.rules.rule import rule_for as rule_for

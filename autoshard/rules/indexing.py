@@ -1,0 +1,279 @@
+"""Rules of primitives that address arrays by index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import and_, or_
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
+from autoshard.rules.shape import element, single_elements, windowed
+
+# --- Slices at a traced start
+
+
+def _own_starts(rule: Rule, pieces: Pieces, window, starts) -> tuple[list, list]:
+    """The starts on this chip's piece, and per dimension with a single element whether this chip holds it.
+
+    XLA clamps a start so that the window fits: of a dimension that is taken whole the window starts at 0 whatever the index
+    says, on a piece as on the whole; the index of a single element is clamped before its chip is found.
+    """
+    own, here = list(starts), []
+    picked = single_elements(rule, pieces, window)
+    for i, dim in enumerate(rule.inputs[0]):
+        if i in picked:
+            last = rule.factors[dim[0]].size - 1
+            own[i], inside = element(rule, pieces, i, jnp.clip(_signed(starts[i]), 0, last))
+            here.append(inside)
+        elif any(pieces.is_split(f) for f in dim):
+            own[i] = jnp.int32(0)
+    return _alike(own), here
+
+
+def _signed(index):
+    """An index as a signed integer of at least 32 bits, so that the start of a piece can be taken from it."""
+    index = jnp.asarray(index)
+    if index.dtype == np.uint32:
+        index = jnp.minimum(index, np.uint32(np.iinfo(np.int32).max))
+    return index if index.dtype.itemsize > 4 else index.astype(np.int32)
+
+
+def _alike(starts) -> list:
+    """Starts of one type; JAX refuses a mixture."""
+    if len({jnp.asarray(start).dtype for start in starts}) < 2:
+        return starts
+    signed = [_signed(start) for start in starts]
+    widest = max((start.dtype for start in signed), key=lambda dtype: dtype.itemsize)
+    return [start.astype(widest) for start in signed]
+
+
+def _local_dynamic_slice(eqn, rule: Rule, pieces: Pieces, operand, *starts):
+    own, here = _own_starts(rule, pieces, rule.outputs[0], starts)
+    sizes = local_shape(rule.outputs[0], pieces)
+    found = lax.dynamic_slice(operand, own, sizes, allow_negative_indices=False)
+    return [jnp.where(reduce(and_, here), found, jnp.zeros_like(found)) if here else found]
+
+
+@register("dynamic_slice")
+def dynamic_slice(inputs, outputs, **_):
+    """`[a,b,c],[] -> [a,d,1] sum={c}`: a dimension taken whole may be split, and one that a single element is taken of."""
+    factors = Factors()
+    single = "sum" if summable(inputs[0]) else "whole"
+    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)
+    starts = ((),) * (len(inputs) - 1)
+    linear = (frozenset({0}),)
+    return Rule(factors.done(), (left, *starts), (right,), linear, flops_per_point=0.0, local=_local_dynamic_slice)
+
+
+def _local_update(eqn, rule: Rule, pieces: Pieces, operand, update, *starts):
+    own, here = _own_starts(rule, pieces, rule.inputs[1], starts)
+    if here:
+        present = lax.dynamic_slice(operand, own, update.shape, allow_negative_indices=False)
+        update = jnp.where(reduce(and_, here), update, present)
+    return [lax.dynamic_update_slice(operand, update, own, allow_negative_indices=False)]
+
+
+@register("dynamic_update_slice")
+def dynamic_update_slice(inputs, outputs, **_):
+    """`[a,b,c],[a,d,1] -> [a,b,c]`: in place; a single element is written by the chip that holds it. Moves the update."""
+    factors = Factors()
+    left, right = windowed(factors, inputs[0].shape, inputs[1].shape, "parallel")
+    starts = ((),) * (len(inputs) - 2)
+    return Rule(
+        factors.done(),
+        (left, right, *starts),
+        (left,),
+        (frozenset({0, 1}),) if summable(inputs[0]) else (),
+        op_class="memory",
+        traffic=(1, 1),
+        flops_per_point=0.0,
+        local=_local_update,
+        in_place=True,
+    )
+
+
+# --- Gather and scatter
+
+
+class _Own(NamedTuple):
+    """Indices on this chip's piece, and which of the rows they name this chip answers for."""
+
+    indices: object
+    answered: object
+
+
+def _column_factors(rule: Rule, pieces: Pieces, index_map, single) -> Mapping[int, int]:
+    """Column of the indices to factor, for the dimensions that rows are looked up in and that are split."""
+    factors = {column: rule.inputs[0][dim][0] for column, dim in enumerate(index_map) if dim in single}
+    return {column: factor for column, factor in factors.items() if pieces.is_split(factor)}
+
+
+def _clipped(indices, limits):
+    """Indices clipped to what the windows leave room for, as XLA does before it reads."""
+    return jnp.clip(indices, 0, np.asarray(limits, indices.dtype))
+
+
+def _localised(rule: Rule, pieces: Pieces, split: Mapping[int, int], indices) -> _Own:
+    """Moves indices into this chip's piece; what lies outside the whole array is answered by the first chip, out of bounds.
+
+    An index that belongs to another chip becomes out of bounds too.
+    """
+    columns = [indices[..., i] for i in range(indices.shape[-1])]
+    here, outside, first = [], [], []
+    for i, factor in split.items():
+        start = lax.convert_element_type(pieces.start(factor), indices.dtype)
+        local, size = columns[i] - start, pieces.size(factor)
+        outside.append((columns[i] < 0) | (columns[i] >= rule.factors[factor].size))
+        inside = (local >= 0) & (local < size)
+        here.append(inside)
+        first.append(start == 0)
+        columns[i] = jnp.where(inside, local, jnp.full_like(local, size))
+    answered = jnp.where(reduce(or_, outside), reduce(and_, first), reduce(and_, here))
+    return _Own(jnp.stack(columns, axis=-1), answered)
+
+
+def _gathered_singly(numbers, slice_sizes) -> list[int]:
+    """The dimensions that single rows are looked up in."""
+    return [i for i in numbers.start_index_map if i in numbers.collapsed_slice_dims and slice_sizes[i] == 1]
+
+
+@register("gather")
+def gather(inputs, outputs, *, dimension_numbers, slice_sizes, mode, **_):
+    """`[v,e],[b] -> [b,e] sum={v}`: a looked-up dimension may be split; each chip answers for its own piece.
+
+    Dimensions taken whole pass through; a dimension that single rows are looked up in is a `sum` factor: chips that do not
+    hold the row answer zero, so that the sum over chips is the row.
+    """
+    operand, indices = inputs
+    numbers = dimension_numbers
+    factors = Factors()
+    rows = {i: (factors.new(n),) for i, n in enumerate(indices.shape[:-1])}
+    batching = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    singly = _gathered_singly(numbers, slice_sizes) if summable(operand) else ()
+    left: list[tuple[int, ...]] = []
+    offsets: list[tuple[int, ...]] = []
+    for i, n in enumerate(operand.shape):
+        taken_whole = slice_sizes[i] == n
+        if i in batching:
+            left.append(rows[batching[i]])
+        elif i in singly:
+            left.append((factors.new(n, "sum"),))
+        else:
+            left.append((factors.new(n, "parallel" if taken_whole else "whole"),))
+        if i not in batching and i not in numbers.collapsed_slice_dims:
+            offsets.append(left[-1] if taken_whole else (factors.new(slice_sizes[i], "whole"),))
+    taken, batch = iter(offsets), iter(rows.values())
+    result = tuple(next(taken) if i in numbers.offset_dims else next(batch) for i in range(outputs[0].ndim))
+    columns = (*rows.values(), (factors.new(indices.shape[-1], "whole"),))
+    return Rule(
+        factors.done(),
+        (tuple(left), columns),
+        (result,),
+        (frozenset({0}),) if mode != lax.GatherScatterMode.FILL_OR_DROP and summable(operand) else (),
+        op_class="memory",
+        traffic=(1, -1, -1),
+        flops_per_point=0.0,
+        local=_local_gather,
+    )
+
+
+def _local_gather(eqn, rule: Rule, pieces: Pieces, operand, indices):
+    params, shape = dict(eqn.params), eqn.invars[0].aval.shape
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    window = [min(n, k) if n == m else n for n, m, k in zip(sizes, shape, operand.shape, strict=True)]
+    params["slice_sizes"] = tuple(window)
+    split = _column_factors(rule, pieces, numbers.start_index_map, _gathered_singly(numbers, sizes))
+    if not split:
+        return [eqn.primitive.bind(operand, indices, **params)]
+    indices = _signed(indices)
+    if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        indices = _clipped(indices, [shape[i] - sizes[i] for i in numbers.start_index_map])
+    own = _localised(rule, pieces, split, indices)
+    found = eqn.primitive.bind(operand, own.indices, **{**params, **_UNORDERED})
+    rows = [i for i in range(found.ndim) if i not in numbers.offset_dims]
+    return [jnp.where(lax.broadcast_in_dim(own.answered, found.shape, rows), found, jnp.zeros_like(found))]
+
+
+_UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
+
+
+@register("scatter", "scatter-mul", "scatter-min", "scatter-max")
+def scatter(inputs, outputs, *, dimension_numbers, **_):
+    """`[v,e],[b],[b,e] -> [v,e]`: in place; each chip writes the rows that fall into its piece, and sees all of them."""
+    return _scatter(inputs, dimension_numbers, "whole")
+
+
+@register("scatter-add", "scatter-sub")
+def scatter_add(inputs, outputs, *, dimension_numbers, **_):
+    """`[v,e],[b],[b,e] -> [v,e] sum={b}`: as `scatter`, and the rows may be split too, which leaves a partial sum."""
+    return _scatter(inputs, dimension_numbers, "sum")
+
+
+def _scatter(inputs, numbers, row_kind) -> Rule:
+    operand, indices, updates = inputs
+    factors = Factors()
+    batching = dict(zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True))
+    kinds = ["parallel" if i in batching.values() else row_kind for i in range(len(indices.shape) - 1)]
+    rows = [(factors.new(n, kind),) for n, kind in zip(indices.shape, kinds, strict=False)]
+    window = iter(numbers.update_window_dims)
+    left: list[tuple[int, ...]] = []
+    middle: dict[int, tuple[int, ...]] = {}
+    for i, n in enumerate(operand.shape):
+        if i in batching:
+            left.append(rows[batching[i]])
+        elif i in numbers.inserted_window_dims:
+            left.append((factors.new(n, "parallel" if i in numbers.scatter_dims_to_operand_dims else "whole"),))
+        else:
+            j = next(window)
+            same = updates.shape[j] == n
+            left.append((factors.new(n, "parallel" if same else "whole"),))
+            middle[j] = left[-1] if same else (factors.new(updates.shape[j], "whole"),)
+    batch = iter(rows)
+    written = tuple(middle[j] if j in middle else next(batch) for j in range(updates.ndim))
+    columns = (*rows, (factors.new(indices.shape[-1], "whole"),))
+    return Rule(
+        factors.done(),
+        (tuple(left), columns, written),
+        (tuple(left),),
+        (frozenset({0, 2}),) if row_kind == "sum" else (),
+        op_class="memory",
+        traffic=(1, 2, 2, 2),
+        flops_per_point=0.0,
+        local=_local_scatter,
+        in_place=True,
+    )
+
+
+def _local_scatter(eqn, rule: Rule, pieces: Pieces, operand, indices, updates):
+    params, shape = dict(eqn.params), eqn.invars[0].aval.shape
+    numbers, mode = params["dimension_numbers"], params["mode"]
+    written = numbers.scatter_dims_to_operand_dims
+    split = _column_factors(rule, pieces, written, numbers.inserted_window_dims)
+    if split:
+        indices = _signed(indices)
+        if mode == lax.GatherScatterMode.CLIP:
+            sizes = _window_sizes(numbers, shape, eqn.invars[2].aval.shape)
+            indices = _clipped(indices, [shape[i] - sizes[i] for i in written])
+        indices = _localised(rule, pieces, split, indices).indices
+        params |= {**_UNORDERED, "mode": lax.GatherScatterMode.FILL_OR_DROP}
+    return [eqn.primitive.bind(_on_first_chip(rule, pieces, operand), indices, updates, **params)]
+
+
+def _window_sizes(numbers, shape, update_shape) -> list[int]:
+    window = iter(numbers.update_window_dims)
+    single = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    return [1 if i in single else update_shape[next(window)] for i in range(len(shape))]
+
+
+def _on_first_chip(rule: Rule, pieces: Pieces, operand):
+    """What rows are added to, on one of the chips that the rows are split over; zero on the others."""
+    summed = [i for i, factor in enumerate(rule.factors) if factor.kind == "sum" and pieces.is_split(i)]
+    if not summed:
+        return operand
+    first = reduce(and_, [pieces.start(i) == 0 for i in summed])
+    return jnp.where(first, operand, jnp.zeros_like(operand))

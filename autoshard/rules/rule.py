@@ -1,0 +1,166 @@
+"""Sharding rules as data: each primitive says its factors once, and everything else follows from them.
+
+A rule is an einsum over factors, `[b,i,k],[b,k,j] -> [b,i,j] sum={k}`. Legal strategies, the layouts and collectives they
+force, local shapes and costs each come from one generic function over this data. A primitive whose parameters carry
+shapes adds a `local` function that runs it on one chip's pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from costmodels.program import Factor, FactorKind, OpClass
+
+Dims = tuple[tuple[int, ...], ...]
+
+
+class Pieces(Protocol):
+    """What a `local` function may ask about the strategy it runs under."""
+
+    def size(self, factor: int) -> int:
+        """The factor's size on one chip."""
+        ...
+
+    def start(self, factor: int) -> Any:
+        """Where this chip's piece of the factor begins, a traced int32; 0 when the factor is not split."""
+        ...
+
+    def is_split(self, factor: int) -> bool:
+        """Whether any mesh axis splits the factor."""
+        ...
+
+
+Local = Callable[..., Sequence[Any]]
+"""`local(eqn, rule, pieces, *operands) -> results`, all on one chip's pieces."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The factors of one equation.
+
+    `inputs` and `outputs` give each dimension as a tuple of factors, major to minor; a dimension of size 1 that is
+    broadcast has none. `linear`, `traffic`, `op_class` and `flops_per_point` are as in `costmodels.program.Operation`.
+    """
+
+    factors: tuple[Factor, ...]
+    inputs: tuple[Dims, ...]
+    outputs: tuple[Dims, ...]
+    linear: tuple[frozenset[int], ...] = ()
+    op_class: OpClass = "fused"
+    traffic: tuple[int, ...] = ()
+    flops_per_point: float = 1.0
+    local: Local | None = None
+    exact: bool = True
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        sides = [",".join(_side(dims) for dims in uses) for uses in (self.inputs, self.outputs)]
+        kinds = sorted({factor.kind for factor in self.factors} - {"parallel"})
+        notes = [f"{kind}={{{','.join(_letter(i) for i in self._of(kind))}}}" for kind in kinds]
+        notes += [f"linear={[sorted(group) for group in self.linear]}"] if self.linear else []
+        return " ".join([" -> ".join(sides), *notes])
+
+    def _of(self, kind: FactorKind) -> list[int]:
+        return [i for i, factor in enumerate(self.factors) if factor.kind == kind]
+
+
+def _letter(factor: int) -> str:
+    return chr(ord("a") + factor) if factor < 26 else f"f{factor}"
+
+
+def _side(dims: Dims) -> str:
+    return "[" + ",".join("".join(_letter(i) for i in dim) or "1" for dim in dims) + "]"
+
+
+class Factors:
+    """Collects the factors of a rule while it is being written."""
+
+    def __init__(self) -> None:
+        self._found: list[Factor] = []
+
+    def new(self, size: int, kind: FactorKind = "parallel") -> int:
+        """Adds a factor and returns its index."""
+        self._found.append(Factor(int(size), kind))
+        return len(self._found) - 1
+
+    def each(self, shape: Sequence[int], whole: Sequence[int] = ()) -> Dims:
+        """One factor for every dimension; those in `whole` cannot be split."""
+        return tuple((self.new(n, "whole" if i in whole else "parallel"),) for i, n in enumerate(shape))
+
+    def done(self) -> tuple[Factor, ...]:
+        """All factors."""
+        return tuple(self._found)
+
+
+RuleMaker = Callable[..., Rule]
+REGISTRY: dict[str, RuleMaker] = {}
+
+
+def register(*primitives: str) -> Callable[[RuleMaker], RuleMaker]:
+    """Registers a rule for primitives by name.
+
+    The decorated function gets the operands' and the results' avals and the equation's parameters as keyword
+    arguments, and returns a `Rule`.
+
+    !!! example
+
+        ```python
+        @register("my_norm")
+        def my_norm(inputs, outputs, **params):
+            factors = Factors()
+            dims = factors.each(inputs[0].shape, whole=[inputs[0].ndim - 1])
+            return Rule(factors.done(), (dims,), (dims,))
+        ```
+    """
+
+    def put(maker: RuleMaker) -> RuleMaker:
+        for name in primitives:
+            REGISTRY[name] = maker
+        return maker
+
+    return put
+
+
+def whole_rule(inputs: Sequence[Any], outputs: Sequence[Any], exact: bool = False) -> Rule:
+    """Every array whole on every chip, read and written once; not `exact` where it stands in for a rule that is missing."""
+    factors = Factors()
+    sides = [tuple(factors.each(aval.shape, range(len(aval.shape))) for aval in side) for side in (inputs, outputs)]
+    traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
+    return Rule(factors.done(), *sides, op_class="memory", traffic=traffic, flops_per_point=0.0, exact=exact)
+
+
+def rule_for(primitive: str, inputs: Sequence[Any], outputs: Sequence[Any], params: dict[str, Any]) -> Rule:
+    """The rule of one equation; `whole_rule` when the primitive has none. Arrays of PRNG keys stay whole."""
+    maker = REGISTRY.get(primitive)
+    if maker is None:
+        return whole_rule(inputs, outputs)
+    rule = maker(inputs, outputs, **params)
+    if not any(is_key(aval) for aval in (*inputs, *outputs)):
+        return rule
+    return replace(rule, factors=tuple(Factor(factor.size, "whole") for factor in rule.factors), linear=())
+
+
+def is_key(aval: Any) -> bool:
+    """Whether an array holds PRNG keys: they are few, and no arithmetic is defined on them."""
+    return str(aval.dtype).startswith("key<")
+
+
+def summable(aval: Any) -> bool:
+    """Whether chips may hold partial sums of an array: booleans and PRNG keys have none."""
+    return not is_key(aval) and aval.dtype != bool
+
+
+def inexact(aval: Any) -> bool:
+    """Whether an array holds floating-point numbers, real or complex, 4- and 8-bit ones included."""
+    return jnp.issubdtype(aval.dtype, np.inexact)
+
+
+def local_shape(dims: Dims, pieces: Pieces) -> tuple[int, ...]:
+    """The shape of one chip's piece of an operand or result."""
+    return tuple(prod(pieces.size(i) for i in dim) for dim in dims)

@@ -1,0 +1,154 @@
+"""The devices that a program is compiled for: real ones, host devices, or TPUs that are only described.
+
+The `libtpu` wheel holds the whole TPU compiler, which compiles for a slice that this machine does not have; see
+`jax.experimental.topologies`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from autoshard.errors import AutoshardError
+
+# The chips that libtpu compiles for: how many sizes their topologies have, and what to ask of the compiler. v4 counts its two
+# cores as two devices unless it is told that they work as one ("megacore").
+_TPU_CHIPS: dict[str, tuple[int, dict[str, Any]]] = {
+    "v4": (3, {"chip_config_name": "megacore"}),
+    "v5p": (3, {}),
+    "v5e": (2, {}),
+    "v6e": (2, {}),
+}
+
+# Without TPUs, libtpu must not ask the cloud's metadata server what machine this is (it would wait for an answer), and must not
+# take the lock that keeps a second process from using the same chips (it would abort that process).
+_DESCRIBED_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
+
+
+class TargetError(AutoshardError, RuntimeError):
+    """The devices to compile for cannot be had; says why, and what to do."""
+
+
+def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any]:
+    """The devices of a TPU slice, to compile for ahead of time; no TPU is needed.
+
+        tpu_devices("v4:4x4x4", (4, 4, 4), "v4")          # 64 devices with `.coords`
+
+    **Arguments:**
+
+    - `topology_name`: the slice as the user wrote it, for messages.
+    - `shape`: chips along each torus axis; trailing axes of one chip may be left out.
+    - `chip`: its name in the chip catalogue, one of v4, v5e, v5p, v6e.
+
+    **Raises:** `TargetError` when libtpu is not installed, or its compiler does not know the slice.
+    """
+    if chip not in _TPU_CHIPS:
+        raise TargetError(f"{topology_name}: the TPU compiler is asked for {', '.join(_TPU_CHIPS)}; {chip!r} is none of these.")
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise TargetError(
+            f"{topology_name}: compiling for TPUs needs their compiler, libtpu, which is not installed. "
+            f'Install the release that this JAX pins: pip install "jax[tpu]=={jax.__version__}"'
+        )
+    rank, options = _TPU_CHIPS[chip]
+    sizes = _sizes(topology_name, shape, rank)
+    if not any(map(os.path.exists, _TPU_DEVICE_FILES)):
+        for name, value in _DESCRIBED_ONLY.items():
+            os.environ.setdefault(name, value)
+    hosts = [min(size, 2) for size in sizes[:2]] + [1]  # a host serves a 2×2 square, or what there is of it
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip}:{'x'.join(map(str, sizes))}", chips_per_host_bounds=hosts, **options
+        )
+    except Exception as error:
+        raise TargetError(f"{topology_name}: the TPU compiler does not know this slice. It says: {error}") from error
+    return list(described.devices)
+
+
+def _sizes(topology_name: str, shape: Sequence[int], rank: int) -> list[int]:
+    sizes = [*shape, *[1] * (rank - len(shape))]
+    while len(sizes) > rank and sizes[-1] == 1:
+        sizes.pop()
+    if len(sizes) != rank or any(size < 1 for size in sizes):
+        raise TargetError(
+            f"{topology_name}: this chip's torus has {rank} axes of at least one chip each, got sizes {tuple(shape)}."
+        )
+    return sizes
+
+
+def host_devices(count: int) -> list[Any]:
+    """`count` CPU devices, of which JAX makes as many as it is told to before it starts.
+
+    **Raises:** `TargetError` when JAX has already started with fewer.
+    """
+    flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    configured = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)  # pyright: ignore[reportAttributeAccessIssue]
+    if configured < count:
+        with contextlib.suppress(RuntimeError):  # JAX has started, and the number stands
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise TargetError(
+            f"{count} host devices are needed and JAX has started with {len(devices)}. Start Python with "
+            f"JAX_NUM_CPU_DEVICES={count} (or XLA_FLAGS=--xla_force_host_platform_device_count={count}), or call "
+            f'jax.config.update("jax_num_cpu_devices", {count}) before anything else asks JAX for devices.'
+        )
+    return devices[:count]
+
+
+def mesh_of(devices: Sequence[Any], axis_sizes: Mapping[str, int]) -> Mesh:
+    """A mesh whose axes lie along the axes of the torus, or along the devices' own order where there is none.
+
+    TPU devices are placed by their coordinates: mesh axis $i$ is torus axis $i$. Where the sizes are the torus's in another
+    order, each mesh axis takes a torus axis of its size; where they are not, coordinates are taken in row-major order, so that
+    a mesh axis is a product of neighbouring torus axes. All others are placed by slice, process and number: the last mesh axes
+    are the ones within a node.
+
+    **Raises:** `TargetError` when there are not exactly as many devices as the mesh has places.
+    """
+    shape = tuple(axis_sizes.values())
+    if math.prod(shape) != len(devices):
+        wanted = " × ".join(f"{name}={size}" for name, size in axis_sizes.items())
+        raise TargetError(f"A mesh of {wanted} takes {math.prod(shape)} devices, got {len(devices)}.")
+    placed = np.empty(len(devices), dtype=object)
+    placed[:] = sorted(devices, key=_place)
+    torus = _torus(devices)
+    if math.prod(torus) == len(devices) and (order := _matching(torus, shape)):
+        placed = placed.reshape(torus).transpose(order)
+    return Mesh(placed.reshape(shape), tuple(axis_sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _coordinates(device: Any) -> tuple[int, ...] | None:
+    """Where a device stands in its torus; only TPUs stand in one, though GPUs have `.coords` too."""
+    return tuple(device.coords) if device.platform == "tpu" and getattr(device, "coords", None) is not None else None
+
+
+def _place(device: Any) -> tuple[Any, ...]:
+    within = _coordinates(device) or (device.process_index,)
+    return (getattr(device, "slice_index", 0) or 0, *within, getattr(device, "core_on_chip", 0) or 0, device.id)
+
+
+def _torus(devices: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes of the box that the devices fill, (0,) where they have no coordinates."""
+    coordinates = [_coordinates(device) for device in devices]
+    if None in coordinates:
+        return (0,)
+    return tuple(len(set(along)) for along in zip(*coordinates, strict=True))
+
+
+def _matching(torus: Sequence[int], shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The order of torus axes in which their sizes are the mesh's, axes of one device aside; as they stand, if that will do."""
+    wanted = [size for size in shape if size > 1]
+    orders = itertools.permutations(range(len(torus)))
+    return next((order for order in orders if [torus[i] for i in order if torus[i] > 1] == wanted), None)

@@ -1,0 +1,433 @@
+"""From a JAX function to a program over factors.
+
+The function is traced to a jaxpr by public JAX; calls, remat and custom derivatives are walked through, `scan`, `while` and
+`cond` become regions with boundary operations that own the layout of what crosses them. Arguments keep their paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
+from autoshard.errors import TraceError, UnsupportedPrimitiveError
+from autoshard.rules import Rule, rule_for
+from autoshard.sources import itemsize_of, source_of
+from costmodels.program import Factor, Operation, Program, Region, Use, Value
+
+_INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLS = "jit pjit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split()
+
+
+def trace(fn: Callable[..., Any], *args: Any, donate_argnums: Sequence[int] = (), name: str = "", strict: bool = False) -> Traced:
+    """Traces a function of pytrees to a program.
+
+    **Arguments:**
+
+    - `args`: pytrees of arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+    - `strict`: refuse primitives without a rule instead of replicating them.
+
+    **Raises:** `TraceError` if JAX cannot trace the function with these arguments; `UnsupportedPrimitiveError`.
+    """
+    try:
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    except Exception as error:
+        raise TraceError(f"{_name_of(fn)} could not be traced with these arguments: {error}") from error
+    named, in_tree = jax.tree_util.tree_flatten_with_path(args)
+    paths = tuple(_argument_path(fn, path) for path, _ in named)
+    out_named, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
+    result_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in out_named)
+    tracer = _Tracer(strict)
+    argument_values = [tracer.source(var, path) for var, path in zip(closed.jaxpr.invars, paths, strict=True)]
+    constant_values = [tracer.source(var, f"constant {i}") for i, var in enumerate(closed.jaxpr.constvars)]
+    env = dict(zip((*closed.jaxpr.invars, *closed.jaxpr.constvars), (*argument_values, *constant_values), strict=True))
+    block = tracer.block(closed.jaxpr, env, 0)
+    results = [tracer.sink(atom, path) for atom, path in zip(block.outputs, result_paths, strict=True)]
+    donated = _donations(args, donate_argnums, closed.jaxpr.invars, block.outputs, tracer.values)
+    program = Program(
+        name or _name_of(fn),
+        tuple(tracer.values),
+        tuple(op for op in tracer.operations if op is not None),
+        tuple(tracer.regions),
+        tuple(range(len(argument_values))),
+        tuple(range(len(argument_values), len(argument_values) + len(constant_values))),
+        tuple(results),
+        donated,
+        tuple(dict.fromkeys(tracer.warnings)),
+    )
+    return Traced(
+        with_traffic(program),
+        block,
+        tuple(argument_values),
+        tuple(constant_values),
+        tuple(closed.consts),
+        in_tree,
+        out_tree,
+        paths,
+        result_paths,
+        block.outputs,
+    )
+
+
+def fingerprint(program: Program) -> str:
+    """A hash of what the program computes: operations, factors, shapes and types, free of names and of JAX's spelling."""
+    digest = hashlib.sha256()
+    for value in program.values:
+        digest.update(repr((value.shape, value.dtype, value.region)).encode())
+    for op in program.operations:
+        digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region)).encode())
+    digest.update(repr((program.regions, program.results, program.donated)).encode())
+    return digest.hexdigest()
+
+
+def with_traffic(program: Program) -> Program:
+    """Fused operations read their sources and write their sinks: arguments, loop slices and results cost HBM traffic."""
+    heads = {"source", "boundary"}
+    operations = list(program.operations)
+    for i, op in enumerate(operations):
+        if op.op_class == "fused":
+            made = [program.producers[use.value][0] for use in op.inputs]
+            reads = [k for k, at in enumerate(made) if operations[at].op_class in heads]
+            ends = [any(operations[at].op_class == "sink" for at, _ in program.consumers.get(use.value, ())) for use in op.outputs]
+            writes = [-1 - k for k, end in enumerate(ends) if end]
+            if op.flops_per_point and (reads or writes):
+                operations[i] = dataclasses.replace(op, traffic=(*reads, *writes))
+    return dataclasses.replace(program, operations=tuple(operations))
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or type(fn).__name__
+
+
+def _argument_path(fn: Callable[..., Any], path: tuple[Any, ...]) -> str:
+    """The user's words for a flat argument: the parameter's name, then the path inside it."""
+    import inspect
+
+    try:
+        names = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        names = []
+    position = path[0].idx
+    head = names[position] if position < len(names) else f"args[{position}]"
+    return head + jax.tree_util.keystr(path[1:])
+
+
+def _donations(args, donate_argnums, invars, outputs, values) -> tuple[tuple[int, int], ...]:
+    """Pairs each donated flat argument with the first free result of the same shape and type, as JAX does."""
+    position, donated = 0, []
+    for i, arg in enumerate(args):
+        count = len(jax.tree_util.tree_leaves(arg))
+        if i in donate_argnums:
+            donated += range(position, position + count)
+        position += count
+    free = {k: values[atom] for k, atom in enumerate(outputs) if not isinstance(atom, Literal)}
+    pairs = []
+    for at in donated:
+        aval = invars[at].aval
+        match = next((k for k, v in free.items() if v.shape == aval.shape and v.dtype == str(aval.dtype)), None)
+        if match is not None:
+            pairs.append((at, match))
+            del free[match]
+    return tuple(pairs)
+
+
+class _Tracer:
+    """Collects values, operations and regions while blocks are walked."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.values: list[Value] = []
+        self.operations: list[Operation | None] = []
+        self.regions: list[Region] = [Region("main")]
+        self.warnings: list[str] = []
+
+    # --- values and boundary operations -------------------------------------------------------------------------
+
+    def value(self, aval: Any, name: str, region: int, origin: str = "") -> int:
+        self.values.append(Value(name, tuple(aval.shape), str(aval.dtype), itemsize_of(aval.dtype), region, origin))
+        return len(self.values) - 1
+
+    def source(self, var: Any, path: str) -> int:
+        index = self.value(var.aval, path, 0, path)
+        self._identity(path, "argument", [], [(index, 0)], 0, "source")
+        return index
+
+    def sink(self, atom: Atom, path: str) -> int:
+        operands = [] if isinstance(atom, Literal) else [(atom, 0)]
+        return self._identity(path, "result", operands, [], 0, "sink")
+
+    def _identity(self, name, primitive, inputs, outputs, region, op_class="boundary", lead=()) -> int:
+        """An operation that owns one layout; `lead` lists the positions (operands 0, 1, results -1, -2) with a stack axis."""
+        index = self.reserve()
+        self.fill(index, name, primitive, inputs, outputs, region, op_class, lead)
+        return index
+
+    def reserve(self) -> int:
+        self.operations.append(None)
+        return len(self.operations) - 1
+
+    def fill(self, index, name, primitive, inputs, outputs, region, op_class="boundary", lead=()) -> None:
+        """Completes a reserved operation whose dimensions all pass through, but for a leading stack axis."""
+        at = [*range(len(inputs)), *(-1 - k for k in range(len(outputs)))]
+        every = [*inputs, *outputs]
+        plain = [
+            self.values[value].shape[1:] if k in lead else self.values[value].shape
+            for k, (value, _) in zip(at, every, strict=True)
+        ]
+        shape = plain[0] if plain else ()
+        factors = [Factor(n) for n in shape]
+        dims = tuple((i,) for i in range(len(shape)))
+        uses = []
+        for k, (value, where) in zip(at, every, strict=True):
+            if k in lead:
+                factors.append(Factor(self.values[value].shape[0], "whole"))
+                uses.append(Use(value, ((len(factors) - 1,), *dims), where))
+            else:
+                uses.append(Use(value, dims, where))
+        self.operations[index] = Operation(
+            name,
+            primitive,
+            tuple(factors),
+            tuple(uses[: len(inputs)]),
+            tuple(uses[len(inputs) :]),
+            region,
+            op_class,
+        )
+
+    # --- walking ------------------------------------------------------------------------------------------------
+
+    def block(self, jaxpr: Any, env: dict[Any, Atom], region: int) -> Block:
+        """Walks the equations that the outputs or effects need."""
+        steps: list[OpStep | LoopStep | BranchStep] = []
+        for eqn in _needed(jaxpr):
+            operands = tuple(_read(env, atom) for atom in eqn.invars)
+            results = self._equation(eqn, operands, region, steps)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return Block(tuple(steps), tuple(_read(env, atom) for atom in jaxpr.outvars))
+
+    def _equation(self, eqn, operands, region, steps) -> Sequence[Atom]:
+        name = eqn.primitive.name
+        if name in _CALLS:
+            return self._call(eqn, operands, region, steps)
+        if name == "optimization_barrier":
+            return operands
+        if name == "scan":
+            step, results = self._scan(eqn, operands, region)
+        elif name == "while":
+            step, results = self._while(eqn, operands, region)
+        elif name == "cond":
+            step, results = self._cond(eqn, operands, region)
+        else:
+            step = self._operation(eqn, operands, region)
+            results = step.results
+        steps.append(step)
+        return results
+
+    def _call(self, eqn, operands, region, steps) -> Sequence[Atom]:
+        """Walks through a call: its equations become the caller's."""
+        inner = next(eqn.params[key] for key in _INLINED if key in eqn.params)
+        jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
+        env: dict[Any, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
+        env.update(zip(jaxpr.constvars, (Literal(np.asarray(c)) for c in consts), strict=True))
+        block = self.block(jaxpr, env, region)
+        steps += block.steps
+        return block.outputs
+
+    def _operation(self, eqn, operands, region) -> OpStep:
+        name = eqn.primitive.name
+        where = source_of(eqn)
+        if eqn.effects:
+            self.warnings.append(f"{name} at {where} has side effects, which run once per chip")
+        rule = rule_for(name, [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars], eqn.params)
+        if not rule.exact:
+            if self.strict:
+                raise UnsupportedPrimitiveError(f"{name} at {where} has no sharding rule; register one, or trace without strict")
+            self.warnings.append(f"{name} at {where} has no sharding rule: its arrays are whole on every chip")
+        index = self.reserve()
+        origin = self._origin(name, operands)
+        results = tuple(self.value(v.aval, f"{name} ({where})", region, origin) for v in eqn.outvars)
+        self.operations[index] = self._costed(eqn, rule, operands, results, region, where)
+        return OpStep(index, eqn, rule, operands, results)
+
+    def _costed(self, eqn, rule: Rule, operands, results, region, where) -> Operation:
+        """The operation as the search sees it: literals are no operands."""
+        place = {k: n for n, k in enumerate(k for k, atom in enumerate(operands) if not isinstance(atom, Literal))}
+        linear = tuple(frozenset(place[k] for k in group) for group in rule.linear if all(k in place for k in group))
+        traffic = tuple(place[k] if k >= 0 else k for k in rule.traffic if k < 0 or k in place)
+        inputs = tuple(Use(operands[k], rule.inputs[k], region) for k in place)
+        outputs = tuple(Use(value, dims, region) for value, dims in zip(results, rule.outputs, strict=True))
+        dtype = str(eqn.invars[0].aval.dtype) if eqn.invars else str(eqn.outvars[0].aval.dtype)
+        return Operation(
+            self._label(eqn, operands, where),
+            eqn.primitive.name,
+            rule.factors,
+            inputs,
+            outputs,
+            region,
+            rule.op_class,
+            linear,
+            traffic,
+            rule.flops_per_point,
+            dtype,
+            where,
+            rule.exact,
+        )
+
+    def _label(self, eqn, operands, where) -> str:
+        origins = [self.values[a].origin for a in operands if not isinstance(a, Literal) and self.values[a].origin]
+        return f"{eqn.primitive.name} {' · '.join(dict.fromkeys(origins))} ({where})".replace("  ", " ")
+
+    def _origin(self, name: str, operands) -> str:
+        """A view or cast of an argument keeps the argument's name."""
+        views = "convert_element_type transpose reshape squeeze broadcast_in_dim slice dynamic_slice copy".split()
+        first = operands[0] if operands else Literal(0)
+        return self.values[first].origin if name in views and not isinstance(first, Literal) else ""
+
+    # --- regions ------------------------------------------------------------------------------------------------
+
+    def region(self, kind, parent, count, name) -> int:
+        self.regions.append(Region(kind, parent, count, name))
+        return len(self.regions) - 1
+
+    def _enter(self, atom: Atom, aval, outer: int, inner: int, primitive: str, sliced: bool = False) -> Boundary:
+        """A constant of a region, or a slice of a stacked array: one layout, changed outside or inside."""
+        if isinstance(atom, Literal):
+            return Boundary(-1, atom)
+        stacked = self.values[atom]
+        value = self.value(aval, stacked.name, inner, stacked.origin)
+        lead = (0,) if sliced else ()
+        op = self._identity(stacked.name, primitive, [(atom, outer)], [(value, inner)], outer, lead=lead)
+        return Boundary(op, atom, value)
+
+    def _scan(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
+        params = eqn.params
+        body = params["jaxpr"].jaxpr
+        inner = self.region("loop", region, params["length"], f"scan ({source_of(eqn)})")
+        n_const, n_carry = params["num_consts"], params["num_carry"]
+        variables = body.invars
+        constants = [
+            self._enter(atom, var.aval, region, inner, "loop_constant")
+            for atom, var in zip(operands[:n_const], variables[:n_const], strict=True)
+        ]
+        carries = [self._carry_in(var, inner) for var in variables[n_const : n_const + n_carry]]
+        slices = [
+            self._enter(atom, var.aval, region, inner, "loop_slice", sliced=True)
+            for atom, var in zip(operands[n_const + n_carry :], variables[n_const + n_carry :], strict=True)
+        ]
+        env = dict(zip(variables, (_inner(b) for b in (*constants, *carries, *slices)), strict=True))
+        env.update(zip(body.constvars, (Literal(np.asarray(c)) for c in params["jaxpr"].consts), strict=True))
+        block = self.block(body, env, inner)
+        inits = operands[n_const : n_const + n_carry]
+        carries = [
+            self._carry_out(boundary, init, after, region, inner)
+            for boundary, init, after in zip(carries, inits, block.outputs[:n_carry], strict=True)
+        ]
+        stacks = [
+            self._stack(atom, var, region, inner)
+            for atom, var in zip(block.outputs[n_carry:], eqn.outvars[n_carry:], strict=True)
+        ]
+        step = LoopStep(eqn, tuple(constants), tuple(carries), tuple(slices), tuple(stacks), block)
+        return step, [b.outer_result for b in (*carries, *stacks)]
+
+    def _carry_in(self, var, inner: int) -> Boundary:
+        index = self.reserve()
+        return Boundary(index, inner=self.value(var.aval, f"carry {var.aval.str_short()}", inner))
+
+    def _carry_out(self, boundary: Boundary, init: Atom, after: Atom, outer: int, inner: int) -> Boundary:
+        """Closes the loop: what enters, what goes round and what leaves have one layout."""
+        before = self.values[boundary.inner]
+        name = before.name if isinstance(init, Literal) else f"carry {self.values[init].name}"
+        result = len(self.values)
+        self.values.append(dataclasses.replace(before, name=name, region=outer))
+        self.values[boundary.inner] = dataclasses.replace(before, name=name)
+        inputs = [(atom, at) for atom, at in ((init, outer), (after, inner)) if not isinstance(atom, Literal)]
+        outputs = [(boundary.inner, inner), (result, outer)]
+        self.fill(boundary.operation, name, "loop_carry", inputs, outputs, outer)
+        return dataclasses.replace(boundary, outer=init, inner_next=after, outer_result=result)
+
+    def _stack(self, atom: Atom, var, outer: int, inner: int) -> Boundary:
+        name = "stacked " + ("literal" if isinstance(atom, Literal) else self.values[atom].name)
+        result = self.value(var.aval, name, outer)
+        inputs = [] if isinstance(atom, Literal) else [(atom, inner)]
+        op = self._identity(name, "loop_stack", inputs, [(result, outer)], outer, lead=(-1,))
+        return Boundary(op, inner_next=atom, outer_result=result)
+
+    def _while(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
+        params = eqn.params
+        where = source_of(eqn)
+        self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
+        inner = self.region("loop", region, 1, f"while ({where})")
+        n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+        held = [*condition.invars[:n_cond], *body.invars[:n_body]]
+        constants = [
+            self._enter(atom, var.aval, region, inner, "loop_constant")
+            for atom, var in zip(operands[: n_cond + n_body], held, strict=True)
+        ]
+        carries = [self._carry_in(var, inner) for var in body.invars[n_body:]]
+        inside = [_inner(b) for b in constants]
+        going = [_inner(b) for b in carries]
+        test = self.block(condition, dict(zip(condition.invars, [*inside[:n_cond], *going], strict=True)), inner)
+        self._identity("condition", "while_condition", [(a, inner) for a in test.outputs if not isinstance(a, Literal)], [], inner)
+        block = self.block(body, dict(zip(body.invars, [*inside[n_cond:], *going], strict=True)), inner)
+        carries = [
+            self._carry_out(boundary, init, after, region, inner)
+            for boundary, init, after in zip(carries, operands[n_cond + n_body :], block.outputs, strict=True)
+        ]
+        step = LoopStep(eqn, tuple(constants), tuple(carries), (), (), block, test)
+        return step, [b.outer_result for b in carries]
+
+    def _cond(self, eqn, operands, region) -> tuple[BranchStep, list[Atom]]:
+        where = source_of(eqn)
+        self.warnings.append(f"cond at {where}: every branch was priced as if it ran")
+        selector, *rest = operands
+        selects = [] if isinstance(selector, Literal) else [(selector, region)]
+        select = self._identity(f"cond ({where})", "branch_select", selects, [], region)
+        entries, blocks, inners = [], [], []
+        for closed in eqn.params["branches"]:
+            inner = self.region("branch", region, 1, f"branch ({where})")
+            entry = [
+                self._enter(atom, var.aval, region, inner, "branch_constant")
+                for atom, var in zip(rest, closed.jaxpr.invars, strict=True)
+            ]
+            env = dict(zip(closed.jaxpr.invars, (_inner(b) for b in entry), strict=True))
+            env.update(zip(closed.jaxpr.constvars, (Literal(np.asarray(c)) for c in closed.consts), strict=True))
+            blocks.append(self.block(closed.jaxpr, env, inner))
+            entries.append(tuple(entry))
+            inners.append(inner)
+        joins = []
+        for k, var in enumerate(eqn.outvars):
+            result = self.value(var.aval, f"cond ({where})", region)
+            inputs = [
+                (block.outputs[k], inner)
+                for block, inner in zip(blocks, inners, strict=True)
+                if not isinstance(block.outputs[k], Literal)
+            ]
+            joins.append((self._identity(f"cond ({where})", "branch_join", inputs, [(result, region)], region), result))
+        step = BranchStep(eqn, selector, select, tuple(entries), tuple(blocks), tuple(joins))
+        return step, [result for _, result in joins]
+
+
+def _inner(boundary: Boundary) -> Atom:
+    return boundary.outer if boundary.inner is None else boundary.inner
+
+
+def _read(env: dict[Any, Atom], atom: Any) -> Atom:
+    return Literal(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, jex.Literal) else env[atom]
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs or a side effect need, in order."""
+    wanted = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in wanted for v in eqn.outvars):
+            kept.append(eqn)
+            wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    return kept[::-1]

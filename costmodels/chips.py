@@ -1,0 +1,303 @@
+"""What a chip can do: FLOP/s, memory and interconnect, each number with its source and how sure it is.
+
+The catalogue is `chips.toml`, beside this file. A `Chip` holds plain numbers for the formulas; `Chip.constants` says
+where each came from, so that a report can list what it assumed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+Status = Literal["published", "measured", "derived", "assumed", "given"]
+"""How sure a number is; `given` is the user's own."""
+
+Wraparound = Literal["all axes multiples of 4", "axis of 16", "never"]
+"""When the two ends of a torus axis are joined ("How To Scale Your Model", part 2)."""
+
+ChipKind = Literal["tpu", "gpu", "cpu"]
+
+
+class UnknownChipError(ValueError):
+    """The catalogue has no chip of this name; names the nearest and all."""
+
+
+class ChipFormatError(ValueError):
+    """A chip is described wrongly: which chip, which key, what was got, what would fit."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One number about a chip, in the unit its name says."""
+
+    value: float
+    source: str
+    status: Status
+
+
+@dataclass(frozen=True)
+class Torus:
+    """Every chip is linked to its two neighbours along each of `axes` axes.
+
+    `link_bytes_per_second` is one-way, per link.
+    """
+
+    axes: float
+    link_bytes_per_second: float
+    hop_seconds: float
+    wraparound: Wraparound = "never"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Nodes of `chips_per_node` chips on one switch, and the nodes on a slower network.
+
+    `egress_bytes_per_second` is one-way, per chip, into its node's switch; `node_egress_bytes_per_second` is one-way,
+    per node, into the network between nodes.
+    """
+
+    chips_per_node: float
+    egress_bytes_per_second: float
+    hop_seconds: float
+    node_egress_bytes_per_second: float
+    node_hop_seconds: float
+
+
+@dataclass(frozen=True)
+class Bus:
+    """Any number of devices that reach each other alike, such as the devices of one host."""
+
+    egress_bytes_per_second: float
+    hop_seconds: float
+
+
+Interconnect = Torus | Switch | Bus
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip: rates, capacities and overheads, all per chip and in the units that the names say.
+
+    ```python
+    v4 = chip("v4")
+    v4.matmul_flops_per_second("bfloat16")       # 2.75e14
+    v4.constants["usable_hbm_bytes"].source      # "libtpu, CompileTimeHbmOom message: 30.75 GiB"
+    ```
+
+    - `flops_per_second`: dense matrix multiplication, by dtype; `matmul_flops_per_second` looks up any dtype.
+    - `vector_flops_per_second`: elementwise work and reductions (a TPU's vector unit, a GPU's CUDA cores).
+    - `hbm_bytes`: capacity on paper; `usable_hbm_bytes`: what a program may fill.
+    - `matrix_tile`: side of the matrix unit, to which matrix dimensions are padded, in elements.
+    - `op_overhead_seconds`, `collective_overhead_seconds`: to start an operation, a collective.
+    - `clock_hertz`: to turn a compiler's cycles into seconds; None where unknown.
+    - `catalogued`: where the numbers came from; read it through `constants`.
+    """
+
+    name: str
+    kind: ChipKind
+    interconnect: Interconnect
+    flops_per_second: Mapping[str, float] = field(hash=False)
+    vector_flops_per_second: float
+    hbm_bytes: float
+    usable_hbm_bytes: float
+    hbm_bytes_per_second: float
+    matrix_tile: float
+    op_overhead_seconds: float
+    collective_overhead_seconds: float
+    clock_hertz: float | None = None
+    catalogued: Mapping[str, Constant] = field(default_factory=dict, repr=False, compare=False)
+
+    def matmul_flops_per_second(self, dtype: str) -> float:
+        """FLOP/s of matrix multiplication in a dtype, by its JAX name.
+
+        A chip that has no rate of its own for a dtype runs it as the next wider: 8-bit and narrower integers and floats
+        as bfloat16, bfloat16 and float16 as float32. Every other dtype (float64, int32, complex) is priced as float32,
+        too fast rather than free.
+        """
+        return next(self.flops_per_second[name] for name in _run_as(dtype) if name in self.flops_per_second)
+
+    @property
+    def constants(self) -> Mapping[str, Constant]:
+        """Every number of the chip by its dotted name, e.g. `torus.hop_seconds`, with its source and status."""
+        return {name: self._constant(name, value) for name, value in _numbers(self)}
+
+    def _constant(self, name: str, value: float) -> Constant:
+        known = self.catalogued.get(name)
+        return known if known is not None and known.value == value else Constant(value, "set in Python", "given")
+
+    def override(self, numbers: Mapping[str, float], source: str) -> Chip:
+        """The same chip with some numbers, by dotted name, replaced by the user's own.
+
+        **Raises:** `ChipFormatError` for a name the chip does not have or a value that is no number, or is negative.
+        """
+        constants = dict(self.constants)
+        for name, value in numbers.items():
+            constants[_known(self, name)] = Constant(_number(self.name, name, value), source, "given")
+        return _build(self.name, self.kind, _wraparound_of(self), constants)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The chip as a table of `chips.toml`, with its name: plain data, for JSON."""
+        table: dict[str, Any] = {"name": self.name, "kind": self.kind}
+        for name, constant in self.constants.items():
+            *path, key = name.split(".")
+            place = table.setdefault(path[0], {}) if path else table
+            place[key] = {"value": constant.value, "status": constant.status, "source": constant.source}
+        if isinstance(self.interconnect, Torus):
+            table["torus"]["wraparound"] = self.interconnect.wraparound
+        return table
+
+
+def chip(name: str) -> Chip:
+    """The chip of this name in the catalogue.
+
+    **Raises:** `UnknownChipError`.
+    """
+    known = catalogue()
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UnknownChipError(f"There is no chip {name!r} in the catalogue.{hint} It has {', '.join(known)}.")
+    return known[name]
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> Mapping[str, Chip]:
+    """Every chip of `chips.toml`, by name."""
+    tables = tomllib.loads(files(str(__package__)).joinpath("chips.toml").read_text("utf-8"))
+    return MappingProxyType({name: chip_from_dict({"name": name, **table}) for name, table in tables.items()})
+
+
+def chip_from_dict(table: Mapping[str, Any]) -> Chip:
+    """The inverse of `Chip.to_dict`: a table as in `chips.toml`, with the chip's `name`.
+
+    **Raises:** `ChipFormatError`.
+    """
+    name = str(table.get("name"))
+    torus = table.get("torus")
+    wraparound: Any = torus.get("wraparound") if isinstance(torus, Mapping) else "never"
+    _one_of(name, "kind", table.get("kind"), get_args(ChipKind))
+    _one_of(name, "torus.wraparound", wraparound, get_args(Wraparound))
+    return _build(name, table["kind"], wraparound, dict(_constants(name, table)))
+
+
+# A chip's numbers live at three places: its own attributes, its interconnect's, its rates by dtype. Their dotted names
+# are those of the tables in chips.toml.
+
+_INTERCONNECTS: Mapping[str, type[Torus] | type[Switch] | type[Bus]] = {"torus": Torus, "switch": Switch, "bus": Bus}
+_OWN = (
+    "vector_flops_per_second",
+    "hbm_bytes",
+    "usable_hbm_bytes",
+    "hbm_bytes_per_second",
+    "matrix_tile",
+    "op_overhead_seconds",
+    "collective_overhead_seconds",
+)
+_MAY_BE_ZERO = ("op_overhead_seconds", "collective_overhead_seconds", "hop_seconds", "node_hop_seconds")
+_WIDER = {"float8": "bfloat16", "int8": "bfloat16", "bfloat16": "float32"}
+
+
+def _run_as(dtype: str) -> Iterator[str]:
+    """The names of rates that fit a dtype, best first."""
+    name = "bfloat16" if dtype == "float16" else dtype.removeprefix("u").partition("_")[0]  # float8_e4m3fn, uint4
+    name = {"float4": "float8", "float6": "float8", "int1": "int8", "int2": "int8", "int4": "int8"}.get(name, name)
+    name = name if name in _WIDER else "float32"
+    while name in _WIDER:
+        yield name
+        name = _WIDER[name]
+    yield name
+
+
+def _numbers(chip: Chip) -> Iterator[tuple[str, float]]:
+    """The numbers of a chip, by dotted name, in the order of `chips.toml`."""
+    yield from ((f"flops_per_second.{dtype}", rate) for dtype, rate in chip.flops_per_second.items())
+    yield from ((name, getattr(chip, name)) for name in _OWN)
+    if chip.clock_hertz is not None:
+        yield "clock_hertz", chip.clock_hertz
+    prefix = type(chip.interconnect).__name__.lower()
+    for name, value in vars(chip.interconnect).items():
+        if name != "wraparound":
+            yield f"{prefix}.{name}", value
+
+
+def _wraparound_of(chip: Chip) -> Wraparound:
+    return chip.interconnect.wraparound if isinstance(chip.interconnect, Torus) else "never"
+
+
+def _build(name: str, kind: ChipKind, wraparound: Wraparound, constants: Mapping[str, Constant]) -> Chip:
+    groups: dict[str, dict[str, float]] = {"": {}}
+    for dotted, constant in constants.items():
+        group, _, key = dotted.rpartition(".")
+        groups.setdefault(group, {})[key] = constant.value
+    rates = groups.get("flops_per_second", {})
+    if "float32" not in rates:
+        raise ChipFormatError(f"The chip {name!r} lacks flops_per_second.float32, on which other dtypes fall back.")
+    clock = groups[""].pop("clock_hertz", None)
+    _exactly(name, "", groups[""], _OWN)
+    interconnect = _interconnect(name, wraparound, groups)
+    return Chip(name, kind, interconnect, rates, **groups[""], clock_hertz=clock, catalogued=dict(constants))
+
+
+def _interconnect(name: str, wraparound: Wraparound, groups: Mapping[str, Mapping[str, float]]) -> Interconnect:
+    present = [key for key in groups if key not in ("", "flops_per_second")]
+    if len(present) != 1 or present[0] not in _INTERCONNECTS:
+        got = f"has {' and '.join(present)}" if present else "has none"
+        raise ChipFormatError(f"The chip {name!r} {got} for its interconnect; one of torus, switch, bus would do.")
+    kind = _INTERCONNECTS[present[0]]
+    values: dict[str, Any] = dict(groups[present[0]])
+    _exactly(name, f"{present[0]}.", values, [key for key in kind.__dataclass_fields__ if key != "wraparound"])
+    if kind is Torus:
+        values["wraparound"] = wraparound
+    return kind(**values)
+
+
+def _constants(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Constant]]:
+    """The tables that hold a `value`, at any depth, by dotted name."""
+    for key, entry in table.items():
+        dotted = prefix + key
+        if dotted in ("name", "kind", "torus.wraparound"):
+            continue
+        if not isinstance(entry, Mapping):
+            raise ChipFormatError(f"{dotted} of the chip {owner!r} is {entry!r}; {{ value, status, source }} would do.")
+        if "value" not in entry:
+            yield from _constants(owner, entry, f"{dotted}.")
+            continue
+        _exactly(owner, f"{dotted}.", entry, ("value", "status", "source"))
+        _one_of(owner, f"{dotted}.status", entry["status"], get_args(Status))
+        yield dotted, Constant(_number(owner, dotted, entry["value"]), str(entry["source"]), entry["status"])
+
+
+def _exactly(owner: str, prefix: str, got: Mapping[str, object], wanted: Sequence[str]) -> None:
+    faults = [f"lacks {prefix}{key}" for key in wanted if key not in got]
+    faults += [f"has an unknown {prefix}{key}" for key in got if key not in wanted]
+    if faults:
+        raise ChipFormatError(f"The chip {owner!r} {' and '.join(faults)}; it has {', '.join(wanted)}.")
+
+
+def _one_of(owner: str, key: str, got: object, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise ChipFormatError(f"{key} of the chip {owner!r} is {got!r}; one of {', '.join(allowed)} would do.")
+
+
+def _number(owner: str, dotted: str, value: Any) -> float:
+    zero = dotted.rpartition(".")[2] in _MAY_BE_ZERO
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 < value < float("inf") or (zero and value == 0)):
+        fits = "a number that is 0 or more" if zero else "a number above 0"
+        raise ChipFormatError(f"{dotted} of the chip {owner!r} is {value!r}; {fits} would do.")
+    return float(value)
+
+
+def _known(chip: Chip, name: str) -> str:
+    names = dict.fromkeys([*chip.constants, "clock_hertz"])
+    if name not in names and not name.startswith("flops_per_second."):
+        near = get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ChipFormatError(f"The chip {chip.name!r} has no {name}.{hint} It has {', '.join(names)}.")
+    return name

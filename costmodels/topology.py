@@ -1,0 +1,280 @@
+"""How chips are joined: the mesh axes of a topology, each with its links.
+
+`parse_topology("v4:4x4x4")` is a torus of TPUs, `"h100:4x8"` four nodes of eight GPUs, `"cpu:2x4"` eight devices of one
+host. Axes are named x, y, z, w in the order of their sizes. A TOML file says the same and may put other numbers in:
+
+```toml
+chip = "v4"
+shape = [4, 4, 4]
+name = "our v4 slice"                # optional, as is all below
+
+[constants]                          # any number of the chip, by its name in the catalogue
+hbm_bytes_per_second = 1.1e12
+flops_per_second.bfloat16 = 2.5e14
+
+[axes.z]                             # any of bytes_per_second, wraparound, hop_seconds
+wraparound = false
+```
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from costmodels.chips import Chip, ChipFormatError, Switch, Torus, Wraparound, chip, chip_from_dict
+
+AXIS_NAMES = ("x", "y", "z", "w")
+
+
+class TopologyFormatError(ValueError):
+    """A topology is written wrongly, or its chips cannot be joined like that; says what would fit."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh and what joins the chips along it.
+
+    - `bytes_per_second`: one-way; of each link on a `torus` axis, out of each chip on a `switch` axis.
+    - `wraparound`: whether a torus axis closes to a ring.
+    - `hop_seconds`: latency from a chip to its neighbour, or through the switch.
+    - `launch_seconds`: to start a collective.
+    """
+
+    name: str
+    size: int
+    kind: Literal["torus", "switch"]
+    bytes_per_second: float
+    wraparound: bool = False
+    hop_seconds: float = 0.0
+    launch_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not self.bytes_per_second > 0 or self.kind not in ("torus", "switch"):
+            fits = "a size of 1 or more, bytes_per_second above 0 and kind 'torus' or 'switch' would do"
+            raise TopologyFormatError(f"{self}: {fits}.")
+
+    @property
+    def ring(self) -> bool:
+        """Whether both directions of a torus axis lead to different neighbours: two chips have one link, not two."""
+        return self.kind == "torus" and self.wraparound and self.size > 2
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A mesh of equal chips.
+
+    ```python
+    topology = parse_topology("v4:4x4x8")
+    topology.size             # 128
+    topology.axis_sizes       # {"x": 4, "y": 4, "z": 8}
+    topology.symmetries()     # (("x", "y"), ("z",))
+    ```
+    """
+
+    name: str
+    chip: Chip
+    axes: tuple[Axis, ...]
+
+    def __post_init__(self) -> None:
+        names = [axis.name for axis in self.axes]
+        if len(set(names)) < len(names):
+            raise TopologyFormatError(f"The axes of {self.name} are named {', '.join(names)}; each needs its own name.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the axes, in order."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        """The number of chips."""
+        return prod(self.shape)
+
+    @cached_property
+    def axis_sizes(self) -> dict[str, int]:
+        """Axis name to size, in order."""
+        return {axis.name: axis.size for axis in self.axes}
+
+    @cached_property
+    def _by_name(self) -> dict[str, Axis]:
+        return {axis.name: axis for axis in self.axes}
+
+    def axis(self, name: str) -> Axis:
+        """The axis of this name.
+
+        **Raises:** `KeyError`, naming the axes there are.
+        """
+        if name not in self._by_name:
+            raise KeyError(f"{self.name} has no axis {name!r}; it has {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def symmetries(self) -> tuple[tuple[str, ...], ...]:
+        """The axes in groups that could change names without changing any cost, in order."""
+        groups: dict[Axis, list[str]] = {}
+        for axis in self.axes:
+            groups.setdefault(replace(axis, name="", wraparound=axis.ring), []).append(axis.name)
+        return tuple(tuple(names) for names in groups.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The topology and all constants of its chip as plain data, for JSON."""
+        return {"name": self.name, "chip": self.chip.to_dict(), "axes": [asdict(axis) for axis in self.axes]}
+
+
+def topology_from_dict(data: Mapping[str, Any]) -> Topology:
+    """The inverse of `Topology.to_dict`.
+
+    **Raises:** `TopologyFormatError` for missing or unknown keys, `ChipFormatError` for a malformed chip.
+    """
+    _keys("The topology", data, required=("name", "chip", "axes"))
+    known = [f.name for f in fields(Axis)]
+    for axis in data["axes"]:
+        _keys("An axis of the topology", axis, required=known)
+    return Topology(data["name"], chip_from_dict(data["chip"]), tuple(Axis(**axis) for axis in data["axes"]))
+
+
+def parse_topology(text: str | Path) -> Topology:
+    """The topology that `CHIP:AxBxC`, or the path of a TOML file, describes.
+
+    - A TPU has as many sizes as its torus has axes, or fewer. Which axes close to rings follows from the chip: on v4
+      and v5p all, if every axis is a multiple of 4; on v5e and v6e those of size 16.
+    - A GPU has one size, the GPUs of one node, or two: nodes × GPUs per node.
+    - `cpu` has one to four.
+
+    **Raises:** `TopologyFormatError` for a malformed or impossible topology, `UnknownChipError` for a chip that is not
+    in the catalogue. Both are `ValueError`s.
+    """
+    if isinstance(text, Path) or text.endswith(".toml"):
+        return _from_file(Path(text))
+    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", text)
+    if not found:
+        raise TopologyFormatError(
+            f"{text!r} is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a"
+            " .toml file."
+        )
+    return _build(text, chip(found[1]), [int(size) for size in found[2].split("x")])
+
+
+def _build(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
+    if not 1 <= len(sizes) <= len(AXIS_NAMES):
+        raise TopologyFormatError(f"{name} has {len(sizes)} sizes; 1 to {len(AXIS_NAMES)} would do.")
+    if min(sizes) < 1:
+        raise TopologyFormatError(f"{name} has an axis of size {min(sizes)}; 1 or more would do.")
+    return Topology(name, chip, tuple(_axes(name, chip, sizes)))
+
+
+def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
+    launch = chip.collective_overhead_seconds
+    match chip.interconnect:
+        case Torus() as torus:
+            _check_torus(name, chip, torus, sizes)
+            link, hop, closed = torus.link_bytes_per_second, torus.hop_seconds, _closed(torus, sizes)
+            for label, size, wrap in zip(AXIS_NAMES, sizes, closed, strict=False):
+                yield Axis(label, size, "torus", link, wrap, hop, launch)
+        case Switch() as switch:
+            _check_switch(name, chip, switch, sizes)
+            if len(sizes) == 2:
+                # A node's ports are its GPUs': each has its share, however many of them the topology uses.
+                share = switch.node_egress_bytes_per_second / switch.chips_per_node
+                yield Axis("x", sizes[0], "switch", share, False, switch.node_hop_seconds, launch)
+            egress, hop = switch.egress_bytes_per_second, switch.hop_seconds
+            yield Axis(AXIS_NAMES[len(sizes) - 1], sizes[-1], "switch", egress, False, hop, launch)
+        case bus:
+            for label, size in zip(AXIS_NAMES, sizes, strict=False):
+                yield Axis(label, size, "switch", bus.egress_bytes_per_second, False, bus.hop_seconds, launch)
+
+
+def _closed(torus: Torus, sizes: Sequence[int]) -> list[bool]:
+    """Which axes are rings. Sizes that are left out are 1, so a v4:4x4 is a slice of a cube, and open."""
+    rule: Wraparound = torus.wraparound
+    if rule == "all axes multiples of 4":
+        whole_cubes = len(sizes) == torus.axes and all(size % 4 == 0 for size in sizes)
+        return [whole_cubes] * len(sizes)
+    return [rule == "axis of 16" and size == 16 for size in sizes]
+
+
+def _check_torus(name: str, chip: Chip, torus: Torus, sizes: Sequence[int]) -> None:
+    if len(sizes) > torus.axes:
+        raise TopologyFormatError(
+            f"{name} has {len(sizes)} sizes, but the torus of {chip.name} has {torus.axes:g} axes; write at most"
+            f" {torus.axes:g} sizes, such as {chip.name}:{'x'.join(['4'] * int(torus.axes))}."
+        )
+
+
+def _check_switch(name: str, chip: Chip, switch: Switch, sizes: Sequence[int]) -> None:
+    most = int(switch.chips_per_node)
+    if len(sizes) > 2:
+        raise TopologyFormatError(
+            f"{name} has {len(sizes)} sizes; GPUs have one or two, nodes × GPUs, such as {chip.name}:4x{most}."
+        )
+    if sizes[-1] > most:
+        nodes = -(-prod(sizes) // most)
+        raise TopologyFormatError(
+            f"{name} has {sizes[-1]} GPUs on one node, but a node of {chip.name} has {most}; write nodes × GPUs, such"
+            f" as {chip.name}:{nodes}x{most}."
+        )
+
+
+def _from_file(path: Path) -> Topology:
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
+    _keys(str(path), data, required=("chip", "shape"), optional=("name", "constants", "axes"))
+    shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4],")
+    for size in shape:
+        _typed(path, "shape", size, int, "a list of whole numbers")
+    base = chip(_typed(path, "chip", data["chip"], str, "the name of a chip in quotes"))
+    numbers = dict(_dotted(_typed(path, "constants", data.get("constants", {}), dict, "a table of numbers")))
+    name = _typed(path, "name", data.get("name", path.stem), str, "a name in quotes")
+    try:
+        topology = _build(name, base.override(numbers, str(path)), shape)
+    except ChipFormatError as error:
+        raise TopologyFormatError(f"{path}: {error}") from error
+    changes = _typed(path, "axes", data.get("axes", {}), dict, "a table with a table per axis")
+    _keys(f"{path}: axes", changes, optional=list(topology.axis_sizes))
+    return replace(topology, axes=tuple(_changed(path, axis, changes.get(axis.name, {})) for axis in topology.axes))
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _changed(path: Path, axis: Axis, changes: object) -> Axis:
+    where = f"axes.{axis.name}"
+    table = _typed(path, where, changes, dict, "a table")
+    _keys(f"{path}: {where}", table, optional=("bytes_per_second", "wraparound", "hop_seconds"))
+    for key, value in table.items():
+        if key == "wraparound":
+            _typed(path, f"{where}.{key}", value, bool, "true or false")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise TopologyFormatError(f"{path}: {where}.{key} is {value!r}; a number that is 0 or more would do.")
+    if table.get("bytes_per_second") == 0:
+        raise TopologyFormatError(f"{path}: {where}.bytes_per_second is 0; a number above 0 would do.")
+    if table.get("wraparound") and axis.kind == "switch":
+        raise TopologyFormatError(f"{path}: {where}.wraparound is true, but a switch has no ends; leave it out.")
+    return replace(axis, **table)
+
+
+def _typed(path: Path, key: str, value: Any, kind: type, fits: str) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TopologyFormatError(f"{path}: {key} is {value!r}; {fits} would do.")
+    return value
+
+
+def _keys(where: str, got: Mapping[str, Any], required: Sequence[str] = (), optional: Sequence[str] = ()) -> None:
+    allowed = [*required, *optional]
+    faults = [f"lacks {key}" for key in required if key not in got]
+    faults += [f"has an unknown key {key}" for key in got if key not in allowed]
+    if faults:
+        raise TopologyFormatError(f"{where} {' and '.join(faults)}; its keys are {', '.join(allowed)}.")

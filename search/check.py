@@ -1,0 +1,180 @@
+"""The independent checker: recomputes the cost and the memory of a plan from the program alone.
+
+It shares with the solver the definition of a plan (strategies, layouts, steps) and the physical prices, and none of its
+arrays: costs are plain arithmetic over factors, changes of layout are searched anew by Dijkstra's algorithm, memory is
+counted by walking the program.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+
+from costmodels.collectives import seconds as collective_seconds
+from costmodels.program import REDUCED_INSIDE, Operation, Program
+from costmodels.topology import Topology
+from search.layouts import Layout, divides, shards
+from search.memory import buffers, last_uses
+from search.reshard import Step, permuted_axes, steps_from
+from search.solution import Choice, Move, kept, moves, needed, produced
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a plan costs, recomputed: seconds of one step, peak bytes per chip and where, and what is wrong with it."""
+
+    seconds: float
+    compute_seconds: float
+    memory_seconds: float
+    collective_seconds: float
+    peak_bytes: float
+    peak_operation: int
+    faults: tuple[str, ...]
+
+
+def check(program: Program, topology: Topology, choice: Choice) -> Check:
+    """Recomputes a plan's cost and memory.
+
+    **Returns:** a `Check`; `faults` names operations that do not divide, layouts that use an axis twice, and changes of
+    layout that no sequence of collectives makes.
+    """
+    faults = [*_faults(program, topology, choice)]
+    total = compute = memory = 0.0
+    for op, strategy in zip(program.operations, choice.strategies, strict=True):
+        runs = program.multiplicity(op.region)
+        work, moved, whole = _operation_seconds(program, topology, op, strategy.splits)
+        total, compute, memory = total + runs * whole, compute + runs * work, memory + runs * moved
+    wire = 0.0
+    for move in moves(program, choice):
+        price = _cheapest(program, topology, move)
+        if price is None:
+            faults.append(f"{program.values[move.value].name}: no collectives lead from {move.source} to {move.target}")
+            continue
+        wire += price * program.multiplicity(move.region)
+    wire += sum(_inside_seconds(program, topology, choice, i) for i in range(len(program.operations)))
+    peak, at = _peak(program, topology, choice)
+    return Check(total + wire, compute, memory, wire, peak, at, tuple(faults))
+
+
+def _faults(program: Program, topology: Topology, choice: Choice):
+    sizes = topology.axis_sizes
+    for op, strategy in zip(program.operations, choice.strategies, strict=True):
+        used = [axis for split in (*strategy.splits, *strategy.carried) for axis in split]
+        if len(set(used)) != len(used):
+            yield f"{op.name}: an axis is used twice in {strategy}"
+        for factor, split in zip(op.factors, strategy.splits, strict=True):
+            if factor.size % prod(sizes[axis] for axis in split) or (split and factor.kind == "whole"):
+                yield f"{op.name}: a factor of size {factor.size} ({factor.kind}) cannot be split over {split}"
+    for value, layout in choice.hubs.items():
+        if not divides(program.values[value].shape, layout, sizes):
+            yield f"{program.values[value].name}: {layout} does not divide {program.values[value].shape}"
+    for argument, result in program.donated:
+        given = produced(program, choice, program.operations[program.arguments[argument]].outputs[0].value)
+        taken = needed(program, choice, program.results[result], 0)
+        if given != taken:
+            yield f"donated argument {argument} has {given}, its result {taken}"
+
+
+def _operation_seconds(program: Program, topology: Topology, op: Operation, splits) -> tuple[float, float, float]:
+    """Compute, HBM and roofline seconds of one run on one chip."""
+    if op.op_class not in ("matmul", "memory", "fused"):
+        return 0.0, 0.0, 0.0
+    chip, sizes = topology.chip, topology.axis_sizes
+    local = [factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)]
+    moved = sum(
+        program.values[op.use(k).value].itemsize * prod(local[i] for dim in op.use(k).dims for i in dim) for k in op.traffic
+    )
+    matmul = op.op_class == "matmul"
+    rate = chip.matmul_flops_per_second(op.dtype) if matmul else chip.vector_flops_per_second
+    work, memory = op.flops_per_point * prod(local) / rate, moved / chip.hbm_bytes_per_second
+    return work, memory, max(work, memory) + (chip.op_overhead_seconds if matmul else 0.0)
+
+
+def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
+    op = program.operations[i]
+    total = 0.0
+    for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
+        if factor.kind in REDUCED_INSIDE and axes:
+            value = op.outputs[0].value
+            local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
+            total += float(collective_seconds("all-reduce", _axes(topology, axes), local)) * program.multiplicity(op.region)
+    return total
+
+
+def _axes(topology: Topology, names):
+    return tuple(topology.axis(name) for name in sorted(names))
+
+
+def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
+    """Dijkstra's algorithm over single steps."""
+    array, order = program.values[move.value], count()
+    frontier = [(0.0, next(order), move.source)]
+    done: set[Layout] = set()
+    while frontier:
+        price, _, layout = heapq.heappop(frontier)
+        if layout == move.target:
+            return price
+        if layout in done:
+            continue
+        done.add(layout)
+        for step in (*steps_from(layout, topology.axis_sizes), *_permutation(layout, move.target, topology.axis_sizes)):
+            if step.target not in done and divides(array.shape, step.target, topology.axis_sizes):
+                heapq.heappush(frontier, (price + _step_price(step, array.bytes, topology), next(order), step.target))
+    return None
+
+
+def _permutation(layout: Layout, target: Layout, sizes: Mapping[str, int]):
+    """The permutation straight to the target, where both cut every dimension alike.
+
+    A permutation on the way to some other layout is never needed: what follows can be renamed to come first.
+    """
+    cuts = [[prod(sizes[a] for a in dim) for dim in found.dims] for found in (layout, target)]
+    if cuts[0] == cuts[1] and layout.partial == target.partial and layout != target:
+        yield Step("collective-permute", permuted_axes(layout, target), layout, target)
+
+
+def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:
+    payload = step.payload(array_bytes, topology.axis_sizes)
+    if step.kind == "slice":
+        return 2 * payload / topology.chip.hbm_bytes_per_second
+    return float(collective_seconds(step.kind, _axes(topology, step.axes), payload))
+
+
+def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, int]:
+    """The most bytes alive at any point, and that point."""
+    sizes = topology.axis_sizes
+    alive = [0.0] * len(program.operations)
+    for buffer in buffers(program):
+        held = program.values[buffer.value].bytes / shards(kept(program, choice, buffer.value), sizes)
+        for point in range(buffer.first, buffer.last + 1):
+            alive[point] += held
+    last = last_uses(program)
+    for move in moves(program, choice):
+        total = program.values[move.value].bytes
+        if move.operation < 0:
+            alive[program.producers[move.value][0]] += total / shards(move.source, sizes)
+            continue
+        op = program.operations[move.operation]
+        inner = [last[use.value] for use in op.outputs if use.region != op.region]
+        end = _loop_end(program, op, move.operation) if inner and op.op_class == "boundary" else move.operation
+        for point in range(move.operation, end + 1):
+            alive[point] += total / shards(move.target, sizes)
+    peak = max(alive, default=0.0)
+    return peak, alive.index(peak) if alive else 0
+
+
+def _loop_end(program: Program, op: Operation, at: int) -> int:
+    """The last operation of the loop that an operation leads into."""
+    inside = {use.region for use in op.outputs if use.region != op.region}
+
+    def within(region: int) -> bool:
+        while region >= 0:
+            if region in inside:
+                return True
+            region = program.regions[region].parent
+        return False
+
+    return max((i for i, other in enumerate(program.operations) if within(other.region)), default=at)

@@ -1,0 +1,221 @@
+"""Changes of layout as the cheapest sequence of single collectives.
+
+Every layout of an array is a node of a graph; every single collective (all-gather of the minor axes of a dimension,
+reduce-scatter or all-reduce of partial sums, all-to-all between two dimensions, permutation of equal pieces, local slice)
+is an edge priced by the torus model. The price of a change of layout is the length of the shortest path, the plan's
+collectives are the steps of that path, and the emitted program runs exactly these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import permutations
+from math import gcd, prod
+from typing import NamedTuple
+
+import numpy as np
+
+from costmodels.collectives import seconds as collective_seconds
+from costmodels.topology import Topology
+from search.layouts import Axes, Layout, layouts, shards
+from search.strategies import Sizes
+
+_ROWS = 64
+"""Rows relaxed at a time, which bounds the memory of a relaxation."""
+
+
+class Step(NamedTuple):
+    """One collective (or a local slice) between two layouts.
+
+    `source_dim` is the dimension that loses `axes` (all-gather, all-to-all), `target_dim` the one that gains them
+    (reduce-scatter, all-to-all, slice); -1 where there is none.
+    """
+
+    kind: str
+    axes: Axes
+    source: Layout
+    target: Layout
+    source_dim: int = -1
+    target_dim: int = -1
+
+    def payload(self, array_bytes: float, sizes: Mapping[str, int]) -> float:
+        """Bytes by the collectives' convention: the gathered result of an all-gather, the local operand otherwise."""
+        of = self.target if self.kind in ("all-gather", "slice") else self.source
+        return array_bytes / shards(of, sizes)
+
+
+def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
+    """Every single step that leaves a layout; divisibility is the caller's to check."""
+    yield from _gathers(layout)
+    yield from _exchanges(layout)
+    yield from _reductions(layout)
+    yield from _slices(layout, sizes)
+
+
+def _with(layout: Layout, changes: Mapping[int, Axes], partial: Axes | None = None) -> Layout:
+    dims = tuple(changes.get(i, dim) for i, dim in enumerate(layout.dims))
+    return Layout(dims, layout.partial if partial is None else partial)
+
+
+def _gathers(layout: Layout) -> Iterator[Step]:
+    for i, dim in enumerate(layout.dims):
+        for keep in range(len(dim)):
+            yield Step("all-gather", dim[keep:], layout, _with(layout, {i: dim[:keep]}), source_dim=i)
+
+
+def _exchanges(layout: Layout) -> Iterator[Step]:
+    for i, dim in enumerate(layout.dims):
+        for keep in range(len(dim)):
+            for j, other in enumerate(layout.dims):
+                if i != j:
+                    target = _with(layout, {i: dim[:keep], j: (*other, *dim[keep:])})
+                    yield Step("all-to-all", dim[keep:], layout, target, source_dim=i, target_dim=j)
+
+
+def _reductions(layout: Layout) -> Iterator[Step]:
+    for count in range(1, len(layout.partial) + 1):
+        for chosen in permutations(layout.partial, count):
+            rest = tuple(axis for axis in layout.partial if axis not in chosen)
+            if chosen == tuple(sorted(chosen)):
+                yield Step("all-reduce", chosen, layout, _with(layout, {}, rest))
+            for i, dim in enumerate(layout.dims):
+                target = _with(layout, {i: (*dim, *chosen)}, rest)
+                yield Step("reduce-scatter", chosen, layout, target, target_dim=i)
+
+
+def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
+    for axis, size in sizes.items():
+        if size > 1 and axis not in layout.axes and axis not in layout.partial:
+            for i, dim in enumerate(layout.dims):
+                yield Step("slice", (axis,), layout, _with(layout, {i: (*dim, axis)}), target_dim=i)
+
+
+class StepGraph(NamedTuple):
+    """Layouts of a shape and the steps between them; what all arrays that divide alike have in common."""
+
+    layouts: tuple[Layout, ...]
+    index: Mapping[Layout, int]
+    steps: tuple[Step, ...]
+    source: np.ndarray
+    target: np.ndarray
+    fraction: np.ndarray
+
+
+@lru_cache(maxsize=512)
+def _graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool) -> StepGraph:
+    table = dict(sizes)
+    found = layouts(divisors, sizes, partial)
+    index = {layout: i for i, layout in enumerate(found)}
+    steps = [step for layout in found for step in steps_from(layout, table) if step.target in index]
+    steps += _permutes(found, table)
+    steps.sort(key=lambda step: index[step.target])
+    return StepGraph(
+        found,
+        index,
+        tuple(steps),
+        np.array([index[step.source] for step in steps], dtype=np.intp),
+        np.array([index[step.target] for step in steps], dtype=np.intp),
+        np.array([step.payload(1.0, table) for step in steps]),
+    )
+
+
+def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Step]:
+    """Exchanges of whole pieces between chips: two layouts that cut every dimension into equally many pieces."""
+    alike: dict[tuple, list[Layout]] = {}
+    for layout in found:
+        counts = tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
+        if prod(counts) > 1:
+            alike.setdefault((counts, layout.partial), []).append(layout)
+    pairs = ((a, b) for group in alike.values() for a in group for b in group if a != b)
+    return [Step("collective-permute", permuted_axes(a, b), a, b) for a, b in pairs]
+
+
+def permuted_axes(a: Layout, b: Layout) -> Axes:
+    """The axes whose coordinates a permutation between two layouts changes."""
+    moved = {axis for x, y in zip(a.dims, b.dims, strict=True) if x != y for axis in (*x, *y)}
+    return tuple(sorted(moved))
+
+
+@dataclass(frozen=True)
+class ReshardTable:
+    """The price of every change of layout of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`."""
+
+    graph: StepGraph
+    step_seconds: np.ndarray
+    array_bytes: float
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts, in the order of the table's rows and columns."""
+        return self.graph.layouts
+
+    @property
+    def index(self) -> Mapping[Layout, int]:
+        """Layout to its row."""
+        return self.graph.index
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Shortest paths between all pairs, by relaxation of all steps until nothing improves; infinite if impossible."""
+        count = len(self.layouts)
+        distance = np.full((count, count), np.inf)
+        np.fill_diagonal(distance, 0.0)
+        if self.graph.steps:
+            firsts = np.flatnonzero(np.r_[True, np.diff(self.graph.target) > 0])
+            targets = self.graph.target[firsts]
+            for at in range(0, count, _ROWS):
+                _relax(distance[at : at + _ROWS], self.graph.source, firsts, targets, self.step_seconds)
+        return distance
+
+    def path(self, source: Layout, target: Layout) -> tuple[Step, ...]:
+        """The steps of the cheapest change of layout; empty when there is nothing to change."""
+        end, steps, at = self.index[target], [], source
+        if not np.isfinite(self.seconds[self.index[source], end]):
+            raise ValueError(f"no collectives lead from {source} to {target}")
+        while at != target:
+            leaving = np.flatnonzero(self.graph.source == self.index[at])
+            cost = self.step_seconds[leaving] + self.seconds[self.graph.target[leaving], end]
+            step = self.graph.steps[leaving[int(np.argmin(cost))]]
+            steps.append(step)
+            at = step.target
+        return tuple(steps)
+
+
+def _relax(rows: np.ndarray, source: np.ndarray, firsts: np.ndarray, targets: np.ndarray, price: np.ndarray) -> None:
+    while True:
+        best = np.minimum.reduceat(rows[:, source] + price, firsts, axis=1)
+        improved = np.minimum(rows[:, targets], best)
+        if np.array_equal(improved, rows[:, targets]):
+            return
+        rows[:, targets] = improved
+
+
+@lru_cache(maxsize=1024)
+def _table(divisors: tuple[int, ...], array_bytes: float, topology: Topology, partial: bool) -> ReshardTable:
+    graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial)
+    price = np.zeros(len(graph.steps))
+    groups: dict[tuple[str, Axes], list[int]] = {}
+    for i, step in enumerate(graph.steps):
+        groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
+    for (kind, axes), members in groups.items():
+        payload = array_bytes * graph.fraction[members]
+        price[members] = step_seconds(kind, axes, payload, topology)
+    return ReshardTable(graph, price, array_bytes)
+
+
+def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
+    """Seconds of one step: a collective by the torus model; a slice by reading and writing its result in HBM."""
+    if kind == "slice":
+        return 2 * payload / topology.chip.hbm_bytes_per_second
+    return collective_seconds(kind, tuple(topology.axis(name) for name in axes), payload)
+
+
+def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:
+    """The prices of all changes of layout of an array of this shape.
+
+    Two shapes that divide alike by the chip count share their layouts and steps, and differ only in bytes.
+    """
+    divisors = tuple(gcd(n, topology.size) for n in shape)
+    return _table(divisors, float(itemsize * prod(shape)), topology, partial)

@@ -1,0 +1,121 @@
+"""From solver integers back to the program: strategies, layouts, and the collectives in the order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from costmodels.program import Program
+from costmodels.topology import Topology
+from search.layouts import Axes, Layout, shards
+from search.problem import Problem
+from search.reshard import Step, reshard_table, step_seconds
+from search.strategies import Strategy, input_layout, output_layout
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan as the search sees it: one strategy per operation, and the layout each value with several uses is kept in."""
+
+    strategies: tuple[Strategy, ...]
+    hubs: Mapping[int, Layout]
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of layout: of which value, between which layouts, for which use (operation, operand; (-1, -1) for its hub)."""
+
+    value: int
+    source: Layout
+    target: Layout
+    region: int
+    operation: int
+    operand: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A planned collective: kind, axes, payload bytes per chip, executions in one step, seconds of all of them."""
+
+    kind: str
+    axes: Axes
+    bytes: float
+    count: int
+    seconds: float
+    value: int
+    operation: int
+
+
+def choice_of(problem: Problem, states: np.ndarray) -> Choice:
+    """Reads the plan off the chosen states."""
+    chosen = {node.operation: node.states[s] for node, s in zip(problem.nodes, states, strict=True) if node.operation >= 0}
+    strategies = tuple(chosen[i] for i in range(len(problem.program.operations)))
+    hubs = {value: problem.nodes[node].states[states[node]] for value, node in problem.hub_nodes.items()}
+    return Choice(strategies, hubs)
+
+
+def produced(program: Program, choice: Choice, value: int) -> Layout:
+    """The layout that a value's producer leaves it in."""
+    operation, position = program.producers[value]
+    return output_layout(program.operations[operation].signature, choice.strategies[operation], position)
+
+
+def kept(program: Program, choice: Choice, value: int) -> Layout:
+    """The layout that a value is kept in: its hub's, or its producer's."""
+    return choice.hubs.get(value) or produced(program, choice, value)
+
+
+def needed(program: Program, choice: Choice, operation: int, operand: int) -> Layout:
+    """The layout that an operation needs an operand in."""
+    return input_layout(program.operations[operation].signature, choice.strategies[operation], operand)
+
+
+def moves(program: Program, choice: Choice) -> Iterator[Move]:
+    """Every change of layout, in program order of the values."""
+    for value, uses in sorted(program.consumers.items()):
+        if value not in program.producers:
+            continue
+        home = kept(program, choice, value)
+        made = produced(program, choice, value)
+        if made != home:
+            yield Move(value, made, home, program.values[value].region, -1, -1)
+        for operation, operand in uses:
+            target = needed(program, choice, operation, operand)
+            if target != home:
+                yield Move(value, home, target, program.operations[operation].inputs[operand].region, operation, operand)
+
+
+def steps(program: Program, topology: Topology, move: Move) -> tuple[Step, ...]:
+    """The collectives of one change of layout, in order."""
+    array = program.values[move.value]
+    partial = bool(move.source.partial or move.target.partial)
+    return reshard_table(array.shape, array.itemsize, topology, partial).path(move.source, move.target)
+
+
+def collectives(program: Program, topology: Topology, choice: Choice) -> tuple[Collective, ...]:
+    """Every planned collective, local slices left out."""
+    found = []
+    for move in moves(program, choice):
+        count = program.multiplicity(move.region)
+        for step in steps(program, topology, move):
+            if step.kind == "slice":
+                continue
+            payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
+            seconds = float(step_seconds(step.kind, step.axes, payload, topology)) * count
+            found.append(Collective(step.kind, step.axes, payload, count, seconds, move.value, move.operation))
+    return (*found, *_inside(program, topology, choice))
+
+
+def _inside(program: Program, topology: Topology, choice: Choice) -> Iterator[Collective]:
+    """The all-reduces that run within operations."""
+    for i, op in enumerate(program.operations):
+        for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
+            if factor.kind in ("max", "min", "and", "or") and axes:
+                value = op.outputs[0].value
+                layout = output_layout(op.signature, choice.strategies[i], 0)
+                payload = program.values[value].bytes / shards(layout, topology.axis_sizes)
+                count = program.multiplicity(op.region)
+                seconds = float(step_seconds("all-reduce", axes, payload, topology)) * count
+                yield Collective("all-reduce", axes, payload, count, seconds, value, i)

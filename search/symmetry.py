@@ -1,0 +1,54 @@
+"""Interchangeable mesh axes: of a choice and its images under renaming, one is enough.
+
+Where axes have equal size and links, renaming them turns every solution into another of the same cost and memory. One
+node may therefore be held to one representative of each orbit of its states without losing an optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import permutations, product
+
+import numpy as np
+
+from search.layouts import Layout
+from search.problem import Problem
+from search.strategies import Strategy
+
+
+def renamings(groups: Iterable[Sequence[str]]) -> list[dict[str, str]]:
+    """Every renaming of axes within the groups of interchangeable ones, the identity first."""
+    each = [[dict(zip(group, image, strict=True)) for image in permutations(group)] for group in groups]
+    return [{k: v for part in parts for k, v in part.items()} for parts in product(*each)]
+
+
+def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | Layout:
+    """A strategy or layout with its axes renamed."""
+    ordered, sets = state
+    image = tuple(tuple(names.get(axis, axis) for axis in axes) for axes in ordered)
+    if isinstance(state, Layout):
+        return Layout(image, tuple(sorted(names.get(axis, axis) for axis in sets)))
+    return Strategy(image, tuple(tuple(sorted(names.get(axis, axis) for axis in axes)) for axes in sets))
+
+
+def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
+    """The node to hold, and the states it may keep; `None` when no axes are interchangeable.
+
+    The node chosen is the one with the most costly surroundings: an orbit fixed there breaks most ties.
+    """
+    groups = [group for group in problem.topology.symmetries() if len(group) > 1]
+    if not groups or not problem.nodes:
+        return None
+    weights = [surroundings(problem, i) for i in range(len(problem.nodes))]
+    node = int(np.argmax(weights))
+    states = problem.nodes[node].states
+    index = {state: s for s, state in enumerate(states)}
+    names = renamings(groups)
+    least = [min(index.get(renamed(state, image), s) for image in names) for s, state in enumerate(states)]
+    return node, np.flatnonzero(np.array(least) == np.arange(len(states)))
+
+
+def surroundings(problem: Problem, i: int) -> float:
+    """Bytes that change layout around a node in one step."""
+    edges = [problem.edges[k] for k in problem.incident[i] if problem.edges[k].table is not None]
+    return sum(edge.weight * edge.table.array_bytes for edge in edges)

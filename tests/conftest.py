@@ -1,0 +1,25 @@
+"""Every test sees eight CPU devices, strict dtypes and, where it is installed, the TPU compiler."""
+
+import importlib.util
+import os
+
+# Before JAX is imported, and inherited by the processes that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu must not look for a TPU on the network
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor abort because another process compiles too
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("tpu") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU compiler is not installed (pip install 'autoshard[tpu]')")

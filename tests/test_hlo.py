@@ -1,0 +1,470 @@
+"""Reading compiled programs back: every spelling as text, then real programs on eight host devices."""
+
+from __future__ import annotations
+
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
+from autoshard.hlo_text import parse, shape_bytes
+
+CUBE = {"x": 2, "y": 2, "z": 2}
+
+HEADER = """\
+HloModule jit_f, num_partitions=8
+
+FileNames
+1 "/home/user/model.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=12 end_line=12 column=4 end_column=9}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b), metadata={op_name="jit(f)/reduce_scatter" stack_frame_id=1}
+}
+
+%max (a.1: bf16[], b.1: bf16[]) -> bf16[] {
+  %a.1 = bf16[] parameter(0)
+  %b.1 = bf16[] parameter(1)
+  %larger = f32[] maximum(%a.1, %b.1)
+  ROOT %rounded = bf16[] convert(%larger)
+}
+
+"""
+
+
+def program(entry: str, before: str = "") -> str:
+    """A module whose entry holds these lines, after these computations; `%p` is f32[8,16] (512 bytes)."""
+    body = textwrap.indent(textwrap.dedent(entry).strip(), "  ")
+    parameter = "  %p = f32[8,16]{1,0:T(8,128)} parameter(0)"
+    return f"{HEADER}{textwrap.dedent(before)}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n{parameter}\n{body}\n}}\n"
+
+
+def read(entry: str, before: str = "", mesh: dict[str, int] = CUBE) -> CompiledCollective:
+    (found,) = collectives(program(entry, before), mesh)
+    return found
+
+
+GROUPS = [
+    ("{{0,1},{2,3},{4,5},{6,7}}", ("z",)),
+    ("{{0,4},{1,5},{2,6},{3,7}}", ("x",)),
+    ("{{0,1,4,5},{2,3,6,7}}", ("x", "z")),
+    ("{{5,1,4,0},{6,7,3,2}}", ("x", "z")),  # in any order
+    ("{{0,1,2,3,4,5,6,7}}", ("x", "y", "z")),
+    ("{}", ("x", "y", "z")),
+    ("{{0},{1},{2},{3},{4},{5},{6},{7}}", ()),
+    ("{{0,3},{1,2},{4,7},{5,6}}", None),  # diagonals
+    ("{{0,1,2,3}}", ("y", "z")),  # only some of the groups take part
+    ("{{0,8}}", None),  # a device that the mesh does not have
+    ("[4,2]<=[8]", ("z",)),
+    ("[1,8]<=[8]", ("x", "y", "z")),
+    ("[4,2]<=[2,4]T(1,0)", ("x",)),
+    ("[2,4]<=[2,2,2]T(1,0,2)", ("x", "z")),
+    ("[4,2]<=[2,2,2]T(0,2,1)", ("y",)),
+    ("mesh['x'=2,'y'=2,'z'=2] {'y'}", ("y",)),
+    ("mesh['x'=2,'y'=2,'z'=2] {'z','x'}", ("x", "z")),
+    ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("y", "z")),
+    ("mesh['a'=8] {'a':(2)2}", ("y",)),
+    ("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", ("x", "z")),
+    ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", ("z",)),
+    ("mesh['a'=2,'b'=2,'c'=2], device_ids=(0,4,2,6,1,5,3,7) {'a'}", ("z",)),
+    ("mesh[a=4,b=2] {b}", ("z",)),
+    ("@mesh<a=4,b=2> {a}", ("x", "y")),
+]
+
+
+@pytest.mark.parametrize(("groups", "axes"), GROUPS, ids=[groups for groups, _ in GROUPS])
+def test_axes_are_read_from_every_spelling_of_replica_groups(groups, axes):
+    found = read(f"ROOT %r = f32[8,16]{{1,0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add")
+    assert found.axes == axes
+    assert found.groups == groups
+
+
+PAIRS = [
+    ("{{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}", ("z",)),
+    ("{{0,2},{2,0}}", ("y",)),
+    ("{{0,1},{1,2},{2,3},{3,0}}", ("y", "z")),
+    ("{{0,5}}", ("x", "z")),
+    ("{{0,9}}", None),
+]
+
+
+@pytest.mark.parametrize(("pairs", "axes"), PAIRS, ids=[pairs for pairs, _ in PAIRS])
+def test_a_permutes_axes_are_those_whose_coordinates_change(pairs, axes):
+    found = read(f"ROOT %r = f32[8,16]{{1,0}} collective-permute(%p), channel_id=1, source_target_pairs={pairs}")
+    assert (found.kind, found.axes, found.bytes) == ("collective-permute", axes, 512)
+
+
+def test_axes_of_one_device_are_never_named():
+    line = "ROOT %r = f32[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add"
+    assert read(line, mesh={"x": 2, "y": 1, "z": 4}).axes == ("z",)
+
+
+SHAPES = [
+    ("f32[8,16]{1,0:T(8,128)S(3)}", 512),
+    ("bf16[1,4096]{1,0:T(8,128)(2,1)}", 8192),
+    ("(f32[4]{0}, bf16[4]{0}, /*index=2*/u32[]{:S(2)})", 16 + 8 + 4),
+    ("pred[3]", 3),
+    ("s4[5]", 3),
+    ("f8e4m3fn[7]", 7),
+    ("c64[2]", 16),
+    ("f32[<=8,2]", 64),
+    ("token[]", 0),
+    ("f64[0,5]", 0),
+]
+
+
+@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=[shape for shape, _ in SHAPES])
+def test_bytes_of_a_shape_are_unpadded(shape, size):
+    assert shape_bytes(shape) == size
+
+
+def test_bytes_are_the_result_of_a_gather_and_the_operand_of_all_others():
+    groups = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
+    gather = read(f"ROOT %r = f32[16,16]{{1,0}} all-gather(%p), {groups}, dimensions={{0}}")
+    scatter = read(f"ROOT %r = f32[4,16]{{1,0}} reduce-scatter(%p), {groups}, dimensions={{0}}, to_apply=%add")
+    reduce = read(f"ROOT %r = f32[8,16]{{1,0}} all-reduce(%p), {groups}, to_apply=%max")
+    exchange = read(f"ROOT %r = f32[4,32]{{1,0}} all-to-all(%p), {groups}, dimensions={{0}}")
+    assert [each.bytes for each in (gather, scatter, reduce, exchange)] == [1024, 512, 512, 512]
+    assert [each.reduction for each in (gather, scatter, reduce, exchange)] == ["", "add", "max", ""]
+    assert {each.dtype for each in (gather, scatter, reduce, exchange)} == {"f32"}
+    assert scatter.spelling == "reduce-scatter" and not scatter.asynchronous
+
+
+def test_where_it_stems_from():
+    metadata = 'metadata={op_name="jit(f)/shard_map/psum" stack_frame_id=1}'
+    found = read(f"ROOT %r = f32[8,16]{{1,0}} all-reduce(%p), replica_groups={{}}, to_apply=%add, {metadata}")
+    assert (found.op_name, found.source) == ("jit(f)/shard_map/psum", "model.py:12")
+    metadata = 'metadata={op_type="psum" op_name="f/psum" source_file="/a/b/net.py" source_line=7}'
+    found = read(f"ROOT %r = f32[8,16]{{1,0}} all-reduce(%p), replica_groups={{}}, to_apply=%add, {metadata}")
+    assert (found.op_name, found.source) == ("f/psum", "net.py:7")
+
+
+def test_combined_collectives_are_one_with_the_bytes_of_all():
+    found = read("""
+        %q = bf16[4]{0} parameter(1)
+        ROOT %r = (f32[8,16]{1,0}, bf16[4]{0}) all-reduce(%p, /*index=1*/%q), replica_groups=[4,2]<=[8], to_apply=%add
+    """)
+    assert (found.kind, found.bytes, found.spelling) == ("all-reduce", 512 + 8, "combined 2")
+
+
+def test_an_all_to_all_in_pieces_is_one():
+    found = read("""
+        %q = f32[8,16]{1,0} copy(%p)
+        ROOT %r = (f32[8,16]{1,0}, f32[8,16]{1,0}) all-to-all(%p, %q), replica_groups={{0,2},{1,3},{4,6},{5,7}}
+    """)
+    assert (found.axes, found.bytes, found.spelling) == (("y",), 1024, "tuple")
+
+
+STARTS = [
+    "(f32[8,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",
+    "f32[8,16]{1,0} all-reduce-start(%p), replica_groups=[4,2]<=[8], to_apply=%add",
+    "((f32[8,16]{1,0}), f32[4,16]{1,0}) reduce-scatter-start(%p), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add",
+    "((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]{:S(2)}) all-to-all-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",
+    "(f32[8,16]{1,0}, f32[8,16]{1,0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}",
+]
+
+
+@pytest.mark.parametrize("start", STARTS, ids=[start.split("(%p)")[0].split()[-1] for start in STARTS])
+def test_a_start_and_its_done_count_once(start):
+    opcode = start.split("(%p)")[0].split()[-1]
+    kind = opcode.removesuffix("-start")
+    found = read(f"%s = {start}\nROOT %d = f32[8,16]{{1,0}} {kind}-done(%s)")
+    assert (found.kind, found.axes, found.asynchronous, found.spelling) == (kind, ("z",), True, opcode)
+    assert found.bytes == (1024 if kind == "all-gather" else 512)
+
+
+def test_a_computation_handed_to_an_asynchronous_thread_counts_once():
+    found = read(
+        """
+        %s = ((f32[8,16]{1,0}), f32[4,16]{1,0}, u32[]) async-start(%p), calls=%wrapped
+        %u = ((f32[8,16]{1,0}), f32[4,16]{1,0}, u32[]) async-update(%s)
+        ROOT %d = f32[4,16]{1,0} async-done(%u)
+        """,
+        """
+        %wrapped (q: f32[8,16]) -> f32[4,16] {
+          %q = f32[8,16]{1,0} parameter(0)
+          ROOT %r = f32[4,16]{1,0} reduce-scatter(%q), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add
+        }
+        """,
+    )
+    assert (found.kind, found.bytes, found.asynchronous, found.spelling) == ("reduce-scatter", 512, True, "async-start")
+
+
+def test_a_call_handed_to_another_core_counts_once():
+    found = read(
+        """
+        %s = ((f32[8,16]{1,0}, token[]), f32[16,16]{1,0}) call-start(%p), async_execution_thread="sparsecore", to_apply=%called
+        ROOT %d = f32[16,16]{1,0} call-done(%s)
+        """,
+        """
+        %called (q: f32[8,16]) -> f32[16,16] {
+          %q = f32[8,16]{1,0} parameter(0)
+          ROOT %r = f32[16,16]{1,0} all-gather(%q), replica_groups=[4,2]<=[8], dimensions={0}
+        }
+        """,
+    )
+    assert (found.kind, found.bytes, found.asynchronous, found.spelling) == ("all-gather", 1024, True, "call-start")
+
+
+def test_a_collective_spread_over_a_chain_of_fusions_counts_once():
+    config = 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}'
+    gather = f'all-gather(%q), channel_id=11, replica_groups=[4,2]<=[8], frontend_attributes={{chain_id="0"}}, {config}'
+    pieces = "".join(
+        f"""
+%{name} (q: f32[8,16]) -> f32[16,16] {{
+  %q = f32[8,16]{{1,0}} parameter(0)
+  %g = f32[16,16]{{1,0}} {gather}
+  {root}
+}}
+"""
+        for name, root in [
+            ("start", 'ROOT %c = (f32[16,16]{1,0}, u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"'),
+            ("middle", "ROOT %t = (f32[8,16]{1,0}, f32[16,16]{1,0}) tuple(%q, %g)"),
+            ("done", 'ROOT %c = f32[16,16]{1,0} custom-call(%q, %g), custom_call_target="AsyncCollectiveDone"'),
+        ]
+    )
+    chain = """
+        %s = (f32[16,16]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%start
+        %m = (f32[8,16]{1,0}, f32[16,16]{1,0}) fusion(%s), kind=kOutput, calls=%middle
+        ROOT %d = f32[16,16]{1,0} fusion(%m), kind=kCustom, calls=%done
+    """
+    found = read(chain, pieces)
+    assert (found.kind, found.bytes, found.asynchronous) == ("all-gather", 1024, True)
+    assert found.spelling == "async collective fusion"
+    headless = chain.replace("calls=%start", "calls=%middle")
+    assert read(headless, pieces).kind == "all-gather"  # never dropped, even where no start is to be seen
+
+
+SCATTER_FUSION = """
+    %all-reduce-scatter.1 (q: f32[8,16]) -> f32[3,16] {
+      %q = f32[8,16]{1,0} parameter(0)
+      %zero = f32[] constant(0)
+      %padded = f32[12,16]{1,0} pad(%q, %zero), padding=0_4x0_0
+      %all = f32[12,16]{1,0} all-reduce(%padded), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+      %table = u32[8]{0} constant({...})
+      ROOT %mine = f32[3,16]{1,0} dynamic-slice(%all, %zero, %zero), dynamic_slice_sizes={3,16}
+    }
+"""
+
+
+def test_the_tpus_fusion_of_all_reduce_and_slice_is_a_reduce_scatter():
+    found = read("ROOT %f = f32[3,16]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1", SCATTER_FUSION)
+    assert (found.kind, found.axes, found.spelling) == ("reduce-scatter", ("y", "z"), "all-reduce-scatter fusion")
+    assert found.bytes == 512  # of the operand before it was padded
+    assert (found.op_name, found.source) == ("jit(f)/reduce_scatter", "model.py:12")  # its reducer remembers
+
+
+def test_rows_that_padding_left_with_the_neighbour_are_named():
+    fixed = """
+        %f = f32[3,16]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+        %rows = f32[1,16]{1,0} slice(%f), slice={[2:3], [0:16]}
+        %s = (f32[1,16]{1,0}, f32[1,16]{1,0}) collective-permute-start(%rows), source_target_pairs={{0,1},{1,2}}
+        ROOT %d = f32[1,16]{1,0} collective-permute-done(%s)
+    """
+    scatter, permute = collectives(program(fixed, SCATTER_FUSION), CUBE)
+    assert (scatter.kind, permute.kind, permute.spelling) == (
+        "reduce-scatter",
+        "collective-permute",
+        "reduce-scatter realignment",
+    )
+
+
+def loop(extra: str, bound: str = "%n = s32[] constant(118)", compare: str = "compare(%i.1, %n), direction=LT") -> str:
+    """A program with a `while` around an all-reduce, its length to be read from the condition."""
+    return program(
+        f"""
+        %start = s32[] constant(0)
+        %i0 = s32[] copy(%start)
+        %seven = s32[] constant(7)
+        %init = (s32[], f32[8,16]{{1,0}}, s32[]) tuple(%i0, %p, %seven)
+        %w = (s32[], f32[8,16]{{1,0}}, s32[]) while(%init), condition=%condition, body=%body{extra}
+        ROOT %r = f32[8,16]{{1,0}} get-tuple-element(%w), index=1
+        """,
+        f"""
+        %body (carry: (s32[], f32[8,16], s32[])) -> (s32[], f32[8,16], s32[]) {{
+          %carry = (s32[], f32[8,16]{{1,0}}, s32[]) parameter(0)
+          %i = s32[] get-tuple-element(%carry), index=0
+          %step = s32[] constant(1)
+          %next = s32[] add(%i, %step)
+          %v = f32[8,16]{{1,0}} get-tuple-element(%carry), index=1
+          %s = f32[8,16]{{1,0}} all-reduce(%v), replica_groups=[4,2]<=[8], to_apply=%add
+          %kept = s32[] get-tuple-element(%carry), index=2
+          ROOT %out = (s32[], f32[8,16]{{1,0}}, s32[]) tuple(%next, %s, %kept)
+        }}
+
+        %condition (carry.1: (s32[], f32[8,16], s32[])) -> pred[] {{
+          %carry.1 = (s32[], f32[8,16]{{1,0}}, s32[]) parameter(0)
+          %i.1 = s32[] get-tuple-element(%carry.1), index=0
+          {bound}
+          ROOT %test = pred[] {compare}
+        }}
+        """,
+    )
+
+
+LENGTHS = [
+    (loop(', backend_config={"known_trip_count":{"n":"5"}}'), 5, True),
+    (loop(', backend_config="{\\"known_trip_count\\":{\\"n\\":\\"6\\"}}"'), 6, True),
+    (loop(', backend_config={"known_trip_count": {"n": 7}}'), 7, True),
+    (loop(""), 118, True),
+    (loop("", compare="compare(%n, %i.1), direction=GT"), 118, True),
+    (loop("", compare="compare(%i.1, %n), direction=LE"), 119, True),
+    (loop("", compare="compare(%i.1, %n), direction=NE"), 118, True),
+    (loop("", "%n = s32[] get-tuple-element(%carry.1), index=2"), 7, True),  # carried unchanged
+    (loop("", "%n = s32[] parameter(1)"), 1, False),
+    (loop("", compare="and(%i.1, %n)"), 1, False),
+    (loop("").replace("add(%i, %step)", "multiply(%i, %step)"), 118, False),
+    (loop("").replace("%step = s32[] constant(1)", "%step = s32[] constant(4)"), 30, True),
+    (loop("").replace("%start = s32[] constant(0)", "%start = s32[] constant(18)"), 100, True),
+    (
+        loop("", "%n = s32[] constant(0)", "compare(%i.1, %n), direction=GE")
+        .replace("add(%i, %step)", "subtract(%i, %step)")
+        .replace("%start = s32[] constant(0)", "%start = s32[] constant(9)"),
+        10,
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "count", "known"), LENGTHS, ids=range(len(LENGTHS)))
+def test_a_loops_length(text, count, known):
+    (found,) = collectives(text, CUBE)
+    assert (found.count, found.count_known) == (count, known)
+
+
+def test_both_branches_of_a_conditional_are_read():
+    branch = """
+        %b{0} (q{0}: f32[8,16]) -> f32[8,16] {{
+          %q{0} = f32[8,16]{{1,0}} parameter(0)
+          ROOT %r{0} = f32[8,16]{{1,0}} all-reduce(%q{0}), replica_groups={1}, to_apply=%add
+        }}
+    """
+    branches = textwrap.dedent(branch.format(0, "[4,2]<=[8]") + branch.format(1, "[2,4]<=[8]"))
+    choice = "%c = pred[] constant(true)\nROOT %r = f32[8,16]{1,0} conditional(%c, %p, %p), "
+    for regions in ("branch_computations={%b0, %b1}", "true_computation=%b0, false_computation=%b1"):
+        assert [each.axes for each in collectives(program(choice + regions, branches), CUBE)] == [("z",), ("y", "z")]
+
+
+def test_cycles_are_multiplied_by_loops_and_never_counted_inside_a_fusion():
+    cycles = ', backend_config={"window_config":{"estimated_cycles":"100"}}'
+    text = loop("").replace("add(%i, %step)", f"add(%i, %step){cycles}").replace("copy(%start)", f"copy(%start){cycles}")
+    assert estimated_cycles(text) == 118 * 100 + 100
+    assert estimated_cycles(loop("")) is None
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="holds no ENTRY computation"):
+        collectives("module @jit_f { }", CUBE)
+
+
+def test_names_may_lack_their_percent_signs():
+    text = program("ROOT %r = f32[8,16]{1,0} all-reduce(f32[8,16]{1,0} %p), replica_groups={}, to_apply=%add")
+    (found,) = collectives(text.replace("%", ""), CUBE)
+    assert (found.bytes, found.reduction) == (512, "add")
+
+
+def test_a_large_program_is_read_in_one_pass():
+    line = f'%r{{0}} = f32[8,16]{{{{1,0}}}} all-reduce(%p), replica_groups={{{{}}}}, to_apply=%add, metadata={{{{op_name="{"x" * 400}"}}}}'
+    text = program("\n".join(line.format(i) for i in range(21_000)))
+    assert len(text) > 10_000_000
+    assert len(parse(text).computations["main"].instructions) == 21_001
+
+
+# Real programs.
+
+f32 = jnp.float32
+ROWS, COLUMNS = 64, 32  # of what each chip holds: 8192 bytes
+
+
+def compiled(body, *shapes) -> tuple[CompiledCollective, ...]:
+    mesh = jax.make_mesh(tuple(CUBE.values()), tuple(CUBE), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:8])
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    arguments = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes or [(ROWS, COLUMNS)]]
+    return collectives(jax.jit(mapped).lower(*arguments).compile().as_text(), CUBE)
+
+
+def written(kind: str, axes: tuple[str, ...]):
+    """The collective as a program writes it, and the bytes that it should be read back with."""
+    size = 2 ** len(axes)
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return {
+        "all-gather": (lambda v: lax.all_gather(v, axes, axis=0, tiled=True), 8192 * size),
+        "reduce-scatter": (lambda v: lax.psum_scatter(v, axes, scatter_dimension=1, tiled=True), 8192),
+        "all-reduce": (lambda v: lax.psum(v, axes), 8192),
+        "all-to-all": (lambda v: lax.all_to_all(v, axes, 0, 1, tiled=True), 8192),
+        "collective-permute": (lambda v: lax.ppermute(v, axes, ring), 8192),
+    }[kind]
+
+
+KINDS = ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
+AXES = [("x",), ("y",), ("z",), ("x", "y"), ("y", "z"), ("x", "z"), ("z", "x"), ("x", "y", "z")]
+
+
+@pytest.mark.parametrize("axes", AXES, ids="".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_written_is_read_back(kind, axes):
+    operation, size = written(kind, axes)
+    (found,) = compiled(operation)
+    assert (found.kind, found.axes, found.bytes, found.count) == (kind, tuple(sorted(axes)), size, 1)
+    assert found.source.startswith("test_hlo.py:")
+    assert found.dtype == "f32" and found.count_known
+
+
+def scanned(operation, length: int):
+    """`operation` in a scan, in a form that leaves the carry's shape alone."""
+
+    def body(carry, _):
+        result = operation(jnp.sin(carry))
+        return carry + jnp.sum(result), None
+
+    return lambda v: lax.scan(body, v, None, length=length)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scans_multiply(kind):
+    operation, size = written(kind, ("x", "z"))
+    (once,) = compiled(scanned(operation, 5))
+    assert (once.kind, once.axes, once.bytes, once.count) == (kind, ("x", "z"), size, 5)
+    (nested,) = compiled(scanned(scanned(operation, 3), 5))
+    assert (nested.kind, nested.bytes, nested.count, nested.count_known) == (kind, size, 15, True)
+
+
+def test_arrays_reduced_together_are_combined_or_read_apart():
+    found = compiled(lambda a, b: lax.psum((a, b), "y"), (ROWS, COLUMNS), (COLUMNS,))
+    assert {(each.kind, each.axes) for each in found} == {("all-reduce", ("y",))}
+    assert sum(each.bytes for each in found) == 8192 + COLUMNS * 4
+    assert [each.spelling for each in found] in (["combined 2"], ["all-reduce"], ["all-reduce"] * 2)
+
+
+def test_reductions_are_told_apart():
+    assert [each.reduction for each in compiled(lambda v: lax.pmax(v, "x"))] == ["max"]
+    assert [each.reduction for each in compiled(lambda v: lax.pmin(v, "x"))] == ["min"]
+    assert [each.reduction for each in compiled(lambda v: lax.psum(v, "x"))] == ["add"]
+
+
+def test_a_loop_of_unknown_length_is_counted_once_and_said():
+    def body(v):
+        return lax.while_loop(lambda s: s[0, 0] < 3, lambda s: lax.psum(s, "z"), v)
+
+    (found,) = compiled(body)
+    assert (found.count, found.count_known) == (1, False)
+
+
+def test_a_program_without_collectives_has_none():
+    assert compiled(lambda v: v * 2) == ()

@@ -1,0 +1,176 @@
+"""Devices to compile for, and what the TPU compiler makes of each collective for a v4 4×4×4."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from autoshard.errors import AutoshardError
+from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
+from autoshard.targets import TargetError, host_devices, mesh_of, tpu_devices
+
+TORUS = {"x": 4, "y": 4, "z": 4}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device as far as placement looks at it."""
+
+    id: int
+    coords: tuple[int, ...] | None = None
+    platform: str = "tpu"
+    process_index: int = 0
+    slice_index: int = 0
+    core_on_chip: int = 0
+
+
+def box(*sizes: int) -> list[Chip]:
+    """The chips of a torus, numbered as TPUs are: the first coordinate runs fastest."""
+    count = math.prod(sizes)
+    strides = [math.prod(sizes[:axis]) for axis in range(len(sizes))]
+    return [Chip(i, tuple(i // stride % size for stride, size in zip(strides, sizes, strict=True))) for i in range(count)]
+
+
+def test_host_devices_are_as_many_as_asked_for():
+    assert [device.platform for device in host_devices(4)] == ["cpu"] * 4
+
+
+def test_more_host_devices_than_jax_started_with():
+    jax.devices()
+    with pytest.raises(TargetError) as error:
+        host_devices(4096)
+    assert isinstance(error.value, AutoshardError) and isinstance(error.value, RuntimeError)
+    assert re.match(r"4096 host devices are needed and JAX has started with \d+\. Start Python with", str(error.value))
+    assert "JAX_NUM_CPU_DEVICES=4096" in str(error.value)
+    assert "XLA_FLAGS=--xla_force_host_platform_device_count=4096" in str(error.value)
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_force_host_platform_device_count=6"])
+def test_host_devices_are_made_where_jax_has_not_started(flags):
+    program = "import jax; from autoshard.targets import host_devices; host_devices(3); print(len(jax.devices('cpu')))"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["6" if flags else "3"]
+
+
+def test_mesh_axes_lie_along_torus_axes():
+    mesh = mesh_of(box(4, 2, 3), {"x": 4, "y": 2, "z": 3})
+    assert mesh.axis_names == ("x", "y", "z") and mesh.axis_types == (AxisType.Auto,) * 3
+    assert all(mesh.devices[place].coords == place for place in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (3, 1, 2)])
+
+
+def test_mesh_axes_of_other_sizes_take_the_torus_axis_that_fits():
+    mesh = mesh_of(box(4, 8, 1), {"x": 8, "y": 4})
+    assert [mesh.devices[place].coords for place in [(0, 0), (1, 0), (0, 1)]] == [(0, 0, 0), (0, 1, 0), (1, 0, 0)]
+
+
+def test_a_mesh_axis_may_be_a_product_of_neighbouring_torus_axes():
+    mesh = mesh_of(box(4, 4, 4), {"x": 4, "y": 16})
+    assert [mesh.devices[0, i].coords for i in (0, 1, 4)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
+    assert {device.coords[0] for device in mesh.devices[2]} == {2}
+
+
+def test_a_part_of_a_torus_is_placed_in_order():
+    mesh = mesh_of([chip for chip in box(4, 4, 1) if chip.id not in (5, 9)], {"x": 14})
+    assert [chip.coords[:2] for chip in mesh.devices[:4]] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+
+
+def test_gpus_are_placed_by_node():
+    gpus = [Chip(i, (0, i // 4, i % 4), "gpu", process_index=1 - i // 4) for i in range(8)]
+    mesh = mesh_of(gpus[::-1], {"node": 2, "gpu": 4})
+    assert [[gpu.id for gpu in node] for node in mesh.devices] == [[4, 5, 6, 7], [0, 1, 2, 3]]
+
+
+def test_host_devices_keep_their_order():
+    assert mesh_of(host_devices(8), {"x": 2, "y": 4}).devices.ravel().tolist() == jax.devices("cpu")[:8]
+
+
+def test_a_mesh_takes_exactly_its_devices():
+    with pytest.raises(TargetError, match=r"A mesh of x=4 × y=4 takes 16 devices, got 8\."):
+        mesh_of(box(4, 2, 1), {"x": 4, "y": 4})
+
+
+def test_a_chip_that_the_tpu_compiler_is_not_asked_for():
+    with pytest.raises(TargetError, match=r"h100:8: the TPU compiler is asked for v4, v5p, v5e, v6e; 'h100' is none"):
+        tpu_devices("h100:8", (8,), "h100")
+
+
+def test_a_missing_libtpu_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(TargetError, match=rf'not installed\. .*pip install "jax\[tpu\]=={re.escape(jax.__version__)}"'):
+        tpu_devices("v4:4x4x4", (4, 4, 4), "v4")
+
+
+# Ahead of time, by the real TPU compiler.
+
+SLICES = [
+    ("v4:4x4x4", (4, 4, 4)),
+    ("v4:4x4", (4, 4)),
+    ("v4:2x2x1", (2, 2, 1)),
+    ("v4:1", (1,)),
+    ("v5p:2x2x4", (2, 2, 4)),
+    ("v5e:4x4", (4, 4)),
+    ("v5e:4x4x1", (4, 4, 1)),
+    ("v5e:1x1", (1, 1)),
+    ("v6e:4x8", (4, 8)),
+]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("name", "shape"), SLICES, ids=[name for name, _ in SLICES])
+def test_described_tpus(name, shape):
+    devices = tpu_devices(name, shape, name.split(":")[0])
+    assert len(devices) == math.prod(shape)
+    mesh = mesh_of(devices, {f"axis{i}": size for i, size in enumerate(shape)})
+    last = mesh.devices[tuple(size - 1 for size in shape)]
+    assert last.coords == [*(size - 1 for size in shape), 0, 0][:3]
+
+
+@pytest.mark.tpu
+def test_a_slice_that_the_tpu_compiler_does_not_know():
+    with pytest.raises(TargetError, match=r"^v5e:3x5: the TPU compiler does not know this slice\. It says: .*3x5"):
+        tpu_devices("v5e:3x5", (3, 5), "v5e")
+    with pytest.raises(TargetError, match=r"^v5e:4x4x4: this chip's torus has 2 axes .* got sizes \(4, 4, 4\)"):
+        tpu_devices("v5e:4x4x4", (4, 4, 4), "v5e")
+
+
+@pytest.fixture(scope="module")
+def torus() -> Mesh:
+    return mesh_of(tpu_devices("v4:4x4x4", (4, 4, 4), "v4"), TORUS)
+
+
+def compiled_text(body, mesh: Mesh, shape: tuple[int, ...], dtype=jnp.bfloat16) -> str:
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    return jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, dtype)).compile().as_text()
+
+
+def written(kind: str, axes: tuple[str, ...], dimension: int = 0):
+    """The collective as a program writes it, and its bytes for an operand of one byte."""
+    size = math.prod(TORUS[axis] for axis in axes)
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return {
+        "all-gather": (lambda v: lax.all_gather(v, axes, axis=dimension, tiled=True), size),
+        "reduce-scatter": (lambda v: lax.psum_scatter(v, axes, scatter_dimension=dimension, tiled=True), 1),
+        "all-reduce": (lambda v: lax.psum(v, axes), 1),
+        "all-to-all": (lambda v: lax.all_to_all(v, axes, dimension, 1 - dimension, tiled=True), 1),
+        "collective-permute": (lambda v: lax.ppermute(v, axes, ring), 1),
+    }[kind]
