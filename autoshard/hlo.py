@@ -16,7 +16,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoshard.hlo_text import Instruction, Module, Scope, parse, shape_bytes, shape_dtype, trip_count
+from autoshard.hlo_text import (
+    Instruction,
+    Module,
+    Scope,
+    follow,
+    parse,
+    shape_bytes,
+    shape_dtype,
+    trip_count,
+    tuple_parts,
+)
 
 _KINDS = {
     "all-gather": "all-gather",
@@ -49,7 +59,9 @@ class CompiledCollective:
     - `count`: executions in one run; where `count_known` is False a loop's length could not be read and this is a lower bound.
       A branch of a conditional is counted as if it were always taken.
     - `op_name`, `source`: the JAX operation and `file.py:12` that it stems from, "" where the compiler kept neither.
-    - `spelling`: how the program says it, e.g. "all-gather-start", "all-reduce-scatter fusion", "combined 2", "tuple".
+    - `spelling`: how the program says it: the opcode, e.g. "all-gather-start", or "combined 2" (one instruction for two arrays),
+      "tuple" (an all-to-all in pieces), "all-reduce-scatter fusion", "async collective fusion", "reduce-scatter realignment" (a
+      permute of the rows that padding left with a neighbour), "gather by all-reduce", "scatter by all-reduce", "windowed einsum".
     - `reduction`: "add", "max", ... of a reduce-scatter or all-reduce.
     - `groups`: the replica groups or source-target pairs as the program spells them.
     """
@@ -93,7 +105,9 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
             started.add(chain)
             found.append(dataclasses.replace(read, asynchronous=True, spelling="async collective fusion"))
         else:
-            continued.setdefault(chain, dataclasses.replace(read, asynchronous=True, spelling="async collective fusion"))
+            continued.setdefault(
+                chain, dataclasses.replace(read, asynchronous=True, spelling="async collective fusion")
+            )
     return (*found, *(read for chain, read in continued.items() if chain not in started))
 
 
@@ -157,14 +171,11 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
     written = inst.opcode.removesuffix("-start")
     kind = "reduce-scatter" if _is_scatter_fusion(scope) and written == "all-reduce" else _KINDS[written]
     groups = found[2] if (found := _GROUPS.search(inst.structure)) else "{}"
-    operands = [_before_padding(name, scope) if kind == "reduce-scatter" else scope.operand(name) for name in inst.operands]
-    size = sum(shape_bytes(operand.shape) for operand in operands if operand)
-    if kind == "all-gather":
-        size *= _group_size(groups, mesh)
+    shape = _measured_shape(inst, scope, kind)
     return CompiledCollective(
         kind=kind,
         axes=_axes(groups, kind == "collective-permute", mesh),
-        bytes=size,
+        bytes=shape_bytes(shape),
         count=site.count,
         op_name=_annotation(site, module, _op_name),
         source=_annotation(site, module, lambda inst: _source(inst, module)),
@@ -172,7 +183,7 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
         spelling=_spelling(site, kind, module),
         reduction=_reduction(inst, module),
         count_known=site.count_known,
-        dtype=shape_dtype(operands[0].shape) if operands and operands[0] else "",
+        dtype=shape_dtype(shape),
         groups=groups,
     )
 
@@ -191,6 +202,16 @@ def _is_scatter_fusion(scope: Scope) -> bool:
     return "all-reduce-scatter" in scope.computation.name or "AllReduceScatter" in caller.attributes
 
 
+def _measured_shape(inst: Instruction, scope: Scope, kind: str) -> str:
+    """The shapes whose bytes are counted: of the result of a gather, of the operands of all others."""
+    if kind == "all-gather":
+        return tuple_parts(inst.shape)[1] if inst.opcode.endswith("-start") else inst.shape
+    operands = [
+        _before_padding(name, scope) if kind == "reduce-scatter" else scope.operand(name) for name in inst.operands
+    ]
+    return " ".join(operand.shape for operand in operands if operand)
+
+
 def _before_padding(name: str, scope: Scope) -> Instruction | None:
     """A fusion pads what it scatters to whole tiles; the operand as it was before that."""
     inst = scope.operand(name)
@@ -207,9 +228,22 @@ def _spelling(site: _Site, kind: str, module: Module) -> str:
         return "all-reduce-scatter fusion"
     if kind == "collective-permute" and _realigns(inst, scope, module):
         return "reduce-scatter realignment"
+    if kind == "all-reduce" and (disguised := _disguise(site, module)):
+        return disguised
     if len(inst.operands) > 1 and inst.opcode != "ragged-all-to-all":
         return "tuple" if kind == "all-to-all" else f"combined {len(inst.operands)}"
     return next((each for each in _opcodes(site) if each.endswith("-start")), inst.opcode)
+
+
+def _disguise(site: _Site, module: Module) -> str:
+    """What an all-reduce stands for: a gather of blocks that each chip wrote among zeros, or a scatter that is sliced later."""
+    inst, scope = site.instruction, site.scope
+    written, _, where = follow(inst.operands[0], scope, module)
+    if written and written.opcode == "dynamic-update-slice":
+        ground, _, _ = follow(written.operands[0], where, module)
+        if ground and ground.opcode == "constant" and re.fullmatch(r"-?0(\.0*)?|false", ground.arguments):
+            return "gather by all-reduce"
+    return "scatter by all-reduce" if _annotation(site, module, _op_name).endswith("reduce_scatter") else ""
 
 
 def _realigns(inst: Instruction, scope: Scope, module: Module) -> bool:
@@ -282,10 +316,6 @@ def _axes(groups: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[
     return tuple(name for (name, _), varies in zip(mesh, varying, strict=True) if varies)
 
 
-def _group_size(groups: str, mesh: tuple[tuple[str, int], ...]) -> int:
-    return len(_members(groups, math.prod(size for _, size in mesh))[0])
-
-
 @functools.lru_cache(maxsize=4096)
 def _members(groups: str, devices: int) -> list[list[int]]:
     """The groups as lists of device numbers, from any of their spellings; `{}` is one group of all devices."""
@@ -303,7 +333,9 @@ def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
     sizes: list[int] = []
     inside: list[bool] = []
     for name, size in re.findall(r"([^',=\s]+)'?=(\d+)", axes):
-        spans = [(int(before or 1), int(before or 1) * int(part or size)) for each, before, part in sub_axes if each == name]
+        spans = [
+            (int(before or 1), int(before or 1) * int(part or size)) for each, before, part in sub_axes if each == name
+        ]
         cuts = sorted({1, int(size), *itertools.chain.from_iterable(spans)})
         for low, high in itertools.pairwise(cuts):
             sizes.append(high // low)

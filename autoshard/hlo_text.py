@@ -25,13 +25,11 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
-_TRIP_COUNT = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 
 _NARROW_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_TRANSPARENT = frozenset(
-    "copy copy-start copy-done bitcast convert reshape broadcast optimization-barrier".split()
-)
+_TRANSPARENT = frozenset("copy copy-start copy-done bitcast convert reshape broadcast optimization-barrier".split())
 _CALLERS = frozenset("call fusion conditional custom-call async-start call-start fusion-start".split())
 
 
@@ -130,9 +128,7 @@ def parse(text: str) -> Module:
             body = None
         elif found := _INSTRUCTION.match(line):
             end = _closing(line, found.end())
-            body[found[2]] = Instruction(
-                found[2], found[3], found[4], line[found.end() : end], line[end + 1 :]
-            )
+            body[found[2]] = Instruction(found[2], found[3], found[4], line[found.end() : end], line[end + 1 :])
             root = found[2] if found[1] else root
     if entry not in computations:
         raise ValueError(
@@ -179,6 +175,17 @@ def shape_dtype(shape: str) -> str:
     """The element type of an array shape, or of the first array of a tuple."""
     found = _ARRAY.search(shape)
     return found[1] if found else ""
+
+
+def tuple_parts(shape: str) -> list[str]:
+    """The shapes in a tuple's shape, `(f32[2], (s32[], u32[]))`, one level down."""
+    inside, depth, start, parts = shape[1:-1], 0, 0, []
+    for found in re.finditer(r"[(){}\[\],]", inside):
+        if found[0] == "," and depth == 0:
+            parts.append(inside[start : found.start()])
+            start = found.end()
+        depth += (found[0] in "({[") - (found[0] in ")}]")
+    return [*parts, inside[start:]]
 
 
 def _dtype_bits(dtype: str) -> int:
@@ -266,7 +273,9 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
     left, right = test.operands
     direction = test.attribute("direction")
     counter, index, at = follow(left, where, module)
-    if not (counter and counter.opcode == "parameter" and at.computation is condition.computation and index is not None):
+    if not (
+        counter and counter.opcode == "parameter" and at.computation is condition.computation and index is not None
+    ):
         left, right = right, left
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
         counter, index, at = follow(left, where, module)

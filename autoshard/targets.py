@@ -55,7 +55,9 @@ def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any
     **Raises:** `TargetError` when libtpu is not installed, or its compiler does not know the slice.
     """
     if chip not in _TPU_CHIPS:
-        raise TargetError(f"{topology_name}: the TPU compiler is asked for {', '.join(_TPU_CHIPS)}; {chip!r} is none of these.")
+        raise TargetError(
+            f"{topology_name}: the TPU compiler is asked for {', '.join(_TPU_CHIPS)}; {chip!r} is none of these."
+        )
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise TargetError(
             f"{topology_name}: compiling for TPUs needs their compiler, libtpu, which is not installed. "

@@ -20,9 +20,9 @@ $$T_{AG} = T_{RS} = V \\max_{S} \\frac{N_S - 1}{N B_S} + \\sum_i α_i h_i + o, \
 $$T_{A2A} = V \\max_i \\frac{m_i}{B_i} + \\sum_i α_i h_i + o,$$
 
 where $S$ runs over sets of axes, $N_S$ and $B_S$ are their chips and their bandwidth together, $h_i$ is the longest way
-along an axis in hops, and $m_i = \\lfloor n_i^2/4 \\rfloor / n_i$ (on a switch $(n_i - 1)/n_i$). A collective-permute costs at
-most two all-to-alls. All is derived below. Where all links are alike, the maximum is at $S$ = all axes, and the first
-term is $V (N-1) / (N \\sum B_i)$.
+along an axis in hops, and $m_i = \\lfloor n_i^2/4 \\rfloor / n_i$ (on a switch $(n_i - 1)/n_i$). On a torus the
+costliest collective-permute takes the wires as long as two all-to-alls. All is derived below. Where all links are
+alike, the maximum is at $S$ = all axes, and the first term is $V (N-1) / (N \\sum B_i)$.
 
 The formulas are those of "How To Scale Your Model", part 3 (tori) and part 12 (switches), with the factor $(N-1)/N$
 that the book drops, and latency added rather than maximised over; and of Pope et al. 2022, appendix A.1, if all axes of
@@ -31,7 +31,7 @@ a torus take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import cache
 from itertools import combinations
@@ -123,6 +123,12 @@ def wire_bytes(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
     return bytes * ((2.0 if kind == "all-reduce" else 1.0) * (chips - 1) / chips)
 
 
+def _largest(terms: Iterable[sympy.Expr]) -> sympy.Expr:
+    first, *others = terms
+    # Unevaluated: SymPy would compare every pair of terms symbolically, seconds of work for four axes.
+    return sympy.Max(first, *others, evaluate=False) if others else first
+
+
 # Latency: the last byte must travel the longest way along each axis. On a ring of n chips both directions lead there,
 # so it is floor(n/2) hops; on a line n - 1; through a switch 1.
 
@@ -152,8 +158,8 @@ def _bandwidth(axis: Axis) -> sympy.Expr:
 # Over several axes it goes one axis after the other, and each stage multiplies what there is: the axis that comes after
 # a set S of others carries V N_S (n-1)/N. Cut the array into parts that take the axes in different orders, and all axes
 # are busy at once. However it is cut, the axes of a set S carry at least what they carry when they come first, which is
-# V (N_S - 1)/N; and the shares that mixed orders reach are all those that respect this for every S (they are the base of
-# a supermodular function: Edmonds 1970). The best cut therefore takes
+# V (N_S - 1)/N; and mixed orders reach all shares that respect this for every S (they are the base of a supermodular
+# function: Edmonds 1970). The best cut therefore takes
 #
 #     max over S of V (N_S - 1) / (N B_S).
 #
@@ -162,14 +168,14 @@ def _bandwidth(axis: Axis) -> sympy.Expr:
 # on a ring, of n >= 3, and B = W otherwise, of n >= 2: never a loss.
 #
 # On M nodes of G GPUs the nodes' network is the slow tier, and S = {nodes} gives V (M-1) / (M G W), G W being the
-# node's egress: the formula of "How To Scale Your Model", part 12. Switches that add in flight (SHARP) are not modelled.
+# node's egress: the formula of "How To Scale Your Model", part 12. Switches that add in flight (SHARP) are left out.
 #
 # A reduce-scatter is an all-gather backwards in time.
 
 
 def _gather_phase(axes: Axes) -> sympy.Expr:
-    shares = ((_chips(s) - 1) / (_chips(axes) * sympy.Add(*map(_bandwidth, s))) for s in _deciding(axes))
-    return BYTES * sympy.Max(*shares) + _latency(axes)
+    shares = ((_chips(s) - 1) / (_chips(axes) * sympy.Add(*map(_bandwidth, s))) for s in [tuple(axes)])
+    return BYTES * _largest(shares) + _latency(axes)
 
 
 def _chips(axes: Axes) -> sympy.Expr:
@@ -210,7 +216,7 @@ def _exchange_load(axis: Axis) -> sympy.Expr:
 
 
 def _all_to_all(axes: Axes) -> sympy.Expr:
-    return BYTES * sympy.Max(*map(_exchange_load, axes)) + _latency(axes)
+    return BYTES * _largest(map(_exchange_load, axes)) + _latency(axes)
 
 
 # Collective-permute: each chip sends V to one other, and receives from one. The permutation is not known here, so this
@@ -225,7 +231,7 @@ def _permute_load(axis: Axis) -> sympy.Expr:
 
 
 def _permute(axes: Axes) -> sympy.Expr:
-    return BYTES * sympy.Max(*map(_permute_load, axes)) + _latency(axes)
+    return BYTES * _largest(map(_permute_load, axes)) + _latency(axes)
 
 
 _SECONDS: Mapping[str, Callable[[Axes], sympy.Expr]] = {
@@ -247,5 +253,5 @@ def _compiled(kind: str, axes: Axes) -> Callable[[Bytes], Bytes]:
 @cache
 def _compiled_nameless(kind: str, axes: Axes) -> Callable[[Bytes], Bytes]:
     """Seconds as a function of bytes alone: the axes' numbers are put in before it is compiled."""
-    cost = expression(kind, axes).subs(tuple(values(axes).items()))
+    cost = expression(kind, axes).xreplace({symbol: sympy.sympify(value) for symbol, value in values(axes).items()})
     return sympy.lambdify(BYTES, cost, "numpy") if axes else lambda bytes: bytes * 0.0

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.memory import Row
-from search.problem import Edge, Problem
+from search.problem import FORBIDDEN, Edge, Problem
 
 
 class _Groups:
@@ -83,6 +83,8 @@ class Dual:
         self.problem, self.rows = problem, rows
         self.keep = list(keep) if keep is not None else [np.arange(len(node.states)) for node in problem.nodes]
         self.multipliers = np.zeros(len(rows))
+        self.banned: dict[int, np.ndarray] = {}
+        self.fits = True
         self._left = [np.zeros(len(problem.nodes[e.a].states)) for e in problem.edges]
         self._right = [np.zeros(len(problem.nodes[e.b].states)) for e in problem.edges]
         self.order = sorted(range(len(problem.nodes)), key=self._place)
@@ -117,6 +119,8 @@ class Dual:
                     nodes[i] = nodes.get(i, 0.0) + multiplier * vector
                 for k, table in row.edges:
                     edges[k] = edges.get(k, 0.0) + multiplier * table
+        for k, banned in self.banned.items():
+            edges[k] = edges.get(k, 0.0) + FORBIDDEN * banned
         return nodes, edges
 
     def _store(self) -> None:
@@ -199,6 +203,51 @@ class Dual:
         left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
         table = edge.table + left[:, None] + right
         return table - table.min()
+
+    def propagate(self) -> None:
+        """Strikes out what cannot fit: a state or pair whose bytes, beside the least of all others, overflow a row."""
+        while self._propagate_once():
+            pass
+
+    def _propagate_once(self) -> bool:
+        keep, struck = list(self.keep), 0
+        for row in self.rows:
+            nodes = {i: vector[keep[i]] for i, vector in row.nodes}
+            edges = {k: self._held(k, table) for k, table in row.edges}
+            least = [float(found.min()) for found in (*nodes.values(), *edges.values())]
+            room = self.problem.budget_bytes - sum(least)
+            if room < 0:
+                self.fits = False
+                return False
+            for i, held in nodes.items():
+                fits = held - held.min() <= room
+                if not fits.all():
+                    struck += int((~fits).sum())
+                    keep[i] = keep[i][fits]
+            for k, held in edges.items():
+                struck += self._ban(k, row, room)
+        if struck:
+            self.restrict(keep)
+        return struck > 0
+
+    def _window(self, k: int) -> tuple[np.ndarray, ...]:
+        return np.ix_(self.edges[k].rows.unique, self.edges[k].columns.unique)
+
+    def _held(self, k: int, table: np.ndarray) -> np.ndarray:
+        """Bytes of an edge's surviving pairs; those already banned count for nothing."""
+        held = table[self._window(k)]
+        return np.where(self.banned[k][self._window(k)], np.inf, held) if k in self.banned else held
+
+    def _ban(self, k: int, row: Row, room: float) -> int:
+        table = dict(row.edges)[k]
+        held = self._held(k, table)
+        over = np.isfinite(held) & (held - held.min() > room)
+        if not over.any():
+            return 0
+        banned = self.banned.setdefault(k, np.zeros(table.shape, dtype=bool))
+        rows, columns = np.nonzero(over)
+        banned[self.edges[k].rows.unique[rows], self.edges[k].columns.unique[columns]] = True
+        return int(over.sum())
 
     def exclude(self, incumbent: float) -> int:
         """Strikes out every state that no solution better than the incumbent can use; returns how many."""

@@ -16,7 +16,7 @@ from math import prod
 from costmodels.collectives import seconds as collective_seconds
 from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.topology import Topology
-from search.layouts import Layout, divides, shards
+from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, last_uses
 from search.reshard import Step, permuted_axes, steps_from
 from search.solution import Choice, Move, kept, moves, needed, produced
@@ -113,6 +113,7 @@ def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
     array, order = program.values[move.value], count()
     frontier = [(0.0, next(order), move.source)]
     done: set[Layout] = set()
+    alike = _alike(array.shape, topology)
     while frontier:
         price, _, layout = heapq.heappop(frontier)
         if layout == move.target:
@@ -120,20 +121,29 @@ def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
         if layout in done:
             continue
         done.add(layout)
-        for step in (*steps_from(layout, topology.axis_sizes), *_permutation(layout, move.target, topology.axis_sizes)):
+        for step in (*steps_from(layout, topology.axis_sizes), *_permutations(layout, alike, topology.axis_sizes)):
             if step.target not in done and divides(array.shape, step.target, topology.axis_sizes):
                 heapq.heappush(frontier, (price + _step_price(step, array.bytes, topology), next(order), step.target))
     return None
 
 
-def _permutation(layout: Layout, target: Layout, sizes: Mapping[str, int]):
-    """The permutation straight to the target, where both cut every dimension alike.
+def _permutations(layout: Layout, alike: Mapping[tuple, list[Layout]], sizes: Mapping[str, int]):
+    """The permutations that leave a layout: to all that cut every dimension into equally many pieces."""
+    for target in alike.get(_cuts(layout, sizes), []):
+        if target != layout and layout.axes:
+            yield Step("collective-permute", permuted_axes(layout, target), layout, target)
 
-    A permutation on the way to some other layout is never needed: what follows can be renamed to come first.
-    """
-    cuts = [[prod(sizes[a] for a in dim) for dim in found.dims] for found in (layout, target)]
-    if cuts[0] == cuts[1] and layout.partial == target.partial and layout != target:
-        yield Step("collective-permute", permuted_axes(layout, target), layout, target)
+
+def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple:
+    return (*(prod(sizes[axis] for axis in dim) for dim in layout.dims), layout.partial)
+
+
+def _alike(shape: tuple[int, ...], topology: Topology) -> dict[tuple, list[Layout]]:
+    """Every layout of a shape by the number of pieces it cuts each dimension into."""
+    found: dict[tuple, list[Layout]] = {}
+    for layout in layouts(shape, tuple(topology.axis_sizes.items()), True):
+        found.setdefault(_cuts(layout, topology.axis_sizes), []).append(layout)
+    return found
 
 
 def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:

@@ -30,6 +30,8 @@ _PRICED_ROWS = 3
 """How many memory rows are priced, one after the other."""
 _BISECTIONS = 14
 """Trials for one row's price."""
+_WIDEST = FORBIDDEN / 100
+"""The widest window, in seconds: what lies beyond costs as much as the impossible."""
 _SMALL = 20_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 _TOLERANCE = 1e-9
@@ -135,7 +137,7 @@ class _Search:
 
     def run(self) -> None:
         self._ascend()
-        if not self._closed():
+        if not self._closed() and not self.exhausted:
             self._close()
 
     def _closed(self) -> bool:
@@ -143,6 +145,10 @@ class _Search:
 
     def _ascend(self) -> None:
         """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow."""
+        self.dual.propagate()
+        if not self.dual.fits:
+            self.exhausted = True
+            return
         over = self._lift()
         for _ in range(_PRICED_ROWS):
             if self._closed() or not len(over) or float(over.max()) <= 0:
@@ -281,14 +287,14 @@ class _Search:
         width = max(abs(lower), 1e-12) * _FIRST_WINDOW
         if self.dual.multipliers.any():
             lower = self._unpriced()
-            width = 2 * FORBIDDEN
+            width = 10 * abs(lower)
         every = list(self.dual.keep)
         while not self._reached(lower):
-            width = min(width, max(self.objective - lower, 0.0), 2 * FORBIDDEN)
+            width = min(width, max(self.objective - lower, 0.0), _WIDEST)
             self.dual.restrict(every)
             self.dual.restrict(self.dual.within(width))
             answer = self._window(width)
-            if answer.status == "INFEASIBLE" and width >= 2 * FORBIDDEN:
+            if answer.status == "INFEASIBLE" and width >= _WIDEST:
                 self.exhausted = True
                 return np.inf
             if answer.status not in ("INFEASIBLE", "OPTIMAL"):

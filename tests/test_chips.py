@@ -189,7 +189,8 @@ def without(key: str):
         (lambda t: t.update(kind="npu"), "kind of the chip 'v4' is 'npu'; one of tpu, gpu, cpu would do."),
         (
             lambda t: t["torus"].update(wraparound="always"),
-            "torus.wraparound of the chip 'v4' is 'always'; one of all axes multiples of 4, axis of 16, never would do.",
+            "torus.wraparound of the chip 'v4' is 'always'; "
+            "one of all axes multiples of 4, axis of 16, never would do.",
         ),
         (
             lambda t: t["hbm_bytes"].update(status="certain"),

@@ -285,6 +285,35 @@ def test_rows_that_padding_left_with_the_neighbour_are_named():
     )
 
 
+def test_a_gather_by_all_reduce_is_named():
+    entry = """
+        %zero = f32[] constant(0)
+        %ground = f32[16,16]{1,0} broadcast(%zero), dimensions={}
+        %at = u32[] partition-id()
+        %block = f32[16,16]{1,0} fusion(%ground, %p, %at), kind=kLoop, calls=%write
+        ROOT %r = f32[16,16]{1,0} all-reduce(%block), replica_groups=[4,2]<=[8], to_apply=%add
+    """
+    before = """
+        %write (g: f32[16,16], q: f32[8,16], i: u32[]) -> f32[16,16] {
+          %g = f32[16,16]{1,0} parameter(0)
+          %q = f32[8,16]{1,0} parameter(1)
+          %i = u32[] parameter(2)
+          ROOT %w = f32[16,16]{1,0} dynamic-update-slice(%g, %q, %i, %i)
+        }
+    """
+    found = read(entry, before)
+    assert (found.kind, found.bytes, found.spelling) == ("all-reduce", 1024, "gather by all-reduce")
+    elsewhere = entry.replace("constant(0)", "constant(1)")
+    assert read(elsewhere, before).spelling != "gather by all-reduce"
+
+
+def test_a_collective_may_change_the_type():
+    gather = read("ROOT %r = bf16[16,16]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}")
+    reduce = read("ROOT %r = bf16[8,16]{1,0} all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%max")
+    assert (gather.bytes, gather.dtype) == (512, "bf16")
+    assert (reduce.bytes, reduce.dtype) == (512, "f32")
+
+
 def loop(extra: str, bound: str = "%n = s32[] constant(118)", compare: str = "compare(%i.1, %n), direction=LT") -> str:
     """A program with a `while` around an all-reduce, its length to be read from the condition."""
     return program(
@@ -363,7 +392,9 @@ def test_both_branches_of_a_conditional_are_read():
 
 def test_cycles_are_multiplied_by_loops_and_never_counted_inside_a_fusion():
     cycles = ', backend_config={"window_config":{"estimated_cycles":"100"}}'
-    text = loop("").replace("add(%i, %step)", f"add(%i, %step){cycles}").replace("copy(%start)", f"copy(%start){cycles}")
+    text = (
+        loop("").replace("add(%i, %step)", f"add(%i, %step){cycles}").replace("copy(%start)", f"copy(%start){cycles}")
+    )
     assert estimated_cycles(text) == 118 * 100 + 100
     assert estimated_cycles(loop("")) is None
 

@@ -40,7 +40,9 @@ def box(*sizes: int) -> list[Chip]:
     """The chips of a torus, numbered as TPUs are: the first coordinate runs fastest."""
     count = math.prod(sizes)
     strides = [math.prod(sizes[:axis]) for axis in range(len(sizes))]
-    return [Chip(i, tuple(i // stride % size for stride, size in zip(strides, sizes, strict=True))) for i in range(count)]
+    return [
+        Chip(i, tuple(i // stride % size for stride, size in zip(strides, sizes, strict=True))) for i in range(count)
+    ]
 
 
 def test_host_devices_are_as_many_as_asked_for():
@@ -174,3 +176,109 @@ def written(kind: str, axes: tuple[str, ...], dimension: int = 0):
         "all-to-all": (lambda v: lax.all_to_all(v, axes, dimension, 1 - dimension, tiled=True), 1),
         "collective-permute": (lambda v: lax.ppermute(v, axes, ring), 1),
     }[kind]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("axes", [("x",), ("z",), ("y", "z"), ("x", "z"), ("x", "y", "z")], ids="".join)
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"])
+def test_the_tpu_program_holds_what_was_written(torus, kind, axes, dtype):
+    operation, factor = written(kind, axes, dimension=1)
+    text = compiled_text(operation, torus, (512, 16384 if kind == "reduce-scatter" else 1024), dtype)
+    (found,) = collectives(text, TORUS)
+    if found.kind != kind:  # over all the chips of a slice, the compiler gathers and scatters by an all-reduce
+        assert len(axes) == 3 and found.kind == "all-reduce"
+        assert found.spelling == {"all-gather": "gather by all-reduce", "reduce-scatter": "scatter by all-reduce"}[kind]
+    operand = 512 * (16384 if kind == "reduce-scatter" else 1024) * jnp.dtype(dtype).itemsize
+    assert (found.axes, found.bytes, found.count) == (axes, operand * factor, 1)
+    if found.spelling != "gather by all-reduce":  # which has lost its metadata
+        assert found.source.startswith("test_targets.py:") and found.op_name
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("steps", ["x,yz", "yz,x", "xy,z", "z,y,x"])
+def test_over_all_chips_in_steps_stays_as_written(torus, steps):
+    order = [tuple(step) for step in steps.split(",")]
+
+    def gather(v):
+        for axes in order:
+            v = lax.all_gather(v, axes, axis=0, tiled=True)
+        return v
+
+    def scatter(v):
+        for axes in order:
+            v = lax.psum_scatter(v, axes, scatter_dimension=1, tiled=True)
+        return v
+
+    for operation, shape, kind in [(gather, (64, 2048), "all-gather"), (scatter, (64, 65536), "reduce-scatter")]:
+        found = collectives(compiled_text(operation, torus, shape), TORUS)
+        assert [(each.kind, each.axes) for each in found] == [(kind, tuple(sorted(axes))) for axes in order]
+
+
+SCATTERS = [
+    ((2048, 2048), 0, ("x",)),  # rows in large blocks: padded, then a permute of a few rows
+    ((16384, 2048), 0, ("x", "y")),
+    ((64, 512), 1, ("x",)),  # half a tile of bf16 for each chip
+    ((64, 18432), 1, ("x", "y")),
+    ((64, 512), 0, ("x", "y")),  # fewer rows than a tile for each chip
+    ((16, 64, 256), 0, ("y", "z")),
+]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("shape", "dimension", "axes"), SCATTERS, ids=str)
+def test_however_the_tpu_scatters_it_is_accounted_for(torus, shape, dimension, axes):
+    operation, _ = written("reduce-scatter", axes, dimension)
+    first, *others = collectives(compiled_text(operation, torus, shape), TORUS)
+    assert first.kind in ("reduce-scatter", "all-reduce")
+    assert (first.axes, first.bytes, first.reduction) == (axes, math.prod(shape) * 2, "add")
+    assert all(each.spelling == "reduce-scatter realignment" for each in others)
+    assert sum(each.bytes for each in others) < 0.1 * first.bytes
+
+
+@pytest.mark.tpu
+def test_loops_multiply_what_the_tpu_program_holds(torus):
+    def looped(length: int, inner: int):
+        def step(carry, _):
+            return jnp.tanh(lax.psum(carry, ("y", "z"))), None
+
+        def outer(carry, _):
+            carry = lax.psum_scatter(
+                lax.all_gather(carry, "x", axis=1, tiled=True), "x", scatter_dimension=1, tiled=True
+            )
+            return lax.scan(step, carry, None, length=inner)[0], None
+
+        return compiled_text(lambda v: lax.scan(outer, v, None, length=length)[0], torus, (512, 1024))
+
+    found = collectives(looped(118, 3), TORUS)
+    read = {each.kind: (each.axes, each.bytes, each.count, each.count_known) for each in found}
+    assert read == {
+        "all-gather": (("x",), 4 << 20, 118, True),
+        "reduce-scatter": (("x",), 4 << 20, 118, True),
+        "all-reduce": (("y", "z"), 1 << 20, 354, True),
+    }
+    cycles = [estimated_cycles(looped(length, 3)) for length in (10, 20, 30)]
+    assert None not in cycles
+    assert cycles[2] - cycles[1] == cycles[1] - cycles[0] > 0
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4"])
+def test_gathers_spread_over_matmuls_are_counted_once(name):
+    mesh = mesh_of(tpu_devices(name, (4, 4), name[:3]), {"x": 4, "y": 4})
+
+    def body(x, up, across):
+        def layer(carry, weights):
+            up, across = weights
+            gathered = lax.all_gather(up, "x", axis=0, tiled=True)
+            other = jnp.tanh(carry @ across)
+            return carry + other + (carry @ gathered)[:, :4096], None
+
+        return lax.scan(layer, x, (up, across))[0]
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    shapes = [(2048, 4096), (4, 1024, 8192), (4, 4096, 4096)]
+    text = jax.jit(mapped).lower(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]).compile().as_text()
+    found: tuple[CompiledCollective, ...] = collectives(text, {"x": 4, "y": 4})
+    assert {(each.kind, each.axes) for each in found} == {("all-gather", ("x",))}
+    assert sum(each.bytes * each.count for each in found) == 4 * 4096 * 8192 * 2

@@ -107,8 +107,8 @@ def test_each_gpu_has_its_share_of_the_nodes_network(gpus: int):
     [
         (
             "v4",
-            "'v4' is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a .toml "
-            "file.",
+            "'v4' is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), "
+            "or the path of a .toml file.",
         ),
         (
             "v5e:4x4x4",

@@ -9,10 +9,10 @@ abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil c
 erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow is_finite le le_to lgamma log log1p log2
 logistic lt lt_to max min mulhi ne nextafter not one_minus_square or polygamma population_count pow
 regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
-tan tanh xor zeta
+tan tanh threefry2x32 xor zeta
 """.split()
-LINEAR = "conj copy copy_p imag name neg pcast pvary real reduce_precision stop_gradient".split()
-MARKERS = "device_put layout_constraint reshard sharding_constraint with_memory_space_constraint".split()
+LINEAR = "conj copy imag name neg real reduce_precision stop_gradient".split()
+MARKERS = "device_put layout_constraint pvary reshard sharding_constraint with_memory_space_constraint".split()
 
 
 def _pointwise(inputs, outputs, linear=(), **fields) -> Rule:

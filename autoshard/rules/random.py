@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from autoshard.rules.elementwise import nonlinear
 from autoshard.rules.rule import register, whole_rule
 
 DRAWS = """
-iota_2x32_shape random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap random_wrap
-rng_bit_generator
+random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap random_wrap rng_bit_generator
 """.split()
 
 
@@ -21,6 +19,3 @@ def draw(inputs, outputs, **_):
 def constant(inputs, outputs, **_):
     """A number that is the same on every chip."""
     return whole_rule(inputs, outputs, exact=True)
-
-
-register("threefry2x32", "threefry4x32", "philox2x32", "philox4x32")(nonlinear)

@@ -60,22 +60,23 @@ class Rule:
     in_place: bool = False
 
     def __str__(self) -> str:
-        sides = [",".join(_side(dims) for dims in uses) for uses in (self.inputs, self.outputs)]
-        kinds = sorted({factor.kind for factor in self.factors} - {"parallel"})
-        notes = [f"{kind}={{{','.join(_letter(i) for i in self._of(kind))}}}" for kind in kinds]
+        letters = self._letters()
+        sides = [",".join(_side(dims, letters) for dims in uses) for uses in (self.inputs, self.outputs)]
+        notes = []
+        for kind in sorted({factor.kind for factor in self.factors} - {"parallel"}):
+            named = sorted(letter for i, letter in letters.items() if self.factors[i].kind == kind)
+            notes += [f"{kind}={{{','.join(named)}}}"] if named else []
         notes += [f"linear={[sorted(group) for group in self.linear]}"] if self.linear else []
         return " ".join([" -> ".join(sides), *notes])
 
-    def _of(self, kind: FactorKind) -> list[int]:
-        return [i for i, factor in enumerate(self.factors) if factor.kind == kind]
+    def _letters(self) -> dict[int, str]:
+        """Factor to letter, in the order in which they are met."""
+        met = dict.fromkeys(i for dims in (*self.inputs, *self.outputs) for dim in dims for i in dim)
+        return {i: chr(ord("a") + n) if n < 26 else f"f{n}" for n, i in enumerate(met)}
 
 
-def _letter(factor: int) -> str:
-    return chr(ord("a") + factor) if factor < 26 else f"f{factor}"
-
-
-def _side(dims: Dims) -> str:
-    return "[" + ",".join("".join(_letter(i) for i in dim) or "1" for dim in dims) + "]"
+def _side(dims: Dims, letters: dict[int, str]) -> str:
+    return "[" + ",".join("".join(letters[i] for i in dim) or "1" for dim in dims) + "]"
 
 
 class Factors:
