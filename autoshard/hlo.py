@@ -1,9 +1,10 @@
 """What a compiled program sends over the wire, read back from its HLO text.
 
-Every spelling of a collective becomes one `CompiledCollective`: the plain instruction, the `-start` of an asynchronous pair
-(its `-done` is not counted again), a combined instruction with a tuple of operands, the TPU's fusions that hold an all-reduce
-and the slice that makes it a reduce-scatter, the TPU's chains of fusions that spread one collective over several matmuls, and
-calls handed to another core. Loops multiply: `count` is how often one run of the program executes the collective.
+Every spelling of a collective becomes one `CompiledCollective`: the plain instruction, the `-start` of an asynchronous
+pair (its `-done` is not counted again), a combined instruction with a tuple of operands, the TPU's fusions that hold
+an all-reduce and the slice that makes it a reduce-scatter, the TPU's chains of fusions that spread one collective over
+several matmuls, and calls handed to another core. Loops multiply: `count` is how often one run of the program executes
+the collective.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.hlo_text import (
@@ -37,7 +38,7 @@ _KINDS = {
     "collective-permute": "collective-permute",
 }
 _REDUCTIONS = {"maximum": "max", "minimum": "min"}
-_RESHAPING = frozenset(("bitcast", "copy", "pad", "reshape", "slice", "transpose"))
+_RESHAPING = {"bitcast", "copy", "pad", "reshape", "slice", "transpose"}
 _GROUPS = re.compile(
     r"\b(replica_groups|source_target_pairs)="
     r"(\{(?:\{[\d,\s]*\},?\s*)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|@?mesh[\[<].*?\{[^}]*\})"
@@ -50,19 +51,20 @@ _IOTA = re.compile(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 class CompiledCollective:
     """One collective of a compiled program.
 
-    `bytes` is per chip and per execution, of unpadded arrays: the gathered result of an all-gather, the un-reduced operand of a
-    reduce-scatter or all-reduce, the local operand of an all-to-all or collective-permute. It is in the type that is sent
-    (`dtype`), which need not be the type that was written: the host compiler reduces bf16 as f32.
+    `bytes` is per chip and per execution, of unpadded arrays: the gathered result of an all-gather, the un-reduced
+    operand of a reduce-scatter or all-reduce, the local operand of an all-to-all or collective-permute. It is in the
+    type that is sent (`dtype`), which need not be the type that was written: the host compiler reduces bf16 as f32.
 
     - `kind`: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
     - `axes`: the mesh axes it runs over, in mesh order; None where its `groups` are no set of axes.
-    - `count`: executions in one run; where `count_known` is False a loop's length could not be read and this is a lower bound.
-      A branch of a conditional is counted as if it were always taken.
+    - `count`: executions in one run. A branch of a conditional is counted as if it were always taken.
     - `op_name`, `source`: the JAX operation and `file.py:12` that it stems from, "" where the compiler kept neither.
-    - `spelling`: how the program says it: the opcode, e.g. "all-gather-start", or "combined 2" (one instruction for two arrays),
-      "tuple" (an all-to-all in pieces), "all-reduce-scatter fusion", "async collective fusion", "reduce-scatter realignment" (a
-      permute of the rows that padding left with a neighbour), "gather by all-reduce", "scatter by all-reduce", "windowed einsum".
+    - `spelling`: how the program says it: the opcode, e.g. "all-gather-start", or "combined 2" (one instruction for
+      two arrays), "tuple" (an all-to-all in pieces), "all-reduce-scatter fusion", "async collective fusion",
+      "reduce-scatter realignment" (a permute of the rows that padding left with a neighbour), "gather by all-reduce",
+      "scatter by all-reduce", "windowed einsum".
     - `reduction`: "add", "max", ... of a reduce-scatter or all-reduce.
+    - `count_known`: False where a loop's length could not be read, and `count` is a guess: its bound, or once.
     - `groups`: the replica groups or source-target pairs as the program spells them.
     """
 
@@ -86,7 +88,8 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `mesh_axes`: axis name to size, in the order of the mesh; device ids in the text are positions in `mesh.devices.flat`.
+    - `mesh_axes`: axis name to size, in the order of the mesh; device numbers in the text are positions in
+      `mesh.devices.flat`.
 
     **Raises:** `ValueError` when the text is not a compiled program.
     """
@@ -97,22 +100,20 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
     continued: dict[tuple[str, ...], CompiledCollective] = {}
     for site in _executed(module):
         read = _read(site, module, mesh)
-        if read is None:
-            continue
         if (chain := _chain(site)) is None:
             found.append(read)
-        elif _starts(site):
+            continue
+        read = dataclasses.replace(read, asynchronous=True, spelling="async collective fusion")
+        if _starts(site):
             started.add(chain)
-            found.append(dataclasses.replace(read, asynchronous=True, spelling="async collective fusion"))
+            found.append(read)
         else:
-            continued.setdefault(
-                chain, dataclasses.replace(read, asynchronous=True, spelling="async collective fusion")
-            )
+            continued.setdefault(chain, read)
     return (*found, *(read for chain, read in continued.items() if chain not in started))
 
 
 def estimated_cycles(text: str) -> int | None:
-    """Core cycles of one run by the TPU compiler's own estimates, loops multiplied; None where the program carries none.
+    """Core cycles of one run by the TPU compiler's own estimates, loops multiplied; None where there are none.
 
     Collectives carry no estimate. Of a conditional the dearest branch is counted.
     """
@@ -166,7 +167,7 @@ def _executed(module: Module) -> Iterator[_Site]:
     return walk(Scope(module.computations[module.entry]), 1, True)
 
 
-def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> CompiledCollective | None:
+def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> CompiledCollective:
     inst, scope = site.instruction, site.scope
     written = inst.opcode.removesuffix("-start")
     kind = "reduce-scatter" if _is_scatter_fusion(scope) and written == "all-reduce" else _KINDS[written]
@@ -195,7 +196,7 @@ def _opcodes(site: _Site) -> list[str]:
 
 
 def _is_scatter_fusion(scope: Scope) -> bool:
-    """Whether this is the TPU's reduce-scatter: a custom fusion of an all-reduce and the slice that a chip keeps of it."""
+    """Whether this is the TPU's reduce-scatter: a custom fusion of an all-reduce and the slice that a chip keeps."""
     caller = scope.caller
     if caller is None or caller.opcode != "fusion" or "kind=kCustom" not in caller.attributes:
         return False
@@ -228,7 +229,7 @@ def _spelling(site: _Site, kind: str, module: Module) -> str:
         return "all-reduce-scatter fusion"
     if kind == "collective-permute" and _realigns(inst, scope, module):
         return "reduce-scatter realignment"
-    if kind == "all-reduce" and (disguised := _disguise(site, module)):
+    if kind == "all-reduce" and len(inst.operands) == 1 and (disguised := _disguise(site, module)):
         return disguised
     if len(inst.operands) > 1 and inst.opcode != "ragged-all-to-all":
         return "tuple" if kind == "all-to-all" else f"combined {len(inst.operands)}"
@@ -236,7 +237,7 @@ def _spelling(site: _Site, kind: str, module: Module) -> str:
 
 
 def _disguise(site: _Site, module: Module) -> str:
-    """What an all-reduce stands for: a gather of blocks that each chip wrote among zeros, or a scatter that is sliced later."""
+    """What an all-reduce stands for: a gather of blocks written among zeros, or a scatter that is sliced later."""
     inst, scope = site.instruction, site.scope
     written, _, where = follow(inst.operands[0], scope, module)
     if written and written.opcode == "dynamic-update-slice":
@@ -251,11 +252,11 @@ def _realigns(inst: Instruction, scope: Scope, module: Module) -> bool:
     origin = scope.operand(inst.operands[0]) if inst.operands else None
     while origin and origin.opcode in _RESHAPING:
         origin = scope.operand(origin.operands[0])
-    return bool(origin) and any(_is_scatter_fusion(inner) for inner in _regions(origin, scope, module))
+    return origin is not None and any(_is_scatter_fusion(inner) for inner in _regions(origin, scope, module))
 
 
 def _chain(site: _Site) -> tuple[str, ...] | None:
-    """What the pieces of one collective that the TPU spreads over a chain of fusions have in common; None for all others."""
+    """What the pieces of a collective that is spread over a chain of fusions have in common; None for all others."""
     if '"async_collective_fusion_config"' not in site.instruction.attributes or site.scope.parent is None:
         return None
     labels = re.findall(r'\b(?:channel_id=\d+|chain_id="[^"]*")', site.instruction.attributes)
@@ -263,6 +264,7 @@ def _chain(site: _Site) -> tuple[str, ...] | None:
 
 
 def _starts(site: _Site) -> bool:
+    """Whether this piece of such a chain is the one that sets it going."""
     others = site.scope.computation.instructions.values()
     return any("AsyncCollectiveStart" in each.attributes and site.instruction.name in each.operands for each in others)
 
@@ -275,7 +277,7 @@ def _reduction(inst: Instruction, module: Module) -> str:
     return _REDUCTIONS.get(root.opcode, root.opcode) if root else ""
 
 
-def _annotation(site: _Site, module: Module, of) -> str:
+def _annotation(site: _Site, module: Module, of: Callable[[Instruction], str]) -> str:
     """The collective's own metadata, else that of the fusion or call around it, else that of its reducer."""
     reducer = module.computations.get(site.instruction.attribute("to_apply"))
     caller = site.scope.caller if site.scope.caller and site.scope.caller.opcode != "while" else None
@@ -295,13 +297,13 @@ def _source(inst: Instruction, module: Module) -> str:
     return f"{found[1]}:{found[2]}" if found else ""
 
 
-# Replica groups. With the mesh row-major over its axes, a device number is a coordinate on each axis. A collective over some
-# axes has one group for every choice of the other coordinates, and in it all devices that share that choice.
+# Replica groups. With the mesh row-major over its axes, a device number is a coordinate on each axis. A collective
+# over some axes has one group for every choice of the other coordinates, and in it all devices that share that choice.
 
 
 @functools.lru_cache(maxsize=4096)
 def _axes(groups: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[str, ...] | None:
-    """The axes whose coordinates vary within a group, when each group holds all of their combinations (or is a pair)."""
+    """The axes whose coordinates vary in a group, when each group holds all of their combinations (or is a pair)."""
     sizes = [size for _, size in mesh]
     coordinates = list(itertools.product(*(range(size) for size in sizes)))
     members = _members(groups, len(coordinates))

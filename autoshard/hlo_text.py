@@ -29,8 +29,8 @@ _TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 
 _NARROW_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_TRANSPARENT = frozenset("copy copy-start copy-done bitcast convert reshape broadcast optimization-barrier".split())
-_CALLERS = frozenset("call fusion conditional custom-call async-start call-start fusion-start".split())
+_TRANSPARENT = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "broadcast", "optimization-barrier"}
+_CALLERS = {"call", "fusion", "conditional", "custom-call", "async-start", "call-start", "fusion-start"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,9 @@ def _dtype_bits(dtype: str) -> int:
     return int(found[1]) if found else 0
 
 
-def follow(name: str, scope: Scope, module: Module, index: int | None = None):
+def follow(
+    name: str, scope: Scope, module: Module, index: int | None = None
+) -> tuple[Instruction | None, int | None, Scope]:
     """What a value is, seen through copies, tuples, fusions and calls, up to the loop it is in.
 
     **Returns:** (instruction, tuple index or None, scope). The instruction is a `parameter` when
@@ -211,22 +213,18 @@ def follow(name: str, scope: Scope, module: Module, index: int | None = None):
             name, index = found.operands[0], int(found.attribute("index"))
         elif found.opcode == "tuple" and index is not None:
             name, index = found.operands[index], None
-        elif found.opcode == "parameter" and scope.parent and not _is_loop(scope.caller):
-            name, scope = scope.caller.operands[_position(found, scope)], scope.parent
+        elif found.opcode == "parameter" and scope.parent and scope.caller and scope.caller.opcode != "while":
+            name, scope = scope.caller.operands[_position(found, scope.caller, scope)], scope.parent
         else:
             break
     return found, index, scope
 
 
-def _position(parameter: Instruction, scope: Scope) -> int:
+def _position(parameter: Instruction, caller: Instruction, scope: Scope) -> int:
     """Which operand of its caller a parameter is; a conditional's first operand chooses, then comes one a branch."""
-    if scope.caller.opcode == "conditional":
-        return scope.caller.called().index(scope.computation.name) + 1
+    if caller.opcode == "conditional":
+        return caller.called().index(scope.computation.name) + 1
     return int(parameter.arguments)
-
-
-def _is_loop(caller: Instruction | None) -> bool:
-    return caller is not None and caller.opcode == "while"
 
 
 def _constant(name: str, scope: Scope, module: Module, index: int | None = None) -> int | None:

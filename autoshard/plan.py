@@ -7,18 +7,37 @@ fingerprint.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from autoshard import targets, trees
+from autoshard.blocks import Traced
+from autoshard.emit import emitted, spec_of
+from autoshard.errors import PlanMismatchError, TopologyError, TraceError
+from autoshard.trace import fingerprint, trace
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice
 from search.solve import Proof
 
 
+_NAMED = 8
+"""How many differences an error lists."""
+
+
 @dataclass(frozen=True)
 class ArrayPlan:
-    """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip."""
+    """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip.
+
+    `weak` marks a Python scalar, whose type gives way to the types it meets.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -26,6 +45,7 @@ class ArrayPlan:
     layout: Layout
     bytes_per_chip: float
     donated: bool = False
+    weak: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +86,10 @@ class Estimate:
 class OperationPlan:
     """One operation: its strategy by name and per factor, and its cost in one step of the program.
 
-    `einsum` writes the factors, `splits` the mesh axes of each factor in the same order. `seconds` is all its runs;
-    `collective_seconds` the changes of layout of its operands. `regime` is what bounds it. `runner_up` describes the
-    cheapest other strategy, with what the step would cost more under it (at least).
+    `einsum` writes the factors as letters (factor 0 is `a`, and so on), `sizes` their sizes and `splits` their mesh axes, in
+    that order. `seconds` is all its runs; `collective_seconds` the changes of layout of its operands, and the reductions
+    inside it. `regime` is what takes longest: "compute", "HBM", "communication" or "overhead". `runner_up` describes the
+    cheapest other strategy, with what the step would cost more if this operation alone changed.
     """
 
     name: str
@@ -87,6 +108,7 @@ class OperationPlan:
     regime: str
     runner_up: str = ""
     matmul: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,3 +138,192 @@ class Plan:
     donate_argnums: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
     jax_version: str = ""
+    treedefs: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+
+    # --- layouts as JAX writes them ------------------------------------------------------------------------------
+
+    @property
+    def in_specs(self) -> tuple[Any, ...]:
+        """The arguments' `PartitionSpec`s, shaped like the arguments."""
+        return self._arguments_like([spec_of(array.layout) for array in self.arguments])
+
+    @property
+    def out_specs(self) -> Any:
+        """The results' `PartitionSpec`s, shaped like the result."""
+        return self._results_like([spec_of(array.layout) for array in self.results])
+
+    def shardings(self, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
+        """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes."""
+        self._check_mesh(mesh)
+
+        def placed(arrays: Sequence[ArrayPlan]) -> list[NamedSharding]:
+            return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
+
+        return self._arguments_like(placed(self.arguments)), self._results_like(placed(self.results))
+
+    def _arguments_like(self, leaves: list[Any]) -> tuple[Any, ...]:
+        return jax.tree_util.tree_unflatten(self.treedefs[0], leaves) if self.treedefs else trees.rebuild(self.in_tree, leaves)
+
+    def _results_like(self, leaves: list[Any]) -> Any:
+        return jax.tree_util.tree_unflatten(self.treedefs[1], leaves) if self.treedefs else trees.rebuild(self.out_tree, leaves)
+
+    # --- execution -----------------------------------------------------------------------------------------------
+
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """A mesh with the plan's axes over `devices`, each where it stands in the torus; over all that JAX sees by default.
+
+        A plan for host devices takes the first of them, and makes them if JAX has not started yet.
+
+        **Raises:** `TopologyError` when there are not as many devices as the plan has chips.
+        """
+        try:
+            if devices is None and self.topology.chip.kind == "cpu":
+                devices = targets.host_devices(self.topology.size)
+            return targets.mesh_of(jax.devices() if devices is None else devices, self.topology.axis_sizes)
+        except targets.TargetError as error:
+            raise TopologyError(f"The plan is for {self.topology.name}, {self.topology.size} chips. {error}") from error
+
+    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` as planned: a function of the same arguments, in which every array lies and moves as the plan says.
+
+        It runs by itself and under `jax.jit`, `jax.grad` and `jax.vmap`; on the mesh of `jax.set_mesh` if that has the
+        plan's axes, else on `make_mesh()`. The function is traced with the arguments it is called with.
+
+        **Raises:** `PlanMismatchError`, when called, if the plan is not for this function and these arguments.
+        """
+        return _bound(self, fn, None)
+
+    def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
+        """`jax.jit` of `fn` as planned, with the plan's shardings of arguments and results and its donations.
+
+            plan.jit(decode)(params, cache, tokens, position)
+            plan.jit(decode, mesh).lower(*args).compile()
+
+        A plan from a file does not know custom pytree nodes; where the arguments or results have some, their placement is
+        left to the arrays themselves and to the compiler, which takes it from the plan inside the function.
+        """
+        mesh = self.make_mesh() if mesh is None else mesh
+        shardings = {}
+        ins, outs = self.shardings(mesh)
+        if self.treedefs or trees.unknown_class(self.in_tree) is None:
+            shardings["in_shardings"] = ins
+        if self.treedefs or trees.unknown_class(self.out_tree) is None:
+            shardings["out_shardings"] = outs
+        return jax.jit(_bound(self, fn, mesh), donate_argnums=self.donate_argnums, **shardings)
+
+    def _check_mesh(self, mesh: Mesh) -> None:
+        sizes = self.topology.axis_sizes
+        if any(mesh.shape.get(name) != size for name, size in sizes.items()):
+            got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+            wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise TopologyError(f"The mesh has the axes {got}; the plan for {self.topology.name} needs {wanted}.")
+
+    def traced(self, fn: Callable[..., Any], *args: Any) -> Traced:
+        """`fn` traced anew for these arguments, with the plan's numbering of operations and values.
+
+        **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ.
+        """
+        flat = abstract(fn, args)
+        _check_arguments(self, fn, args, flat)
+        avals = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=array.weak)
+            for leaf, array in zip(flat, self.arguments, strict=True)
+        ]
+        structure = jax.tree_util.tree_structure(tuple(args))
+        found = trace(fn, *jax.tree_util.tree_unflatten(structure, avals), donate_argnums=self.donate_argnums)
+        if fingerprint(found.program) != self.fingerprint:
+            raise PlanMismatchError(_other_program(self, found))
+        return found
+
+    # --- words and files -----------------------------------------------------------------------------------------
+
+    def explain(self, symbolic: bool = False) -> str:
+        """The plan as text: every matmul with its strategy by name, cost, regime and runner-up; `symbolic` adds formulas."""
+        from autoshard.explain import render
+
+        return render(self, symbolic=symbolic)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
+        from autoshard.plan_file import save
+
+        save(self, path)
+
+
+def abstract(fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """The shapes and types of the flat arguments.
+
+    **Raises:** `TraceError` for an argument that is no array.
+    """
+    found = []
+    for path, leaf in zip(trees.argument_paths(fn, args), jax.tree_util.tree_leaves(tuple(args)), strict=True):
+        try:
+            found.append(jax.eval_shape(lambda array: array, leaf))
+        except TypeError as error:
+            raise TraceError(
+                f"{path} is {leaf!r} ({type(leaf).__name__}), which is no array; bind it beforehand, with functools.partial."
+            ) from error
+    return found
+
+
+def _bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`fn` as planned, traced once per structure of its arguments."""
+    known: dict[Any, tuple[Traced, Any]] = {}
+
+    @functools.wraps(fn)
+    def planned(*args: Any) -> Any:
+        flat, structure = jax.tree_util.tree_flatten(tuple(args))
+        chosen = mesh or _mesh_in_context(plan)
+        key = (structure, chosen)
+        if key in known:
+            traced, run = known[key]
+            _check_arguments(plan, fn, args, abstract(fn, args))
+        else:
+            traced = plan.traced(fn, *args)
+            run = jax.jit(emitted(traced, plan.choice, plan.topology, chosen))
+            if not any(isinstance(array, jax.core.Tracer) for array in traced.constants):
+                known[key] = traced, run
+        arrays = [jnp.asarray(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
+        return jax.tree_util.tree_unflatten(traced.out_tree, run(*arrays, *traced.constants))
+
+    return planned
+
+
+def _mesh_in_context(plan: Plan) -> Any:
+    """The mesh of `jax.set_mesh`, if it has the plan's axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = plan.topology.axis_sizes
+    return mesh if all(mesh.shape.get(name) == size for name, size in sizes.items()) else plan.make_mesh()
+
+
+def _check_arguments(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]) -> None:
+    """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
+    alike = trees.describe(tuple(args)) == plan.in_tree
+    paths = [array.path for array in plan.arguments]
+    planned = {array.path: _typed(array.shape, array.dtype) for array in plan.arguments}
+    given = {
+        path: _typed(leaf.shape, leaf.dtype)
+        for path, leaf in zip(paths if alike else trees.argument_paths(fn, args), flat, strict=True)
+    }
+    if alike and planned == given:
+        return
+    faults = [
+        f"{path} is {given.get(path, 'missing')}, planned {planned.get(path, 'without it')}"
+        for path in dict.fromkeys((*planned, *given))
+        if planned.get(path) != given.get(path)
+    ]
+    faults = faults or ["the arguments nest otherwise than planned"]
+    listed = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
+    more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
+
+
+def _typed(shape: Sequence[int], dtype: Any) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _other_program(plan: Plan, found: Traced) -> str:
+    counts = len(plan.choice.strategies), len(found.program.operations)
+    how = f"{counts[1]} operations instead of {counts[0]}" if counts[0] != counts[1] else "some operations differ"
+    versions = f" (planned with JAX {plan.jax_version}, this is {jax.__version__})" if plan.jax_version != jax.__version__ else ""
+    return f"The plan {plan.name!r} is for another function: the arguments agree, but {how}{versions}. Plan anew for this one."

@@ -22,8 +22,8 @@ from jax.sharding import AxisType, Mesh
 
 from autoshard.errors import AutoshardError
 
-# The chips that libtpu compiles for: how many sizes their topologies have, and what to ask of the compiler. v4 counts its two
-# cores as two devices unless it is told that they work as one ("megacore").
+# The chips that libtpu compiles for: how many sizes their topologies have, and what to ask of the compiler. v4 counts
+# its two cores as two devices unless it is told that they work as one ("megacore").
 _TPU_CHIPS: dict[str, tuple[int, dict[str, Any]]] = {
     "v4": (3, {"chip_config_name": "megacore"}),
     "v5p": (3, {}),
@@ -31,8 +31,8 @@ _TPU_CHIPS: dict[str, tuple[int, dict[str, Any]]] = {
     "v6e": (2, {}),
 }
 
-# Without TPUs, libtpu must not ask the cloud's metadata server what machine this is (it would wait for an answer), and must not
-# take the lock that keeps a second process from using the same chips (it would abort that process).
+# Without TPUs, libtpu must not ask the cloud's metadata server what machine this is (it would wait for an answer), and
+# must not take the lock that keeps a second process from using the same chips (it would abort that process).
 _DESCRIBED_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
 
@@ -112,10 +112,10 @@ def host_devices(count: int) -> list[Any]:
 def mesh_of(devices: Sequence[Any], axis_sizes: Mapping[str, int]) -> Mesh:
     """A mesh whose axes lie along the axes of the torus, or along the devices' own order where there is none.
 
-    TPU devices are placed by their coordinates: mesh axis $i$ is torus axis $i$. Where the sizes are the torus's in another
-    order, each mesh axis takes a torus axis of its size; where they are not, coordinates are taken in row-major order, so that
-    a mesh axis is a product of neighbouring torus axes. All others are placed by slice, process and number: the last mesh axes
-    are the ones within a node.
+    TPU devices are placed by their coordinates: mesh axis $i$ is torus axis $i$. Where the sizes are the torus's in
+    another order, each mesh axis takes a torus axis of its size; where they are not, coordinates are taken in
+    row-major order, so that a mesh axis is a product of neighbouring torus axes. All others are placed by slice,
+    process and number: the last mesh axes are the ones within a node.
 
     **Raises:** `TargetError` when there are not exactly as many devices as the mesh has places.
     """
@@ -150,7 +150,7 @@ def _torus(devices: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _matching(torus: Sequence[int], shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The order of torus axes in which their sizes are the mesh's, axes of one device aside; as they stand, if that will do."""
+    """The order of torus axes in which their sizes are the mesh's, axes of one device aside; unchanged if it can."""
     wanted = [size for size in shape if size > 1]
     orders = itertools.permutations(range(len(torus)))
     return next((order for order in orders if [torus[i] for i in order if torus[i] > 1] == wanted), None)

@@ -68,7 +68,8 @@ def hop_symbol(axis: Axis) -> sympy.Symbol:
 
 def values(axes: Sequence[Axis]) -> dict[sympy.Symbol, float]:
     """What the symbols of `expression` stand for on these axes; all but the bytes."""
-    found: dict[sympy.Symbol, float] = {LAUNCH: max((axis.launch_seconds for axis in axes), default=0.0)}
+    launches = (axis.launch_seconds for axis in axes if axis.size > 1)
+    found: dict[sympy.Symbol, float] = {LAUNCH: max(launches, default=0.0)}
     for axis in axes:
         found |= {size_symbol(axis): axis.size, bandwidth_symbol(axis): axis.bytes_per_second}
         found[hop_symbol(axis)] = axis.hop_seconds
@@ -174,7 +175,7 @@ def _bandwidth(axis: Axis) -> sympy.Expr:
 
 
 def _gather_phase(axes: Axes) -> sympy.Expr:
-    shares = ((_chips(s) - 1) / (_chips(axes) * sympy.Add(*map(_bandwidth, s))) for s in [tuple(axes)])
+    shares = ((_chips(s) - 1) / (_chips(axes) * sympy.Add(*map(_bandwidth, s))) for s in _deciding(axes))
     return BYTES * _largest(shares) + _latency(axes)
 
 

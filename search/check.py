@@ -18,7 +18,7 @@ from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, last_uses
-from search.reshard import Step, permuted_axes, steps_from
+from search.reshard import Step, emittable, permuted_axes, steps_from
 from search.solution import Choice, Move, kept, moves, needed, produced
 
 
@@ -122,7 +122,9 @@ def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
             continue
         done.add(layout)
         for step in (*steps_from(layout, topology.axis_sizes), *_permutations(layout, alike, topology.axis_sizes)):
-            if step.target not in done and divides(array.shape, step.target, topology.axis_sizes):
+            if step.target in done or not divides(array.shape, step.target, topology.axis_sizes):
+                continue
+            if emittable(step, array.shape, topology):
                 heapq.heappush(frontier, (price + _step_price(step, array.bytes, topology), next(order), step.target))
     return None
 

@@ -8,7 +8,7 @@ collectives are the steps of that path, and the emitted program runs exactly the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import permutations
@@ -19,7 +19,7 @@ import numpy as np
 
 from costmodels.collectives import seconds as collective_seconds
 from costmodels.topology import Topology
-from search.layouts import Axes, Layout, layouts, shards
+from search.layouts import Axes, Layout, layouts, local_shape, shards
 from search.strategies import Sizes
 
 _ROWS = 64
@@ -90,6 +90,34 @@ def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
         if size > 1 and axis not in layout.axes and axis not in layout.partial:
             for i, dim in enumerate(layout.dims):
                 yield Step("slice", (axis,), layout, _with(layout, {i: (*dim, axis)}), target_dim=i)
+
+
+TORUS_GATHER_AXES = 2
+"""How many torus axes one all-gather or reduce-scatter may span.
+
+Measured with libtpu 0.0.42 on v4 4x4x4: over one or two axes it compiles to itself, over three to an all-reduce of
+zero-padded arrays with twice the bytes. Such a step is banned, so that a plan says two collectives where two are run.
+"""
+
+TILE_ROWS, TILE_LANES = 8, 128
+"""The tile in which TPUs keep the two minor dimensions of an array."""
+
+
+def emittable(step: Step, shape: Sequence[int], topology: Topology) -> bool:
+    """Whether the compiler makes of a step what it says: what it would turn into something else is never planned."""
+    if step.kind not in ("all-gather", "reduce-scatter") or topology.chip.kind != "tpu":
+        return True
+    if sum(topology.axis_sizes[axis] > 1 for axis in step.axes) > TORUS_GATHER_AXES:
+        return False
+    return step.kind == "all-gather" or _tiles(step, shape, topology)
+
+
+def _tiles(step: Step, shape: Sequence[int], topology: Topology) -> bool:
+    """A reduce-scatter whose pieces are no whole tiles compiles to an all-reduce and a slice."""
+    local = local_shape(shape, step.target, topology.axis_sizes)
+    from_minor = len(shape) - 1 - step.target_dim
+    tile = (TILE_LANES, TILE_ROWS)[from_minor] if from_minor < 2 else 1
+    return local[step.target_dim] % tile == 0
 
 
 class StepGraph(NamedTuple):
@@ -193,7 +221,8 @@ def _relax(rows: np.ndarray, source: np.ndarray, firsts: np.ndarray, targets: np
 
 
 @lru_cache(maxsize=1024)
-def _table(divisors: tuple[int, ...], array_bytes: float, topology: Topology, partial: bool) -> ReshardTable:
+def _table(shape: tuple[int, ...], array_bytes: float, topology: Topology, partial: bool) -> ReshardTable:
+    divisors = tuple(gcd(n, topology.size) for n in shape)
     graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial)
     price = np.zeros(len(graph.steps))
     groups: dict[tuple[str, Axes], list[int]] = {}
@@ -202,6 +231,8 @@ def _table(divisors: tuple[int, ...], array_bytes: float, topology: Topology, pa
     for (kind, axes), members in groups.items():
         payload = array_bytes * graph.fraction[members]
         price[members] = step_seconds(kind, axes, payload, topology)
+    if topology.chip.kind == "tpu":
+        price[[not emittable(step, shape, topology) for step in graph.steps]] = np.inf
     return ReshardTable(graph, price, array_bytes)
 
 
@@ -215,7 +246,6 @@ def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: T
 def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:
     """The prices of all changes of layout of an array of this shape.
 
-    Two shapes that divide alike by the chip count share their layouts and steps, and differ only in bytes.
+    Two shapes that divide alike by the chip count share their layouts and steps, and differ only in prices.
     """
-    divisors = tuple(gcd(n, topology.size) for n in shape)
-    return _table(divisors, float(itemsize * prod(shape)), topology, partial)
+    return _table(shape, float(itemsize * prod(shape)), topology, partial)

@@ -194,11 +194,13 @@ def assert_equal(planned: Sequence[Any], unsharded: Any, tolerance: float = 1e-4
         assert got.dtype == want.dtype
         if jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
             got, want = jax.random.key_data(got), jax.random.key_data(want)
-        if jnp.issubdtype(got.dtype, np.inexact):
+        planned_type = got.dtype
+        if jnp.issubdtype(planned_type, np.inexact):
             wide = np.complex128 if jnp.issubdtype(got.dtype, np.complexfloating) else np.float64
             got, want = np.asarray(got).astype(wide), np.asarray(want).astype(wide)
             largest = np.abs(want[np.isfinite(want)]).max(initial=1e-30)
-            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * largest)
+            error = max(tolerance, 4 * float(jnp.finfo(planned_type).eps))
+            np.testing.assert_allclose(got, want, rtol=error, atol=error * largest)
         else:
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 

@@ -35,7 +35,13 @@ StackFrames
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b), metadata={op_name="jit(f)/reduce_scatter" stack_frame_id=1}
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%scattered (c: f32[], d: f32[]) -> f32[] {
+  %c = f32[] parameter(0), metadata={op_name="jit(f)/reduce_scatter"}
+  %d = f32[] parameter(1), metadata={op_name="jit(f)/reduce_scatter"}
+  ROOT %sum.1 = f32[] add(%c, %d), metadata={op_name="jit(f)/add" stack_frame_id=1}
 }
 
 %max (a.1: bf16[], b.1: bf16[]) -> bf16[] {
@@ -174,7 +180,7 @@ def test_an_all_to_all_in_pieces_is_one():
 STARTS = [
     "(f32[8,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",
     "f32[8,16]{1,0} all-reduce-start(%p), replica_groups=[4,2]<=[8], to_apply=%add",
-    "((f32[8,16]{1,0}), f32[4,16]{1,0}) reduce-scatter-start(%p), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add",
+    "((f32[8,16]{1,0}), f32[4,16]{1,0}) reduce-scatter-start(%p), replica_groups=[4,2]<=[8], to_apply=%add",
     "((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]{:S(2)}) all-to-all-start(%p), replica_groups=[4,2]<=[8], dimensions={0}",
     "(f32[8,16]{1,0}, f32[8,16]{1,0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}",
 ]
@@ -209,7 +215,7 @@ def test_a_computation_handed_to_an_asynchronous_thread_counts_once():
 def test_a_call_handed_to_another_core_counts_once():
     found = read(
         """
-        %s = ((f32[8,16]{1,0}, token[]), f32[16,16]{1,0}) call-start(%p), async_execution_thread="sparsecore", to_apply=%called
+        %s = ((f32[8,16]{1,0}, token[]), f32[16,16]{1,0}) call-start(%p), to_apply=%called
         ROOT %d = f32[16,16]{1,0} call-done(%s)
         """,
         """
@@ -256,7 +262,7 @@ SCATTER_FUSION = """
       %q = f32[8,16]{1,0} parameter(0)
       %zero = f32[] constant(0)
       %padded = f32[12,16]{1,0} pad(%q, %zero), padding=0_4x0_0
-      %all = f32[12,16]{1,0} all-reduce(%padded), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+      %all = f32[12,16]{1,0} all-reduce(%padded), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%scattered
       %table = u32[8]{0} constant({...})
       ROOT %mine = f32[3,16]{1,0} dynamic-slice(%all, %zero, %zero), dynamic_slice_sizes={3,16}
     }
@@ -305,6 +311,12 @@ def test_a_gather_by_all_reduce_is_named():
     assert (found.kind, found.bytes, found.spelling) == ("all-reduce", 1024, "gather by all-reduce")
     elsewhere = entry.replace("constant(0)", "constant(1)")
     assert read(elsewhere, before).spelling != "gather by all-reduce"
+
+
+def test_a_scatter_by_all_reduce_is_named():
+    found = read("ROOT %r = f32[8,16]{1,0} all-reduce(%p), replica_groups=[4,2]<=[8], to_apply=%scattered")
+    assert (found.kind, found.bytes, found.spelling) == ("all-reduce", 512, "scatter by all-reduce")
+    assert (found.op_name, found.source) == ("jit(f)/reduce_scatter", "model.py:12")
 
 
 def test_a_collective_may_change_the_type():
@@ -411,8 +423,9 @@ def test_names_may_lack_their_percent_signs():
 
 
 def test_a_large_program_is_read_in_one_pass():
-    line = f'%r{{0}} = f32[8,16]{{{{1,0}}}} all-reduce(%p), replica_groups={{{{}}}}, to_apply=%add, metadata={{{{op_name="{"x" * 400}"}}}}'
-    text = program("\n".join(line.format(i) for i in range(21_000)))
+    metadata = f'metadata={{op_name="{"x" * 400}"}}'
+    line = "%r{} = f32[8,16]{{1,0}} all-reduce(%p), replica_groups={{}}, to_apply=%add, "
+    text = program("\n".join(line.format(i) + metadata for i in range(21_000)))
     assert len(text) > 10_000_000
     assert len(parse(text).computations["main"].instructions) == 21_001
 
@@ -427,7 +440,7 @@ def compiled(body, *shapes) -> tuple[CompiledCollective, ...]:
     mesh = jax.make_mesh(tuple(CUBE.values()), tuple(CUBE), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:8])
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     arguments = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes or [(ROWS, COLUMNS)]]
-    return collectives(jax.jit(mapped).lower(*arguments).compile().as_text(), CUBE)
+    return collectives(jax.jit(mapped).lower(*arguments).compile().as_text() or "", CUBE)
 
 
 def written(kind: str, axes: tuple[str, ...]):
@@ -439,7 +452,7 @@ def written(kind: str, axes: tuple[str, ...]):
         "reduce-scatter": (lambda v: lax.psum_scatter(v, axes, scatter_dimension=1, tiled=True), 8192),
         "all-reduce": (lambda v: lax.psum(v, axes), 8192),
         "all-to-all": (lambda v: lax.all_to_all(v, axes, 0, 1, tiled=True), 8192),
-        "collective-permute": (lambda v: lax.ppermute(v, axes, ring), 8192),
+        "collective-permute": (lambda v: lax.ppermute(v, tuple(sorted(axes)), ring), 8192),
     }[kind]
 
 

@@ -199,7 +199,6 @@ TABLE = [
     Row("min", "[a,b],[a,b] -> [a,b]", lax.min, F(8, 4), F(8, 4)),
     Row("mul", "[a,b],[a,b] -> [a,b] linear=[[0], [1]]", lax.mul, F(8, 4), F(8, 4)),
     Row("mul", "[a,b],[1,b] -> [a,b] linear=[[0], [1]]", lax.mul, F(8, 4), F(1, 4)),
-    Row("mulhi", "[a,b],[a,b] -> [a,b]", lax.mulhi, I(8, 4), I(8, 4)),
     Row("name", "[a,b] -> [a,b] linear=[[0]]", lambda x: checkpoint_name(x, "x"), F(8, 4)),
     Row("ne", "[a,b],[a,b] -> [a,b]", lax.ne, F(8, 4), F(8, 4)),
     Row("neg", "[a,b] -> [a,b] linear=[[0]]", lax.neg, F(8, 4)),

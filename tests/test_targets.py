@@ -143,7 +143,7 @@ def test_described_tpus(name, shape):
     devices = tpu_devices(name, shape, name.split(":")[0])
     assert len(devices) == math.prod(shape)
     mesh = mesh_of(devices, {f"axis{i}": size for i, size in enumerate(shape)})
-    last = mesh.devices[tuple(size - 1 for size in shape)]
+    last = mesh.devices.flat[-1]
     assert last.coords == [*(size - 1 for size in shape), 0, 0][:3]
 
 
@@ -162,7 +162,7 @@ def torus() -> Mesh:
 
 def compiled_text(body, mesh: Mesh, shape: tuple[int, ...], dtype=jnp.bfloat16) -> str:
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, dtype)).compile().as_text()
+    return jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, dtype)).compile().as_text() or ""
 
 
 def written(kind: str, axes: tuple[str, ...], dimension: int = 0):
@@ -184,12 +184,12 @@ def written(kind: str, axes: tuple[str, ...], dimension: int = 0):
 @pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"])
 def test_the_tpu_program_holds_what_was_written(torus, kind, axes, dtype):
     operation, factor = written(kind, axes, dimension=1)
-    text = compiled_text(operation, torus, (512, 16384 if kind == "reduce-scatter" else 1024), dtype)
+    text = compiled_text(operation, torus, (64, 16384 if kind == "reduce-scatter" else 1024), dtype)
     (found,) = collectives(text, TORUS)
     if found.kind != kind:  # over all the chips of a slice, the compiler gathers and scatters by an all-reduce
         assert len(axes) == 3 and found.kind == "all-reduce"
         assert found.spelling == {"all-gather": "gather by all-reduce", "reduce-scatter": "scatter by all-reduce"}[kind]
-    operand = 512 * (16384 if kind == "reduce-scatter" else 1024) * jnp.dtype(dtype).itemsize
+    operand = 64 * (16384 if kind == "reduce-scatter" else 1024) * jnp.dtype(dtype).itemsize
     assert (found.axes, found.bytes, found.count) == (axes, operand * factor, 1)
     if found.spelling != "gather by all-reduce":  # which has lost its metadata
         assert found.source.startswith("test_targets.py:") and found.op_name
@@ -258,27 +258,29 @@ def test_loops_multiply_what_the_tpu_program_holds(torus):
         "all-reduce": (("y", "z"), 1 << 20, 354, True),
     }
     cycles = [estimated_cycles(looped(length, 3)) for length in (10, 20, 30)]
-    assert None not in cycles
-    assert cycles[2] - cycles[1] == cycles[1] - cycles[0] > 0
+    ten, twenty, thirty = (each or 0 for each in cycles)
+    assert thirty - twenty == twenty - ten > 0
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", ["v5e:4x4", "v6e:4x4"])
-def test_gathers_spread_over_matmuls_are_counted_once(name):
-    mesh = mesh_of(tpu_devices(name, (4, 4), name[:3]), {"x": 4, "y": 4})
+def test_gathers_spread_over_matmuls_are_counted_once():
+    mesh = mesh_of(tpu_devices("v5e:4x4", (4, 4), "v5e"), {"x": 4, "y": 4})
 
     def body(x, up, across):
         def layer(carry, weights):
             up, across = weights
             gathered = lax.all_gather(up, "x", axis=0, tiled=True)
             other = jnp.tanh(carry @ across)
-            return carry + other + (carry @ gathered)[:, :4096], None
+            return carry + other + (carry @ gathered)[:, :1024], None
 
         return lax.scan(layer, x, (up, across))[0]
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    shapes = [(2048, 4096), (4, 1024, 8192), (4, 4096, 4096)]
-    text = jax.jit(mapped).lower(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]).compile().as_text()
+    shapes = [(512, 1024), (4, 256, 2048), (4, 1024, 1024)]
+    text = (
+        jax.jit(mapped).lower(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]).compile().as_text()
+        or ""
+    )
     found: tuple[CompiledCollective, ...] = collectives(text, {"x": 4, "y": 4})
     assert {(each.kind, each.axes) for each in found} == {("all-gather", ("x",))}
-    assert sum(each.bytes * each.count for each in found) == 4 * 4096 * 8192 * 2
+    assert sum(each.bytes * each.count for each in found) == 4 * 1024 * 2048 * 2

@@ -150,7 +150,8 @@ def _local_empty(eqn, rule: Rule, pieces: Pieces, *_):
 def empty(inputs, outputs, **_):
     """`-> [a,b]`: memory that nothing has been written to yet; zeros will do."""
     factors = Factors()
-    return Rule(factors.done(), (), (factors.each(outputs[0].shape),), flops_per_point=0.0, local=_local_empty)
+    dims = factors.each(outputs[0].shape)
+    return Rule(factors.done(), (), (dims,), flops_per_point=0.0, local=_local_empty)
 
 
 def _local_tile(eqn, rule: Rule, pieces: Pieces, operand, *_):
