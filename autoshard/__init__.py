@@ -6,4 +6,6 @@ from autoshard.errors import PlanMismatchError as PlanMismatchError
 from autoshard.errors import TopologyError as TopologyError
 from autoshard.errors import TraceError as TraceError
 from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
+from autoshard.plan import Plan as Plan
+from autoshard.planning import search as search
 from autoshard.workload import Workload as Workload

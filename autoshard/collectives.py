@@ -19,7 +19,7 @@ def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
         case "all-gather":
             return lax.all_gather(piece, step.axes, axis=step.source_dim, tiled=True)
         case "reduce-scatter":
-            return lax.psum_scatter(piece, step.axes, scatter_dimension=step.target_dim, tiled=True)
+            return _scatter(piece, step.axes, step.target_dim)
         case "all-reduce":
             return lax.psum(piece, step.axes)
         case "all-to-all":
@@ -30,6 +30,15 @@ def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
         case "slice":
             return _own_slice(piece, step.axes, step.target_dim, sizes)
     raise ValueError(f"no collective is called {step.kind}")
+
+
+def _scatter(piece: Any, axes: Axes, dim: int) -> Any:
+    """A reduce-scatter without dimensions of size 1, beside which the TPU compiler makes an all-reduce of it."""
+    kept = [i for i, n in enumerate(piece.shape) if n > 1 or i == dim]
+    squeezed = lax.reshape(piece, [piece.shape[i] for i in kept])
+    scattered = lax.psum_scatter(squeezed, axes, scatter_dimension=kept.index(dim), tiled=True)
+    sizes = dict(zip(kept, scattered.shape, strict=True))
+    return lax.reshape(scattered, [sizes.get(i, 1) for i in range(piece.ndim)])
 
 
 def _own_slice(piece: Any, axes: Axes, dim: int, sizes: Mapping[str, int]) -> Any:

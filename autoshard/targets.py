@@ -32,8 +32,15 @@ _TPU_CHIPS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 # Without TPUs, libtpu must not ask the cloud's metadata server what machine this is (it would wait for an answer), and
-# must not take the lock that keeps a second process from using the same chips (it would abort that process).
-_DESCRIBED_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# must not take the lock that keeps a second process from using the same chips (it would abort that process). The
+# host's name and type it would otherwise complain of on stderr; what it compiles does not depend on them.
+_DESCRIBED_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_LOG_DIR": "disabled",  # nor leave its log files behind
+}
 _TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
 
 

@@ -17,7 +17,7 @@ from costmodels.collectives import seconds as collective_seconds
 from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
-from search.memory import buffers, last_uses
+from search.memory import buffers, copy_life, region_ends
 from search.reshard import Step, emittable, permuted_axes, steps_from
 from search.solution import Choice, Move, kept, moves, needed, produced
 
@@ -124,7 +124,7 @@ def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
         for step in (*steps_from(layout, topology.axis_sizes), *_permutations(layout, alike, topology.axis_sizes)):
             if step.target in done or not divides(array.shape, step.target, topology.axis_sizes):
                 continue
-            if emittable(step, array.shape, topology):
+            if emittable(step, array.shape, array.itemsize, topology):
                 heapq.heappush(frontier, (price + _step_price(step, array.bytes, topology), next(order), step.target))
     return None
 
@@ -163,30 +163,14 @@ def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, 
         held = program.values[buffer.value].bytes / shards(kept(program, choice, buffer.value), sizes)
         for point in range(buffer.first, buffer.last + 1):
             alive[point] += held
-    last = last_uses(program)
+    ends = region_ends(program)
     for move in moves(program, choice):
         total = program.values[move.value].bytes
         if move.operation < 0:
             alive[program.producers[move.value][0]] += total / shards(move.source, sizes)
             continue
-        op = program.operations[move.operation]
-        inner = [last[use.value] for use in op.outputs if use.region != op.region]
-        end = _loop_end(program, op, move.operation) if inner and op.op_class == "boundary" else move.operation
-        for point in range(move.operation, end + 1):
+        first, last = copy_life(program, move.value, move.operation, ends)
+        for point in range(first, last + 1):
             alive[point] += total / shards(move.target, sizes)
     peak = max(alive, default=0.0)
     return peak, alive.index(peak) if alive else 0
-
-
-def _loop_end(program: Program, op: Operation, at: int) -> int:
-    """The last operation of the loop that an operation leads into."""
-    inside = {use.region for use in op.outputs if use.region != op.region}
-
-    def within(region: int) -> bool:
-        while region >= 0:
-            if region in inside:
-                return True
-            region = program.regions[region].parent
-        return False
-
-    return max((i for i, other in enumerate(program.operations) if within(other.region)), default=at)

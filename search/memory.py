@@ -205,5 +205,19 @@ def _copy_terms(problem: Problem) -> list[tuple]:
             found.append(("edge", k, at, at, different * bytes_of[:, None]))
         else:
             at = problem.nodes[edge.b].operation
-            found.append(("edge", k, at, _until(problem.program, at, ends), different * bytes_of[None, :]))
+            life = copy_life(problem.program, edge.value, at, ends)
+            found.append(("edge", k, *life, different * bytes_of[None, :]))
     return found
+
+
+def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]) -> tuple[int, int]:
+    """The first and last point at which an operand's changed copy lives.
+
+    Compilers start a gather early, to hide it behind the matmul before the one that needs it: so the copy lives from there,
+    once its source is made, to the operation; through the whole loop if it is made for one.
+    """
+    region = program.operations[operation].inputs[0].region
+    ahead = [i for i, op in program.matmuls() if i < operation and op.region == region]
+    made = program.producers[value][0]
+    first = max(ahead[-1], made) if ahead and program.operations[operation].op_class == "matmul" else operation
+    return first, _until(program, operation, ends)

@@ -271,16 +271,16 @@ def test_gathers_spread_over_matmuls_are_counted_once():
             up, across = weights
             gathered = lax.all_gather(up, "x", axis=0, tiled=True)
             other = jnp.tanh(carry @ across)
-            return carry + other + (carry @ gathered)[:, :1024], None
+            return carry + other + (carry @ gathered)[:, :2048], None
 
         return lax.scan(layer, x, (up, across))[0]
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    shapes = [(512, 1024), (4, 256, 2048), (4, 1024, 1024)]
+    shapes = [(2048, 2048), (4, 512, 8192), (4, 2048, 2048)]
     text = (
         jax.jit(mapped).lower(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]).compile().as_text()
         or ""
     )
     found: tuple[CompiledCollective, ...] = collectives(text, {"x": 4, "y": 4})
     assert {(each.kind, each.axes) for each in found} == {("all-gather", ("x",))}
-    assert sum(each.bytes * each.count for each in found) == 4 * 1024 * 2048 * 2
+    assert sum(each.bytes * each.count for each in found) == 4 * 2048 * 8192 * 2

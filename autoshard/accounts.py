@@ -1,0 +1,269 @@
+"""The account of a solution in the user's words: arrays, operations, collectives, and what the plan does not vouch for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from math import prod
+
+import numpy as np
+
+from autoshard.blocks import Literal, Traced
+from autoshard.naming import strategy_name
+from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
+from costmodels.operations import price
+from costmodels.program import Operation, Program
+from costmodels.topology import Topology
+from search.incumbent import overflow
+from search.layouts import replicated, shards
+from search.memory import Row, rows
+from search.problem import FORBIDDEN, Problem
+from search.solution import Choice, Collective, collectives, needed, produced
+from search.solve import Solution
+from search.strategies import Strategy
+
+_COSTED = ("matmul", "memory", "fused")
+_ALTERNATIVES = 2000
+"""How many other strategies of an operation are looked at for one of another name."""
+_MATTERS = 0.01
+"""The part of all arguments' bytes from which on an argument's indivisible dimension is worth a warning."""
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# --- arrays
+
+
+def argument_plans(traced: Traced, solution: Solution, weak: list[bool]) -> tuple[ArrayPlan, ...]:
+    """The flat arguments, as they are given."""
+    program, donated = traced.program, {argument for argument, _ in traced.program.donated}
+    return tuple(
+        _source(program, solution, at, path, i in donated, weak[i])
+        for i, (at, path) in enumerate(zip(program.arguments, traced.paths, strict=True))
+    )
+
+
+def constant_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
+    """The arrays that the function closes over."""
+    program = traced.program
+    return tuple(_source(program, solution, at, program.operations[at].name) for at in program.constants)
+
+
+def _source(program: Program, solution: Solution, at: int, path: str, donated: bool = False, weak: bool = False) -> ArrayPlan:
+    index = program.operations[at].outputs[0].value
+    value, layout = program.values[index], produced(program, solution.choice, index)
+    held = value.bytes / shards(layout, solution.problem.topology.axis_sizes)
+    return ArrayPlan(path, value.shape, value.dtype, layout, held, donated, weak)
+
+
+def result_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
+    """The flat results, as they are returned."""
+    program, found = traced.program, []
+    for path, at, atom in zip(traced.result_paths, program.results, traced.block.outputs, strict=True):
+        if isinstance(atom, Literal):
+            shape, dtype, size = np.shape(atom.value), str(atom.value.dtype), float(atom.value.nbytes)
+            layout = replicated(len(shape))
+        else:
+            value = program.values[atom]
+            shape, dtype, size = value.shape, value.dtype, value.bytes
+            layout = needed(program, solution.choice, at, 0)
+        found.append(ArrayPlan(path, shape, dtype, layout, size / shards(layout, solution.problem.topology.axis_sizes)))
+    return tuple(found)
+
+
+# --- the step's cost
+
+
+def estimate(solution: Solution) -> Estimate:
+    """What a step costs, by the independent checker, with its collectives in program order."""
+    problem, check = solution.problem, solution.check
+    found = collectives(problem.program, problem.topology, solution.choice)
+    return Estimate(
+        check.seconds,
+        check.compute_seconds,
+        check.memory_seconds,
+        check.collective_seconds,
+        check.peak_bytes,
+        problem.program.operations[check.peak_operation].name,
+        problem.budget_bytes,
+        tuple(
+            PlannedCollective(each.kind, each.axes, float(each.bytes), each.count, float(each.seconds), _where(problem.program, each))
+            for each in found
+        ),
+    )
+
+
+def _where(program: Program, collective: Collective) -> str:
+    name = program.values[collective.value].name
+    if collective.operation < 0:
+        return f"{name}, where it is made"
+    op = program.operations[collective.operation]
+    inside = any(use.value == collective.value for use in op.outputs)
+    return f"inside {op.name}" if inside else f"{name} for {op.name}"
+
+
+# --- operations
+
+
+def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
+    """Every operation of the program, in its numbering; those that only carry arrays along cost nothing."""
+    problem, choice = solution.problem, solution.choice
+    wire = _collective_seconds(problem, choice)
+    states, limits = _states(problem, choice), rows(problem)
+    return tuple(_operation(problem, choice, i, wire[i], states, limits) for i in range(len(problem.program.operations)))
+
+
+def _collective_seconds(problem: Problem, choice: Choice) -> list[float]:
+    """Per operation the collectives of its operands and those inside it; a result that moves when it is made is its own."""
+    found = [0.0] * len(problem.program.operations)
+    for each in collectives(problem.program, problem.topology, choice):
+        at = each.operation if each.operation >= 0 else problem.program.producers[each.value][0]
+        found[at] += float(each.seconds)
+    return found
+
+
+def _operation(problem: Problem, choice: Choice, i: int, wire: float, states: np.ndarray, limits: tuple[Row, ...]) -> OperationPlan:
+    program, topology = problem.program, problem.topology
+    op, strategy = program.operations[i], choice.strategies[i]
+    runs = program.multiplicity(op.region)
+    costed = op.op_class in _COSTED
+    pieces = np.array([[float(prod(topology.axis_sizes[axis] for axis in split)) for split in strategy.splits]])
+    cost = price(program, op, pieces.reshape(1, len(op.factors)), topology.chip) if costed else None
+    totals = [runs * float(each[0]) for each in vars(cost).values()] if cost else [0.0] * 5
+    matmul = op.op_class == "matmul"
+    overhead = runs * topology.chip.op_overhead_seconds if matmul else 0.0
+    return OperationPlan(
+        op.name,
+        op.primitive,
+        op.source,
+        einsum(op),
+        strategy.splits,
+        strategy_name(program, topology, choice, i) if costed else "",
+        runs,
+        *totals,
+        wire,
+        _regime(totals[2], totals[3], wire, overhead),
+        _runner_up(problem, choice, i, states, limits) if matmul else "",
+        matmul,
+        tuple(factor.size for factor in op.factors),
+    )
+
+
+def _regime(compute: float, memory: float, wire: float, overhead: float) -> str:
+    sides = {"compute": compute, "HBM": memory, "communication": wire, "overhead": overhead}
+    return max(sides, key=lambda side: sides[side]) if any(sides.values()) else ""
+
+
+def einsum(op: Operation) -> str:
+    """`ab,bcd->acd`: one letter per factor in order, the factors of a compound dimension in brackets."""
+
+    def dimension(factors: tuple[int, ...]) -> str:
+        text = "".join(_LETTERS[i] if i < len(_LETTERS) else f"<{i}>" for i in factors)
+        return text if len(factors) == 1 else f"({text})"
+
+    def operand(use) -> str:
+        return "".join(map(dimension, use.dims))
+
+    return f"{','.join(map(operand, op.inputs))}->{','.join(map(operand, op.outputs))}"
+
+
+# --- the runner-up
+
+
+def _states(problem: Problem, choice: Choice) -> np.ndarray:
+    """The chosen state of every node."""
+    chosen = [choice.strategies[node.operation] if node.operation >= 0 else choice.hubs[node.value] for node in problem.nodes]
+    return np.array([node.states.index(state) for node, state in zip(problem.nodes, chosen, strict=True)])
+
+
+def _runner_up(problem: Problem, choice: Choice, i: int, states: np.ndarray, limits: tuple[Row, ...]) -> str:
+    """The cheapest strategy of another name, everything else staying as it is."""
+    node = problem.operation_nodes[i]
+    cost = _alone(problem, states, node)
+    name = strategy_name(problem.program, problem.topology, choice, i)
+    for state in islice(np.argsort(cost, kind="stable"), _ALTERNATIVES):
+        if cost[state] >= FORBIDDEN / 2:
+            break
+        other = strategy_name(problem.program, problem.topology, _with(choice, i, problem.nodes[node].states[state]), i)
+        if other != name:
+            changed = states.copy()
+            changed[node] = state
+            fits = float(overflow(problem, limits, changed).max(initial=-1.0)) <= 0
+            rise = float(cost[state] - cost[states[node]])
+            return f"{other}: {rise * 1e3:+.3g} ms if this operation alone changed{'' if fits else ', which would not fit'}"
+    return ""
+
+
+def _alone(problem: Problem, states: np.ndarray, node: int) -> np.ndarray:
+    """Seconds of every state of one node with the changes of layout around it, its neighbours staying as they are."""
+    cost = problem.nodes[node].cost.copy()
+    for k in problem.incident[node]:
+        edge = problem.edges[k]
+        if edge.a == node:
+            cost += edge.weight * edge.matrix[edge.rows, edge.columns[states[edge.b]]]
+        else:
+            cost += edge.weight * edge.matrix[edge.rows[states[edge.a]], edge.columns]
+    return cost
+
+
+def _with(choice: Choice, i: int, strategy: Strategy) -> Choice:
+    return replace(choice, strategies=(*choice.strategies[:i], strategy, *choice.strategies[i + 1 :]))
+
+
+# --- warnings
+
+
+def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
+    """Everything the plan does not vouch for, in sentences."""
+    problem = solution.problem
+    return (
+        *problem.program.warnings,
+        *_indivisible(traced, problem),
+        *_assumed(problem.topology),
+        *_unproven(solution),
+        *(f"The checker found a fault: {fault}." for fault in solution.check.faults),
+    )
+
+
+def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:
+    """Dimensions of large arguments that an axis could split if only it divided them."""
+    program = problem.program
+    sizes = {name: size for name, size in problem.topology.axis_sizes.items() if size > 1}
+    sources = [program.operations[at].outputs[0].value for at in program.arguments]
+    total = sum(program.values[value].bytes for value in sources)
+    for path, value in zip(traced.paths, sources, strict=True):
+        array = program.values[value]
+        if array.bytes < _MATTERS * total:
+            continue
+        for i, n in enumerate(array.shape):
+            no = {name: size for name, size in sizes.items() if n % size}
+            if n >= min(no.values(), default=n + 1) and not _held_whole(program, value, i):
+                if len(no) == len(sizes):
+                    yield f"{path} has dimension {i} of {n}, which no mesh axis divides: it stays whole."
+                else:
+                    axes = " and ".join(f"{name} ({size})" for name, size in no.items())
+                    yield f"{path} has dimension {i} of {n}, which {axes} cannot divide."
+
+
+def _held_whole(program: Program, value: int, dimension: int) -> bool:
+    """Whether every use holds the dimension whole anyway, as a loop does that cuts slices along it."""
+    uses = [program.operations[at].inputs[k].dims[dimension] for at, k in program.consumers.get(value, ())]
+    at = [at for at, _ in program.consumers.get(value, ())]
+    return all(
+        any(program.operations[op].factors[f].kind == "whole" for f in factors) for op, factors in zip(at, uses, strict=True)
+    )
+
+
+def _assumed(topology: Topology) -> Iterator[str]:
+    names = [name for name, constant in topology.chip.constants.items() if constant.status == "assumed"]
+    if names:
+        yield f"Of the constants of {topology.chip.name}, {', '.join(names)} {'is' if len(names) == 1 else 'are'} assumed."
+
+
+def _unproven(solution: Solution) -> Iterator[str]:
+    proof = solution.proof
+    if proof.status != "OPTIMAL":
+        yield (
+            f"The search stopped before the plan was proven best: at most {proof.gap:.2%} of its"
+            f" {proof.objective_seconds * 1e3:.4g} ms could be saved."
+        )
+

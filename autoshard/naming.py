@@ -1,0 +1,215 @@
+"""Strategies by the names that the literature gives them, read off factors and layouts alone.
+
+Of a matrix multiplication by a weight, every factor is *contracted* (summed over), an *output* factor (the weight's own),
+or one of the activation's: its *batch* (the first) and its *sequence* (all others). The family says where the weight is:
+
+| family | the weight, on the wire |
+|---|---|
+| `WS-1D`, `WS-2D` | stays where it is stored, cut along contracted or output factors, or along both (Pope et al. 2022, §3.2.1-2) |
+| `WG-X`, `WG-XY`, ... | is gathered over these axes from the layout it is stored in (§3.2.3) |
+| `data parallel` | is whole on every chip; only batch and sequence are split |
+| `replicated` | the matmul is run whole on every chip |
+
+A contraction of two activations is attention, and named by what is split: `batch-sharded`, `head-sharded`,
+`query-sharded` (positions of the queries), `sequence-sharded` (positions of keys and values), `head-size-sharded`.
+
+Model and parameter names play no part. What is a head and what a position follows from where a dimension comes from:
+heads and head sizes are output factors of weights further up, batch and positions are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from costmodels.program import Operation, Program
+from costmodels.topology import Topology
+from search.layouts import Axes, Layout
+from search.solution import Choice, needed, produced
+
+
+def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) -> str:
+    """The strategy of one operation in words.
+
+    ```python
+    strategy_name(program, topology, choice, i)      # "WS-2D: contracted over x, output over yz"
+    ```
+
+    Roles come in the order in which the tables of this module list them, axes in the order of the mesh. Axes on which
+    every chip repeats its neighbour's work are named last. Operations that are no matrix multiplications are
+    described by the dimensions of their first result.
+
+    **Arguments:**
+
+    - `i`: the operation's index in the program.
+    """
+    op, strategy = program.operations[i], choice.strategies[i]
+    if len(op.inputs) < 2 or op.op_class != "matmul":
+        roles, family = _dimensions(op), ""
+    elif (weight := weight_operand(program, i)) is not None:
+        roles = _weight_roles(op, weight)
+        family = _family(program, topology, choice, i, weight)
+    else:
+        roles, family = _attention_roles(program, i), ""
+    order = [axis.name for axis in topology.axes if axis.size > 1]
+    split: dict[str, list[str]] = {}
+    for role, axes in zip(roles, strategy.splits, strict=True):
+        split.setdefault(role, []).extend(axes)
+    split = {role: split[role] for role in sorted(split, key=_place) if split[role]}
+    parts = [f"{role} over {_written(axes, order)}" for role, axes in split.items()]
+    partial = {axis for axes in strategy.carried for axis in axes}
+    if partial:
+        parts.append(f"partial sums over {_written(partial, order)}")
+    idle = [axis for axis in order if axis not in strategy.axes and axis not in partial]
+    if not parts:
+        return "replicated"
+    if idle:
+        parts.append(f"repeated over {''.join(idle)}")
+    return (f"{family}: " if family else "") + ", ".join(parts)
+
+
+# Roles in the order in which a name lists them.
+_ROLES = (
+    "contracted",
+    "output",
+    "batch",
+    "sequence",
+    "batch-sharded",
+    "head-sharded",
+    "query-sharded",
+    "sequence-sharded",
+    "head-size-sharded",
+)
+
+
+def _place(role: str) -> tuple[int, str]:
+    return (_ROLES.index(role) if role in _ROLES else len(_ROLES), role)
+
+
+def _written(axes: Iterable[str], order: Sequence[str]) -> str:
+    return "".join(axis for axis in order if axis in set(axes))
+
+
+def _factors(dims: Iterable[Iterable[int]]) -> list[int]:
+    return [factor for dim in dims for factor in dim]
+
+
+def _dimensions(op: Operation) -> list[str]:
+    """Each factor as the dimensions it is part of, of the first result or else of the first operand."""
+    uses = (*op.outputs, *op.inputs)
+    roles = ["other factors"] * len(op.factors)
+    for use, of in zip(uses[:1], ("",), strict=False):
+        for at, dim in enumerate(use.dims):
+            for factor in dim:
+                roles[factor] = f"dimension {at}{of}"
+    return roles
+
+
+# --- Matmuls by a weight
+
+
+def weight_operand(program: Program, i: int) -> int | None:
+    """Which operand of a matmul is a weight; None where both are activations.
+
+    A weight is an argument (or a view, a cast or a layer of one) that shares no batch with the other operand: a cache
+    does. Of two, it is the second, as in `x @ w`.
+    """
+    return _Origins(program).weight(i)
+
+
+def _weight_roles(op: Operation, weight: int) -> list[str]:
+    own, others = set(_factors(op.inputs[weight].dims)), _factors(op.inputs[1 - weight].dims)
+    tokens = [factor for factor in others if factor not in own]
+    roles = []
+    for factor in range(len(op.factors)):
+        if factor in own:
+            roles.append("contracted" if op.factors[factor].kind == "sum" else "output")
+        else:
+            roles.append("batch" if factor in tokens[:1] else "sequence")
+    return roles
+
+
+def _family(program: Program, topology: Topology, choice: Choice, i: int, weight: int) -> str:
+    op, used = program.operations[i], needed(program, choice, i, weight)
+    order = [axis.name for axis in topology.axes]
+    gathered = set(stored_layout(program, choice, op.inputs[weight].value).axes) - set(used.axes)
+    if gathered:
+        return f"WG-{_written(gathered, order).upper()}"
+    roles = _weight_roles(op, weight)
+    split = {role for role, axes in zip(roles, choice.strategies[i].splits, strict=True) if axes}
+    kinds = len(split & {"contracted", "output"})
+    return f"WS-{kinds}D" if kinds else "data parallel"
+
+
+def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
+    """The layout of the argument that a value is a view, a cast or a layer of."""
+    origin = program.values[value].origin
+    for source in (*program.arguments, *program.constants):
+        argument = program.operations[source].outputs[0].value
+        if program.values[argument].origin == origin:
+            return produced(program, choice, argument)
+    return produced(program, choice, value)
+
+
+# --- Contractions of two activations
+
+
+def _attention_roles(program: Program, i: int) -> list[str]:
+    """Heads come from weights, positions do not; of what both operands share, the first that is no head is the batch."""
+    op, origins = program.operations[i], _Origins(program)
+    left, right = (set(_factors(use.dims)) for use in op.inputs)
+    roles = []
+    for factor in range(len(op.factors)):
+        given = origins.given_by_weight(i, factor)
+        if op.factors[factor].kind == "sum" or factor not in left:
+            roles.append("head-size-sharded" if given else "sequence-sharded")
+        elif given:
+            roles.append("head-sharded")
+        else:
+            roles.append("batch-sharded" if factor in right else "query-sharded")
+    return roles
+
+
+class _Origins:
+    """Where dimensions come from: whether a dimension is an output factor of a weight, here or further up."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._known: dict[tuple[int, int], bool] = {}
+
+    def weight(self, i: int) -> int | None:
+        op = self.program.operations[i]
+        return next((k for k in (1, 0) if k < len(op.inputs) and self._is_weight(i, k)), None)
+
+    def _is_weight(self, i: int, k: int) -> bool:
+        op = self.program.operations[i]
+        if not self.program.values[op.inputs[k].value].origin:
+            return False
+        mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
+        shared = [f for f in mine & others if op.factors[f].kind != "sum"]
+        # Experts are shared too, but they come from a router's weight.
+        return all(self._from(op.inputs[1 - k].value, f, op.inputs[1 - k].dims) for f in shared)
+
+    def given_by_weight(self, i: int, factor: int) -> bool:
+        """Whether any operand has this factor from a weight."""
+        return any(self._from(use.value, factor, use.dims) for use in self.program.operations[i].inputs)
+
+    def _from(self, value: int, factor: int, dims: Sequence[Sequence[int]]) -> bool:
+        return any(self._dimension(value, at) for at, dim in enumerate(dims) if factor in dim)
+
+    def _dimension(self, value: int, at: int) -> bool:
+        """Whether a weight gave dimension `at` of a value; a loop that is being walked adds nothing to the answer."""
+        if (value, at) not in self._known:
+            self._known[value, at] = False
+            self._known[value, at] = self._look_up(value, at)
+        return self._known[value, at]
+
+    def _look_up(self, value: int, at: int) -> bool:
+        if value not in self.program.producers:
+            return False
+        i, position = self.program.producers[value]
+        op = self.program.operations[i]
+        own = op.outputs[position].dims[at]
+        if op.op_class == "matmul" and len(op.inputs) > 1 and (weight := self.weight(i)) is not None:
+            mine = _factors(op.inputs[weight].dims)
+            return any(f in mine or self._from(use.value, f, use.dims) for f in own for use in op.inputs[1 - weight :])
+        return any(self._from(use.value, factor, use.dims) for use in op.inputs for factor in own)

@@ -1,0 +1,89 @@
+"""The emitted program: single changes of layout, exhaustively; whole models under random layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+from layout_strategies import (
+    QUICK,
+    assert_layouts_do_not_matter,
+    blocks,
+    cpu_topology,
+    mesh_of,
+    mesh_shapes,
+)
+from models import Block, arguments, function
+
+from autoshard.collectives import run_step
+from autoshard.emit import spec_of
+from search.layouts import Layout
+from search.reshard import ReshardTable, Step, reshard_table
+
+SHARES = {1: (1,), 2: (3, -2), 3: (5, -1, -3), 4: (2, -3, 5, -3)}
+"""The share that each position along an axis holds of a partial sum; each row adds up to 1."""
+
+
+def piece(array: Array, layout: Layout, sizes: dict[str, int]) -> Array:
+    """This chip's piece of an array in a layout, by the definition of a layout."""
+    for dim, axes in enumerate(layout.dims):
+        index = reduce(lambda at, axis: at * sizes[axis] + lax.axis_index(axis), axes, jnp.int32(0))
+        size = array.shape[dim] // prod(sizes[axis] for axis in axes)
+        array = lax.dynamic_slice_in_dim(array, index * size, size, dim)
+    for axis in layout.partial:
+        array = array * jnp.asarray(SHARES[sizes[axis]])[lax.axis_index(axis)]
+    return array
+
+
+def wrong_steps(steps: Sequence[Step], shape: tuple[int, ...], mesh_shape: str) -> list[Step]:
+    """The steps that do not lead from pieces in their source layout to pieces in their target layout."""
+    topology = cpu_topology(mesh_shape)
+    sizes, mesh = topology.axis_sizes, mesh_of(topology)
+
+    def check(array: Array) -> Array:
+        found = []
+        for step in steps:
+            got = run_step(step, piece(array, step.source, sizes), sizes)
+            want = piece(array, step.target, sizes)
+            found.append((got == want).all() if got.shape == want.shape else jnp.bool_(False))
+        return jnp.stack(found)[None]
+
+    everywhere = PartitionSpec(tuple(sizes))
+    run = jax.shard_map(check, mesh=mesh, in_specs=PartitionSpec(), out_specs=everywhere, check_vma=False)
+    array = jnp.arange(prod(shape), dtype=jnp.int32).reshape(shape)
+    right = jax.jit(run, compiler_options=QUICK)(array).all(axis=0)
+    return [step for step, ok in zip(steps, right, strict=True) if not ok]
+
+
+def table_of(shape: tuple[int, ...], mesh_shape: str) -> ReshardTable:
+    return reshard_table(shape, 4.0, cpu_topology(mesh_shape), partial=True)
+
+
+@pytest.mark.parametrize(("mesh_shape", "shape"), [("2x2x2", (8, 8, 8)), ("4x2", (8, 8)), ("2x3", (6, 12))])
+def test_every_step_leads_from_its_source_to_its_target(mesh_shape: str, shape: tuple[int, ...]) -> None:
+    steps = table_of(shape, mesh_shape).graph.steps
+    for at in range(0, len(steps), 500):
+        assert wrong_steps(steps[at : at + 500], shape, mesh_shape) == []
+
+
+def test_every_path_is_a_chain_of_steps() -> None:
+    table = table_of((8, 8, 8), "2x2x2")
+    steps = set(table.graph.steps)
+    for i, source in enumerate(table.layouts):
+        for j, target in enumerate(table.layouts):
+            if np.isfinite(table.seconds[i, j]):
+                path = table.path(source, target)
+                assert steps.issuperset(path)
+                ends = [(a.target, b.source) for a, b in zip(path, path[1:], strict=False)]
+                assert all(a == b for a, b in ends)
+                assert (path[0].source, path[-1].target) == (source, target) if path else source == target
