@@ -1,5 +1,6 @@
 """Layout search for JAX: the proven fastest sharding of a function over a torus of chips."""
 
+from autoshard.decorator import autoshard as autoshard
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import InfeasibleError as InfeasibleError
 from autoshard.errors import PlanMismatchError as PlanMismatchError
@@ -7,5 +8,6 @@ from autoshard.errors import TopologyError as TopologyError
 from autoshard.errors import TraceError as TraceError
 from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
 from autoshard.plan import Plan as Plan
+from autoshard.plan_file import load as load
 from autoshard.planning import search as search
 from autoshard.workload import Workload as Workload

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import prod
@@ -33,7 +33,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # --- arrays
 
 
-def argument_plans(traced: Traced, solution: Solution, weak: list[bool]) -> tuple[ArrayPlan, ...]:
+def argument_plans(traced: Traced, solution: Solution, weak: Sequence[bool]) -> tuple[ArrayPlan, ...]:
     """The flat arguments, as they are given."""
     program, donated = traced.program, {argument for argument, _ in traced.program.donated}
     return tuple(

@@ -25,7 +25,7 @@ def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
         case "all-to-all":
             return lax.all_to_all(piece, step.axes, step.target_dim, step.source_dim, tiled=True)
         case "collective-permute":
-            axes = step.axes
+            axes = tuple(axis for axis in sizes if axis in step.axes)
             return lax.ppermute(piece, axes, permutation(step.source, step.target, axes, sizes))
         case "slice":
             return _own_slice(piece, step.axes, step.target_dim, sizes)

@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from costmodels.program import Operation, Program
+from costmodels.program import Operation, Program, Use
 from costmodels.topology import Topology
-from search.layouts import Axes, Layout
+from search.layouts import Layout
 from search.solution import Choice, needed, produced
 
 
@@ -43,7 +43,7 @@ def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) 
     - `i`: the operation's index in the program.
     """
     op, strategy = program.operations[i], choice.strategies[i]
-    if len(op.inputs) < 2 or op.op_class != "matmul":
+    if not is_product(op):
         roles, family = _dimensions(op), ""
     elif (weight := weight_operand(program, i)) is not None:
         roles = _weight_roles(op, weight)
@@ -94,13 +94,12 @@ def _factors(dims: Iterable[Iterable[int]]) -> list[int]:
 
 
 def _dimensions(op: Operation) -> list[str]:
-    """Each factor as the dimensions it is part of, of the first result or else of the first operand."""
-    uses = (*op.outputs, *op.inputs)
-    roles = ["other factors"] * len(op.factors)
-    for use, of in zip(uses[:1], ("",), strict=False):
+    """Each factor as a dimension of the first result, or of the first operand that has it."""
+    roles = ["a dimension"] * len(op.factors)
+    for use in (*op.inputs[::-1], *op.outputs[::-1]):
         for at, dim in enumerate(use.dims):
             for factor in dim:
-                roles[factor] = f"dimension {at}{of}"
+                roles[factor] = f"dimension {at}"
     return roles
 
 
@@ -174,11 +173,16 @@ class _Origins:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._known: dict[tuple[int, int], bool] = {}
+        self._judged: set[int] = set()
 
     def weight(self, i: int) -> int | None:
-        op = self.program.operations[i]
-        return next((k for k in (1, 0) if k < len(op.inputs) and self._is_weight(i, k)), None)
+        """The operand of a matmul that is a weight. A matmul that is being judged already (in a loop) has none."""
+        if i in self._judged:
+            return None
+        self._judged.add(i)
+        found = next((k for k in (1, 0) if self._is_weight(i, k)), None)
+        self._judged.discard(i)
+        return found
 
     def _is_weight(self, i: int, k: int) -> bool:
         op = self.program.operations[i]
@@ -187,29 +191,35 @@ class _Origins:
         mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
         shared = [f for f in mine & others if op.factors[f].kind != "sum"]
         # Experts are shared too, but they come from a router's weight.
-        return all(self._from(op.inputs[1 - k].value, f, op.inputs[1 - k].dims) for f in shared)
+        return all(self._given(_places(op.inputs[1 - k], f)) for f in shared)
 
     def given_by_weight(self, i: int, factor: int) -> bool:
-        """Whether any operand has this factor from a weight."""
-        return any(self._from(use.value, factor, use.dims) for use in self.program.operations[i].inputs)
+        """Whether an operand of a matmul has this factor from a weight."""
+        return self._given([place for use in self.program.operations[i].inputs for place in _places(use, factor)])
 
-    def _from(self, value: int, factor: int, dims: Sequence[Sequence[int]]) -> bool:
-        return any(self._dimension(value, at) for at, dim in enumerate(dims) if factor in dim)
+    def _given(self, places: list[tuple[int, int]]) -> bool:
+        """Follows dimensions (value, position) upwards until a weight gives one, or nothing is left to look at."""
+        seen = set(places)
+        while places:
+            value, at = places.pop()
+            if value not in self.program.producers:
+                continue
+            i, position = self.program.producers[value]
+            op = self.program.operations[i]
+            weight = self.weight(i) if is_product(op) else None
+            for factor in op.outputs[position].dims[at]:
+                if weight is not None and _places(op.inputs[weight], factor):
+                    return True
+                further = {place for use in op.inputs for place in _places(use, factor)} - seen
+                seen |= further
+                places += sorted(further)
+        return False
 
-    def _dimension(self, value: int, at: int) -> bool:
-        """Whether a weight gave dimension `at` of a value; a loop that is being walked adds nothing to the answer."""
-        if (value, at) not in self._known:
-            self._known[value, at] = False
-            self._known[value, at] = self._look_up(value, at)
-        return self._known[value, at]
 
-    def _look_up(self, value: int, at: int) -> bool:
-        if value not in self.program.producers:
-            return False
-        i, position = self.program.producers[value]
-        op = self.program.operations[i]
-        own = op.outputs[position].dims[at]
-        if op.op_class == "matmul" and len(op.inputs) > 1 and (weight := self.weight(i)) is not None:
-            mine = _factors(op.inputs[weight].dims)
-            return any(f in mine or self._from(use.value, f, use.dims) for f in own for use in op.inputs[1 - weight :])
-        return any(self._from(use.value, factor, use.dims) for use in op.inputs for factor in own)
+def is_product(op: Operation) -> bool:
+    """Whether an operation multiplies two arrays on the matrix unit."""
+    return op.op_class == "matmul" and len(op.inputs) == 2
+
+
+def _places(use: Use, factor: int) -> list[tuple[int, int]]:
+    return [(use.value, at) for at, dim in enumerate(use.dims) if factor in dim]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -18,6 +20,36 @@ from autoshard.trace import fingerprint, trace
 from costmodels.topology import Topology
 from search.solve import Limits, NoPlan, Solution
 from search.solve import search as solve
+
+_LOG = logging.getLogger("autoshard")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan; each as `search` explains it."""
+
+    donate_argnums: int | Sequence[int] = ()
+    name: str = ""
+    strict: bool = False
+    reserve_bytes: float | None = None
+    time_limit: float | None = None
+    progress: Callable[[str], None] | None = None
+
+    def limits(self) -> Limits:
+        """When the search stops."""
+        limits = Limits(reserve_bytes=self.reserve_bytes or 0.0)
+        return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A traced function with what its plan keeps of the arguments: nesting, donations, and which are Python scalars."""
+
+    traced: Traced
+    in_tree: trees.Data
+    donate_argnums: tuple[int, ...]
+    weak: tuple[bool, ...]
+    fingerprint: str
 
 
 def search(
@@ -46,62 +78,67 @@ def search(
     - `strict`: refuse primitives without a sharding rule, instead of computing them whole on every chip.
     - `reserve_bytes`: memory of each chip to leave free.
     - `time_limit`: seconds after which the best plan so far is returned, with the gap that is left.
-    - `progress`: called with a line of text now and then.
+    - `progress`: called with a line of text now and then; by default these go to the log "autoshard".
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, and `InfeasibleError` when no layout fits.
     """
+    options = Options(donate_argnums, name, strict, reserve_bytes, time_limit, progress)
     where = topology_of(topology)
-    traced, weak = _traced(fn, args, donated(donate_argnums, len(args)), name, strict)
-    solution = _solved(traced, where, reserve_bytes or 0.0, time_limit, progress)
-    return _plan(traced, solution, args, donated(donate_argnums, len(args)), weak)
+    return planned(traced_for(fn, args, options), where, options)
 
 
-def donated(donate_argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """The positions of donated arguments in order; negative ones count from the end.
+def traced_for(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> Target:
+    """The function as a program, traced with arguments of these shapes and types.
 
-    **Raises:** `AutoshardError` for a position that is none.
+    **Raises:** `TraceError`, `UnsupportedPrimitiveError`; `AutoshardError` for a donated position that is none.
     """
+    flat, donate = abstract(fn, args), _positions(options.donate_argnums, len(args))
+    avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type) for leaf in flat]
+    nested = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tuple(args)), avals)
+    traced = trace(fn, *nested, donate_argnums=donate, name=options.name, strict=options.strict)
+    weak = tuple(leaf.weak_type for leaf in flat)
+    return Target(traced, trees.describe(tuple(args)), donate, weak, fingerprint(traced.program))
+
+
+def planned(target: Target, topology: Topology, options: Options) -> Plan:
+    """Searches, and turns what was found into a plan in the user's words.
+
+    **Raises:** `InfeasibleError`.
+    """
+    try:
+        solution = solve(target.traced.program, topology, options.limits(), options.progress or _LOG.info)
+    except NoPlan as error:
+        raise explained(error, options.reserve_bytes or 0.0) from error
+    return _plan(target, solution)
+
+
+def _positions(donate_argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """The positions of donated arguments in order; negative ones count from the end."""
     given = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
     if any(not -count <= at < count for at in given):
-        raise AutoshardError(f"donate_argnums is {donate_argnums}; the function has {count} arguments, so 0 to {count - 1} would do.")
+        raise AutoshardError(
+            f"donate_argnums is {donate_argnums}, but there are {count} arguments; 0 to {count - 1} would do."
+        )
     return tuple(sorted({at % count for at in given}))
 
 
-def _traced(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...], name: str, strict: bool) -> tuple[Traced, list[bool]]:
-    """The program, and which flat arguments are Python scalars."""
-    flat = abstract(fn, args)
-    avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type) for leaf in flat]
-    structure = jax.tree_util.tree_structure(tuple(args))
-    found = trace(fn, *jax.tree_util.tree_unflatten(structure, avals), donate_argnums=donate, name=name, strict=strict)
-    return found, [leaf.weak_type for leaf in flat]
-
-
-def _solved(traced: Traced, topology: Topology, reserve_bytes: float, time_limit: float | None, progress) -> Solution:
-    limits = Limits(reserve_bytes=reserve_bytes)
-    if time_limit is not None:
-        limits = Limits(reserve_bytes=reserve_bytes, wall_seconds=time_limit)
-    try:
-        return solve(traced.program, topology, limits, progress or (lambda _: None))
-    except NoPlan as error:
-        raise explained(error, reserve_bytes) from error
-
-
-def _plan(traced: Traced, solution: Solution, args: Sequence[Any], donate: tuple[int, ...], weak: list[bool]) -> Plan:
-    nothing = [0] * traced.out_tree.num_leaves
+def _plan(target: Target, solution: Solution) -> Plan:
+    traced = target.traced
+    results = jax.tree_util.tree_unflatten(traced.out_tree, [0] * traced.out_tree.num_leaves)
     return Plan(
         name=traced.program.name,
         topology=solution.problem.topology,
-        fingerprint=fingerprint(traced.program),
-        arguments=accounts.argument_plans(traced, solution, weak),
+        fingerprint=target.fingerprint,
+        arguments=accounts.argument_plans(traced, solution, target.weak),
         constants=accounts.constant_plans(traced, solution),
         results=accounts.result_plans(traced, solution),
-        in_tree=trees.describe(tuple(args)),
-        out_tree=trees.describe(jax.tree_util.tree_unflatten(traced.out_tree, nothing)),
+        in_tree=target.in_tree,
+        out_tree=trees.describe(results),
         choice=solution.choice,
         estimate=accounts.estimate(solution),
         proof=solution.proof,
         operations=accounts.operation_plans(solution),
-        donate_argnums=donate,
+        donate_argnums=target.donate_argnums,
         warnings=accounts.warnings(traced, solution),
         jax_version=jax.__version__,
         treedefs=(traced.in_tree, traced.out_tree),

@@ -162,17 +162,17 @@ class _Tracer:
         operands = [] if isinstance(atom, Literal) else [(atom, 0)]
         return self._identity(path, "result", operands, [], 0, "sink")
 
-    def _identity(self, name, primitive, inputs, outputs, region, op_class="boundary", lead=()) -> int:
+    def _identity(self, name, primitive, inputs, outputs, region, op_class="boundary", lead=(), traffic=()) -> int:
         """An operation that owns one layout; `lead` lists the positions (operands 0, 1, results -1, -2) with a stack axis."""
         index = self.reserve()
-        self.fill(index, name, primitive, inputs, outputs, region, op_class, lead)
+        self.fill(index, name, primitive, inputs, outputs, region, op_class, lead, traffic)
         return index
 
     def reserve(self) -> int:
         self.operations.append(None)
         return len(self.operations) - 1
 
-    def fill(self, index, name, primitive, inputs, outputs, region, op_class="boundary", lead=()) -> None:
+    def fill(self, index, name, primitive, inputs, outputs, region, op_class="boundary", lead=(), traffic=()) -> None:
         """Completes a reserved operation whose dimensions all pass through, but for a leading stack axis."""
         at = [*range(len(inputs)), *(-1 - k for k in range(len(outputs)))]
         every = [*inputs, *outputs]
@@ -198,6 +198,7 @@ class _Tracer:
             tuple(uses[len(inputs) :]),
             region,
             op_class,
+            traffic=traffic,
         )
 
     # --- walking ------------------------------------------------------------------------------------------------
@@ -355,7 +356,7 @@ class _Tracer:
         name = "stacked " + ("literal" if isinstance(atom, Literal) else self.values[atom].name)
         result = self.value(var.aval, name, outer)
         inputs = [] if isinstance(atom, Literal) else [(atom, inner)]
-        op = self._identity(name, "loop_stack", inputs, [(result, outer)], outer, lead=(-1,))
+        op = self._identity(name, "loop_stack", inputs, [(result, outer)], outer, lead=(-1,), traffic=(-1,))
         return Boundary(op, inner_next=atom, outer_result=result)
 
     def _while(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:

@@ -80,7 +80,7 @@ def _faults(program: Program, topology: Topology, choice: Choice):
 
 def _operation_seconds(program: Program, topology: Topology, op: Operation, splits) -> tuple[float, float, float]:
     """Compute, HBM and roofline seconds of one run on one chip."""
-    if op.op_class not in ("matmul", "memory", "fused"):
+    if not op.flops_per_point and not op.traffic:
         return 0.0, 0.0, 0.0
     chip, sizes = topology.chip, topology.axis_sizes
     local = [factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)]

@@ -117,7 +117,7 @@ def build(program: Program, topology: Topology, budget_bytes: float) -> Problem:
 def _operation_node(program: Program, topology: Topology, i: int, space: StrategySpace) -> Node:
     op = program.operations[i]
     cost = np.zeros(len(space.strategies))
-    if op.op_class in ("matmul", "memory", "fused"):
+    if op.flops_per_point or op.traffic:
         cost = price(program, op, space.shards, topology.chip).seconds + inside_seconds(program, op, space, topology)
     return Node(op.name, i, -1, space.strategies, cost * program.multiplicity(op.region))
 

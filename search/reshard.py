@@ -92,20 +92,18 @@ def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
                 yield Step("slice", (axis,), layout, _with(layout, {i: (*dim, axis)}), target_dim=i)
 
 
-TORUS_GATHER_AXES = 2
-"""How many torus axes one all-gather or reduce-scatter may span.
+WHOLE_SLICE_GATHER_CHIPS = 64
+"""From how many chips on an all-gather over all axes of a slice is compiled to something else.
 
-Measured with libtpu 0.0.42 on v4 4x4x4: over one or two axes it compiles to itself, over three to an all-reduce of
-zero-padded arrays with twice the bytes. Such a step is banned, so that a plan says two collectives where two are run.
+Measured ahead of time with libtpu 0.0.42 and 0.0.50 (v4 4x4x4 and 4x4x8, v5e 4x4 to 8x16): over all axes of a slice at
+once a reduce-scatter compiles to an all-reduce and a slice, and an all-gather, from 64 chips on, to an all-reduce of
+zero-padded arrays with twice the bytes. Over fewer axes, in any order, both compile to themselves.
 """
 
-SCATTER_ROW_BYTES, SCATTER_LANES = 32, 256
-"""What a reduce-scatter leaves on a chip must be whole multiples of, in the two minor dimensions (not counting those of
-size 1): rows of 32 bytes a
-lane (8 of float32, 16 of bfloat16), and 256 lanes.
-
-Measured with libtpu 0.0.42 on v4 4x4x4, 5 shapes and both types of axes: pieces of 16 rows and of 256, 512, 1024 or 4608
-lanes compile to a reduce-scatter; pieces of 4 rows and of 288 or 1152 lanes to an all-reduce and a slice.
+SCATTER_ROWS, SCATTER_LANE_BYTES = 8, 512
+"""What a reduce-scatter must leave on a chip, in the two minor dimensions (not counting those of size 1): 8 rows, and a
+multiple of 512 bytes of lanes. Measured as above, 64 KiB to 64 MiB in bfloat16 and float32: with less it compiles to an
+all-reduce and a slice.
 """
 
 
@@ -113,18 +111,20 @@ def emittable(step: Step, shape: Sequence[int], itemsize: float, topology: Topol
     """Whether the compiler makes of a step what it says: what it would turn into something else is never planned."""
     if step.kind not in ("all-gather", "reduce-scatter") or topology.chip.kind != "tpu":
         return True
-    if sum(topology.axis_sizes[axis] > 1 for axis in step.axes) > TORUS_GATHER_AXES:
-        return False
-    return step.kind == "all-gather" or _tiles(step, shape, itemsize, topology)
+    split = [axis for axis, size in topology.axis_sizes.items() if size > 1]
+    over_all = len(split) > 1 and set(step.axes) == set(split)
+    if step.kind == "all-gather":
+        return not (over_all and topology.size >= WHOLE_SLICE_GATHER_CHIPS)
+    return not over_all and _tiles(step, shape, itemsize, topology)
 
 
 def _tiles(step: Step, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
     local = local_shape(shape, step.target, topology.axis_sizes)
-    from_minor = sum(n > 1 for n in local[step.target_dim + 1 :])
-    if from_minor > 1:
-        return True
     piece = local[step.target_dim]
-    return piece % (SCATTER_LANES if from_minor == 0 else int(SCATTER_ROW_BYTES // itemsize)) == 0
+    from_minor = sum(n > 1 for n in local[step.target_dim + 1 :])
+    if from_minor == 0:
+        return piece * itemsize % SCATTER_LANE_BYTES == 0
+    return from_minor > 1 or piece >= SCATTER_ROWS
 
 
 class StepGraph(NamedTuple):

@@ -1,0 +1,100 @@
+"""`@autoshard.autoshard`: a function that plans itself at its first call, remembers the plan, and runs sharded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from autoshard.cache import cached, default_directory, key_of
+from autoshard.devices import topology_of
+from autoshard.plan import Plan, abstract
+from autoshard.planning import Options, planned, traced_for
+from costmodels.topology import Topology
+
+
+def autoshard(
+    fn: Callable[..., Any] | None = None,
+    *,
+    topology: str | PathLike[str] | Topology = "auto",
+    cache_dir: str | PathLike[str] | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    **options: Any,
+) -> Any:
+    """Runs a function sharded over a topology, by the plan that a search finds for the arguments it is called with.
+
+        @autoshard.autoshard(topology="v5e:4x4", donate_argnums=1)
+        def decode(params, cache, tokens, position): ...
+
+        logits, cache = decode(params, cache, tokens, position)      # searches, then runs
+        decode.plan_for(params, cache, tokens, position).explain()
+
+    The first call with new shapes, types or nesting searches, or finds the plan in `cache_dir`; arguments are placed as the
+    plan says, as by `jax.jit`. Within `jax.jit`, `jax.grad` or `jax.vmap` it runs as `plan.apply(fn)` does.
+
+    **Arguments:**
+
+    - `topology`: as for `autoshard.search`; by default the devices that JAX sees.
+    - `cache_dir`: where plans are kept between runs; the user's cache directory by default.
+    - `donate_argnums`, and further keywords: as for `autoshard.search`.
+
+    **Returns:** a function of the same arguments, with `plan_for(*args) -> Plan`.
+    """
+    if fn is None:
+        return functools.partial(
+            autoshard, topology=topology, cache_dir=cache_dir, donate_argnums=donate_argnums, **options
+        )
+    directory = default_directory() if cache_dir is None else Path(cache_dir)
+    planner = _Planner(fn, topology, directory, Options(donate_argnums=donate_argnums, **options))
+
+    @functools.wraps(fn)
+    def sharded(*args: Any) -> Any:
+        return planner.run(args)
+
+    sharded.plan_for = lambda *args: planner.bound(args).plan  # pyright: ignore[reportFunctionMemberAccess]
+    return sharded
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A plan with the function as it runs on the devices, and within a transformation."""
+
+    plan: Plan
+    jitted: Callable[..., Any]
+    applied: Callable[..., Any]
+
+
+@dataclass
+class _Planner:
+    fn: Callable[..., Any]
+    topology: str | PathLike[str] | Topology
+    directory: Path
+    options: Options
+    known: dict[Any, _Bound] = field(default_factory=dict)
+
+    def run(self, args: tuple[Any, ...]) -> Any:
+        bound = self.bound(args)
+        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(args))
+        return bound.applied(*args) if inside else bound.jitted(*args)
+
+    def bound(self, args: tuple[Any, ...]) -> _Bound:
+        """The plan for arguments of these shapes, types and nesting."""
+        shapes = tuple((leaf.shape, str(leaf.dtype), leaf.weak_type) for leaf in abstract(self.fn, args))
+        key = jax.tree_util.tree_structure(args), shapes
+        if key not in self.known:
+            plan = self.plan(args)
+            self.known[key] = _Bound(plan, plan.jit(self.fn), plan.apply(self.fn))
+        return self.known[key]
+
+    def plan(self, args: tuple[Any, ...]) -> Plan:
+        topology = topology_of(self.topology)
+        target = traced_for(self.fn, args, self.options)
+        key = key_of(target, topology, self.options)
+        plan = cached(self.directory, key, lambda: planned(target, topology, self.options))
+        return replace(plan, treedefs=(target.traced.in_tree, target.traced.out_tree))
+

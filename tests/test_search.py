@@ -1,0 +1,211 @@
+"""The solver against brute force, and the laws that a search must obey."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from costmodels.program import Factor, Operation, Program, Region, Use, Value
+from costmodels.topology import parse_topology
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search.bound import Dual
+from search.incumbent import overflow
+from search.memory import rows
+from search.problem import FORBIDDEN, Problem, build
+from search.solve import Limits, NoPlan, search
+from search.symmetry import renamed, renamings
+
+SIZES = (4, 6, 8, 64)
+
+
+@st.composite
+def programs(draw) -> Program:
+    """A chain of matrix products with an elementwise operation between, with or without a loop and a residual sum."""
+    loop = draw(st.booleans())
+    residual = draw(st.booleans())
+    rows_, inner, hidden = (draw(st.sampled_from(SIZES)) for _ in range(3))
+    region = int(loop)
+    values: list[Value] = []
+    operations: list[Operation] = []
+
+    def value(name: str, shape: tuple[int, ...], where: int) -> int:
+        values.append(Value(name, shape, "bfloat16", 2.0, where))
+        return len(values) - 1
+
+    def source(name: str, shape: tuple[int, ...]) -> int:
+        made = value(name, shape, 0)
+        dims = tuple((i,) for i in range(len(shape)))
+        operations.append(
+            Operation(name, "argument", tuple(map(Factor, shape)), (), (Use(made, dims),), op_class="source")
+        )
+        return made
+
+    def identity(name: str, ins: list[tuple[int, int]], outs: list[tuple[int, int]], kind: str = "boundary") -> None:
+        shape = values[ins[0][0]].shape
+        dims = tuple((i,) for i in range(len(shape)))
+        uses = [tuple(Use(v, dims, r) for v, r in side) for side in (ins, outs)]
+        operations.append(Operation(name, name, tuple(map(Factor, shape)), *uses, op_class=kind))
+
+    def matmul(a: int, b: int) -> int:
+        (m, k), n = values[a].shape, values[b].shape[1]
+        out = value(f"{values[a].name}@{values[b].name}", (m, n), region)
+        factors = (Factor(m), Factor(n), Factor(k, "sum"))
+        ins = (Use(a, ((0,), (2,)), region), Use(b, ((2,), (1,)), region))
+        operations.append(
+            Operation("dot", "dot", factors, ins, (Use(out, ((0,), (1,)), region),), region, "matmul", (), (0, 1, -1), 2.0)
+        )
+        return out
+
+    def pointwise(name: str, ins: list[int], linear=()) -> int:
+        shape = values[ins[0]].shape
+        out = value(name, shape, region)
+        dims = tuple((i,) for i in range(len(shape)))
+        uses = tuple(Use(v, dims, region) for v in ins)
+        operations.append(
+            Operation(
+                name, name, tuple(map(Factor, shape)), uses, (Use(out, dims, region),), region, "fused", linear, (), 1.0
+            )
+        )
+        return out
+
+    x, up, down = source("x", (rows_, inner)), source("up", (inner, hidden)), source("down", (hidden, inner))
+    regions = [Region("main")]
+    body_in = x
+    if loop:
+        regions.append(Region("loop", 0, draw(st.integers(2, 20))))
+        body_in = value("carry", (rows_, inner), 1)
+    at = len(operations)
+    hidden_value = pointwise("relu", [matmul(body_in, up)])
+    out = matmul(hidden_value, down)
+    if residual:
+        out = pointwise("add", [out, body_in], (frozenset({0, 1}),))
+    result = out
+    if loop:
+        result = value("final", (rows_, inner), 0)
+        identity("loop_carry", [(x, 0), (out, 1)], [(body_in, 1), (result, 0)])
+        operations.insert(at, operations.pop())
+    identity("result", [(result, 0)], [], "sink")
+    return Program("random", tuple(values), tuple(operations), tuple(regions), (0, 1, 2), (), (len(operations) - 1,))
+
+
+TOPOLOGIES = [parse_topology(text) for text in ("cpu:2", "cpu:4", "cpu:2x2", "h100:2")]
+
+
+def brute_force(problem: Problem) -> float:
+    """The least cost over all choices that fit, by trying every operation's state against the best of the rest.
+
+    Nodes are eliminated by enumeration in order, with hubs and operations alike; tiny problems only.
+    """
+    memory = rows(problem)
+    best = np.inf
+    free = [i for i, node in enumerate(problem.nodes) if len(node.states) > 1]
+    states = np.zeros(len(problem.nodes), dtype=int)
+    for chosen in product(*(range(len(problem.nodes[i].states)) for i in free)):
+        states[free] = chosen
+        value = problem.objective(states)
+        if value < min(best, FORBIDDEN / 2) and (overflow(problem, memory, states) <= 0).all():
+            best = value
+    return best
+
+
+@settings(max_examples=60)
+@given(programs(), st.sampled_from(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
+def test_the_search_equals_brute_force(program, topology, part):
+    """On small problems, also where memory binds and in loops, nothing is better than what the search proves best."""
+    whole = sum(value.bytes for value in program.values)
+    reserve = topology.chip.usable_hbm_bytes - part * whole
+    problem = build(program, topology, part * whole)
+    if np.prod([float(len(node.states)) for node in problem.nodes]) > 3e5:
+        return
+    least = brute_force(problem)
+    try:
+        found = search(program, topology, Limits(reserve_bytes=reserve))
+    except NoPlan:
+        assert least == np.inf
+        return
+    assert found.proof.status == "OPTIMAL"
+    assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)
+
+
+@settings(max_examples=40)
+@given(programs(), st.sampled_from(TOPOLOGIES))
+def test_every_solution_passes_the_checker(program, topology):
+    """The checker, which shares no array with the solver, finds the same cost, no fault, and memory within the budget."""
+    found = search(program, topology)
+    assert found.check.faults == ()
+    assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
+    assert found.check.peak_bytes <= found.problem.budget_bytes
+    assert found.proof.gap == 0.0
+
+
+@settings(max_examples=25)
+@given(programs(), st.sampled_from(TOPOLOGIES), st.floats(0.2, 0.9))
+def test_more_memory_never_costs_more(program, topology, part):
+    """The optimum is monotone in the budget."""
+    whole = sum(value.bytes for value in program.values)
+
+    def cost(budget: float) -> float:
+        try:
+            return search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - budget)).proof.objective_seconds
+        except NoPlan:
+            return np.inf
+
+    assert cost(whole * 1.5) <= cost(whole * part) * (1 + 1e-9)
+
+
+@settings(max_examples=25)
+@given(programs(), st.sampled_from(TOPOLOGIES))
+def test_the_bound_holds_for_every_choice(program, topology):
+    """Whatever has been moved between nodes and edges, no choice of states costs less than the bound."""
+    problem = build(program, topology, topology.chip.usable_hbm_bytes)
+    dual = Dual(problem, rows(problem))
+    draws = np.random.default_rng(0)
+    costs = []
+    for _ in range(50):
+        states = np.array([draws.integers(len(node.states)) for node in problem.nodes])
+        costs.append(problem.objective(states))
+    for _ in range(5):
+        dual.sweep()
+        assert dual.bound() <= min(costs) * (1 + 1e-9)
+
+
+@settings(max_examples=15)
+@given(programs())
+def test_an_axis_of_size_one_changes_nothing(program):
+    """A mesh axis of size 1 is free."""
+    plain, longer = (search(program, parse_topology(text)).proof.objective_seconds for text in ("cpu:2x2", "cpu:2x2x1"))
+    assert plain == pytest.approx(longer, rel=1e-12)
+
+
+@settings(max_examples=15)
+@given(programs())
+def test_renaming_interchangeable_axes_changes_no_cost(program):
+    """Every renaming of equal axes maps states to states of the same cost."""
+    topology = parse_topology("cpu:2x2")
+    problem = build(program, topology, topology.chip.usable_hbm_bytes)
+    for names in renamings(topology.symmetries()):
+        for node in problem.nodes:
+            index = {state: s for s, state in enumerate(node.states)}
+            image = [index[renamed(state, names)] for state in node.states]
+            assert node.cost[image] == pytest.approx(node.cost, rel=1e-12)
+
+
+def test_what_cannot_fit_is_refused():
+    """A budget below the arguments' least bytes has no plan, and the search says by how much."""
+    topology = parse_topology("cpu:2")
+    program = _fixed()
+    with pytest.raises(NoPlan) as caught:
+        search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - 64))
+    assert caught.value.least_bytes > 64
+
+
+def _fixed() -> Program:
+    shape = (64, 64)
+    value = Value("x", shape, "bfloat16", 2.0)
+    dims = ((0,), (1,))
+    factors = tuple(map(Factor, shape))
+    source = Operation("x", "argument", factors, (), (Use(0, dims),), op_class="source")
+    sink = Operation("result", "result", factors, (Use(0, dims),), (), op_class="sink")
+    return Program("identity", (value,), (source, sink), arguments=(0,), results=(1,))
