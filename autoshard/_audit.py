@@ -90,6 +90,7 @@ class Audit:
     topology: Topology
     planned: tuple[PlannedCollective, ...]
     planned_seconds: float
+    planned_collective_seconds: float
     planned_peak_bytes: float
     collectives: tuple[CompiledCollective, ...]
     pairs: tuple[Pair, ...]
@@ -128,6 +129,7 @@ class Audit:
             "peak_bytes": {"planned": self.planned_peak_bytes, "compiled": self.peak_bytes},
             "seconds": {
                 "planned": self.planned_seconds,
+                "planned_collectives": self.planned_collective_seconds,
                 "compiled_compute": self.compute_seconds,
                 "compiled_collectives": self.collective_seconds,
             },
@@ -205,6 +207,7 @@ def compare(plan: Plan, text: str, target: Target = "host", peak_bytes: float | 
         topology,
         tuple(planned),
         estimate.seconds,
+        estimate.collective_seconds,
         estimate.peak_bytes,
         tuple(compiled),
         pairs,

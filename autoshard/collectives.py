@@ -19,7 +19,8 @@ def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
         case "all-gather":
             return lax.all_gather(piece, step.axes, axis=step.source_dim, tiled=True)
         case "reduce-scatter":
-            return _scatter(piece, step.axes, step.target_dim)
+            chips = prod(sizes[axis] for axis in step.axes)
+            return _scatter(piece, step.axes, step.target_dim, chips)
         case "all-reduce":
             return lax.psum(piece, step.axes)
         case "all-to-all":
@@ -32,11 +33,21 @@ def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
     raise ValueError(f"no collective is called {step.kind}")
 
 
-def _scatter(piece: Any, axes: Axes, dim: int) -> Any:
-    """A reduce-scatter without dimensions of size 1, beside which the TPU compiler makes an all-reduce of it."""
+def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
+    """A reduce-scatter in a form that the TPU compiler leaves as it is (measured with libtpu 0.0.42).
+
+    Beside dimensions of size 1 it would make an all-reduce of it. Rows of a matrix are scattered as the leading dimension of
+    a view `[chips, rows / chips, columns]`: scattered in place they would be padded, and realigned by permutations.
+    """
     kept = [i for i, n in enumerate(piece.shape) if n > 1 or i == dim]
+    at = kept.index(dim)
     squeezed = lax.reshape(piece, [piece.shape[i] for i in kept])
-    scattered = lax.psum_scatter(squeezed, axes, scatter_dimension=kept.index(dim), tiled=True)
+    if squeezed.ndim == 2 and at == 0:
+        rows, columns = squeezed.shape
+        view = lax.reshape(squeezed, (chips, rows // chips, columns))
+        scattered = lax.psum_scatter(view, axes, scatter_dimension=0, tiled=False)
+    else:
+        scattered = lax.psum_scatter(squeezed, axes, scatter_dimension=at, tiled=True)
     sizes = dict(zip(kept, scattered.shape, strict=True))
     return lax.reshape(scattered, [sizes.get(i, 1) for i in range(piece.ndim)])
 

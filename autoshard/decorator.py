@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 
+from autoshard import trees
 from autoshard.cache import cached, default_directory, key_of
 from autoshard.devices import topology_of
-from autoshard.plan import Plan, abstract
+from autoshard.execution import abstract
+from autoshard.plan import Plan
 from autoshard.planning import Options, planned, traced_for
 from costmodels.topology import Topology
 
@@ -53,10 +55,13 @@ def autoshard(
     planner = _Planner(fn, topology, directory, Options(donate_argnums=donate_argnums, **options))
 
     @functools.wraps(fn)
-    def sharded(*args: Any) -> Any:
-        return planner.run(args)
+    def sharded(*args: Any, **keywords: Any) -> Any:
+        return planner.run(trees.positional(fn, args, keywords))
 
-    sharded.plan_for = lambda *args: planner.bound(args).plan  # pyright: ignore[reportFunctionMemberAccess]
+    def plan_for(*args: Any, **keywords: Any) -> Plan:
+        return planner.bound(trees.positional(fn, args, keywords)).plan
+
+    sharded.plan_for = plan_for  # pyright: ignore[reportFunctionMemberAccess]
     return sharded
 
 

@@ -23,7 +23,7 @@ from autoshard.collectives import run_step
 from autoshard.rules import Rule
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
-from search.layouts import Axes, Layout
+from search.layouts import Axes, Layout, local_shape
 from search.reshard import reshard_table
 from search.solution import Choice, kept, needed, produced
 from search.strategies import Strategy
@@ -108,6 +108,8 @@ class Runner:
         if source == target:
             return piece
         array = self.program.values[value]
+        if 0 in array.shape:  # JAX does not lower a gather of nothing
+            return jnp.zeros(local_shape(array.shape, target, self.sizes), piece.dtype)
         table = reshard_table(array.shape, array.itemsize, self.topology, bool(source.partial or target.partial))
         with jax.named_scope(f"{source}->{target}"):
             for step in table.path(source, target):

@@ -11,7 +11,8 @@ from autoshard.errors import InfeasibleError
 from costmodels.chips import Switch
 from costmodels.program import Program
 from costmodels.topology import Topology, TopologyFormatError, parse_topology
-from search.incumbent import improve, overflow
+from search.bound import Dual
+from search.incumbent import decode, improve, overflow
 from search.memory import Row, rows
 from search.problem import FORBIDDEN, Problem, build
 from search.solve import NoPlan
@@ -20,25 +21,32 @@ _LISTED = 8
 """How many arrays the message names."""
 _MOST_CHIPS = 4096
 """The largest topology that is tried."""
+_FULL_SECONDS = 1e3
+"""What memory costs that is full at every point: more than any step's time, and less than what cannot be built."""
+_SWEEPS = 8
+"""How often the relaxation passes over the program."""
 _GIB = 2**30
 
 
-def explained(error: NoPlan, reserve_bytes: float = 0.0) -> InfeasibleError:
+def explained(error: NoPlan) -> InfeasibleError:
     """The error that a user reads, for a search that found no plan."""
     problem = error.problem
-    fullest = max(rows(problem), key=lambda row: row.bytes(problem, error.states))
-    held = fullest.bytes(problem, error.states)
-    budget, chip = problem.budget_bytes, problem.topology.chip
-    parts = sorted(_held(problem, fullest, error.states), key=lambda part: -part[1])
+    chip, limits = problem.topology.chip, rows(problem)
+    states = min((error.states, _leanest(problem, limits)), key=lambda states: _overflow(problem, limits, states))
+    fullest = max(limits, key=lambda row: row.bytes(problem, states))
+    held = fullest.bytes(problem, states)
+    parts = sorted(_held(problem, fullest, states), key=lambda part: -part[1])
     listed = "".join(f"\n  {_size(size):>12}  {name}" for name, size in parts[:_LISTED])
     if len(parts) > _LISTED:
         listed += f"\n  {_size(sum(size for _, size in parts[_LISTED:])):>12}  {len(parts) - _LISTED} smaller ones"
-    reserve = f" ({_size(reserve_bytes)} of it reserved)" if reserve_bytes else ""
-    found = "The best layout needs" if error.proven else "The leanest layout found needs"
+    kept_free = chip.usable_hbm_bytes - problem.budget_bytes
+    reserve = f", {_size(kept_free)} of which are kept free" if kept_free else ""
+    program = problem.program
     return InfeasibleError(
-        f"{problem.program.name} does not fit {problem.topology.name}. {found} {_size(held)} on each chip at"
-        f" {problem.program.operations[fullest.point].name}; a {chip.name} holds {_size(chip.usable_hbm_bytes)}{reserve}:"
-        f" {_size(held - budget)} too little. There it holds:{listed}\n{_advice(problem.program, problem.topology, reserve_bytes)}"
+        f"{program.name} does not fit {problem.topology.name}. The leanest layout needs {_size(held)} on each chip; a"
+        f" {chip.name} holds {_size(chip.usable_hbm_bytes)}{reserve}, so {_size(held - problem.budget_bytes)} are missing."
+        f" At its fullest, in {program.operations[fullest.point].name}, a chip holds:{listed}\n"
+        f"{_advice(program, problem.topology, problem.budget_bytes)}"
     )
 
 
@@ -61,41 +69,44 @@ def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str,
             yield f"{problem.program.values[edge.value].name}, once more in the layout of its use", size
 
 
-def _advice(program: Program, topology: Topology, reserve_bytes: float) -> str:
+def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
     """The first topology that would do, of those with one axis after the other doubled."""
     tried = topology
     while (wider := _doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
         tried = wider
-        if fits(program, tried, reserve_bytes):
+        if fits(program, tried, budget_bytes):
             return f"It would fit {tried.name}, {tried.size} chips."
     return f"It would fit none of the topologies up to {tried.name}, {tried.size} chips: what must be whole on a chip is too large."
 
 
-def fits(program: Program, topology: Topology, reserve_bytes: float = 0.0) -> bool:
-    """Whether a plan that fits is found by looking at memory alone; a quick look that may miss one."""
-    problem = build(program, topology, topology.chip.usable_hbm_bytes - reserve_bytes)
+def fits(program: Program, topology: Topology, budget_bytes: float) -> bool:
+    """Whether a layout that fits is found by looking at memory alone; a quick look that may miss one."""
+    problem = build(program, topology, budget_bytes)
     limits = rows(problem)
     if any(_least(row) > problem.budget_bytes for row in limits):
         return False
-    states = np.array([int(np.argmin(vector)) for vector in _bytes_of_nodes(problem, limits)])
-    for price in (1e-3, 1e-6):  # seconds per byte: memory counts for everything but what is forbidden
-        states = improve(problem, limits, states, np.full(len(limits), price))
-        if problem.objective(states) < FORBIDDEN / 2 and float(overflow(problem, limits, states).max(initial=-1.0)) <= 0:
-            return True
-    return False
+    return _overflow(problem, limits, _leanest(problem, limits)) <= 0
+
+
+def _leanest(problem: Problem, limits: tuple[Row, ...]) -> np.ndarray:
+    """A choice of states for memory's sake, read off a relaxation that prices every byte at every point."""
+    dual = Dual(problem, limits)
+    dual.reprice(np.full(len(limits), _FULL_SECONDS / (problem.budget_bytes * max(len(limits), 1))))
+    for _ in range(_SWEEPS):
+        dual.sweep()
+    return improve(problem, limits, decode(dual), dual.multipliers)
+
+
+def _overflow(problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> float:
+    """Bytes over the budget; infinite for what cannot be built at all."""
+    if problem.objective(states) >= FORBIDDEN / 2:
+        return np.inf
+    return float(overflow(problem, limits, states).max(initial=-np.inf))
 
 
 def _least(row: Row) -> float:
     """A lower bound on the bytes alive: every array by itself as small as it can be, nothing held twice."""
     return sum(float(vector.min()) for _, vector in row.nodes)
-
-
-def _bytes_of_nodes(problem: Problem, limits: tuple[Row, ...]) -> list[np.ndarray]:
-    held = [node.cost * 0.0 for node in problem.nodes]
-    for row in limits:
-        for i, vector in row.nodes:
-            held[i] = held[i] + vector
-    return [np.where(node.cost < FORBIDDEN, bytes_, np.inf) for node, bytes_ in zip(problem.nodes, held, strict=True)]
 
 
 def _doubled(topology: Topology) -> Topology | None:

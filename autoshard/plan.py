@@ -7,29 +7,21 @@ fingerprint.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from autoshard import targets, trees
-from autoshard.blocks import Traced
-from autoshard.emit import emitted, spec_of
-from autoshard.errors import PlanMismatchError, TopologyError, TraceError
-from autoshard.trace import fingerprint, trace
+from autoshard import execution, targets, trees
+from autoshard.emit import spec_of
+from autoshard.errors import TopologyError
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice
 from search.solve import Proof
-
-
-_NAMED = 8
-"""How many differences an error lists."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +183,7 @@ class Plan:
 
         **Raises:** `PlanMismatchError`, when called, if the plan is not for this function and these arguments.
         """
-        return _bound(self, fn, None)
+        return execution.bound(self, fn, None)
 
     def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
         """`jax.jit` of `fn` as planned, with the plan's shardings of arguments and results and its donations.
@@ -209,7 +201,7 @@ class Plan:
             shardings["in_shardings"] = ins
         if self.treedefs or trees.unknown_class(self.out_tree) is None:
             shardings["out_shardings"] = outs
-        return jax.jit(_bound(self, fn, mesh), donate_argnums=self.donate_argnums, **shardings)
+        return jax.jit(execution.bound(self, fn, mesh), donate_argnums=self.donate_argnums, **shardings)
 
     def _check_mesh(self, mesh: Mesh) -> None:
         sizes = self.topology.axis_sizes
@@ -217,23 +209,6 @@ class Plan:
             got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
             wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise TopologyError(f"The mesh has the axes {got}; the plan for {self.topology.name} needs {wanted}.")
-
-    def traced(self, fn: Callable[..., Any], *args: Any) -> Traced:
-        """`fn` traced anew for these arguments, with the plan's numbering of operations and values.
-
-        **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ.
-        """
-        flat = abstract(fn, args)
-        _check_arguments(self, fn, args, flat)
-        avals = [
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=array.weak)
-            for leaf, array in zip(flat, self.arguments, strict=True)
-        ]
-        structure = jax.tree_util.tree_structure(tuple(args))
-        found = trace(fn, *jax.tree_util.tree_unflatten(structure, avals), donate_argnums=self.donate_argnums)
-        if fingerprint(found.program) != self.fingerprint:
-            raise PlanMismatchError(_other_program(self, found))
-        return found
 
     # --- words and files -----------------------------------------------------------------------------------------
 
@@ -248,82 +223,3 @@ class Plan:
         from autoshard.plan_file import save
 
         save(self, path)
-
-
-def abstract(fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """The shapes and types of the flat arguments.
-
-    **Raises:** `TraceError` for an argument that is no array.
-    """
-    found = []
-    for path, leaf in zip(trees.argument_paths(fn, args), jax.tree_util.tree_leaves(tuple(args)), strict=True):
-        try:
-            found.append(jax.eval_shape(lambda array: array, leaf))
-        except TypeError as error:
-            raise TraceError(
-                f"{path} is {leaf!r} ({type(leaf).__name__}), which is no array; bind it beforehand, with functools.partial."
-            ) from error
-    return found
-
-
-def _bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`fn` as planned, traced once per structure of its arguments."""
-    known: dict[Any, tuple[Traced, Any]] = {}
-
-    @functools.wraps(fn)
-    def planned(*args: Any) -> Any:
-        flat, structure = jax.tree_util.tree_flatten(tuple(args))
-        chosen = mesh or _mesh_in_context(plan)
-        key = (structure, chosen)
-        if key in known:
-            traced, run = known[key]
-            _check_arguments(plan, fn, args, abstract(fn, args))
-        else:
-            traced = plan.traced(fn, *args)
-            run = jax.jit(emitted(traced, plan.choice, plan.topology, chosen))
-            if not any(isinstance(array, jax.core.Tracer) for array in traced.constants):
-                known[key] = traced, run
-        arrays = [jnp.asarray(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
-        return jax.tree_util.tree_unflatten(traced.out_tree, run(*arrays, *traced.constants))
-
-    return planned
-
-
-def _mesh_in_context(plan: Plan) -> Any:
-    """The mesh of `jax.set_mesh`, if it has the plan's axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = plan.topology.axis_sizes
-    return mesh if all(mesh.shape.get(name) == size for name, size in sizes.items()) else plan.make_mesh()
-
-
-def _check_arguments(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]) -> None:
-    """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
-    alike = trees.describe(tuple(args)) == plan.in_tree
-    paths = [array.path for array in plan.arguments]
-    planned = {array.path: _typed(array.shape, array.dtype) for array in plan.arguments}
-    given = {
-        path: _typed(leaf.shape, leaf.dtype)
-        for path, leaf in zip(paths if alike else trees.argument_paths(fn, args), flat, strict=True)
-    }
-    if alike and planned == given:
-        return
-    faults = [
-        f"{path} is {given.get(path, 'missing')}, planned {planned.get(path, 'without it')}"
-        for path in dict.fromkeys((*planned, *given))
-        if planned.get(path) != given.get(path)
-    ]
-    faults = faults or ["the arguments nest otherwise than planned"]
-    listed = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
-    more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
-
-
-def _typed(shape: Sequence[int], dtype: Any) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def _other_program(plan: Plan, found: Traced) -> str:
-    counts = len(plan.choice.strategies), len(found.program.operations)
-    how = f"{counts[1]} operations instead of {counts[0]}" if counts[0] != counts[1] else "some operations differ"
-    versions = f" (planned with JAX {plan.jax_version}, this is {jax.__version__})" if plan.jax_version != jax.__version__ else ""
-    return f"The plan {plan.name!r} is for another function: the arguments agree, but {how}{versions}. Plan anew for this one."

@@ -14,8 +14,9 @@ from autoshard import accounts, trees
 from autoshard.blocks import Traced
 from autoshard.devices import topology_of
 from autoshard.errors import AutoshardError
+from autoshard.execution import abstract
 from autoshard.infeasible import explained
-from autoshard.plan import Plan, abstract
+from autoshard.plan import Plan
 from autoshard.trace import fingerprint, trace
 from costmodels.topology import Topology
 from search.solve import Limits, NoPlan, Solution
@@ -37,7 +38,7 @@ class Options:
 
     def limits(self) -> Limits:
         """When the search stops."""
-        limits = Limits(reserve_bytes=self.reserve_bytes or 0.0)
+        limits = Limits(reserve_bytes=self.reserve_bytes)
         return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)
 
 
@@ -76,7 +77,7 @@ def search(
     - `donate_argnums`: positions of arguments whose memory the results may take, as for `jax.jit`.
     - `name`: what the plan is called; the function's name by default.
     - `strict`: refuse primitives without a sharding rule, instead of computing them whole on every chip.
-    - `reserve_bytes`: memory of each chip to leave free.
+    - `reserve_bytes`: memory of each chip to leave free; by default a twentieth, for what a compiler may need on top.
     - `time_limit`: seconds after which the best plan so far is returned, with the gap that is left.
     - `progress`: called with a line of text now and then; by default these go to the log "autoshard".
 
@@ -108,7 +109,7 @@ def planned(target: Target, topology: Topology, options: Options) -> Plan:
     try:
         solution = solve(target.traced.program, topology, options.limits(), options.progress or _LOG.info)
     except NoPlan as error:
-        raise explained(error, options.reserve_bytes or 0.0) from error
+        raise explained(error) from error
     return _plan(target, solution)
 
 

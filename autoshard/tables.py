@@ -53,7 +53,7 @@ def time(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes in the binary unit that suits them: `16.97 GiB`, `32 KiB`, `4 B`."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= scale:
+        if abs(count) >= scale / 1024 * 1000:
             return f"{_short(count / scale)} {unit}"
     return f"{_short(count)} B"
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core as jex
 
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
@@ -44,9 +46,12 @@ def trace(fn: Callable[..., Any], *args: Any, donate_argnums: Sequence[int] = ()
     out_named, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
     result_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in out_named)
     tracer = _Tracer(strict)
-    argument_values = [tracer.source(var, path) for var, path in zip(closed.jaxpr.invars, paths, strict=True)]
-    constant_values = [tracer.source(var, f"constant {i}") for i, var in enumerate(closed.jaxpr.constvars)]
+    argument_values = [tracer.source(var.aval, path) for var, path in zip(closed.jaxpr.invars, paths, strict=True)]
+    constant_values = [tracer.source(var.aval, f"constant {i}") for i, var in enumerate(closed.jaxpr.constvars)]
     env = dict(zip((*closed.jaxpr.invars, *closed.jaxpr.constvars), (*argument_values, *constant_values), strict=True))
+    tracer.held[0] = {id(array): value for array, value in zip(closed.consts, constant_values, strict=True)}
+    inside = [array for array in _closed_over(closed.jaxpr) if id(array) not in tracer.held[0]]
+    constant_values += [tracer.hold(array, f"constant {len(closed.consts) + i}") for i, array in enumerate(inside)]
     block = tracer.block(closed.jaxpr, env, 0)
     results = [tracer.sink(atom, path) for atom, path in zip(block.outputs, result_paths, strict=True)]
     donated = _donations(args, donate_argnums, closed.jaxpr.invars, block.outputs, tracer.values)
@@ -66,7 +71,7 @@ def trace(fn: Callable[..., Any], *args: Any, donate_argnums: Sequence[int] = ()
         block,
         tuple(argument_values),
         tuple(constant_values),
-        tuple(closed.consts),
+        (*closed.consts, *inside),
         in_tree,
         out_tree,
         paths,
@@ -87,18 +92,41 @@ def fingerprint(program: Program) -> str:
 
 
 def with_traffic(program: Program) -> Program:
-    """Fused operations read their sources and write their sinks: arguments, loop slices and results cost HBM traffic."""
-    heads = {"source", "boundary"}
+    """Gives fused operations their HBM traffic: a chain of them reads its sources and writes its sinks.
+
+    A source is anything that no fused operation made (a matmul's result, an argument, a loop's slice), a sink anything that
+    an operation outside the chain uses; views in between (broadcasts, reshapes, transpositions) are looked through.
+    """
     operations = list(program.operations)
     for i, op in enumerate(operations):
-        if op.op_class == "fused":
-            made = [program.producers[use.value][0] for use in op.inputs]
-            reads = [k for k, at in enumerate(made) if operations[at].op_class in heads]
-            ends = [any(operations[at].op_class == "sink" for at, _ in program.consumers.get(use.value, ())) for use in op.outputs]
-            writes = [-1 - k for k, end in enumerate(ends) if end]
-            if op.flops_per_point and (reads or writes):
-                operations[i] = dataclasses.replace(op, traffic=(*reads, *writes))
+        if op.op_class == "fused" and op.flops_per_point:
+            reads = [k for k, use in enumerate(op.inputs) if not _fused(program, _seen_through(program, use.value))]
+            writes = [-1 - k for k, use in enumerate(op.outputs) if _leaves(program, use.value)]
+            operations[i] = dataclasses.replace(op, traffic=(*reads, *writes))
     return dataclasses.replace(program, operations=tuple(operations))
+
+
+def _is_view(op: Operation) -> bool:
+    return op.op_class == "fused" and not op.flops_per_point and bool(op.inputs)
+
+
+def _fused(program: Program, value: int) -> bool:
+    return program.operations[program.producers[value][0]].op_class == "fused"
+
+
+def _seen_through(program: Program, value: int) -> int:
+    """The value that a view shows."""
+    while _is_view(op := program.operations[program.producers[value][0]]):
+        value = op.inputs[0].value
+    return value
+
+
+def _leaves(program: Program, value: int) -> bool:
+    """Whether an operation outside a fused chain uses a value, directly or by way of views."""
+    users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
+    return any(
+        any(_leaves(program, use.value) for use in op.outputs) if _is_view(op) else op.op_class != "fused" for op in users
+    )
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
@@ -146,6 +174,7 @@ class _Tracer:
         self.operations: list[Operation | None] = []
         self.regions: list[Region] = [Region("main")]
         self.warnings: list[str] = []
+        self.held: dict[int, dict[int, Atom]] = {0: {}}
 
     # --- values and boundary operations -------------------------------------------------------------------------
 
@@ -153,10 +182,26 @@ class _Tracer:
         self.values.append(Value(name, tuple(aval.shape), str(aval.dtype), itemsize_of(aval.dtype), region, origin))
         return len(self.values) - 1
 
-    def source(self, var: Any, path: str) -> int:
-        index = self.value(var.aval, path, 0, path)
+    def source(self, aval: Any, path: str) -> int:
+        index = self.value(aval, path, 0, path)
         self._identity(path, "argument", [], [(index, 0)], 0, "source")
         return index
+
+    def hold(self, array: Any, name: str) -> int:
+        """The source of an array that a call or a loop closes over."""
+        self.held[0][id(array)] = self.source(jax.typeof(array), name)
+        return self.held[0][id(array)]
+
+    def constant(self, array: Any, region: int) -> Atom:
+        """What a call or a loop closes over: a scalar is a literal, anything else is held by the region."""
+        return self.held[region][id(array)] if _is_held(array) else Literal(np.asarray(array))
+
+    def _enter_held(self, closed: Sequence[Any], outer: int, inner: int, primitive: str) -> list[Boundary]:
+        """Brings the arrays that a region's jaxprs close over into the region."""
+        arrays = _unique([array for inside in closed for array in (*inside.consts, *_closed_over(inside.jaxpr))])
+        entering = [self._enter(self.held[outer][id(array)], jax.typeof(array), outer, inner, primitive) for array in arrays]
+        self.held[inner] = {id(array): _inner(boundary) for array, boundary in zip(arrays, entering, strict=True)}
+        return entering
 
     def sink(self, atom: Atom, path: str) -> int:
         operands = [] if isinstance(atom, Literal) else [(atom, 0)]
@@ -235,7 +280,7 @@ class _Tracer:
         inner = next(eqn.params[key] for key in _INLINED if key in eqn.params)
         jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
-        env.update(zip(jaxpr.constvars, (Literal(np.asarray(c)) for c in consts), strict=True))
+        env.update(zip(jaxpr.constvars, (self.constant(c, region) for c in consts), strict=True))
         block = self.block(jaxpr, env, region)
         steps += block.steps
         return block.outputs
@@ -322,7 +367,8 @@ class _Tracer:
             for atom, var in zip(operands[n_const + n_carry :], variables[n_const + n_carry :], strict=True)
         ]
         env = dict(zip(variables, (_inner(b) for b in (*constants, *carries, *slices)), strict=True))
-        env.update(zip(body.constvars, (Literal(np.asarray(c)) for c in params["jaxpr"].consts), strict=True))
+        constants += self._enter_held([params["jaxpr"]], region, inner, "loop_constant")
+        env.update(zip(body.constvars, (self.constant(c, inner) for c in params["jaxpr"].consts), strict=True))
         block = self.block(body, env, inner)
         inits = operands[n_const : n_const + n_carry]
         carries = [
@@ -365,7 +411,11 @@ class _Tracer:
         self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
         inner = self.region("loop", region, 1, f"while ({where})")
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-        condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+        closed = params["cond_jaxpr"], params["body_jaxpr"]
+        if closed[0].out_avals[0].shape:
+            closed = _unbatched(*closed, n_cond, n_body)
+            operands, n_body = (*operands[:n_cond], *operands), n_cond + n_body
+        condition, body = (each.jaxpr for each in closed)
         held = [*condition.invars[:n_cond], *body.invars[:n_body]]
         constants = [
             self._enter(atom, var.aval, region, inner, "loop_constant")
@@ -374,9 +424,12 @@ class _Tracer:
         carries = [self._carry_in(var, inner) for var in body.invars[n_body:]]
         inside = [_inner(b) for b in constants]
         going = [_inner(b) for b in carries]
-        test = self.block(condition, dict(zip(condition.invars, [*inside[:n_cond], *going], strict=True)), inner)
+        constants += self._enter_held(closed, region, inner, "loop_constant")
+        known = {var: self.constant(c, inner) for each in closed for var, c in zip(each.jaxpr.constvars, each.consts, strict=True)}
+        env = known | dict(zip(condition.invars, [*inside[:n_cond], *going], strict=True))
+        test = self.block(condition, env, inner)
         self._identity("condition", "while_condition", [(a, inner) for a in test.outputs if not isinstance(a, Literal)], [], inner)
-        block = self.block(body, dict(zip(body.invars, [*inside[n_cond:], *going], strict=True)), inner)
+        block = self.block(body, known | dict(zip(body.invars, [*inside[n_cond:], *going], strict=True)), inner)
         carries = [
             self._carry_out(boundary, init, after, region, inner)
             for boundary, init, after in zip(carries, operands[n_cond + n_body :], block.outputs, strict=True)
@@ -398,7 +451,8 @@ class _Tracer:
                 for atom, var in zip(rest, closed.jaxpr.invars, strict=True)
             ]
             env = dict(zip(closed.jaxpr.invars, (_inner(b) for b in entry), strict=True))
-            env.update(zip(closed.jaxpr.constvars, (Literal(np.asarray(c)) for c in closed.consts), strict=True))
+            entry += self._enter_held([closed], region, inner, "branch_constant")
+            env.update(zip(closed.jaxpr.constvars, (self.constant(c, inner) for c in closed.consts), strict=True))
             blocks.append(self.block(closed.jaxpr, env, inner))
             entries.append(tuple(entry))
             inners.append(inner)
@@ -432,3 +486,53 @@ def _needed(jaxpr: Any) -> list[Any]:
             kept.append(eqn)
             wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
     return kept[::-1]
+
+
+def _closed_over(jaxpr: Any) -> list[Any]:
+    """The arrays that calls, loops and branches inside a jaxpr close over, at any depth."""
+    found = []
+    for eqn in _needed(jaxpr):
+        for inner, consts in _walked(eqn):
+            found += [*(c for c in consts if _is_held(c)), *_closed_over(inner)]
+    return _unique(found)
+
+
+def _walked(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
+    """The jaxprs that the tracer walks into at an equation, with the constants they close over."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in _CALLS:
+        inside = [next(params[key] for key in _INLINED if key in params)]
+    elif name == "while":
+        inside = [params["cond_jaxpr"], params["body_jaxpr"]]
+    else:
+        inside = {"scan": [params.get("jaxpr")], "cond": params.get("branches", ())}.get(name, ())
+    return [(each.jaxpr, each.consts) if isinstance(each, jex.ClosedJaxpr) else (each, ()) for each in inside]
+
+
+def _is_held(constant: Any) -> bool:
+    """Whether a constant is more than a number written into the program: an array, or a PRNG key."""
+    aval = jax.typeof(constant)
+    return bool(aval.shape) or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+
+
+def _unique(arrays: Sequence[Any]) -> list[Any]:
+    return list({id(array): array for array in arrays if _is_held(array)}.values())
+
+
+def _unbatched(condition: Any, body: Any, n_cond: int, n_body: int) -> tuple[Any, Any]:
+    """Under `vmap` a predicate has dimensions: the loop goes on while any of it holds, and changes what it holds for."""
+    test, step = jex.jaxpr_as_fun(condition), jex.jaxpr_as_fun(body)
+
+    def go_on(*args: Any) -> Any:
+        (flags,) = test(*args)
+        return lax.reduce_or(flags, axes=tuple(range(flags.ndim)))
+
+    def change(*args: Any) -> list[Any]:
+        held, carry = args[:n_cond], args[n_cond + n_body :]
+        (flags,) = test(*held, *carry)
+        moved = step(*args[n_cond:])
+        wide = [lax.broadcast_in_dim(flags, new.shape, range(flags.ndim)) for new in moved]
+        return [lax.select_n(flag, old, new) for flag, old, new in zip(wide, carry, moved, strict=True)]
+
+    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*condition.in_avals[:n_cond], *body.in_avals)]
+    return jax.make_jaxpr(go_on)(*specs[:n_cond], *specs[n_cond + n_body :]), jax.make_jaxpr(change)(*specs)

@@ -173,7 +173,21 @@ def _distinct(keys: Sequence[Any]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
 
 
-# --- paths in the user's words
+# --- arguments in the user's words
+
+
+def positional(fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call in their positions, those given by keyword too.
+
+    **Raises:** `TypeError` for keywords that the function does not have, or has by keyword only.
+    """
+    if not keywords:
+        return args
+    bound = inspect.signature(fn).bind(*args, **keywords)
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise TypeError(f"{', '.join(bound.kwargs)} can be given by keyword only; bind it beforehand, with functools.partial.")
+    return bound.args
 
 
 def argument_paths(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ one row $r$ per point of the program. Repeated regions enter as factors on the c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,7 +23,7 @@ from costmodels.program import Operation, Program
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.reshard import ReshardTable, reshard_table, step_seconds
-from search.strategies import StrategySpace, strategy_space
+from search.strategies import Strategy, StrategySpace, strategy_space
 
 FORBIDDEN = 1e5
 """Seconds that stand for "impossible"; finite, so that differences stay numbers."""
@@ -112,6 +113,18 @@ def build(program: Program, topology: Topology, budget_bytes: float) -> Problem:
         builder.connect(value)
     builder.pair_donated()
     return Problem(program, topology, tuple(builder.nodes), tuple(builder.edges), tuple(spaces), budget_bytes)
+
+
+def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Problem:
+    """The problem with every strategy forbidden that `allow(operation, strategy)` does not allow."""
+
+    def restricted(node: Node) -> Node:
+        if node.operation < 0:
+            return node
+        allowed = np.array([allow(node.operation, state) for state in node.states], dtype=bool)
+        return replace(node, cost=np.where(allowed, node.cost, FORBIDDEN))
+
+    return replace(problem, nodes=tuple(restricted(node) for node in problem.nodes))
 
 
 def _operation_node(program: Program, topology: Topology, i: int, space: StrategySpace) -> Node:

@@ -5,6 +5,7 @@
 | `mesh_shapes()` | shapes of meshes of up to eight host devices |
 | `blocks()` | sizes of small transformer blocks (`models.Block`) |
 | `random_choice` | a feasible choice of strategies and layouts, drawn uniformly node by node |
+| `assert_well_formed` | a check of a program's factors against its values' shapes |
 | `assert_layouts_do_not_matter` | runs a function under random choices; its results must equal the unsharded ones |
 """
 
@@ -31,9 +32,6 @@ from search.solution import Choice, choice_of
 
 FEASIBLE = FORBIDDEN / 10
 """Seconds: what costs more is impossible."""
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options for programs that run once."""
 
 MESH_SHAPES = ("2", "3", "4", "6", "8", "2x2", "2x4", "4x2", "2x2x2")
 
@@ -65,6 +63,18 @@ def blocks(draw: st.DrawFn) -> Block:
 
 
 # --- Random feasible choices
+
+
+@lru_cache
+def quick() -> dict[str, Any]:
+    """Compiler options for programs that run once: they compile five times faster."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    known = {**options, "xla_cpu_use_fusion_emitters": False}  # an option until JAX 0.12
+    try:
+        jax.jit(lambda: 0, compiler_options=known)()
+    except jax.errors.JaxRuntimeError:
+        return options
+    return known
 
 
 @lru_cache
@@ -182,7 +192,7 @@ def run_planned(traced: Traced, topology: Topology, choices: Sequence[Choice], *
 
     flat = (*jax.tree.leaves(args), *traced.constants)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.jit(all_of_them, in_shardings=whole, compiler_options=QUICK)(*flat)
+    return jax.jit(all_of_them, in_shardings=whole, compiler_options=quick())(*flat)
 
 
 def assert_equal(planned: Sequence[Any], unsharded: Any, tolerance: float = 1e-4) -> None:
@@ -205,6 +215,15 @@ def assert_equal(planned: Sequence[Any], unsharded: Any, tolerance: float = 1e-4
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
+def assert_well_formed(traced: Traced) -> None:
+    """The factors of every dimension multiply to its size; a dimension that is broadcast has size 1 and none."""
+    program = traced.program
+    for op in program.operations:
+        for use in (*op.inputs, *op.outputs):
+            shape = tuple(prod(op.factors[i].size for i in dim) for dim in use.dims)
+            assert shape == program.values[use.value].shape, op.name
+
+
 def assert_layouts_do_not_matter(
     fn: Callable[..., Any],
     *args: Any,
@@ -216,6 +235,7 @@ def assert_layouts_do_not_matter(
     """Traces a function, runs it under `count` random feasible choices and compares with the unsharded results."""
     topology = cpu_topology(shape)
     traced = trace(fn, *args)
+    assert_well_formed(traced)
     choices = random_choices(problem_of(traced, topology), np.random.default_rng(seed), count)
     unsharded = jax.jit(fn)(*args)
     for planned in run_planned(traced, topology, choices, *args):

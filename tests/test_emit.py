@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from layout_strategies import (
-    QUICK,
     assert_layouts_do_not_matter,
     blocks,
     cpu_topology,
     mesh_of,
     mesh_shapes,
+    quick,
 )
 from models import Block, arguments, function
 
@@ -61,7 +60,7 @@ def wrong_steps(steps: Sequence[Step], shape: tuple[int, ...], mesh_shape: str) 
 
     everywhere = PartitionSpec(tuple(sizes))
     run = jax.shard_map(check, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-    right = jax.jit(run, compiler_options=QUICK)(*(pieces(array, layout, sizes) for layout in known)).all(axis=0)
+    right = jax.jit(run, compiler_options=quick())(*(pieces(array, layout, sizes) for layout in known)).all(axis=0)
     return [step for step, ok in zip(steps, right, strict=True) if not ok]
 
 
@@ -87,3 +86,28 @@ def test_every_path_is_a_chain_of_steps() -> None:
                 ends = [(a.target, b.source) for a, b in zip(path, path[1:], strict=False)]
                 assert all(a == b for a, b in ends)
                 assert (path[0].source, path[-1].target) == (source, target) if path else source == target
+
+
+@given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
+@settings(max_examples=15)
+def test_layouts_do_not_change_what_a_model_computes(block: Block, shape: str, seed: int) -> None:
+    assert_layouts_do_not_matter(function(block), *arguments(block), shape=shape, count=1, seed=seed)
+
+
+@pytest.mark.slow
+@given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
+@settings(max_examples=300)
+def test_layouts_never_change_what_a_model_computes(block: Block, shape: str, seed: int) -> None:
+    assert_layouts_do_not_matter(function(block), *arguments(block), shape=shape, count=2, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec"),
+    [
+        (Layout(((), ())), PartitionSpec()),
+        (Layout((("x",), ())), PartitionSpec("x")),
+        (Layout(((), ("y", "x"))), PartitionSpec(None, ("y", "x"))),
+    ],
+)
+def test_spec_of(layout: Layout, spec: PartitionSpec) -> None:
+    assert spec_of(layout) == spec

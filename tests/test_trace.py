@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from layout_strategies import assert_layouts_do_not_matter
 
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
@@ -206,11 +207,11 @@ def keys(key: Array, many: Array, x: Array) -> Any:
 def pins(x: Array) -> Any:
     """Marks of the user's own, and their words for where an array lives."""
     x = jax.device_put(lax.stop_gradient(x) * 1)
-    return lax.optimization_barrier(jnp.copy(x)), jax.ad_checkpoint.checkpoint_name(x, "x")
+    return lax.optimization_barrier(jnp.copy(x)), checkpoint_name(x, "x")
 
 
 def unknown(x: Array) -> Any:
-    return jnp.linalg.cholesky(x.T @ x + jnp.eye(4)), jnp.fft.fft(x).real
+    return jnp.linalg.cholesky(x.T @ x + jnp.eye(4)), lax.linalg.qr(x)
 
 
 def parts(x: Array) -> Any:
@@ -281,3 +282,65 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 def test_layouts_do_not_matter(name: str) -> None:
     fn, args = CASES[name]
     assert_layouts_do_not_matter(fn, *args, count=3)
+
+
+def line_of(fn: Callable[..., Any], below: int) -> str:
+    """`file:line` of a line of a function, counted from its `def`."""
+    return f"test_trace.py:{fn.__code__.co_firstlineno + below}"
+
+
+def test_a_primitive_without_a_rule_is_said_by_name_and_line() -> None:
+    where = line_of(unknown, 1)
+    warnings = trace(unknown, X).program.warnings
+    assert f"cholesky at {where} has no sharding rule: its arrays are whole on every chip" in warnings
+    with pytest.raises(UnsupportedPrimitiveError, match=f"cholesky at {where} has no sharding rule"):
+        trace(unknown, X, strict=True)
+
+
+def test_what_was_guessed_is_said() -> None:
+    def hostile(x):
+        jax.debug.print("{}", x)
+        return lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x))
+
+    warnings = trace(hostile, X).program.warnings
+    assert f"while at {line_of(hostile, 2)}: its trip count is unknown and was priced as 1" in warnings
+    assert f"cond at {line_of(hostile, 2)}: every branch was priced as if it ran" in warnings
+    assert any(line_of(hostile, 1) in text and "has side effects, which run once per chip" in text for text in warnings)
+
+
+def test_a_function_that_does_not_trace() -> None:
+    with pytest.raises(TraceError, match="branching could not be traced with these arguments"):
+        trace(branching, X)
+
+
+def branching(x: Array) -> Array:
+    return x if x.sum() > 0 else -x
+
+
+def test_paths_are_in_the_users_words() -> None:
+    def model(params, *rest):
+        return {"logits": params["layers"][0]["wq"] + rest[0], "cache": rest[1:]}
+
+    traced = trace(model, {"layers": [{"wq": X}]}, X, (X, X))
+    assert traced.paths == ("params['layers'][0]['wq']", "rest[0]", "rest[1][0]", "rest[1][1]")
+    assert traced.result_paths == ("result['cache'][0][0]", "result['cache'][0][1]", "result['logits']")
+    assert [traced.program.values[value].name for value in traced.argument_values] == list(traced.paths)
+
+
+def test_loops_multiply_and_constants_are_arguments_of_the_program() -> None:
+    traced = trace(closed_over, X)
+    regions = traced.program.regions
+    assert [(region.kind, region.count) for region in regions] == [("main", 1), ("loop", 8), ("branch", 1), ("branch", 1)]
+    sizes = [traced.program.values[value].shape for value in traced.constant_values]
+    assert len(sizes) == len(traced.constants) == len(traced.program.constants)
+    assert (8, 4) in sizes and () in sizes  # the table and the key
+
+
+def test_a_fingerprint_is_of_what_is_computed() -> None:
+    def renamed(u, v):
+        return jax.jit(lambda u: jnp.sin(u @ v))(u)
+
+    same = fingerprint(trace(lambda x, w: jnp.sin(x @ w), X, W).program)
+    assert fingerprint(trace(renamed, X, W).program) == same
+    assert fingerprint(trace(renamed, X[:4], W).program) != same
+    assert fingerprint(trace(lambda x, w: jnp.cos(x @ w), X, W).program) != same

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import reduce
+from math import prod
 from operator import and_, or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,10 +102,11 @@ def dynamic_update_slice(inputs, outputs, **_):
 
 
 class _Own(NamedTuple):
-    """Indices on this chip's piece, and which of the rows they name this chip answers for."""
+    """Indices on this chip's piece, which of the rows they name lie in it, and which this chip answers for."""
 
-    indices: object
-    answered: object
+    indices: Any
+    here: Any
+    answered: Any
 
 
 def _column_factors(rule: Rule, pieces: Pieces, index_map, single) -> Mapping[int, int]:
@@ -134,7 +136,7 @@ def _localised(rule: Rule, pieces: Pieces, split: Mapping[int, int], indices) ->
         first.append(start == 0)
         columns[i] = jnp.where(inside, local, jnp.full_like(local, size))
     answered = jnp.where(reduce(or_, outside), reduce(and_, first), reduce(and_, here))
-    return _Own(jnp.stack(columns, axis=-1), answered)
+    return _Own(jnp.stack(columns, axis=-1), reduce(and_, here), answered)
 
 
 def _gathered_singly(numbers, slice_sizes) -> list[int]:
@@ -259,9 +261,39 @@ def _local_scatter(eqn, rule: Rule, pieces: Pieces, operand, indices, updates):
         if mode == lax.GatherScatterMode.CLIP:
             sizes = _window_sizes(numbers, shape, eqn.invars[2].aval.shape)
             indices = _clipped(indices, [shape[i] - sizes[i] for i in written])
-        indices = _localised(rule, pieces, split, indices).indices
+        own = _localised(rule, pieces, split, indices)
         params |= {**_UNORDERED, "mode": lax.GatherScatterMode.FILL_OR_DROP}
+        indices = own.indices
+        if prod(indices.shape[:-1]) == 1:
+            indices, updates = _harmless(eqn, operand, own, updates)
     return [eqn.primitive.bind(_on_first_chip(rule, pieces, operand), indices, updates, **params)]
+
+
+def _harmless(eqn, operand, own: _Own, updates):
+    """A single row that lies on another chip writes what is there already, within bounds.
+
+    XLA turns such a scatter into a dynamic update slice and, as of jaxlib 0.10, reads the wrong place when the index is out of
+    bounds and the operand is itself a dynamic slice: `lax.dynamic_slice(x, (s,), (4,)).at[4].set(u, mode="drop")` writes
+    `x[4]` to the last row.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    sizes = _window_sizes(numbers, operand.shape, updates.shape)
+    limits = [operand.shape[i] - sizes[i] for i in numbers.scatter_dims_to_operand_dims]
+    indices = jnp.where(own.here[..., None], own.indices, _clipped(own.indices, limits))
+    window = lax.GatherDimensionNumbers(
+        offset_dims=numbers.update_window_dims,
+        collapsed_slice_dims=numbers.inserted_window_dims,
+        start_index_map=numbers.scatter_dims_to_operand_dims,
+        operand_batching_dims=numbers.operand_batching_dims,
+        start_indices_batching_dims=numbers.scatter_indices_batching_dims,
+    )
+    present = lax.gather(operand, indices, window, tuple(sizes), mode="clip")
+    if eqn.primitive.name in ("scatter-add", "scatter-sub"):
+        present = jnp.zeros_like(updates)
+    if eqn.primitive.name == "scatter-mul":
+        present = jnp.ones_like(updates)
+    rows = [i for i in range(updates.ndim) if i not in numbers.update_window_dims]
+    return indices, jnp.where(lax.broadcast_in_dim(own.here, updates.shape, rows), updates, present)
 
 
 def _window_sizes(numbers, shape, update_shape) -> list[int]:

@@ -1,0 +1,110 @@
+"""An audit as text: planned beside compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from autoshard._audit import Audit, Difference, Pair, axes_of
+from autoshard.hlo import CompiledCollective
+from autoshard.plan import PlannedCollective
+from autoshard.tables import WIDTH, percent, size, table, time
+
+
+def render(audit: Audit, width: int = WIDTH) -> str:
+    """The audit as plain text tables: collectives, bytes on the wire by mesh axes, peak memory, time, differences."""
+    sections = (_collectives(audit, width), _wire(audit, width), _chip(audit, width), _differences(audit))
+    verdict = "as planned" if audit.ok else "NOT as planned"
+    head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}: {verdict}"
+    return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
+
+
+_TARGETS = {"host": "host devices", "tpu": "the TPU", "gpu": "the GPU"}
+
+
+def _collectives(audit: Audit, width: int) -> Iterator[str]:
+    yield "Collectives"
+    if not audit.pairs:
+        yield "  none planned, none compiled"
+        return
+    rows = [_row(audit, pair) for pair in audit.pairs]
+    headers = ("planned", "axes", "payload", "runs", "compiled", "payload", "runs", "planned for")
+    yield from _indented(table(headers, rows, "<<>>~>>~", width - 2))
+
+
+def _row(audit: Audit, pair: Pair) -> tuple[str, ...]:
+    left, right = _side(pair.planned), [_spelled(each) for each in pair.compiled]
+    compiled = " + ".join(dict.fromkeys(right)) or "nothing"
+    axes = "".join(axes_of((*pair.planned, *pair.compiled)[0], audit.topology))
+    where = pair.planned[0].where if pair.planned else ""
+    many = f" and {len(pair.planned) - 1} more" if len(pair.planned) > 1 else ""
+    return (
+        left or "nothing",
+        axes,
+        _payload(pair.planned),
+        str(pair.count) if pair.planned else "",
+        compiled,
+        _payload(pair.compiled),
+        str(pair.count) if pair.compiled else "",
+        where + many,
+    )
+
+
+def _side(group: Sequence[PlannedCollective]) -> str:
+    kinds = dict.fromkeys(each.kind for each in group)
+    return " + ".join(f"{n} × {kind}" if (n := sum(each.kind == kind for each in group)) > 1 else kind for kind in kinds)
+
+
+def _spelled(each: CompiledCollective) -> str:
+    plain = each.spelling.removesuffix("-start") in (each.kind, "ragged-" + each.kind)
+    return each.kind if plain else f"{each.kind} ({each.spelling})"
+
+
+def _payload(group: Sequence[PlannedCollective | CompiledCollective]) -> str:
+    return size(sum(each.bytes for each in group)) if group else ""
+
+
+def _wire(audit: Audit, width: int) -> Iterator[str]:
+    sent = audit.wire_bytes()
+    if not sent:
+        return
+    rows = [
+        ("".join(axes), size(planned), size(compiled), f"{compiled / planned:.4f}" if planned else "-")
+        for axes, (planned, compiled) in sent.items()
+    ]
+    yield "Bytes that each chip sends in one step"
+    yield from _indented(table(("axes", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
+
+
+def _chip(audit: Audit, width: int) -> Iterator[str]:
+    rows = []
+    if audit.peak_bytes is not None:
+        ratio = f"{audit.peak_bytes / audit.planned_peak_bytes:.4f}"
+        rows.append(("peak memory", size(audit.planned_peak_bytes), size(audit.peak_bytes), ratio))
+    if audit.compute_seconds is not None:
+        on_chip = audit.planned_seconds - audit.planned_collective_seconds
+        rows.append(_times("time on the chip (compiler's cycles)", on_chip, audit.compute_seconds))
+    rows.append(_times("time of collectives (plan's model)", audit.planned_collective_seconds, audit.collective_seconds))
+    if audit.compute_seconds is not None:
+        rows.append(_times("step time", audit.planned_seconds, audit.compute_seconds + audit.collective_seconds))
+    yield "One chip"
+    yield from _indented(table(("", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
+
+
+def _times(what: str, planned: float, compiled: float) -> tuple[str, ...]:
+    return (what, time(planned), time(compiled), f"{compiled / planned:.3f}" if planned else "-")
+
+
+def _differences(audit: Audit) -> Iterator[str]:
+    if audit.differences:
+        yield "Differences"
+        yield from (f"  - {_difference(each)}" for each in audit.differences)
+
+
+def _difference(each: Difference) -> str:
+    of = "of the planned peak" if each.kind == "peak memory" else "of the time on the wire"
+    mark = "" if each.counts or each.kind.startswith("same plan") else ", too small to count"
+    return f"{each.kind}: {each.text} ({percent(each.share)} {of}{mark})"
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    return (f"  {line}" for line in lines)

@@ -1,0 +1,252 @@
+"""A plan as text: what every array and every matmul does, what it costs, what else could have been, what is assumed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from autoshard.emit import spec_of
+from autoshard.plan import ArrayPlan, OperationPlan, Plan, PlannedCollective
+from autoshard.tables import WIDTH, percent, size, table, time
+from costmodels.topology import Axis
+from search.layouts import Layout
+
+_MENTIONED = 0.005
+"""The share of the step above which an operation that is no matmul is listed."""
+_ROUNDED = 6
+"""Significant digits within which two costs are the same."""
+
+
+def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
+    """The whole plan as plain text tables.
+
+    Layers of an unrolled model that are planned alike are one row, with `[*]` for what numbers them.
+
+    **Arguments:**
+
+    - `symbolic`: adds each matmul's FLOPs as a formula in its factors.
+    - `width`: columns to fill at most; paths and places are cut short to fit.
+    """
+    sections = (
+        _header(plan),
+        _matmuls(plan, symbolic, width),
+        _others(plan, width),
+        _collectives(plan, width),
+        _arrays("Arguments", (*plan.arguments, *plan.constants), width),
+        _arrays("Results", plan.results, width),
+        _constants(plan, width),
+        _warnings(plan),
+    )
+    return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
+
+
+# --- What the plan is
+
+
+def _header(plan: Plan) -> Iterator[str]:
+    estimate, proof, topology = plan.estimate, plan.proof, plan.topology
+    local = estimate.seconds - estimate.collective_seconds
+    room = estimate.budget_bytes
+    yield f"{plan.name} on {topology.name}"
+    yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
+    yield (
+        f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {time(estimate.collective_seconds)} of collectives"
+    )
+    yield (
+        f"               (the operations alone: {time(estimate.memory_seconds)} at HBM's rate,"
+        f" {time(estimate.compute_seconds)} at the compute units')"
+    )
+    yield (
+        f"  peak memory  {size(estimate.peak_bytes)} of {size(room)} per chip ({percent(estimate.peak_bytes / room)}),"
+        f" at {estimate.peak_where}"
+    )
+    if proof.status == "OPTIMAL":
+        yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
+    else:
+        yield f"  proof        {proof.status}: no plan is faster than {time(proof.bound_seconds)} (gap {percent(proof.gap)})"
+    yield f"               {proof.states:,} strategies and layouts, {proof.branches} branches, {proof.wall_seconds:.1f} s"
+
+
+def _axis(axis: Axis) -> str:
+    """Such as `x: ring of 4, 2 × 45 GB/s`: links are counted per direction."""
+    rate = f"{axis.bytes_per_second / 1e9:g} GB/s"
+    if axis.size == 1:
+        return f"{axis.name}: 1"
+    if axis.kind == "switch":
+        return f"{axis.name}: {axis.size} on a switch, {rate} out of each"
+    return f"{axis.name}: ring of {axis.size}, 2 × {rate}" if axis.ring else f"{axis.name}: line of {axis.size}, {rate}"
+
+
+# --- Operations
+
+
+def _matmuls(plan: Plan, symbolic: bool, width: int) -> Iterator[str]:
+    found = _grouped_operations(op for op in plan.operations if op.matmul)
+    if not found:
+        return
+    rows = [_operation_row(op) for op in found]
+    lines = table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2)
+    yield "Matmuls"
+    yield from _indented(lines[:2])
+    for op, line in zip(found, lines[2:], strict=True):
+        yield f"  {line}"
+        if symbolic:
+            yield f"      FLOPs per chip and run: {_formula(op)}"
+        if op.runner_up:
+            yield f"      next: {op.runner_up}"
+
+
+_OPERATION_HEADERS = ("operation", "einsum", "strategy", "runs", "time", "bound by", "collectives")
+_OPERATION_ALIGNMENT = "~<~>><>"
+
+
+def _operation_row(op: OperationPlan) -> tuple[str, ...]:
+    wire = time(op.collective_seconds) if op.collective_seconds else "-"
+    return (_short_name(op), op.einsum, op.strategy, str(op.count), time(op.seconds), op.regime, wire)
+
+
+def _short_name(op: OperationPlan) -> str:
+    """What a matmul multiplies by, or else where it stands in the user's code."""
+    if not op.matmul:
+        return op.name
+    name = op.name.removeprefix(f"{op.primitive} ")
+    return name.removesuffix(f"({op.source})").strip() or op.source
+
+
+def _formula(op: OperationPlan) -> str:
+    """`2 · a · b/xy · c`: every factor, and the mesh axes that it is divided over."""
+    letters = sorted(set(re.findall("[a-zA-Z]", op.einsum)))
+    cut = [f"{letter}/{''.join(split)}" if split else letter for letter, split in zip(letters, op.splits, strict=True)]
+    sizes = ", ".join(f"{letter} = {count}" for letter, count in zip(letters, op.sizes, strict=True))
+    return f"2 · {' · '.join(cut)} = {op.flops / op.count:.4g} where {sizes}"
+
+
+def _others(plan: Plan, width: int) -> Iterator[str]:
+    spent = _grouped_operations(op for op in plan.operations if not op.matmul and op.seconds + op.collective_seconds > 0)
+    if not spent:
+        return
+    listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
+    rest = [op for op in spent if op not in listed]
+    yield "Other operations"
+    if listed:
+        rows = [_operation_row(op) for op in listed]
+        yield from _indented(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
+    if rest:
+        seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
+        yield f"  {len(rest)} more, each below {percent(_MENTIONED)} of the step: {time(seconds)}, collectives {time(wire)}"
+
+
+def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
+    """Operations that are planned alike as one, with the sums of their runs and times."""
+    groups: dict[Any, list[OperationPlan]] = {}
+    for op in operations:
+        name = _unnumbered(op.name)
+        each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
+        groups.setdefault((name, op.einsum, op.sizes, op.strategy, op.splits, each), []).append(op)
+    return [
+        first
+        if not others
+        else replace(
+            first,
+            name=_unnumbered(first.name),
+            count=sum(op.count for op in (first, *others)),
+            seconds=sum(op.seconds for op in (first, *others)),
+            collective_seconds=sum(op.collective_seconds for op in (first, *others)),
+        )
+        for first, *others in groups.values()
+    ]
+
+
+def _unnumbered(name: str) -> str:
+    """`params['layers'][3]['wq']` with `[*]` for the number."""
+    return re.sub(r"\[\d+\]", "[*]", name)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.{_ROUNDED}g}"
+
+
+# --- Collectives
+
+
+def _collectives(plan: Plan, width: int) -> Iterator[str]:
+    yield "Collectives"
+    found = plan.estimate.collectives
+    if not found:
+        yield "  none: no array changes its layout"
+        return
+    groups: dict[tuple, list[PlannedCollective]] = {}
+    for each in found:
+        key = (each.kind, _mesh_order(each.axes, plan), _rounded(each.bytes), _unnumbered(each.where))
+        groups.setdefault(key, []).append(each)
+    rows = [
+        (kind, axes, size(group[0].bytes), str(sum(c.count for c in group)), time(sum(c.seconds for c in group)), where)
+        for (kind, axes, _, where), group in groups.items()
+    ]
+    headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
+    yield from _indented(table(headers, rows, "<<>>>~", width - 2))
+    yield "  in all: " + "; ".join(_totals(found))
+
+
+def _totals(found: Sequence[PlannedCollective]) -> Iterator[str]:
+    kinds = sorted({each.kind for each in found}, key=lambda kind: -sum(c.seconds for c in found if c.kind == kind))
+    for kind in kinds:
+        alike = [each for each in found if each.kind == kind]
+        runs, seconds = sum(each.count for each in alike), sum(each.seconds for each in alike)
+        payload = sum(each.bytes * each.count for each in alike)
+        yield f"{runs} {kind}{'s' if runs > 1 else ''}, {size(payload)}, {time(seconds)}"
+
+
+def _mesh_order(axes: Sequence[str], plan: Plan) -> str:
+    return "".join(axis.name for axis in plan.topology.axes if axis.name in axes)
+
+
+# --- Arrays
+
+
+def spec_text(layout: Layout) -> str:
+    """A layout as it is written in Python: `P(None, ('y', 'z'))`."""
+    return f"P({', '.join(map(repr, spec_of(layout)))})"
+
+
+def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
+    if not arrays:
+        return
+    groups: dict[tuple, list[ArrayPlan]] = {}
+    for array in arrays:
+        key = (_unnumbered(array.path), array.shape, array.dtype, array.layout, array.donated)
+        groups.setdefault(key, []).append(array)
+    rows = []
+    for (path, shape, dtype, layout, donated), group in groups.items():
+        name = path if len(group) > 1 else group[0].path
+        held = sum(array.bytes_per_chip for array in group)
+        many = f" × {len(group)}" if len(group) > 1 else ""
+        typed = f"{dtype}[{','.join(map(str, shape))}]{many}{', donated' if donated else ''}"
+        rows.append((name, typed, spec_text(layout), size(held)))
+    total = sum(array.bytes_per_chip for array in arrays)
+    headers = ("path", "array", "PartitionSpec", "per chip")
+    yield f"{title} ({size(total)} per chip)"
+    yield from _indented(table(headers, rows, "~~<>", width - 2))
+
+
+# --- What stands behind the numbers
+
+
+def _constants(plan: Plan, width: int) -> Iterator[str]:
+    constants = plan.topology.chip.constants.items()
+    rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
+    if rows:
+        yield f"Constants of {plan.topology.chip.name} that no source vouches for"
+        yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
+
+
+def _warnings(plan: Plan) -> Iterator[str]:
+    if plan.warnings:
+        yield "Warnings"
+        yield from (f"  - {warning}" for warning in plan.warnings)
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    return (f"  {line}" for line in lines)

@@ -1,0 +1,140 @@
+"""Lifting the bound and lowering the best plan until they meet or stall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from search.bound import Dual
+from search.incumbent import decode, improve, overflow
+from search.memory import Row, rows
+from search.problem import FORBIDDEN, Problem
+from search.symmetry import representatives
+
+Say = Callable[[str], None]
+
+TOLERANCE = 1e-9
+"""Relative difference between bound and plan that counts as none."""
+_PRICED_ROWS = 3
+"""How many memory rows are priced, one after the other."""
+_BISECTIONS = 14
+"""Trials for one row's price."""
+
+
+class Ascent:
+    """The state of one search: the dual, the best plan so far, and the bound that is proven for the whole problem.
+
+    `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
+    overflow seen, and that overflow in bytes.
+    """
+
+    def __init__(self, problem: Problem, rounds: int, say: Say, symmetric: bool = True) -> None:
+        self.problem, self.rounds, self.say = problem, rounds, say
+        self.rows: tuple[Row, ...] = rows(problem)
+        self.dual = Dual(problem, self.rows)
+        self.best: np.ndarray | None = None
+        self.objective = np.inf
+        self.bound = -np.inf
+        self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
+        if symmetric:
+            self._hold_symmetry()
+
+    def _hold_symmetry(self) -> None:
+        held = representatives(self.problem)
+        if held is not None:
+            node, kept = held
+            keep = list(self.dual.keep)
+            keep[node] = kept
+            self.dual.restrict(keep)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the least bytes of everything, side by side, fit a chip."""
+        return self.dual.fits
+
+    def reached(self, lower: float) -> bool:
+        """Whether a bound has reached the best plan."""
+        return self.best is not None and lower >= self.objective * (1 - TOLERANCE)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the best plan is proven best."""
+        return self.reached(self.bound)
+
+    def offer(self, states: np.ndarray, value: float) -> None:
+        """Keeps a plan that fits if it is better than the best so far."""
+        if value < min(self.objective, FORBIDDEN / 2):
+            self.best, self.objective = states, value
+
+    def run(self) -> None:
+        """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow."""
+        self.dual.propagate()
+        if not self.fits:
+            self.attempt(np.array([keep[0] for keep in self.dual.keep]))
+            return
+        over = self.lift(self.rounds)
+        for _ in range(_PRICED_ROWS):
+            if self.closed or not len(over) or float(over.max()) <= 0:
+                return
+            over = self._price_row(int(np.argmax(over)))
+
+    def lift(self, rounds: int) -> np.ndarray:
+        """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
+        stalled, lower = 0, -np.inf
+        over = np.zeros(0)
+        for turn in range(rounds):
+            for _ in range(3):
+                self.dual.sweep()
+            before, lower = lower, self.dual.bound()
+            self.bound = max(self.bound, lower)
+            over = self.attempt(decode(self.dual))
+            struck = self.dual.exclude(self.objective) if self.best is not None else 0
+            self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
+            stalled = stalled + 1 if lower - before < 1e-5 * abs(lower) and not struck else 0
+            if self.closed or stalled >= 2:
+                break
+        return over
+
+    def _price_row(self, row: int) -> np.ndarray:
+        """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual."""
+        low, high = 0.0, np.inf
+        base = self.dual.multipliers.copy()
+        best = (self.dual.bound(), base)
+        trial = 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
+        over = np.zeros(len(self.rows))
+        for _ in range(_BISECTIONS):
+            multipliers = base.copy()
+            multipliers[row] = trial
+            self.dual.reprice(multipliers)
+            over = self.lift(rounds=4)
+            if self.closed:
+                return over
+            best = max(best, (self.dual.bound(), multipliers), key=lambda pair: pair[0])
+            low, high = (trial, high) if over[row] > 0 else (low, trial)
+            trial = 4 * low if not np.isfinite(high) else high / 8 if low == 0 else float(np.sqrt(low * high))
+            if low > 0 and high < 1.1 * low:
+                break
+        self.dual.reprice(best[1])
+        return self.lift(rounds=4)
+
+    def attempt(self, states: np.ndarray) -> np.ndarray:
+        """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each row.
+
+        A solution that does not fit is improved again with a steep price on memory.
+        """
+        steep = np.full(len(self.rows), 10 * max(abs(self.bound), 1e-9) / self.problem.budget_bytes)
+        if not np.isfinite(self.bound):
+            steep = np.ones(len(self.rows))
+        relaxed = None
+        for penalty in (self.dual.multipliers, steep):
+            improved = improve(self.problem, self.rows, states, penalty)
+            over = overflow(self.problem, self.rows, improved)
+            relaxed = over if relaxed is None else relaxed
+            worst = float(over.max(initial=-np.inf))
+            if worst < self.leanest[0]:
+                self.leanest = worst, improved
+            if worst <= 0:
+                self.offer(improved, self.problem.objective(improved))
+                break
+        return relaxed

@@ -1,0 +1,140 @@
+"""What the bound alone does not decide: branch on heavy layouts, and let CP-SAT close the leaves."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from search.ascent import Ascent
+from search.bound import Snapshot
+from search.incumbent import decode
+from search.model import Answer, solve
+from search.problem import FORBIDDEN
+from search.symmetry import surroundings
+
+_FIRST_WINDOW = 1e-6
+"""The first window that CP-SAT searches, as a part of the bound."""
+_WINDOW_GROWTH = 30.0
+"""How much wider each further window is."""
+_WIDEST = FORBIDDEN / 100
+"""The widest window, in seconds: what lies beyond costs as much as the impossible."""
+_SMALL = 20_000
+"""Pairs of layouts below which a branch goes to CP-SAT."""
+
+
+class Branching:
+    """Closes a stalled ascent.
+
+    A branch holds one heavily used layout to its likeliest state, or to all others; each side is swept anew, and dropped
+    when its bound reaches the best plan known. Depth first, the likeliest side first. `unproven` is the least bound of what
+    the limits left undecided.
+    """
+
+    def __init__(self, ascent: Ascent, deterministic_seconds: float, wall_seconds: float) -> None:
+        self.ascent, self.dual = ascent, ascent.dual
+        self.deterministic_seconds = deterministic_seconds
+        self.stop = time.monotonic() + wall_seconds
+        self.weights = [surroundings(ascent.problem, i) for i in range(len(ascent.problem.nodes))]
+        self.branches = self.booleans = 0
+        self.rounding = 0.0
+        self.unproven = np.inf
+
+    def run(self) -> None:
+        """Branches until nothing is open, or time is up; lifts the ascent's bound to what is proven."""
+        open_: list[Snapshot] = [self.dual.snapshot()]
+        while open_:
+            if time.monotonic() > self.stop:
+                self.unproven = min(self.unproven, *(self._bound_of(snapshot) for snapshot in open_))
+                break
+            self.dual.load(open_.pop())
+            self.branches += 1
+            lower = self._refine()
+            if self.ascent.reached(lower):
+                continue
+            node = self._branching_node()
+            if self.dual.pairs() <= _SMALL or node is None:
+                self.unproven = min(self.unproven, self._finish(lower))
+            else:
+                open_ += self._split(node)
+        self.ascent.bound = max(self.ascent.bound, min(self.ascent.objective, self.unproven))
+
+    def _bound_of(self, snapshot: Snapshot) -> float:
+        self.dual.load(snapshot)
+        return self.dual.bound()
+
+    def _refine(self) -> float:
+        """Sweeps one branch until its bound stalls or reaches the best plan; returns the bound."""
+        lower = self.dual.bound()
+        while not self.ascent.reached(lower):
+            self.dual.sweep()
+            self.dual.sweep()
+            before, lower = lower, self.dual.bound()
+            if self.ascent.reached(lower):
+                break
+            self.ascent.attempt(decode(self.dual))
+            struck = self.dual.exclude(self.ascent.objective) if self.ascent.best is not None else 0
+            if lower - before < 1e-4 * abs(lower) and not struck:
+                break
+        return lower
+
+    def _branching_node(self) -> int | None:
+        """The undecided node with the most bytes around it."""
+        undecided = [i for i, keep in enumerate(self.dual.keep) if len(keep) > 1]
+        return max(undecided, key=lambda i: (self.weights[i], -i), default=None)
+
+    def _split(self, node: int) -> list[Snapshot]:
+        """Two branches, the one to look at first last."""
+        likeliest = decode(self.dual)[node]
+        keep = self.dual.keep[node]
+        found = []
+        for side in (keep[keep != likeliest], keep[keep == likeliest]):
+            snapshot = self.dual.snapshot()
+            snapshot.keep[node] = side
+            found.append(snapshot)
+        return found
+
+    def _finish(self, lower: float) -> float:
+        """CP-SAT on one branch, the likeliest states first; returns the bound that is proven for it.
+
+        A window of width $\\delta$ keeps the states whose choice alone lifts the bound $L$ by at most $\\delta$. No other
+        state occurs in a plan of cost at most $L + \\delta$: a best plan of the window that costs no more is best of all,
+        and otherwise $L + \\delta$ is a bound.
+        """
+        width = max(abs(lower), 1e-12) * _FIRST_WINDOW
+        if self.dual.multipliers.any():
+            lower = self._unpriced()
+            width = 10 * abs(lower)
+        every = list(self.dual.keep)
+        while not self.ascent.reached(lower):
+            room = max(self.ascent.objective - lower, 0.0)
+            width = min(width, room, _WIDEST)
+            self.dual.restrict(every)
+            self.dual.restrict(self.dual.within(width))
+            answer = self._window(width)
+            if answer.status not in ("INFEASIBLE", "OPTIMAL"):
+                return min(answer.bound_seconds, lower + width)
+            if answer.status == "OPTIMAL" and answer.value <= lower + width:
+                return answer.value
+            if width >= min(room, _WIDEST):
+                return self.ascent.objective
+            width *= _WINDOW_GROWTH
+        return lower
+
+    def _unpriced(self) -> float:
+        """Takes the price off memory (CP-SAT has the rows themselves) and lifts the bound again."""
+        self.dual.reprice(np.zeros(len(self.ascent.rows)))
+        for _ in range(6):
+            self.dual.sweep()
+        return self.dual.bound()
+
+    def _window(self, width: float) -> Answer:
+        left = sum(len(keep) for keep in self.dual.keep)
+        wall = max(self.stop - time.monotonic(), 0.1)
+        answer = solve(self.dual, self.ascent.rows, self.ascent.best, width, self.deterministic_seconds, wall)
+        self.booleans = max(self.booleans, answer.booleans)
+        self.rounding = max(self.rounding, answer.rounding_seconds)
+        self.ascent.say(f"CP-SAT within {width:.2e} s: {left} states, {answer.booleans} booleans, {answer.status}")
+        if answer.states is not None:
+            self.ascent.offer(answer.states, answer.value)
+        return answer
