@@ -3,16 +3,17 @@
 A planned collective is found when the compiled program runs one of the same kind over the same axes with the same bytes
 as often. What a compiler may do to a plan without making it another plan is recognised, and said:
 
-| the compiled program | is |
+| the compiled program | is the same plan |
 |---|---|
-| runs several planned collectives as one, or one in several pieces | the same plan at lower cost, or at the same |
-| runs a planned all-reduce as a reduce-scatter and an all-gather | the same plan at the same cost |
-| reduces and slices where a reduce-scatter was planned | on host devices, which have nothing else, the same plan; on a TPU the same plan at higher cost |
-| gathers by an all-reduce of arrays padded with zeros | the same plan at higher cost |
-| reduces bf16 as f32, on host devices | the same plan, at twice the bytes |
+| runs several planned collectives as one, or one in several pieces | at the same cost, or lower |
+| runs a planned all-reduce as a reduce-scatter and an all-gather | at the same cost |
+| reduces and slices where a reduce-scatter was planned | at higher cost; host devices have nothing else |
+| gathers by an all-reduce of arrays padded with zeros | at higher cost |
+| reduces bf16 as f32, on host devices | at twice the bytes |
 
-Everything else that was planned is *missing*, everything else that was compiled is *unplanned*. Shares are of the plan's
-time on the wire, with compiled collectives priced by the model that priced the planned ones.
+Higher cost counts on a TPU; host devices only show that the program is partitioned as planned. Everything else that was
+planned is *missing*, everything else that was compiled is *unplanned*. Shares are of the plan's time on the wire, with
+compiled collectives priced by the model that priced the planned ones.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ _MOST_TOGETHER = 4
 """How many collectives are looked for in one, where the compiled program does not say how many it combined."""
 
 Target = Literal["host", "tpu", "gpu"]
-Kind = Literal["same plan at lower cost", "same plan", "same plan at higher cost", "missing", "unplanned", "peak memory"]
+Kind = Literal[
+    "same plan at lower cost", "same plan", "same plan at higher cost", "missing", "unplanned", "peak memory"
+]
 Axes = tuple[str, ...]
 
 
@@ -54,8 +57,9 @@ class AuditError(AutoshardError):
 class Difference:
     """One way in which the compiled program is not word for word the plan.
 
-    `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part of
-    the plan's time on the wire, or of the planned peak, that is at stake. `counts` says whether the audit fails by it.
+    `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part
+    of the plan's time on the wire, or of the planned peak, that is at stake. `counts` says whether the audit fails by
+    it.
     """
 
     kind: Kind
@@ -67,7 +71,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pair:
-    """Planned collectives beside the compiled ones that do their work; either side may be empty. `count` is how often."""
+    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
 
     planned: tuple[PlannedCollective, ...]
     compiled: tuple[CompiledCollective, ...]
@@ -145,7 +149,9 @@ class Audit:
         return render(self)
 
 
-def audit(plan: Plan, fn: Callable[..., Any], *args: Any, target: Target = "host", devices: Sequence[Any] | None = None) -> Audit:
+def audit(
+    plan: Plan, fn: Callable[..., Any], *args: Any, target: Target = "host", devices: Sequence[Any] | None = None
+) -> Audit:
     """Compiles a planned function and compares what the compiler made of it with the plan.
 
         audit = autoshard.audit(plan, decode, params, cache, tokens, position, target="tpu")
@@ -158,8 +164,8 @@ def audit(plan: Plan, fn: Callable[..., Any], *args: Any, target: Target = "host
       plan's own chips with the real TPU compiler (libtpu), without any TPU.
     - `devices`: compile for these instead.
 
-    **Raises:** `PlanMismatchError` when plan and function do not belong together; `AuditError` when the compiler refuses
-    the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
+    **Raises:** `PlanMismatchError` when plan and function do not belong together; `AuditError` when the compiler
+    refuses the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
     """
     if target == "gpu":
         raise AutoshardError('target="gpu" is not there yet: audit on "host", where the same collectives are compiled.')
@@ -168,7 +174,9 @@ def audit(plan: Plan, fn: Callable[..., Any], *args: Any, target: Target = "host
     topology = plan.topology
     found = devices if devices is not None else _devices(topology, target)
     mesh = targets.mesh_of(found, topology.axis_sizes)
-    shapes = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, args)
+    shapes = jax.tree_util.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, args
+    )
     lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
@@ -218,7 +226,7 @@ def compare(plan: Plan, text: str, target: Target = "host", peak_bytes: float | 
 
 
 def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
-    """The axes of a collective in mesh order, without those of one chip; all axes where the groups are no set of axes."""
+    """The axes of a collective in mesh order, without those of one chip; all where its groups are no set of axes."""
     order = [axis.name for axis in topology.axes if axis.size > 1]
     return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
 
@@ -283,7 +291,8 @@ class _Pairing:
         """Several compiled collectives for a planned one."""
         for lot in _of_kind(self.planned, planned_kind):
             usable = [
-                c for c in self.compiled
+                c
+                for c in self.compiled
                 if _may_be(c.of, planned_kind, compiled_kind) and (not narrow or _widened(c.of))
             ]
             bytes = lot.bytes * 2 if narrow else lot.bytes
@@ -320,7 +329,9 @@ def _of_kind(lots: Sequence[_Lot], kind: str) -> list[_Lot]:
 
 
 def _may_be(compiled: CompiledCollective, planned_kind: str, compiled_kind: str) -> bool:
-    return compiled_kind == compiled.kind and (planned_kind != "all-gather" or compiled_kind != "all-reduce" or "gather" in compiled.spelling)
+    """Whether a compiled collective may stand for a planned kind; an all-reduce gathers only among zeros."""
+    gathers = (planned_kind, compiled_kind) == ("all-gather", "all-reduce")
+    return compiled.kind == compiled_kind and (not gathers or "gather" in compiled.spelling)
 
 
 def _widened(compiled: CompiledCollective) -> bool:
@@ -353,9 +364,8 @@ def _judge(pair: Pair, topology: Topology, target: Target, wire_seconds: float) 
     widened = target == "host" and bytes > 0 and any(map(_widened, pair.compiled))
     if spelled == asked and len(pair.planned) == len(pair.compiled) and not widened:
         return None
-    text = f"{_described(pair.planned, topology, pair.count)} compiled as {_described(pair.compiled, topology, pair.count)}"
-    if widened:
-        text += "; this compiler reduces bf16 as f32"
+    sides = [_described(side, topology, pair.count) for side in (pair.planned, pair.compiled)]
+    text = " compiled as ".join(sides) + ("; this compiler reduces bf16 as f32" if widened else "")
     if compiled < planned * (1 - 1e-9):
         return Difference("same plan at lower cost", text, bytes, share, False)
     if target == "host" or not compiled > planned * (1 + 1e-9):

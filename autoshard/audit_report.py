@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from autoshard._audit import Audit, Difference, Pair, axes_of
@@ -50,8 +51,8 @@ def _row(audit: Audit, pair: Pair) -> tuple[str, ...]:
 
 
 def _side(group: Sequence[PlannedCollective]) -> str:
-    kinds = dict.fromkeys(each.kind for each in group)
-    return " + ".join(f"{n} × {kind}" if (n := sum(each.kind == kind for each in group)) > 1 else kind for kind in kinds)
+    counts = Counter(each.kind for each in group)
+    return " + ".join(f"{n} × {kind}" if n > 1 else kind for kind, n in counts.items())
 
 
 def _spelled(each: CompiledCollective) -> str:
@@ -83,7 +84,8 @@ def _chip(audit: Audit, width: int) -> Iterator[str]:
     if audit.compute_seconds is not None:
         on_chip = audit.planned_seconds - audit.planned_collective_seconds
         rows.append(_times("time on the chip (compiler's cycles)", on_chip, audit.compute_seconds))
-    rows.append(_times("time of collectives (plan's model)", audit.planned_collective_seconds, audit.collective_seconds))
+    wire = audit.planned_collective_seconds, audit.collective_seconds
+    rows.append(_times("time of collectives (plan's model)", *wire))
     if audit.compute_seconds is not None:
         rows.append(_times("step time", audit.planned_seconds, audit.compute_seconds + audit.collective_seconds))
     yield "One chip"

@@ -67,15 +67,18 @@ def autoshard(
 
 @dataclass(frozen=True)
 class _Bound:
-    """A plan with the function as it runs on the devices, and within a transformation."""
+    """A plan with the function as it runs on the devices, where it wants its arguments, and as it runs when transformed."""
 
     plan: Plan
     jitted: Callable[..., Any]
+    shardings: tuple[Any, ...]
     applied: Callable[..., Any]
 
 
 @dataclass
 class _Planner:
+    """The plans of one function, by the shapes, types and nesting of the arguments."""
+
     fn: Callable[..., Any]
     topology: str | PathLike[str] | Topology
     directory: Path
@@ -84,22 +87,22 @@ class _Planner:
 
     def run(self, args: tuple[Any, ...]) -> Any:
         bound = self.bound(args)
-        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(args))
-        return bound.applied(*args) if inside else bound.jitted(*args)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(args)):
+            return bound.applied(*args)
+        return bound.jitted(*jax.device_put(args, bound.shardings))
 
     def bound(self, args: tuple[Any, ...]) -> _Bound:
-        """The plan for arguments of these shapes, types and nesting."""
         shapes = tuple((leaf.shape, str(leaf.dtype), leaf.weak_type) for leaf in abstract(self.fn, args))
         key = jax.tree_util.tree_structure(args), shapes
         if key not in self.known:
             plan = self.plan(args)
-            self.known[key] = _Bound(plan, plan.jit(self.fn), plan.apply(self.fn))
+            mesh = plan.make_mesh()
+            shardings, _ = plan.shardings(mesh)
+            self.known[key] = _Bound(plan, plan.jit(self.fn, mesh), shardings, plan.apply(self.fn))
         return self.known[key]
 
     def plan(self, args: tuple[Any, ...]) -> Plan:
         topology = topology_of(self.topology)
         target = traced_for(self.fn, args, self.options)
-        key = key_of(target, topology, self.options)
-        plan = cached(self.directory, key, lambda: planned(target, topology, self.options))
+        plan = cached(self.directory, key_of(target, topology, self.options), lambda: planned(target, topology, self.options))
         return replace(plan, treedefs=(target.traced.in_tree, target.traced.out_tree))
-

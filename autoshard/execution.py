@@ -33,7 +33,7 @@ def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[...
     def planned(*args: Any, **keywords: Any) -> Any:
         args = trees.positional(fn, args, keywords)
         flat, structure = jax.tree_util.tree_flatten(args)
-        chosen = mesh or _mesh_in_context(plan)
+        chosen = mesh or mesh_in_context(plan, abstract=True) or plan.make_mesh()
         if (structure, chosen) in known:
             traced, run = known[structure, chosen]
             _check_arguments(plan, fn, args, abstract(fn, args))
@@ -132,11 +132,12 @@ def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
     return [reshard(array, spec_of(row.layout)) for array, row in zip(arrays, rows, strict=True)]
 
 
-def _mesh_in_context(plan: Plan) -> Any:
-    """The mesh of `jax.set_mesh`, if it has the plan's axes."""
+def mesh_in_context(plan: Plan, abstract: bool = False) -> Any:
+    """The mesh of `jax.set_mesh`, or its abstract shape, if it has the plan's axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = plan.topology.axis_sizes
-    return mesh if all(mesh.shape.get(name) == size for name, size in sizes.items()) else plan.make_mesh()
+    if any(mesh.shape.get(name) != size for name, size in plan.topology.axis_sizes.items()):
+        return None
+    return mesh if abstract else jax.sharding.get_mesh()
 
 
 # --- refusals

@@ -51,9 +51,8 @@ def _header(plan: Plan) -> Iterator[str]:
     room = estimate.budget_bytes
     yield f"{plan.name} on {topology.name}"
     yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
-    yield (
-        f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {time(estimate.collective_seconds)} of collectives"
-    )
+    wire = time(estimate.collective_seconds)
+    yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
     yield (
         f"               (the operations alone: {time(estimate.memory_seconds)} at HBM's rate,"
         f" {time(estimate.compute_seconds)} at the compute units')"
@@ -65,8 +64,10 @@ def _header(plan: Plan) -> Iterator[str]:
     if proof.status == "OPTIMAL":
         yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
     else:
-        yield f"  proof        {proof.status}: no plan is faster than {time(proof.bound_seconds)} (gap {percent(proof.gap)})"
-    yield f"               {proof.states:,} strategies and layouts, {proof.branches} branches, {proof.wall_seconds:.1f} s"
+        bound = f"no plan is faster than {time(proof.bound_seconds)}"
+        yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
+    tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
+    yield f"               {tried}, {proof.wall_seconds:.1f} s"
 
 
 def _axis(axis: Axis) -> str:
@@ -124,7 +125,8 @@ def _formula(op: OperationPlan) -> str:
 
 
 def _others(plan: Plan, width: int) -> Iterator[str]:
-    spent = _grouped_operations(op for op in plan.operations if not op.matmul and op.seconds + op.collective_seconds > 0)
+    fused = (op for op in plan.operations if not op.matmul)
+    spent = _grouped_operations(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
         return
     listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
@@ -135,7 +137,8 @@ def _others(plan: Plan, width: int) -> Iterator[str]:
         yield from _indented(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
     if rest:
         seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
-        yield f"  {len(rest)} more, each below {percent(_MENTIONED)} of the step: {time(seconds)}, collectives {time(wire)}"
+        each = f"each below {percent(_MENTIONED)} of the step"
+        yield f"  {len(rest)} more, {each}: {time(seconds)}, collectives {time(wire)}"
 
 
 def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]:

@@ -1,11 +1,13 @@
 """Strategies by the names that the literature gives them, read off factors and layouts alone.
 
-Of a matrix multiplication by a weight, every factor is *contracted* (summed over), an *output* factor (the weight's own),
-or one of the activation's: its *batch* (the first) and its *sequence* (all others). The family says where the weight is:
+Of a matrix multiplication by a weight, every factor is *contracted* (summed over), an *output* factor (the weight's
+own), or one of the activation's: its *batch* (the first) and its *sequence* (all others). The family says where the
+weight is:
 
-| family | the weight, on the wire |
+| family | the weight |
 |---|---|
-| `WS-1D`, `WS-2D` | stays where it is stored, cut along contracted or output factors, or along both (Pope et al. 2022, §3.2.1-2) |
+| `WS-1D` | stays where it is stored, cut along contracted or along output factors (Pope et al. 2022, §3.2.1) |
+| `WS-2D` | stays where it is stored, cut along both (§3.2.2) |
 | `WG-X`, `WG-XY`, ... | is gathered over these axes from the layout it is stored in (§3.2.3) |
 | `data parallel` | is whole on every chip; only batch and sequence are split |
 | `replicated` | the matmul is run whole on every chip |
@@ -42,29 +44,37 @@ def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) 
 
     - `i`: the operation's index in the program.
     """
-    op, strategy = program.operations[i], choice.strategies[i]
-    if not is_product(op):
-        roles, family = _dimensions(op), ""
-    elif (weight := weight_operand(program, i)) is not None:
-        roles = _weight_roles(op, weight)
-        family = _family(program, topology, choice, i, weight)
-    else:
-        roles, family = _attention_roles(program, i), ""
     order = [axis.name for axis in topology.axes if axis.size > 1]
+    roles, family = _roles_and_family(program, choice, i, order)
+    strategy = choice.strategies[i]
     split: dict[str, list[str]] = {}
     for role, axes in zip(roles, strategy.splits, strict=True):
         split.setdefault(role, []).extend(axes)
-    split = {role: split[role] for role in sorted(split, key=_place) if split[role]}
-    parts = [f"{role} over {_written(axes, order)}" for role, axes in split.items()]
+    parts = [f"{role} over {_written(split[role], order)}" for role in sorted(split, key=_place) if split[role]]
     partial = {axis for axes in strategy.carried for axis in axes}
-    if partial:
-        parts.append(f"partial sums over {_written(partial, order)}")
-    idle = [axis for axis in order if axis not in strategy.axes and axis not in partial]
-    if not parts:
+    parts += [f"partial sums over {_written(partial, order)}"] if partial else []
+    if not parts and not family.startswith("WG"):
         return "replicated"
-    if idle:
-        parts.append(f"repeated over {''.join(idle)}")
+    idle = set(order) - set(strategy.axes) - partial
+    parts += [f"repeated over {_written(idle, order)}"] if idle else []
     return (f"{family}: " if family else "") + ", ".join(parts)
+
+
+def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[str]) -> tuple[list[str], str]:
+    """What each factor is to the operation, and where the weight is, if there is one."""
+    op = program.operations[i]
+    if not is_product(op):
+        return _dimensions(op), ""
+    weight = weight_operand(program, i)
+    if weight is None:
+        return _attention_roles(program, i), ""
+    roles = _weight_roles(op, weight)
+    gathered = _gathered_axes(program, choice, i, weight)
+    if gathered:
+        return roles, f"WG-{_written(gathered, order).upper()}"
+    split = {role for role, axes in zip(roles, choice.strategies[i].splits, strict=True) if axes}
+    kinds = len(split & {"contracted", "output"})
+    return roles, f"WS-{kinds}D" if kinds else "data parallel"
 
 
 # Roles in the order in which a name lists them.
@@ -109,8 +119,8 @@ def _dimensions(op: Operation) -> list[str]:
 def weight_operand(program: Program, i: int) -> int | None:
     """Which operand of a matmul is a weight; None where both are activations.
 
-    A weight is an argument (or a view, a cast or a layer of one) that shares no batch with the other operand: a cache
-    does. Of two, it is the second, as in `x @ w`.
+    A weight is an argument (or a view, a cast or a layer of one) that shares no batch with the other operand, as a
+    cache does. Of two, it is the one with fewer uses, or else the second, as in `x @ w`.
     """
     return _Origins(program).weight(i)
 
@@ -127,16 +137,10 @@ def _weight_roles(op: Operation, weight: int) -> list[str]:
     return roles
 
 
-def _family(program: Program, topology: Topology, choice: Choice, i: int, weight: int) -> str:
-    op, used = program.operations[i], needed(program, choice, i, weight)
-    order = [axis.name for axis in topology.axes]
-    gathered = set(stored_layout(program, choice, op.inputs[weight].value).axes) - set(used.axes)
-    if gathered:
-        return f"WG-{_written(gathered, order).upper()}"
-    roles = _weight_roles(op, weight)
-    split = {role for role, axes in zip(roles, choice.strategies[i].splits, strict=True) if axes}
-    kinds = len(split & {"contracted", "output"})
-    return f"WS-{kinds}D" if kinds else "data parallel"
+def _gathered_axes(program: Program, choice: Choice, i: int, weight: int) -> set[str]:
+    """The axes that split a weight where it is stored, and not where it is used."""
+    value = program.operations[i].inputs[weight].value
+    return set(stored_layout(program, choice, value).axes) - set(needed(program, choice, i, weight).axes)
 
 
 def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
@@ -153,7 +157,7 @@ def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
 
 
 def _attention_roles(program: Program, i: int) -> list[str]:
-    """Heads come from weights, positions do not; of what both operands share, the first that is no head is the batch."""
+    """Heads come from weights, positions do not. What both operands have and no weight gave is the batch."""
     op, origins = program.operations[i], _Origins(program)
     left, right = (set(_factors(use.dims)) for use in op.inputs)
     roles = []
@@ -180,9 +184,16 @@ class _Origins:
         if i in self._judged:
             return None
         self._judged.add(i)
-        found = next((k for k in (1, 0) if self._is_weight(i, k)), None)
+        found = [k for k in (1, 0) if self._is_weight(i, k)]
         self._judged.discard(i)
-        return found
+        return min(found, key=lambda k: self._uses(i, k), default=None)
+
+    def _uses(self, i: int, k: int) -> int:
+        """How many operations use the argument an operand is a view of: inputs feed several matmuls, weights one."""
+        values, operations = self.program.values, self.program.operations
+        origin = values[operations[i].inputs[k].value].origin
+        views = {value for value, each in enumerate(values) if each.origin == origin}
+        return sum(use.value in views for op in operations for use in op.inputs if op.outputs[0].value not in views)
 
     def _is_weight(self, i: int, k: int) -> bool:
         op = self.program.operations[i]

@@ -191,10 +191,11 @@ class Plan:
             plan.jit(decode)(params, cache, tokens, position)
             plan.jit(decode, mesh).lower(*args).compile()
 
-        A plan from a file does not know custom pytree nodes; where the arguments or results have some, their placement is
-        left to the arrays themselves and to the compiler, which takes it from the plan inside the function.
+        Without a `mesh` it runs on the one of `jax.set_mesh` if that has the plan's axes, else on `make_mesh()`. A plan from
+        a file does not know custom pytree nodes; where the arguments or results have some, their placement is left to the
+        arrays themselves and to the compiler, which takes it from the plan inside the function.
         """
-        mesh = self.make_mesh() if mesh is None else mesh
+        mesh = mesh or execution.mesh_in_context(self) or self.make_mesh()
         shardings = {}
         ins, outs = self.shardings(mesh)
         if self.treedefs or trees.unknown_class(self.in_tree) is None:

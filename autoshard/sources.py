@@ -20,6 +20,11 @@ def source_of(eqn: Any) -> str:
     return "unknown"
 
 
+def is_jax_own(jaxpr: Any) -> bool:
+    """Whether a jaxpr is of a function that JAX defines, such as `jnp.where`."""
+    return (getattr(jaxpr.debug_info, "func_filename", None) or "").startswith(_JAX_HOME)
+
+
 def itemsize_of(dtype: Any) -> float:
     """Bytes of one element; half a byte for 4-bit types."""
     name = str(dtype)

@@ -42,11 +42,8 @@ def time(seconds: float) -> str:
     """Seconds in the unit that suits them: `23.5 ms`, `869 µs`."""
     if seconds == 0 or not isfinite(seconds):
         return f"{seconds:g} s"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if abs(seconds) >= scale:
-            break
-    else:
-        unit, scale = "ns", 1e-9
+    units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+    unit, scale = next(((unit, scale) for unit, scale in units if abs(seconds) >= scale), ("ns", 1e-9))
     return f"{_three(seconds / scale)} {unit}"
 
 

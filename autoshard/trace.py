@@ -20,7 +20,7 @@ from jax.extend import core as jex
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.rules import Rule, rule_for
-from autoshard.sources import itemsize_of, source_of
+from autoshard.sources import is_jax_own, itemsize_of, source_of
 from costmodels.program import Factor, Operation, Program, Region, Use, Value
 
 _INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -138,11 +138,17 @@ def _argument_path(fn: Callable[..., Any], path: tuple[Any, ...]) -> str:
     import inspect
 
     try:
-        names = list(inspect.signature(fn).parameters)
+        parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
-        names = []
+        parameters = []
     position = path[0].idx
-    head = names[position] if position < len(names) else f"args[{position}]"
+    starred = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(parameters))
+    if position < starred:
+        head = parameters[position].name
+    elif starred < len(parameters):
+        head = f"{parameters[starred].name}[{position - starred}]"
+    else:
+        head = f"args[{position}]"
     return head + jax.tree_util.keystr(path[1:])
 
 
@@ -175,6 +181,7 @@ class _Tracer:
         self.regions: list[Region] = [Region("main")]
         self.warnings: list[str] = []
         self.held: dict[int, dict[int, Atom]] = {0: {}}
+        self.caller = ""
 
     # --- values and boundary operations -------------------------------------------------------------------------
 
@@ -281,13 +288,19 @@ class _Tracer:
         jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update(zip(jaxpr.constvars, (self.constant(c, region) for c in consts), strict=True))
+        caller, self.caller = self.caller, self._where(eqn) if is_jax_own(jaxpr) else ""
         block = self.block(jaxpr, env, region)
+        self.caller = caller
         steps += block.steps
         return block.outputs
 
+    def _where(self, eqn) -> str:
+        """The user's line; inside a function of JAX's own the line that called it, as JAX keeps only its first caller's."""
+        return self.caller or source_of(eqn)
+
     def _operation(self, eqn, operands, region) -> OpStep:
         name = eqn.primitive.name
-        where = source_of(eqn)
+        where = self._where(eqn)
         if eqn.effects:
             self.warnings.append(f"{name} at {where} has side effects, which run once per chip")
         rule = rule_for(name, [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars], eqn.params)
@@ -354,7 +367,7 @@ class _Tracer:
     def _scan(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
         body = params["jaxpr"].jaxpr
-        inner = self.region("loop", region, params["length"], f"scan ({source_of(eqn)})")
+        inner = self.region("loop", region, params["length"], f"scan ({self._where(eqn)})")
         n_const, n_carry = params["num_consts"], params["num_carry"]
         variables = body.invars
         constants = [
@@ -407,7 +420,7 @@ class _Tracer:
 
     def _while(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
-        where = source_of(eqn)
+        where = self._where(eqn)
         self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
         inner = self.region("loop", region, 1, f"while ({where})")
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
@@ -438,7 +451,7 @@ class _Tracer:
         return step, [b.outer_result for b in carries]
 
     def _cond(self, eqn, operands, region) -> tuple[BranchStep, list[Atom]]:
-        where = source_of(eqn)
+        where = self._where(eqn)
         self.warnings.append(f"cond at {where}: every branch was priced as if it ran")
         selector, *rest = operands
         selects = [] if isinstance(selector, Literal) else [(selector, region)]

@@ -9,7 +9,7 @@ import numpy as np
 from search.bound import Dual
 from search.incumbent import decode, improve, overflow
 from search.memory import Row, rows
-from search.problem import FORBIDDEN, Problem
+from search.problem import FORBIDDEN, Node, Problem
 from search.symmetry import representatives
 
 Say = Callable[[str], None]
@@ -32,7 +32,7 @@ class Ascent:
     def __init__(self, problem: Problem, rounds: int, say: Say, symmetric: bool = True) -> None:
         self.problem, self.rounds, self.say = problem, rounds, say
         self.rows: tuple[Row, ...] = rows(problem)
-        self.dual = Dual(problem, self.rows)
+        self.dual = Dual(problem, self.rows, [_possible(node) for node in problem.nodes])
         self.best: np.ndarray | None = None
         self.objective = np.inf
         self.bound = -np.inf
@@ -45,7 +45,7 @@ class Ascent:
         if held is not None:
             node, kept = held
             keep = list(self.dual.keep)
-            keep[node] = kept
+            keep[node] = np.intersect1d(keep[node], kept)
             self.dual.restrict(keep)
 
     @property
@@ -125,16 +125,23 @@ class Ascent:
         """
         steep = np.full(len(self.rows), 10 * max(abs(self.bound), 1e-9) / self.problem.budget_bytes)
         if not np.isfinite(self.bound):
-            steep = np.ones(len(self.rows))
+            steep = np.full(len(self.rows), FORBIDDEN / 100 / self.problem.budget_bytes)
         relaxed = None
         for penalty in (self.dual.multipliers, steep):
             improved = improve(self.problem, self.rows, states, penalty)
             over = overflow(self.problem, self.rows, improved)
             relaxed = over if relaxed is None else relaxed
             worst = float(over.max(initial=-np.inf))
-            if worst < self.leanest[0]:
+            value = self.problem.objective(improved)
+            if worst < self.leanest[0] and value < FORBIDDEN / 2:
                 self.leanest = worst, improved
             if worst <= 0:
-                self.offer(improved, self.problem.objective(improved))
+                self.offer(improved, value)
                 break
         return relaxed
+
+
+def _possible(node: Node) -> np.ndarray:
+    """The states that are not forbidden; all of them if every one is, which the search then reports."""
+    possible = np.flatnonzero(node.cost < FORBIDDEN / 2)
+    return possible if len(possible) else np.arange(len(node.states))

@@ -95,14 +95,9 @@ def test_a_layer_of_a_stack_is_stored_as_the_stack_is() -> None:
     assert name(layers, args, "- z xy", w="- xy z") == "WS-2D: contracted over xy, output over z"
 
 
-def test_partial_sums_that_pass_through_are_said() -> None:
-    program = trace(project, of(64, 256), of(256, 512)).program
-    matmul = next(i for i, _ in program.matmuls())
-    plain = choice(program, matmul, "- y -", {"w": "- y"})
-    strategies = list(plain.strategies)
-    strategies[matmul] = Strategy(strategies[matmul].splits, (("x",),))
-    said = strategy_name(program, MESH, Choice(tuple(strategies), {}), matmul)
-    assert said == "WS-1D: output over y, partial sums over x, repeated over z"
+def test_an_input_feeds_several_matmuls_and_a_weight_one() -> None:
+    program = trace(lambda wq, wk, x: (wq @ x, wk @ x), of(512, 256), of(512, 256), of(256, 64)).program
+    assert [weight_operand(program, i) for i, _ in program.matmuls()] == [0, 0]
 
 
 # --- Attention
@@ -134,7 +129,13 @@ MULTIHEAD = of(4, 64, 256), of(256, 16, 128), of(256, 16, 128)
     [
         (multiquery, MULTIQUERY, 2, "xyz - - -", "batch-sharded over xyz"),
         (multiquery, MULTIQUERY, 2, "x yz - -", "batch-sharded over x, head-sharded over yz"),
-        (multiquery, MULTIQUERY, 2, "- x y z", "head-sharded over x, sequence-sharded over y, head-size-sharded over z"),
+        (
+            multiquery,
+            MULTIQUERY,
+            2,
+            "- x y z",
+            "head-sharded over x, sequence-sharded over y, head-size-sharded over z",
+        ),
         (multiquery, MULTIQUERY, 3, "x - - yz", "batch-sharded over x, sequence-sharded over yz"),
         (multiquery, MULTIQUERY, 3, "- xy z -", "head-sharded over xy, head-size-sharded over z"),
         (multiquery, MULTIQUERY, 3, "- - - -", "replicated"),
@@ -187,5 +188,16 @@ def test_other_operations_are_described_by_dimensions() -> None:
 
     program = trace(norm, of(64, 256)).program
     op = next(i for i, op in enumerate(program.operations) if op.primitive == "tanh")
-    assert strategy_name(program, MESH, choice(program, op, "x yz", {}), op) == "dimension 0 over x, dimension 1 over yz"
+    assert (
+        strategy_name(program, MESH, choice(program, op, "x yz", {}), op) == "dimension 0 over x, dimension 1 over yz"
+    )
     assert strategy_name(program, MESH, choice(program, op, "- -", {}), op) == "replicated"
+
+
+def test_partial_sums_that_pass_through_are_said() -> None:
+    program = trace(lambda x, y: x + y, of(64, 256), of(64, 256)).program
+    op = next(i for i, op in enumerate(program.operations) if op.primitive == "add")
+    strategies = list(choice(program, op, "y -", {}).strategies)
+    strategies[op] = Strategy(strategies[op].splits, (("x", "z"),))
+    said = strategy_name(program, MESH, Choice(tuple(strategies), {}), op)
+    assert said == "dimension 0 over y, partial sums over xz"

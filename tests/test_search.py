@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from search.bound import Dual
 from search.incumbent import overflow
 from search.memory import rows
+from search.model import solve
 from search.problem import FORBIDDEN, Problem, build
 from search.solve import Limits, NoPlan, search
 from search.symmetry import renamed, renamings
@@ -138,6 +139,18 @@ def test_every_solution_passes_the_checker(program, topology):
     assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
     assert found.check.peak_bytes <= found.problem.budget_bytes
     assert found.proof.gap == 0.0
+
+
+@settings(max_examples=20)
+@given(programs(), st.sampled_from(TOPOLOGIES))
+def test_cp_sat_alone_finds_the_same(program, topology):
+    """CP-SAT on the whole problem, without bound or incumbent, proves the cost that the search proves."""
+    found = search(program, topology)
+    problem = found.problem
+    dual = Dual(problem, rows(problem), [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes])
+    answer = solve(dual, rows(problem), None, 3 * found.proof.objective_seconds, 60.0, 60.0)
+    assert answer.status == "OPTIMAL"
+    assert answer.value == pytest.approx(found.proof.objective_seconds, rel=1e-5)
 
 
 @settings(max_examples=25)

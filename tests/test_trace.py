@@ -330,7 +330,7 @@ def test_paths_are_in_the_users_words() -> None:
 def test_loops_multiply_and_constants_are_arguments_of_the_program() -> None:
     traced = trace(closed_over, X)
     regions = traced.program.regions
-    assert [(region.kind, region.count) for region in regions] == [("main", 1), ("loop", 8), ("branch", 1), ("branch", 1)]
+    assert [(region.kind, region.count) for region in regions] == [("main", 1), ("branch", 1), ("branch", 1), ("loop", 8)]
     sizes = [traced.program.values[value].shape for value in traced.constant_values]
     assert len(sizes) == len(traced.constants) == len(traced.program.constants)
     assert (8, 4) in sizes and () in sizes  # the table and the key
