@@ -18,35 +18,33 @@ compiled collectives priced by the model that priced the planned ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any, Literal
 
 import jax
 
-from autoshard import hlo, targets
+from autoshard import execution, hlo, targets
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
+from autoshard.pairing import Axes, Pair, axes_of, paired
 from autoshard.plan import Plan, PlannedCollective
+from autoshard.tables import size
 from costmodels.collectives import seconds as collective_seconds
 from costmodels.collectives import wire_bytes
 from costmodels.topology import Topology
+from search.solution import collectives as solution_collectives
 
 NOTICEABLE = 0.01
 """The share of the plan's time on the wire above which a difference counts."""
 MEMORY_TOLERANCE = 0.05
 """By how much of the planned peak the compiled one may differ."""
-_ALIKE = 0.005
-"""Relative difference between byte counts that padding may make."""
-_MOST_TOGETHER = 4
-"""How many collectives are looked for in one, where the compiled program does not say how many it combined."""
 
 Target = Literal["host", "tpu", "gpu"]
 Kind = Literal[
     "same plan at lower cost", "same plan", "same plan at higher cost", "missing", "unplanned", "peak memory"
 ]
-Axes = tuple[str, ...]
 
 
 class AuditError(AutoshardError):
@@ -67,15 +65,6 @@ class Difference:
     bytes: float
     share: float
     counts: bool
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
-
-    planned: tuple[PlannedCollective, ...]
-    compiled: tuple[CompiledCollective, ...]
-    count: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +106,7 @@ class Audit:
         found: dict[Axes, tuple[float, float]] = {}
         for side, each in [*((0, p) for p in self.planned), *((1, c) for c in self.collectives)]:
             axes = axes_of(each, self.topology)
-            sent = wire_bytes(each.kind, _along(axes, self.topology), float(each.bytes)) * each.count
+            sent = _sent(each, self.topology) * each.count
             planned, compiled = found.get(axes, (0.0, 0.0))
             found[axes] = (planned + sent, compiled) if side == 0 else (planned, compiled + sent)
         return dict(sorted(found.items(), key=lambda item: -max(item[1])))
@@ -172,18 +161,16 @@ def audit(
     if target not in ("host", "tpu"):
         raise AutoshardError(f'target is {target!r}; "host" or "tpu" would do.')
     topology = plan.topology
-    found = devices if devices is not None else _devices(topology, target)
-    mesh = targets.mesh_of(found, topology.axis_sizes)
-    shapes = jax.tree_util.tree_map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, args
-    )
+    mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
+    shapes = jax.tree_util.tree_map(_shape, args)
     lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
-    return compare(plan, compiled.as_text(), target, float(peak) if peak else None)
+    dtypes = _sent_dtypes(plan, fn, shapes)
+    return compare(plan, compiled.as_text(), target, float(peak) if peak else None, dtypes)
 
 
 def _devices(topology: Topology, target: Target) -> list[Any]:
@@ -192,32 +179,53 @@ def _devices(topology: Topology, target: Target) -> list[Any]:
     return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
-def compare(plan: Plan, text: str, target: Target = "host", peak_bytes: float | None = None) -> Audit:
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+
+
+def _sent_dtypes(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[str, ...]:
+    """The type of the array that each planned collective sends."""
+    program = execution.traced_as(plan, fn, args).program
+    sent = solution_collectives(program, plan.topology, plan.choice)
+    return tuple(program.values[each.value].dtype for each in sent)
+
+
+def compare(
+    plan: Plan,
+    text: str,
+    target: Target = "host",
+    peak_bytes: float | None = None,
+    dtypes: Sequence[str] = (),
+) -> Audit:
     """Compares the text of a compiled program with a plan.
 
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
     - `peak_bytes`: the compiled program's peak memory per chip, if it is known; it counts only for a TPU.
+    - `dtypes`: the type of what each planned collective sends, which host devices may widen.
     """
     topology, estimate = plan.topology, plan.estimate
-    compiled = [c for c in hlo.collectives(text, topology.axis_sizes) if axes_of(c, topology)]
-    planned = [p for p in estimate.collectives if axes_of(p, topology)]
-    pairs = tuple(_Pairing(topology, planned, compiled, target).run())
-    wire = sum(p.seconds for p in planned) or estimate.seconds
+    compiled = tuple(c for c in hlo.collectives(text, topology.axis_sizes) if axes_of(c, topology))
+    typed = zip(estimate.collectives, dtypes or [""] * len(estimate.collectives), strict=True)
+    planned = [
+        (p, 2.0 if target == "host" and dtype in _WIDENED else 1.0) for p, dtype in typed if axes_of(p, topology)
+    ]
+    pairs = paired([p for p, _ in planned], compiled, topology, [width for _, width in planned])
+    wire = sum(p.seconds for p, _ in planned) or estimate.seconds
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
-    if peak_bytes is not None and target == "tpu":
-        differences += _judge_memory(estimate.peak_bytes, peak_bytes)
+    differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
+    differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target == "tpu" else ()
     cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
     return Audit(
         target,
         plan.name,
         topology,
-        tuple(planned),
+        tuple(p for p, _ in planned),
         estimate.seconds,
         estimate.collective_seconds,
         estimate.peak_bytes,
-        tuple(compiled),
+        compiled,
         pairs,
         tuple(sorted(differences, key=lambda d: (not d.counts, -abs(d.share)))),
         peak_bytes,
@@ -225,10 +233,8 @@ def compare(plan: Plan, text: str, target: Target = "host", peak_bytes: float | 
     )
 
 
-def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
-    """The axes of a collective in mesh order, without those of one chip; all where its groups are no set of axes."""
-    order = [axis.name for axis in topology.axes if axis.size > 1]
-    return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
+_WIDENED = ("bfloat16", "float16")
+"""Types that the host compiler sends as float32."""
 
 
 def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
@@ -239,108 +245,6 @@ def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
 
 def _along(axes: Axes, topology: Topology):
     return tuple(topology.axis(name) for name in axes)
-
-
-# --- Pairing
-
-
-@dataclass
-class _Lot:
-    """A collective of either side, and how many of its executions have no partner yet."""
-
-    of: Any
-    kind: str
-    axes: Axes
-    bytes: float
-    left: int
-
-
-class _Pairing:
-    """Finds partners pass by pass, the most literal first."""
-
-    def __init__(self, topology: Topology, planned: Sequence, compiled: Sequence, target: Target) -> None:
-        self.host = target == "host"
-        self.planned, self.compiled = (
-            [_Lot(each, each.kind, axes_of(each, topology), float(each.bytes), each.count) for each in side]
-            for side in (planned, compiled)
-        )
-        self.pairs: list[Pair] = []
-
-    def run(self) -> Iterator[Pair]:
-        for planned_kind, compiled_kind in _SPELLINGS:
-            for narrow in (False, True) if self.host else (False,):
-                self._merged(planned_kind, compiled_kind, narrow)
-                self._in_pieces(planned_kind, compiled_kind, narrow)
-        self._halves()
-        yield from self.pairs
-        yield from (Pair((lot.of,), (), lot.left) for lot in self.planned if lot.left)
-        yield from (Pair((), (lot.of,), lot.left) for lot in self.compiled if lot.left)
-
-    def _merged(self, planned_kind: str, compiled_kind: str, narrow: bool) -> None:
-        """One compiled collective for one or several planned ones."""
-        for lot in _of_kind(self.compiled, compiled_kind):
-            if not _may_be(lot.of, planned_kind, compiled_kind) or (narrow and not _widened(lot.of)):
-                continue
-            combined = lot.of.spelling.removeprefix("combined ")
-            most = int(combined) if combined.isdigit() else _MOST_TOGETHER
-            bytes = lot.bytes / 2 if narrow else lot.bytes
-            while lot.left and (group := self._adding_up_to(bytes, lot.axes, self.planned, planned_kind, most)):
-                self._pair(group, [lot])
-
-    def _in_pieces(self, planned_kind: str, compiled_kind: str, narrow: bool) -> None:
-        """Several compiled collectives for a planned one."""
-        for lot in _of_kind(self.planned, planned_kind):
-            usable = [
-                c
-                for c in self.compiled
-                if _may_be(c.of, planned_kind, compiled_kind) and (not narrow or _widened(c.of))
-            ]
-            bytes = lot.bytes * 2 if narrow else lot.bytes
-            while lot.left and (group := self._adding_up_to(bytes, lot.axes, usable, compiled_kind, _MOST_TOGETHER)):
-                self._pair([lot], group)
-
-    def _adding_up_to(self, bytes: float, axes: Axes, lots: Sequence[_Lot], kind: str, most: int) -> list[_Lot]:
-        usable = [lot for lot in _of_kind(lots, kind) if lot.axes == axes and lot.bytes <= bytes * (1 + _ALIKE)]
-        groups = (group for size in range(1, most + 1) for group in combinations(usable, size))
-        return list(next((group for group in groups if _alike(sum(lot.bytes for lot in group), bytes)), ()))
-
-    def _halves(self) -> None:
-        """A planned all-reduce as a reduce-scatter and an all-gather."""
-        for lot in _of_kind(self.planned, "all-reduce"):
-            fitting = [c for c in self.compiled if c.left and c.axes == lot.axes and _alike(c.bytes, lot.bytes)]
-            both = [next((c for c in fitting if c.kind == kind), None) for kind in ("reduce-scatter", "all-gather")]
-            if lot.left and all(both):
-                self._pair([lot], [c for c in both if c])
-
-    def _pair(self, planned: Sequence[_Lot], compiled: Sequence[_Lot]) -> None:
-        count = min(lot.left for lot in (*planned, *compiled))
-        for lot in (*planned, *compiled):
-            lot.left -= count
-        self.pairs.append(Pair(tuple(lot.of for lot in planned), tuple(lot.of for lot in compiled), count))
-
-
-_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_SPELLINGS = (*((kind, kind) for kind in _KINDS), ("reduce-scatter", "all-reduce"), ("all-gather", "all-reduce"))
-"""Planned kinds with the kinds that they may be compiled to, the most literal first."""
-
-
-def _of_kind(lots: Sequence[_Lot], kind: str) -> list[_Lot]:
-    return [lot for lot in lots if lot.kind == kind and lot.left]
-
-
-def _may_be(compiled: CompiledCollective, planned_kind: str, compiled_kind: str) -> bool:
-    """Whether a compiled collective may stand for a planned kind; an all-reduce gathers only among zeros."""
-    gathers = (planned_kind, compiled_kind) == ("all-gather", "all-reduce")
-    return compiled.kind == compiled_kind and (not gathers or "gather" in compiled.spelling)
-
-
-def _widened(compiled: CompiledCollective) -> bool:
-    """Whether a reduction may have been asked for in a type of half the width."""
-    return compiled.dtype in ("f32", "float32") and compiled.kind in ("all-reduce", "reduce-scatter")
-
-
-def _alike(a: float, b: float) -> bool:
-    return abs(a - b) <= _ALIKE * max(a, b)
 
 
 # --- Judging
@@ -361,16 +265,34 @@ def _judge(pair: Pair, topology: Topology, target: Target, wire_seconds: float) 
         text = f"{_described(pair.compiled, topology, pair.count)}{place}: not in the plan"
         return Difference("unplanned", text, bytes, share, noticeable)
     spelled, asked = {c.kind for c in pair.compiled}, {p.kind for p in pair.planned}
-    widened = target == "host" and bytes > 0 and any(map(_widened, pair.compiled))
-    if spelled == asked and len(pair.planned) == len(pair.compiled) and not widened:
+    if spelled == asked and len(pair.planned) == len(pair.compiled):
         return None
-    sides = [_described(side, topology, pair.count) for side in (pair.planned, pair.compiled)]
-    text = " compiled as ".join(sides) + ("; this compiler reduces bf16 as f32" if widened else "")
+    text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):
         return Difference("same plan at lower cost", text, bytes, share, False)
     if target == "host" or not compiled > planned * (1 + 1e-9):
         return Difference("same plan", text, bytes, share, False)
     return Difference("same plan at higher cost", text, bytes, share, noticeable)
+
+
+def _judge_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Difference]:
+    """Host devices send 16-bit floats as 32-bit ones: one difference for all."""
+    runs, more, seconds = 0, 0.0, 0.0
+    for pair in pairs:
+        bytes = sum(c.bytes for c in pair.compiled) - sum(p.bytes for p in pair.planned)
+        if (
+            pair.planned
+            and pair.compiled
+            and {c.kind for c in pair.compiled} == {p.kind for p in pair.planned}
+            and bytes
+        ):
+            runs += pair.count * len(pair.compiled)
+            more += pair.count * bytes
+            seconds += pair.count * sum(seconds_of(c, topology) for c in pair.compiled)
+            seconds -= pair.count * sum(p.seconds / p.count for p in pair.planned)
+    if runs:
+        text = f"host devices have no 16-bit collectives: {runs} runs send float32 instead"
+        yield Difference("same plan", text, more, abs(seconds) / wire_seconds, False)
 
 
 def _judge_memory(planned: float, compiled: float) -> Iterator[Difference]:
@@ -381,21 +303,13 @@ def _judge_memory(planned: float, compiled: float) -> Iterator[Difference]:
 
 
 def _sent(each: PlannedCollective | CompiledCollective, topology: Topology) -> float:
-    return wire_bytes(each.kind, _along(axes_of(each, topology), topology), float(each.bytes))
+    return float(wire_bytes(each.kind, _along(axes_of(each, topology), topology), float(each.bytes)))
 
 
 def _described(group: Sequence[PlannedCollective | CompiledCollective], topology: Topology, count: int) -> str:
     """Such as `2 reduce-scatters over x of 2 KiB × 118`."""
-    from autoshard.tables import size
-
-    alike: Mapping[tuple, int] = {}
-    for each in group:
-        key = (each.kind, axes_of(each, topology), float(each.bytes))
-        alike = {**alike, key: alike.get(key, 0) + 1}
-    parts = [
-        (f"{n} {kind}s" if n > 1 else kind) + f" over {''.join(axes)} of {size(bytes)}"
-        for (kind, axes, bytes), n in alike.items()
-    ]
+    alike = Counter((each.kind, "".join(axes_of(each, topology)), size(each.bytes)) for each in group)
+    parts = [f"{f'{n} {kind}s' if n > 1 else kind} over {axes} of {of}" for (kind, axes, of), n in alike.items()]
     return " and ".join(parts) + (f" × {count}" if count > 1 else "")
 
 

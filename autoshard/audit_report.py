@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from autoshard._audit import Audit, Difference, Pair, axes_of
+from autoshard._audit import Audit, Difference
 from autoshard.hlo import CompiledCollective
+from autoshard.pairing import Pair, axes_of
 from autoshard.plan import PlannedCollective
 from autoshard.tables import WIDTH, percent, size, table, time
 

@@ -38,14 +38,14 @@ class OpStep:
 class Boundary:
     """A value that crosses into, out of or round a region: the operation that owns its layout, outside and inside values.
 
-    `outer` and `inner` are what goes in, `inner_next` and `outer_result` what comes back; `None` where there is none.
+    `outer` and `inner` are what goes in, `inner_next` and `outer_result` what comes back; `None` or -1 where there is none.
     """
 
     operation: int
     outer: Atom | None = None
-    inner: int | None = None
+    inner: int = -1
     inner_next: Atom | None = None
-    outer_result: int | None = None
+    outer_result: int = -1
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,9 @@ class Runner:
 
     def _entering(self, boundaries: Sequence[Boundary], scope: _Scope) -> list[Any]:
         return [
-            b.outer.value if isinstance(b.outer, Literal) and b.operation < 0 else scope.get(b.outer, self._layout(b, True))
+            b.outer.value
+            if isinstance(b.outer, Literal) and b.operation < 0
+            else scope.get(b.outer, self._layout(b, True))
             for b in boundaries
         ]
 
@@ -159,12 +161,16 @@ class Runner:
 
     def _bring_in(self, scope: _Scope, boundaries: Sequence[Boundary], pieces: Sequence[Any]) -> None:
         for boundary, piece in zip(boundaries, pieces, strict=True):
-            if boundary.inner is not None:
+            if boundary.inner >= 0:
                 scope.put(boundary.inner, piece)
 
     def _initial(self, boundary: Boundary, scope: _Scope) -> Any:
         piece = scope.get(boundary.outer, self._layout(boundary, True))
-        return jnp.asarray(piece, self.program.values[boundary.inner].dtype) if isinstance(boundary.outer, Literal) else piece
+        return (
+            jnp.asarray(piece, self.program.values[boundary.inner].dtype)
+            if isinstance(boundary.outer, Literal)
+            else piece
+        )
 
     def _going_round(self, boundary: Boundary, scope: _Scope) -> Any:
         piece = scope.get(boundary.inner_next, self._layout(boundary, False))
@@ -178,7 +184,7 @@ class Runner:
         if step.condition is None:
             results = self._scan(step, scope, held, carry)
         else:
-            results = self._while(step, held, carry)
+            results = self._while(step, step.condition, held, carry)
         for boundary, piece in zip((*step.carries, *step.stacks), results, strict=True):
             scope.put(boundary.outer_result, piece)
 
@@ -197,14 +203,14 @@ class Runner:
         )
         return [*carry, *piled]
 
-    def _while(self, step: LoopStep, held: list[Any], carry: list[Any]) -> list[Any]:
+    def _while(self, step: LoopStep, test: Block, held: list[Any], carry: list[Any]) -> list[Any]:
         def inside(carry):
             return self._inside((*step.constants, *step.carries), (*held, *carry))
 
         def condition(carry):
             inner = inside(carry)
-            self.block(step.condition, inner)
-            return inner.get(step.condition.outputs[0], Layout(()))
+            self.block(test, inner)
+            return inner.get(test.outputs[0], Layout(()))
 
         def body(carry):
             inner = inside(carry)
@@ -266,7 +272,8 @@ def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Ca
     sources = (*program.arguments, *program.constants)
     in_specs = tuple(spec_of(produced(program, choice, program.operations[i].outputs[0].value)) for i in sources)
     out_specs = [
-        spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec() for i in program.results
+        spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
+        for i in program.results
     ]
     return jax.shard_map(
         Runner(traced, choice, topology), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, reshard
 from autoshard import trees
 from autoshard.blocks import Traced
 from autoshard.emit import emitted, spec_of
-from autoshard.errors import AutoshardError, PlanMismatchError, TraceError
+from autoshard.errors import AutoshardError, PlanMismatchError, TopologyError, TraceError
 from autoshard.sources import source_of
 from autoshard.trace import fingerprint, trace
 
@@ -132,12 +132,31 @@ def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
     return [reshard(array, spec_of(row.layout)) for array, row in zip(arrays, rows, strict=True)]
 
 
+# --- meshes
+
+
 def mesh_in_context(plan: Plan, abstract: bool = False) -> Any:
-    """The mesh of `jax.set_mesh`, or its abstract shape, if it has the plan's axes."""
+    """The mesh of `jax.set_mesh`, or its abstract shape; `None` where there is none.
+
+    **Raises:** `TopologyError` if it has not the plan's axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape.get(name) != size for name, size in plan.topology.axis_sizes.items()):
+    if mesh.empty:
         return None
+    check_mesh(plan, mesh)
     return mesh if abstract else jax.sharding.get_mesh()
+
+
+def check_mesh(plan: Plan, mesh: Any) -> None:
+    """Refuses a mesh without the plan's axes; it may have more.
+
+    **Raises:** `TopologyError`.
+    """
+    sizes = plan.topology.axis_sizes
+    if any(mesh.shape.get(name) != size for name, size in sizes.items()):
+        got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise TopologyError(f"The mesh has the axes {got}; the plan for {plan.topology.name} needs {wanted}.")
 
 
 # --- refusals

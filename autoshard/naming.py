@@ -193,7 +193,8 @@ class _Origins:
         values, operations = self.program.values, self.program.operations
         origin = values[operations[i].inputs[k].value].origin
         views = {value for value, each in enumerate(values) if each.origin == origin}
-        return sum(use.value in views for op in operations for use in op.inputs if op.outputs[0].value not in views)
+        reading = (op for op in operations if not any(use.value in views for use in op.outputs))
+        return sum(use.value in views for op in reading for use in op.inputs)
 
     def _is_weight(self, i: int, k: int) -> bool:
         op = self.program.operations[i]

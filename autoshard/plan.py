@@ -146,7 +146,7 @@ class Plan:
 
     def shardings(self, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
         """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes."""
-        self._check_mesh(mesh)
+        execution.check_mesh(self, mesh)
 
         def placed(arrays: Sequence[ArrayPlan]) -> list[NamedSharding]:
             return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
@@ -178,10 +178,11 @@ class Plan:
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` as planned: a function of the same arguments, in which every array lies and moves as the plan says.
 
-        It runs by itself and under `jax.jit`, `jax.grad` and `jax.vmap`; on the mesh of `jax.set_mesh` if that has the
-        plan's axes, else on `make_mesh()`. The function is traced with the arguments it is called with.
+        It runs by itself and under `jax.jit`, `jax.grad` and `jax.vmap`; on the mesh of `jax.set_mesh` if there is one, else
+        on `make_mesh()`. The function is traced with the arguments it is called with.
 
-        **Raises:** `PlanMismatchError`, when called, if the plan is not for this function and these arguments.
+        **Raises:** when called, `PlanMismatchError` if the plan is not for this function and these arguments, `TopologyError`
+        if the mesh has not the plan's axes.
         """
         return execution.bound(self, fn, None)
 
@@ -191,9 +192,9 @@ class Plan:
             plan.jit(decode)(params, cache, tokens, position)
             plan.jit(decode, mesh).lower(*args).compile()
 
-        Without a `mesh` it runs on the one of `jax.set_mesh` if that has the plan's axes, else on `make_mesh()`. A plan from
-        a file does not know custom pytree nodes; where the arguments or results have some, their placement is left to the
-        arrays themselves and to the compiler, which takes it from the plan inside the function.
+        Without a `mesh` it runs on the one of `jax.set_mesh` if there is one, else on `make_mesh()`. A plan from a file does
+        not know custom pytree nodes; where the arguments or results have some, their placement is left to the arrays
+        themselves and to the compiler, which takes it from the plan inside the function.
         """
         mesh = mesh or execution.mesh_in_context(self) or self.make_mesh()
         shardings = {}
@@ -203,13 +204,6 @@ class Plan:
         if self.treedefs or trees.unknown_class(self.out_tree) is None:
             shardings["out_shardings"] = outs
         return jax.jit(execution.bound(self, fn, mesh), donate_argnums=self.donate_argnums, **shardings)
-
-    def _check_mesh(self, mesh: Mesh) -> None:
-        sizes = self.topology.axis_sizes
-        if any(mesh.shape.get(name) != size for name, size in sizes.items()):
-            got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-            wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise TopologyError(f"The mesh has the axes {got}; the plan for {self.topology.name} needs {wanted}.")
 
     # --- words and files -----------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def loads(text: str | bytes, where: str = "The plan") -> Plan:
     **Raises:** `PlanMismatchError`.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise PlanMismatchError(f"{where} is no JSON, or is cut off: {error}.") from error
     if not isinstance(data, dict) or "autoshard_plan" not in data:
@@ -93,6 +93,13 @@ def loads(text: str | bytes, where: str = "The plan") -> Plan:
         return _from_json(_Reader(data, ""))
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, AttributeError) as error:
         raise PlanMismatchError(f"{where} is damaged: {error}.") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -246,7 +253,7 @@ def _record(kind: type, reader: _Reader, **special: Callable[[_Reader], Any]) ->
 
 
 def _from_json(reader: _Reader) -> Plan:
-    topology = topology_from_dict(reader.get("topology", dict))
+    topology = _topology(reader.inner("topology"))
     operations = tuple(
         _record(OperationPlan, row, splits=lambda row: _splits(topology, row.get("splits", list), row.where))
         for row in reader.each("operations")
@@ -275,6 +282,15 @@ def _from_json(reader: _Reader) -> Plan:
     _count("in_tree", trees.leaf_count(plan.in_tree), "arguments", len(arguments))
     _count("out_tree", trees.leaf_count(plan.out_tree), "results", len(results))
     return plan
+
+
+def _topology(reader: _Reader) -> Topology:
+    reader.get("name", str)
+    for axis in reader.each("axes"):
+        axis.get("name", str), axis.get("size", int), axis.get("wraparound", bool)
+        for key in ("bytes_per_second", "hop_seconds", "launch_seconds"):
+            axis.get(key, (int, float))
+    return topology_from_dict(reader.data)
 
 
 def _count(tree: str, leaves: int, key: str, rows: int) -> None:

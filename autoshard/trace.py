@@ -23,11 +23,16 @@ from autoshard.rules import Rule, rule_for
 from autoshard.sources import is_jax_own, itemsize_of, source_of
 from costmodels.program import Factor, Operation, Program, Region, Use, Value
 
-_INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-_CALLS = "jit pjit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split()
+_INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
+_CALLS = """
+checkpoint closed_call composite core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call jit pjit
+remat2
+""".split()
 
 
-def trace(fn: Callable[..., Any], *args: Any, donate_argnums: Sequence[int] = (), name: str = "", strict: bool = False) -> Traced:
+def trace(
+    fn: Callable[..., Any], *args: Any, donate_argnums: Sequence[int] = (), name: str = "", strict: bool = False
+) -> Traced:
     """Traces a function of pytrees to a program.
 
     **Arguments:**
@@ -125,7 +130,8 @@ def _leaves(program: Program, value: int) -> bool:
     """Whether an operation outside a fused chain uses a value, directly or by way of views."""
     users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
     return any(
-        any(_leaves(program, use.value) for use in op.outputs) if _is_view(op) else op.op_class != "fused" for op in users
+        any(_leaves(program, use.value) for use in op.outputs) if _is_view(op) else op.op_class != "fused"
+        for op in users
     )
 
 
@@ -206,7 +212,9 @@ class _Tracer:
     def _enter_held(self, closed: Sequence[Any], outer: int, inner: int, primitive: str) -> list[Boundary]:
         """Brings the arrays that a region's jaxprs close over into the region."""
         arrays = _unique([array for inside in closed for array in (*inside.consts, *_closed_over(inside.jaxpr))])
-        entering = [self._enter(self.held[outer][id(array)], jax.typeof(array), outer, inner, primitive) for array in arrays]
+        entering = [
+            self._enter(self.held[outer][id(array)], jax.typeof(array), outer, inner, primitive) for array in arrays
+        ]
         self.held[inner] = {id(array): _inner(boundary) for array, boundary in zip(arrays, entering, strict=True)}
         return entering
 
@@ -306,8 +314,11 @@ class _Tracer:
         rule = rule_for(name, [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars], eqn.params)
         if not rule.exact:
             if self.strict:
-                raise UnsupportedPrimitiveError(f"{name} at {where} has no sharding rule; register one, or trace without strict")
+                raise UnsupportedPrimitiveError(
+                    f"{name} at {where} has no sharding rule; register one, or trace without strict"
+                )
             self.warnings.append(f"{name} at {where} has no sharding rule: its arrays are whole on every chip")
+        eqn = _without_sharding(eqn)
         index = self.reserve()
         origin = self._origin(name, operands)
         results = tuple(self.value(v.aval, f"{name} ({where})", region, origin) for v in eqn.outvars)
@@ -438,10 +449,16 @@ class _Tracer:
         inside = [_inner(b) for b in constants]
         going = [_inner(b) for b in carries]
         constants += self._enter_held(closed, region, inner, "loop_constant")
-        known = {var: self.constant(c, inner) for each in closed for var, c in zip(each.jaxpr.constvars, each.consts, strict=True)}
+        known = {
+            var: self.constant(c, inner)
+            for each in closed
+            for var, c in zip(each.jaxpr.constvars, each.consts, strict=True)
+        }
         env = known | dict(zip(condition.invars, [*inside[:n_cond], *going], strict=True))
         test = self.block(condition, env, inner)
-        self._identity("condition", "while_condition", [(a, inner) for a in test.outputs if not isinstance(a, Literal)], [], inner)
+        self._identity(
+            "condition", "while_condition", [(a, inner) for a in test.outputs if not isinstance(a, Literal)], [], inner
+        )
         block = self.block(body, known | dict(zip(body.invars, [*inside[n_cond:], *going], strict=True)), inner)
         carries = [
             self._carry_out(boundary, init, after, region, inner)
@@ -483,7 +500,7 @@ class _Tracer:
 
 
 def _inner(boundary: Boundary) -> Atom:
-    return boundary.outer if boundary.inner is None else boundary.inner
+    return boundary.outer if boundary.inner < 0 else boundary.inner
 
 
 def _read(env: dict[Any, Atom], atom: Any) -> Atom:
@@ -499,6 +516,12 @@ def _needed(jaxpr: Any) -> list[Any]:
             kept.append(eqn)
             wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
     return kept[::-1]
+
+
+def _without_sharding(eqn: Any) -> Any:
+    """An equation without the user's own placement of its result, made for the user's mesh: the plan places it."""
+    placed = [key for key in ("out_sharding", "sharding") if eqn.params.get(key) is not None]
+    return eqn.replace(params={**eqn.params, **dict.fromkeys(placed)}) if placed else eqn
 
 
 def _closed_over(jaxpr: Any) -> list[Any]:

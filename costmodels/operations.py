@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import sympy
@@ -26,13 +26,13 @@ from costmodels.program import Operation, Program
 Array = np.ndarray
 
 
-@lru_cache(maxsize=None)
+@cache
 def size_symbol(factor: int) -> sympy.Symbol:
     """$d_i$: the size of factor `i` in elements."""
     return sympy.Symbol(f"d{factor}", positive=True, integer=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def shards_symbol(factor: int) -> sympy.Symbol:
     """$s_i$: the number of pieces that factor `i` is cut into."""
     return sympy.Symbol(f"s{factor}", positive=True, integer=True)

@@ -94,7 +94,11 @@ class Dual:
 
     def _place(self, i: int) -> tuple[float, int]:
         node = self.problem.nodes[i]
-        return (float(node.operation), i) if node.operation >= 0 else (self.problem.program.producers[node.value][0] + 0.5, i)
+        return (
+            (float(node.operation), i)
+            if node.operation >= 0
+            else (self.problem.program.producers[node.value][0] + 0.5, i)
+        )
 
     def _rebuild(self) -> None:
         """Recomputes potentials from the messages, the surviving states and the multipliers."""
@@ -224,7 +228,7 @@ class Dual:
                 if not fits.all():
                     struck += int((~fits).sum())
                     keep[i] = keep[i][fits]
-            for k, held in edges.items():
+            for k in edges:
                 struck += self._ban(k, row, room)
         if struck:
             self.restrict(keep)

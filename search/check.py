@@ -83,9 +83,12 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
     if not op.flops_per_point and not op.traffic:
         return 0.0, 0.0, 0.0
     chip, sizes = topology.chip, topology.axis_sizes
-    local = [factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)]
+    local = [
+        factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)
+    ]
     moved = sum(
-        program.values[op.use(k).value].itemsize * prod(local[i] for dim in op.use(k).dims for i in dim) for k in op.traffic
+        program.values[op.use(k).value].itemsize * prod(local[i] for dim in op.use(k).dims for i in dim)
+        for k in op.traffic
     )
     matmul = op.op_class == "matmul"
     rate = chip.matmul_flops_per_second(op.dtype) if matmul else chip.vector_flops_per_second
@@ -100,7 +103,9 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
         if factor.kind in REDUCED_INSIDE and axes:
             value = op.outputs[0].value
             local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
-            total += float(collective_seconds("all-reduce", _axes(topology, axes), local)) * program.multiplicity(op.region)
+            total += float(collective_seconds("all-reduce", _axes(topology, axes), local)) * program.multiplicity(
+                op.region
+            )
     return total
 
 

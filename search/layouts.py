@@ -80,5 +80,8 @@ def layouts(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...], partial:
     """
     table = dict(sizes)
     axes = [axis for axis, size in sizes if size > 1]
-    found = (Layout(dims, tuple(sorted(sets[0])) if partial else ()) for dims, sets in assignments(axes, len(shape), int(partial)))
+    found = (
+        Layout(dims, tuple(sorted(sets[0])) if partial else ())
+        for dims, sets in assignments(axes, len(shape), int(partial))
+    )
     return tuple(layout for layout in found if divides(shape, layout, table))

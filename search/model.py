@@ -15,7 +15,6 @@ from ortools.sat.python import cp_model
 
 from search.bound import Dual
 from search.memory import Row
-from search.problem import Problem
 
 COEFFICIENT_SUM = 2**29
 """The most that the coefficients of one linear may sum to."""
@@ -23,7 +22,7 @@ COEFFICIENT_SUM = 2**29
 
 @dataclass(frozen=True)
 class Answer:
-    """What CP-SAT found: its status, the states (or `None`), their cost, and a lower bound in seconds that holds despite rounding."""
+    """What CP-SAT found: its status, the states (or `None`) and their cost, and a bound in seconds despite rounding."""
 
     status: str
     states: np.ndarray | None
@@ -158,7 +157,10 @@ def solve(
     states = None
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         states = np.array(
-            [dual.keep[i][next(k for k, v in enumerate(found) if solver.boolean_value(v))] for i, found in enumerate(built.states)]
+            [
+                dual.keep[i][next(k for k, v in enumerate(found) if solver.boolean_value(v))]
+                for i, found in enumerate(built.states)
+            ]
         )
     bound = built.constant + unit * max(solver.best_objective_bound, 0.0) if status != cp_model.INFEASIBLE else np.inf
     terms = len(dual.problem.nodes) + 3 * len(dual.problem.edges)

@@ -50,7 +50,9 @@ class Collective:
 
 def choice_of(problem: Problem, states: np.ndarray) -> Choice:
     """Reads the plan off the chosen states."""
-    chosen = {node.operation: node.states[s] for node, s in zip(problem.nodes, states, strict=True) if node.operation >= 0}
+    chosen = {
+        node.operation: node.states[s] for node, s in zip(problem.nodes, states, strict=True) if node.operation >= 0
+    }
     strategies = tuple(chosen[i] for i in range(len(problem.program.operations)))
     hubs = {value: problem.nodes[node].states[states[node]] for value, node in problem.hub_nodes.items()}
     return Choice(strategies, hubs)
@@ -84,7 +86,9 @@ def moves(program: Program, choice: Choice) -> Iterator[Move]:
         for operation, operand in uses:
             target = needed(program, choice, operation, operand)
             if target != home:
-                yield Move(value, home, target, program.operations[operation].inputs[operand].region, operation, operand)
+                yield Move(
+                    value, home, target, program.operations[operation].inputs[operand].region, operation, operand
+                )
 
 
 def steps(program: Program, topology: Topology, move: Move) -> tuple[Step, ...]:

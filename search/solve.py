@@ -1,6 +1,6 @@
 """The search, from a program and a topology to a proven plan.
 
-    build ──► ascend: sweep the dual, read off plans, strike out states ──► branch, CP-SAT on the leaves ──► checker
+build ──► ascend: sweep the dual, read off plans, strike out states ──► branch, CP-SAT on the leaves ──► checker
 """
 
 from __future__ import annotations

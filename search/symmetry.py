@@ -11,7 +11,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from search.layouts import Layout
+from search.layouts import Axes, Layout
 from search.problem import Problem
 from search.strategies import Strategy
 
@@ -24,11 +24,13 @@ def renamings(groups: Iterable[Sequence[str]]) -> list[dict[str, str]]:
 
 def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | Layout:
     """A strategy or layout with its axes renamed."""
-    ordered, sets = state
-    image = tuple(tuple(names.get(axis, axis) for axis in axes) for axes in ordered)
+
+    def image(axes: Axes) -> Axes:
+        return tuple(names.get(axis, axis) for axis in axes)
+
     if isinstance(state, Layout):
-        return Layout(image, tuple(sorted(names.get(axis, axis) for axis in sets)))
-    return Strategy(image, tuple(tuple(sorted(names.get(axis, axis) for axis in axes)) for axes in sets))
+        return Layout(tuple(map(image, state.dims)), tuple(sorted(image(state.partial))))
+    return Strategy(tuple(map(image, state.splits)), tuple(tuple(sorted(image(axes))) for axes in state.carried))
 
 
 def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
@@ -50,5 +52,5 @@ def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
 
 def surroundings(problem: Problem, i: int) -> float:
     """Bytes that change layout around a node in one step."""
-    edges = [problem.edges[k] for k in problem.incident[i] if problem.edges[k].table is not None]
-    return sum(edge.weight * edge.table.array_bytes for edge in edges)
+    edges = [problem.edges[k] for k in problem.incident[i]]
+    return sum(edge.weight * edge.table.array_bytes for edge in edges if edge.table is not None)

@@ -114,11 +114,11 @@ class _Domains:
 
     def _forward(self, edge: Edge) -> np.ndarray:
         layouts = np.unique(edge.rows[self.allowed[edge.a]])
-        return (edge.matrix[layouts] < FEASIBLE).any(axis=0)[edge.columns]
+        return np.any(edge.matrix[layouts] < FEASIBLE, axis=0)[edge.columns]
 
     def _backward(self, edge: Edge) -> np.ndarray:
         layouts = np.unique(edge.columns[self.allowed[edge.b]])
-        return (edge.matrix[:, layouts] < FEASIBLE).any(axis=1)[edge.rows]
+        return np.any(edge.matrix[:, layouts] < FEASIBLE, axis=1)[edge.rows]
 
     def possible(self) -> bool:
         return all(allowed.any() for allowed in self.allowed)

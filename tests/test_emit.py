@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 from math import prod
 
 import jax
@@ -83,7 +84,7 @@ def test_every_path_is_a_chain_of_steps() -> None:
             if np.isfinite(table.seconds[i, j]):
                 path = table.path(source, target)
                 assert steps.issuperset(path)
-                ends = [(a.target, b.source) for a, b in zip(path, path[1:], strict=False)]
+                ends = [(a.target, b.source) for a, b in pairwise(path)]
                 assert all(a == b for a, b in ends)
                 assert (path[0].source, path[-1].target) == (source, target) if path else source == target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from autoshard.blocks import Traced
 from autoshard.trace import trace
 from costmodels.topology import Topology, parse_topology

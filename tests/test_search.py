@@ -6,10 +6,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-from costmodels.program import Factor, Operation, Program, Region, Use, Value
-from costmodels.topology import parse_topology
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from costmodels.program import Factor, OpClass, Operation, Program, Region, Use, Value
+from costmodels.topology import parse_topology
 from search.bound import Dual
 from search.incumbent import overflow
 from search.memory import rows
@@ -43,11 +44,11 @@ def programs(draw) -> Program:
         )
         return made
 
-    def identity(name: str, ins: list[tuple[int, int]], outs: list[tuple[int, int]], kind: str = "boundary") -> None:
+    def identity(name: str, ins: list[tuple[int, int]], outs: list[tuple[int, int]], kind: OpClass = "boundary") -> None:
         shape = values[ins[0][0]].shape
         dims = tuple((i,) for i in range(len(shape)))
-        uses = [tuple(Use(v, dims, r) for v, r in side) for side in (ins, outs)]
-        operations.append(Operation(name, name, tuple(map(Factor, shape)), *uses, op_class=kind))
+        before, after = (tuple(Use(v, dims, r) for v, r in side) for side in (ins, outs))
+        operations.append(Operation(name, name, tuple(map(Factor, shape)), before, after, op_class=kind))
 
     def matmul(a: int, b: int) -> int:
         (m, k), n = values[a].shape, values[b].shape[1]
@@ -55,7 +56,9 @@ def programs(draw) -> Program:
         factors = (Factor(m), Factor(n), Factor(k, "sum"))
         ins = (Use(a, ((0,), (2,)), region), Use(b, ((2,), (1,)), region))
         operations.append(
-            Operation("dot", "dot", factors, ins, (Use(out, ((0,), (1,)), region),), region, "matmul", (), (0, 1, -1), 2.0)
+            Operation(
+                "dot", "dot", factors, ins, (Use(out, ((0,), (1,)), region),), region, "matmul", (), (0, 1, -1), 2.0
+            )
         )
         return out
 
@@ -161,7 +164,9 @@ def test_more_memory_never_costs_more(program, topology, part):
 
     def cost(budget: float) -> float:
         try:
-            return search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - budget)).proof.objective_seconds
+            return search(
+                program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - budget)
+            ).proof.objective_seconds
         except NoPlan:
             return np.inf
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 from layout_strategies import assert_layouts_do_not_matter
 
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
@@ -52,7 +53,7 @@ def scan_swapping_carries(x: Array, y: Array) -> Any:
 
 def scan_with_literal_init(x: Array) -> Any:
     def step(carry, row):
-        total, count, flag = carry
+        total, count, _ = carry
         return (total + row, count + 1, True), 0.0
 
     return lax.scan(step, (jnp.zeros(4), 0, False), x)
@@ -188,7 +189,15 @@ def integers(a: Array, b: Array) -> Any:
 
 def booleans(a: Array) -> Any:
     flags = a > 3
-    return flags, flags & ~flags, flags.any(0), flags.all(), flags.sum(), flags.astype(jnp.float32) @ jnp.ones((4, 2)), flags[2]
+    return (
+        flags,
+        flags & ~flags,
+        flags.any(0),
+        flags.all(),
+        flags.sum(),
+        flags.astype(jnp.float32) @ jnp.ones((4, 2)),
+        flags[2],
+    )
 
 
 def small_types(a: Array) -> Any:
@@ -208,6 +217,26 @@ def pins(x: Array) -> Any:
     """Marks of the user's own, and their words for where an array lives."""
     x = jax.device_put(lax.stop_gradient(x) * 1)
     return lax.optimization_barrier(jnp.copy(x)), checkpoint_name(x, "x")
+
+
+def explicit_mesh(x: Array, w: Array) -> Any:
+    """Explicit axis types, as some models want them."""
+    mesh = jax.make_mesh((1,), ("a",), devices=jax.devices()[:1])
+    x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec("a")))
+    y = jnp.einsum("ab,bc->ac", x, w, out_sharding=NamedSharding(mesh, PartitionSpec(None, "a")))
+    return y.astype(jnp.int32).sum(0), jnp.zeros_like(y) + y
+
+
+@jax.custom_batching.custom_vmap
+def doubled(x: Array) -> Array:
+    return x * 2
+
+
+doubled.def_vmap(lambda size, batched, x: (x * 2, batched[0]))
+
+
+def other_calls(x: Array) -> Any:
+    return doubled(x), lax.composite(lambda x: jnp.sin(x), name="test.sin")(x)
 
 
 def unknown(x: Array) -> Any:
@@ -272,6 +301,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "int4": (small_types, (INTS.astype(jnp.int4),)),
     "keys": (keys, (KEY, jax.random.split(KEY, 8), X)),
     "pins": (pins, (X,)),
+    "explicit_mesh": (explicit_mesh, (X, W)),
+    "other_calls": (other_calls, (X,)),
     "unknown": (unknown, (X,)),
     "parts": (parts, (X,)),
     "experts": (experts, (X, W)),
@@ -330,7 +361,12 @@ def test_paths_are_in_the_users_words() -> None:
 def test_loops_multiply_and_constants_are_arguments_of_the_program() -> None:
     traced = trace(closed_over, X)
     regions = traced.program.regions
-    assert [(region.kind, region.count) for region in regions] == [("main", 1), ("branch", 1), ("branch", 1), ("loop", 8)]
+    assert [(region.kind, region.count) for region in regions] == [
+        ("main", 1),
+        ("branch", 1),
+        ("branch", 1),
+        ("loop", 8),
+    ]
     sizes = [traced.program.values[value].shape for value in traced.constant_values]
     assert len(sizes) == len(traced.constants) == len(traced.program.constants)
     assert (8, 4) in sizes and () in sizes  # the table and the key
@@ -344,3 +380,10 @@ def test_a_fingerprint_is_of_what_is_computed() -> None:
     assert fingerprint(trace(renamed, X, W).program) == same
     assert fingerprint(trace(renamed, X[:4], W).program) != same
     assert fingerprint(trace(lambda x, w: jnp.cos(x @ w), X, W).program) != same
+
+
+def test_a_donated_argument_is_paired_with_the_first_result_like_it() -> None:
+    def step(cache, x):
+        return x, {"k": cache["v"], "v": cache["k"] + x}, X
+
+    assert trace(step, {"k": X, "v": X}, X, donate_argnums=(0,)).program.donated == ((0, 0), (1, 1))

@@ -117,7 +117,9 @@ def _top(inputs, outputs, axis):
     dims = factors.each(inputs[0].shape, whole=[axis])
     chosen = (factors.new(outputs[0].shape[axis], "whole"),)
     kept = (*dims[:axis], chosen, *dims[axis + 1 :])
-    return Rule(factors.done(), (dims,), (kept,) * len(outputs), op_class="memory", traffic=(0, -1), flops_per_point=0.0)
+    return Rule(
+        factors.done(), (dims,), (kept,) * len(outputs), op_class="memory", traffic=(0, -1), flops_per_point=0.0
+    )
 
 
 @register("top_k")

@@ -14,6 +14,7 @@ from jax import lax
 
 from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
 from autoshard.rules.shape import element, single_elements, windowed
+from costmodels.program import FactorKind
 
 # --- Slices at a traced start
 
@@ -216,11 +217,11 @@ def scatter_add(inputs, outputs, *, dimension_numbers, **_):
     return _scatter(inputs, dimension_numbers, "sum")
 
 
-def _scatter(inputs, numbers, row_kind) -> Rule:
+def _scatter(inputs, numbers, row_kind: FactorKind) -> Rule:
     operand, indices, updates = inputs
     factors = Factors()
     batching = dict(zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True))
-    kinds = ["parallel" if i in batching.values() else row_kind for i in range(len(indices.shape) - 1)]
+    kinds: list[FactorKind] = ["parallel" if i in batching.values() else row_kind for i in range(len(indices.shape) - 1)]
     rows = [(factors.new(n, kind),) for n, kind in zip(indices.shape, kinds, strict=False)]
     window = iter(numbers.update_window_dims)
     left: list[tuple[int, ...]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import gcd, prod
 
 import jax.numpy as jnp
@@ -74,8 +75,8 @@ def common_factors(factors: Factors, before: Sequence[int], after: Sequence[int]
     right: list[tuple[int, ...]] = []
     for group, other in _groups(before, after):
         bounds = sorted({*_products(group), *_products(other)})
-        if all(b % a == 0 for a, b in zip(bounds, bounds[1:], strict=False)):
-            sizes = [b // a for a, b in zip(bounds, bounds[1:], strict=False)]
+        if all(b % a == 0 for a, b in pairwise(bounds)):
+            sizes = [b // a for a, b in pairwise(bounds)]
             made = [factors.new(n) for n in reversed(sizes)]
             table = dict(zip(reversed(bounds[1:]), made, strict=True))
             left += _cut(group, table)
@@ -169,7 +170,11 @@ def tile(inputs, outputs, *, reps, **_):
 
 
 def windowed(
-    factors: Factors, full: Sequence[int], part: Sequence[int], single: FactorKind = "whole", shifted: Sequence[int] = ()
+    factors: Factors,
+    full: Sequence[int],
+    part: Sequence[int],
+    single: FactorKind = "whole",
+    shifted: Sequence[int] = (),
 ) -> tuple[Dims, Dims]:
     """Dimensions of an array and of a window of it: equal ones, but for those in `shifted`, are shared and may be split.
 

@@ -1,0 +1,142 @@
+"""Which compiled collectives do the work of which planned ones.
+
+Partners are looked for pass by pass, the most literal first: one for one, several planned in one compiled, one planned in
+several compiled pieces; each of the same kind first, then in the spellings that a compiler may choose instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from autoshard.hlo import CompiledCollective
+from autoshard.plan import PlannedCollective
+from costmodels.topology import Topology
+
+Axes = tuple[str, ...]
+
+_ALIKE = 0.005
+"""Relative difference between byte counts that padding may make."""
+_MOST_TOGETHER = 4
+"""How many collectives are looked for in one, where the compiled program does not say how many it combined."""
+_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_SPELLINGS = (*((kind, kind) for kind in _KINDS), ("reduce-scatter", "all-reduce"), ("all-gather", "all-reduce"))
+"""Planned kinds with the kinds that they may be compiled to, the most literal first."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
+
+    planned: tuple[PlannedCollective, ...]
+    compiled: tuple[CompiledCollective, ...]
+    count: int
+
+
+def paired(
+    planned: Sequence[PlannedCollective],
+    compiled: Sequence[CompiledCollective],
+    topology: Topology,
+    widths: Sequence[float] = (),
+) -> tuple[Pair, ...]:
+    """Pairs all planned with all compiled collectives; those that have no partner come last, alone.
+
+    **Arguments:**
+
+    - `widths`: by which factor the numbers of each planned collective are wider when they are sent; 1 by default.
+    """
+    widths = widths or [1.0] * len(planned)
+    lots = [_Lot(p, p.kind, axes_of(p, topology), p.bytes * w, p.count) for p, w in zip(planned, widths, strict=True)]
+    found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
+    pairing = _Pairing(lots, found)
+    pairing.run()
+    for lot in lots:
+        lot.bytes = float(lot.of.bytes)  # what was not widened after all
+    pairing.run()
+    alone = [Pair((lot.of,), (), lot.left) for lot in lots if lot.left]
+    return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
+
+
+def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
+    """The axes of a collective in mesh order, without those of one chip; all where its groups are no set of axes."""
+    order = [axis.name for axis in topology.axes if axis.size > 1]
+    return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
+
+
+@dataclass(eq=False)
+class _Lot:
+    """A collective of either side, and how many of its executions have no partner yet."""
+
+    of: Any
+    kind: str
+    axes: Axes
+    bytes: float
+    left: int
+
+
+class _Pairing:
+    def __init__(self, planned: list[_Lot], compiled: list[_Lot]) -> None:
+        self.planned, self.compiled = planned, compiled
+        self.pairs: list[Pair] = []
+
+    def run(self) -> None:
+        """All passes over what has no partner yet."""
+        for planned_kind, compiled_kind in _SPELLINGS:
+            planned = [lot for lot in self.planned if lot.kind == planned_kind]
+            compiled = [lot for lot in self.compiled if _may_be(lot, planned_kind, compiled_kind)]
+            self._match(compiled, planned, lambda lot: 1)
+            self._match(compiled, planned, _most_in)
+            self._match(planned, compiled, lambda lot: _MOST_TOGETHER)
+        self._halves()
+
+    def _match(self, single: Sequence[_Lot], several: Sequence[_Lot], most: Callable[[_Lot], int]) -> None:
+        """Finds, for every lot of one side, lots of the other side that add up to it."""
+        for lot in single:
+            while lot.left and (group := _adding_up_to(lot, several, most(lot))):
+                self._pair([lot, *group])
+
+    def _halves(self) -> None:
+        """A planned all-reduce as a reduce-scatter and an all-gather."""
+        for lot in self.planned:
+            if lot.kind == "all-reduce" and lot.left:
+                fitting = [c for c in self.compiled if c.left and c.axes == lot.axes and _alike(c.bytes, lot.bytes)]
+                both = [next((c for c in fitting if c.kind == kind), None) for kind in ("reduce-scatter", "all-gather")]
+                if all(both):
+                    self._pair([lot, *(c for c in both if c)])
+
+    def _pair(self, lots: Sequence[_Lot]) -> None:
+        count = min(lot.left for lot in lots)
+        for lot in lots:
+            lot.left -= count
+        sides = [[lot.of for lot in lots if lot in side] for side in (self.planned, self.compiled)]
+        self.pairs.append(Pair(tuple(sides[0]), tuple(sides[1]), count))
+
+
+def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
+    fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
+    return list(next((group for group in _groups(fitting, most) if _alike(_sum(group), whole.bytes)), ()))
+
+
+def _groups(lots: Sequence[_Lot], most: int) -> Iterator[tuple[_Lot, ...]]:
+    return (group for size in range(1, most + 1) for group in combinations(lots, size))
+
+
+def _sum(group: Sequence[_Lot]) -> float:
+    return sum(lot.bytes for lot in group)
+
+
+def _alike(a: float, b: float) -> bool:
+    return abs(a - b) <= _ALIKE * max(a, b)
+
+
+def _most_in(lot: _Lot) -> int:
+    combined = lot.of.spelling.removeprefix("combined ")
+    return int(combined) if combined.isdigit() else _MOST_TOGETHER
+
+
+def _may_be(lot: _Lot, planned_kind: str, compiled_kind: str) -> bool:
+    """Whether a compiled collective may stand for a planned kind; an all-reduce gathers only among zeros."""
+    gathers = (planned_kind, compiled_kind) == ("all-gather", "all-reduce")
+    return lot.kind == compiled_kind and (not gathers or "gather" in lot.of.spelling)

@@ -1,0 +1,335 @@
+"""Plans: what they say, and that the function runs under them as it runs without."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import autoshard
+from costmodels.topology import Topology, parse_topology
+from examples import palm
+from tests import models
+
+
+def well_linked(name: str) -> Topology:
+    """Devices between which nothing takes time, so that plans split what they can."""
+    found = parse_topology(name)
+    fast = (replace(axis, bytes_per_second=1e15, hop_seconds=0.0, launch_seconds=0.0) for axis in found.axes)
+    return replace(found, axes=tuple(fast))
+
+
+def assert_close(got: Any, wanted: Any, rtol: float = 2e-4) -> None:
+    """Equal up to rounding: relative to the largest number of each array."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(b).max(initial=1e-30)))
+
+
+def assert_placed(arrays: Any, specs: Any, mesh: jax.sharding.Mesh) -> None:
+    flat = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    for array, spec in zip(jax.tree.leaves(arrays), flat, strict=True):
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
+
+
+BLOCK = models.Block(decode=False)
+
+
+@functools.cache
+def planned_block() -> tuple[autoshard.Plan, Callable[..., Any], tuple[Any, ...]]:
+    """A plan with collectives in it, its function, and arguments."""
+    fn, args = models.function(BLOCK), models.arguments(BLOCK)
+    return autoshard.search(fn, *args, topology=well_linked("cpu:2x4")), fn, args
+
+
+# --- planned execution = unsharded execution
+
+
+def palm_decode() -> tuple[Any, tuple[Any, ...]]:
+    workload = palm.decode(size="tiny", batch=8, context=32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = {name: jax.random.normal(key, a.shape, a.dtype) for key, (name, a) in zip(keys, workload.args[1].items(), strict=False)}
+    params = palm.init_params(palm.config_of("tiny"), keys[2])
+    return workload, (params, cache, jnp.arange(8, dtype=jnp.int32), jnp.int32(5))
+
+
+def palm_prefill() -> tuple[Any, tuple[Any, ...]]:
+    workload = palm.prefill(size="tiny", batch=2, length=16)
+    params = palm.init_params(palm.config_of("tiny"), jax.random.key(1))
+    return workload, (params, jnp.arange(32, dtype=jnp.int32).reshape(2, 16))
+
+
+@pytest.mark.parametrize("case", (palm_decode, palm_prefill), ids=("decode", "prefill"))
+@pytest.mark.parametrize("topology", (parse_topology("cpu:2x4"), well_linked("cpu:2x2x2")), ids=("cpu:2x4", "well linked 2x2x2"))
+def test_planned_palm_computes_what_the_plain_one_computes(case, topology) -> None:
+    workload, args = case()
+    plan = autoshard.search(
+        workload.fn, *workload.args, topology=topology, donate_argnums=workload.donate_argnums, name=workload.name
+    )
+    assert (plan.name, plan.proof.status, plan.proof.gap) == (workload.name, "OPTIMAL", 0.0)
+    wanted = jax.jit(workload.fn)(*args)
+    mesh = plan.make_mesh()
+    compiled = plan.jit(workload.fn, mesh).lower(*workload.args).compile()
+    for got, spec in zip(jax.tree.leaves(compiled.input_shardings[0]), jax.tree.leaves(plan.in_specs, is_leaf=_is_spec), strict=True):
+        assert got.is_equivalent_to(NamedSharding(mesh, spec), 8)
+    ins, _ = plan.shardings(mesh)
+    got = plan.jit(workload.fn, mesh)(*jax.device_put(jax.tree.map(jnp.copy, args), ins))
+    assert_close(got, wanted, rtol=0.02)  # bfloat16
+    assert_placed(got, plan.out_specs, mesh)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, P)
+
+
+def test_a_donated_argument_is_donated() -> None:
+    workload, args = palm_decode()
+    plan = autoshard.search(workload.fn, *workload.args, topology="cpu:8", donate_argnums=workload.donate_argnums)
+    ins, _ = plan.shardings(plan.make_mesh())
+    placed = jax.device_put(jax.tree.map(jnp.copy, args), ins)
+    plan.jit(workload.fn)(*placed)
+    assert all(array.is_deleted() for array in jax.tree.leaves(placed[1]))
+    assert [array.donated for array in plan.arguments if array.path.startswith("cache")] == [True, True]
+
+
+def loss(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, tokens: jnp.sum(jnp.sin(fn(params, tokens)))
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    (
+        lambda fn: fn,
+        jax.jit,
+        lambda fn: jax.grad(loss(fn)),
+        lambda fn: jax.jit(jax.value_and_grad(loss(fn))),
+        lambda fn: lambda params, tokens: jax.jvp(lambda params: fn(params, tokens), (params,), (params,)),
+        lambda fn: lambda params, tokens: jax.vmap(fn, (None, 0))(params, jnp.stack([tokens, tokens[::-1]])),
+        lambda fn: lambda params, tokens: jax.lax.map(lambda tokens: fn(params, tokens), jnp.stack([tokens, tokens[::-1]])),
+    ),
+    ids=("itself", "jit", "grad", "jit value and grad", "jvp", "vmap", "map"),
+)
+def test_apply_composes_with_transformations(transformed) -> None:
+    plan, fn, args = planned_block()
+    assert len(plan.estimate.collectives) > 3
+    assert_close(transformed(plan.apply(fn))(*args), transformed(fn)(*args))
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=("auto", "explicit"))
+def test_apply_runs_on_the_mesh_in_context(kind: AxisType) -> None:
+    plan, fn, args = planned_block()
+    wanted = fn(*args)
+    devices = np.array(jax.devices()[::-1]).reshape(1, 2, 4)
+    mesh = jax.sharding.Mesh(devices, ("spare", "x", "y"), axis_types=(kind,) * 3)
+    with jax.set_mesh(mesh):
+        for applied in (plan.apply(fn), jax.jit(plan.apply(fn)), plan.jit(fn)):
+            got = applied(*args)
+            assert_close(got, wanted)
+            assert_placed(got, plan.out_specs, mesh)
+
+
+def test_apply_calls_its_function_once_per_nesting_of_arguments() -> None:
+    calls = []
+
+    def fn(x: jax.Array) -> jax.Array:
+        calls.append(1)
+        return jnp.tanh(x)
+
+    x = jnp.arange(8.0)
+    plan = autoshard.search(fn, x, topology="cpu:8")
+    applied = plan.apply(fn)
+    applied(x)
+    before = len(calls)
+    assert_close(applied(x + 1), jnp.tanh(x + 1))
+    assert len(calls) == before
+
+
+def test_arguments_may_be_given_by_keyword_and_as_python_numbers() -> None:
+    def fn(x: jax.Array, position: jax.Array, shift: float = 1.0) -> jax.Array:
+        return x[position] + shift
+
+    x = jnp.arange(8, dtype=jnp.bfloat16).reshape(8, 1) * jnp.ones((1, 8), jnp.bfloat16)
+    plan = autoshard.search(fn, x, jax.ShapeDtypeStruct((), jnp.int32), 2.0, topology="cpu:8")
+    assert [array.weak for array in plan.arguments] == [False, False, True]
+    wanted = jnp.full(8, 7, jnp.bfloat16)
+    assert_close(plan.apply(fn)(x, position=3, shift=4.0), wanted)
+    assert_close(plan.jit(fn)(x, 3, 4.0), wanted)
+
+
+def test_closed_over_arrays_are_planned_too() -> None:
+    weights = jnp.arange(256.0).reshape(16, 16)
+
+    def fn(x: jax.Array) -> jax.Array:
+        return x @ weights
+
+    plan = autoshard.search(fn, jnp.ones((1, 16)), topology=well_linked("cpu:2x4"))
+    (constant,) = plan.constants
+    assert (constant.shape, constant.dtype, constant.bytes_per_chip) == ((16, 16), "float32", 16 * 16 * 4 / 8)
+    for run in (plan.apply(fn), plan.jit(fn)):
+        assert_close(run(jnp.ones((1, 16))), weights.sum(0, keepdims=True))
+
+    def through(weights: jax.Array) -> jax.Array:
+        return plan.apply(lambda x: x @ weights)(jnp.ones((1, 16))).sum()
+
+    assert_close(jax.grad(through)(weights), jnp.ones((16, 16)))
+    assert_close(jax.grad(through)(2 * weights), jnp.ones((16, 16)))  # what was traced before holds no tracer
+
+
+@jax.custom_vjp
+def clipped(x: jax.Array) -> jax.Array:
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, gradient: (jnp.clip(gradient, -1.0, 1.0),))
+
+
+def test_a_function_with_its_own_derivative_runs_and_refuses_to_be_differentiated() -> None:
+    def fn(x: jax.Array) -> jax.Array:
+        return jnp.sum(clipped(x) ** 2)
+
+    x = jnp.arange(8.0)
+    plan = autoshard.search(fn, x, topology="cpu:8")
+    assert_close(plan.apply(fn)(x), fn(x))
+    with pytest.raises(autoshard.AutoshardError, match=r"fn has a derivative of its own \(custom_vjp at test_plan.py:\d+\)"):
+        jax.grad(plan.apply(fn))(x)
+    planned = autoshard.search(jax.grad(fn), x, topology="cpu:8")
+    assert_close(planned.apply(jax.grad(fn))(x), jax.grad(fn)(x))
+
+
+# --- nesting
+
+
+class State(NamedTuple):
+    mean: Any
+    steps: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+def nested(state: State, layer: Layer, optional: Any, pair: list[Any]) -> dict[str, Any]:
+    whole = pair[0] @ layer.kernel + layer.bias + state.mean
+    return {"state": State(whole, None), "layer": Layer(whole * 2, 1.5), "steps": (state.steps + 1,)}
+
+
+def nested_arguments() -> tuple[Any, ...]:
+    layer = Layer(jnp.arange(64.0).reshape(8, 8), jnp.ones(8))
+    return State(jnp.zeros(8), jnp.int32(1)), layer, None, [jnp.ones((8, 8))]
+
+
+def test_specs_nest_as_arguments_and_results_do() -> None:
+    args = nested_arguments()
+    plan = autoshard.search(nested, *args, topology=well_linked("cpu:8"))
+    assert jax.tree.structure(plan.in_specs) == jax.tree.structure(args)
+    assert jax.tree.structure(plan.out_specs) == jax.tree.structure(nested(*args))
+    paths = ["state.mean", "state.steps", "layer.kernel", "layer.bias", "pair[0]"]
+    assert [array.path for array in plan.arguments] == paths
+    assert_close(plan.jit(nested)(*args), jax.jit(nested)(*args))
+
+
+def test_a_plan_from_a_file_runs_with_custom_nodes(tmp_path) -> None:
+    args = nested_arguments()
+    plan = autoshard.search(nested, *args, topology=well_linked("cpu:8"))
+    plan.save(tmp_path / "plan.json")
+    loaded = autoshard.load(tmp_path / "plan.json")
+    assert loaded == plan
+    state, layer, optional, pair = loaded.in_specs
+    assert isinstance(state, State) and optional is None and isinstance(pair, list)
+    assert layer == {"kernel": plan.in_specs[1].kernel, "bias": plan.in_specs[1].bias}
+    assert_close(loaded.jit(nested)(*args), jax.jit(nested)(*args))
+    assert_close(loaded.apply(nested)(*args), jax.jit(nested)(*args))
+    assert_placed(loaded.jit(nested)(*args), plan.out_specs, plan.make_mesh())
+
+
+# --- the account
+
+
+def test_rows_add_up_to_the_step() -> None:
+    plan, _, _ = planned_block()
+    estimate = plan.estimate
+    parts = sum(row.seconds + row.collective_seconds for row in plan.operations)
+    assert parts <= estimate.seconds * (1 + 1e-9)
+    assert parts == pytest.approx(estimate.seconds, rel=0.05)  # the rest are local slices
+    assert sum(row.compute_seconds for row in plan.operations) == pytest.approx(estimate.compute_seconds)
+    assert sum(row.memory_seconds for row in plan.operations) == pytest.approx(estimate.memory_seconds)
+    assert sum(each.seconds for each in estimate.collectives) == pytest.approx(
+        sum(row.collective_seconds for row in plan.operations)
+    )
+    assert estimate.seconds == pytest.approx(plan.proof.objective_seconds)
+    assert 0 < estimate.peak_bytes <= estimate.budget_bytes
+    assert estimate.peak_where in [row.name for row in plan.operations]
+
+
+def test_every_matmul_says_what_it_is() -> None:
+    plan, _, _ = planned_block()
+    rows = [row for row in plan.operations if row.matmul]
+    assert len(rows) == 10 and len(plan.operations) == len(plan.choice.strategies)
+    up = next(row for row in rows if "params['layers']['up']" in row.name)
+    assert (up.einsum.count("->"), up.count, up.regime) == (1, BLOCK.layers, "HBM")
+    assert sorted(up.sizes) == sorted((BLOCK.batch, BLOCK.context, BLOCK.d_model, BLOCK.d_ff))
+    assert up.strategy and " ms if this operation alone changed" in up.runner_up
+    assert up.source.startswith("models.py:")
+
+
+@pytest.mark.parametrize("overhead, hbm, regime", ((0.0, 1e20, "compute"), (0.0, 1e3, "HBM"), (1.0, 1e20, "overhead")))
+def test_the_regime_is_what_takes_longest(overhead: float, hbm: float, regime: str) -> None:
+    topology = well_linked("cpu:8")
+    chip = topology.chip.override({"op_overhead_seconds": overhead, "hbm_bytes_per_second": hbm}, "a test")
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    plan = autoshard.search(jnp.dot, x, x, topology=replace(topology, chip=chip))
+    assert [row.regime for row in plan.operations if row.matmul] == [regime]
+
+
+def test_communication_bounds_an_operation_whose_links_are_slow() -> None:
+    topology = well_linked("cpu:8")
+    chip = topology.chip.override({"hbm_bytes": 70e6, "usable_hbm_bytes": 70e6}, "a test")
+    axes = tuple(replace(axis, bytes_per_second=1e6) for axis in topology.axes)
+    weights = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.float32)  # 134 MB: to be kept in pieces
+
+    def fn(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, layer: (x @ layer, None), x, weights)[0]
+
+    slow = replace(topology, chip=chip, axes=axes)
+    plan = autoshard.search(fn, jax.ShapeDtypeStruct((4, 2048), jnp.float32), weights, topology=slow)
+    assert "communication" in [row.regime for row in plan.operations]
+
+
+def test_progress_is_told() -> None:
+    lines: list[str] = []
+    autoshard.search(jnp.dot, jnp.ones((8, 8)), jnp.ones((8, 8)), topology="cpu:8", progress=lines.append)
+    assert lines
+
+
+# --- meshes
+
+
+def test_a_mesh_has_the_axes_of_the_plan() -> None:
+    plan, _, _ = planned_block()
+    mesh = plan.make_mesh()
+    assert dict(mesh.shape) == {"x": 2, "y": 4} and mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert list(mesh.devices.flat) == jax.devices()
+    assert list(plan.make_mesh(jax.devices()[::-1]).devices.flat) == jax.devices()
+
+
+def test_a_topology_may_be_a_file_or_the_devices_at_hand(tmp_path) -> None:
+    file = tmp_path / "ours.toml"
+    file.write_text('chip = "cpu"\nshape = [2, 2]\n[constants]\nhbm_bytes_per_second = 5e9\n')
+    args = jnp.ones((8, 8)), jnp.ones((8, 8))
+    for given in (file, str(file)):
+        found = autoshard.search(jnp.dot, *args, topology=given).topology
+        assert (found.name, found.shape, found.chip.hbm_bytes_per_second) == ("ours", (2, 2), 5e9)
+    assert autoshard.search(jnp.dot, *args, topology="auto").topology.name == "cpu:8"
