@@ -6,6 +6,7 @@ as often. What a compiler may do to a plan without making it another plan is rec
 | the compiled program | is the same plan |
 |---|---|
 | runs several planned collectives as one, or one in several pieces | at the same cost, or lower |
+| changes the layout of an array once for several uses | at lower cost |
 | runs a planned all-reduce as a reduce-scatter and an all-gather | at the same cost |
 | reduces and slices where a reduce-scatter was planned | at higher cost; host devices have nothing else |
 | gathers by an all-reduce of arrays padded with zeros | at higher cost |
@@ -28,7 +29,7 @@ import jax
 from autoshard import execution, hlo, targets
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
-from autoshard.pairing import Axes, Pair, axes_of, paired
+from autoshard.pairing import Axes, Pair, axes_of, paired, shared
 from autoshard.plan import Plan, PlannedCollective
 from autoshard.tables import size
 from costmodels.collectives import seconds as collective_seconds
@@ -169,8 +170,7 @@ def audit(
     except jax.errors.JaxRuntimeError as error:
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
-    dtypes = _sent_dtypes(plan, fn, shapes)
-    return compare(plan, compiled.as_text(), target, float(peak) if peak else None, dtypes)
+    return compare(plan, compiled.as_text(), target, float(peak) if peak else None, _sent_arrays(plan, fn, shapes))
 
 
 def _devices(topology: Topology, target: Target) -> list[Any]:
@@ -183,11 +183,11 @@ def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
 
 
-def _sent_dtypes(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[str, ...]:
-    """The type of the array that each planned collective sends."""
+def _sent_arrays(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
+    """The number and type of the array that each planned collective sends."""
     program = execution.traced_as(plan, fn, args).program
     sent = solution_collectives(program, plan.topology, plan.choice)
-    return tuple(program.values[each.value].dtype for each in sent)
+    return tuple((each.value, program.values[each.value].dtype) for each in sent)
 
 
 def compare(
@@ -195,7 +195,7 @@ def compare(
     text: str,
     target: Target = "host",
     peak_bytes: float | None = None,
-    dtypes: Sequence[str] = (),
+    arrays: Sequence[tuple[int, str]] = (),
 ) -> Audit:
     """Compares the text of a compiled program with a plan.
 
@@ -203,16 +203,17 @@ def compare(
 
     - `text`: `compiled.as_text()`.
     - `peak_bytes`: the compiled program's peak memory per chip, if it is known; it counts only for a TPU.
-    - `dtypes`: the type of what each planned collective sends, which host devices may widen.
+    - `arrays`: number and type of the array that each planned collective sends, where they are known: what one array
+      is sent for twice may be sent once, and host devices widen some types.
     """
     topology, estimate = plan.topology, plan.estimate
     compiled = tuple(c for c in hlo.collectives(text, topology.axis_sizes) if axes_of(c, topology))
-    typed = zip(estimate.collectives, dtypes or [""] * len(estimate.collectives), strict=True)
-    planned = [
-        (p, 2.0 if target == "host" and dtype in _WIDENED else 1.0) for p, dtype in typed if axes_of(p, topology)
-    ]
-    pairs = paired([p for p, _ in planned], compiled, topology, [width for _, width in planned])
-    wire = sum(p.seconds for p, _ in planned) or estimate.seconds
+    known = arrays or [(-1 - i, "") for i in range(len(estimate.collectives))]
+    rows = [(p, *of) for p, of in zip(estimate.collectives, known, strict=True) if axes_of(p, topology)]
+    planned = [p for p, _, _ in rows]
+    widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
+    pairs = shared(paired(planned, compiled, topology, widths), {id(p): value for p, value, _ in rows})
+    wire = sum(p.seconds for p in planned) or estimate.seconds
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
     differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
     differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target == "tpu" else ()
@@ -221,7 +222,7 @@ def compare(
         target,
         plan.name,
         topology,
-        tuple(p for p, _ in planned),
+        tuple(planned),
         estimate.seconds,
         estimate.collective_seconds,
         estimate.peak_bytes,

@@ -80,15 +80,25 @@ def abstract(fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtype
 
     **Raises:** `TraceError` for an argument that is no array.
     """
-    found = []
-    for path, leaf in zip(trees.argument_paths(fn, args), jax.tree_util.tree_leaves(tuple(args)), strict=True):
-        try:
-            found.append(jax.eval_shape(lambda array: array, leaf))
-        except TypeError as error:
-            raise TraceError(
-                f"{path} is {leaf!r} ({type(leaf).__name__}), which is no array; bind it beforehand, with functools.partial."
-            ) from error
+    leaves = jax.tree_util.tree_leaves(tuple(args))
+    found = [_aval(leaf) for leaf in leaves]
+    if None in found:
+        at = found.index(None)
+        path, leaf = trees.argument_paths(fn, args)[at], leaves[at]
+        raise TraceError(
+            f"{path} is {leaf!r} ({type(leaf).__name__}), which is no array; bind it beforehand, with functools.partial."
+        )
     return found
+
+
+def _aval(leaf: Any) -> Any:
+    """The shape and type of one leaf as JAX takes it; `None` if it does not."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)  # pyright: ignore
+    try:
+        return jax.eval_shape(lambda array: array, leaf)
+    except TypeError:
+        return None
 
 
 # --- what is no part of a planned program

@@ -6,8 +6,8 @@ several compiled pieces; each of the same kind first, then in the spellings that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -57,6 +57,29 @@ def paired(
     pairing.run()
     alone = [Pair((lot.of,), (), lot.left) for lot in lots if lot.left]
     return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
+
+
+def shared(pairs: Sequence[Pair], arrays: Mapping[int, int]) -> tuple[Pair, ...]:
+    """Joins planned collectives without a partner to those that send the same array likewise, for another use.
+
+    **Arguments:**
+
+    - `arrays`: the `id` of each planned collective to the number of the array that it sends.
+    """
+
+    def sent(each: PlannedCollective) -> tuple[Any, ...]:
+        return (arrays[id(each)], each.kind, frozenset(each.axes), each.bytes)
+
+    found = [pair for pair in pairs if pair.compiled]
+    alone = [pair for pair in pairs if not pair.compiled]
+    for pair in alone:
+        (planned,) = pair.planned
+        at = next((i for i, other in enumerate(found) if sent(planned) in map(sent, other.planned)), None)
+        if at is not None and found[at].count == pair.count:
+            found[at] = replace(found[at], planned=(*found[at].planned, planned))
+        else:
+            found.append(pair)
+    return tuple(found)
 
 
 def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:

@@ -43,6 +43,16 @@ VERSION = 1
 _MOST_BYTES = 256 * 2**20
 """The largest file that is read."""
 
+_NUMBER = (int, float)
+_AXIS: dict[str, Any] = {
+    "name": str,
+    "size": int,
+    "wraparound": bool,
+    "bytes_per_second": _NUMBER,
+    "hop_seconds": _NUMBER,
+    "launch_seconds": _NUMBER,
+}
+
 Json = dict[str, Any]
 
 
@@ -287,9 +297,8 @@ def _from_json(reader: _Reader) -> Plan:
 def _topology(reader: _Reader) -> Topology:
     reader.get("name", str)
     for axis in reader.each("axes"):
-        axis.get("name", str), axis.get("size", int), axis.get("wraparound", bool)
-        for key in ("bytes_per_second", "hop_seconds", "launch_seconds"):
-            axis.get(key, (int, float))
+        for key, kind in _AXIS.items():
+            axis.get(key, kind)
     return topology_from_dict(reader.data)
 
 

@@ -221,7 +221,9 @@ def _scatter(inputs, numbers, row_kind: FactorKind) -> Rule:
     operand, indices, updates = inputs
     factors = Factors()
     batching = dict(zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True))
-    kinds: list[FactorKind] = ["parallel" if i in batching.values() else row_kind for i in range(len(indices.shape) - 1)]
+    kinds: list[FactorKind] = [
+        "parallel" if i in batching.values() else row_kind for i in range(len(indices.shape) - 1)
+    ]
     rows = [(factors.new(n, kind),) for n, kind in zip(indices.shape, kinds, strict=False)]
     window = iter(numbers.update_window_dims)
     left: list[tuple[int, ...]] = []

@@ -131,9 +131,11 @@ def register(*primitives: str) -> Callable[[RuleMaker], RuleMaker]:
 def whole_rule(inputs: Sequence[Any], outputs: Sequence[Any], exact: bool = False) -> Rule:
     """Every array whole on every chip, read and written once; not `exact` where it stands in for a rule that is missing."""
     factors = Factors()
-    sides = [tuple(factors.each(aval.shape, range(len(aval.shape))) for aval in side) for side in (inputs, outputs)]
+    before, after = (
+        tuple(factors.each(aval.shape, range(len(aval.shape))) for aval in side) for side in (inputs, outputs)
+    )
     traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
-    return Rule(factors.done(), *sides, op_class="memory", traffic=traffic, flops_per_point=0.0, exact=exact)
+    return Rule(factors.done(), before, after, (), "memory", traffic, flops_per_point=0.0, exact=exact)
 
 
 def rule_for(primitive: str, inputs: Sequence[Any], outputs: Sequence[Any], params: dict[str, Any]) -> Rule:
