@@ -19,6 +19,7 @@ from search.check import Check, check
 from search.problem import Problem, allowing, build
 from search.solution import Choice, choice_of
 from search.strategies import Strategy
+from search.symmetry import tidied
 
 RESERVE_PART = 0.05
 """The part of each chip's memory that is left free by default: what a compiler may need beyond the plan."""
@@ -109,6 +110,8 @@ def search(
     if ascent.best is None:
         raise _no_plan(ascent, branching)
     choice = choice_of(problem, ascent.best)
+    if allow is None:
+        choice = tidied(problem, choice)
     proof = _proof(ascent, branching, time.monotonic() - started)
     return Solution(problem, choice, proof, check(program, topology, choice))
 

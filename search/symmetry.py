@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations, product
+from typing import overload
 
 import numpy as np
 
 from search.layouts import Axes, Layout
 from search.problem import Problem
+from search.solution import Choice
 from search.strategies import Strategy
 
 
@@ -20,6 +22,14 @@ def renamings(groups: Iterable[Sequence[str]]) -> list[dict[str, str]]:
     """Every renaming of axes within the groups of interchangeable ones, the identity first."""
     each = [[dict(zip(group, image, strict=True)) for image in permutations(group)] for group in groups]
     return [{k: v for part in parts for k, v in part.items()} for parts in product(*each)]
+
+
+@overload
+def renamed(state: Strategy, names: Mapping[str, str]) -> Strategy: ...
+
+
+@overload
+def renamed(state: Layout, names: Mapping[str, str]) -> Layout: ...
 
 
 def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | Layout:
@@ -48,6 +58,24 @@ def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
     names = renamings(groups)
     least = [min(index.get(renamed(state, image), s) for image in names) for s, state in enumerate(states)]
     return node, np.flatnonzero(np.array(least) == np.arange(len(states)))
+
+
+def tidied(problem: Problem, choice: Choice) -> Choice:
+    """The same plan with interchangeable axes renamed so that the largest arrays use them in order, x before y.
+
+    Renaming changes no cost; it makes plans easier to read and to compare.
+    """
+    program = problem.program
+    largest = sorted(choice.hubs, key=lambda value: -program.values[value].bytes)
+    sources = sorted(program.arguments, key=lambda i: -program.values[program.operations[i].outputs[0].value].bytes)
+
+    def order(names: Mapping[str, str]) -> tuple:
+        held = [renamed(choice.strategies[i], names)[0] for i in sources]
+        return (*held, *(renamed(choice.hubs[value], names)[0] for value in largest))
+
+    names = min(renamings(problem.topology.symmetries()), key=order)
+    strategies = tuple(renamed(strategy, names) for strategy in choice.strategies)
+    return Choice(strategies, {value: renamed(layout, names) for value, layout in choice.hubs.items()})
 
 
 def surroundings(problem: Problem, i: int) -> float:
