@@ -1,5 +1,7 @@
 """Layout search for JAX: the proven fastest sharding of a function over a torus of chips."""
 
+from autoshard._audit import Audit as Audit
+from autoshard._audit import audit as audit
 from autoshard.decorator import autoshard as autoshard
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import InfeasibleError as InfeasibleError

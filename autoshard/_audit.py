@@ -164,13 +164,14 @@ def audit(
     topology = plan.topology
     mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
+    arrays = _sent_arrays(plan, fn, shapes)
     lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
-    return compare(plan, compiled.as_text(), target, float(peak) if peak else None, _sent_arrays(plan, fn, shapes))
+    return compare(plan, compiled.as_text(), target, float(peak) if peak else None, arrays)
 
 
 def _devices(topology: Topology, target: Target) -> list[Any]:
@@ -213,7 +214,8 @@ def compare(
     planned = [p for p, _, _ in rows]
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
     pairs = shared(paired(planned, compiled, topology, widths), {id(p): value for p, value, _ in rows})
-    wire = sum(p.seconds for p in planned) or estimate.seconds
+    spent = sum(seconds_of(c, topology) * c.count for c in compiled)
+    wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
     differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
     differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target == "tpu" else ()

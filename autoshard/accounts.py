@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from math import prod
 
@@ -12,7 +12,7 @@ import numpy as np
 from autoshard.blocks import Literal, Traced
 from autoshard.naming import strategy_name
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
-from costmodels.operations import price
+from costmodels.operations import OperationCost, price
 from costmodels.program import Operation, Program
 from costmodels.topology import Topology
 from search.incumbent import overflow
@@ -48,7 +48,9 @@ def constant_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
     return tuple(_source(program, solution, at, program.operations[at].name) for at in program.constants)
 
 
-def _source(program: Program, solution: Solution, at: int, path: str, donated: bool = False, weak: bool = False) -> ArrayPlan:
+def _source(
+    program: Program, solution: Solution, at: int, path: str, donated: bool = False, weak: bool = False
+) -> ArrayPlan:
     index = program.operations[at].outputs[0].value
     value, layout = program.values[index], produced(program, solution.choice, index)
     held = value.bytes / shards(layout, solution.problem.topology.axis_sizes)
@@ -86,7 +88,9 @@ def estimate(solution: Solution) -> Estimate:
         problem.program.operations[check.peak_operation].name,
         problem.budget_bytes,
         tuple(
-            PlannedCollective(each.kind, each.axes, float(each.bytes), each.count, float(each.seconds), _where(problem.program, each))
+            PlannedCollective(
+                each.kind, each.axes, float(each.bytes), each.count, float(each.seconds), _where(problem.program, each)
+            )
             for each in found
         ),
     )
@@ -109,7 +113,9 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     problem, choice = solution.problem, solution.choice
     wire = _collective_seconds(problem, choice)
     states, limits = _states(problem, choice), rows(problem)
-    return tuple(_operation(problem, choice, i, wire[i], states, limits) for i in range(len(problem.program.operations)))
+    return tuple(
+        _operation(problem, choice, i, wire[i], states, limits) for i in range(len(problem.program.operations))
+    )
 
 
 def _collective_seconds(problem: Problem, choice: Choice) -> list[float]:
@@ -121,30 +127,32 @@ def _collective_seconds(problem: Problem, choice: Choice) -> list[float]:
     return found
 
 
-def _operation(problem: Problem, choice: Choice, i: int, wire: float, states: np.ndarray, limits: tuple[Row, ...]) -> OperationPlan:
+def _operation(
+    problem: Problem, choice: Choice, i: int, wire: float, states: np.ndarray, limits: tuple[Row, ...]
+) -> OperationPlan:
     program, topology = problem.program, problem.topology
     op, strategy = program.operations[i], choice.strategies[i]
     runs = program.multiplicity(op.region)
     costed = op.op_class in _COSTED
     pieces = np.array([[float(prod(topology.axis_sizes[axis] for axis in split)) for split in strategy.splits]])
     cost = price(program, op, pieces.reshape(1, len(op.factors)), topology.chip) if costed else None
-    totals = [runs * float(each[0]) for each in vars(cost).values()] if cost else [0.0] * 5
+    totals = {f.name: runs * float(getattr(cost, f.name)[0]) if cost else 0.0 for f in fields(OperationCost)}
     matmul = op.op_class == "matmul"
     overhead = runs * topology.chip.op_overhead_seconds if matmul else 0.0
     return OperationPlan(
-        op.name,
-        op.primitive,
-        op.source,
-        einsum(op),
-        strategy.splits,
-        strategy_name(program, topology, choice, i) if costed else "",
-        runs,
-        *totals,
-        wire,
-        _regime(totals[2], totals[3], wire, overhead),
-        _runner_up(problem, choice, i, states, limits) if matmul else "",
-        matmul,
-        tuple(factor.size for factor in op.factors),
+        name=op.name,
+        primitive=op.primitive,
+        source=op.source,
+        einsum=einsum(op),
+        splits=strategy.splits,
+        strategy=strategy_name(program, topology, choice, i) if costed else "",
+        count=runs,
+        **totals,
+        collective_seconds=wire,
+        regime=_regime(totals["compute_seconds"], totals["memory_seconds"], wire, overhead),
+        runner_up=_runner_up(problem, choice, i, states, limits) if matmul else "",
+        matmul=matmul,
+        sizes=tuple(factor.size for factor in op.factors),
     )
 
 
@@ -171,7 +179,9 @@ def einsum(op: Operation) -> str:
 
 def _states(problem: Problem, choice: Choice) -> np.ndarray:
     """The chosen state of every node."""
-    chosen = [choice.strategies[node.operation] if node.operation >= 0 else choice.hubs[node.value] for node in problem.nodes]
+    chosen = [
+        choice.strategies[node.operation] if node.operation >= 0 else choice.hubs[node.value] for node in problem.nodes
+    ]
     return np.array([node.states.index(state) for node, state in zip(problem.nodes, chosen, strict=True)])
 
 
@@ -249,7 +259,8 @@ def _held_whole(program: Program, value: int, dimension: int) -> bool:
     uses = [program.operations[at].inputs[k].dims[dimension] for at, k in program.consumers.get(value, ())]
     at = [at for at, _ in program.consumers.get(value, ())]
     return all(
-        any(program.operations[op].factors[f].kind == "whole" for f in factors) for op, factors in zip(at, uses, strict=True)
+        any(program.operations[op].factors[f].kind == "whole" for f in factors)
+        for op, factors in zip(at, uses, strict=True)
     )
 
 
@@ -266,4 +277,3 @@ def _unproven(solution: Solution) -> Iterator[str]:
             f"The search stopped before the plan was proven best: at most {proof.gap:.2%} of its"
             f" {proof.objective_seconds * 1e3:.4g} ms could be saved."
         )
-

@@ -9,12 +9,12 @@ from autoshard._audit import Audit, Difference
 from autoshard.hlo import CompiledCollective
 from autoshard.pairing import Pair, axes_of
 from autoshard.plan import PlannedCollective
-from autoshard.tables import WIDTH, percent, size, table, time
+from autoshard.tables import WIDTH, item, percent, size, table, time
 
 
 def render(audit: Audit, width: int = WIDTH) -> str:
     """The audit as plain text tables: collectives, bytes on the wire by mesh axes, peak memory, time, differences."""
-    sections = (_collectives(audit, width), _wire(audit, width), _chip(audit, width), _differences(audit))
+    sections = (_collectives(audit, width), _wire(audit, width), _chip(audit, width), _differences(audit, width))
     verdict = "as planned" if audit.ok else "NOT as planned"
     head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}: {verdict}"
     return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
@@ -97,10 +97,10 @@ def _times(what: str, planned: float, compiled: float) -> tuple[str, ...]:
     return (what, time(planned), time(compiled), f"{compiled / planned:.3f}" if planned else "-")
 
 
-def _differences(audit: Audit) -> Iterator[str]:
+def _differences(audit: Audit, width: int) -> Iterator[str]:
     if audit.differences:
         yield "Differences"
-        yield from (f"  - {_difference(each)}" for each in audit.differences)
+        yield from (line for each in audit.differences for line in item(_difference(each), width))
 
 
 def _difference(each: Difference) -> str:

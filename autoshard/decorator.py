@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from autoshard import trees
 from autoshard.cache import cached, default_directory, key_of
@@ -61,7 +62,7 @@ def autoshard(
     def plan_for(*args: Any, **keywords: Any) -> Plan:
         return planner.bound(trees.positional(fn, args, keywords)).plan
 
-    sharded.plan_for = plan_for  # pyright: ignore[reportFunctionMemberAccess]
+    sharded.plan_for = plan_for  # pyright: ignore[reportAttributeAccessIssue]
     return sharded
 
 
@@ -87,7 +88,7 @@ class _Planner:
 
     def run(self, args: tuple[Any, ...]) -> Any:
         bound = self.bound(args)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(args)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree_util.tree_leaves(args)):
             return bound.applied(*args)
         return bound.jitted(*jax.device_put(args, bound.shardings))
 
@@ -104,5 +105,7 @@ class _Planner:
     def plan(self, args: tuple[Any, ...]) -> Plan:
         topology = topology_of(self.topology)
         target = traced_for(self.fn, args, self.options)
-        plan = cached(self.directory, key_of(target, topology, self.options), lambda: planned(target, topology, self.options))
+        plan = cached(
+            self.directory, key_of(target, topology, self.options), lambda: planned(target, topology, self.options)
+        )
         return replace(plan, treedefs=(target.traced.in_tree, target.traced.out_tree))

@@ -94,6 +94,8 @@ def _nodes(name: str, devices: Sequence[Any]) -> list[int]:
     if per_node == 1 and isinstance(switch, Switch):
         per_node = min(len(devices), int(switch.chips_per_node))
     if len(devices) % per_node or (max(per_process.values()) > 1 and len(set(per_process.values())) > 1):
-        raise TopologyError(f"JAX sees {len(devices)} GPUs, which are not equally many on every node; name the topology.")
+        raise TopologyError(
+            f"JAX sees {len(devices)} GPUs, which are not equally many on every node; name the topology."
+        )
     nodes = len(devices) // per_node
     return [per_node] if nodes == 1 else [nodes, per_node]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core as jex
 from jax.sharding import AxisType, Mesh, reshard
 
@@ -41,7 +42,7 @@ def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[...
             traced = traced_as(plan, fn, args)
             own = next(_own_derivatives(jax.make_jaxpr(fn)(*_planned_for(plan, fn, args)).jaxpr), None)
             run = _undifferentiable(fn, own, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
-            if not any(isinstance(array, jax.core.Tracer) for array in traced.constants):
+            if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
         arrays = [jnp.asarray(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
         results = run(*_placed(plan, chosen, [*arrays, *traced.constants]))
@@ -172,7 +173,9 @@ def check_mesh(plan: Plan, mesh: Any) -> None:
 # --- refusals
 
 
-def _check_arguments(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]) -> None:
+def _check_arguments(
+    plan: Plan, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]
+) -> None:
     """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
     alike = trees.describe(tuple(args)) == plan.in_tree
     paths = [array.path for array in plan.arguments]
@@ -202,9 +205,16 @@ def _other_program(plan: Plan, found: Traced) -> str:
     """Where another function with the same arguments first differs."""
     planned = [(row.primitive, row.sizes, row.name) for row in plan.operations]
     given = [(op.primitive, tuple(f.size for f in op.factors), op.name) for op in found.program.operations]
-    first = next((i for i, (a, b) in enumerate(zip(planned, given, strict=False)) if a[:2] != b[:2]), min(len(planned), len(given)))
+    first = next(
+        (i for i, (a, b) in enumerate(zip(planned, given, strict=False)) if a[:2] != b[:2]),
+        min(len(planned), len(given)),
+    )
     here = given[first][2] if first < len(given) else "the end"
     there = planned[first][2] if first < len(planned) else "the end"
     where = f": where it has {here}, the planned one had {there}" if here != there or len(planned) != len(given) else ""
-    versions = f" (planned with JAX {plan.jax_version}, this is {jax.__version__})" if plan.jax_version != jax.__version__ else ""
+    versions = (
+        f" (planned with JAX {plan.jax_version}, this is {jax.__version__})"
+        if plan.jax_version != jax.__version__
+        else ""
+    )
     return f"The plan {plan.name!r} is for another function, with the same arguments{where}{versions}. Plan anew for this one."

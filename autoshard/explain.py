@@ -9,7 +9,7 @@ from typing import Any
 
 from autoshard.emit import spec_of
 from autoshard.plan import ArrayPlan, OperationPlan, Plan, PlannedCollective
-from autoshard.tables import WIDTH, percent, size, table, time
+from autoshard.tables import WIDTH, item, percent, size, table, time
 from costmodels.topology import Axis
 from search.layouts import Layout
 
@@ -37,7 +37,7 @@ def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
         _arrays("Results", plan.results, width),
         _constants(plan, width),
-        _warnings(plan),
+        _warnings(plan, width),
     )
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
@@ -245,10 +245,10 @@ def _constants(plan: Plan, width: int) -> Iterator[str]:
         yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
 
 
-def _warnings(plan: Plan) -> Iterator[str]:
+def _warnings(plan: Plan, width: int) -> Iterator[str]:
     if plan.warnings:
         yield "Warnings"
-        yield from (f"  - {warning}" for warning in plan.warnings)
+        yield from (line for warning in plan.warnings for line in item(warning, width))
 
 
 def _indented(lines: Iterable[str]) -> Iterator[str]:

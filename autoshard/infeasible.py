@@ -76,7 +76,10 @@ def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
         tried = wider
         if fits(program, tried, budget_bytes):
             return f"It would fit {tried.name}, {tried.size} chips."
-    return f"It would fit none of the topologies up to {tried.name}, {tried.size} chips: what must be whole on a chip is too large."
+    return (
+        f"It would fit none of the topologies up to {tried.name}, {tried.size} chips: what must be whole on a chip is too"
+        " large."
+    )
 
 
 def fits(program: Program, topology: Topology, budget_bytes: float) -> bool:
@@ -124,5 +127,7 @@ def _doubled(topology: Topology) -> Topology | None:
     try:
         wider = parse_topology(name)
     except (TopologyFormatError, ValueError):
-        wider = replace(topology, axes=tuple(replace(axis, size=size) for axis, size in zip(topology.axes, sizes, strict=True)))
+        wider = replace(
+            topology, axes=tuple(replace(axis, size=size) for axis, size in zip(topology.axes, sizes, strict=True))
+        )
     return replace(wider, chip=topology.chip)

@@ -70,13 +70,11 @@ def shared(pairs: Sequence[Pair], arrays: Mapping[int, int]) -> tuple[Pair, ...]
     def sent(each: PlannedCollective) -> tuple[Any, ...]:
         return (arrays[id(each)], each.kind, frozenset(each.axes), each.bytes)
 
-    found = [pair for pair in pairs if pair.compiled]
-    alone = [pair for pair in pairs if not pair.compiled]
-    for pair in alone:
-        (planned,) = pair.planned
-        at = next((i for i, other in enumerate(found) if sent(planned) in map(sent, other.planned)), None)
-        if at is not None and found[at].count == pair.count:
-            found[at] = replace(found[at], planned=(*found[at].planned, planned))
+    found: list[Pair] = []
+    for pair in pairs:  # those with partners come first
+        same = [i for i, other in enumerate(found) if set(map(sent, pair.planned)) & set(map(sent, other.planned))]
+        if same and not pair.compiled and found[same[0]].count == pair.count:
+            found[same[0]] = replace(found[same[0]], planned=(*found[same[0]].planned, *pair.planned))
         else:
             found.append(pair)
     return tuple(found)

@@ -154,10 +154,18 @@ class Plan:
         return self._arguments_like(placed(self.arguments)), self._results_like(placed(self.results))
 
     def _arguments_like(self, leaves: list[Any]) -> tuple[Any, ...]:
-        return jax.tree_util.tree_unflatten(self.treedefs[0], leaves) if self.treedefs else trees.rebuild(self.in_tree, leaves)
+        return (
+            jax.tree_util.tree_unflatten(self.treedefs[0], leaves)
+            if self.treedefs
+            else trees.rebuild(self.in_tree, leaves)
+        )
 
     def _results_like(self, leaves: list[Any]) -> Any:
-        return jax.tree_util.tree_unflatten(self.treedefs[1], leaves) if self.treedefs else trees.rebuild(self.out_tree, leaves)
+        return (
+            jax.tree_util.tree_unflatten(self.treedefs[1], leaves)
+            if self.treedefs
+            else trees.rebuild(self.out_tree, leaves)
+        )
 
     # --- execution -----------------------------------------------------------------------------------------------
 
@@ -196,7 +204,7 @@ class Plan:
         not know custom pytree nodes; where the arguments or results have some, their placement is left to the arrays
         themselves and to the compiler, which takes it from the plan inside the function.
         """
-        mesh = mesh or execution.mesh_in_context(self) or self.make_mesh()
+        mesh = mesh or self._mesh_at_hand()
         shardings = {}
         ins, outs = self.shardings(mesh)
         if self.treedefs or trees.unknown_class(self.in_tree) is None:
@@ -204,6 +212,9 @@ class Plan:
         if self.treedefs or trees.unknown_class(self.out_tree) is None:
             shardings["out_shardings"] = outs
         return jax.jit(execution.bound(self, fn, mesh), donate_argnums=self.donate_argnums, **shardings)
+
+    def _mesh_at_hand(self) -> Mesh:
+        return execution.mesh_in_context(self) or self.make_mesh()
 
     # --- words and files -----------------------------------------------------------------------------------------
 

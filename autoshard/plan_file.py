@@ -193,7 +193,7 @@ def _layout(layout: Layout) -> Any:
     return {"dims": dims, "partial": list(layout.partial)} if layout.partial else dims
 
 
-def _axes(axes: Axes) -> None | str | list[str]:
+def _axes(axes: Axes) -> str | list[str] | None:
     return None if not axes else axes[0] if len(axes) == 1 else list(axes)
 
 
@@ -258,7 +258,9 @@ def _record(kind: type, reader: _Reader, **special: Callable[[_Reader], Any]) ->
         "tuple[str, ...]": reader.names,
         "tuple[int, ...]": reader.counts,
     }
-    values = {f.name: special[f.name](reader) if f.name in special else plain[str(f.type)](f.name) for f in fields(kind)}
+    values = {
+        f.name: special[f.name](reader) if f.name in special else plain[str(f.type)](f.name) for f in fields(kind)
+    }
     return kind(**values)
 
 
@@ -315,7 +317,9 @@ def _arrays(topology: Topology, reader: _Reader, key: str) -> tuple[ArrayPlan, .
     found = tuple(_record(ArrayPlan, row, layout=lambda row: _layout_of(topology, row)) for row in reader.each(key))
     for array in found:
         if len(array.layout.dims) != len(array.shape):
-            raise ValueError(f"{array.path} has {len(array.shape)} dimensions and {len(array.layout.dims)} in its layout")
+            raise ValueError(
+                f"{array.path} has {len(array.shape)} dimensions and {len(array.layout.dims)} in its layout"
+            )
     return found
 
 

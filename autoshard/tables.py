@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from textwrap import wrap
 
 WIDTH = 120
 """Columns that a report may take, unless told otherwise."""
@@ -36,6 +37,11 @@ def _cell(text: str, width: int, sign: str) -> str:
     if len(text) > width:
         text = text[: width - 1] + "…"
     return f"{text:{'<' if sign == '~' else sign}{width}}"
+
+
+def item(text: str, width: int = WIDTH) -> list[str]:
+    """The lines of one item of a list."""
+    return wrap(text, width, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def time(seconds: float) -> str:

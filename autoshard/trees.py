@@ -38,7 +38,7 @@ def describe(tree: Any) -> Data:
     if len(found) == 1 and found[0][0] == ():
         return LEAF
     keys, children = [path[0] for path, _ in found], [describe(child) for _, child in found]
-    kind = type(tree)
+    kind: Any = type(tree)
     if kind in (list, tuple):
         return {kind.__name__: children}
     if kind in (dict, OrderedDict):
@@ -48,7 +48,7 @@ def describe(tree: Any) -> Data:
         if all(type(name) in (str, int, bool) for name in names):
             return {"items" if kind is dict else "ordered": [list(pair) for pair in zip(names, children, strict=True)]}
     if _is_namedtuple(kind):
-        return {"namedtuple": _class_name(kind), "fields": dict(zip(kind._fields, children, strict=True))}
+        return {"namedtuple": _class_name(kind), "fields": dict(zip(tree._fields, children, strict=True))}
     return {"custom": _class_name(kind), "children": dict(zip(_distinct(keys), children, strict=True))}
 
 
@@ -186,7 +186,9 @@ def positional(fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str
     bound = inspect.signature(fn).bind(*args, **keywords)
     bound.apply_defaults()
     if bound.kwargs:
-        raise TypeError(f"{', '.join(bound.kwargs)} can be given by keyword only; bind it beforehand, with functools.partial.")
+        raise TypeError(
+            f"{', '.join(bound.kwargs)} can be given by keyword only; bind it beforehand, with functools.partial."
+        )
     return bound.args
 
 
@@ -204,7 +206,10 @@ def _parameters(fn: Callable[..., Any], count: int) -> list[str]:
         parameters = []
     heads = []
     for i in range(count):
-        if i < len(parameters) and parameters[i].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+        if i < len(parameters) and parameters[i].kind in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
             heads.append(parameters[i].name)
         else:
             heads.append(f"args[{i}]")

@@ -194,12 +194,18 @@ Bytes that each chip sends in one step
   x       177 KiB    177 KiB  1.0000
 
 One chip
-                                      planned  compiled  ratio
+                                      planned  compiled   ratio
   ──────────────────────────────────  ───────  ────────  ──────
   peak memory                           100 B     106 B  1.0600
-  time of collectives (plan's model)      0 s    1.3 ms       -
+  time of collectives (plan's model)      0 s   1.28 ms       -
 
 Differences
+  - peak memory: the compiled program needs 1.060 times the planned peak (6.0 % of the planned peak)
+  - unplanned: collective-permute over y of 4 MiB, palm.py:1: not in the plan (5.3 % of the time on the wire)
+  - missing: reduce-scatter over z of 4 MiB, w for dot_general: not in the compiled program (2.1 % of the time on the
+    wire)
+  - same plan at lower cost: 2 all-reduces over x of 512 B × 118 compiled as all-reduce over x of 1 KiB × 118 (32.6 % of
+    the time on the wire)
 """
 
 

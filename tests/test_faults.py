@@ -36,7 +36,9 @@ def test_what_does_not_fit_says_how_much_is_missing_and_where_it_would_fit() -> 
         return x @ w
 
     args = abstract(2**20, 2**15), abstract(2**15, 2**15)  # 128 and 4 GiB, and a result of 128 GiB
-    text = message(autoshard.InfeasibleError, autoshard.search, product, *args, topology="v4:2x2x1", reserve_bytes=2**30)
+    text = message(
+        autoshard.InfeasibleError, autoshard.search, product, *args, topology="v4:2x2x1", reserve_bytes=2**30
+    )
     pattern = re.compile(
         r"product does not fit v4:2x2x1\. The leanest layout needs (?P<held>[\d.]+) GiB on each chip; a v4 holds 30\.75 GiB,"
         r" 1\.00 GiB of which are kept free, so (?P<missing>[\d.]+) GiB are missing\. At its fullest, in .*, a chip holds:\n"
@@ -72,17 +74,26 @@ def test_palm_540b_says_on_how_many_chips_it_would_fit() -> None:
 
 def test_what_no_topology_holds_is_said_to_be_so() -> None:
     text = message(
-        autoshard.InfeasibleError, autoshard.search, lambda x: x * 2, abstract(10_000_001, 5003), topology="v5e:2x2", name="double"
+        autoshard.InfeasibleError,
+        autoshard.search,
+        lambda x: x * 2,
+        abstract(10_000_001, 5003),
+        topology="v5e:2x2",
+        name="double",
     )
     assert text.startswith("double does not fit v5e:2x2.")
     assert "\n    186.38 GiB  x\n" in text
-    assert text.endswith("It would fit none of the topologies up to v5e:64x64, 4096 chips: what must be whole on a chip is too large.")
+    assert text.endswith(
+        "It would fit none of the topologies up to v5e:64x64, 4096 chips: what must be whole on a chip is too large."
+    )
 
 
 def test_gpus_are_added_within_the_node_first_and_then_by_nodes() -> None:
     big = abstract(2**20, 2**15)  # 128 GiB
     for given, wanted in (("h100:2", "h100:8, 8 chips"), ("a100:1x4", "a100:1x8, 8 chips")):
-        assert message(autoshard.InfeasibleError, autoshard.search, lambda x: x * 2, big, topology=given).endswith(f"fit {wanted}.")
+        assert message(autoshard.InfeasibleError, autoshard.search, lambda x: x * 2, big, topology=given).endswith(
+            f"fit {wanted}."
+        )
     more = abstract(2**24, 2**15)  # 2 TiB
     text = message(autoshard.InfeasibleError, autoshard.search, lambda x: x * 2, more, topology="h100:8")
     assert re.search(r"It would fit h100:\d+x8, \d+ chips\.$", text)
@@ -100,11 +111,18 @@ def test_gpus_are_added_within_the_node_first_and_then_by_nodes() -> None:
         ),
         (
             "v4-8",
-            "'v4-8' is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a .toml file.",
+            "'v4-8' is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a .toml"
+            " file.",
         ),
-        ("v5e:2x2x2", "v5e:2x2x2 has 3 sizes, but the torus of v5e has 2 axes; write at most 2 sizes, such as v5e:4x4."),
+        (
+            "v5e:2x2x2",
+            "v5e:2x2x2 has 3 sizes, but the torus of v5e has 2 axes; write at most 2 sizes, such as v5e:4x4.",
+        ),
         ("cpu:0x2", "cpu:0x2 has an axis of size 0; 1 or more would do."),
-        ("missing.toml", "The topology file missing.toml cannot be read: [Errno 2] No such file or directory: 'missing.toml'."),
+        (
+            "missing.toml",
+            "The topology file missing.toml cannot be read: [Errno 2] No such file or directory: 'missing.toml'.",
+        ),
     ),
 )
 def test_a_malformed_topology_is_refused(topology: str, text: str) -> None:
@@ -164,8 +182,12 @@ def test_assumed_constants_and_primitives_without_a_rule_are_said() -> None:
 
     plan = autoshard.search(fn, jnp.ones((8, 8)), topology="v4:2x2x1")
     assert "Of the constants of v4, op_overhead_seconds, collective_overhead_seconds are assumed." in plan.warnings
-    assert any(re.fullmatch(r".* has no sharding rule: its arrays are whole on every chip", text) for text in plan.warnings)
-    text = message(autoshard.UnsupportedPrimitiveError, autoshard.search, fn, jnp.ones((8, 8)), topology="v4:2x2x1", strict=True)
+    assert any(
+        re.fullmatch(r".* has no sharding rule: its arrays are whole on every chip", text) for text in plan.warnings
+    )
+    text = message(
+        autoshard.UnsupportedPrimitiveError, autoshard.search, fn, jnp.ones((8, 8)), topology="v4:2x2x1", strict=True
+    )
     assert "has no sharding rule" in text
 
 
@@ -193,13 +215,17 @@ def test_a_function_that_does_not_trace_is_refused() -> None:
 
 
 def test_an_argument_that_is_no_array_is_refused() -> None:
-    text = message(autoshard.TraceError, autoshard.search, lambda x, mode: x, jnp.ones(8), {"mode": "fast"}, topology="cpu:8")
+    text = message(
+        autoshard.TraceError, autoshard.search, lambda x, mode: x, jnp.ones(8), {"mode": "fast"}, topology="cpu:8"
+    )
     assert text == "mode['mode'] is 'fast' (str), which is no array; bind it beforehand, with functools.partial."
 
 
 def test_a_donated_position_that_is_none_is_refused() -> None:
     for given in (1, -2, (0, 3)):
-        text = message(autoshard.AutoshardError, autoshard.search, jnp.tanh, jnp.ones(8), topology="cpu:8", donate_argnums=given)
+        text = message(
+            autoshard.AutoshardError, autoshard.search, jnp.tanh, jnp.ones(8), topology="cpu:8", donate_argnums=given
+        )
         assert text == f"donate_argnums is {given}, but there are 1 arguments; 0 to 0 would do."
     assert autoshard.search(jnp.tanh, jnp.ones(8), topology="cpu:8", donate_argnums=-1).donate_argnums == (0,)
 
@@ -228,7 +254,9 @@ def test_a_plan_for_other_types_or_nesting_is_refused_with_the_paths() -> None:
     ]
     many = {f"layer{i}": jnp.ones(i + 1) for i in range(12)}
     text = message(autoshard.PlanMismatchError, plan.apply(fn), many, tokens)
-    assert len(text.splitlines()) == 1 + 8 + 1 and text.endswith("  and 14 more".replace("14", str(len(plan.arguments) - 1 + 12 - 8)))
+    assert len(text.splitlines()) == 1 + 8 + 1 and text.endswith(
+        "  and 14 more".replace("14", str(len(plan.arguments) - 1 + 12 - 8))
+    )
 
 
 def test_a_plan_for_another_function_is_refused() -> None:

@@ -58,7 +58,10 @@ def planned_block() -> tuple[autoshard.Plan, Callable[..., Any], tuple[Any, ...]
 def palm_decode() -> tuple[Any, tuple[Any, ...]]:
     workload = palm.decode(size="tiny", batch=8, context=32)
     keys = jax.random.split(jax.random.key(0), 3)
-    cache = {name: jax.random.normal(key, a.shape, a.dtype) for key, (name, a) in zip(keys, workload.args[1].items(), strict=False)}
+    cache = {
+        name: jax.random.normal(key, a.shape, a.dtype)
+        for key, (name, a) in zip(keys, workload.args[1].items(), strict=False)
+    }
     params = palm.init_params(palm.config_of("tiny"), keys[2])
     return workload, (params, cache, jnp.arange(8, dtype=jnp.int32), jnp.int32(5))
 
@@ -70,7 +73,9 @@ def palm_prefill() -> tuple[Any, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("case", (palm_decode, palm_prefill), ids=("decode", "prefill"))
-@pytest.mark.parametrize("topology", (parse_topology("cpu:2x4"), well_linked("cpu:2x2x2")), ids=("cpu:2x4", "well linked 2x2x2"))
+@pytest.mark.parametrize(
+    "topology", (parse_topology("cpu:2x4"), well_linked("cpu:2x2x2")), ids=("cpu:2x4", "well linked 2x2x2")
+)
 def test_planned_palm_computes_what_the_plain_one_computes(case, topology) -> None:
     workload, args = case()
     plan = autoshard.search(
@@ -80,10 +85,12 @@ def test_planned_palm_computes_what_the_plain_one_computes(case, topology) -> No
     wanted = jax.jit(workload.fn)(*args)
     mesh = plan.make_mesh()
     compiled = plan.jit(workload.fn, mesh).lower(*workload.args).compile()
-    for got, spec in zip(jax.tree.leaves(compiled.input_shardings[0]), jax.tree.leaves(plan.in_specs, is_leaf=_is_spec), strict=True):
+    for got, spec in zip(
+        jax.tree.leaves(compiled.input_shardings[0]), jax.tree.leaves(plan.in_specs, is_leaf=_is_spec), strict=True
+    ):
         assert got.is_equivalent_to(NamedSharding(mesh, spec), 8)
     ins, _ = plan.shardings(mesh)
-    got = plan.jit(workload.fn, mesh)(*jax.device_put(jax.tree.map(jnp.copy, args), ins))
+    got = compiled(*jax.device_put(jax.tree.map(jnp.copy, args), ins))
     assert_close(got, wanted, rtol=0.02)  # bfloat16
     assert_placed(got, plan.out_specs, mesh)
 
@@ -115,7 +122,9 @@ def loss(fn: Callable[..., Any]) -> Callable[..., Any]:
         lambda fn: jax.jit(jax.value_and_grad(loss(fn))),
         lambda fn: lambda params, tokens: jax.jvp(lambda params: fn(params, tokens), (params,), (params,)),
         lambda fn: lambda params, tokens: jax.vmap(fn, (None, 0))(params, jnp.stack([tokens, tokens[::-1]])),
-        lambda fn: lambda params, tokens: jax.lax.map(lambda tokens: fn(params, tokens), jnp.stack([tokens, tokens[::-1]])),
+        lambda fn: (
+            lambda params, tokens: jax.lax.map(lambda tokens: fn(params, tokens), jnp.stack([tokens, tokens[::-1]]))
+        ),
     ),
     ids=("itself", "jit", "grad", "jit value and grad", "jvp", "vmap", "map"),
 )
@@ -200,7 +209,9 @@ def test_a_function_with_its_own_derivative_runs_and_refuses_to_be_differentiate
     x = jnp.arange(8.0)
     plan = autoshard.search(fn, x, topology="cpu:8")
     assert_close(plan.apply(fn)(x), fn(x))
-    with pytest.raises(autoshard.AutoshardError, match=r"fn has a derivative of its own \(custom_vjp at test_plan.py:\d+\)"):
+    with pytest.raises(
+        autoshard.AutoshardError, match=r"fn has a derivative of its own \(custom_vjp at test_plan.py:\d+\)"
+    ):
         jax.grad(plan.apply(fn))(x)
     planned = autoshard.search(jax.grad(fn), x, topology="cpu:8")
     assert_close(planned.apply(jax.grad(fn))(x), jax.grad(fn)(x))

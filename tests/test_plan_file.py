@@ -51,7 +51,10 @@ def plans(draw) -> autoshard.Plan:
 
     args = (
         jax.ShapeDtypeStruct((rows, inner), dtype),
-        {"square": jax.ShapeDtypeStruct((depth, inner, inner), dtype), "out": jax.ShapeDtypeStruct((inner, columns), dtype)},
+        {
+            "square": jax.ShapeDtypeStruct((depth, inner, inner), dtype),
+            "out": jax.ShapeDtypeStruct((inner, columns), dtype),
+        },
     )
     topology = draw(st.sampled_from(("cpu:2", "cpu:2x2", "v4:2x2x2", "h100:2x4", "v5e:4x2")))
     return autoshard.search(fn, *args, topology=topology, donate_argnums=0 if donated else ())
@@ -222,7 +225,9 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
 
 
-JUNK = st.sampled_from((None, True, -1, 2, 1e400, 10**400, "x", "w", [], ["x", "x"], [[["x"]]], {}, {"list": "*"}, {"dims": 3}))
+JUNK = st.sampled_from(
+    (None, True, -1, 2, 1e400, 10**400, "x", "w", [], ["x", "x"], [[["x"]]], {}, {"list": "*"}, {"dims": 3})
+)
 
 
 @given(st.data(), JUNK)
@@ -248,8 +253,16 @@ def test_a_damaged_plan_is_refused_or_still_a_plan(data, junk: Any) -> None:
 @pytest.mark.parametrize(
     "path, value, message",
     (
-        (("arguments", 0, "layout"), ["w", None], """arguments[0].layout is ["w", null]; the axes are x, y, each at most once"""),
-        (("arguments", 0, "layout"), ["x", "x"], """arguments[0].layout is ["x", "x"]; the axes are x, y, each at most once"""),
+        (
+            ("arguments", 0, "layout"),
+            ["w", None],
+            """arguments[0].layout is ["w", null]; the axes are x, y, each at most once""",
+        ),
+        (
+            ("arguments", 0, "layout"),
+            ["x", "x"],
+            """arguments[0].layout is ["x", "x"]; the axes are x, y, each at most once""",
+        ),
         (("arguments", 0, "layout"), ["x"], "params['w'] has 2 dimensions and 1 in its layout"),
         (("estimate", "seconds"), "soon", """estimate.seconds is "soon", which is no number"""),
         (("arguments", 1), 7, "arguments[1] is 7, not an object"),

@@ -1,0 +1,47 @@
+"""The command line: `autoshard search`, `explain`, `audit`, `chips`; one module a command.
+
+Standard output carries what was asked for, and nothing else; progress and errors go to standard error. Exit codes: 0 for
+success, 1 for an answer that is no (no plan fits, a program that is not as planned), 2 for a command that makes no sense.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from autoshard.cli.audit import audit
+from autoshard.cli.chips import chips
+from autoshard.cli.explain import explain
+from autoshard.cli.search import search
+
+app = typer.Typer(
+    help="Layout search for JAX: the proven fastest sharding of a function over a torus of chips.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (search, explain, audit, chips):
+    app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"autoshard {version('autoshard')}")
+        except PackageNotFoundError:
+            typer.echo("autoshard (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Layout search for JAX: the proven fastest sharding of a function over a torus of chips."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()

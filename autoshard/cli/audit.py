@@ -1,0 +1,52 @@
+"""`autoshard audit`: hold the compiled program against its plan."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+
+class On(StrEnum):
+    """What to compile for."""
+
+    host = "host"
+    tpu = "tpu"
+
+
+def audit(
+    plan: common.PlanFile,
+    target: common.Target,
+    sizes: common.Settings = None,
+    on: Annotated[On, typer.Option("--target", help="Compile for CPU devices, or for the TPUs of the plan.")] = On.host,
+    json: common.AsJson = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Compile a planned function, without running it, and compare collectives and memory with the plan.
+
+    autoshard audit plan.json examples/palm.py:decode --set batch=64 --target tpu
+
+    Exits with 1 when the compiled program is not as planned.
+    """
+    from json import dumps
+
+    from autoshard import targets
+    from autoshard._audit import audit as audit_plan
+    from autoshard.plan_file import load
+
+    with common.reported(verbose):
+        found = load(plan)
+        if on is On.host:
+            targets.host_devices(found.topology.size)  # before the target file starts JAX with fewer
+        with common.progress(f"Compiling {target} for {_WHAT[on]}", verbose):
+            work = common.workload(target, common.settings(sizes))
+            report = audit_plan(found, work.fn, *work.args, target=on.value)
+        typer.echo(dumps(report.to_dict(), indent=2) if json else str(report), nl=json)
+        if not report.ok:
+            raise typer.Exit(1)
+
+
+_WHAT = {On.host: "host devices", On.tpu: "the TPU"}

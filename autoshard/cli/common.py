@@ -1,0 +1,201 @@
+"""What the commands share: errors and exit codes, progress, output files, and the user's target file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from autoshard.errors import AutoshardError
+from autoshard.workload import Workload
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE.py:NAME", help="A function with keyword arguments (sizes) that returns an autoshard.Workload."
+    ),
+]
+PlanFile = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN.json", help="A plan, as autoshard search -o writes it.", exists=True, dir_okay=False),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A keyword argument of NAME; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on, and print tracebacks.")]
+
+
+class Misuse(Exception):
+    """A command that makes no sense, in a sentence."""
+
+
+@contextmanager
+def reported(verbose: bool = False) -> Iterator[None]:
+    """Turns errors into a message on standard error and an exit code."""
+    try:
+        yield
+    except (AutoshardError, Misuse, OSError) as error:
+        if verbose:
+            traceback.print_exc()
+        else:
+            typer.echo(f"autoshard: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, Misuse) else 1) from error
+
+
+@contextmanager
+def progress(doing: str, verbose: bool = False) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done: a line that changes, on a terminal; every message on its own line, if verbose."""
+    if verbose:
+        typer.echo(doing, err=True)
+        yield lambda message: typer.echo(f"  {message}", err=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(doing)) as status:
+        yield lambda message: status.update(escape(f"{doing}: {message}"))
+
+
+def writable(path: Path | None, force: bool) -> None:
+    """Refuses an output file that exists, or that cannot be written, before any work is done.
+
+    **Raises:** `Misuse`.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise Misuse(f"{path} is a directory; name a file.")
+    if path.exists() and not force:
+        raise Misuse(f"{path} exists; --force overwrites it.")
+    if not path.parent.is_dir():
+        raise Misuse(f"{path.parent} is no directory; make it first.")
+
+
+# --- the user's target file
+
+
+def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """`["batch=64", "weights=int8"]` as keyword arguments: integers, floats, true and false, or else text.
+
+    **Raises:** `Misuse`.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, sign, value = pair.partition("=")
+        if not sign or not key.isidentifier():
+            raise Misuse(f"--set {pair} is no KEY=VALUE, such as batch=64.")
+        found[key] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def workload(target: str, keywords: dict[str, Any]) -> Workload:
+    """What the function that `FILE.py:NAME` names returns for these keywords.
+
+    **Raises:** `Misuse`, in one line, for a file that is missing or does not import, a name that is not there or cannot be
+    called, keywords that it does not take, an error that it raises, and a result that is no `Workload`.
+    """
+    path, name = _split(target)
+    with _on_path(path.parent.resolve()):
+        factory = _factory(_imported(path), path, name)
+        _check_keywords(factory, name, keywords)
+        found = _attempt(lambda: factory(**keywords), f"{name} in {path} failed")
+    if not isinstance(found, Workload):
+        raise Misuse(f"{name} in {path} returned {type(found).__name__}; an autoshard.Workload(fn, args) would do.")
+    return found
+
+
+def _split(target: str) -> tuple[Path, str]:
+    file, _, name = target.rpartition(":")
+    if not file or not name.isidentifier():
+        raise Misuse(f"{target} is no FILE.py:NAME, such as examples/palm.py:decode.")
+    path = Path(file)
+    if not path.is_file():
+        raise Misuse(f"There is no file {path}.")
+    if path.suffix != ".py":
+        raise Misuse(f"{path} is no .py file.")
+    return path, name
+
+
+@contextmanager
+def _on_path(directory: Path) -> Iterator[None]:
+    """Lets a file import its neighbours, as it could if Python ran it."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+
+
+def _imported(path: Path) -> ModuleType:
+    """The module, under a name of its own, so that it hides no other."""
+    spec = importlib.util.spec_from_file_location(f"_autoshard_target_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise Misuse(f"{path} could not be imported.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    loader = spec.loader
+    _attempt(lambda: loader.exec_module(module), f"{path} could not be imported")
+    return module
+
+
+def _attempt(run: Callable[[], Any], what: str) -> Any:
+    """Runs the user's code; whatever it raises becomes one line."""
+    try:
+        return run()
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        place = _last_line(error)
+        raise Misuse(f"{what}: {type(error).__name__}{f': {said}' if said else ''}{place}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """Where in the user's code it happened: the innermost frame that is not Python's or ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+
+
+def _factory(module: ModuleType, path: Path, name: str) -> Callable[..., Any]:
+    if not hasattr(module, name):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        near = get_close_matches(name, own, n=1) or [
+            key for key in own if vars(module)[key].__module__ == module.__name__
+        ]
+        hint = f" Did you mean {near[0]}?" if len(near) == 1 else f" It has {', '.join(near)}." if near else ""
+        raise Misuse(f"{path} has no {name}.{hint}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise Misuse(f"{name} in {path} is {type(found).__name__}, which cannot be called.")
+    return found
+
+
+def _check_keywords(factory: Callable[..., Any], name: str, keywords: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(**keywords)
+    except TypeError as error:
+        raise Misuse(f"{name} takes {signature}: {error}.") from error

@@ -1,0 +1,55 @@
+"""`autoshard search`: lay a function out and prove it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+
+def search(
+    target: common.Target,
+    topology: Annotated[
+        str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
+    ],
+    sizes: common.Settings = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json: common.AsJson = False,
+    time_limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the gap that is left.")
+    ] = None,
+    reserve: Annotated[
+        float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
+    ] = None,
+    verbose: common.Verbose = False,
+) -> None:
+    """Search the fastest layout of a function, prove it, and explain it.
+
+    autoshard search examples/palm.py:decode --topology v4:4x4x4 --set batch=64 -o plan.json
+    """
+    from autoshard.plan_file import dumps
+    from autoshard.planning import search as search_plan
+
+    with common.reported(verbose):
+        common.writable(output, force)
+        with common.progress(f"Searching {target} on {topology}", verbose) as say:
+            work = common.workload(target, common.settings(sizes))
+            plan = search_plan(
+                work.fn,
+                *work.args,
+                topology=topology,
+                donate_argnums=work.donate_argnums,
+                name=work.name,
+                reserve_bytes=None if reserve is None else reserve * 2**30,
+                time_limit=time_limit,
+                progress=say,
+            )
+        if output is not None:
+            plan.save(output)
+        typer.echo(dumps(plan) if json else plan.explain(), nl=False)
+        if output is not None:
+            typer.echo(f"Wrote {output}.", err=True)
