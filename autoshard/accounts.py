@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from itertools import islice
+from dataclasses import fields
 from math import prod
 
 import numpy as np
 
+from autoshard.alternatives import runner_up, states_of
 from autoshard.blocks import Literal, Traced
 from autoshard.naming import strategy_name
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from costmodels.operations import OperationCost, price
 from costmodels.program import Operation, Program
 from costmodels.topology import Topology
-from search.incumbent import overflow
 from search.layouts import replicated, shards
 from search.memory import Row, rows
-from search.problem import FORBIDDEN, Problem
+from search.problem import Problem
 from search.solution import Choice, Collective, collectives, needed, produced
 from search.solve import Solution
-from search.strategies import Strategy
 
 _COSTED = ("matmul", "memory", "fused")
-_ALTERNATIVES = 2000
-"""How many other strategies of an operation are looked at for one of another name."""
 _MATTERS = 0.01
 """The part of all arguments' bytes from which on an argument's indivisible dimension is worth a warning."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -112,7 +108,7 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     """Every operation of the program, in its numbering; those that only carry arrays along cost nothing."""
     problem, choice = solution.problem, solution.choice
     wire = _collective_seconds(problem, choice)
-    states, limits = _states(problem, choice), rows(problem)
+    states, limits = states_of(problem, choice), rows(problem)
     return tuple(
         _operation(problem, choice, i, wire[i], states, limits) for i in range(len(problem.program.operations))
     )
@@ -150,7 +146,7 @@ def _operation(
         **totals,
         collective_seconds=wire,
         regime=_regime(totals["compute_seconds"], totals["memory_seconds"], wire, overhead),
-        runner_up=_runner_up(problem, choice, i, states, limits) if matmul else "",
+        runner_up=runner_up(problem, limits, states, i) if matmul else "",
         matmul=matmul,
         sizes=tuple(factor.size for factor in op.factors),
     )
@@ -172,51 +168,6 @@ def einsum(op: Operation) -> str:
         return "".join(map(dimension, use.dims))
 
     return f"{','.join(map(operand, op.inputs))}->{','.join(map(operand, op.outputs))}"
-
-
-# --- the runner-up
-
-
-def _states(problem: Problem, choice: Choice) -> np.ndarray:
-    """The chosen state of every node."""
-    chosen = [
-        choice.strategies[node.operation] if node.operation >= 0 else choice.hubs[node.value] for node in problem.nodes
-    ]
-    return np.array([node.states.index(state) for node, state in zip(problem.nodes, chosen, strict=True)])
-
-
-def _runner_up(problem: Problem, choice: Choice, i: int, states: np.ndarray, limits: tuple[Row, ...]) -> str:
-    """The cheapest strategy of another name, everything else staying as it is."""
-    node = problem.operation_nodes[i]
-    cost = _alone(problem, states, node)
-    name = strategy_name(problem.program, problem.topology, choice, i)
-    for state in islice(np.argsort(cost, kind="stable"), _ALTERNATIVES):
-        if cost[state] >= FORBIDDEN / 2:
-            break
-        other = strategy_name(problem.program, problem.topology, _with(choice, i, problem.nodes[node].states[state]), i)
-        if other != name:
-            changed = states.copy()
-            changed[node] = state
-            fits = float(overflow(problem, limits, changed).max(initial=-1.0)) <= 0
-            rise = float(cost[state] - cost[states[node]])
-            return f"{other}: {rise * 1e3:+.3g} ms if this operation alone changed{'' if fits else ', which would not fit'}"
-    return ""
-
-
-def _alone(problem: Problem, states: np.ndarray, node: int) -> np.ndarray:
-    """Seconds of every state of one node with the changes of layout around it, its neighbours staying as they are."""
-    cost = problem.nodes[node].cost.copy()
-    for k in problem.incident[node]:
-        edge = problem.edges[k]
-        if edge.a == node:
-            cost += edge.weight * edge.matrix[edge.rows, edge.columns[states[edge.b]]]
-        else:
-            cost += edge.weight * edge.matrix[edge.rows[states[edge.a]], edge.columns]
-    return cost
-
-
-def _with(choice: Choice, i: int, strategy: Strategy) -> Choice:
-    return replace(choice, strategies=(*choice.strategies[:i], strategy, *choice.strategies[i + 1 :]))
 
 
 # --- warnings

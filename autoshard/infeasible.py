@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from autoshard.errors import InfeasibleError
+from autoshard.tables import size
 from costmodels.chips import Switch
 from costmodels.program import Program
 from costmodels.topology import Topology, TopologyFormatError, parse_topology
@@ -25,7 +26,6 @@ _FULL_SECONDS = 1e3
 """What memory costs that is full at every point: more than any step's time, and less than what cannot be built."""
 _SWEEPS = 8
 """How often the relaxation passes over the program."""
-_GIB = 2**30
 
 
 def explained(error: NoPlan) -> InfeasibleError:
@@ -36,26 +36,18 @@ def explained(error: NoPlan) -> InfeasibleError:
     fullest = max(limits, key=lambda row: row.bytes(problem, states))
     held = fullest.bytes(problem, states)
     parts = sorted(_held(problem, fullest, states), key=lambda part: -part[1])
-    listed = "".join(f"\n  {_size(size):>12}  {name}" for name, size in parts[:_LISTED])
+    listed = "".join(f"\n  {size(count):>12}  {name}" for name, count in parts[:_LISTED])
     if len(parts) > _LISTED:
-        listed += f"\n  {_size(sum(size for _, size in parts[_LISTED:])):>12}  {len(parts) - _LISTED} smaller ones"
+        listed += f"\n  {size(sum(count for _, count in parts[_LISTED:])):>12}  {len(parts) - _LISTED} smaller ones"
     kept_free = chip.usable_hbm_bytes - problem.budget_bytes
-    reserve = f", {_size(kept_free)} of which are kept free" if kept_free else ""
+    reserve = f", {size(kept_free)} of which are kept free" if kept_free else ""
     program = problem.program
     return InfeasibleError(
-        f"{program.name} does not fit {problem.topology.name}. The leanest layout needs {_size(held)} on each chip; a"
-        f" {chip.name} holds {_size(chip.usable_hbm_bytes)}{reserve}, so {_size(held - problem.budget_bytes)} are missing."
+        f"{program.name} does not fit {problem.topology.name}. The leanest layout needs {size(held)} on each chip; a"
+        f" {chip.name} holds {size(chip.usable_hbm_bytes)}{reserve}, so {size(held - problem.budget_bytes)} are missing."
         f" At its fullest, in {program.operations[fullest.point].name}, a chip holds:{listed}\n"
         f"{_advice(program, problem.topology, problem.budget_bytes)}"
     )
-
-
-def _size(count: float) -> str:
-    """Bytes as a person reads them: GiB, or smaller units where those would read 0.00."""
-    for unit, name in ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:,.2f} {name}"
-    return f"{count:.0f} bytes"
 
 
 def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str, float]]:
@@ -64,9 +56,9 @@ def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str,
         yield problem.nodes[i].name, float(vector[states[i]])
     for k, table in row.edges:
         edge = problem.edges[k]
-        size = float(table[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
-        if size:
-            yield f"{problem.program.values[edge.value].name}, once more in the layout of its use", size
+        held = float(table[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
+        if held:
+            yield f"{problem.program.values[edge.value].name}, once more in the layout of its use", held
 
 
 def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:

@@ -379,7 +379,7 @@ class _Tracer:
         params = eqn.params
         body = params["jaxpr"].jaxpr
         inner = self.region("loop", region, params["length"], f"scan ({self._where(eqn)})")
-        n_const, n_carry = params["num_consts"], params["num_carry"]
+        n_const, n_carry = _scan_counts(params)
         variables = body.invars
         constants = [
             self._enter(atom, var.aval, region, inner, "loop_constant")
@@ -516,6 +516,14 @@ def _needed(jaxpr: Any) -> list[Any]:
             kept.append(eqn)
             wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
     return kept[::-1]
+
+
+def _scan_counts(params: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants and how many carries; JAX 0.12 says it by the operands' tree."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carries, _ = params["ft_in"].unpack()
+    return len(constants), len(carries)
 
 
 def _without_sharding(eqn: Any) -> Any:

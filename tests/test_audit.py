@@ -12,7 +12,7 @@ import pytest
 
 import autoshard
 from autoshard import Workload, hlo
-from autoshard._audit import Audit, AuditError, audit, compare
+from autoshard._audit import Audit, AuditError, Target, audit, compare
 from autoshard.hlo import CompiledCollective
 from autoshard.plan import Plan, PlannedCollective
 from costmodels.collectives import seconds
@@ -63,7 +63,7 @@ def c(kind: str, axes: str | None, bytes: int, count: int = 1, spelling: str = "
     return CompiledCollective(kind, on, bytes, count, "", "palm.py:1", False, spelling or kind, **more)
 
 
-def compared(monkeypatch, planned, compiled, target="tpu", arrays=(), peak: float | None = None) -> Audit:
+def compared(monkeypatch, planned, compiled, target: Target = "tpu", arrays=(), peak: float | None = None) -> Audit:
     monkeypatch.setattr(hlo, "collectives", lambda text, axes: tuple(compiled))
     nothing = plan_of_nothing()
     estimate = replace(nothing.estimate, collectives=tuple(planned), peak_bytes=100.0)

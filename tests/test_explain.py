@@ -202,7 +202,14 @@ def test_specs_as_they_are_written(layout: Layout, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0 s"), (2.5e-8, "25.0 ns"), (8.69e-4, "869 µs"), (0.0235297, "23.5 ms"), (9.999e-3, "10.0 ms"), (12.3, "12.3 s")],
+    [
+        (0, "0 s"),
+        (2.5e-8, "25.0 ns"),
+        (8.69e-4, "869 µs"),
+        (0.0235297, "23.5 ms"),
+        (9.999e-3, "10.0 ms"),
+        (12.3, "12.3 s"),
+    ],
 )
 def test_times(number: float, text: str) -> None:
     assert time(number) == text
@@ -210,7 +217,14 @@ def test_times(number: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0 B"), (4, "4 B"), (32768, "32 KiB"), (1024 * 1010, "0.99 MiB"), (18224197340, "16.97 GiB"), (-2048, "-2 KiB")],
+    [
+        (0, "0 B"),
+        (4, "4 B"),
+        (32768, "32 KiB"),
+        (1024 * 1010, "0.99 MiB"),
+        (18224197340, "16.97 GiB"),
+        (-2048, "-2 KiB"),
+    ],
 )
 def test_sizes(number: float, text: str) -> None:
     assert size(number) == text

@@ -345,7 +345,7 @@ dot_general                  [a,b,c],[c,d,b] -> [a,d] sum={b,c}
 dot_general                  [a,b],[b,c] -> [a,c] sum={b}
 dynamic_slice                [a,b,c],[],[],[] -> [a,d,1] sum={c} whole={b,d} linear=[[0]]
 dynamic_slice                [a,b],[],[] -> [a,1] whole={b} linear=[[0]]
-dynamic_update_slice         [a,b,c],[a,d,1],[],[],[] -> [a,b,c] whole={b,d} linear=[[0, 1]]
+dynamic_update_slice         [a,b,c],[a,d,1],[],[],[] -> [a,b,c] whole={b,d}
 empty                         -> [a,b]
 empty2                        -> [a,b]
 eq                           [a,b],[a,b] -> [a,b]

@@ -49,8 +49,9 @@ def _catalogue(chips: Iterable[Chip], width: int) -> list[str]:
         )
         for chip in chips
     ]
-    headers = ("chip", "bf16 TFLOP/s", "usable GiB", "HBM GB/s", "interconnect, one way", "its numbers are")
-    return table(headers, rows, "<>>>~~", width)
+    headers = ("chip", "TFLOP/s", "GiB", "HBM GB/s", "interconnect", "its numbers are")
+    note = "TFLOP/s in bfloat16, GiB that programs may use, interconnect one way. autoshard chips CHIP has all, with sources."
+    return [*table(headers, rows, "<>>>~~", width), "", note]
 
 
 def _interconnect(chip: Chip) -> str:

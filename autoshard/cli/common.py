@@ -198,4 +198,4 @@ def _check_keywords(factory: Callable[..., Any], name: str, keywords: dict[str, 
     try:
         signature.bind(**keywords)
     except TypeError as error:
-        raise Misuse(f"{name} takes {signature}: {error}.") from error
+        raise Misuse(f"{name} takes {', '.join(signature.parameters) or 'no sizes'}: {error}.") from error

@@ -90,7 +90,6 @@ def dynamic_update_slice(inputs, outputs, **_):
         factors.done(),
         (left, right, *starts),
         (left,),
-        (frozenset({0, 1}),) if summable(inputs[0]) else (),
         op_class="memory",
         traffic=(1, 1),
         flops_per_point=0.0,
