@@ -111,8 +111,11 @@ class Plan:
 
     - `arguments`, `constants`, `results`: an `ArrayPlan` each, flat, in order.
     - `in_tree`, `out_tree`: how flat arguments and results nest, as `autoshard.trees` writes it to files.
+    - `operations`: an `OperationPlan` per operation of the traced program, in its numbering; those that only bring arrays in,
+      out or round a loop cost nothing.
     - `choice`: the strategies and layouts by operation and value number, for emission.
     - `warnings`: everything the plan does not vouch for, in sentences.
+    - `treedefs`: JAX's own structure of arguments and results, which files do not hold.
     """
 
     name: str

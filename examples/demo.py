@@ -34,7 +34,7 @@ TINY_TOPOLOGY = "cpu:2x2x2"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="PaLM 540B laid out, audited, and a tiny one run.")
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="where the plan goes")
     out = parser.parse_args().out
     started = time.monotonic()
@@ -69,7 +69,9 @@ def searched(workload: autoshard.Workload, topology: str) -> autoshard.Plan:
     plan = autoshard.search(
         workload.fn, *workload.args, topology=topology, donate_argnums=workload.donate_argnums, name=workload.name
     )
-    print(f"searched in {time.monotonic() - started:.1f} s, trace to plan: {plan.proof.status}, gap {plan.proof.gap:g}\n")
+    print(
+        f"searched in {time.monotonic() - started:.1f} s, trace to plan: {plan.proof.status}, gap {plan.proof.gap:g}\n"
+    )
     return plan
 
 
@@ -77,7 +79,9 @@ def audited(plan: autoshard.Plan, workload: autoshard.Workload) -> bool:
     """Compiles the plan for TPUs and prints the comparison; for host devices where there is no libtpu."""
     target = "tpu"
     if importlib.util.find_spec("libtpu") is None:
-        print("libtpu is not installed (pip install 'autoshard[tpu]'): a tiny PaLM is audited on host devices instead.\n")
+        print(
+            "libtpu is not installed (pip install 'autoshard[tpu]'): a tiny PaLM is audited on host devices instead.\n"
+        )
         workload = palm.decode(size="tiny", batch=8, context=16)
         plan, target = searched(workload, TINY_TOPOLOGY), "host"
     audit = autoshard.audit(plan, workload.fn, *workload.args, target=target)

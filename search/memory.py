@@ -16,7 +16,15 @@ from costmodels.program import Program
 from search.layouts import Layout, shards
 from search.problem import Edge, Problem
 
-IN_PLACE = ("dynamic_update_slice", "scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
+IN_PLACE = (
+    "dynamic_update_slice",
+    "scatter",
+    "scatter-add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter-min",
+    "scatter-max",
+)
 
 
 @dataclass(frozen=True)

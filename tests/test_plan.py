@@ -6,6 +6,8 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard import alternatives
+from autoshard.devices import name_of
 from autoshard.trace import trace
 from costmodels.topology import Topology, parse_topology
 from examples import palm
@@ -369,3 +372,54 @@ def test_a_topology_may_be_a_file_or_the_devices_at_hand(tmp_path) -> None:
         found = autoshard.search(jnp.dot, *args, topology=given).topology
         assert (found.name, found.shape, found.chip.hbm_bytes_per_second) == ("ours", (2, 2), 5e9)
     assert autoshard.search(jnp.dot, *args, topology="auto").topology.name == "cpu:8"
+
+
+def devices(platform: str, kind: str, coordinates: Any = None, processes: Any = None) -> list[Any]:
+    places = coordinates or [(0, 0, 0)] * len(processes)
+    return [
+        SimpleNamespace(platform=platform, device_kind=kind, coords=place, process_index=process, id=i)
+        for i, (place, process) in enumerate(zip(places, processes or [0] * len(places), strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    (
+        (devices("cpu", "cpu", processes=[0] * 3), "cpu:3"),
+        (devices("tpu", "TPU v4", list(product(range(2), range(2), range(4)))), "v4:2x2x4"),
+        (devices("tpu", "TPU v4", list(product(range(2), range(2), range(1)))), "v4:2x2x1"),
+        (devices("tpu", "TPU v5 lite", list(product(range(4), range(2), range(1)))), "v5e:4x2"),
+        (devices("tpu", "TPU v5p", list(product(range(2), range(2), range(2)))), "v5p:2x2x2"),
+        (devices("gpu", "NVIDIA H100 80GB HBM3", processes=[0] * 8 + [1] * 8), "h100:2x8"),
+        (devices("gpu", "NVIDIA H200", processes=[0] * 4), "h200:4"),
+        (devices("gpu", "NVIDIA A100-SXM4-80GB", processes=list(range(16))), "a100:2x8"),
+        (devices("gpu", "NVIDIA B200", processes=[0, 1]), "b200:2"),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_auto_names_the_devices_at_hand(given: list[Any], name: str) -> None:
+    assert name_of(given) == name
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    (
+        (
+            devices("gpu", "Radeon VII", processes=[0]),
+            "JAX sees 1 devices of kind 'Radeon VII', which the catalogue does not have",
+        ),
+        (
+            devices("gpu", "NVIDIA H100", processes=[0, 0, 1]),
+            "JAX sees 3 GPUs, which are not equally many on every node",
+        ),
+        (devices("tpu", "TPU v4", [(0, 0, 0), (1, 1, 0)]), "JAX sees 2 v4 devices, which fill no box of 2x2x1 chips"),
+        (
+            devices("cpu", "cpu", processes=[0]) + devices("gpu", "NVIDIA H100", processes=[0]),
+            "JAX sees devices of several kinds",
+        ),
+    ),
+    ids=("unknown", "uneven", "no box", "several"),
+)
+def test_devices_that_are_no_topology_are_refused(given: list[Any], message: str) -> None:
+    with pytest.raises(autoshard.TopologyError, match=message):
+        name_of(given)

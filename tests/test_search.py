@@ -44,7 +44,9 @@ def programs(draw) -> Program:
         )
         return made
 
-    def identity(name: str, ins: list[tuple[int, int]], outs: list[tuple[int, int]], kind: OpClass = "boundary") -> None:
+    def identity(
+        name: str, ins: list[tuple[int, int]], outs: list[tuple[int, int]], kind: OpClass = "boundary"
+    ) -> None:
         shape = values[ins[0][0]].shape
         dims = tuple((i,) for i in range(len(shape)))
         before, after = (tuple(Use(v, dims, r) for v, r in side) for side in (ins, outs))
