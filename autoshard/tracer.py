@@ -76,7 +76,9 @@ class Tracer:
         operands = [] if isinstance(atom, Literal) else [(atom, 0)]
         return self._identity(path, "result", operands, [], 0, "sink")
 
-    def _identity(self, name, primitive, inputs, outputs, region, op_class="boundary", lead=(), traffic=()) -> int:
+    def _identity(
+        self, name, primitive, inputs, outputs, region, op_class: OpClass = "boundary", lead=(), traffic=()
+    ) -> int:
         """An operation that owns one layout; `lead` lists the positions (operands 0, 1, results -1, -2) with a stack axis."""
         index = self.reserve()
         self.fill(index, name, primitive, inputs, outputs, region, op_class, lead, traffic)
