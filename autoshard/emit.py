@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -260,10 +261,25 @@ def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
 
 def _closed(kind: str, piece: Any, axes: Axes) -> Any:
     if kind in ("max", "min"):
-        return lax.pmax(piece, axes) if kind == "max" else lax.pmin(piece, axes)
+        return _extreme(piece, kind, axes)
     as_integers = piece.astype(np.int32)
     reduced = lax.pmin(as_integers, axes) if kind == "and" else lax.pmax(as_integers, axes)
     return reduced.astype(piece.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
+    """The maximum or minimum over chips; JAX has no derivative of `pmax`, so it is given here."""
+    return lax.pmax(piece, axes) if kind == "max" else lax.pmin(piece, axes)
+
+
+@_extreme.defjvp
+def _extreme_jvp(kind: str, axes: Axes, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    """The tangent is that of the chips that hold the extreme, shared among them."""
+    (piece,), (tangent,) = primals, tangents
+    whole = _extreme(piece, kind, axes)
+    held = (piece == whole).astype(tangent.dtype)
+    return whole, lax.psum(tangent * held, axes) / lax.psum(held, axes)
 
 
 def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Callable[..., list[Any]]:

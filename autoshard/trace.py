@@ -77,12 +77,13 @@ def trace(
 
 
 def fingerprint(program: Program) -> str:
-    """A hash of what the program computes: operations, factors, shapes and types, free of names and of JAX's spelling."""
+    """A hash of what the program computes and costs: operations, factors, shapes, types; free of names and JAX's spelling."""
     digest = hashlib.sha256()
     for value in program.values:
         digest.update(repr((value.shape, value.dtype, value.region)).encode())
     for op in program.operations:
-        digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region)).encode())
+        costs = (op.op_class, [sorted(group) for group in op.linear], op.traffic, op.flops_per_point, op.dtype)
+        digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region, costs)).encode())
     digest.update(repr((program.regions, program.results, program.donated)).encode())
     return digest.hexdigest()
 

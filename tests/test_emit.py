@@ -26,9 +26,13 @@ from layout_strategies import (
 from models import Block, arguments, function
 
 from autoshard.collectives import run_step
-from autoshard.emit import spec_of
+from autoshard.emit import emitted, spec_of
+from autoshard.trace import trace
+from costmodels.topology import parse_topology
 from search.layouts import Layout
 from search.reshard import ReshardTable, Step, reshard_table
+from search.solve import search
+from search.strategies import Strategy
 
 SHARES = {1: (1,), 2: (3, -2), 3: (5, -1, -3), 4: (2, -3, 5, -3)}
 """The share that each position along an axis holds of a partial sum; each row adds up to 1."""
@@ -112,3 +116,27 @@ def test_layouts_never_change_what_a_model_computes(block: Block, shape: str, se
 )
 def test_spec_of(layout: Layout, spec: PartitionSpec) -> None:
     assert spec_of(layout) == spec
+
+
+def test_gradients_pass_a_split_maximum():
+    """JAX has no derivative of a maximum over chips; the emitted program has one."""
+
+    def peaks(x):
+        return jnp.sum(jnp.max(x, axis=1) ** 2)
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8)), jnp.float32)
+    topology = parse_topology("cpu:8")
+    traced = trace(peaks, x)
+    operations = traced.program.operations
+    at = next(i for i, op in enumerate(operations) if op.primitive == "reduce_max")
+
+    def split(operation: int, strategy: Strategy) -> bool:
+        kinds = [factor.kind for factor, axes in zip(operations[at].factors, strategy.splits, strict=False) if axes]
+        return operation != at or kinds == ["max"]
+
+    choice = search(traced.program, topology, allow=split).choice
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    planned = emitted(traced, choice, topology, mesh)
+    found, expected = jax.grad(lambda x: planned(x)[0])(x), jax.grad(peaks)(x)
+    assert choice.strategies[at].axes == ("x",)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
