@@ -100,7 +100,9 @@ def compare(decode: autoshard.Plan) -> None:
         print(f"{name}: {plan.estimate.seconds * 1e3:,.1f} ms, {plan.estimate.peak_bytes / 2**30:.1f} GiB per chip")
         for op in plan.operations:
             if op.matmul:
-                print(f"    {short(op):24s} {op.strategy:52s} {op.seconds * 1e3:10.2f} ms, {op.regime}-bound")
+                print(f"    {short(op):27s} {op.strategy:50s} {op.seconds * 1e3:10.2f} ms, {op.regime}-bound")
+                if op.runner_up:
+                    print(f"    {'':27s} instead {op.runner_up}")
         for line in reasons(plan):
             print(f"    {line}")
         print()
