@@ -72,9 +72,7 @@ def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any
         )
     rank, options = _TPU_CHIPS[chip]
     sizes = _sizes(topology_name, shape, rank)
-    if not any(map(os.path.exists, _TPU_DEVICE_FILES)):
-        for name, value in _DESCRIBED_ONLY.items():
-            os.environ.setdefault(name, value)
+    _quiet_without_tpu()
     hosts = [min(size, 2) for size in sizes[:2]] + [1]  # a host serves a 2×2 square, or what there is of it
     try:
         described = topologies.get_topology_desc(
@@ -83,6 +81,13 @@ def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any
     except Exception as error:
         raise TargetError(f"{topology_name}: the TPU compiler does not know this slice. It says: {error}") from error
     return list(described.devices)
+
+
+def _quiet_without_tpu() -> None:
+    """Tells libtpu, which JAX loads wherever it is installed, not to look for a TPU on a machine that has none."""
+    if not any(map(os.path.exists, _TPU_DEVICE_FILES)):
+        for name, value in _DESCRIBED_ONLY.items():
+            os.environ.setdefault(name, value)
 
 
 def _sizes(topology_name: str, shape: Sequence[int], rank: int) -> list[int]:
@@ -106,6 +111,7 @@ def host_devices(count: int) -> list[Any]:
     if configured < count:
         with contextlib.suppress(RuntimeError):  # JAX has started, and the number stands
             jax.config.update("jax_num_cpu_devices", count)
+    _quiet_without_tpu()
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise TargetError(
