@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test lint format bench-search wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.tpu  ## lay out PaLM 540B, audit it with the TPU compiler, run a tiny one
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -27,6 +27,9 @@ lint: $(VENV)/.dev  ## style, types and the layer contract
 format: $(VENV)/.dev  ## put the code in house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchmarks/results/search.json
+	$(BIN)/python benchmarks/search_times.py
 
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
