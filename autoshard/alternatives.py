@@ -13,7 +13,7 @@ import numpy as np
 from autoshard.naming import strategy_name
 from autoshard.tables import size, time
 from search.incumbent import improve, overflow
-from search.memory import Row
+from search.memory import Row, together
 from search.problem import FORBIDDEN, Problem, allowing
 from search.solution import Choice, choice_of
 
@@ -79,19 +79,7 @@ def _squeezed(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, ope
     strategy = problem.nodes[node].states[states[node]]
     held = allowing(problem, lambda at, other: at != operation or other == strategy)
     steep = _STEEP * problem.objective(states) / problem.budget_bytes
-    return improve(held, (_together(limits),), states, np.array([steep]))
-
-
-def _together(limits: tuple[Row, ...]) -> Row:
-    """The bytes at all points, added up."""
-    nodes: dict[int, np.ndarray] = {}
-    edges: dict[int, np.ndarray] = {}
-    for row in limits:
-        for i, vector in row.nodes:
-            nodes[i] = nodes.get(i, 0.0) + vector
-        for k, table in row.edges:
-            edges[k] = edges.get(k, 0.0) + table
-    return Row(-1, tuple(nodes.items()), tuple(edges.items()))
+    return improve(held, (together(limits),), states, np.array([steep]))
 
 
 def _adapted(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, held: int) -> np.ndarray:

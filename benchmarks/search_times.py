@@ -74,7 +74,9 @@ def main() -> None:
         print(json.dumps(measured(*CASES[int(sys.argv[1])])))
         return
     rows = []
-    print(f"{'case':44s} {'target s':>8s} {'ours s':>8s} {'gap':>6s} {'states':>8s} {'branches':>8s} {'booleans':>8s} {'GiB':>6s}")
+    print(
+        f"{'case':44s} {'target s':>8s} {'ours s':>8s} {'gap':>6s} {'states':>8s} {'branches':>8s} {'booleans':>8s} {'GiB':>6s}"
+    )
     for case in range(len(CASES)):
         row = isolated(case)
         rows.append(row)

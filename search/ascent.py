@@ -8,7 +8,7 @@ import numpy as np
 
 from search.bound import Dual
 from search.incumbent import decode, improve, overflow
-from search.memory import Row, rows
+from search.memory import Row, rows, together
 from search.problem import FORBIDDEN, Node, Problem
 from search.symmetry import representatives
 
@@ -32,6 +32,7 @@ class Ascent:
     def __init__(self, problem: Problem, rounds: int, say: Say, symmetric: bool = True) -> None:
         self.problem, self.rounds, self.say = problem, rounds, say
         self.rows: tuple[Row, ...] = rows(problem)
+        self._together = together(self.rows)
         self.dual = Dual(problem, self.rows, [_possible(node) for node in problem.nodes])
         self.best: np.ndarray | None = None
         self.objective = np.inf
@@ -123,12 +124,11 @@ class Ascent:
 
         A solution that does not fit is improved again with a steep price on memory.
         """
-        steep = np.full(len(self.rows), 10 * max(abs(self.bound), 1e-9) / self.problem.budget_bytes)
-        if not np.isfinite(self.bound):
-            steep = np.full(len(self.rows), FORBIDDEN / 100 / self.problem.budget_bytes)
+        steep = 10 * abs(self.bound) if np.isfinite(self.bound) else FORBIDDEN / 100
+        everywhere = np.array([max(steep, 1e-9) / self.problem.budget_bytes])
         relaxed = None
-        for penalty in (self.dual.multipliers, steep):
-            improved = improve(self.problem, self.rows, states, penalty)
+        for limits, price in ((self.rows, self.dual.multipliers), ((self._together,), everywhere)):
+            improved = improve(self.problem, limits, states, price)
             over = overflow(self.problem, self.rows, improved)
             relaxed = over if relaxed is None else relaxed
             worst = float(over.max(initial=-np.inf))

@@ -167,6 +167,18 @@ def rows(problem: Problem) -> tuple[Row, ...]:
     return tuple(_row(t, [terms[k] for k in sorted(live)]) for t, live in sorted(maximal, key=lambda pair: pair[0]))
 
 
+def together(limits: tuple[Row, ...]) -> Row:
+    """The bytes at all points, added up: what a price on memory everywhere is paid for."""
+    nodes: dict[int, np.ndarray] = {}
+    edges: dict[int, np.ndarray] = {}
+    for row in limits:
+        for i, vector in row.nodes:
+            nodes[i] = nodes.get(i, 0.0) + vector
+        for k, table in row.edges:
+            edges[k] = edges.get(k, 0.0) + table
+    return Row(-1, tuple(nodes.items()), tuple(edges.items()))
+
+
 def _row(point: int, terms: list[tuple]) -> Row:
     nodes: dict[int, np.ndarray] = {}
     edges: dict[int, np.ndarray] = {}
