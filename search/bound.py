@@ -85,6 +85,7 @@ class Dual:
         self.multipliers = np.zeros(len(rows))
         self.banned: dict[int, np.ndarray] = {}
         self.fits = True
+        self.emptied = False
         self._left = [np.zeros(len(problem.nodes[e.a].states)) for e in problem.edges]
         self._right = [np.zeros(len(problem.nodes[e.b].states)) for e in problem.edges]
         self.order = sorted(range(len(problem.nodes)), key=self._place)
@@ -254,8 +255,14 @@ class Dual:
         return int(over.sum())
 
     def exclude(self, incumbent: float) -> int:
-        """Strikes out every state that no solution better than the incumbent can use; returns how many."""
+        """Strikes out every state that no solution better than the incumbent can use; returns how many.
+
+        Where a node has no state left, no solution here is better: `emptied` becomes true, and nothing is struck out.
+        """
         kept = self.within(max(incumbent - self.bound(), 0.0) + 1e-9 * abs(incumbent))
+        self.emptied = not all(len(keep) for keep in kept)
+        if self.emptied:
+            return 0
         struck = sum(len(keep) for keep in self.keep) - sum(len(keep) for keep in kept)
         if struck:
             self.restrict(kept)

@@ -19,6 +19,8 @@ _WINDOW_GROWTH = 30.0
 """How much wider each further window is."""
 _WIDEST = FORBIDDEN / 100
 """The widest window, in seconds: what lies beyond costs as much as the impossible."""
+PRECISION = 1e-6
+"""The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
 _SMALL = 20_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 
@@ -37,7 +39,6 @@ class Branching:
         self.stop = time.monotonic() + wall_seconds
         self.weights = [surroundings(ascent.problem, i) for i in range(len(ascent.problem.nodes))]
         self.branches = self.booleans = 0
-        self.rounding = 0.0
         self.unproven = np.inf
 
     def run(self) -> None:
@@ -74,6 +75,8 @@ class Branching:
                 break
             self.ascent.attempt(decode(self.dual))
             struck = self.dual.exclude(self.ascent.objective) if self.ascent.best is not None else 0
+            if self.dual.emptied:
+                return self.ascent.objective
             if lower - before < 1e-4 * abs(lower) and not struck:
                 break
         return lower
@@ -98,8 +101,8 @@ class Branching:
         """CP-SAT on one branch, the likeliest states first; returns the bound that is proven for it.
 
         A window of width $\\delta$ keeps the states whose choice alone lifts the bound $L$ by at most $\\delta$. No other
-        state occurs in a plan of cost at most $L + \\delta$: a best plan of the window that costs no more is best of all,
-        and otherwise $L + \\delta$ is a bound.
+        state occurs in a plan of cost at most $L + \\delta$, so the lesser of $L + \\delta$ and CP-SAT's bound in the
+        window is a bound. Costs are rounded down in the integer model: its bound stays valid, but coarser in wide windows.
         """
         width = max(abs(lower), 1e-12) * _FIRST_WINDOW
         if self.dual.multipliers.any():
@@ -107,19 +110,34 @@ class Branching:
             width = 10 * abs(lower)
         every = list(self.dual.keep)
         while not self.ascent.reached(lower):
-            room = max(self.ascent.objective - lower, 0.0)
-            width = min(width, room, _WIDEST)
-            self.dual.restrict(every)
-            self.dual.restrict(self.dual.within(width))
-            answer = self._window(width)
-            if answer.status not in ("INFEASIBLE", "OPTIMAL"):
-                return min(answer.bound_seconds, lower + width)
-            if answer.status == "OPTIMAL" and answer.value <= lower + width:
-                return answer.value
-            if width >= min(room, _WIDEST):
-                return self.ascent.objective
-            width *= _WINDOW_GROWTH
+            room = min(max(self.ascent.objective - lower, 0.0), _WIDEST)
+            width = min(width, room)
+            proven, known = self._proven_within(every, lower, width)
+            if width < room:
+                proven = min(proven, lower + width)
+            if not known or proven == np.inf or self._precise(proven):
+                return min(proven, self.ascent.objective)
+            rest = self.ascent.objective - lower
+            if width == room and rest > width / 2:
+                return proven  # nothing was left out, and no narrower window would round more finely
+            width = rest if width == room else width * _WINDOW_GROWTH
         return lower
+
+    def _precise(self, proven: float) -> bool:
+        best = self.ascent.objective
+        return self.ascent.best is not None and best - proven <= PRECISION * best
+
+    def _proven_within(self, every: list[np.ndarray], lower: float, width: float) -> tuple[float, bool]:
+        """A bound on all plans of a window, infinite if it holds none, and whether CP-SAT came to an end."""
+        self.dual.restrict(every)
+        likely = self.dual.within(width)
+        if not all(len(keep) for keep in likely):
+            return np.inf, True
+        self.dual.restrict(likely)
+        answer = self._window(width)
+        if answer.status in ("INFEASIBLE", "OPTIMAL"):
+            return answer.bound_seconds, True
+        return min(answer.bound_seconds, lower + width), False
 
     def _unpriced(self) -> float:
         """Takes the price off memory (CP-SAT has the rows themselves) and lifts the bound again."""
@@ -133,7 +151,6 @@ class Branching:
         wall = max(self.stop - time.monotonic(), 0.1)
         answer = solve(self.dual, self.ascent.rows, self.ascent.best, width, self.deterministic_seconds, wall)
         self.booleans = max(self.booleans, answer.booleans)
-        self.rounding = max(self.rounding, answer.rounding_seconds)
         self.ascent.say(f"CP-SAT within {width:.2e} s: {left} states, {answer.booleans} booleans, {answer.status}")
         if answer.states is not None:
             self.ascent.offer(answer.states, answer.value)

@@ -29,7 +29,6 @@ class Answer:
     value: float
     bound_seconds: float
     booleans: int
-    rounding_seconds: float
 
 
 class _Model:
@@ -163,6 +162,5 @@ def solve(
             ]
         )
     bound = built.constant + unit * max(solver.best_objective_bound, 0.0) if status != cp_model.INFEASIBLE else np.inf
-    terms = len(dual.problem.nodes) + 3 * len(dual.problem.edges)
     value = dual.problem.objective(states) if states is not None else np.inf
-    return Answer(solver.status_name(status), states, value, bound, len(built.model.proto.variables), terms * unit)
+    return Answer(solver.status_name(status), states, value, bound, len(built.model.proto.variables))

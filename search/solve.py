@@ -14,7 +14,7 @@ import numpy as np
 from costmodels.program import Program
 from costmodels.topology import Topology
 from search.ascent import TOLERANCE, Ascent, Say
-from search.branch import Branching
+from search.branch import PRECISION, Branching
 from search.check import Check, check
 from search.problem import Problem, allowing, build
 from search.solution import Choice, choice_of
@@ -43,9 +43,9 @@ class Limits:
 class Proof:
     """How good the plan is known to be, relative to the cost model.
 
-    `gap` is $(\\text{objective} - \\text{bound}) / \\text{objective}$, 0 when the plan is proven best; `rounding_seconds`
-    bounds what integer rounding inside CP-SAT may have hidden. `booleans` counts those of the largest CP-SAT model; 0 when
-    the bound reached the plan before any was needed.
+    `gap` is $(\\text{objective} - \\text{bound}) / \\text{objective}$, 0 when the plan is proven best but for
+    `rounding_seconds`: what integer rounding inside CP-SAT may have hidden, at most a millionth of the objective.
+    `booleans` counts those of the largest CP-SAT model; 0 when the bound reached the plan before any was needed.
     """
 
     status: str
@@ -119,14 +119,14 @@ def search(
 def _proof(ascent: Ascent, branching: Branching, wall_seconds: float) -> Proof:
     """What is proven of the best plan."""
     apart = max(ascent.objective - ascent.bound, 0.0)
-    proven = apart <= max(branching.rounding, TOLERANCE * ascent.objective)
+    proven = apart <= PRECISION * ascent.objective
     return Proof(
         "OPTIMAL" if proven else "FEASIBLE",
         ascent.objective,
-        ascent.objective if proven else ascent.bound,
+        min(ascent.bound, ascent.objective),
         0.0 if proven else apart / ascent.objective,
         wall_seconds,
-        branching.rounding,
+        apart if proven and apart > TOLERANCE * ascent.objective else 0.0,
         branching.booleans,
         sum(len(node.states) for node in ascent.problem.nodes),
         branching.branches,

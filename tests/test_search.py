@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from costmodels.program import Factor, OpClass, Operation, Program, Region, Use, Value
 from costmodels.topology import parse_topology
+from search.ascent import Ascent
 from search.bound import Dual
+from search.branch import Branching
 from search.incumbent import overflow
 from search.memory import rows
 from search.model import solve
@@ -156,6 +158,21 @@ def test_cp_sat_alone_finds_the_same(program, topology):
     answer = solve(dual, rows(problem), None, 3 * found.proof.objective_seconds, 60.0, 60.0)
     assert answer.status == "OPTIMAL"
     assert answer.value == pytest.approx(found.proof.objective_seconds, rel=1e-5)
+
+
+@settings(max_examples=20)
+@given(programs(), st.sampled_from(TOPOLOGIES), st.integers(0, 3))
+def test_what_cp_sat_proves_of_a_branch_is_a_bound(program, topology, sweeps):
+    """However rough the dual is that a branch is handed over with, the proven bound holds, and is tight but for rounding."""
+    optimum = search(program, topology).proof.objective_seconds
+    problem = build(program, topology, topology.chip.usable_hbm_bytes)
+    ascent = Ascent(problem, 0, lambda _: None)
+    for _ in range(sweeps):
+        ascent.dual.sweep()
+    proven = Branching(ascent, 60.0, 60.0)._finish(ascent.dual.bound())
+    assert proven <= optimum * (1 + 1e-9)
+    assert ascent.objective == pytest.approx(optimum, rel=1e-5)
+    assert proven >= optimum * (1 - 1e-3)
 
 
 @settings(max_examples=25)
