@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from autoshard.alternatives import runner_up, states_of
+from autoshard.alternatives import runner_up
 from autoshard.blocks import Literal, Traced
 from autoshard.naming import strategy_name
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
@@ -18,7 +18,7 @@ from costmodels.topology import Topology
 from search.layouts import replicated, shards
 from search.memory import Row, rows
 from search.problem import Problem
-from search.solution import Choice, Collective, collectives, needed, produced
+from search.solution import Choice, Collective, collectives, needed, produced, states_of
 from search.solve import Solution
 
 _COSTED = ("matmul", "memory", "fused")

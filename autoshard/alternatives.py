@@ -15,7 +15,7 @@ from autoshard.tables import size, time
 from search.incumbent import improve, overflow
 from search.memory import Row, together
 from search.problem import FORBIDDEN, Problem, allowing
-from search.solution import Choice, choice_of
+from search.solution import choice_of
 
 _TRIED = 4
 """How many strategies of other names are priced, and how many better states of a node are tried for room."""
@@ -23,14 +23,6 @@ _STEEP = 10.0
 """What full memory costs where states do not fit, in steps."""
 _ROUNDS = 10
 """How often all operations adapt, at most."""
-
-
-def states_of(problem: Problem, choice: Choice) -> np.ndarray:
-    """The chosen state of every node."""
-    chosen = [
-        choice.strategies[node.operation] if node.operation >= 0 else choice.hubs[node.value] for node in problem.nodes
-    ]
-    return np.array([node.states.index(state) for node, state in zip(problem.nodes, chosen, strict=True)])
 
 
 def runner_up(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, operation: int) -> str:
@@ -55,7 +47,7 @@ def _name(problem: Problem, states: np.ndarray, operation: int) -> str:
 
 def _others(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, operation: int) -> Iterator[np.ndarray]:
     """Plans around the likeliest strategies of other names."""
-    node = problem.operation_nodes[operation]
+    node = problem.of_operation[operation]
     cost, replies = _with_neighbours(problem, states, node)
     names = {_name(problem, states, operation)}
     for state in np.argsort(cost, kind="stable"):
@@ -75,7 +67,7 @@ def _squeezed(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, ope
     """The same states if they fit, else others with the same strategy of one operation, chosen at a steep price on memory."""
     if _over(problem, limits, states) <= 0:
         return states
-    node = problem.operation_nodes[operation]
+    node = problem.of_operation[operation]
     strategy = problem.nodes[node].states[states[node]]
     held = allowing(problem, lambda at, other: at != operation or other == strategy)
     steep = _STEEP * problem.objective(states) / problem.budget_bytes

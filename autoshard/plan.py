@@ -51,7 +51,7 @@ class PlannedCollective:
     kind: str
     axes: tuple[str, ...]
     bytes: float
-    count: int
+    count: float
     seconds: float
     where: str
 
@@ -90,7 +90,7 @@ class OperationPlan:
     einsum: str
     splits: tuple[tuple[str, ...], ...]
     strategy: str
-    count: int
+    count: float
     flops: float
     bytes: float
     compute_seconds: float

@@ -10,6 +10,7 @@ Everything here is plain frozen data: no JAX, no solver.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,11 +117,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Region:
-    """A piece of the program that runs `count` times each time its parent runs once."""
+    """A piece of the program that runs `count` times each time its parent runs once.
 
-    kind: Literal["main", "loop", "branch"]
+    A `phase` is one of several programs joined into one; its count is the phase's weight, which need not be whole.
+    """
+
+    kind: Literal["main", "loop", "branch", "phase"]
     parent: int = -1
-    count: int = 1
+    count: float = 1
     name: str = ""
 
 
@@ -131,6 +135,9 @@ class Program:
     `arguments` and `results` hold, per flat argument and result of the function, the index of its source and sink
     operation; `constants` the sources of arrays the function closes over; `donated` pairs a donated argument's position
     with the position of the result that takes its memory.
+
+    Several programs joined into one (`costmodels.phases.join`) have one phase each: `phases` holds the first operation of each.
+    `handoffs` pairs a result's position in one phase with the argument's in another that takes it over.
     """
 
     name: str
@@ -142,10 +149,12 @@ class Program:
     results: tuple[int, ...] = ()
     donated: tuple[tuple[int, int], ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    phases: tuple[int, ...] = (0,)
+    handoffs: tuple[tuple[int, int], ...] = ()
 
-    def multiplicity(self, region: int) -> int:
+    def multiplicity(self, region: int) -> float:
         """How many times a region runs in one step of the program."""
-        count = 1
+        count: float = 1
         while region >= 0:
             count *= self.regions[region].count
             region = self.regions[region].parent
@@ -164,6 +173,23 @@ class Program:
             for k, use in enumerate(op.inputs):
                 found.setdefault(use.value, []).append((i, k))
         return {value: tuple(uses) for value, uses in found.items()}
+
+    @cached_property
+    def matmul_before(self) -> tuple[int, ...]:
+        """Per operation the matmul before it in its region; -1 where there is none."""
+        last: dict[int, int] = {}
+        found = []
+        for i, op in enumerate(self.operations):
+            found.append(last.get(op.region, -1))
+            if op.op_class == "matmul":
+                last[op.region] = i
+        return tuple(found)
+
+    def phase_of(self, operation: int) -> tuple[int, int]:
+        """The first and the last operation of the phase that an operation belongs to."""
+        phase = bisect_right(self.phases, operation) - 1
+        after = self.phases[phase + 1] if phase + 1 < len(self.phases) else len(self.operations)
+        return self.phases[phase], after - 1
 
     def matmuls(self) -> Iterator[tuple[int, Operation]]:
         """The matrix multiplications, in program order."""

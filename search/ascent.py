@@ -8,7 +8,7 @@ import numpy as np
 
 from search.bound import Dual
 from search.incumbent import decode, improve, overflow
-from search.memory import Row, rows, together
+from search.memory import Row, together
 from search.problem import FORBIDDEN, Node, Problem
 from search.symmetry import representatives
 
@@ -29,9 +29,8 @@ class Ascent:
     overflow seen, and that overflow in bytes.
     """
 
-    def __init__(self, problem: Problem, rounds: int, say: Say, symmetric: bool = True) -> None:
-        self.problem, self.rounds, self.say = problem, rounds, say
-        self.rows: tuple[Row, ...] = rows(problem)
+    def __init__(self, problem: Problem, rows: tuple[Row, ...], rounds: int, say: Say, symmetric: bool = True) -> None:
+        self.problem, self.rows, self.rounds, self.say = problem, rows, rounds, say
         self._together = together(self.rows)
         self.dual = Dual(problem, self.rows, [_possible(node) for node in problem.nodes])
         self.best: np.ndarray | None = None

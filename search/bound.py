@@ -14,7 +14,7 @@ Memory rows enter by Lagrange multipliers $\\lambda_r \\ge 0$: $\\lambda_r (b_r(
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,7 @@ class _DualEdge:
 class Snapshot:
     """What a dual can be restored from."""
 
+    multipliers: np.ndarray
     left: list[np.ndarray]
     right: list[np.ndarray]
     keep: list[np.ndarray]
@@ -104,6 +105,8 @@ class Dual:
     def _rebuild(self) -> None:
         """Recomputes potentials from the messages, the surviving states and the multipliers."""
         extra_nodes, extra_edges = self._priced_rows()
+        for k, banned in self.banned.items():
+            extra_edges[k] = extra_edges.get(k, 0.0) + FORBIDDEN * banned
         self.edges = [
             _DualEdge(e, extra_edges.get(k), self._left[k][self.keep[e.a]], self._right[k][self.keep[e.b]], self.keep)
             for k, e in enumerate(self.problem.edges)
@@ -115,7 +118,7 @@ class Dual:
                 theta = theta + (self._left[k] if self.problem.edges[k].a == i else self._right[k])
             self.theta.append(theta[self.keep[i]])
 
-    def _priced_rows(self) -> tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]:
+    def _priced_rows(self) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         nodes: dict[int, np.ndarray] = {}
         edges: dict[int, np.ndarray] = {}
         for row, multiplier in zip(self.rows, self.multipliers, strict=True):
@@ -124,9 +127,21 @@ class Dual:
                     nodes[i] = nodes.get(i, 0.0) + multiplier * vector
                 for k, table in row.edges:
                     edges[k] = edges.get(k, 0.0) + multiplier * table
-        for k, banned in self.banned.items():
-            edges[k] = edges.get(k, 0.0) + FORBIDDEN * banned
         return nodes, edges
+
+    def priced_bytes(self) -> dict[int, np.ndarray]:
+        """Per node and surviving state the bytes it holds at priced points, times their price; of copies the least."""
+        nodes, edges = self._priced_rows()
+        found = {i: vector[self.keep[i]] for i, vector in nodes.items()}
+        for k, table in edges.items():
+            edge = self.edges[k]
+            held = table[self._window(k)]
+            for node, least, groups in (
+                (edge.a, held.min(axis=1), edge.rows),
+                (edge.b, held.min(axis=0), edge.columns),
+            ):
+                found[node] = found.get(node, 0.0) + least[groups.group]
+        return found
 
     def _store(self) -> None:
         for k, edge in enumerate(self.edges):
@@ -148,10 +163,13 @@ class Dual:
     def snapshot(self) -> Snapshot:
         """The messages and surviving states, to come back to."""
         self._store()
-        return Snapshot([v.copy() for v in self._left], [v.copy() for v in self._right], list(self.keep))
+        return Snapshot(
+            self.multipliers, [v.copy() for v in self._left], [v.copy() for v in self._right], list(self.keep)
+        )
 
     def load(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot."""
+        self.multipliers = snapshot.multipliers
         self._left = [v.copy() for v in snapshot.left]
         self._right = [v.copy() for v in snapshot.right]
         self.keep = list(snapshot.keep)

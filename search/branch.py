@@ -8,7 +8,7 @@ import numpy as np
 
 from search.ascent import Ascent
 from search.bound import Snapshot
-from search.incumbent import decode
+from search.incumbent import decode, overflow
 from search.model import Answer, solve
 from search.problem import FORBIDDEN
 from search.symmetry import surroundings
@@ -21,6 +21,8 @@ _WIDEST = FORBIDDEN / 100
 """The widest window, in seconds: what lies beyond costs as much as the impossible."""
 PRECISION = 1e-6
 """The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
+_REPRICING = 1.5
+"""By what factor the price of memory changes where a branch tries another."""
 _SMALL = 20_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 
@@ -51,7 +53,10 @@ class Branching:
             self.dual.load(open_.pop())
             self.branches += 1
             lower = self._refine()
-            if self.ascent.reached(lower):
+            self.ascent.say(
+                f"branch {self.branches}, {len(open_)} open: bound {lower:.6e} s, {self.dual.pairs()} pairs"
+            )
+            if self.ascent.reached(lower) or lower >= FORBIDDEN / 2:
                 continue
             node = self._branching_node()
             if self.dual.pairs() <= _SMALL or node is None:
@@ -65,9 +70,9 @@ class Branching:
         return self.dual.bound()
 
     def _refine(self) -> float:
-        """Sweeps one branch until its bound stalls or reaches the best plan; returns the bound."""
+        """Sweeps one branch until its bound stalls, reaches the best plan, or says that nothing fits; returns the bound."""
         lower = self.dual.bound()
-        while not self.ascent.reached(lower):
+        while not self.ascent.reached(lower) and lower < FORBIDDEN / 2:
             self.dual.sweep()
             self.dual.sweep()
             before, lower = lower, self.dual.bound()
@@ -78,20 +83,42 @@ class Branching:
             if self.dual.emptied:
                 return self.ascent.objective
             if lower - before < 1e-4 * abs(lower) and not struck:
-                break
+                if not self._repriced(lower):
+                    break
+                lower = self.dual.bound()
         return lower
 
+    def _repriced(self, lower: float) -> bool:
+        """Tries another price of memory for this branch; keeps it, and says so, if the bound rises."""
+        before = self.dual.multipliers
+        if not before.any():
+            return False
+        snapshot = self.dual.snapshot()
+        over = overflow(self.dual.problem, self.ascent.rows, decode(self.dual))[before > 0].max()
+        self.dual.reprice(before * (_REPRICING if over > 0 else 1 / _REPRICING))
+        self.dual.sweep()
+        self.dual.sweep()
+        if self.dual.bound() > lower + 1e-4 * abs(lower):
+            return True
+        self.dual.load(snapshot)
+        return False
+
     def _branching_node(self) -> int | None:
-        """The undecided node with the most bytes around it."""
+        """The undecided node on which the price of memory hangs most, or else with the most bytes around it."""
         undecided = [i for i, keep in enumerate(self.dual.keep) if len(keep) > 1]
-        return max(undecided, key=lambda i: (self.weights[i], -i), default=None)
+        spread = {i: float(np.ptp(held)) for i, held in self.dual.priced_bytes().items() if len(held) > 1}
+        return max(undecided, key=lambda i: (spread.get(i, 0.0), self.weights[i], -i), default=None)
 
     def _split(self, node: int) -> list[Snapshot]:
-        """Two branches, the one to look at first last."""
-        likeliest = decode(self.dual)[node]
+        """Two branches, the one to look at first last: lean and bulky states, or the likeliest and all others."""
         keep = self.dual.keep[node]
+        held = self.dual.priced_bytes().get(node, np.zeros(len(keep)))
+        first = keep == decode(self.dual)[node]
+        if np.ptp(held) > 0:
+            lean = held <= (held.min() + held.max()) / 2
+            first = lean if lean[first].all() else ~lean
         found = []
-        for side in (keep[keep != likeliest], keep[keep == likeliest]):
+        for side in (keep[~first], keep[first]):
             snapshot = self.dual.snapshot()
             snapshot.keep[node] = side
             found.append(snapshot)
@@ -107,7 +134,7 @@ class Branching:
         width = max(abs(lower), 1e-12) * _FIRST_WINDOW
         if self.dual.multipliers.any():
             lower = self._unpriced()
-            width = 10 * abs(lower)
+            width = _WIDEST
         every = list(self.dual.keep)
         while not self.ascent.reached(lower):
             room = min(max(self.ascent.objective - lower, 0.0), _WIDEST)

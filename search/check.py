@@ -10,11 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from math import prod
 
 from costmodels.collectives import seconds as collective_seconds
-from costmodels.program import REDUCED_INSIDE, Operation, Program
+from costmodels.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, copy_life, region_ends
@@ -48,8 +48,9 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
         work, moved, whole = _operation_seconds(program, topology, op, strategy.splits)
         total, compute, memory = total + runs * whole, compute + runs * work, memory + runs * moved
     wire = 0.0
+    cheapest = _Cheapest(program, topology)
     for move in moves(program, choice):
-        price = _cheapest(program, topology, move)
+        price = cheapest(move)
         if price is None:
             faults.append(f"{program.values[move.value].name}: no collectives lead from {move.source} to {move.target}")
             continue
@@ -113,25 +114,42 @@ def _axes(topology: Topology, names):
     return tuple(topology.axis(name) for name in sorted(names))
 
 
-def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
-    """Dijkstra's algorithm over single steps."""
-    array, order = program.values[move.value], count()
-    frontier = [(0.0, next(order), move.source)]
-    done: set[Layout] = set()
-    alike = _alike(array.shape, topology)
-    while frontier:
-        price, _, layout = heapq.heappop(frontier)
-        if layout == move.target:
-            return price
-        if layout in done:
-            continue
-        done.add(layout)
-        for step in (*steps_from(layout, topology.axis_sizes), *_permutations(layout, alike, topology.axis_sizes)):
-            if step.target in done or not divides(array.shape, step.target, topology.axis_sizes):
+class _Cheapest:
+    """The price of a change of layout, `None` where nothing makes it; like changes of like arrays are priced once."""
+
+    def __init__(self, program: Program, topology: Topology) -> None:
+        self.program, self.topology = program, topology
+        self._known: dict[tuple, float | None] = {}
+        self._alike: dict[tuple[int, ...], dict[tuple, list[Layout]]] = {}
+
+    def __call__(self, move: Move) -> float | None:
+        array = self.program.values[move.value]
+        key = (array.shape, array.itemsize, move.source, move.target)
+        if key not in self._known:
+            self._known[key] = self._search(array, move.source, move.target)
+        return self._known[key]
+
+    def _search(self, array: Value, source: Layout, target: Layout) -> float | None:
+        """Dijkstra's algorithm over single steps."""
+        sizes, order = self.topology.axis_sizes, count()
+        frontier = [(0.0, next(order), source)]
+        done: set[Layout] = set()
+        if array.shape not in self._alike:
+            self._alike[array.shape] = _alike(array.shape, self.topology)
+        while frontier:
+            price, _, layout = heapq.heappop(frontier)
+            if layout == target:
+                return price
+            if layout in done:
                 continue
-            if emittable(step, array.shape, array.itemsize, topology):
-                heapq.heappush(frontier, (price + _step_price(step, array.bytes, topology), next(order), step.target))
-    return None
+            done.add(layout)
+            for step in (*steps_from(layout, sizes), *_permutations(layout, self._alike[array.shape], sizes)):
+                if step.target in done or not divides(array.shape, step.target, sizes):
+                    continue
+                if emittable(step, array.shape, array.itemsize, self.topology):
+                    whole = price + _step_price(step, array.bytes, self.topology)
+                    heapq.heappush(frontier, (whole, next(order), step.target))
+        return None
 
 
 def _permutations(layout: Layout, alike: Mapping[tuple, list[Layout]], sizes: Mapping[str, int]):
@@ -163,19 +181,23 @@ def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:
 def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, int]:
     """The most bytes alive at any point, and that point."""
     sizes = topology.axis_sizes
-    alive = [0.0] * len(program.operations)
+    changes = [0.0] * (len(program.operations) + 1)
+
+    def hold(first: int, last: int, held: float) -> None:
+        changes[first] += held
+        changes[last + 1] -= held
+
     for buffer in buffers(program):
         held = program.values[buffer.value].bytes / shards(kept(program, choice, buffer.value), sizes)
-        for point in range(buffer.first, buffer.last + 1):
-            alive[point] += held
+        hold(buffer.first, buffer.last, held)
     ends = region_ends(program)
     for move in moves(program, choice):
         total = program.values[move.value].bytes
         if move.operation < 0:
-            alive[program.producers[move.value][0]] += total / shards(move.source, sizes)
-            continue
-        first, last = copy_life(program, move.value, move.operation, ends)
-        for point in range(first, last + 1):
-            alive[point] += total / shards(move.target, sizes)
+            at = program.producers[move.value][0]
+            hold(at, at, total / shards(move.source, sizes))
+        else:
+            hold(*copy_life(program, move.value, move.operation, ends), total / shards(move.target, sizes))
+    alive = list(accumulate(changes[:-1]))
     peak = max(alive, default=0.0)
     return peak, alive.index(peak) if alive else 0

@@ -8,11 +8,25 @@ from search.bound import Dual
 from search.memory import Row
 from search.problem import Problem
 
+_FORESTS = 4
+"""How many forests are drawn, at most, to improve what was read off a dual."""
+
 
 def decode(dual: Dual) -> np.ndarray:
+    """The states read off a dual, improved over forests of nodes at a time."""
+    local = _greedy(dual)
+    draws = np.random.default_rng(0)
+    for _ in range(_FORESTS):
+        improved = _Forest(dual, draws.permutation(len(local))).best(local)
+        if (improved == local).all():
+            break
+        local = improved
+    return np.array([keep[s] for keep, s in zip(dual.keep, local, strict=True)])
+
+
+def _greedy(dual: Dual) -> np.ndarray:
     """Chooses states in order: each node takes the state that is cheapest given those already chosen."""
     problem = dual.problem
-    chosen = np.full(len(problem.nodes), -1)
     local = np.full(len(problem.nodes), -1)
     for i in dual.order:
         cost = dual.theta[i].copy()
@@ -21,8 +35,91 @@ def decode(dual: Dual) -> np.ndarray:
             other = edge.b if edge.a == i else edge.a
             cost += edge.minima(i) if local[other] < 0 else _given(edge, i, local[other])
         local[i] = int(np.argmin(cost))
-        chosen[i] = dual.keep[i][local[i]]
-    return chosen
+    return local
+
+
+class _Forest:
+    """Nodes whose edges among each other form no cycle: given all others, their best states are found exactly.
+
+    Nodes join in a given order unless they would close a cycle; several edges between two nodes count as one.
+    """
+
+    def __init__(self, dual: Dual, order: np.ndarray) -> None:
+        self.dual = dual
+        self.tree = np.full(len(order), -1)  # per node its tree, -1 outside
+        self.links: dict[int, dict[int, list[int]]] = {}  # node -> neighbour in its tree -> edges
+        for i in order.tolist():
+            self._join(i)
+
+    def _join(self, i: int) -> None:
+        near: dict[int, list[int]] = {}
+        for k in self.dual.problem.incident[i]:
+            edge = self.dual.edges[k]
+            near.setdefault(edge.b if edge.a == i else edge.a, []).append(k)
+        inside = {other: edges for other, edges in near.items() if self.tree[other] >= 0}
+        trees = [self.tree[other] for other in inside]
+        if len(set(trees)) < len(trees):
+            return
+        self.links[i] = inside
+        self.tree[i] = i
+        for other, edges in inside.items():
+            self.links[other][i] = edges
+            self.tree[self.tree == self.tree[other]] = i
+
+    def best(self, local: np.ndarray) -> np.ndarray:
+        """The best states of the forest's nodes, given those of all others."""
+        found = local.copy()
+        seen: set[int] = set()
+        for root in self.links:
+            if root not in seen:
+                self._solve(root, local, found, seen)
+        return found
+
+    def _solve(self, root: int, local: np.ndarray, found: np.ndarray, seen: set[int]) -> None:
+        order, parent = [root], {root: -1}
+        for i in order:
+            for other in self.links[i]:
+                if other != parent[i]:
+                    parent[other] = i
+                    order.append(other)
+        seen.update(order)
+        cost = {i: self._outside(i, local) for i in order}
+        for i in reversed(order[1:]):
+            cost[parent[i]] = cost[parent[i]] + self._reply(i, parent[i], cost[i])
+        for i in order:
+            total = cost[i]
+            if parent[i] >= 0:
+                edges = [self.dual.edges[k] for k in self.links[i][parent[i]]]
+                total = total + sum(_given(edge, i, int(found[parent[i]])) for edge in edges)
+            found[i] = int(np.argmin(total))
+
+    def _outside(self, i: int, local: np.ndarray) -> np.ndarray:
+        """The cost of each state of a node beside the states of the nodes that are not in its tree."""
+        cost = self.dual.theta[i]
+        for k in self.dual.problem.incident[i]:
+            edge = self.dual.edges[k]
+            other = edge.b if edge.a == i else edge.a
+            if other not in self.links[i]:
+                cost = cost + _given(edge, i, local[other])
+        return cost
+
+    def _reply(self, i: int, parent: int, cost: np.ndarray) -> np.ndarray:
+        """For each state of the parent, the least cost of a node and all below it."""
+        edges = [self.dual.edges[k] for k in self.links[i][parent]]
+        if len(edges) > 1:
+            return (sum(_pairs(edge, i) for edge in edges) + cost[:, None]).min(axis=0)
+        edge = edges[0]
+        if i == edge.a:
+            best = (edge.table + edge.rows.minimum(cost - edge.left)[:, None]).min(axis=0)
+            return best[edge.columns.group] - edge.right
+        best = (edge.table + edge.columns.minimum(cost - edge.right)).min(axis=1)
+        return best[edge.rows.group] - edge.left
+
+
+def _pairs(edge, node: int) -> np.ndarray:
+    """The cost of every pair of states, those of `node` first."""
+    found = edge.table[np.ix_(edge.rows.group, edge.columns.group)] - edge.left[:, None] - edge.right
+    return found if node == edge.a else found.T
 
 
 def _given(edge, node: int, other: int) -> np.ndarray:

@@ -8,6 +8,7 @@ or the caller needs them. A change of layout holds the old and the new array at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from costmodels.program import Program
 from search.layouts import Layout, shards
 from search.problem import Edge, Problem
+from search.reshard import ReshardTable
 
 IN_PLACE = (
     "dynamic_update_slice",
@@ -123,7 +125,7 @@ def last_uses(program: Program) -> dict[int, int]:
             last[value] = max(last[value], _until(program, at, ends))
     for op in program.operations:
         if op.op_class == "source":
-            last[op.outputs[0].value] = len(program.operations) - 1
+            last[op.outputs[0].value] = program.phase_of(program.producers[op.outputs[0].value][0])[1]
     return last
 
 
@@ -154,17 +156,68 @@ def _buffer(program: Program, members: list[int], last: dict[int, int]) -> Buffe
     first = min(program.producers[value][0] for value in made)
     whole = any(program.operations[program.producers[value][0]].op_class == "source" for value in made)
     end = max(last[value] for value in made)
-    return Buffer(made[0], tuple(members), 0 if whole else first, end)
+    return Buffer(made[0], tuple(members), program.phase_of(first)[0] if whole else first, end)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Bytes of one node or edge over some points: `key` tells equal ones, of which a class has many, from others."""
+
+    key: tuple
+    kind: str
+    index: int
+    first: int
+    last: int
+    table: np.ndarray
 
 
 def rows(problem: Problem) -> tuple[Row, ...]:
-    """The rows that can bind: one per point whose live set is not part of another point's."""
+    """The rows that can bind: one per point at which no more lives at any other point."""
     terms = [*_buffer_terms(problem), *_copy_terms(problem)]
-    points = len(problem.program.operations)
-    alive = [frozenset(k for k, term in enumerate(terms) if term[2] <= t <= term[3]) for t in range(points)]
-    first_with = {live: t for t, live in reversed(list(enumerate(alive)))}
-    maximal = [(t, live) for live, t in first_with.items() if not any(live < other for other in first_with)]
-    return tuple(_row(t, [terms[k] for k in sorted(live)]) for t, live in sorted(maximal, key=lambda pair: pair[0]))
+    kinds: dict[tuple, int] = {}
+    found: list[_Term] = []
+    for term in terms:
+        if term.key not in kinds:
+            kinds[term.key] = len(found)
+            found.append(term)
+    points, counts = _fullest(problem.program, terms, kinds)
+    maximal = _undominated(counts)
+    return tuple(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])]) for i in maximal)
+
+
+def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> tuple[list[int], np.ndarray]:
+    """The points right before something dies, and how many terms of each kind live there; of like points the first."""
+    points = len(program.operations)
+    born: list[list[int]] = [[] for _ in range(points)]
+    dead: list[list[int]] = [[] for _ in range(points)]
+    for term in terms:
+        born[term.first].append(kinds[term.key])
+        dead[term.last].append(kinds[term.key])
+    alive = np.zeros(len(kinds), dtype=np.int32)
+    found: dict[bytes, tuple[int, np.ndarray]] = {}
+    grown = False
+    for point in range(points):
+        for kind in born[point]:
+            alive[kind] += 1
+        grown = grown or bool(born[point])
+        if grown and dead[point]:
+            found.setdefault(alive.tobytes(), (point, alive.copy()))
+            grown = False
+        for kind in dead[point]:
+            alive[kind] -= 1
+    if not found:
+        return [], np.zeros((0, len(kinds)), dtype=np.int32)
+    at, counts = zip(*found.values(), strict=True)
+    return list(at), np.array(counts)
+
+
+def _undominated(counts: np.ndarray) -> list[int]:
+    """The rows of counts that no other row reaches in every kind, in order."""
+    kept: list[int] = []
+    for i in np.argsort(-counts.sum(axis=1, dtype=np.int64), kind="stable").tolist():
+        if not (counts[kept] >= counts[i]).all(axis=1).any():
+            kept.append(i)
+    return sorted(kept)
 
 
 def together(limits: tuple[Row, ...]) -> Row:
@@ -179,55 +232,64 @@ def together(limits: tuple[Row, ...]) -> Row:
     return Row(-1, tuple(nodes.items()), tuple(edges.items()))
 
 
-def _row(point: int, terms: list[tuple]) -> Row:
+def _row(point: int, terms: list[tuple[_Term, int]]) -> Row:
     nodes: dict[int, np.ndarray] = {}
     edges: dict[int, np.ndarray] = {}
-    for kind, index, _, _, table in terms:
-        found = nodes if kind == "node" else edges
-        found[index] = found[index] + table if index in found else table
+    for term, count in terms:
+        found = nodes if term.kind == "node" else edges
+        found[term.index] = found.get(term.index, 0.0) + float(count) * term.table
     return Row(point, tuple(nodes.items()), tuple(edges.items()))
 
 
-def _local_bytes(problem: Problem, value: int, found: tuple[Layout, ...]) -> np.ndarray:
-    sizes, total = problem.topology.axis_sizes, problem.program.values[value].bytes
-    return np.array([total / shards(layout, sizes) for layout in found])
-
-
-def _buffer_terms(problem: Problem) -> list[tuple]:
-    found = []
+def _buffer_terms(problem: Problem) -> Iterator[_Term]:
+    tables: dict[tuple, np.ndarray] = {}
     for buffer in buffers(problem.program):
-        node, layouts_of = layouts_at(problem, buffer.value)
-        found.append(("node", node, buffer.first, buffer.last, _local_bytes(problem, buffer.value, layouts_of)))
-    return found
+        node, slot = _place(problem, buffer.value)
+        key = (node, slot, problem.program.values[buffer.value].bytes)
+        if key not in tables:
+            tables[key] = _local_bytes(problem, key[2], layouts_at(problem, buffer.value)[1])
+        yield _Term(("node", *key), "node", node, buffer.first, buffer.last, tables[key])
+
+
+def _local_bytes(problem: Problem, array_bytes: float, found: tuple[Layout, ...]) -> np.ndarray:
+    return np.array([array_bytes / shards(layout, problem.topology.axis_sizes) for layout in found])
+
+
+def _place(problem: Problem, value: int) -> tuple[int, int]:
+    """The node that decides how a value is kept, and which of its results it is (-1: its own layout)."""
+    if value in problem.of_hub:
+        return problem.of_hub[value], -1
+    operation, position = problem.program.producers[value]
+    return problem.of_operation[operation], position
 
 
 def layouts_at(problem: Problem, value: int) -> tuple[int, tuple[Layout, ...]]:
     """The node that decides how a value is kept, and the layout under each of its states."""
-    if value in problem.hub_nodes:
-        node = problem.hub_nodes[value]
-        return node, problem.nodes[node].states
-    operation, position = problem.program.producers[value]
-    node = problem.operation_nodes[operation]
-    return node, problem.spaces[operation].outputs[position]
+    node, slot = _place(problem, value)
+    return node, problem.nodes[node].states if slot < 0 else problem.spaces[node].outputs[slot]
 
 
-def _copy_terms(problem: Problem) -> list[tuple]:
+def _copy_terms(problem: Problem) -> Iterator[_Term]:
     """A change of layout holds a second array: where it is made, or through the loop that it is made for."""
-    found = []
     ends = region_ends(problem.program)
-    for k, edge in enumerate(problem.edges):
+    for k, edge in enumerate((*problem.edges, *problem.loops)):
         if edge.table is None:
             continue
-        bytes_of = _local_bytes(problem, edge.value, edge.table.layouts)
-        different = ~np.eye(len(bytes_of), dtype=bool)
-        if edge.use < 0:
-            at = problem.program.producers[edge.value][0]
-            found.append(("edge", k, at, at, different * bytes_of[:, None]))
-        else:
-            at = problem.nodes[edge.b].operation
-            life = copy_life(problem.program, edge.value, at, ends)
-            found.append(("edge", k, *life, different * bytes_of[None, :]))
-    return found
+        into_hub = edge.members[0][1] < 0
+        held = _copied_bytes(problem, edge.table, into_hub)
+        for value, operation in edge.members:
+            at = problem.program.producers[value][0]
+            first, last = (at, at) if into_hub else copy_life(problem.program, value, operation, ends)
+            if k < len(problem.edges):
+                yield _Term(("edge", k), "edge", k, first, last, held)
+            else:
+                yield _Term(("loop", k), "node", edge.a, first, last, held[edge.rows, edge.columns])
+
+
+def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> np.ndarray:
+    """Bytes of the second array, per layout before and after: into a hub it is the old one that dies, else the new one."""
+    bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
+    return ~np.eye(len(bytes_of), dtype=bool) * (bytes_of[:, None] if into_hub else bytes_of[None, :])
 
 
 def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]) -> tuple[int, int]:
@@ -236,8 +298,7 @@ def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]
     Compilers start a gather early, to hide it behind the matmul before the one that needs it: so the copy lives from there,
     once its source is made, to the operation; through the whole loop if it is made for one.
     """
-    region = program.operations[operation].inputs[0].region
-    ahead = [i for i, op in program.matmuls() if i < operation and op.region == region]
+    ahead = program.matmul_before[operation]
     made = program.producers[value][0]
-    first = max(ahead[-1], made) if ahead and program.operations[operation].op_class == "matmul" else operation
-    return first, _until(program, operation, ends)
+    early = ahead >= 0 and program.operations[operation].op_class == "matmul"
+    return max(ahead, made) if early else operation, _until(program, operation, ends)

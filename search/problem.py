@@ -1,18 +1,19 @@
 """The search problem as arrays: nodes that choose a state, edges that price pairs of states, rows that bound memory.
 
-A node is an operation (its states are strategies) or a *hub* (the layout that a value with several uses is kept in; its
-states are layouts). An edge is a change of layout between the layout one end provides and the one the other end needs,
-priced by the reshard table of the value. With $x_i$ the state of node $i$, the problem is
+A node is a class of operations that choose alike (its states are strategies) or a class of *hubs* (the layout that values
+with several uses are kept in; its states are layouts). An edge is a change of layout between the layout one end provides and
+the one the other end needs, priced by the reshard table of the value. With $x_i$ the state of node $i$, the problem is
 
 $$\\min_x \\sum_i \\theta_i(x_i) + \\sum_{(i,j)} \\theta_{ij}(x_i, x_j) \\quad\\text{s.t.}\\quad
   \\sum_i b_{ri}(x_i) + \\sum_{(i,j)} b_{rij}(x_i, x_j) \\le M \\;\\; \\forall r,$$
 
-one row $r$ per point of the program. Repeated regions enter as factors on the costs, so depth does not.
+one row $r$ per point of the program. Repeated regions enter as factors on the costs, and the copies of a class as sums, so
+depth does not enter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +22,7 @@ import numpy as np
 from costmodels.operations import price
 from costmodels.program import Operation, Program
 from costmodels.topology import Topology
+from search.folding import unfolded
 from search.layouts import Layout
 from search.reshard import ReshardTable, reshard_table, step_seconds
 from search.strategies import Strategy, StrategySpace, strategy_space
@@ -33,7 +35,7 @@ FORBIDDEN = 1e5
 class Node:
     """A choice: `cost[s]` seconds of state `s`, in one step of the program.
 
-    `operation` is the operation's index, or -1 for the hub of `value`.
+    `operation` is the first operation of the class, or -1 for a hub; `value` the first value of a class of hubs, or -1.
     """
 
     name: str
@@ -48,8 +50,10 @@ class Edge:
     """A change of layout from node `a` to node `b`.
 
     State `s` of `a` provides layout `rows[s]` of the table, state `t` of `b` needs layout `columns[t]`; the pair costs
-    `weight * matrix[rows[s], columns[t]]` seconds. `use` is the consumer's operand, or -1 on the way into a hub; `table` is
-    `None` for a pairing that allows no change (a donated argument and its result).
+    `weight * matrix[rows[s], columns[t]]` seconds. `members` are the changes of layout it stands for, each a value and the
+    consumer's operation (-1 on the way into a hub); `table` is `None` for a pairing that allows no change (a donated argument
+    and its result). Where `a` is `b`, a class feeds its own next copy, and the cost is part of the node's. `moved_bytes` are
+    the bytes, of whole arrays, that may change layout here in one step.
     """
 
     a: int
@@ -58,20 +62,32 @@ class Edge:
     columns: np.ndarray
     matrix: np.ndarray
     weight: float
-    value: int
-    use: int
+    members: tuple[tuple[int, int], ...]
     table: ReshardTable | None
+    moved_bytes: float = 0.0
+
+    @property
+    def value(self) -> int:
+        """The value that changes layout: of several, the first."""
+        return self.members[0][0]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the solver and the checker need."""
+    """Everything the solver and the checker need.
+
+    `of_operation` and `of_hub` give the node that decides for an operation and for a value with several uses; `loops` the
+    edges of a node with itself.
+    """
 
     program: Program
     topology: Topology
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
+    loops: tuple[Edge, ...]
     spaces: tuple[StrategySpace, ...]
+    of_operation: tuple[int, ...]
+    of_hub: dict[int, int]
     budget_bytes: float
 
     @cached_property
@@ -83,15 +99,9 @@ class Problem:
             found[edge.b].append(k)
         return tuple(tuple(edges) for edges in found)
 
-    @cached_property
-    def operation_nodes(self) -> dict[int, int]:
-        """Operation to node."""
-        return {node.operation: i for i, node in enumerate(self.nodes) if node.operation >= 0}
-
-    @cached_property
-    def hub_nodes(self) -> dict[int, int]:
-        """Value to its hub's node, for values with several uses."""
-        return {node.value: i for i, node in enumerate(self.nodes) if node.operation < 0}
+    def space(self, operation: int) -> StrategySpace:
+        """The strategies of an operation, in the order of its node's states."""
+        return self.spaces[self.of_operation[operation]]
 
     def objective(self, states: np.ndarray) -> float:
         """Seconds of one step under a choice of states."""
@@ -104,15 +114,20 @@ def edge_seconds(edge: Edge, states: np.ndarray) -> float:
     return edge.weight * float(edge.matrix[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
 
 
-def build(program: Program, topology: Topology, budget_bytes: float) -> Problem:
-    """Turns a program and a topology into nodes and edges."""
-    spaces = [strategy_space(op, tuple(topology.axis_sizes.items())) for op in program.operations]
-    nodes = [_operation_node(program, topology, i, space) for i, space in enumerate(spaces)]
-    builder = _Builder(program, topology, spaces, nodes)
+def build(program: Program, topology: Topology, budget_bytes: float, classes: Sequence[int] | None = None) -> Problem:
+    """Turns a program and a topology into nodes and edges.
+
+    **Arguments:**
+
+    - `classes`: per operation the first operation of its class (`search.folding.classes`); operations of a class take one
+      strategy. By default each operation is its own.
+    """
+    builder = _Builder(program, topology, unfolded(program) if classes is None else classes)
     for value in range(len(program.values)):
         builder.connect(value)
     builder.pair_donated()
-    return Problem(program, topology, tuple(builder.nodes), tuple(builder.edges), tuple(spaces), budget_bytes)
+    builder.hand_over()
+    return builder.built(budget_bytes)
 
 
 def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Problem:
@@ -125,14 +140,6 @@ def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Proble
         return replace(node, cost=np.where(allowed, node.cost, FORBIDDEN))
 
     return replace(problem, nodes=tuple(restricted(node) for node in problem.nodes))
-
-
-def _operation_node(program: Program, topology: Topology, i: int, space: StrategySpace) -> Node:
-    op = program.operations[i]
-    cost = np.zeros(len(space.strategies))
-    if op.flops_per_point or op.traffic:
-        cost = price(program, op, space.shards, topology.chip).seconds + inside_seconds(program, op, space, topology)
-    return Node(op.name, i, -1, space.strategies, cost * program.multiplicity(op.region))
 
 
 def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
@@ -153,10 +160,62 @@ def inside_payload(program: Program, op: Operation, space: StrategySpace, s: int
     return value.bytes / pieces
 
 
+@dataclass
+class _Draft:
+    """An edge in the making."""
+
+    a: int
+    b: int
+    rows: np.ndarray
+    columns: np.ndarray
+    matrix: np.ndarray
+    table: ReshardTable | None
+    weight: float
+    members: list[tuple[int, int]]
+
+    @property
+    def moved_bytes(self) -> float:
+        return self.weight * self.table.array_bytes if self.table else 0.0
+
+
 class _Builder:
-    def __init__(self, program: Program, topology: Topology, spaces: list[StrategySpace], nodes: list[Node]) -> None:
-        self.program, self.topology, self.spaces = program, topology, spaces
-        self.nodes, self.edges = nodes, []
+    """Nodes by class, then edges by value; edges that price the same pair by the same table are one."""
+
+    def __init__(self, program: Program, topology: Topology, classes: Sequence[int]) -> None:
+        self.program, self.topology = program, topology
+        self.sizes = tuple(topology.axis_sizes.items())
+        self.nodes: list[Node] = []
+        self.spaces: list[StrategySpace] = []
+        self.of_hub: dict[int, int] = {}
+        self._hubs: dict[tuple[int, int], int] = {}
+        self._drafts: dict[tuple, _Draft] = {}
+        self._index: dict[tuple, np.ndarray] = {}
+        self._tables: dict[int, ReshardTable] = {}
+        node_of = {first: self._node(first) for first in dict.fromkeys(classes)}
+        self.of_operation = tuple(node_of[first] for first in classes)
+        self._price_nodes()
+
+    def _node(self, i: int) -> int:
+        op = self.program.operations[i]
+        space = strategy_space(op, self.sizes)
+        self.spaces.append(space)
+        self.nodes.append(Node(op.name, i, -1, space.strategies, np.zeros(len(space.strategies))))
+        return len(self.nodes) - 1
+
+    def _price_nodes(self) -> None:
+        """What the operations of each class cost, all together; copies may differ in what they read from memory."""
+        runs: dict[tuple, float] = {}
+        first: dict[tuple, Operation] = {}
+        for node, op in zip(self.of_operation, self.program.operations, strict=True):
+            if op.flops_per_point or op.traffic:
+                key = (node, op.traffic)
+                runs[key] = runs.get(key, 0.0) + self.program.multiplicity(op.region)
+                first.setdefault(key, op)
+        for key, op in first.items():
+            node, space = self.nodes[key[0]], self.spaces[key[0]]
+            cost = price(self.program, op, space.shards, self.topology.chip).seconds
+            cost = cost + inside_seconds(self.program, op, space, self.topology)
+            self.nodes[key[0]] = replace(node, cost=node.cost + runs[key] * cost)
 
     def connect(self, value: int) -> None:
         """Links a value's producer with its uses, by way of a hub where there are several."""
@@ -164,49 +223,119 @@ class _Builder:
         if value not in self.program.producers or not uses:
             return
         at, position = self.program.producers[value]
-        provided = self.spaces[at].outputs[position]
-        partial = any(layout.partial for layout in provided)
+        source = self.of_operation[at]
+        provided = self.spaces[source].outputs[position]
         array = self.program.values[value]
-        table = reshard_table(array.shape, array.itemsize, self.topology, partial)
+        table = self._table(value, source, position)
         for consumer, k in uses:
-            self._forbid_unknown(consumer, self.spaces[consumer].inputs[k], table)
+            self._forbid_unknown(self.of_operation[consumer], k, table)
         if len(table.layouts) == 1:
             return
-        source, layouts_of = at, provided
+        slot: tuple[int, int] = (source, position)
         if len(uses) > 1:
-            source, layouts_of = self._hub(value, table), table.layouts
-            self._edge(at, source, provided, layouts_of, table, array.region, value, -1)
+            hub = self._hub(value, source, position, table)
+            self._edge(slot, provided, (hub, -1), table.layouts, table, array.region, (value, -1))
+            slot, provided = (hub, -1), table.layouts
         for consumer, k in uses:
-            needed = self.spaces[consumer].inputs[k]
+            node = self.of_operation[consumer]
             region = self.program.operations[consumer].inputs[k].region
-            self._edge(source, consumer, layouts_of, needed, table, region, value, k)
+            self._edge(slot, provided, (node, k), self.spaces[node].inputs[k], table, region, (value, consumer))
 
-    def _hub(self, value: int, table: ReshardTable) -> int:
-        name = self.program.values[value].name
-        self.nodes.append(Node(name, -1, value, table.layouts, np.zeros(len(table.layouts))))
-        return len(self.nodes) - 1
+    def _table(self, value: int, source: int, position: int) -> ReshardTable:
+        array = self.program.values[value]
+        provided = self.spaces[source].outputs[position]
+        partial = any(layout.partial for layout in provided)
+        table = reshard_table(array.shape, array.itemsize, self.topology, partial)
+        self._tables[id(table)] = table  # held, so that its id stays its own
+        return table
 
-    def _forbid_unknown(self, node: int, needed: tuple[Layout, ...], table: ReshardTable) -> None:
+    def _hub(self, value: int, source: int, position: int, table: ReshardTable) -> int:
+        """The node for where a value is kept: one for all copies of it."""
+        if (source, position) not in self._hubs:
+            name = self.program.values[value].name
+            self._hubs[source, position] = len(self.nodes)
+            self.nodes.append(Node(name, -1, value, table.layouts, np.zeros(len(table.layouts))))
+        self.of_hub[value] = self._hubs[source, position]
+        return self.of_hub[value]
+
+    def _forbid_unknown(self, node: int, operand: int, table: ReshardTable) -> None:
         """Forbids the states that need a partial sum of a value that never is one."""
-        unknown = np.array([layout not in table.index for layout in needed])
+        key = (node, operand, id(table), "unknown")
+        if key in self._index:
+            return
+        unknown = np.array([layout not in table.index for layout in self.spaces[node].inputs[operand]])
+        self._index[key] = unknown
         if unknown.any():
             self.nodes[node] = replace(self.nodes[node], cost=np.where(unknown, FORBIDDEN, self.nodes[node].cost))
 
-    def _edge(self, a, b, provided, needed, table: ReshardTable, region: int, value: int, use: int) -> None:
-        rows = np.array([table.index[layout] for layout in provided], dtype=np.intp)
-        columns = np.array([table.index.get(layout, 0) for layout in needed], dtype=np.intp)
-        matrix = np.minimum(table.seconds, FORBIDDEN)
+    def _edge(self, source, provided, target, needed, table: ReshardTable, region: int, member) -> None:
+        """Adds one change of layout; `source` and `target` are a node and which of its results or operands it is."""
         weight = float(self.program.multiplicity(region))
-        self.edges.append(Edge(a, b, rows, columns, matrix, weight, value, use, table))
+        key = (source, target, id(table))
+        if key in self._drafts:
+            self._drafts[key].weight += weight
+            self._drafts[key].members.append(member)
+            return
+        rows, columns = self._places((*source, "out"), provided, table), self._places((*target, "in"), needed, table)
+        matrix = np.minimum(table.seconds, FORBIDDEN)
+        self._drafts[key] = _Draft(source[0], target[0], rows, columns, matrix, table, weight, [member])
+
+    def _places(self, slot: tuple, layouts_of: Sequence[Layout], table: ReshardTable) -> np.ndarray:
+        """Where the layouts of a node's states are in a table; the first place for those it does not have."""
+        key = (slot, id(table))
+        if key not in self._index:
+            self._index[key] = np.array([table.index.get(layout, 0) for layout in layouts_of], dtype=np.intp)
+        return self._index[key]
 
     def pair_donated(self) -> None:
         """A donated argument and the result that takes its memory have one layout."""
         for argument, result in self.program.donated:
-            a, b = self.program.arguments[argument], self.program.results[result]
+            at, sink = self.program.arguments[argument], self.program.results[result]
+            a, b = self.of_operation[at], self.of_operation[sink]
+            member = (self.program.operations[at].outputs[0].value, -1)
+            if ("donated", a, b) in self._drafts:
+                self._drafts["donated", a, b].members.append(member)
+                continue
             left, right = self.spaces[a].outputs[0], self.spaces[b].inputs[0]
             index: dict[Layout, int] = {layout: i for i, layout in enumerate(dict.fromkeys((*left, *right)))}
             rows = np.array([index[layout] for layout in left], dtype=np.intp)
             columns = np.array([index[layout] for layout in right], dtype=np.intp)
             matrix = np.where(np.eye(len(index), dtype=bool), 0.0, FORBIDDEN)
-            value = self.program.operations[a].outputs[0].value
-            self.edges.append(Edge(a, b, rows, columns, matrix, 1.0, value, -2, None))
+            self._drafts["donated", a, b] = _Draft(a, b, rows, columns, matrix, None, 1.0, [member])
+
+    def hand_over(self) -> None:
+        """A result that another phase takes for an argument changes layout on the way."""
+        for result, argument in self.program.handoffs:
+            sink, at = self.program.results[result], self.program.arguments[argument]
+            a, b = self.of_operation[sink], self.of_operation[at]
+            value = self.program.operations[sink].inputs[0].value
+            array = self.program.values[value]
+            table = reshard_table(array.shape, array.itemsize, self.topology, False)
+            provided, needed = self.spaces[a].inputs[0], self.spaces[b].outputs[0]
+            unknown = np.array([layout not in table.index for layout in needed])
+            self.nodes[b] = replace(self.nodes[b], cost=np.where(unknown, FORBIDDEN, self.nodes[b].cost))
+            region = self.program.operations[sink].inputs[0].region
+            self._edge((a, 0), provided, (b, 0), needed, table, region, (value, sink))
+
+    def built(self, budget_bytes: float) -> Problem:
+        """The problem; what a node costs with itself is added to its own cost."""
+        edges = [
+            Edge(d.a, d.b, d.rows, d.columns, d.matrix, d.weight, tuple(d.members), d.table, d.moved_bytes)
+            for d in self._drafts.values()
+        ]
+        loops = tuple(edge for edge in edges if edge.a == edge.b)
+        for edge in loops:
+            node = self.nodes[edge.a]
+            own = np.minimum(node.cost + edge.weight * edge.matrix[edge.rows, edge.columns], FORBIDDEN)
+            self.nodes[edge.a] = replace(node, cost=own)
+        return Problem(
+            self.program,
+            self.topology,
+            tuple(self.nodes),
+            tuple(edge for edge in edges if edge.a != edge.b),
+            loops,
+            tuple(self.spaces),
+            self.of_operation,
+            self.of_hub,
+            budget_bytes,
+        )

@@ -25,7 +25,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Move:
-    """A change of layout: of which value, between which layouts, for which use (operation, operand; (-1, -1) for its hub)."""
+    """A change of layout: of which value, between which layouts, for which use (operation, operand).
+
+    (-1, -1) stands for the value's hub, and the operand -1 of a result for the phase that takes it over.
+    """
 
     value: int
     source: Layout
@@ -42,7 +45,7 @@ class Collective:
     kind: str
     axes: Axes
     bytes: float
-    count: int
+    count: float
     seconds: float
     value: int
     operation: int
@@ -50,12 +53,17 @@ class Collective:
 
 def choice_of(problem: Problem, states: np.ndarray) -> Choice:
     """Reads the plan off the chosen states."""
-    chosen = {
-        node.operation: node.states[s] for node, s in zip(problem.nodes, states, strict=True) if node.operation >= 0
-    }
-    strategies = tuple(chosen[i] for i in range(len(problem.program.operations)))
-    hubs = {value: problem.nodes[node].states[states[node]] for value, node in problem.hub_nodes.items()}
-    return Choice(strategies, hubs)
+    chosen = [node.states[s] for node, s in zip(problem.nodes, states, strict=True)]
+    strategies = tuple(chosen[node] for node in problem.of_operation)
+    return Choice(strategies, {value: chosen[node] for value, node in problem.of_hub.items()})
+
+
+def states_of(problem: Problem, choice: Choice) -> np.ndarray:
+    """The chosen state of every node."""
+    chosen = [
+        choice.strategies[node.operation] if node.operation >= 0 else choice.hubs[node.value] for node in problem.nodes
+    ]
+    return np.array([node.states.index(state) for node, state in zip(problem.nodes, chosen, strict=True)])
 
 
 def produced(program: Program, choice: Choice, value: int) -> Layout:
@@ -86,9 +94,19 @@ def moves(program: Program, choice: Choice) -> Iterator[Move]:
         for operation, operand in uses:
             target = needed(program, choice, operation, operand)
             if target != home:
-                yield Move(
-                    value, home, target, program.operations[operation].inputs[operand].region, operation, operand
-                )
+                region = program.operations[operation].inputs[operand].region
+                yield Move(value, home, target, region, operation, operand)
+    for result, argument in program.handoffs:
+        sink = program.results[result]
+        use = program.operations[sink].inputs[0]
+        given = needed(program, choice, sink, 0)
+        taken = output_layout(
+            program.operations[program.arguments[argument]].signature,
+            choice.strategies[program.arguments[argument]],
+            0,
+        )
+        if given != taken:
+            yield Move(use.value, given, taken, use.region, sink, -1)
 
 
 def steps(program: Program, topology: Topology, move: Move) -> tuple[Step, ...]:

@@ -16,7 +16,12 @@ from costmodels.topology import Topology
 from search.ascent import TOLERANCE, Ascent, Say
 from search.branch import PRECISION, Branching
 from search.check import Check, check
+from search.folding import classes as folded
+from search.folding import unfolded
+from search.incumbent import overflow
+from search.memory import rows
 from search.problem import Problem, allowing, build
+from search.reduction import Reduction, reduced
 from search.solution import Choice, choice_of
 from search.strategies import Strategy
 from search.symmetry import tidied
@@ -86,38 +91,72 @@ def search(
     limits: Limits = Limits(),
     say: Say = lambda _: None,
     allow: Callable[[int, Strategy], bool] | None = None,
+    fold: bool = True,
 ) -> Solution:
     """Finds the fastest plan that fits, and proves it.
 
     **Arguments:**
 
     - `allow`: which strategies operations may take, by operation number; all by default. What it forbids is pinned away,
-      as an argument's layout is by allowing one strategy of its source.
+      as an argument's layout is by allowing one strategy of its source. Of a class of like operations the first is asked for.
+    - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies (`search.folding`).
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, or none is allowed.
     """
     started = time.monotonic()
     reserve = RESERVE_PART * topology.chip.usable_hbm_bytes if limits.reserve_bytes is None else limits.reserve_bytes
-    problem = build(program, topology, topology.chip.usable_hbm_bytes - reserve)
+    classes = folded(program) if fold else unfolded(program)
+    problem = build(program, topology, topology.chip.usable_hbm_bytes - reserve, classes)
     if allow is not None:
         problem = allowing(problem, allow)
-    say(f"{len(problem.nodes)} nodes, {len(problem.edges)} edges")
-    ascent = Ascent(problem, limits.rounds, say, symmetric=allow is None)
+    limited = rows(problem)
+    smaller = reduced(problem, limited)
+    found = _solved(smaller, limits, say, allow is None)
+    if found.best is not None and (overflow(problem, limited, found.states) > 0).any():
+        say("the smaller problem's plan does not fit: the whole problem is searched")
+        found = _solved(Reduction.none(problem, limited), limits, say, allow is None)
+    if found.best is None:
+        raise _no_plan(problem, found)
+    choice = choice_of(problem, found.states)
+    if allow is None:
+        choice = tidied(problem, choice)
+    proof = _proof(found, sum(len(node.states) for node in problem.nodes), time.monotonic() - started)
+    return Solution(problem, choice, proof, check(program, topology, choice))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the search of a (smaller) problem came to."""
+
+    smaller: Reduction
+    ascent: Ascent
+    branching: Branching
+
+    @property
+    def best(self) -> np.ndarray | None:
+        return self.ascent.best
+
+    @property
+    def states(self) -> np.ndarray:
+        """The best states of the whole problem; the leanest where none fits."""
+        found = self.ascent.leanest[1] if self.ascent.best is None else self.ascent.best
+        return self.smaller.expanded(np.zeros(len(self.smaller.kept), dtype=int) if found is None else found)
+
+
+def _solved(smaller: Reduction, limits: Limits, say: Say, symmetric: bool) -> _Found:
+    """Lifts the bound and lowers the best plan, then branches if they have not met."""
+    say(f"{len(smaller.whole.nodes)} nodes, {len(smaller.problem.nodes)} after elimination")
+    ascent = Ascent(smaller.problem, smaller.rows, limits.rounds, say, symmetric)
     ascent.run()
     branching = Branching(ascent, limits.deterministic_seconds, limits.wall_seconds)
     if ascent.fits and not ascent.closed:
         branching.run()
-    if ascent.best is None:
-        raise _no_plan(ascent, branching)
-    choice = choice_of(problem, ascent.best)
-    if allow is None:
-        choice = tidied(problem, choice)
-    proof = _proof(ascent, branching, time.monotonic() - started)
-    return Solution(problem, choice, proof, check(program, topology, choice))
+    return _Found(smaller, ascent, branching)
 
 
-def _proof(ascent: Ascent, branching: Branching, wall_seconds: float) -> Proof:
+def _proof(found: _Found, states: int, wall_seconds: float) -> Proof:
     """What is proven of the best plan."""
+    ascent, branching = found.ascent, found.branching
     apart = max(ascent.objective - ascent.bound, 0.0)
     proven = apart <= PRECISION * ascent.objective
     return Proof(
@@ -128,13 +167,12 @@ def _proof(ascent: Ascent, branching: Branching, wall_seconds: float) -> Proof:
         wall_seconds,
         apart if proven and apart > TOLERANCE * ascent.objective else 0.0,
         branching.booleans,
-        sum(len(node.states) for node in ascent.problem.nodes),
+        states,
         branching.branches,
     )
 
 
-def _no_plan(ascent: Ascent, branching: Branching) -> NoPlan:
-    worst, states = ascent.leanest
+def _no_plan(problem: Problem, found: _Found) -> NoPlan:
+    ascent, branching = found.ascent, found.branching
     proven = not ascent.fits or (branching.branches > 0 and branching.unproven == np.inf)
-    states = np.zeros(len(ascent.problem.nodes), dtype=int) if states is None else states
-    return NoPlan(ascent.problem, states, ascent.problem.budget_bytes + worst, proven)
+    return NoPlan(problem, found.states, problem.budget_bytes + ascent.leanest[0], proven)

@@ -80,5 +80,4 @@ def tidied(problem: Problem, choice: Choice) -> Choice:
 
 def surroundings(problem: Problem, i: int) -> float:
     """Bytes that change layout around a node in one step."""
-    edges = [problem.edges[k] for k in problem.incident[i]]
-    return sum(edge.weight * edge.table.array_bytes for edge in edges if edge.table is not None)
+    return sum(problem.edges[k].moved_bytes for k in problem.incident[i])

@@ -24,6 +24,7 @@ from autoshard.trace import trace
 from costmodels.topology import Topology, parse_topology
 from examples import palm
 from search.memory import rows
+from search.solution import states_of
 from search.solve import search as solve
 from tests import models
 
@@ -312,10 +313,10 @@ def test_the_price_of_another_strategy_is_that_of_a_plan_and_no_bound_from_below
     program = trace(fn, *args).program
     solution = solve(program, topology)
     problem, limits = solution.problem, rows(solution.problem)
-    states = alternatives.states_of(problem, solution.choice)
+    states = states_of(problem, solution.choice)
     assert problem.objective(states) == pytest.approx(solution.proof.objective_seconds)
     for operation, _ in program.matmuls():
-        node = problem.operation_nodes[operation]
+        node = problem.of_operation[operation]
         for plan in alternatives._others(problem, limits, states, operation):
             held = problem.nodes[node].states[plan[node]]
             best = solve(program, topology, allow=lambda at, other: at != operation or other == held)  # noqa: B023

@@ -528,7 +528,7 @@ class Law:
         self.traced = trace(self.fn, *self.args)
         self.problem = problem_of(self.traced, self.topology)
         step = example.step(self.fn, *self.args)
-        self.node = self.problem.operation_nodes[step.operation]
+        self.node = self.problem.of_operation[step.operation]
 
     def check(self, count: int | None) -> None:
         """Runs up to `count` strategies that differ in what they split, or all of them."""

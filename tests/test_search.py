@@ -166,7 +166,7 @@ def test_what_cp_sat_proves_of_a_branch_is_a_bound(program, topology, sweeps):
     """However rough the dual is that a branch is handed over with, the proven bound holds, and is tight but for rounding."""
     optimum = search(program, topology).proof.objective_seconds
     problem = build(program, topology, topology.chip.usable_hbm_bytes)
-    ascent = Ascent(problem, 0, lambda _: None)
+    ascent = Ascent(problem, rows(problem), 0, lambda _: None)
     for _ in range(sweeps):
         ascent.dual.sweep()
     proven = Branching(ascent, 60.0, 60.0)._finish(ascent.dual.bound())
