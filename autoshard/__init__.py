@@ -9,6 +9,9 @@ from autoshard.errors import PlanMismatchError as PlanMismatchError
 from autoshard.errors import TopologyError as TopologyError
 from autoshard.errors import TraceError as TraceError
 from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
+from autoshard.phases import search_phases as search_phases
+from autoshard.pins import PinError as PinError
+from autoshard.pins import pin as pin
 from autoshard.plan import Plan as Plan
 from autoshard.plan_file import load as load
 from autoshard.planning import search as search

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import prod
 
 import numpy as np
@@ -85,7 +85,12 @@ def estimate(solution: Solution) -> Estimate:
         problem.budget_bytes,
         tuple(
             PlannedCollective(
-                each.kind, each.axes, float(each.bytes), each.count, float(each.seconds), _where(problem.program, each)
+                each.kind,
+                each.axes,
+                float(each.bytes),
+                float(each.count),
+                float(each.seconds),
+                _where(problem.program, each),
             )
             for each in found
         ),
@@ -109,9 +114,21 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     problem, choice = solution.problem, solution.choice
     wire = _collective_seconds(problem, choice)
     states, limits = states_of(problem, choice), rows(problem)
-    return tuple(
-        _operation(problem, choice, i, wire[i], states, limits) for i in range(len(problem.program.operations))
-    )
+    copies: dict[tuple, OperationPlan] = {}
+    found = []
+    for i, op in enumerate(problem.program.operations):
+        like = (problem.of_operation[i], op.traffic)
+        if like not in copies:
+            copies[like] = _operation(problem, choice, i, states, limits)
+        found.append(_of_this(copies[like], op, wire[i], problem.topology))
+    return tuple(found)
+
+
+def _of_this(copy: OperationPlan, op: Operation, wire: float, topology: Topology) -> OperationPlan:
+    """The account of an operation, from that of one like it."""
+    overhead = copy.count * topology.chip.op_overhead_seconds if copy.matmul else 0.0
+    regime = _regime(copy.compute_seconds, copy.memory_seconds, wire, overhead)
+    return replace(copy, name=op.name, source=op.source, collective_seconds=wire, regime=regime)
 
 
 def _collective_seconds(problem: Problem, choice: Choice) -> list[float]:
@@ -123,9 +140,8 @@ def _collective_seconds(problem: Problem, choice: Choice) -> list[float]:
     return found
 
 
-def _operation(
-    problem: Problem, choice: Choice, i: int, wire: float, states: np.ndarray, limits: tuple[Row, ...]
-) -> OperationPlan:
+def _operation(problem: Problem, choice: Choice, i: int, states: np.ndarray, limits: tuple[Row, ...]) -> OperationPlan:
+    """The account of one operation, without its changes of layout."""
     program, topology = problem.program, problem.topology
     op, strategy = program.operations[i], choice.strategies[i]
     runs = program.multiplicity(op.region)
@@ -134,7 +150,6 @@ def _operation(
     cost = price(program, op, pieces.reshape(1, len(op.factors)), topology.chip) if costed else None
     totals = {f.name: runs * float(getattr(cost, f.name)[0]) if cost else 0.0 for f in fields(OperationCost)}
     matmul = op.op_class == "matmul"
-    overhead = runs * topology.chip.op_overhead_seconds if matmul else 0.0
     return OperationPlan(
         name=op.name,
         primitive=op.primitive,
@@ -142,10 +157,10 @@ def _operation(
         einsum=einsum(op),
         splits=strategy.splits,
         strategy=strategy_name(program, topology, choice, i) if costed else "",
-        count=runs,
+        count=float(runs),
         **totals,
-        collective_seconds=wire,
-        regime=_regime(totals["compute_seconds"], totals["memory_seconds"], wire, overhead),
+        collective_seconds=0.0,
+        regime="",
         runner_up=runner_up(problem, limits, states, i) if matmul else "",
         matmul=matmul,
         sizes=tuple(factor.size for factor in op.factors),

@@ -105,7 +105,7 @@ _OPERATION_ALIGNMENT = "~<~>><>"
 
 def _operation_row(op: OperationPlan) -> tuple[str, ...]:
     wire = time(op.collective_seconds) if op.collective_seconds else "-"
-    return (_short_name(op), op.einsum, op.strategy, str(op.count), time(op.seconds), op.regime, wire)
+    return (_short_name(op), op.einsum, op.strategy, f"{op.count:g}", time(op.seconds), op.regime, wire)
 
 
 def _short_name(op: OperationPlan) -> str:
@@ -185,7 +185,14 @@ def _collectives(plan: Plan, width: int) -> Iterator[str]:
         key = (each.kind, _mesh_order(each.axes, plan), _rounded(each.bytes), _unnumbered(each.where))
         groups.setdefault(key, []).append(each)
     rows = [
-        (kind, axes, size(group[0].bytes), str(sum(c.count for c in group)), time(sum(c.seconds for c in group)), where)
+        (
+            kind,
+            axes,
+            size(group[0].bytes),
+            f"{sum(c.count for c in group):g}",
+            time(sum(c.seconds for c in group)),
+            where,
+        )
         for (kind, axes, _, where), group in groups.items()
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from autoshard.errors import InfeasibleError
+from autoshard.pins import Pin, unpinned
 from autoshard.tables import size
 from costmodels.chips import Switch
 from costmodels.program import Program
@@ -16,7 +17,7 @@ from search.bound import Dual
 from search.incumbent import decode, improve, overflow
 from search.memory import Row, rows
 from search.problem import FORBIDDEN, Problem, build
-from search.solve import NoPlan
+from search.solve import Limits, NoPlan, search
 
 _LISTED = 8
 """How many arrays the message names."""
@@ -48,6 +49,28 @@ def explained(error: NoPlan) -> InfeasibleError:
         f" At its fullest, in {program.operations[fullest.point].name}, a chip holds:{listed}\n"
         f"{_advice(program, problem.topology, problem.budget_bytes)}"
     )
+
+
+def conflict(program: Program, pinned: Sequence[Pin], topology: Topology, limits: Limits) -> str:
+    """Which pins no layout can hold together, as a sentence: a smallest set of them; empty if pins are not to blame."""
+
+    def possible(kept: Sequence[Pin]) -> bool:
+        try:
+            search(unpinned(program, kept), topology, limits)
+        except NoPlan:
+            return False
+        return True
+
+    if not pinned or not possible(()):
+        return ""
+    kept = list(pinned)
+    for each in pinned:
+        fewer = [other for other in kept if other is not each]
+        if not possible(fewer):
+            kept = fewer
+    words = list(dict.fromkeys(pin.words for pin in kept))
+    together = f"{words[0]} cannot hold" if len(words) == 1 else f"{' and '.join(words)} cannot hold together"
+    return f"{together} on {topology.name}: without {'it' if len(words) == 1 else 'one of them'} a plan fits."
 
 
 def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str, float]]:

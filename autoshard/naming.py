@@ -68,7 +68,7 @@ def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[
     weight = weight_operand(program, i)
     if weight is None:
         return _attention_roles(program, i), ""
-    roles = _weight_roles(op, weight)
+    roles = weight_roles(op, weight)
     gathered = _gathered_axes(program, choice, i, weight)
     if gathered:
         return roles, f"WG-{_written(gathered, order).upper()}"
@@ -125,7 +125,8 @@ def weight_operand(program: Program, i: int) -> int | None:
     return _Origins(program).weight(i)
 
 
-def _weight_roles(op: Operation, weight: int) -> list[str]:
+def weight_roles(op: Operation, weight: int) -> list[str]:
+    """What each factor is to a matmul by a weight: "contracted", "output", "batch" or "sequence"."""
     own, others = set(_factors(op.inputs[weight].dims)), _factors(op.inputs[1 - weight].dims)
     tokens = [factor for factor in others if factor not in own]
     roles = []
@@ -190,11 +191,7 @@ class _Origins:
 
     def _uses(self, i: int, k: int) -> int:
         """How many operations use the argument an operand is a view of: inputs feed several matmuls, weights one."""
-        values, operations = self.program.values, self.program.operations
-        origin = values[operations[i].inputs[k].value].origin
-        views = {value for value, each in enumerate(values) if each.origin == origin}
-        reading = (op for op in operations if not any(use.value in views for use in op.outputs))
-        return sum(use.value in views for op in reading for use in op.inputs)
+        return self.program.reads.get(self.program.values[self.program.operations[i].inputs[k].value].origin, 0)
 
     def _is_weight(self, i: int, k: int) -> bool:
         op = self.program.operations[i]

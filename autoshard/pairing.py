@@ -48,7 +48,9 @@ def paired(
     - `widths`: by which factor the numbers of each planned collective are wider when they are sent; 1 by default.
     """
     widths = widths or [1.0] * len(planned)
-    lots = [_Lot(p, p.kind, axes_of(p, topology), p.bytes * w, p.count) for p, w in zip(planned, widths, strict=True)]
+    lots = [
+        _Lot(p, p.kind, axes_of(p, topology), p.bytes * w, int(p.count)) for p, w in zip(planned, widths, strict=True)
+    ]
     found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
     pairing = _Pairing(lots, found)
     pairing.run()

@@ -15,7 +15,8 @@ from autoshard.blocks import Traced
 from autoshard.devices import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.execution import abstract
-from autoshard.infeasible import explained
+from autoshard.infeasible import conflict, explained
+from autoshard.pins import PinError, Pins, with_pins
 from autoshard.plan import Plan
 from autoshard.trace import fingerprint, trace
 from costmodels.topology import Topology
@@ -35,6 +36,8 @@ class Options:
     reserve_bytes: float | None = None
     time_limit: float | None = None
     progress: Callable[[str], None] | None = None
+    pins: Pins | None = None
+    fold: bool = True
 
     def limits(self) -> Limits:
         """When the search stops."""
@@ -63,6 +66,8 @@ def search(
     reserve_bytes: float | None = None,
     time_limit: float | None = None,
     progress: Callable[[str], None] | None = None,
+    pins: Pins | None = None,
+    fold: bool = True,
 ) -> Plan:
     """Searches the layout of every array and operation of a function that makes one step fastest on a topology.
 
@@ -80,10 +85,15 @@ def search(
     - `reserve_bytes`: memory of each chip to leave free; by default a twentieth, for what a compiler may need on top.
     - `time_limit`: seconds after which the best plan so far is returned, with the gap that is left.
     - `progress`: called with a line of text now and then; by default these go to the log "autoshard".
+    - `pins`: layouts that you decide: `{"params.*.wq": P(None, "x", ("y", "z"))}`, patterns over dotted argument paths, or
+      a tree of specs per argument with `None` for what is free. `autoshard.pin` pins intermediates.
+    - `fold`: whether the layers that a Python loop unrolled are laid out alike, which makes depth free. Without it, layers may
+      differ, and the search takes as many times longer.
 
-    **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, and `InfeasibleError` when no layout fits.
+    **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
+    `InfeasibleError` when no layout fits.
     """
-    options = Options(donate_argnums, name, strict, reserve_bytes, time_limit, progress)
+    options = Options(donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold)
     where = topology_of(topology)
     return planned(traced_for(fn, args, options), where, options)
 
@@ -104,13 +114,15 @@ def traced_for(fn: Callable[..., Any], args: Sequence[Any], options: Options) ->
 def planned(target: Target, topology: Topology, options: Options) -> Plan:
     """Searches, and turns what was found into a plan in the user's words.
 
-    **Raises:** `InfeasibleError`.
+    **Raises:** `InfeasibleError`, `PinError`.
     """
+    program, pinned = with_pins(target.traced.program, target.traced.paths, topology, options.pins)
     try:
-        solution = solve(target.traced.program, topology, options.limits(), options.progress or _LOG.info)
+        solution = solve(program, topology, options.limits(), options.progress or _LOG.info, fold=options.fold)
     except NoPlan as error:
-        raise explained(error) from error
-    return _plan(target, solution)
+        clash = conflict(program, pinned, topology, options.limits())
+        raise (PinError(clash) if clash else explained(error)) from error
+    return plan_of(replace(target, traced=replace(target.traced, program=program)), solution)
 
 
 def _positions(donate_argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -123,7 +135,8 @@ def _positions(donate_argnums: int | Sequence[int], count: int) -> tuple[int, ..
     return tuple(sorted({at % count for at in given}))
 
 
-def _plan(target: Target, solution: Solution) -> Plan:
+def plan_of(target: Target, solution: Solution) -> Plan:
+    """A solution as a plan in the user's words."""
     traced = target.traced
     results = jax.tree_util.tree_unflatten(traced.out_tree, [0] * traced.out_tree.num_leaves)
     return Plan(

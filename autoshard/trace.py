@@ -84,6 +84,8 @@ def fingerprint(program: Program) -> str:
     for op in program.operations:
         costs = (op.op_class, [sorted(group) for group in op.linear], op.traffic, op.flops_per_point, op.dtype)
         digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region, costs)).encode())
+        if op.pinned is not None:
+            digest.update(repr(op.pinned).encode())
     digest.update(repr((program.regions, program.results, program.donated)).encode())
     return digest.hexdigest()
 

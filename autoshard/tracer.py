@@ -26,6 +26,7 @@ from autoshard.jaxprs import (
     unique,
     without_sharding,
 )
+from autoshard.pins import pinned_by
 from autoshard.rules import Rule, rule_for
 from autoshard.sources import is_jax_own, itemsize_of, source_of
 from costmodels.program import Factor, OpClass, Operation, Region, Use, Value
@@ -176,11 +177,13 @@ class Tracer:
                     f"{name} at {where} has no sharding rule; register one, or trace without strict"
                 )
             self.warnings.append(f"{name} at {where} has no sharding rule: its arrays are whole on every chip")
+        pinned = pinned_by(name, eqn.params, len(eqn.outvars[0].aval.shape)) if eqn.outvars else None
         eqn = without_sharding(eqn)
         index = self.reserve()
         origin = self._origin(name, operands)
         results = tuple(self.value(v.aval, f"{name} ({where})", region, origin) for v in eqn.outvars)
-        self.operations[index] = self._costed(eqn, rule, operands, results, region, where)
+        op = self._costed(eqn, rule, operands, results, region, where)
+        self.operations[index] = dataclasses.replace(op, pinned=pinned)
         return OpStep(index, eqn, rule, operands, results)
 
     def _costed(self, eqn, rule: Rule, operands, results, region, where) -> Operation:

@@ -11,6 +11,7 @@ Everything here is plain frozen data: no JAX, no solver.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,9 @@ OpClass = Literal["matmul", "fused", "memory", "boundary", "source", "sink"]
 its neighbours' kernels; `memory` moves data through HBM; `boundary` enters, leaves or goes round a loop; `source` and
 `sink` are the program's arguments and results.
 """
+
+Pinned = tuple[tuple[str, ...] | None, ...]
+"""Per dimension the mesh axes that split it, because the user says so; `None` where the dimension is free."""
 
 REDUCED_INSIDE = ("max", "min", "and", "or")
 
@@ -83,6 +87,7 @@ class Operation:
       are partial) and `({0}, {1})` for a product (either is).
     - `traffic`: the operands (0, 1, ...) and results (-1, -2, ...) that are read from or written to HBM.
     - `flops_per_point`: floating-point operations per point of the product of all factors.
+    - `pinned`: the layout that the first result must come in, where the user decided it.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Operation:
     dtype: str = "bfloat16"
     source: str = ""
     exact: bool = True
+    pinned: Pinned | None = None
 
     def use(self, index: int) -> Use:
         """The operand (0, 1, ...) or result (-1, -2, ...) that `traffic` names."""
@@ -173,6 +179,17 @@ class Program:
             for k, use in enumerate(op.inputs):
                 found.setdefault(use.value, []).append((i, k))
         return {value: tuple(uses) for value, uses in found.items()}
+
+    @cached_property
+    def reads(self) -> dict[str, int]:
+        """Argument path to how often operations read the argument or a view of it, but for those that make further views."""
+        found: Counter[str] = Counter()
+        for op in self.operations:
+            made = {self.values[use.value].origin for use in op.outputs}
+            found.update(
+                origin for use in op.inputs if (origin := self.values[use.value].origin) and origin not in made
+            )
+        return dict(found)
 
     @cached_property
     def matmul_before(self) -> tuple[int, ...]:

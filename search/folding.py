@@ -180,7 +180,7 @@ def _key(program: Program, op: Operation) -> tuple:
     uses = (*op.inputs, *op.outputs)
     arrays = tuple((program.values[use.value].shape, program.values[use.value].dtype) for use in uses)
     runs = tuple(program.multiplicity(use.region) for use in uses)
-    work = (op.op_class, op.flops_per_point, op.dtype, op.exact)
+    work = (op.op_class, op.flops_per_point, op.dtype, op.exact, op.pinned)
     return (op.primitive, op.signature, arrays, runs, program.multiplicity(op.region), work)
 
 

@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from costmodels.operations import price
-from costmodels.program import Operation, Program
+from costmodels.program import Operation, Pinned, Program
 from costmodels.topology import Topology
 from search.folding import unfolded
 from search.layouts import Layout
@@ -142,6 +142,12 @@ def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Proble
     return replace(problem, nodes=tuple(restricted(node) for node in problem.nodes))
 
 
+def _obeys(layout: Layout, pinned: Pinned) -> bool:
+    """Whether a layout is the one that the user decided on."""
+    same = all(axes is None or dim == axes for dim, axes in zip(layout.dims, pinned, strict=True))
+    return same and not layout.partial
+
+
 def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
     """Seconds of the all-reduces that run within an operation (the maximum over a split dimension)."""
     found = np.zeros(len(space.strategies))
@@ -199,7 +205,11 @@ class _Builder:
         op = self.program.operations[i]
         space = strategy_space(op, self.sizes)
         self.spaces.append(space)
-        self.nodes.append(Node(op.name, i, -1, space.strategies, np.zeros(len(space.strategies))))
+        cost = np.zeros(len(space.strategies))
+        if op.pinned is not None:
+            allowed = [_obeys(layout, op.pinned) for layout in space.outputs[0]]
+            cost = np.where(allowed, 0.0, FORBIDDEN)
+        self.nodes.append(Node(op.name, i, -1, space.strategies, cost))
         return len(self.nodes) - 1
 
     def _price_nodes(self) -> None:

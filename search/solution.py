@@ -40,7 +40,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Collective:
-    """A planned collective: kind, axes, payload bytes per chip, executions in one step, seconds of all of them."""
+    """A planned collective: kind, axes, payload bytes per chip, executions in one step, seconds of all of them.
+
+    `operation` and `operand` say for which use a value changes layout, as a `Move` does.
+    """
 
     kind: str
     axes: Axes
@@ -49,6 +52,7 @@ class Collective:
     seconds: float
     value: int
     operation: int
+    operand: int = 0
 
 
 def choice_of(problem: Problem, states: np.ndarray) -> Choice:
@@ -126,7 +130,9 @@ def collectives(program: Program, topology: Topology, choice: Choice) -> tuple[C
                 continue
             payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
             seconds = float(step_seconds(step.kind, step.axes, payload, topology)) * count
-            found.append(Collective(step.kind, step.axes, payload, count, seconds, move.value, move.operation))
+            found.append(
+                Collective(step.kind, step.axes, payload, count, seconds, move.value, move.operation, move.operand)
+            )
     return (*found, *_inside(program, topology, choice))
 
 

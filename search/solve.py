@@ -6,7 +6,7 @@ build ──► ascend: sweep the dual, read off plans, strike out states ──
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from search.ascent import TOLERANCE, Ascent, Say
 from search.branch import PRECISION, Branching
 from search.check import Check, check
 from search.folding import classes as folded
-from search.folding import unfolded
+from search.folding import tied, unfolded
 from search.incumbent import overflow
 from search.memory import rows
 from search.problem import Problem, allowing, build
@@ -42,6 +42,9 @@ class Limits:
     deterministic_seconds: float = 120.0
     wall_seconds: float = 600.0
     reserve_bytes: float | None = None
+
+
+DEFAULTS = Limits()
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ class NoPlan(Exception):
 def search(
     program: Program,
     topology: Topology,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULTS,
     say: Say = lambda _: None,
     allow: Callable[[int, Strategy], bool] | None = None,
     fold: bool = True,
+    ties: Sequence[tuple[int, int]] = (),
 ) -> Solution:
     """Finds the fastest plan that fits, and proves it.
 
@@ -99,13 +103,14 @@ def search(
 
     - `allow`: which strategies operations may take, by operation number; all by default. What it forbids is pinned away,
       as an argument's layout is by allowing one strategy of its source. Of a class of like operations the first is asked for.
+    - `ties`: pairs of operations that take one strategy, as the same argument of two phases does.
     - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies (`search.folding`).
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, or none is allowed.
     """
     started = time.monotonic()
     reserve = RESERVE_PART * topology.chip.usable_hbm_bytes if limits.reserve_bytes is None else limits.reserve_bytes
-    classes = folded(program) if fold else unfolded(program)
+    classes = tied(folded(program) if fold else unfolded(program), ties)
     problem = build(program, topology, topology.chip.usable_hbm_bytes - reserve, classes)
     if allow is not None:
         problem = allowing(problem, allow)

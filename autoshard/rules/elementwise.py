@@ -12,7 +12,9 @@ regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic sh
 tan tanh threefry2x32 xor zeta
 """.split()
 LINEAR = "conj copy imag name neg real reduce_precision stop_gradient".split()
-MARKERS = "device_put layout_constraint pvary reshard sharding_constraint with_memory_space_constraint".split()
+MARKERS = """
+autoshard_pin device_put layout_constraint pvary reshard sharding_constraint with_memory_space_constraint
+""".split()
 
 
 def _pointwise(inputs, outputs, linear=(), **fields) -> Rule:

@@ -1,0 +1,245 @@
+"""Several phases of one model, laid out together: one layout of the weights, and the cache handed from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+from autoshard.devices import topology_of
+from autoshard.errors import AutoshardError
+from autoshard.infeasible import explained
+from autoshard.pins import dotted
+from autoshard.plan import Plan
+from autoshard.planning import Options, Target, plan_of, traced_for
+from autoshard.tables import time
+from autoshard.workload import Workload
+from costmodels.topology import Topology
+from search.phases import Phases, Place
+from search.phases import search_phases as solve
+from search.solve import NoPlan, Proof
+
+Handoff = tuple[str, str]
+"""`("prefill.result[1]", "decode.cache")`: a result of one phase, and the argument of another that takes it over."""
+
+
+@dataclass(frozen=True)
+class PhasePlans(Mapping[str, Plan]):
+    """The plans of several phases that share layouts, by the phases' names.
+
+    - `weights`: how often each phase counts; `proof` is about the weighted sum of the phases' times.
+    - `alone_seconds`: what each phase would take if it had its arrays to itself.
+    - `handoff_seconds`: to change the layout of what is handed over, once; `handed` names it.
+    """
+
+    plans: Mapping[str, Plan]
+    weights: Mapping[str, float]
+    alone_seconds: Mapping[str, float]
+    proof: Proof
+    handoff_seconds: float
+    handed: tuple[Handoff, ...]
+
+    def __getitem__(self, name: str) -> Plan:
+        return self.plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def explain(self) -> str:
+        """What sharing costs each phase, as text."""
+        width = max(map(len, self.plans))
+        lines = [f"{'phase':{width}}  weight      alone     shared   sharing costs"]
+        for name, plan in self.plans.items():
+            alone, here = self.alone_seconds[name], plan.estimate.seconds
+            cost = f"{time(here - alone)} ({here / alone - 1:.1%})" if here > alone * (1 + 1e-9) else "nothing"
+            lines.append(f"{name:{width}}  {self.weights[name]:6g} {time(alone):>10} {time(here):>10}   {cost}")
+        for result, argument in self.handed:
+            lines.append(f"{result} becomes {argument}.")
+        if self.handed:
+            lines.append(f"Handing over takes {time(self.handoff_seconds)} a time.")
+        proof = self.proof
+        lines.append(
+            f"Weighted sum {time(proof.objective_seconds)}: {proof.status}, gap {proof.gap:.2%},"
+            f" found in {proof.wall_seconds:.1f} s."
+        )
+        return "\n".join(lines) + "\n"
+
+
+def search_phases(
+    workloads: Mapping[str, Workload],
+    *,
+    shared: str | Mapping[str, str],
+    topology: str | PathLike[str] | Topology,
+    weights: Mapping[str, float] | None = None,
+    handoffs: Sequence[Handoff] | None = None,
+    reserve_bytes: float | None = None,
+    time_limit: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> PhasePlans:
+    """Searches one layout of the shared arrays under which several phases are fastest together.
+
+        plans = autoshard.search_phases(
+            {"prefill": prefill(batch=64), "decode": decode(batch=64)},
+            shared="params", weights={"prefill": 1, "decode": 64}, topology="v4:4x4x4",
+        )
+        plans["decode"].in_specs; print(plans.explain())
+
+    **Arguments:**
+
+    - `shared`: the argument whose arrays all phases share, by name; a mapping from phase to name if the names differ.
+    - `weights`: how often each phase counts; once by default.
+    - `handoffs`: pairs like `("prefill.result[1]", "decode.cache")`. By default every donated argument takes over the result
+      of an earlier phase that ends in the same path (`['k']`), has its type, and its shape but for one dimension.
+    - The others as for `autoshard.search`.
+
+    **Raises:** `AutoshardError` for phases that share nothing or handoffs that do not fit, `InfeasibleError`.
+    """
+    where = topology_of(topology)
+    options = Options(reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
+    targets = {
+        name: traced_for(work.fn, work.args, Options(work.donate_argnums, work.name or name))
+        for name, work in workloads.items()
+    }
+    rates = [float((weights or {}).get(name, 1.0)) for name in targets]
+    if unknown := set(weights or ()) - set(targets):
+        raise AutoshardError(f"There is no phase {sorted(unknown)[0]!r} to weigh; there are {', '.join(targets)}.")
+    pairs = _handed(targets, handoffs)
+    try:
+        found = solve(
+            [target.traced.program for target in targets.values()],
+            rates,
+            where,
+            _shared(targets, shared),
+            [(a, b) for a, b, _ in pairs],
+            options.limits(),
+            progress or (lambda _: None),
+        )
+    except NoPlan as error:
+        raise explained(error) from error
+    return _plans(targets, found, tuple(dict.fromkeys(words for _, _, words in pairs)))
+
+
+def _plans(targets: Mapping[str, Target], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:
+    names = list(targets)
+    return PhasePlans(
+        {name: plan_of(targets[name], part) for name, part in zip(names, found.solutions, strict=True)},
+        dict(zip(names, found.weights, strict=True)),
+        {name: alone.check.seconds for name, alone in zip(names, found.alone, strict=True)},
+        found.proof,
+        found.handoff_seconds,
+        handed,
+    )
+
+
+def _shared(targets: Mapping[str, Target], shared: str | Mapping[str, str]) -> list[tuple[Place, Place]]:
+    """Pairs of the first phase's shared arguments with those of every other, by the path inside the argument."""
+    heads = {name: shared if isinstance(shared, str) else shared.get(name, "") for name in targets}
+    each = [_inside(target, heads[name]) for name, target in targets.items()]
+    for name, found in zip(targets, each, strict=True):
+        if not found:
+            raise AutoshardError(f"Phase {name!r} has no argument {heads[name]!r} to share.")
+    pairs = []
+    for phase, found in enumerate(each[1:], 1):
+        for path, position in found.items():
+            if path not in each[0]:
+                raise AutoshardError(
+                    f"Phase {list(targets)[phase]!r} shares {path or 'an array'}, which the first has not."
+                )
+            first = each[0][path]
+            arrays = [_argument(target, at) for target, at in _two(targets, phase, first, position)]
+            if len(set(arrays)) > 1:
+                raise AutoshardError(f"The shared {path} is {arrays[0]} in one phase and {arrays[1]} in another.")
+            pairs.append(((0, first), (phase, position)))
+    return pairs
+
+
+def _two(targets: Mapping[str, Target], phase: int, first: int, position: int) -> list[tuple[Target, int]]:
+    each = list(targets.values())
+    return [(each[0], first), (each[phase], position)]
+
+
+def _inside(target: Target, head: str) -> dict[str, int]:
+    """The arguments below a name: the path inside it to the position."""
+    return {
+        path[len(head) :]: at
+        for at, path in enumerate(target.traced.paths)
+        if path == head or path.startswith((head + "[", head + "."))
+    }
+
+
+def _argument(target: Target, position: int) -> tuple[tuple[int, ...], str]:
+    program = target.traced.program
+    value = program.values[program.operations[program.arguments[position]].outputs[0].value]
+    return value.shape, value.dtype
+
+
+def _result(target: Target, position: int) -> tuple[tuple[int, ...], str] | None:
+    program = target.traced.program
+    uses = program.operations[program.results[position]].inputs
+    return (program.values[uses[0].value].shape, program.values[uses[0].value].dtype) if uses else None
+
+
+def _handed(targets: Mapping[str, Target], handoffs: Sequence[Handoff] | None) -> list[tuple[Place, Place, Handoff]]:
+    """The handed-over arrays, leaf by leaf, with the words for them."""
+    return _alike(targets) if handoffs is None else [pair for each in handoffs for pair in _named(targets, each)]
+
+
+def _alike(targets: Mapping[str, Target]) -> list[tuple[Place, Place, Handoff]]:
+    """Donated arguments, each with the one earlier result that it could be."""
+    names, found = list(targets), []
+    for phase, target in enumerate(targets.values()):
+        for argument, _ in target.traced.program.donated:
+            path = target.traced.paths[argument]
+            fits = [
+                (before, at)
+                for before in range(phase)
+                for at, result in enumerate(targets[names[before]].traced.result_paths)
+                if _last(result) == _last(path)
+                and _nearly(_result(targets[names[before]], at), _argument(target, argument))
+            ]
+            if len(fits) == 1:
+                (before, at) = fits[0]
+                words = f"{names[before]}.{targets[names[before]].traced.result_paths[at]}", f"{names[phase]}.{path}"
+                found.append((fits[0], (phase, argument), words))
+    return found
+
+
+def _last(path: str) -> str:
+    return dotted(path).rpartition(".")[2]
+
+
+def _nearly(result: tuple[tuple[int, ...], str] | None, argument: tuple[tuple[int, ...], str]) -> bool:
+    """Whether a result could be an argument: the same type, and the same shape but for one dimension."""
+    if result is None or result[1] != argument[1] or len(result[0]) != len(argument[0]):
+        return False
+    return sum(n != m for n, m in zip(result[0], argument[0], strict=True)) <= 1
+
+
+def _named(targets: Mapping[str, Target], handoff: Handoff) -> Iterator[tuple[Place, Place, Handoff]]:
+    """The leaves of a handoff that the user named."""
+    sides = []
+    for text, kind in zip(handoff, ("result", "argument"), strict=True):
+        name, _, head = text.partition(".")
+        if name not in targets:
+            raise AutoshardError(f"The handoff {text!r} names no phase; there are {', '.join(targets)}.")
+        traced = targets[name].traced
+        paths = traced.result_paths if kind == "result" else traced.paths
+        below = {
+            p[len(head) :]: at for at, p in enumerate(paths) if p == head or p.startswith((head + "[", head + "."))
+        }
+        if not below:
+            raise AutoshardError(f"The handoff {text!r} names no {kind} of {name}; there are {', '.join(paths[:4])}.")
+        sides.append((list(targets).index(name), below))
+    (before, given), (after, taken) = sides
+    if given.keys() != taken.keys():
+        raise AutoshardError(f"{handoff[0]} and {handoff[1]} nest differently: {sorted(given)} and {sorted(taken)}.")
+    each = list(targets.values())
+    for path, at in given.items():
+        if not _nearly(_result(each[before], at), _argument(each[after], taken[path])):
+            raise AutoshardError(
+                f"{handoff[0]}{path} and {handoff[1]}{path} differ in type, or in more than one dimension."
+            )
+        yield (before, at), (after, taken[path]), handoff
