@@ -39,16 +39,25 @@ from math import prod
 from typing import Literal
 
 import numpy as np
-import sympy
 
+from costmodels.symbolic import sympy
 from costmodels.topology import Axis
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 Axes = tuple[Axis, ...]
 Bytes = float | np.ndarray
 
-BYTES = sympy.Symbol("V", nonnegative=True)
-LAUNCH = sympy.Symbol("o", nonnegative=True)
+
+@cache
+def bytes_symbol() -> sympy.Symbol:
+    """$V$: bytes on one chip."""
+    return sympy.Symbol("V", nonnegative=True)
+
+
+@cache
+def launch_symbol() -> sympy.Symbol:
+    """$o$: seconds to launch the collective."""
+    return sympy.Symbol("o", nonnegative=True)
 
 
 def size_symbol(axis: Axis) -> sympy.Symbol:
@@ -69,7 +78,7 @@ def hop_symbol(axis: Axis) -> sympy.Symbol:
 def values(axes: Sequence[Axis]) -> dict[sympy.Symbol, float]:
     """What the symbols of `expression` stand for on these axes; all but the bytes."""
     launches = (axis.launch_seconds for axis in axes if axis.size > 1)
-    found: dict[sympy.Symbol, float] = {LAUNCH: max(launches, default=0.0)}
+    found: dict[sympy.Symbol, float] = {launch_symbol(): max(launches, default=0.0)}
     for axis in axes:
         found |= {size_symbol(axis): axis.size, bandwidth_symbol(axis): axis.bytes_per_second}
         found[hop_symbol(axis)] = axis.hop_seconds
@@ -87,7 +96,7 @@ def expression(kind: str, axes: Sequence[Axis]) -> sympy.Expr:
     if kind not in _SECONDS:
         raise ValueError(f"There is no collective {kind!r}; there are {', '.join(_SECONDS)}.")
     taking_part = tuple(axis for axis in axes if axis.size > 1)
-    return _SECONDS[kind](taking_part) + LAUNCH if taking_part else sympy.Integer(0)
+    return _SECONDS[kind](taking_part) + launch_symbol() if taking_part else sympy.Integer(0)
 
 
 def seconds(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
@@ -176,7 +185,7 @@ def _bandwidth(axis: Axis) -> sympy.Expr:
 
 def _gather_phase(axes: Axes) -> sympy.Expr:
     shares = ((_chips(s) - 1) / (_chips(axes) * sympy.Add(*map(_bandwidth, s))) for s in _deciding(axes))
-    return BYTES * _largest(shares) + _latency(axes)
+    return bytes_symbol() * _largest(shares) + _latency(axes)
 
 
 def _chips(axes: Axes) -> sympy.Expr:
@@ -217,7 +226,7 @@ def _exchange_load(axis: Axis) -> sympy.Expr:
 
 
 def _all_to_all(axes: Axes) -> sympy.Expr:
-    return BYTES * _largest(map(_exchange_load, axes)) + _latency(axes)
+    return bytes_symbol() * _largest(map(_exchange_load, axes)) + _latency(axes)
 
 
 # Collective-permute: each chip sends V to one other, and receives from one. The permutation is not known here, so this
@@ -232,7 +241,7 @@ def _permute_load(axis: Axis) -> sympy.Expr:
 
 
 def _permute(axes: Axes) -> sympy.Expr:
-    return BYTES * _largest(map(_permute_load, axes)) + _latency(axes)
+    return bytes_symbol() * _largest(map(_permute_load, axes)) + _latency(axes)
 
 
 _SECONDS: Mapping[str, Callable[[Axes], sympy.Expr]] = {
@@ -255,4 +264,4 @@ def _compiled(kind: str, axes: Axes) -> Callable[[Bytes], Bytes]:
 def _compiled_nameless(kind: str, axes: Axes) -> Callable[[Bytes], Bytes]:
     """Seconds as a function of bytes alone: the axes' numbers are put in before it is compiled."""
     cost = expression(kind, axes).xreplace({symbol: sympy.sympify(value) for symbol, value in values(axes).items()})
-    return sympy.lambdify(BYTES, cost, "numpy") if axes else lambda bytes: bytes * 0.0
+    return sympy.lambdify(bytes_symbol(), cost, "numpy") if axes else lambda bytes: bytes * 0.0

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
-import sympy
 
 from costmodels.chips import Chip
 from costmodels.program import Operation, Program
+from costmodels.symbolic import sympy
 
 Array = np.ndarray
 

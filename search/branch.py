@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from search.ascent import Ascent
 from search.bound import Snapshot
 from search.incumbent import decode, overflow
-from search.model import Answer, solve
 from search.problem import FORBIDDEN
 from search.symmetry import surroundings
+
+if TYPE_CHECKING:
+    from search.model import Answer
 
 _FIRST_WINDOW = 1e-6
 """The first window that CP-SAT searches, as a part of the bound."""
@@ -174,6 +177,8 @@ class Branching:
         return self.dual.bound()
 
     def _window(self, width: float) -> Answer:
+        from search.model import solve  # brings in OR-Tools, which takes long and most runs do without
+
         left = sum(len(keep) for keep in self.dual.keep)
         wall = max(self.stop - time.monotonic(), 0.1)
         answer = solve(self.dual, self.ascent.rows, self.ascent.best, width, self.deterministic_seconds, wall)

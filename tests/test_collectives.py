@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import axes, axis_sets, links, renamed, topologies
 
-from costmodels.collectives import BYTES, expression, seconds, values, wire_bytes
+from costmodels.collectives import bytes_symbol, expression, seconds, values, wire_bytes
 from costmodels.topology import Axis, parse_topology
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -35,7 +35,7 @@ def over(text: str, names: str):
 
 @given(kinds, axis_sets(), byte_counts)
 def test_numbers_are_those_of_the_expression(kind, axis_set, count):
-    stands_for = {**values(axis_set), BYTES: count}
+    stands_for = {**values(axis_set), bytes_symbol(): count}
     by_symbols = sympy.lambdify(list(stands_for), expression(kind, axis_set), "math")
     assert seconds(kind, axis_set, count) == pytest.approx(by_symbols(*stands_for.values()), rel=1e-12)
 
