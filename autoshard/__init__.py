@@ -4,6 +4,7 @@ from autoshard._audit import Audit as Audit
 from autoshard._audit import audit as audit
 from autoshard.decorator import autoshard as autoshard
 from autoshard.errors import AutoshardError as AutoshardError
+from autoshard.errors import ExportError as ExportError
 from autoshard.errors import InfeasibleError as InfeasibleError
 from autoshard.errors import PlanMismatchError as PlanMismatchError
 from autoshard.errors import TopologyError as TopologyError

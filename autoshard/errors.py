@@ -25,3 +25,7 @@ class TopologyError(AutoshardError):
 
 class TraceError(AutoshardError):
     """A function or a target file could not be traced; the cause is chained."""
+
+
+class ExportError(AutoshardError):
+    """A plan cannot be said in another format; names the arrays that cannot, and what would do."""

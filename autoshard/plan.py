@@ -7,7 +7,7 @@ fingerprint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -219,6 +219,38 @@ class Plan:
     def _mesh_at_hand(self) -> Mesh:
         return execution.mesh_in_context(self) or self.make_mesh()
 
+    def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
+        """The arguments as `jax.ShapeDtypeStruct`s that know where they lie: what Orbax restores a checkpoint into.
+
+            params = checkpointer.restore(path, plan.abstract_args(argument="params"))
+
+        **Arguments:**
+
+        - `mesh`: the mesh to lie on; that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `argument`: one argument, by its name or position, instead of the tuple of all.
+
+        A plan from a file has dicts for custom pytree nodes, as `in_specs` has.
+
+        **Raises:** `ExportError` when there is no such argument, `TopologyError` if the mesh has not the plan's axes.
+        """
+        from autoshard.export.arrays import position
+
+        at = None if argument is None else position(self, argument)
+        mesh = mesh or self._mesh_at_hand()
+        execution.check_mesh(self, mesh)
+        found = self._arguments_like(
+            [
+                jax.ShapeDtypeStruct(
+                    array.shape,
+                    jax.numpy.dtype(array.dtype),
+                    sharding=NamedSharding(mesh, spec_of(array.layout)),
+                    weak_type=array.weak,
+                )
+                for array in self.arguments
+            ]
+        )
+        return found if at is None else found[at]
+
     # --- words and files -----------------------------------------------------------------------------------------
 
     def explain(self, symbolic: bool = False) -> str:
@@ -232,3 +264,39 @@ class Plan:
         from autoshard.plan_file import save
 
         save(self, path)
+
+    def export(
+        self,
+        format: str,
+        path: str | PathLike[str] | None = None,
+        *,
+        argument: str | int | None = None,
+        names: Any = None,
+        axes: Mapping[str, str] | None = None,
+    ) -> str:
+        """The layouts of the arguments in a format that others read, as text; also written to `path` if that is given.
+
+            plan.export("rules", "partition_rules.py", argument="params")
+
+        **Arguments:**
+
+        - `format`: "specs", a pytree of `PartitionSpec`s as Python source; "rules", ordered pairs of a regular expression over
+          `/`-joined paths and a `PartitionSpec`, as Python source; "flax", rules for logical axes as Python source; "maxtext",
+          the same as MaxText's `custom_mesh_and_rule` YAML.
+        - `argument`: one argument, by its name or position, instead of all; paths then start inside it.
+        - `names`: for logical axes, the names of the arrays' dimensions: a pytree of tuples (or `PartitionSpec`s) of names, or
+          a mapping of regular expressions over paths to tuples of names. By default (not for MaxText) dimensions of one
+          size have one name.
+        - `axes`: other names for mesh axes, such as `{"x": "data", "y": "model"}`.
+
+        **Raises:** `ExportError` for what the format cannot say, with the arrays; `OSError` when the file cannot be written.
+        """
+        from pathlib import Path
+
+        from autoshard.export import export
+        from autoshard.plan_file import write_whole
+
+        text = export(self, format, argument, names, axes)
+        if path is not None:
+            write_whole(Path(path), text)
+        return text

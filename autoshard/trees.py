@@ -91,6 +91,23 @@ def leaf_count(data: Data) -> int:
     return 1 if data == LEAF else sum(leaf_count(child) for child in _children(data))
 
 
+def paths(data: Data) -> list[tuple[str, ...]]:
+    """The keys that lead to each array, as text, in JAX's order."""
+    if data == LEAF:
+        return [()]
+    keyed = zip(_keys(data), _children(data), strict=True) if data is not None else ()
+    return [(key, *path) for key, child in keyed for path in paths(child)]
+
+
+def _keys(data: Data) -> list[str]:
+    content = next(content for content in data.values() if not isinstance(content, str))
+    if isinstance(content, dict):
+        return list(content)
+    if next(iter(data)) in ("items", "ordered"):
+        return [str(key) for key, _ in content]
+    return [str(at) for at in range(len(content))]
+
+
 def unknown_class(data: Data) -> str | None:
     """The name of the first class that `rebuild` replaces by a dict; `None` when it rebuilds everything."""
     if isinstance(data, dict):

@@ -1,0 +1,85 @@
+"""`autoshard export`: a plan's layouts as configuration for other programs."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autoshard.cli import common
+
+
+class Format(StrEnum):
+    """What to write."""
+
+    specs = "specs"
+    rules = "rules"
+    flax = "flax"
+    maxtext = "maxtext"
+
+
+def export(
+    plan: common.PlanFile,
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format", "-f", help="PartitionSpecs or regex rules as Python, logical axes for Flax or MaxText."
+        ),
+    ],
+    argument: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This argument only; paths then start inside it.")
+    ] = None,
+    axes: Annotated[
+        list[str] | None, typer.Option("--axis", metavar="AXIS=NAME", help="Rename a mesh axis; may be repeated.")
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NAMES.json",
+            exists=True,
+            dir_okay=False,
+            help='Names of dimensions, for logical axes: {"REGEX over paths": ["embed", null, ...], ...}.',
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Write the layouts of a plan's arguments in a format that other programs read.
+
+    autoshard export plan.json --format rules --argument params -o partition_rules.py
+    """
+    from autoshard.plan_file import load
+
+    with common.reported(verbose):
+        common.writable(output, force)
+        text = load(plan).export(format.value, output, argument=argument, names=_names(names), axes=_axes(axes))
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
+            typer.echo(f"Wrote {output}.", err=True)
+
+
+def _axes(pairs: list[str] | None) -> dict[str, str]:
+    found = {}
+    for pair in pairs or ():
+        axis, sign, name = pair.partition("=")
+        if not sign or not name.isidentifier():
+            raise common.Misuse(f"--axis {pair} is no AXIS=NAME, such as x=data.")
+        found[axis] = name
+    return found
+
+
+def _names(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise common.Misuse(f"{path} is no JSON: {error}.") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(each, list) for each in found.values()):
+        raise common.Misuse(f'{path} maps no regular expressions to lists of names: {{"mlp/wi$": ["embed", "mlp"]}}.')
+    return found

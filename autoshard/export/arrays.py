@@ -1,0 +1,114 @@
+"""The arguments of a plan by their `/`-joined paths, and mesh axes by other names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autoshard import trees
+from autoshard.errors import ExportError
+from search.layouts import Layout
+
+if TYPE_CHECKING:
+    from autoshard.plan import Plan
+
+Axes = Mapping[str, str] | None
+"""Other names for mesh axes; those that are left out keep theirs."""
+Spec = tuple[str | tuple[str, ...] | None, ...]
+"""The entries of a `PartitionSpec`, without trailing `None`s."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of an argument: the argument's name, the keys that lead to the array inside it, and its entries."""
+
+    head: str
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    spec: Spec
+
+    @property
+    def path(self) -> str:
+        """Where it is, from the argument's name on: `params/layers/wq`."""
+        return "/".join((self.head, *self.keys))
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Where it is inside its argument; the argument's own name where that is an array."""
+        return self.keys or tuple(self.head.split("/"))
+
+    def entry(self, dimension: int) -> str | tuple[str, ...] | None:
+        """The mesh axes of one dimension."""
+        return self.spec[dimension] if dimension < len(self.spec) else None
+
+
+def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> tuple[Leaf, ...]:
+    """The arrays of all arguments, or of one, in order.
+
+    **Raises:** `ExportError` when there is no such argument.
+    """
+    chosen = None if argument is None else position(plan, argument)
+    names, paths = heads(plan), trees.paths(plan.in_tree)
+    return tuple(
+        Leaf(names[int(keys[0])], keys[1:], array.shape, entries(array.layout, axes))
+        for keys, array in zip(paths, plan.arguments, strict=True)
+        if chosen is None or int(keys[0]) == chosen
+    )
+
+
+def heads(plan: Plan) -> list[str]:
+    """The names of the arguments; those of `*args` are numbered, and one without arrays is called by its position."""
+    found: dict[int, str] = {}
+    for keys, array in zip(trees.paths(plan.in_tree), plan.arguments, strict=True):
+        name = re.match(r"\w*", array.path)
+        found.setdefault(int(keys[0]), name[0] if name and name[0] else "argument")
+    count, shared, seen = len(plan.in_tree["tuple"]), Counter(found.values()), Counter[str]()
+    names = []
+    for at in range(count):
+        name = found.get(at, f"argument{at}")
+        names.append(f"{name}/{seen[name]}" if shared[name] > 1 else name)
+        seen[name] += 1
+    return names
+
+
+def position(plan: Plan, argument: str | int) -> int:
+    """Which argument a name or a position means.
+
+    **Raises:** `ExportError`.
+    """
+    names = heads(plan)
+    if isinstance(argument, str) and argument in names:
+        return names.index(argument)
+    if isinstance(argument, int) and -len(names) <= argument < len(names):
+        return argument % len(names)
+    raise ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(names)}.")
+
+
+def mesh_axes(plan: Plan, axes: Axes) -> dict[str, int]:
+    """The mesh as it is to be called: its axes with their sizes.
+
+    **Raises:** `ExportError` for names of axes that the plan has not, or that are given twice.
+    """
+    sizes = plan.topology.axis_sizes
+    unknown = [name for name in axes or () if name not in sizes]
+    if unknown:
+        raise ExportError(f"The plan has no mesh axis {', '.join(unknown)}; it has {', '.join(sizes)}.")
+    renamed = {(axes or {}).get(name, name): size for name, size in sizes.items()}
+    if len(renamed) != len(sizes):
+        raise ExportError(f"The mesh axes {', '.join(sizes)} cannot be called {', '.join(renamed)}: one name each.")
+    return renamed
+
+
+def entries(layout: Layout, axes: Axes = None) -> Spec:
+    """A layout as the entries of a `PartitionSpec`, without trailing `None`s."""
+    called = axes or {}
+    found: list[str | tuple[str, ...] | None] = []
+    for dim in layout.dims:
+        names = tuple(called.get(axis, axis) for axis in dim)
+        found.append(names[0] if len(names) == 1 else names or None)
+    while found and found[-1] is None:
+        found.pop()
+    return tuple(found)

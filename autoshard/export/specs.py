@@ -1,0 +1,119 @@
+"""A plan's layouts as a pytree of `PartitionSpec`s, in Python source that stands alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoshard import trees
+from autoshard.errors import ExportError
+from autoshard.export import python
+from autoshard.export.arrays import Axes, entries, heads, leaves, mesh_axes, position
+from autoshard.export.python import Group, Source, assigned, literal, sequence
+
+if TYPE_CHECKING:
+    from autoshard.plan import Plan
+
+
+def render(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> str:
+    """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested as these are.
+
+    **Raises:** `ExportError` where the arrays are nested in classes that only know themselves how they are made.
+    """
+    imports: set[str] = set()
+    if argument is None:
+        results = [python.spec(entries(array.layout, axes)) for array in plan.results]
+        values = {
+            "IN_SPECS": nested(plan.in_tree, _specs(plan, None, axes), imports, "The arguments"),
+            "OUT_SPECS": nested(plan.out_tree, results, imports, "The results"),
+        }
+        what = f"IN_SPECS are those of the arguments ({', '.join(heads(plan))}), OUT_SPECS those of the result."
+    else:
+        at = position(plan, argument)
+        tree = plan.in_tree["tuple"][at]
+        values = {"SPECS": nested(tree, _specs(plan, at, axes), imports, f"The arrays of {heads(plan)[at]}")}
+        what = f"SPECS are those of {heads(plan)[at]}."
+    return module(
+        plan, f"The layouts of {plan.name}, planned for {plan.topology.name}.\n\n{what}", axes, imports, values
+    )
+
+
+def _specs(plan: Plan, argument: int | None, axes: Axes) -> list[str]:
+    return [python.spec(leaf.spec) for leaf in leaves(plan, argument, axes)]
+
+
+def module(plan: Plan, doc: str, axes: Axes, imports: set[str], values: dict[str, Source]) -> str:
+    """A Python module: its docstring, its imports, `MESH_SHAPE` and some constants."""
+    mesh = Group("{", tuple((f"{literal(name)}: ", str(size)) for name, size in mesh_axes(plan, axes).items()), "}")
+    quoted = doc.replace("\\", "\\\\").replace('"', "'")
+    ending = "\n" if "\n" in quoted else ""
+    needed = sorted({*imports, "from jax.sharding import PartitionSpec as P"}, key=_import_order)
+    standard = [line for line in needed if "collections" in line]
+    others = [line for line in needed if line not in standard]
+    blocks = ["\n".join(lines) for lines in (standard, others) if lines]
+    constants = "\n".join(assigned(name, value) for name, value in {"MESH_SHAPE": mesh, **values}.items())
+    return f'"""{quoted}{ending}"""\n\n' + "\n\n".join([*blocks, constants]) + "\n"
+
+
+def _import_order(line: str) -> list[str]:
+    return line.split()[1].split(".")
+
+
+def nested(data: trees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
+    """A structure of `autoshard.trees` with these leaves, as source; adds to `imports` what it needs.
+
+    **Raises:** `ExportError` where `rebuild` would make a dict of a node.
+    """
+    return _nested(data, iter(leaves), imports, what)
+
+
+def _nested(data: trees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
+    if data is None:
+        return "None"
+    if data == trees.LEAF:
+        return next(leaves)
+
+    def pairs(content: Any) -> tuple[tuple[str, Source], ...]:
+        return tuple((f"{_key(key)}: ", _nested(child, leaves, imports, what)) for key, child in content)
+
+    kind = next(iter(data))
+    match kind:
+        case "list" | "tuple":
+            items = [_nested(child, leaves, imports, what) for child in data[kind]]
+            return sequence(items, "[]" if kind == "list" else "()")
+        case "dict" | "items":
+            return Group("{", pairs(data[kind].items() if kind == "dict" else data[kind]), "}")
+        case "ordered":
+            imports.add("from collections import OrderedDict")
+            return Group("OrderedDict({", pairs(data[kind]), "})")
+        case "namedtuple":
+            name = _imported(data[kind], imports, what)
+            fields = data["fields"].items()
+            return Group(f"{name}(", tuple((f"{k}=", _nested(c, leaves, imports, what)) for k, c in fields), ")")
+        case _:
+            raise ExportError(_unwritable(data[kind], what))
+
+
+def _key(key: Any) -> str:
+    return literal(key) if isinstance(key, str) else repr(key)
+
+
+def _imported(name: str, imports: set[str], what: str) -> str:
+    """The name of a class under which it is imported."""
+    module, _, qualified = name.partition(":")
+    if not qualified.isidentifier() or module == "__main__" or not all(map(str.isidentifier, module.split("."))):
+        raise ExportError(_unwritable(name, what))
+    line = f"from {module} import {qualified}"
+    if any(other.endswith(f" import {qualified}") and other != line for other in imports):
+        raise ExportError(
+            f"{what} are nested in two classes called {qualified}; export rules, or one argument at a time."
+        )
+    imports.add(line)
+    return qualified
+
+
+def _unwritable(name: str, what: str) -> str:
+    return (
+        f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: only the class knows how it is"
+        " made. Export rules, which need no nesting, or another argument."
+    )
