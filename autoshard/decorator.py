@@ -18,6 +18,7 @@ from autoshard.devices import topology_of
 from autoshard.execution import abstract
 from autoshard.plan import Plan
 from autoshard.planning import Options, planned, traced_for
+from autoshard.processes import agreed
 from costmodels.topology import Topology
 
 
@@ -38,7 +39,8 @@ def autoshard(
         decode.plan_for(params, cache, tokens, position).explain()
 
     The first call with new shapes, types or nesting searches, or finds the plan in `cache_dir`; arguments are placed as the
-    plan says, as by `jax.jit`. Within `jax.jit`, `jax.grad` or `jax.vmap` it runs as `plan.apply(fn)` does.
+    plan says, as by `jax.jit`. With several processes the first one searches, and all take its plan; all must make the call
+    (and that of `plan_for`). Within `jax.jit`, `jax.grad` or `jax.vmap` it runs as `plan.apply(fn)` does.
 
     **Arguments:**
 
@@ -105,7 +107,10 @@ class _Planner:
     def plan(self, args: tuple[Any, ...]) -> Plan:
         topology = topology_of(self.topology)
         target = traced_for(self.fn, args, self.options)
-        plan = cached(
-            self.directory, key_of(target, topology, self.options), lambda: planned(target, topology, self.options)
-        )
+        key = key_of(target, topology, self.options)
+
+        def find() -> Plan:
+            return cached(self.directory, key, lambda: planned(target, topology, self.options))
+
+        plan = agreed(target.traced.program.name, key, find)
         return replace(plan, treedefs=(target.traced.in_tree, target.traced.out_tree))

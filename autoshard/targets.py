@@ -108,18 +108,35 @@ def host_devices(count: int) -> list[Any]:
     """
     flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     configured = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)  # pyright: ignore[reportAttributeAccessIssue]
-    if configured < count:
+    # With several processes each has its own, and only the user knows how many.
+    if configured < count and not jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # JAX has started, and the number stands
             jax.config.update("jax_num_cpu_devices", count)
     _quiet_without_tpu()
     devices = jax.devices("cpu")
     if len(devices) < count:
+        raise TargetError(_too_few(count, len(devices)))
+    taking_part = {device.process_index for device in devices[:count]}
+    if len(taking_part) < jax.process_count():
         raise TargetError(
-            f"{count} host devices are needed and JAX has started with {len(devices)}. Start Python with "
-            f"JAX_NUM_CPU_DEVICES={count} (or XLA_FLAGS=--xla_force_host_platform_device_count={count}), or call "
-            f'jax.config.update("jax_num_cpu_devices", {count}) before anything else asks JAX for devices.'
+            f"The first {count} of {len(devices)} host devices are those of {len(taking_part)} of {jax.process_count()}"
+            " processes; plan for all devices, or give each process fewer."
         )
     return devices[:count]
+
+
+def _too_few(count: int, found: int) -> str:
+    if jax.process_count() > 1:
+        each = -(-count // jax.process_count())
+        return (
+            f"{count} host devices are needed and {jax.process_count()} processes have {found} together. Start each with "
+            f"JAX_NUM_CPU_DEVICES={each}."
+        )
+    return (
+        f"{count} host devices are needed and JAX has started with {found}. Start Python with "
+        f"JAX_NUM_CPU_DEVICES={count} (or XLA_FLAGS=--xla_force_host_platform_device_count={count}), or call "
+        f'jax.config.update("jax_num_cpu_devices", {count}) before anything else asks JAX for devices.'
+    )
 
 
 def mesh_of(devices: Sequence[Any], axis_sizes: Mapping[str, int]) -> Mesh:

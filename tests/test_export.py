@@ -330,7 +330,7 @@ def test_abstract_arguments_know_where_they_lie() -> None:
 
 def test_what_is_asked_for_must_be_there() -> None:
     plan, _, _ = planned_block()
-    for options, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"format": "toml"}, "There is no format 'toml'; there are specs, rules, flax, maxtext."),
         ({"format": "rules", "argument": "state"}, "The plan 'run' has no argument 'state'; it has params, tokens."),
         ({"format": "rules", "argument": 2}, "The plan 'run' has no argument 2; it has params, tokens."),
@@ -338,7 +338,8 @@ def test_what_is_asked_for_must_be_there() -> None:
         ({"format": "rules", "axes": {"x": "y"}}, "The mesh axes x, y cannot be called y: one name each."),
         ({"format": "specs", "names": NAMES}, "The format specs has no logical names; flax and maxtext have."),
         ({"format": "maxtext"}, "MaxText's models name their dimensions themselves"),
-    ):
+    )
+    for options, said in cases:
         with pytest.raises(ExportError) as error:
             plan.export(**options)
         assert str(error.value).startswith(said)
