@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,8 @@ from autoshard.emit import emitted, spec_of
 from autoshard.errors import AutoshardError, PlanMismatchError, TopologyError, TraceError
 from autoshard.sources import source_of
 from autoshard.trace import fingerprint, trace
+from costmodels.program import Program
+from search.layouts import Axes
 
 if TYPE_CHECKING:
     from autoshard.plan import Plan
@@ -59,6 +62,7 @@ def traced_as(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> Traced
     found = trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums)
     if fingerprint(found.program) != plan.fingerprint:
         raise PlanMismatchError(_other_program(plan, found))
+    _check_choice(plan, found.program)
     return found
 
 
@@ -195,6 +199,34 @@ def _check_arguments(
     listed = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
     more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
     raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
+
+
+def _check_choice(plan: Plan, program: Program) -> None:
+    """Refuses strategies and layouts that the program cannot have: a file may say anything.
+
+    **Raises:** `PlanMismatchError`, with the first that it cannot.
+    """
+    sizes, strategies = plan.topology.axis_sizes, plan.choice.strategies
+
+    def divides(dimensions: Sequence[int], splits: Sequence[Axes]) -> bool:
+        parts = (prod(sizes[axis] for axis in axes) for axes in splits)
+        return len(dimensions) == len(splits) and all(d % n == 0 for d, n in zip(dimensions, parts, strict=True))
+
+    faults = []
+    if len(strategies) != len(program.operations):
+        faults.append(f"it has {len(strategies)} operations, the function {len(program.operations)}")
+    for op, strategy in zip(program.operations, strategies, strict=False):
+        if not divides([factor.size for factor in op.factors], strategy.splits):
+            faults.append(
+                f"{op.name} has factors of {[f.size for f in op.factors]}, and splits {list(strategy.splits)}"
+            )
+    for value, layout in plan.choice.hubs.items():
+        if not 0 <= value < len(program.values):
+            faults.append(f"it keeps value {value}, and the function has {len(program.values)}")
+        elif not divides(program.values[value].shape, layout.dims):
+            faults.append(f"it keeps value {value}, of shape {program.values[value].shape}, as {layout}")
+    if faults:
+        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Plan anew.")
 
 
 def _typed(shape: Sequence[int], dtype: Any) -> str:

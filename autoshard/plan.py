@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from autoshard import execution, targets, trees
 from autoshard.emit import spec_of
-from autoshard.errors import TopologyError
+from autoshard.errors import ExportError, TopologyError
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice
@@ -231,7 +231,8 @@ class Plan:
 
         A plan from a file has dicts for custom pytree nodes, as `in_specs` has.
 
-        **Raises:** `ExportError` when there is no such argument, `TopologyError` if the mesh has not the plan's axes.
+        **Raises:** `ExportError` when there is no such argument, or for types that only JAX can make (random keys);
+        `TopologyError` if the mesh has not the plan's axes.
         """
         from autoshard.export.arrays import position
 
@@ -242,7 +243,7 @@ class Plan:
             [
                 jax.ShapeDtypeStruct(
                     array.shape,
-                    jax.numpy.dtype(array.dtype),
+                    _dtype(array),
                     sharding=NamedSharding(mesh, spec_of(array.layout)),
                     weak_type=array.weak,
                 )
@@ -300,3 +301,10 @@ class Plan:
         if path is not None:
             write_whole(Path(path), text)
         return text
+
+
+def _dtype(array: ArrayPlan) -> Any:
+    try:
+        return jax.numpy.dtype(array.dtype)
+    except TypeError as error:
+        raise ExportError(f"{array.path} is of type {array.dtype}, which has no abstract form outside JAX.") from error

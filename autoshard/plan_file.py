@@ -21,6 +21,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -40,8 +42,14 @@ from search.strategies import Strategy
 
 VERSION = 1
 """The version of the format; a reader refuses newer ones."""
-_MOST_BYTES = 256 * 2**20
-"""The largest file that is read."""
+_MOST_BYTES = 64 * 2**20
+"""The largest file that is read; 126 layers, unrolled, take 10 MiB."""
+_MOST_VALUES = 2**22
+"""The most values in a file that is read, counted by commas and brackets: a value takes up to 0.2 KiB of memory."""
+_STALE_SECONDS = 3600.0
+"""How old a temporary file is when its writer must have been killed."""
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{32}\.tmp")
 
 _NUMBER = (int, float)
 _AXIS: dict[str, Any] = {
@@ -86,6 +94,9 @@ def loads(text: str | bytes, where: str = "The plan") -> Plan:
 
     **Raises:** `PlanMismatchError`.
     """
+    many = sum(text.count(sign if isinstance(text, str) else sign.encode()) for sign in ",[{")  # pyright: ignore
+    if many > _MOST_VALUES:
+        raise PlanMismatchError(f"{where} has {many} values; a plan has at most {_MOST_VALUES}.")
     try:
         data = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
@@ -113,16 +124,31 @@ def _finite(text: str) -> float:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file by way of a temporary one beside it, which is gone afterwards whatever happens."""
+    """Writes a text file by way of a temporary one beside it, which is gone afterwards unless the process is killed.
+
+    What killed ones left there is removed an hour later.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk must say so before the old file is gone
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+    _sweep(path.parent)
+
+
+def _sweep(directory: Path) -> None:
+    """Removes the temporary files of writers that were killed."""
+    with suppress(OSError):
+        for each in os.scandir(directory):
+            if _TEMPORARY.fullmatch(each.name) and time.time() - each.stat().st_mtime > _STALE_SECONDS:
+                with suppress(OSError):  # another process was faster
+                    os.unlink(each.path)
 
 
 def _lines(data: Json) -> str:
@@ -291,6 +317,8 @@ def _from_json(reader: _Reader) -> Plan:
         warnings=reader.names("warnings"),
         jax_version=reader.get("jax_version", str),
     )
+    if not isinstance(plan.in_tree, dict) or "tuple" not in plan.in_tree:
+        raise ValueError(f"in_tree is {_short(plan.in_tree)}, which is no tuple of arguments")
     _count("in_tree", trees.leaf_count(plan.in_tree), "arguments", len(arguments))
     _count("out_tree", trees.leaf_count(plan.out_tree), "results", len(results))
     return plan

@@ -43,6 +43,8 @@ _DESCRIBED_ONLY = {
 }
 _TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
 
+_MOST_HOST_DEVICES = 4096  # each takes threads and memory, and a plan file may ask for any number
+
 
 class TargetError(AutoshardError, RuntimeError):
     """The devices to compile for cannot be had; says why, and what to do."""
@@ -106,6 +108,8 @@ def host_devices(count: int) -> list[Any]:
 
     **Raises:** `TargetError` when JAX has already started with fewer.
     """
+    if count > _MOST_HOST_DEVICES:
+        raise TargetError(f"{count} host devices are more than one machine is asked for, {_MOST_HOST_DEVICES}.")
     flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     configured = max(jax.config.jax_num_cpu_devices, int(flag[1]) if flag else 1)  # pyright: ignore[reportAttributeAccessIssue]
     # With several processes each has its own, and only the user knows how many.

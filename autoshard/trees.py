@@ -80,7 +80,7 @@ def _rebuild(data: Data, leaves: Iterator[Any]) -> Any:
             return OrderedDict((key, _rebuild(child, leaves)) for key, child in data["ordered"])
         case "namedtuple":
             fields = {key: _rebuild(child, leaves) for key, child in data["fields"].items()}
-            known = _imported(data)
+            known = namedtuple_class(data)
             return known(**fields) if known else fields
         case _:
             return {key: _rebuild(child, leaves) for key, child in data["children"].items()}
@@ -113,7 +113,7 @@ def unknown_class(data: Data) -> str | None:
     if isinstance(data, dict):
         if "custom" in data:
             return data["custom"]
-        if "namedtuple" in data and _imported(data) is None:
+        if "namedtuple" in data and namedtuple_class(data) is None:
             return data["namedtuple"]
     return next((name for child in _children(data) if (name := unknown_class(child))), None)
 
@@ -174,8 +174,8 @@ def _class_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _imported(data: Data) -> Any:
-    """The namedtuple class of this name and these fields, if its module is imported already; nothing is imported for it."""
+def namedtuple_class(data: Data) -> Any:
+    """The namedtuple class of a node's name and these fields, if its module is imported already; nothing is imported for it."""
     module, _, name = data["namedtuple"].partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):

@@ -138,7 +138,7 @@ def test_what_cannot_be_written_as_source_says_so_and_is_written_as_rules() -> N
         plan.export("specs")
     assert str(error.value) == (
         "The arguments nest arrays in test_export.Box, which cannot be written as source: only the class knows how it"
-        " is made. Export rules, which need no nesting, or another argument."
+        " is made (or, a namedtuple, it is not imported). Export rules, which need no nesting, or another argument."
     )
     assert loaded(plan.export("specs", argument="x"))["SPECS"] == plan.in_specs[1]
     rules = loaded(plan.export("rules"))["PARTITION_RULES"]

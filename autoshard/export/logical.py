@@ -79,7 +79,7 @@ def render_maxtext(plan: Plan, argument: str | int | None = None, axes: Axes = N
     lines = [f"  [{_quoted(name)}, {_quoted_list(_listed(entry))}]," for name, entry in rules.items()]
     return (
         f"# The layouts of {_line(plan.name)}, planned for {_line(plan.topology.name)}.\n"
-        f"# Sizes of the mesh: {sizes}\n{assumed}"
+        f"# Sizes of the mesh: {_line(sizes)}\n{assumed}"
         f"mesh_axes: {_quoted_list(list(mesh))}\n"
         f"data_sharding: [{_quoted_list(batch)}]\n"
         "logical_axis_rules: [\n" + "\n".join(lines) + "\n]\n"

@@ -47,7 +47,8 @@ def render(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
 
 
 def _pattern(pattern: str) -> str:
-    return python.literal(pattern) if '"' in pattern or "\\" not in pattern else f'r"{pattern}"'
+    raw = "\\" in pattern and '"' not in pattern and pattern.isprintable()
+    return f'r"{pattern}"' if raw else python.literal(pattern)
 
 
 def partition_rules(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> tuple[Rule, ...]:

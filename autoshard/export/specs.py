@@ -87,6 +87,8 @@ def _nested(data: trees.Data, leaves: Iterator[Source], imports: set[str], what:
             imports.add("from collections import OrderedDict")
             return Group("OrderedDict({", pairs(data[kind]), "})")
         case "namedtuple":
+            if trees.namedtuple_class(data) is None:  # a file may name anything, and the source would call it
+                raise ExportError(_unwritable(data[kind], what))
             name = _imported(data[kind], imports, what)
             fields = data["fields"].items()
             return Group(f"{name}(", tuple((f"{k}=", _nested(c, leaves, imports, what)) for k, c in fields), ")")
@@ -115,5 +117,5 @@ def _imported(name: str, imports: set[str], what: str) -> str:
 def _unwritable(name: str, what: str) -> str:
     return (
         f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: only the class knows how it is"
-        " made. Export rules, which need no nesting, or another argument."
+        " made (or, a namedtuple, it is not imported). Export rules, which need no nesting, or another argument."
     )
