@@ -10,6 +10,7 @@ from typing import Any
 from autoshard.emit import spec_of
 from autoshard.plan import ArrayPlan, OperationPlan, Plan, PlannedCollective
 from autoshard.tables import WIDTH, item, percent, size, table, time
+from costmodels.pricing import Pricing
 from costmodels.topology import Axis
 from search.layouts import Layout
 
@@ -51,6 +52,7 @@ def _header(plan: Plan) -> Iterator[str]:
     room = estimate.budget_bytes
     yield f"{plan.name} on {topology.name}"
     yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
+    yield f"  collectives  {_pricing(topology.pricing)}"
     wire = time(estimate.collective_seconds)
     yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
     yield (
@@ -68,6 +70,12 @@ def _header(plan: Plan) -> Iterator[str]:
         yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
     tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
     yield f"               {tried}, {proof.wall_seconds:.1f} s"
+
+
+def _pricing(pricing: Pricing) -> str:
+    """By which conventions collectives are priced."""
+    links = {"per-axis": "the links of their axes", "total": "all links of a chip"}[pricing.bandwidth]
+    return f"{pricing.bandwidth} bandwidth ({links}); {percent(pricing.overlap)} hidden behind computation"
 
 
 def _axis(axis: Axis) -> str:

@@ -14,6 +14,10 @@ flops_per_second.bfloat16 = 2.5e14
 
 [axes.z]                             # any of bytes_per_second, wraparound, hop_seconds
 wraparound = false
+
+[pricing]                            # the conventions of costmodels.pricing
+bandwidth = "total"
+overlap = 0.4
 ```
 """
 
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from costmodels.chips import Chip, ChipFormatError, Switch, Torus, Wraparound, chip, chip_from_dict
+from costmodels.pricing import PHYSICAL, Pricing, PricingError, pricing_from_dict
 
 AXIS_NAMES = ("x", "y", "z", "w")
 
@@ -68,7 +73,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Topology:
-    """A mesh of equal chips.
+    """A mesh of equal chips, and by which conventions its collectives are priced.
 
     ```python
     topology = parse_topology("v4:4x4x8")
@@ -81,6 +86,7 @@ class Topology:
     name: str
     chip: Chip
     axes: tuple[Axis, ...]
+    pricing: Pricing = PHYSICAL
 
     def __post_init__(self) -> None:
         names = [axis.name for axis in self.axes]
@@ -101,6 +107,14 @@ class Topology:
     def axis_sizes(self) -> dict[str, int]:
         """Axis name to size, in order."""
         return {axis.name: axis.size for axis in self.axes}
+
+    @cached_property
+    def total_bytes_per_second(self) -> float:
+        """What all links of a chip on the torus take in together, also those of torus axes that the mesh leaves out."""
+        links = [axis.bytes_per_second for axis in self.axes if axis.kind == "torus"]
+        if isinstance(torus := self.chip.interconnect, Torus):
+            links += [torus.link_bytes_per_second] * (int(torus.axes) - len(links))
+        return 2 * sum(links)
 
     @cached_property
     def _by_name(self) -> dict[str, Axis]:
@@ -124,19 +138,24 @@ class Topology:
 
     def to_dict(self) -> dict[str, Any]:
         """The topology and all constants of its chip as plain data, for JSON."""
-        return {"name": self.name, "chip": self.chip.to_dict(), "axes": [asdict(axis) for axis in self.axes]}
+        axes = [asdict(axis) for axis in self.axes]
+        return {"name": self.name, "chip": self.chip.to_dict(), "axes": axes, "pricing": self.pricing.to_dict()}
 
 
 def topology_from_dict(data: Mapping[str, Any]) -> Topology:
     """The inverse of `Topology.to_dict`.
 
-    **Raises:** `TopologyFormatError` for missing or unknown keys, `ChipFormatError` for a malformed chip.
+    Without `pricing`, the conventions are those by default, as of plans that were saved before there were others.
+
+    **Raises:** `TopologyFormatError` for missing or unknown keys, `ChipFormatError` for a malformed chip, `PricingError`
+    for conventions that there are not.
     """
-    _keys("The topology", data, required=("name", "chip", "axes"))
+    _keys("The topology", data, required=("name", "chip", "axes"), optional=("pricing",))
     known = [f.name for f in fields(Axis)]
     for axis in data["axes"]:
         _keys("An axis of the topology", axis, required=known)
-    return Topology(data["name"], chip_from_dict(data["chip"]), tuple(Axis(**axis) for axis in data["axes"]))
+    axes = tuple(Axis(**axis) for axis in data["axes"])
+    return Topology(data["name"], chip_from_dict(data["chip"]), axes, pricing_from_dict(data.get("pricing", {})))
 
 
 def parse_topology(text: str | Path) -> Topology:
@@ -226,16 +245,18 @@ def _from_file(path: Path) -> Topology:
         data = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
-    _keys(str(path), data, required=("chip", "shape"), optional=("name", "constants", "axes"))
+    _keys(str(path), data, required=("chip", "shape"), optional=("name", "constants", "axes", "pricing"))
     shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4],")
     for size in shape:
         _typed(path, "shape", size, int, "a list of whole numbers")
     base = chip(_typed(path, "chip", data["chip"], str, "the name of a chip in quotes"))
     numbers = dict(_dotted(_typed(path, "constants", data.get("constants", {}), dict, "a table of numbers")))
     name = _typed(path, "name", data.get("name", path.stem), str, "a name in quotes")
+    conventions = _typed(path, "pricing", data.get("pricing", {}), dict, "a table")
     try:
         topology = _build(name, base.override(numbers, str(path)), shape)
-    except ChipFormatError as error:
+        topology = replace(topology, pricing=pricing_from_dict(conventions))
+    except (ChipFormatError, PricingError) as error:
         raise TopologyFormatError(f"{path}: {error}") from error
     changes = _typed(path, "axes", data.get("axes", {}), dict, "a table with a table per axis")
     _keys(f"{path}: axes", changes, optional=list(topology.axis_sizes))

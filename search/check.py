@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from math import prod
 
-from costmodels.collectives import seconds as collective_seconds
+from costmodels.collectives import seconds_on
 from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
@@ -103,14 +103,8 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
         if factor.kind in REDUCED_INSIDE and axes:
             value = op.outputs[0].value
             local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
-            total += float(collective_seconds("all-reduce", _axes(topology, axes), local)) * program.multiplicity(
-                op.region
-            )
+            total += float(seconds_on(topology, "all-reduce", axes, local)) * program.multiplicity(op.region)
     return total
-
-
-def _axes(topology: Topology, names):
-    return tuple(topology.axis(name) for name in sorted(names))
 
 
 def _cheapest(program: Program, topology: Topology, move: Move) -> float | None:
@@ -157,7 +151,7 @@ def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:
     payload = step.payload(array_bytes, topology.axis_sizes)
     if step.kind == "slice":
         return 2 * payload / topology.chip.hbm_bytes_per_second
-    return float(collective_seconds(step.kind, _axes(topology, step.axes), payload))
+    return float(seconds_on(topology, step.kind, step.axes, payload))
 
 
 def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, int]:

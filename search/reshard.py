@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from costmodels.collectives import seconds as collective_seconds
+from costmodels.collectives import seconds_on
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout, layouts, local_shape, shards
 from search.strategies import Sizes
@@ -248,7 +248,7 @@ def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: T
     """Seconds of one step: a collective by the torus model; a slice by reading and writing its result in HBM."""
     if kind == "slice":
         return 2 * payload / topology.chip.hbm_bytes_per_second
-    return collective_seconds(kind, tuple(topology.axis(name) for name in axes), payload)
+    return seconds_on(topology, kind, axes, payload)
 
 
 def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:

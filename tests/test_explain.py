@@ -90,6 +90,7 @@ def plan() -> Plan:
 WHOLE = """\
 decode on v4:4x4x1
   chips        16 × v4; x: line of 4, 45 GB/s; y: line of 4, 45 GB/s; z: 1
+  collectives  per-axis bandwidth (the links of their axes); 0.0 % hidden behind computation
   step time    3.00 ms = 1.75 ms on the chip + 1.25 ms of collectives
                (the operations alone: 1.50 ms at HBM's rate, 1.00 ms at the compute units')
   peak memory  3.5 GiB of 7 GiB per chip (50.0 %), at dot_general params['w'] (model.py:7)

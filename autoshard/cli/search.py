@@ -25,6 +25,8 @@ def search(
     reserve: Annotated[
         float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
     ] = None,
+    bandwidth: common.Bandwidth = None,
+    overlap: common.Overlap = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Search the fastest layout of a function, prove it, and explain it.
@@ -36,12 +38,13 @@ def search(
 
     with common.reported(verbose):
         common.writable(output, force)
+        where = common.priced(topology, bandwidth, overlap)
         with common.progress(f"Searching {target} on {topology}", verbose) as say:
             work = common.workload(target, common.settings(sizes))
             plan = search_plan(
                 work.fn,
                 *work.args,
-                topology=topology,
+                topology=where,
                 donate_argnums=work.donate_argnums,
                 name=work.name,
                 reserve_bytes=None if reserve is None else reserve * 2**30,
