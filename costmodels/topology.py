@@ -46,7 +46,7 @@ class TopologyFormatError(ValueError):
 class Axis:
     """One axis of the mesh and what joins the chips along it.
 
-    - `bytes_per_second`: one-way; of each link on a `torus` axis, out of each chip on a `switch` axis.
+    - `bytes_per_second`: one-way, as it is reached; of each link on a `torus` axis, out of each chip on a `switch` axis.
     - `wraparound`: whether a torus axis closes to a ring.
     - `hop_seconds`: latency from a chip to its neighbour, or through the switch.
     - `launch_seconds`: to start a collective.
@@ -113,7 +113,8 @@ class Topology:
         """What all links of a chip on the torus take in together, also those of torus axes that the mesh leaves out."""
         links = [axis.bytes_per_second for axis in self.axes if axis.kind == "torus"]
         if isinstance(torus := self.chip.interconnect, Torus):
-            links += [torus.link_bytes_per_second] * (int(torus.axes) - len(links))
+            link = torus.link_bytes_per_second * self.chip.wire_efficiency
+            links += [link] * (int(torus.axes) - len(links))
         return 2 * sum(links)
 
     @cached_property
@@ -189,24 +190,25 @@ def _build(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
 
 
 def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
-    launch = chip.collective_overhead_seconds
+    launch, reached = chip.collective_overhead_seconds, chip.wire_efficiency
     match chip.interconnect:
         case Torus() as torus:
             _check_torus(name, chip, torus, sizes)
-            link, hop, closed = torus.link_bytes_per_second, torus.hop_seconds, _closed(torus, sizes)
+            link, hop, closed = torus.link_bytes_per_second * reached, torus.hop_seconds, _closed(torus, sizes)
             for label, size, wrap in zip(AXIS_NAMES, sizes, closed, strict=False):
                 yield Axis(label, size, "torus", link, wrap, hop, launch)
         case Switch() as switch:
             _check_switch(name, chip, switch, sizes)
             if len(sizes) == 2:
                 # A node's ports are its GPUs': each has its share, however many of them the topology uses.
-                share = switch.node_egress_bytes_per_second / switch.chips_per_node
+                share = switch.node_egress_bytes_per_second * reached / switch.chips_per_node
                 yield Axis("x", sizes[0], "switch", share, False, switch.node_hop_seconds, launch)
-            egress, hop = switch.egress_bytes_per_second, switch.hop_seconds
+            egress, hop = switch.egress_bytes_per_second * reached, switch.hop_seconds
             yield Axis(AXIS_NAMES[len(sizes) - 1], sizes[-1], "switch", egress, False, hop, launch)
         case bus:
+            egress = bus.egress_bytes_per_second * reached
             for label, size in zip(AXIS_NAMES, sizes, strict=False):
-                yield Axis(label, size, "switch", bus.egress_bytes_per_second, False, bus.hop_seconds, launch)
+                yield Axis(label, size, "switch", egress, False, bus.hop_seconds, launch)
 
 
 def _closed(torus: Torus, sizes: Sequence[int]) -> list[bool]:

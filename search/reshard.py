@@ -247,7 +247,7 @@ def _table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial:
 def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
     """Seconds of one step: a collective by the torus model; a slice by reading and writing its result in HBM."""
     if kind == "slice":
-        return 2 * payload / topology.chip.hbm_bytes_per_second
+        return 2 * payload / topology.chip.reached_hbm_bytes_per_second
     return seconds_on(topology, kind, axes, payload)
 
 

@@ -133,8 +133,8 @@ Results (128 KiB per chip)
 Constants of v4 that no source vouches for
   constant                     value  status   why
   ───────────────────────────  ─────  ───────  ─────────────────────────────────────────────────────────────────────────
-  op_overhead_seconds              0  assumed  operations of one compiled program are issued back to back
   collective_overhead_seconds  1e-06  assumed  about one hop more; Scaling Book, part 3, measured 8 us where its 3 hops…
+  wire_efficiency                  1  assumed  links reach their rate; the latency of hops and launches is apart
 
 Warnings
   - sort at model.py:3 has no sharding rule: its arrays are whole on every chip
