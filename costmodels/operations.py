@@ -106,7 +106,8 @@ def _streamed(factors: Sequence[int]) -> sympy.Expr:
 def hbm_bytes(program: Program, operation: Operation) -> sympy.Expr:
     """Bytes that one chip moves between HBM and its compute units, in $d_i$ and $s_i$."""
     uses = [operation.use(index) for index in operation.traffic]
-    terms = [_number(program.values[use.value].itemsize) * _points(_flat(use.dims)) for use in uses]
+    sizes = [use.stored_itemsize or program.values[use.value].itemsize for use in uses]
+    terms = [_number(size) * _points(_flat(use.dims)) for size, use in zip(sizes, uses, strict=True)]
     return sympy.Add(*terms)
 
 

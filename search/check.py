@@ -87,8 +87,8 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
         factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)
     ]
     moved = sum(
-        program.values[op.use(k).value].itemsize * prod(local[i] for dim in op.use(k).dims for i in dim)
-        for k in op.traffic
+        (use.stored_itemsize or program.values[use.value].itemsize) * prod(local[i] for dim in use.dims for i in dim)
+        for use in map(op.use, op.traffic)
     )
     memory = moved / chip.reached_hbm_bytes_per_second
     if op.op_class != "matmul":
