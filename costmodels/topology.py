@@ -178,10 +178,14 @@ def parse_topology(text: str | Path) -> Topology:
             f"{text!r} is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a"
             " .toml file."
         )
-    return _build(text, chip(found[1]), [int(size) for size in found[2].split("x")])
+    return topology_of_chip(text, chip(found[1]), [int(size) for size in found[2].split("x")])
 
 
-def _build(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
+def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
+    """Chips, which need not be the catalogue's, joined as `CHIP:AxBxC` says of theirs.
+
+    **Raises:** `TopologyFormatError`.
+    """
     if not 1 <= len(sizes) <= len(AXIS_NAMES):
         raise TopologyFormatError(f"{name} has {len(sizes)} sizes; 1 to {len(AXIS_NAMES)} would do.")
     if min(sizes) < 1:
@@ -256,7 +260,7 @@ def _from_file(path: Path) -> Topology:
     name = _typed(path, "name", data.get("name", path.stem), str, "a name in quotes")
     conventions = _typed(path, "pricing", data.get("pricing", {}), dict, "a table")
     try:
-        topology = _build(name, base.override(numbers, str(path)), shape)
+        topology = topology_of_chip(name, base.override(numbers, str(path)), shape)
         topology = replace(topology, pricing=pricing_from_dict(conventions))
     except (ChipFormatError, PricingError) as error:
         raise TopologyFormatError(f"{path}: {error}") from error
