@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from autoshard import execution, targets, trees
 from autoshard.emit import spec_of
 from autoshard.errors import TopologyError
+from costmodels.dimensions import Dimensions
+from costmodels.program import Program
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice
@@ -115,6 +117,8 @@ class Plan:
       out or round a loop cost nothing.
     - `choice`: the strategies and layouts by operation and value number, for emission.
     - `warnings`: everything the plan does not vouch for, in sentences.
+    - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
+      older files have none.
     - `treedefs`: JAX's own structure of arguments and results, which files do not hold.
     """
 
@@ -133,6 +137,8 @@ class Plan:
     donate_argnums: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
     jax_version: str = ""
+    program: Program | None = field(default=None, repr=False)
+    dimensions: Dimensions | None = field(default=None, repr=False)
     treedefs: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     # --- layouts as JAX writes them ------------------------------------------------------------------------------

@@ -278,6 +278,13 @@ def d_head_of(params: Params) -> int:
 # --- Workloads
 
 
+def letters(weights: str, inputs: dict[str, str]) -> dict[str, str]:
+    """The letters of this file by argument, for formulas (`autoshard explain --symbolic`)."""
+    matrix = ".q" if weights == "int8" else ""
+    layers = {"wi_gate": "L E F", "wq": "L E H D", "wk": "L E D", "wv": "L E D"}
+    return {"embedding": "V E", **{f"layers.{name}{matrix}": word for name, word in layers.items()}, **inputs}
+
+
 def decode(
     size: str = "540b", batch: int = 64, context: int = 2048, weights: str = "bf16", layers: int | None = None
 ) -> Workload:
@@ -285,7 +292,8 @@ def decode(
     config = config_of(size, layers)
     tokens, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     args = (abstract_params(config, weights), abstract_cache(config, batch, context), tokens, position)
-    return Workload(decode_step, args, donate_argnums=(1,), name=f"palm-{size}-decode")
+    dims = letters(weights, {"cache.*": "L B S D"})
+    return Workload(decode_step, args, donate_argnums=(1,), name=f"palm-{size}-decode", dims=dims)
 
 
 def prefill(
@@ -294,4 +302,5 @@ def prefill(
     """Prefill: `batch` prompts of `length` tokens into a fresh cache."""
     config = config_of(size, layers)
     args = (abstract_params(config, weights), jax.ShapeDtypeStruct((batch, length), jnp.int32))
-    return Workload(prefill_step, args, name=f"palm-{size}-prefill")
+    dims = letters(weights, {"tokens": "B T"})
+    return Workload(prefill_step, args, name=f"palm-{size}-prefill", dims=dims)

@@ -42,8 +42,12 @@ class Step(NamedTuple):
 
     def payload(self, array_bytes: float, sizes: Mapping[str, int]) -> float:
         """Bytes by the collectives' convention: the gathered result of an all-gather, the local operand otherwise."""
-        of = self.target if self.kind in ("all-gather", "slice") else self.source
-        return array_bytes / shards(of, sizes)
+        return array_bytes / shards(self.payload_layout, sizes)
+
+    @property
+    def payload_layout(self) -> Layout:
+        """The layout of the array that the payload is one chip's piece of."""
+        return self.target if self.kind in ("all-gather", "slice") else self.source
 
 
 def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:

@@ -50,6 +50,7 @@ def search(
                 reserve_bytes=None if reserve is None else reserve * 2**30,
                 time_limit=time_limit,
                 progress=say,
+                dims=work.dims,
             )
         if output is not None:
             plan.save(output)
