@@ -85,8 +85,7 @@ def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Ite
         key = next((key for key in by_path if _matches(key, path)), None)
         words = _words(path, shape, by_path[key]) if key is not None else [""] * len(shape)
         row = [by_size.get(n, "") if word == "" else word for word, n in zip(words, shape, strict=True)]
-        for used in (key, *row):
-            unused.pop(used, None)
+        unused = {name: None for name in unused if name != key and name not in row}
         yield row
     if unused:
         key = next(iter(unused))

@@ -27,20 +27,29 @@ def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
 
     **Arguments:**
 
-    - `symbolic`: adds each matmul's FLOPs as a formula in its factors.
+    - `symbolic`: adds every cost as a formula in named dimensions, axis sizes and rates, and crossovers between layouts.
+      A plan whose file does not hold the program has each matmul's FLOPs in the letters of its einsum only.
     - `width`: columns to fill at most; paths and places are cut short to fit.
     """
+    named = symbolic and plan.program is not None
     sections = (
         _header(plan),
-        _matmuls(plan, symbolic, width),
+        _matmuls(plan, symbolic and not named, width),
         _others(plan, width),
         _collectives(plan, width),
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
         _arrays("Results", plan.results, width),
         _constants(plan, width),
         _warnings(plan, width),
+        *(_formulas(plan, width) if named else ()),
     )
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
+
+
+def _formulas(plan: Plan, width: int) -> Iterator[Iterator[str]]:
+    from autoshard.explain_symbolic import sections
+
+    return sections(plan, width)
 
 
 # --- What the plan is

@@ -13,8 +13,8 @@
 ```
 
 A layout has one entry per dimension, as a `PartitionSpec` has: null, an axis, or a list of axes, major to minor; partial
-sums are `{"dims": [...], "partial": ["x"]}`. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is as in
-`autoshard.program_file`; plans of older files lack it.
+sums are `{"dims": [...], "partial": ["x"]}`. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is as
+in `autoshard.program_file`; plans of older files lack it.
 """
 
 from __future__ import annotations

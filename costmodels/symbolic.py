@@ -243,3 +243,42 @@ def crossover(below: Expr, above: Expr, tokens: sympy.Symbol) -> Expr | None:
     if sympy.expand(rate * tokens + rest - difference) != 0:
         raise ValueError(f"{text(difference)} is not linear in {tokens}")
     return None if rate == 0 else sympy.simplify(-rest / rate)
+
+
+# --- For people
+
+
+def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
+    """The expression with every maximum replaced by the side that is larger at these numbers."""
+    if isinstance(expression, sympy.Max):
+        return resolved(max(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
+    if not expression.has(sympy.Max):
+        return expression
+    return expression.func(*(resolved(arg, numbers) for arg in expression.args))
+
+
+def largest_terms(expression: Expr, numbers: Mapping[str, float], part: float) -> tuple[list[Expr], list[Expr]]:
+    """The terms of a sum, largest first at these numbers: those that make up all but `part` of it, and the rest.
+
+    Products are multiplied out, but for factors such as $XYZ - 1$.
+    """
+    kept: dict[Expr, Expr] = {}
+
+    def closed(sum_: Expr) -> Expr:
+        return kept.setdefault(sum_, sympy.Dummy(positive=True))
+
+    opened = expression.replace(_is_chips_but_one, closed)
+    back = {dummy: sum_ for sum_, dummy in kept.items()}
+    terms = [term.xreplace(back) for term in sympy.Add.make_args(sympy.expand(opened)) if term != 0]
+    values = {term: abs(evaluated(term, numbers)) for term in terms}
+    terms.sort(key=lambda term: (-values[term], str(term)))
+    total, rest = sum(values.values()), 0.0
+    count = len(terms)
+    while count > 1 and rest + values[terms[count - 1]] <= part * total:
+        rest += values[terms[count - 1]]
+        count -= 1
+    return terms[:count], terms[count:]
+
+
+def _is_chips_but_one(expression: Expr) -> bool:
+    return bool(expression.is_Add and len(expression.args) == 2 and sympy.S.NegativeOne in expression.args)

@@ -57,7 +57,7 @@ def added(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
 
 @dataclass(frozen=True)
 class StepFormula:
-    """One collective (or local slice) of the plan: its payload in bytes by the collectives' convention, and its cost, of one run.
+    """One collective (or local slice) of the plan: its payload in bytes by the collectives' convention, and one run's cost.
 
     `operation` is what needs it, -1 where the value moves as soon as it is made; it runs in `region`.
     """
@@ -105,11 +105,11 @@ class Formulas:
         mine = [s for s in self.steps if s.operation == i or (s.operation < 0 and s.value in made)]
         return added([own, *(step.cost.times(self.runs(step.region)) for step in mine)])
 
-    def by_kind(self, kind: Callable[[Operation], str] = lambda op: op.op_class) -> dict[str, Cost]:
+    def by_kind(self, kind: Callable[[int, Operation], str] = lambda i, op: op.op_class) -> dict[str, Cost]:
         """The step by kind of operation and kind of collective; by default by `op_class`."""
         groups: dict[str, list[Cost]] = {}
-        for op, cost in zip(self.program.operations, self._operations_in_step(), strict=True):
-            groups.setdefault(kind(op), []).append(cost)
+        for i, cost in enumerate(self._operations_in_step()):
+            groups.setdefault(kind(i, self.program.operations[i]), []).append(cost)
         for step, cost in zip(self.steps, self._steps_in_step(), strict=True):
             groups.setdefault(step.kind, []).append(cost)
         return {name: cost for name, costs in groups.items() if any(cost := added(costs))}
