@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import sympy
-
 from autoshard.naming import is_product, weight_operand
+from costmodels.algebra import Expr, crossover, dimension, evaluated, text
 from costmodels.dimensions import Dimensions
 from costmodels.program import Factor, Operation, Program, Region, Use
-from costmodels.symbolic import Expr, crossover, dimension, evaluated, text
+from costmodels.symbolic import sympy
 from costmodels.topology import Topology
 from search.families import Family, Split, families, moved, pinned, total_volume
 

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 
 from autoshard.errors import AutoshardError
+from costmodels.algebra import Expr, dimension, evaluated, parsed
 from costmodels.dimensions import DimensionError, Dimensions, Given, dimensions_of
 from costmodels.program import Program
-from costmodels.symbolic import Expr, dimension, evaluated, parsed
 from costmodels.topology import AXIS_NAMES
 
 Names = Mapping[str, str | int]

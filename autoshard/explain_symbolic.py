@@ -9,8 +9,8 @@ from autoshard.crossovers import Block, blocks, crossovers, first_of, volumes, w
 from autoshard.naming import is_product, weight_operand
 from autoshard.plan import OperationPlan, Plan
 from autoshard.tables import WIDTH, percent, size, time
+from costmodels.algebra import Expr, largest_terms, resolved, text
 from costmodels.program import Operation
-from costmodels.symbolic import Expr, largest_terms, resolved, text
 from search.formulas import Cost, Formulas, formulas_of
 
 _LEFT_OUT = 0.001

@@ -22,9 +22,9 @@ from autoshard.errors import AutoshardError, TraceError
 from autoshard.plan import Plan
 from autoshard.planning import Options, Target, planned, traced_for
 from autoshard.trace import fingerprint
+from costmodels.algebra import evaluated, parsed
 from costmodels.dimensions import DimensionError, Dimensions, rebound
 from costmodels.program import Program
-from costmodels.symbolic import evaluated, parsed
 from costmodels.topology import Topology
 
 

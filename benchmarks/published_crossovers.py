@@ -29,7 +29,7 @@ def crossover_rows() -> list[dict[str, Any]]:
 
 def _rows(gated: bool) -> list[dict[str, Any]]:
     from autoshard.crossovers import blocks, crossovers
-    from costmodels.symbolic import text
+    from costmodels.algebra import text
     from costmodels.topology import parse_topology
 
     (block,) = blocks(*traced(gated))

@@ -15,10 +15,9 @@ from itertools import combinations
 from math import prod
 from typing import NamedTuple
 
-import sympy
-
+from costmodels.algebra import Expr, dimension, evaluated, parsed, text
 from costmodels.program import Operation, Program
-from costmodels.symbolic import Expr, dimension, evaluated, parsed, text
+from costmodels.symbolic import sympy
 
 
 class DimensionError(ValueError):

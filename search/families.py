@@ -23,11 +23,10 @@ from itertools import count
 from math import prod
 from typing import NamedTuple
 
-import sympy
-
+from costmodels.algebra import Expr, pieces, volume
 from costmodels.dimensions import Dimensions
 from costmodels.program import Operation, Program
-from costmodels.symbolic import Expr, pieces, volume
+from costmodels.symbolic import sympy
 from search.formulas import array_bytes
 from search.layouts import Axes, Layout
 from search.reshard import Step, permuted_axes, steps_from

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import sympy
-
+from costmodels.algebra import Expr, collective_seconds, evaluated, operation_seconds, pieces, rates, volume
 from costmodels.dimensions import Dimensions
 from costmodels.operations import flops, hbm_bytes, shards_symbol, size_symbol
 from costmodels.program import REDUCED_INSIDE, Operation, Program
-from costmodels.symbolic import Expr, collective_seconds, evaluated, operation_seconds, pieces, rates, volume
+from costmodels.symbolic import sympy
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout
 from search.solution import Choice, moves, produced, steps
