@@ -1,12 +1,17 @@
 """Formulas as people write them: named dimensions, axis sizes X, Y, Z and hardware rates, as SymPy expressions.
 
+Rates are those that are reached, the peak times the chip's efficiency.
+
 | symbol | meaning | unit |
 |---|---|---|
 | $B, L, E, F, ...$ | dimensions of the program, by the names that `costmodels.dimensions` gives them | elements |
 | $X, Y, Z, W$ | sizes of the mesh axes | chips |
-| $C_{bfloat16}, ..., C_{vector}$ | peak rate of matrix products in a dtype, of the vector unit | FLOP/s |
+| $C_{bfloat16}, ..., C_{vector}$ | rate of matrix products in a dtype, of the vector unit | FLOP/s |
+| $t_{tile}$ | side of the matrix unit | elements |
 | $W_{hbm}$ | HBM bandwidth | bytes/s |
 | $W_{ici}$, or $W_x, W_y, ...$ where axes differ | one-way bandwidth of a link | bytes/s |
+| $W_{total}$ | bandwidth of all links of a chip together, where pricing is "total" | bytes/s |
+| $f_{overlap}$ | the part of the time on the wire that is hidden behind computation | 1 |
 | $α_{ici}$, or $α_x, ...$; $o_{op}$, $o_{coll}$ | latency of a hop; to launch an operation, a collective | s |
 
 Expressions are written to files as text and read back by `parsed`, which knows arithmetic and nothing else.
@@ -20,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-from costmodels.collectives import BYTES, LAUNCH, bandwidth_symbol, expression, hop_symbol, size_symbol
+from costmodels.collectives import expression
 from costmodels.symbolic import sympy
 from costmodels.topology import Axis, Topology
 
@@ -43,19 +48,9 @@ _ARITHMETIC: Mapping[type, Callable[[Expr, Expr], Expr]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: lambda a, b: sympy.floor(a / b),
-    ast.Pow: operator.pow,
 }
-_FUNCTIONS: Mapping[str, Callable[..., Expr]] = {
-    "floor": sympy.floor,
-    "ceiling": sympy.ceiling,
-    "Max": sympy.Max,
-    "Min": sympy.Min,
-    "max": sympy.Max,
-    "min": sympy.Min,
-    "floordiv": lambda a, b: sympy.floor(a / b),
-    "mod": sympy.Mod,
-    "Mod": sympy.Mod,
-}
+_FUNCTIONS = ("floor", "ceiling", "Max", "Min", "Mod")
+_SPELT = {"max": "Max", "min": "Min", "mod": "Mod"}
 _LONGEST = 1000
 """Characters of one dimension's text at most; what is longer is no dimension."""
 _GREATEST_POWER = 16
@@ -85,10 +80,12 @@ def _expression(node: ast.AST) -> Expr:
             return -_expression(operand)
         case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int(power))) if power <= _GREATEST_POWER:
             return _expression(left) ** power
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC and not isinstance(op, ast.Pow):
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
             return _ARITHMETIC[type(op)](_expression(left), _expression(right))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*map(_expression, args))
+        case ast.Call(func=ast.Name(id="floordiv"), args=[left, right], keywords=[]):
+            return sympy.floor(_expression(left) / _expression(right))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if _SPELT.get(name, name) in _FUNCTIONS:
+            return getattr(sympy, _SPELT.get(name, name))(*map(_expression, args))
     raise ValueError(f"{type(node).__name__} has no place in it")
 
 
@@ -118,14 +115,14 @@ def _compiled(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[.
 
 
 def replaced(expression: Expr, table: Mapping[Expr, Expr]) -> Expr:
-    """`xreplace` that leaves maxima as they are: SymPy would compare every pair of their terms, which takes seconds."""
+    """`xreplace` that leaves maxima and minima as they are: SymPy would compare their terms pair by pair, for seconds."""
     if expression in table:
         return table[expression]
     if not expression.args or not expression.free_symbols & table.keys():
         return expression
     args = [replaced(arg, table) for arg in expression.args]
-    if isinstance(expression, sympy.Max):
-        return sympy.Max(*args, evaluate=False)
+    if isinstance(expression, (sympy.Max, sympy.Min)):
+        return expression.func(*args, evaluate=False)
     return expression.func(*args)
 
 
@@ -144,23 +141,30 @@ def pieces(axes: Iterable[str]) -> Expr:
 
 def matmul_rate(dtype: str) -> sympy.Symbol:
     """$C$: FLOP/s of matrix products in a dtype."""
-    return sympy.Symbol(f"C_{dtype}", positive=True)
+    return rate(f"C_{dtype}")
 
 
-VECTOR_RATE = sympy.Symbol("C_vector", positive=True)
-HBM_RATE = sympy.Symbol("W_hbm", positive=True)
-OPERATION_LAUNCH = sympy.Symbol("o_op", nonnegative=True)
-COLLECTIVE_LAUNCH = sympy.Symbol("o_coll", nonnegative=True)
+@cache
+def rate(name: str) -> sympy.Symbol:
+    """The symbol of a rate or an overhead: `C_vector`, `W_hbm`, `W_total`, `o_op`, `o_coll`, `f_overlap`, `t_tile`, ..."""
+    return sympy.Symbol(name, nonnegative=True) if name[0] in "oaf" else sympy.Symbol(name, positive=True)
 
 
 def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
     """What the symbols of rates, overheads and axis sizes stand for on a topology, for matrix products in these dtypes."""
     chip, links = topology.chip, _link_symbols(topology.axes)
-    found = {str(axis_size(name)): float(size) for name, size in topology.axis_sizes.items()}
-    found |= {str(matmul_rate(dtype)): chip.matmul_flops_per_second(dtype) for dtype in dtypes}
-    found |= {str(VECTOR_RATE): chip.vector_flops_per_second, str(HBM_RATE): chip.hbm_bytes_per_second}
     launches = [axis.launch_seconds for axis in topology.axes if axis.size > 1]
-    found |= {str(OPERATION_LAUNCH): chip.op_overhead_seconds, str(COLLECTIVE_LAUNCH): max(launches, default=0.0)}
+    found = {str(axis_size(name)): float(size) for name, size in topology.axis_sizes.items()}
+    found |= {str(matmul_rate(dtype)): chip.reached_matmul_flops_per_second(dtype) for dtype in dtypes}
+    found |= {
+        "C_vector": chip.vector_flops_per_second,
+        "W_hbm": chip.reached_hbm_bytes_per_second,
+        "t_tile": chip.matrix_tile,
+        "o_op": chip.op_overhead_seconds,
+        "o_coll": max(launches, default=0.0),
+        "W_total": topology.total_bytes_per_second,
+        "f_overlap": topology.pricing.overlap,
+    }
     for axis in topology.axes:
         bandwidth, hop = links[axis.name]
         found |= {str(bandwidth): axis.bytes_per_second, str(hop): axis.hop_seconds}
@@ -174,7 +178,7 @@ def _link_symbols(axes: Sequence[Axis]) -> dict[str, tuple[sympy.Symbol, sympy.S
 
     def symbols(axis: Axis) -> tuple[sympy.Symbol, sympy.Symbol]:
         of = "ici" if alike and axis.size > 1 else axis.name
-        return sympy.Symbol(f"W_{of}", positive=True), sympy.Symbol(f"alpha_{of}", nonnegative=True)
+        return rate(f"W_{of}"), rate(f"alpha_{of}")
 
     return {axis.name: symbols(axis) for axis in axes}
 
@@ -182,30 +186,42 @@ def _link_symbols(axes: Sequence[Axis]) -> dict[str, tuple[sympy.Symbol, sympy.S
 # --- Time
 
 
-def operation_seconds(flops: Expr, moved: Expr, matmul: bool, dtype: str) -> Expr:
-    """Seconds of one run of an operation: `costmodels.operations.price` as a formula."""
-    compute, memory = flops / (matmul_rate(dtype) if matmul else VECTOR_RATE), moved / HBM_RATE
+def operation_seconds(done: Expr, moved: Expr, matmul: bool, dtype: str) -> Expr:
+    """Seconds of one run of an operation: `costmodels.operations.price` as a formula.
+
+    **Arguments:**
+
+    - `done`: what the compute units do: FLOPs, in whole tiles on a matrix unit.
+    - `moved`: HBM bytes.
+    """
+    compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
     sides = [side for side in (compute, memory) if side != 0]
     longest = sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sympy.Add(*sides)
-    return longest + (OPERATION_LAUNCH if matmul else 0)
+    return longest + (rate("o_op") if matmul else 0)
 
 
 def collective_seconds(kind: str, axes: Sequence[str], payload: Expr, topology: Topology) -> Expr:
     """Seconds of a collective, or of a local slice, for a payload by the convention of `costmodels.collectives`."""
     if kind == "slice":
-        return 2 * payload / HBM_RATE
-    return replaced(_collective(kind, tuple(sorted(axes)), topology), {BYTES: payload})
+        return 2 * payload / rate("W_hbm")
+    return replaced(_collective(kind, tuple(sorted(axes)), topology), {_payload(): payload})
+
+
+@cache
+def _payload() -> sympy.Symbol:
+    return sympy.Dummy("payload", nonnegative=True)
 
 
 @lru_cache(maxsize=1024)
 def _collective(kind: str, axes: tuple[str, ...], topology: Topology) -> Expr:
+    """`costmodels.collectives.expression` in the symbols of this module."""
     links, taking_part = _link_symbols(topology.axes), [topology.axis(name) for name in axes]
-    table: dict[Expr, Expr] = {LAUNCH: COLLECTIVE_LAUNCH}
+    known = {"V": _payload(), "o": rate("o_coll"), "B": rate("W_total"), "f": rate("f_overlap")}
     for axis in taking_part:
         bandwidth, hop = links[axis.name]
-        table |= {size_symbol(axis): axis_size(axis.name)}
-        table |= {bandwidth_symbol(axis): bandwidth, hop_symbol(axis): hop}
-    return replaced(expression(kind, taking_part), table)
+        known |= {f"n_{axis.name}": axis_size(axis.name), f"W_{axis.name}": bandwidth, f"alpha_{axis.name}": hop}
+    found = expression(kind, taking_part, topology.pricing)
+    return replaced(found, {symbol: known[str(symbol)] for symbol in found.free_symbols})
 
 
 # --- Volume
@@ -248,12 +264,16 @@ def crossover(below: Expr, above: Expr, tokens: sympy.Symbol) -> Expr | None:
 
 
 def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
-    """The expression with every maximum replaced by the side that is larger at these numbers."""
-    if isinstance(expression, sympy.Max):
-        return resolved(max(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
-    if not expression.has(sympy.Max):
+    """The expression as it is at these numbers and near: of a maximum the larger side, whole numbers without rounding."""
+    if not expression.has(sympy.Max, sympy.Min, sympy.floor, sympy.ceiling):
         return expression
-    return expression.func(*(resolved(arg, numbers) for arg in expression.args))
+    if isinstance(expression, (sympy.Max, sympy.Min)):
+        choose = max if isinstance(expression, sympy.Max) else min
+        return resolved(choose(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
+    args = [resolved(arg, numbers) for arg in expression.args]
+    if isinstance(expression, (sympy.floor, sympy.ceiling)) and evaluated(args[0], numbers).is_integer():
+        return args[0]
+    return expression.func(*args)
 
 
 def largest_terms(expression: Expr, numbers: Mapping[str, float], part: float) -> tuple[list[Expr], list[Expr]]:

@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from costmodels.algebra import Expr, collective_seconds, evaluated, operation_seconds, pieces, rates, volume
+from costmodels.algebra import (
+    Expr,
+    collective_seconds,
+    evaluated,
+    operation_seconds,
+    pieces,
+    rate,
+    rates,
+    replaced,
+    volume,
+)
 from costmodels.dimensions import Dimensions
-from costmodels.operations import flops, hbm_bytes, shards_symbol, size_symbol
+from costmodels.operations import flops, hbm_bytes, padded_flops, shards_symbol, size_symbol
 from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.symbolic import sympy
 from costmodels.topology import Topology
@@ -154,8 +164,12 @@ def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int)
         table[size_symbol(factor)] = dimensions.factor(i, factor)
         table[shards_symbol(factor)] = pieces(axes)
     work, moved = flops(op).xreplace(table), hbm_bytes(program, op).xreplace(table)
-    matmul = op.op_class == "matmul"
-    return Cost(work, moved, local_seconds=operation_seconds(work, moved, matmul, op.dtype))
+    matmul, done = op.op_class == "matmul", work
+    if matmul:
+        padded = padded_flops(op)
+        tile = {symbol: rate("t_tile") for symbol in padded.free_symbols - table.keys()}
+        done = replaced(padded, table | tile)
+    return Cost(work, moved, local_seconds=operation_seconds(done, moved, matmul, op.dtype))
 
 
 def _steps(program: Program, dimensions: Dimensions, topology: Topology, choice: Choice) -> Iterator[StepFormula]:
