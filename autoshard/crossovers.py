@@ -186,7 +186,7 @@ def sent(block: Block, family: Family, topology: Topology, exact: bool = False) 
         names = block.dimensions.factors[i]
         if op.op_class == "matmul":
             by_role = family.used
-        elif not set(block.tokens) & set(names) and len(names) > 1:
+        elif {block.contracted[0], block.output[0]} <= set(names):
             by_role = family.stored if op.op_class == "source" else family.used
         else:
             by_role = family.hidden if set(block.output) & set(names) else family.outside

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from textwrap import wrap
 
+from autoshard.breakdown import breakdown
 from autoshard.crossovers import Block, blocks, crossovers, first_of, volumes, written
 from autoshard.naming import is_product, weight_operand
 from autoshard.plan import OperationPlan, Plan
@@ -39,6 +40,7 @@ def sections(plan: Plan, width: int = WIDTH) -> Iterator[Iterator[str]]:
     yield _kinds(plan, found, width)
     yield _regions(found, width)
     yield _whole(found, width)
+    yield _shares(found, width)
     yield from (_crossovers(plan, block, width) for block in blocks(found.program, found.dimensions))
 
 
@@ -51,7 +53,8 @@ def _symbols(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
     for title, table in (("dimensions", dims), ("mesh axes", axes), ("rates, in SI units", rates)):
         if table:
             yield from _wrapped(title, ", ".join(f"{name} = {number}" for name, number in table.items()), width)
-    yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm, a matmul o_op more; the longer here is shown"
+    yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm, a matmul, in whole tiles, o_op more;"
+    yield "  the longer here is shown, and roundings that do nothing here are left out"
     yield f"  largest terms come first; small ones that make up less than {percent(_LEFT_OUT)} are counted, not shown"
     for left, right in found.dimensions.relations:
         yield f"  {left.replace('*', '·')} = {right.replace('*', '·')} in this program"
@@ -147,6 +150,20 @@ def _regions(found: Formulas, width: int) -> Iterator[str]:
 def _whole(found: Formulas, width: int) -> Iterator[str]:
     yield "Whole step"
     yield from _quantities(found.total, found, width)
+
+
+def _shares(found: Formulas, width: int) -> Iterator[str]:
+    """Parameters, FLOPs and activation bytes by kind, with the part of all that each is."""
+    rows = breakdown(found.program, found.dimensions)
+    yield "Shares of the whole program, one step on all chips together"
+    for row in rows:
+        yield f"  {row.kind}"
+        columns = (("parameters", row.parameters), ("FLOPs", row.flops), ("made bytes", row.activation_bytes))
+        for at, (name, expression) in enumerate(columns, start=1):
+            if expression != 0:
+                part = found.at(expression) / sum(found.at(each[at]) for each in rows)
+                line = f"{_sum(expression, found)} = {found.at(expression):.4g}, {percent(part)}"
+                yield from _wrapped(f"    {name:10s}", line, width)
 
 
 def _crossovers(plan: Plan, block: Block, width: int) -> Iterator[str]:

@@ -138,7 +138,7 @@ def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Option
     first = target.dimensions
     fixed = {name: _of_one(name) for name, size in first.sizes.items() if size == 1}
     names = [name for name in first.sizes if name not in fixed]
-    probe = {name: first.sizes[name] * k for name, k in zip(names, _multipliers(), strict=False)}
+    probe = _consistent(first, {name: first.sizes[name] * k for name, k in zip(names, _multipliers(), strict=False)})
     probing = _Probing(fn, target, options)
     if probing.difference(first, probe) is None:
         return first, fixed
@@ -148,7 +148,7 @@ def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Option
         back = replace(apart, sizes={**apart.sizes, **first.sizes})
         if _same(rebound_or_none(probing.program_at(first, probe), apart, first.sizes), target.traced.program):
             return back, fixed
-    reasons = {name: probing.difference(first, {name: 2 * first.sizes[name]}) for name in names}
+    reasons = {name: probing.difference(first, _consistent(first, {name: 2 * first.sizes[name]})) for name in names}
     fixed |= {name: reason for name, reason in reasons.items() if reason is not None}
     together = {name: size for name, size in probe.items() if name not in fixed}
     why = probing.difference(first, together) if together else None
@@ -163,6 +163,16 @@ def _multipliers():
     """By what each dimension grows in the second trace; multiples keep what divides."""
     yield from (2, 3, 5, 7)
     yield from primes()
+
+
+def _consistent(dimensions: Dimensions, sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes with those that the program makes equal to others of them."""
+    found = dict(sizes)
+    for one, other in dimensions.relations:
+        left, right = (one, other) if other in dimensions.sizes and one in sizes else (other, one)
+        if right in dimensions.sizes and set(map(str, parsed(left).free_symbols)) & set(sizes):
+            found[right] = int(evaluated(parsed(left), {**dimensions.sizes, **found}))
+    return found
 
 
 def rebound_or_none(program: Program | None, dimensions: Dimensions, sizes: Mapping[str, int]) -> Program | None:
