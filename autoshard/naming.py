@@ -190,11 +190,8 @@ class _Origins:
 
     def _uses(self, i: int, k: int) -> int:
         """How many operations use the argument an operand is a view of: inputs feed several matmuls, weights one."""
-        values, operations = self.program.values, self.program.operations
-        origin = values[operations[i].inputs[k].value].origin
-        views = {value for value, each in enumerate(values) if each.origin == origin}
-        reading = (op for op in operations if not any(use.value in views for use in op.outputs))
-        return sum(use.value in views for op in reading for use in op.inputs)
+        value = self.program.operations[i].inputs[k].value
+        return self.program.readers.get(self.program.values[value].origin, 0)
 
     def _is_weight(self, i: int, k: int) -> bool:
         op = self.program.operations[i]

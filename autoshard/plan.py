@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -24,6 +24,9 @@ from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice
 from search.solve import Proof
+
+if TYPE_CHECKING:
+    from search.formulas import Formulas
 
 
 @dataclass(frozen=True)
@@ -228,10 +231,24 @@ class Plan:
     # --- words and files -----------------------------------------------------------------------------------------
 
     def explain(self, symbolic: bool = False) -> str:
-        """The plan as text: every matmul with its strategy by name, cost, regime and runner-up; `symbolic` adds formulas."""
+        """The plan as text: every matmul with its strategy, cost, regime and runner-up; `symbolic` adds formulas."""
         from autoshard.explain import render
 
         return render(self, symbolic=symbolic)
+
+    def formulas(self) -> Formulas:
+        """What the plan costs in closed form, in named dimensions, axis sizes and rates.
+
+            found = plan.formulas()
+            found.total.seconds                                    # a SymPy expression
+            found.at(found.total.seconds)                          # plan.estimate.seconds
+            found.at(found.total.wire_bytes, B=128)                # with the same strategies, at another batch
+
+        **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
+        """
+        from autoshard.explain_symbolic import formulas
+
+        return formulas(self)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""

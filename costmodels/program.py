@@ -170,6 +170,18 @@ class Program:
                 found.setdefault(use.value, []).append((i, k))
         return {value: tuple(uses) for value, uses in found.items()}
 
+    @cached_property
+    def readers(self) -> dict[str, int]:
+        """Argument path to the number of operands that are the argument or a view of it, those of further views left out."""
+        found: dict[str, int] = {}
+        for op in self.operations:
+            made = {self.values[use.value].origin for use in op.outputs}
+            for use in op.inputs:
+                origin = self.values[use.value].origin
+                if origin and origin not in made:
+                    found[origin] = found.get(origin, 0) + 1
+        return found
+
     def matmuls(self) -> Iterator[tuple[int, Operation]]:
         """The matrix multiplications, in program order."""
         return ((i, op) for i, op in enumerate(self.operations) if op.op_class == "matmul")

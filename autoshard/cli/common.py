@@ -34,6 +34,14 @@ PlanFile = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A keyword argument of NAME; may be repeated.")
 ]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="PATH=NAMES",
+        help='Names for formulas: wi="E F" by argument, or E=4096 by size; may be repeated.',
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Bandwidth = Annotated[
     str | None,
@@ -124,6 +132,20 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
         if not sign or not key.isidentifier():
             raise Misuse(f"--set {pair} is no KEY=VALUE, such as batch=64.")
         found[key] = _value(value)
+    return found
+
+
+def names(pairs: Sequence[str] | None) -> dict[str, str | int]:
+    """`["wi=E F", "B=64"]` as names of dimensions, by argument or by size.
+
+    **Raises:** `Misuse`.
+    """
+    found: dict[str, str | int] = {}
+    for pair in pairs or ():
+        key, sign, words = pair.rpartition("=")
+        if not sign or not key or not words:
+            raise Misuse(f'--dim {pair} is no PATH=NAMES, such as wi="E F", and no NAME=SIZE, such as E=4096.')
+        found[key] = int(words) if words.isdigit() and key.isidentifier() else words
     return found
 
 

@@ -16,6 +16,7 @@ def search(
         str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
     ],
     sizes: common.Settings = None,
+    dims: common.Dims = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: common.AsJson = False,
@@ -50,7 +51,7 @@ def search(
                 reserve_bytes=None if reserve is None else reserve * 2**30,
                 time_limit=time_limit,
                 progress=say,
-                dims=work.dims,
+                dims={**work.dims, **common.names(dims)},
             )
         if output is not None:
             plan.save(output)
