@@ -16,4 +16,6 @@ from autoshard.pins import pin as pin
 from autoshard.plan import Plan as Plan
 from autoshard.plan_file import load as load
 from autoshard.planning import search as search
+from autoshard.symbolic import SymbolicTrace as SymbolicTrace
+from autoshard.symbolic import trace_symbolic as trace_symbolic
 from autoshard.workload import Workload as Workload

@@ -32,8 +32,7 @@ from autoshard.hlo import CompiledCollective
 from autoshard.pairing import Axes, Pair, axes_of, paired, shared
 from autoshard.plan import Plan, PlannedCollective
 from autoshard.tables import size
-from costmodels.collectives import seconds as collective_seconds
-from costmodels.collectives import wire_bytes
+from costmodels.collectives import seconds_on, wire_bytes
 from costmodels.topology import Topology
 from search.solution import collectives as solution_collectives
 
@@ -255,8 +254,8 @@ _WIDENED = ("bfloat16", "float16")
 
 def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
     """What one execution of a compiled collective costs under the plan's model."""
-    axes = _along(axes_of(collective, topology), topology)
-    return float(collective_seconds(collective.kind, axes, float(collective.bytes)))
+    axes = axes_of(collective, topology)
+    return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
 
 
 def _along(axes: Axes, topology: Topology):

@@ -10,6 +10,7 @@ from typing import Any
 from autoshard.emit import spec_of
 from autoshard.plan import ArrayPlan, OperationPlan, Plan, PlannedCollective
 from autoshard.tables import WIDTH, item, percent, size, table, time
+from costmodels.pricing import Pricing
 from costmodels.topology import Axis
 from search.layouts import Layout
 
@@ -26,20 +27,29 @@ def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
 
     **Arguments:**
 
-    - `symbolic`: adds each matmul's FLOPs as a formula in its factors.
+    - `symbolic`: adds every cost as a formula in named dimensions, axis sizes and rates, and crossovers between layouts.
+      A plan whose file does not hold the program has each matmul's FLOPs in the letters of its einsum only.
     - `width`: columns to fill at most; paths and places are cut short to fit.
     """
+    named = symbolic and plan.program is not None
     sections = (
         _header(plan),
-        _matmuls(plan, symbolic, width),
+        _matmuls(plan, symbolic and not named, width),
         _others(plan, width),
         _collectives(plan, width),
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
         _arrays("Results", plan.results, width),
         _constants(plan, width),
         _warnings(plan, width),
+        *(_formulas(plan, width) if named else ()),
     )
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
+
+
+def _formulas(plan: Plan, width: int) -> Iterator[Iterator[str]]:
+    from autoshard.explain_symbolic import sections
+
+    return sections(plan, width)
 
 
 # --- What the plan is
@@ -51,6 +61,7 @@ def _header(plan: Plan) -> Iterator[str]:
     room = estimate.budget_bytes
     yield f"{plan.name} on {topology.name}"
     yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
+    yield f"  collectives  {_pricing(topology.pricing)}"
     wire = time(estimate.collective_seconds)
     yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
     yield (
@@ -68,6 +79,12 @@ def _header(plan: Plan) -> Iterator[str]:
         yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
     tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
     yield f"               {tried}, {proof.wall_seconds:.1f} s"
+
+
+def _pricing(pricing: Pricing) -> str:
+    """By which conventions collectives are priced."""
+    links = {"per-axis": "the links of their axes", "total": "all links of a chip"}[pricing.bandwidth]
+    return f"{pricing.bandwidth} bandwidth ({links}); {percent(pricing.overlap)} hidden behind computation"
 
 
 def _axis(axis: Axis) -> str:

@@ -232,3 +232,10 @@ def is_product(op: Operation) -> bool:
 
 def _places(use: Use, factor: int) -> list[tuple[int, int]]:
     return [(use.value, at) for at, dim in enumerate(use.dims) if factor in dim]
+
+
+def attention_part(program: Program, i: int) -> str:
+    """What a contraction of two activations is: "attention scores", over the size of a head, or "attention values"."""
+    roles = _attention_roles(program, i)
+    summed = {role for role, factor in zip(roles, program.operations[i].factors, strict=True) if factor.kind == "sum"}
+    return "attention scores" if summed == {"head-size-sharded"} else "attention values"

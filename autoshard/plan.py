@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -18,10 +18,15 @@ from jax.sharding import Mesh, NamedSharding
 from autoshard import execution, targets, trees
 from autoshard.emit import spec_of
 from autoshard.errors import ExportError, TopologyError
+from costmodels.dimensions import Dimensions
+from costmodels.program import Program
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice
 from search.solve import Proof
+
+if TYPE_CHECKING:
+    from search.formulas import Formulas
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ class Plan:
       out or round a loop cost nothing.
     - `choice`: the strategies and layouts by operation and value number, for emission.
     - `warnings`: everything the plan does not vouch for, in sentences.
+    - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
+      older files have none.
     - `treedefs`: JAX's own structure of arguments and results, which files do not hold.
     """
 
@@ -133,6 +140,8 @@ class Plan:
     donate_argnums: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
     jax_version: str = ""
+    program: Program | None = field(default=None, repr=False)
+    dimensions: Dimensions | None = field(default=None, repr=False)
     treedefs: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     # --- layouts as JAX writes them ------------------------------------------------------------------------------
@@ -255,10 +264,24 @@ class Plan:
     # --- words and files -----------------------------------------------------------------------------------------
 
     def explain(self, symbolic: bool = False) -> str:
-        """The plan as text: every matmul with its strategy by name, cost, regime and runner-up; `symbolic` adds formulas."""
+        """The plan as text: every matmul with its strategy, cost, regime and runner-up; `symbolic` adds formulas."""
         from autoshard.explain import render
 
         return render(self, symbolic=symbolic)
+
+    def formulas(self) -> Formulas:
+        """What the plan costs in closed form, in named dimensions, axis sizes and rates.
+
+            found = plan.formulas()
+            found.total.seconds                                    # a SymPy expression
+            found.at(found.total.seconds)                          # plan.estimate.seconds
+            found.at(found.total.wire_bytes, B=128)                # with the same strategies, at another batch
+
+        **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
+        """
+        from autoshard.explain_symbolic import formulas
+
+        return formulas(self)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""

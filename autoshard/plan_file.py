@@ -9,11 +9,12 @@
                 "layout": [null, null, ["z", "y", "x"], null], ...}],
  "operations": [{"name": "dot_general params['layers']['wq'] (palm.py:212)", "strategy": "WS-1D: output over xyz",
                  "einsum": "ad,dbc->abc", "splits": [null, ["z", "y", "x"], null, null], ...}],
- "kept": [{"value": 12, "layout": [null, "x"]}]}
+ "kept": [{"value": 12, "layout": [null, "x"]}], "program": {...}}
 ```
 
 A layout has one entry per dimension, as a `PartitionSpec` has: null, an axis, or a list of axes, major to minor; partial
-sums are `{"dims": [...], "partial": ["x"]}`. Numbers that JSON lacks are the strings "inf", "-inf" and "nan".
+sums are `{"dims": [...], "partial": ["x"]}`. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is as
+in `autoshard.program_file`; plans of older files lack it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from autoshard import trees
+from autoshard import program_file, trees
 from autoshard.errors import PlanMismatchError
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, Plan, PlannedCollective
+from autoshard.trace import fingerprint
+from costmodels.dimensions import Dimensions
+from costmodels.program import Program
 from costmodels.topology import Topology, topology_from_dict
 from search.layouts import Axes, Layout
 from search.solution import Choice
@@ -159,9 +163,11 @@ def _lines(data: Json) -> str:
 
     entries = []
     for key, value in data.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if isinstance(value, list) and value and isinstance(value[0], dict | list):
             rows = ",\n  ".join(map(compact, value))
             entries.append(f" {compact(key)}: [\n  {rows}\n ]")
+        elif isinstance(value, dict) and key == "program":
+            entries.append(f" {compact(key)}: " + _lines(value).replace("\n", "\n "))
         elif isinstance(value, dict) and key in ("estimate", "topology"):
             entries.append(f" {compact(key)}: " + _indented(value))
         else:
@@ -195,7 +201,14 @@ def _to_json(plan: Plan) -> Json:
         "in_tree": plan.in_tree,
         "out_tree": plan.out_tree,
         "topology": plan.topology.to_dict(),
+        **_program_to_json(plan),
     }
+
+
+def _program_to_json(plan: Plan) -> Json:
+    if plan.program is None or plan.dimensions is None:
+        return {}
+    return {"program": program_file.to_json(plan.program, plan.dimensions)}
 
 
 def _plain(record: Any) -> Json:
@@ -299,6 +312,7 @@ def _from_json(reader: _Reader) -> Plan:
     carried = [tuple(tuple(axes) for axes in _axis_lists(topology, row)) for row in reader.each("operations")]
     strategies = tuple(Strategy(op.splits, axes) for op, axes in zip(operations, carried, strict=True))
     hubs = {row.get("value", int): _layout_of(topology, row) for row in reader.each("kept")}
+    program, dimensions = _program(reader)
     arguments, constants, results = (_arrays(topology, reader, key) for key in ("arguments", "constants", "results"))
     plan = Plan(
         name=reader.get("name", str),
@@ -316,12 +330,27 @@ def _from_json(reader: _Reader) -> Plan:
         donate_argnums=reader.counts("donate_argnums"),
         warnings=reader.names("warnings"),
         jax_version=reader.get("jax_version", str),
+        program=program,
+        dimensions=dimensions,
     )
     if not isinstance(plan.in_tree, dict) or "tuple" not in plan.in_tree:
         raise ValueError(f"in_tree is {_short(plan.in_tree)}, which is no tuple of arguments")
     _count("in_tree", trees.leaf_count(plan.in_tree), "arguments", len(arguments))
     _count("out_tree", trees.leaf_count(plan.out_tree), "results", len(results))
     return plan
+
+
+def _program(reader: _Reader) -> tuple[Program | None, Dimensions | None]:
+    """The costed program, which plans of older files lack."""
+    if "program" not in reader.data:
+        return None, None
+    try:
+        program, dimensions = program_file.from_json(reader.get("program", dict))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"its program cannot be read ({type(error).__name__}: {error})") from error
+    if fingerprint(program) != reader.get("fingerprint", str):
+        raise ValueError("its program is not the one that was planned")
+    return program, dimensions
 
 
 def _topology(reader: _Reader) -> Topology:

@@ -13,12 +13,14 @@ import jax
 from autoshard import accounts, trees
 from autoshard.blocks import Traced
 from autoshard.devices import topology_of
+from autoshard.dimensions import Names, named, symbols_of
 from autoshard.errors import AutoshardError
 from autoshard.execution import abstract
 from autoshard.infeasible import conflict, explained
 from autoshard.pins import PinError, Pins, with_pins
 from autoshard.plan import Plan
 from autoshard.trace import fingerprint, trace
+from costmodels.dimensions import Dimensions
 from costmodels.topology import Topology
 from search.solve import Limits, NoPlan, Solution
 from search.solve import search as solve
@@ -38,6 +40,8 @@ class Options:
     progress: Callable[[str], None] | None = None
     pins: Pins | None = None
     fold: bool = True
+    dims: Names | None = None
+    shapes: tuple[Any, ...] = ()
 
     def limits(self) -> Limits:
         """When the search stops."""
@@ -47,13 +51,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Target:
-    """A traced function with what its plan keeps of the arguments: nesting, donations, and which are Python scalars."""
+    """A traced function with what its plan keeps of the arguments: nesting, donations, and which are Python scalars.
+
+    `dimensions` are its sizes by name, `flat` the shapes and types of the arguments it was traced with.
+    """
 
     traced: Traced
     in_tree: trees.Data
     donate_argnums: tuple[int, ...]
     weak: tuple[bool, ...]
     fingerprint: str
+    dimensions: Dimensions
+    flat: tuple[Any, ...]
 
 
 def search(
@@ -68,6 +77,7 @@ def search(
     progress: Callable[[str], None] | None = None,
     pins: Pins | None = None,
     fold: bool = True,
+    dims: Names | None = None,
 ) -> Plan:
     """Searches the layout of every array and operation of a function that makes one step fastest on a topology.
 
@@ -89,11 +99,13 @@ def search(
       a tree of specs per argument with `None` for what is free. `autoshard.pin` pins intermediates.
     - `fold`: whether the layers that a Python loop unrolled are laid out alike, which makes depth free. Without it, layers may
       differ, and the search takes as many times longer.
+    - `dims`: names of dimensions for formulas, such as `{"tokens": "B", "layers.wi_gate": "N E F"}` or `{"B": 64}`
+      (`autoshard.dimensions`); what has no name is called after its argument.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
     `InfeasibleError` when no layout fits.
     """
-    options = Options(donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold)
+    options = Options(donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold, dims)
     where = topology_of(topology)
     return planned(traced_for(fn, args, options), where, options)
 
@@ -103,12 +115,21 @@ def traced_for(fn: Callable[..., Any], args: Sequence[Any], options: Options) ->
 
     **Raises:** `TraceError`, `UnsupportedPrimitiveError`; `AutoshardError` for a donated position that is none.
     """
+    symbols = symbols_of(args)
+    if symbols:
+        raise AutoshardError(
+            f"The arguments have symbolic dimensions ({', '.join(symbols)}), and a plan needs numbers:"
+            f" autoshard.trace_symbolic(fn, ...).bind({symbols[0]}=...).search(topology) would do."
+        )
     flat, donate = abstract(fn, args), _positions(options.donate_argnums, len(args))
     avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type) for leaf in flat]
     nested = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tuple(args)), avals)
     traced = trace(fn, *nested, donate_argnums=donate, name=options.name, strict=options.strict)
     weak = tuple(leaf.weak_type for leaf in flat)
-    return Target(traced, trees.describe(tuple(args)), donate, weak, fingerprint(traced.program))
+    dimensions = named(traced.program, traced.argument_values, traced.paths, options.dims, options.shapes)
+    return Target(
+        traced, trees.describe(tuple(args)), donate, weak, fingerprint(traced.program), dimensions, tuple(avals)
+    )
 
 
 def planned(target: Target, topology: Topology, options: Options) -> Plan:
@@ -155,5 +176,7 @@ def plan_of(target: Target, solution: Solution) -> Plan:
         donate_argnums=target.donate_argnums,
         warnings=accounts.warnings(traced, solution),
         jax_version=jax.__version__,
+        program=traced.program,
+        dimensions=target.dimensions,
         treedefs=(traced.in_tree, traced.out_tree),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,9 +17,11 @@ class Workload:
     - `args`: its positional arguments, pytrees of `jax.ShapeDtypeStruct` or arrays.
     - `donate_argnums`: the positions of arguments whose memory the results may take.
     - `name`: what the plan is called; the function's name by default.
+    - `dims`: names of dimensions for formulas, as for `autoshard.search`.
     """
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     donate_argnums: tuple[int, ...] = ()
     name: str = ""
+    dims: Mapping[str, str | int] = field(default_factory=dict)

@@ -15,8 +15,8 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-Status = Literal["published", "measured", "derived", "assumed", "given"]
-"""How sure a number is; `given` is the user's own."""
+Status = Literal["published", "measured", "derived", "fitted", "assumed", "given"]
+"""How sure a number is; `fitted` to published or measured times, `given` is the user's own."""
 
 Wraparound = Literal["all axes multiples of 4", "axis of 16", "never"]
 """When the two ends of a torus axis are joined ("How To Scale Your Model", part 2)."""
@@ -94,7 +94,9 @@ class Chip:
     - `vector_flops_per_second`: elementwise work and reductions (a TPU's vector unit, a GPU's CUDA cores).
     - `hbm_bytes`: capacity on paper; `usable_hbm_bytes`: what a program may fill.
     - `matrix_tile`: side of the matrix unit, to which matrix dimensions are padded, in elements.
-    - `op_overhead_seconds`, `collective_overhead_seconds`: to start an operation, a collective.
+    - `matmul_efficiency`, `hbm_efficiency`, `wire_efficiency`: the parts of the rates of matrix multiplication, memory
+      and interconnect that programs reach; `reached_hbm_bytes_per_second` and its like have them in.
+    - `op_overhead_seconds`, `collective_overhead_seconds`: to start a matrix multiplication, a collective.
     - `clock_hertz`: to turn a compiler's cycles into seconds; None where unknown.
     - `catalogued`: where the numbers came from; read it through `constants`.
     """
@@ -110,6 +112,9 @@ class Chip:
     matrix_tile: float
     op_overhead_seconds: float
     collective_overhead_seconds: float
+    matmul_efficiency: float = 1.0
+    hbm_efficiency: float = 1.0
+    wire_efficiency: float = 1.0
     clock_hertz: float | None = None
     catalogued: Mapping[str, Constant] = field(default_factory=dict, repr=False, compare=False)
 
@@ -121,6 +126,15 @@ class Chip:
         too fast rather than free.
         """
         return next(self.flops_per_second[name] for name in _run_as(dtype) if name in self.flops_per_second)
+
+    def reached_matmul_flops_per_second(self, dtype: str) -> float:
+        """`matmul_flops_per_second` times `matmul_efficiency`."""
+        return self.matmul_flops_per_second(dtype) * self.matmul_efficiency
+
+    @property
+    def reached_hbm_bytes_per_second(self) -> float:
+        """`hbm_bytes_per_second` times `hbm_efficiency`."""
+        return self.hbm_bytes_per_second * self.hbm_efficiency
 
     @property
     def constants(self) -> Mapping[str, Constant]:
@@ -199,6 +213,7 @@ _OWN = (
     "op_overhead_seconds",
     "collective_overhead_seconds",
 )
+_EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency", "wire_efficiency")
 _MAY_BE_ZERO = ("op_overhead_seconds", "collective_overhead_seconds", "hop_seconds", "node_hop_seconds")
 _WIDER = {"float8": "bfloat16", "int8": "bfloat16", "bfloat16": "float32"}
 
@@ -218,6 +233,7 @@ def _numbers(chip: Chip) -> Iterator[tuple[str, float]]:
     """The numbers of a chip, by dotted name, in the order of `chips.toml`."""
     yield from ((f"flops_per_second.{dtype}", rate) for dtype, rate in chip.flops_per_second.items())
     yield from ((name, getattr(chip, name)) for name in _OWN)
+    yield from ((name, getattr(chip, name)) for name in _EFFICIENCIES)
     if chip.clock_hertz is not None:
         yield "clock_hertz", chip.clock_hertz
     prefix = type(chip.interconnect).__name__.lower()
@@ -239,7 +255,9 @@ def _build(name: str, kind: ChipKind, wraparound: Wraparound, constants: Mapping
     if "float32" not in rates:
         raise ChipFormatError(f"The chip {name!r} lacks flops_per_second.float32, on which other dtypes fall back.")
     clock = groups[""].pop("clock_hertz", None)
-    _exactly(name, "", groups[""], _OWN)
+    # Without efficiencies all is done at the peak rates: so were plans priced that were saved before there were any.
+    groups[""] = dict.fromkeys(_EFFICIENCIES, 1.0) | groups[""]
+    _exactly(name, "", groups[""], (*_OWN, *_EFFICIENCIES))
     interconnect = _interconnect(name, wraparound, groups)
     return Chip(name, kind, interconnect, rates, **groups[""], clock_hertz=clock, catalogued=dict(constants))
 
@@ -286,10 +304,15 @@ def _one_of(owner: str, key: str, got: object, allowed: tuple[str, ...]) -> None
 
 
 def _number(owner: str, dotted: str, value: Any) -> float:
-    zero = dotted.rpartition(".")[2] in _MAY_BE_ZERO
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (0 < value < float("inf") or (zero and value == 0)):
-        fits = "a number that is 0 or more" if zero else "a number above 0"
+    key = dotted.rpartition(".")[2]
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
+    if key in _MAY_BE_ZERO:
+        fits, right = "a number that is 0 or more", number and value >= 0
+    elif key in _EFFICIENCIES:
+        fits, right = "a number above 0, and 1 at most,", number and 0 < value <= 1
+    else:
+        fits, right = "a number above 0", number and value > 0
+    if not right:
         raise ChipFormatError(f"{dotted} of the chip {owner!r} is {value!r}; {fits} would do.")
     return float(value)
 

@@ -9,6 +9,8 @@ One symbolic expression per kind of collective and set of axes, with the symbols
 | $W_x$ | one-way bandwidth: of each link of a torus axis, out of each chip on a switch axis | bytes/s |
 | $α_x$ | latency of one hop | s |
 | $o$ | to launch the collective | s |
+| $B$ | bandwidth of all links of a chip together, under the convention "total" | bytes/s |
+| $f$ | the part of the time on the wire that is hidden behind computation | 1 |
 
 and the conventions for $V$: of an all-gather, the gathered *result* on one chip; of a reduce-scatter and an all-reduce,
 the unreduced *operand*; of an all-to-all and a collective-permute, the chip's own *operand*.
@@ -24,6 +26,9 @@ along an axis in hops, and $m_i = \\lfloor n_i^2/4 \\rfloor / n_i$ (on a switch 
 costliest collective-permute takes the wires as long as two all-to-alls. All is derived below. Where all links are
 alike, the maximum is at $S$ = all axes, and the first term is $V (N-1) / (N \\sum B_i)$.
 
+That is "per-axis", as the links are. Under "total" (`costmodels.pricing`) the torus axes of a collective are one switch of
+bandwidth $B$ with their chips, whichever they are; latency stays. Overlap multiplies the first term by $1 - f$.
+
 The formulas are those of "How To Scale Your Model", part 3 (tori) and part 12 (switches), with the factor $(N-1)/N$
 that the book drops, and latency added rather than maximised over; and of Pope et al. 2022, appendix A.1, if all axes of
 a torus take part.
@@ -36,15 +41,17 @@ from dataclasses import astuple, replace
 from functools import cache
 from itertools import combinations
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from costmodels.pricing import PHYSICAL, Pricing
 from costmodels.symbolic import sympy
-from costmodels.topology import Axis
+from costmodels.topology import Axis, Topology
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 Axes = tuple[Axis, ...]
+Wires = tuple["_Wire", ...]
 Bytes = float | np.ndarray
 
 
@@ -58,6 +65,18 @@ def bytes_symbol() -> sympy.Symbol:
 def launch_symbol() -> sympy.Symbol:
     """$o$: seconds to launch the collective."""
     return sympy.Symbol("o", nonnegative=True)
+
+
+@cache
+def total_symbol() -> sympy.Symbol:
+    """$B$: bytes per second over all links of a chip, where bandwidth is priced in total."""
+    return sympy.Symbol("B", positive=True)
+
+
+@cache
+def overlap_symbol() -> sympy.Symbol:
+    """$f$: the part of the time on the wire that computation hides."""
+    return sympy.Symbol("f", nonnegative=True)
 
 
 def size_symbol(axis: Axis) -> sympy.Symbol:
@@ -75,31 +94,45 @@ def hop_symbol(axis: Axis) -> sympy.Symbol:
     return sympy.Symbol(f"alpha_{axis.name}", nonnegative=True)
 
 
-def values(axes: Sequence[Axis]) -> dict[sympy.Symbol, float]:
+def values(
+    axes: Sequence[Axis], pricing: Pricing = PHYSICAL, total_bytes_per_second: float = 0.0
+) -> dict[sympy.Symbol, float]:
     """What the symbols of `expression` stand for on these axes; all but the bytes."""
     launches = (axis.launch_seconds for axis in axes if axis.size > 1)
-    found: dict[sympy.Symbol, float] = {launch_symbol(): max(launches, default=0.0)}
+    found: dict[sympy.Symbol, float] = {launch_symbol(): max(launches, default=0.0), overlap_symbol(): pricing.overlap}
     for axis in axes:
         found |= {size_symbol(axis): axis.size, bandwidth_symbol(axis): axis.bytes_per_second}
         found[hop_symbol(axis)] = axis.hop_seconds
-    return found
+    return found if pricing.bandwidth == "per-axis" else found | {total_symbol(): total_bytes_per_second}
 
 
-def expression(kind: str, axes: Sequence[Axis]) -> sympy.Expr:
+def expression(kind: str, axes: Sequence[Axis], pricing: Pricing = PHYSICAL) -> sympy.Expr:
     """Seconds of a collective over these axes, in the symbols of this module.
 
     Axes of size 1 take no part; over none at all, every collective is free. Whether an axis is a ring, a line or a
-    switch is the expression's form, not a symbol in it.
+    switch is the expression's form, not a symbol in it, and so are the convention of bandwidth and whether there is any
+    overlap.
 
     **Raises:** `ValueError` for an unknown kind.
     """
     if kind not in _SECONDS:
         raise ValueError(f"There is no collective {kind!r}; there are {', '.join(_SECONDS)}.")
     taking_part = tuple(axis for axis in axes if axis.size > 1)
-    return _SECONDS[kind](taking_part) + launch_symbol() if taking_part else sympy.Integer(0)
+    if not taking_part:
+        return sympy.Integer(0)
+    rounds, load = _SECONDS[kind]
+    wire = bytes_symbol() * load(_wires(taking_part, pricing))
+    exposed = (1 - overlap_symbol()) * wire if pricing.overlap else wire
+    return rounds * (exposed + _latency(taking_part)) + launch_symbol()
 
 
-def seconds(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
+def seconds(
+    kind: str,
+    axes: Sequence[Axis],
+    bytes: Bytes,
+    pricing: Pricing = PHYSICAL,
+    total_bytes_per_second: float = 0.0,
+) -> Bytes:
     """Seconds of a collective for a number of bytes per chip, or an array of them.
 
     The numbers of `expression`, compiled once per kind and axes; axes that are alike but for their names share it, so
@@ -116,8 +149,16 @@ def seconds(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
       permutation).
     - `axes`: the axes it runs over, in any order.
     - `bytes`: per chip; of an all-gather the result, of the others the operand.
+    - `pricing`, `total_bytes_per_second`: the conventions, and the bandwidth of all links of a chip, which only
+      "total" asks for; `seconds_on` takes both from a topology.
     """
-    return _compiled(kind, tuple(axes))(bytes)
+    return _compiled(kind, tuple(axes), pricing, total_bytes_per_second)(bytes)
+
+
+def seconds_on(topology: Topology, kind: str, axes: Iterable[str], bytes: Bytes) -> Bytes:
+    """`seconds` over the axes of these names, by the conventions of their topology."""
+    along = tuple(topology.axis(name) for name in axes)
+    return seconds(kind, along, bytes, topology.pricing, topology.total_bytes_per_second)
 
 
 def wire_bytes(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
@@ -155,11 +196,28 @@ def _latency(axes: Axes) -> sympy.Expr:
 
 # Bandwidth of an axis. A chip on a ring takes in 2W, W from either side. So does an inner chip of a line, but the chip
 # at its end has one link, and must take in as much as the others: a gather along a line runs at W. Two chips have one
-# link between them, and are a line. A chip on a switch takes in W.
+# link between them, and are a line. A chip on a switch takes in W. Where all links of a chip count together, the axes
+# of a torus that take part are one switch.
 
 
-def _bandwidth(axis: Axis) -> sympy.Expr:
-    return 2 * bandwidth_symbol(axis) if axis.ring else bandwidth_symbol(axis)
+class _Wire(NamedTuple):
+    """An axis, or several that work as one: how many chips, at which bandwidth; `speed` is that of its links."""
+
+    chips: sympy.Expr
+    bandwidth: sympy.Expr
+    switch: bool
+    speed: float
+
+
+def _wires(axes: Axes, pricing: Pricing) -> tuple[_Wire, ...]:
+    together = tuple(axis for axis in axes if axis.kind == "torus" and pricing.bandwidth == "total")
+    apart = (_wire(axis) for axis in axes if axis not in together)
+    return (*apart, _Wire(sympy.Mul(*map(size_symbol, together)), total_symbol(), True, 0.0)) if together else (*apart,)
+
+
+def _wire(axis: Axis) -> _Wire:
+    bandwidth = 2 * bandwidth_symbol(axis) if axis.ring else bandwidth_symbol(axis)
+    return _Wire(size_symbol(axis), bandwidth, axis.kind == "switch", axis.bytes_per_second)
 
 
 # All-gather. A chip starts with V/N of the result and takes in the rest, V (N-1)/N, over its axes. Along one axis that
@@ -183,28 +241,25 @@ def _bandwidth(axis: Axis) -> sympy.Expr:
 # A reduce-scatter is an all-gather backwards in time.
 
 
-def _gather_phase(axes: Axes) -> sympy.Expr:
-    shares = ((_chips(s) - 1) / (_chips(axes) * sympy.Add(*map(_bandwidth, s))) for s in _deciding(axes))
-    return bytes_symbol() * _largest(shares) + _latency(axes)
+def _gather_load(wires: Wires) -> sympy.Expr:
+    return _largest(
+        (_chips(some) - 1) / (_chips(wires) * sympy.Add(*(wire.bandwidth for wire in some)))
+        for some in _deciding(wires)
+    )
 
 
-def _chips(axes: Axes) -> sympy.Expr:
-    return sympy.Mul(*map(size_symbol, axes))
+def _chips(wires: Wires) -> sympy.Expr:
+    return sympy.Mul(*(wire.chips for wire in wires))
 
 
-def _deciding(axes: Axes) -> Iterator[Axes]:
-    alike = all(axis.kind == "torus" and axis.bytes_per_second == axes[0].bytes_per_second for axis in axes)
-    for count in range(len(axes) if alike else 1, len(axes) + 1):
-        yield from combinations(axes, count)
+def _deciding(wires: Wires) -> Iterator[Wires]:
+    alike = not any(wire.switch for wire in wires) and len({wire.speed for wire in wires}) == 1
+    for count in range(len(wires) if alike else 1, len(wires) + 1):
+        yield from combinations(wires, count)
 
 
 # All-reduce: a reduce-scatter, then an all-gather, launched as one.
-
-
-def _all_reduce(axes: Axes) -> sympy.Expr:
-    return 2 * _gather_phase(axes)
-
-
+#
 # All-to-all. A chip sends V/N to each chip, going along one axis after the other. On axis i it is then a uniform
 # exchange in every row, in which the pairs (a, b) of coordinates are equally frequent: V/n_i from each chip to each
 # coordinate.
@@ -219,14 +274,13 @@ def _all_reduce(axes: Axes) -> sympy.Expr:
 # torus across that axis shows that no other routing does better.
 
 
-def _exchange_load(axis: Axis) -> sympy.Expr:
-    n = size_symbol(axis)
-    reach = (n - 1) / n if axis.kind == "switch" else sympy.floor(n**2 / 4) / n
-    return reach / _bandwidth(axis)
+def _exchange_load(wires: Wires) -> sympy.Expr:
+    return _largest(map(_exchange, wires))
 
 
-def _all_to_all(axes: Axes) -> sympy.Expr:
-    return bytes_symbol() * _largest(map(_exchange_load, axes)) + _latency(axes)
+def _exchange(wire: _Wire) -> sympy.Expr:
+    n = wire.chips
+    return ((n - 1) / n if wire.switch else sympy.floor(n**2 / 4) / n) / wire.bandwidth
 
 
 # Collective-permute: each chip sends V to one other, and receives from one. The permutation is not known here, so this
@@ -236,32 +290,31 @@ def _all_to_all(axes: Axes) -> sympy.Expr:
 # switch sends V out of a chip once. A shift to the neighbour is far cheaper than all this.
 
 
-def _permute_load(axis: Axis) -> sympy.Expr:
-    return 1 / _bandwidth(axis) if axis.kind == "switch" else 2 * _exchange_load(axis)
+def _permute_load(wires: Wires) -> sympy.Expr:
+    return _largest(1 / wire.bandwidth if wire.switch else 2 * _exchange(wire) for wire in wires)
 
 
-def _permute(axes: Axes) -> sympy.Expr:
-    return bytes_symbol() * _largest(map(_permute_load, axes)) + _latency(axes)
-
-
-_SECONDS: Mapping[str, Callable[[Axes], sympy.Expr]] = {
-    "all-gather": _gather_phase,
-    "reduce-scatter": _gather_phase,
-    "all-reduce": _all_reduce,
-    "all-to-all": _all_to_all,
-    "collective-permute": _permute,
+_SECONDS: Mapping[str, tuple[int, Callable[[Wires], sympy.Expr]]] = {
+    "all-gather": (1, _gather_load),
+    "reduce-scatter": (1, _gather_load),
+    "all-reduce": (2, _gather_load),
+    "all-to-all": (1, _exchange_load),
+    "collective-permute": (1, _permute_load),
 }
+"""Kind to the number of its rounds, and the seconds on the wire of each for one byte."""
 
 
 @cache
-def _compiled(kind: str, axes: Axes) -> Callable[[Bytes], Bytes]:
+def _compiled(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
     nameless = (replace(axis, name="", wraparound=axis.ring) for axis in axes if axis.size > 1)
     alike = sorted(nameless, key=astuple)
-    return _compiled_nameless(kind, tuple(replace(axis, name=str(i)) for i, axis in enumerate(alike)))
+    named = tuple(replace(axis, name=str(i)) for i, axis in enumerate(alike))
+    return _compiled_nameless(kind, named, pricing, total)
 
 
 @cache
-def _compiled_nameless(kind: str, axes: Axes) -> Callable[[Bytes], Bytes]:
+def _compiled_nameless(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
     """Seconds as a function of bytes alone: the axes' numbers are put in before it is compiled."""
-    cost = expression(kind, axes).xreplace({symbol: sympy.sympify(value) for symbol, value in values(axes).items()})
+    numbers = {symbol: sympy.sympify(value) for symbol, value in values(axes, pricing, total).items()}
+    cost = expression(kind, axes, pricing).xreplace(numbers)
     return sympy.lambdify(bytes_symbol(), cost, "numpy") if axes else lambda bytes: bytes * 0.0

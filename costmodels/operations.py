@@ -7,8 +7,19 @@ $$\\text{flops} = c \\prod_i d_i / s_i, \\qquad \\text{bytes} = \\sum_{u} w_u \\
 where $u$ ranges over the operands and results that pass through HBM and $w_u$ is their element size. One expression,
 compiled once, prices all strategies of an operation at once as numpy arrays.
 
-The time is the roofline $\\max(\\text{flops}/C, \\text{bytes}/W)$ (Pope et al. 2022 §2; "How To Scale Your Model",
-"All About Rooflines").
+The time is the roofline $\\max(\\text{padded flops}/C, \\text{bytes}/W) + o$ (Pope et al. 2022 §2; "How To Scale Your
+Model", "All About Rooflines"), where $C$ and $W$ are the rates that are reached, the peak times an efficiency, and $o$
+is the overhead of an operation on the matrix unit.
+
+A matrix unit works in tiles of $t \\times t$. One matrix is held in it tile by tile, the other streams through, row by
+row; taking in the next tile meanwhile takes as long as $t/2$ rows. Of a product of $R \\times K$ with $K \\times C$ it
+therefore does
+
+$$c B \\, \\lceil K \\rceil_t \\min(\\lceil C \\rceil_t \\max(R, t/2),\\; \\lceil R \\rceil_t \\max(C, t/2)),$$
+
+where $B$ counts the products of a batch and $\\lceil n \\rceil_t$ is the next multiple of $t$: the compiler has either
+matrix stream. (That is what the cycles say which libtpu estimates for products of 8 to 8192 rows on v4 to v6e: with few
+rows the time does not fall below that of about $t/2$, and between multiples of $t$ it grows in proportion.)
 """
 
 from __future__ import annotations
@@ -47,10 +58,56 @@ def flops(operation: Operation) -> sympy.Expr:
     return _number(operation.flops_per_point) * _points(range(len(operation.factors)))
 
 
+TILE = sympy.Symbol("t", positive=True)
+"""$t$: the side of the matrix unit."""
+
+
+@dataclass(frozen=True)
+class MatrixFactors:
+    """The factors of a product of two operands: of the batch, the rows, the columns, and what is summed."""
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    contracted: tuple[int, ...]
+
+
+def matrix_factors(operation: Operation) -> MatrixFactors | None:
+    """How the factors of an operation make a product of matrices; None when it is none."""
+    if operation.op_class != "matmul" or len(operation.inputs) != 2:
+        return None
+    left, right = (set(_flat(use.dims)) for use in operation.inputs)
+    kept = {factor for use in operation.outputs for factor in _flat(use.dims)}
+    groups: dict[str, list[int]] = {"batch": [], "rows": [], "columns": [], "contracted": []}
+    for i in range(len(operation.factors)):
+        side = "rows" if i in left - right else "columns" if i in right - left else "batch"
+        groups[side if i in kept else "contracted"].append(i)
+    return MatrixFactors(**{name: tuple(group) for name, group in groups.items()})
+
+
+def padded_flops(operation: Operation) -> sympy.Expr:
+    """What the compute units of one chip do for an operation, whole tiles of a matrix unit, in $d_i$, $s_i$ and $t$."""
+    found = matrix_factors(operation)
+    if found is None:
+        return flops(operation)
+    rows, columns = found.rows, found.columns
+    shape = sympy.Min(_streamed(rows) * _tiled(columns), _streamed(columns) * _tiled(rows), evaluate=False)
+    return _number(operation.flops_per_point) * _points(found.batch) * _tiled(found.contracted) * shape
+
+
+def _tiled(factors: Sequence[int]) -> sympy.Expr:
+    return TILE * sympy.ceiling(_points(factors) / TILE) if factors else TILE
+
+
+def _streamed(factors: Sequence[int]) -> sympy.Expr:
+    return sympy.Max(_points(factors), TILE / 2, evaluate=False) if factors else TILE / 2
+
+
 def hbm_bytes(program: Program, operation: Operation) -> sympy.Expr:
     """Bytes that one chip moves between HBM and its compute units, in $d_i$ and $s_i$."""
     uses = [operation.use(index) for index in operation.traffic]
-    terms = [_number(program.values[use.value].itemsize) * _points(_flat(use.dims)) for use in uses]
+    sizes = [use.stored_itemsize or program.values[use.value].itemsize for use in uses]
+    terms = [_number(size) * _points(_flat(use.dims)) for size, use in zip(sizes, uses, strict=True)]
     return sympy.Add(*terms)
 
 
@@ -65,20 +122,25 @@ def _number(value: float) -> sympy.Expr:
 @lru_cache(maxsize=4096)
 def _compiled(expression: sympy.Expr, factors: int) -> Callable[..., Array]:
     symbols = [size_symbol(i) for i in range(factors)] + [shards_symbol(i) for i in range(factors)]
-    return sympy.lambdify(symbols, expression, "numpy")
+    return sympy.lambdify([*symbols, TILE], expression, "numpy")
 
 
-def evaluate(expression: sympy.Expr, operation: Operation, shards: Array) -> Array:
+def evaluate(expression: sympy.Expr, operation: Operation, shards: Array, tile: float = 1.0) -> Array:
     """The expression at the operation's sizes and at each row of `shards` (`[strategies, factors]`)."""
-    count = len(operation.factors)
-    sizes = [float(factor.size) for factor in operation.factors]
+    count, rows = len(operation.factors), len(shards)
+    # All as arrays of one length: what NumPy's maximum of several expressions is compiled to takes no others.
+    sizes = [np.full(rows, float(factor.size)) for factor in operation.factors]
     columns = [shards[:, i] for i in range(count)]
-    return np.broadcast_to(_compiled(expression, count)(*sizes, *columns), (len(shards),)).astype(float)
+    found = _compiled(expression, count)(*sizes, *columns, np.full(rows, float(tile)))
+    return np.broadcast_to(found, (rows,)).astype(float)
 
 
 @dataclass(frozen=True)
 class OperationCost:
-    """What the strategies of one operation cost on one chip, each an array over strategies; seconds for one execution."""
+    """What the strategies of one operation cost on one chip, each an array over strategies; seconds for one execution.
+
+    `flops` are those that the program asks for; `compute_seconds` has those that padding adds.
+    """
 
     flops: Array
     bytes: Array
@@ -99,9 +161,9 @@ def price(program: Program, operation: Operation, shards: Array, chip: Chip) -> 
     work = evaluate(flops(operation), operation, shards)
     moved = evaluate(hbm_bytes(program, operation), operation, shards)
     if operation.op_class == "matmul":
-        rate = chip.matmul_flops_per_second(operation.dtype)
-        overhead = chip.op_overhead_seconds
+        done = evaluate(padded_flops(operation), operation, shards, chip.matrix_tile)
+        rate, overhead = chip.reached_matmul_flops_per_second(operation.dtype), chip.op_overhead_seconds
     else:
-        rate, overhead = chip.vector_flops_per_second, 0.0
-    compute, memory = work / rate, moved / chip.hbm_bytes_per_second
+        done, rate, overhead = work, chip.vector_flops_per_second, 0.0
+    compute, memory = done / rate, moved / chip.reached_hbm_bytes_per_second
     return OperationCost(work, moved, compute, memory, np.maximum(compute, memory) + overhead)

@@ -70,11 +70,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Use:
-    """An operand or a result of an operation: the value, its dimensions as factors, where its change of layout runs."""
+    """An operand or a result of an operation: the value, its dimensions as factors, where its change of layout runs.
+
+    `stored_itemsize` is what an element takes in HBM where a cast on the way there or from there makes that another size
+    than the value's own, and 0 where it does not.
+    """
 
     value: int
     dims: tuple[tuple[int, ...], ...]
     region: int = 0
+    stored_itemsize: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ flops_per_second.bfloat16 = 2.5e14
 
 [axes.z]                             # any of bytes_per_second, wraparound, hop_seconds
 wraparound = false
+
+[pricing]                            # the conventions of costmodels.pricing
+bandwidth = "total"
+overlap = 0.4
 ```
 """
 
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from costmodels.chips import Chip, ChipFormatError, Switch, Torus, Wraparound, chip, chip_from_dict
+from costmodels.pricing import PHYSICAL, Pricing, PricingError, pricing_from_dict
 
 AXIS_NAMES = ("x", "y", "z", "w")
 
@@ -41,7 +46,7 @@ class TopologyFormatError(ValueError):
 class Axis:
     """One axis of the mesh and what joins the chips along it.
 
-    - `bytes_per_second`: one-way; of each link on a `torus` axis, out of each chip on a `switch` axis.
+    - `bytes_per_second`: one-way, as it is reached; of each link on a `torus` axis, out of each chip on a `switch` axis.
     - `wraparound`: whether a torus axis closes to a ring.
     - `hop_seconds`: latency from a chip to its neighbour, or through the switch.
     - `launch_seconds`: to start a collective.
@@ -68,7 +73,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Topology:
-    """A mesh of equal chips.
+    """A mesh of equal chips, and by which conventions its collectives are priced.
 
     ```python
     topology = parse_topology("v4:4x4x8")
@@ -81,6 +86,7 @@ class Topology:
     name: str
     chip: Chip
     axes: tuple[Axis, ...]
+    pricing: Pricing = PHYSICAL
 
     def __post_init__(self) -> None:
         names = [axis.name for axis in self.axes]
@@ -101,6 +107,15 @@ class Topology:
     def axis_sizes(self) -> dict[str, int]:
         """Axis name to size, in order."""
         return {axis.name: axis.size for axis in self.axes}
+
+    @cached_property
+    def total_bytes_per_second(self) -> float:
+        """What all links of a chip on the torus take in together, also those of torus axes that the mesh leaves out."""
+        links = [axis.bytes_per_second for axis in self.axes if axis.kind == "torus"]
+        if isinstance(torus := self.chip.interconnect, Torus):
+            link = torus.link_bytes_per_second * self.chip.wire_efficiency
+            links += [link] * (int(torus.axes) - len(links))
+        return 2 * sum(links)
 
     @cached_property
     def _by_name(self) -> dict[str, Axis]:
@@ -124,19 +139,24 @@ class Topology:
 
     def to_dict(self) -> dict[str, Any]:
         """The topology and all constants of its chip as plain data, for JSON."""
-        return {"name": self.name, "chip": self.chip.to_dict(), "axes": [asdict(axis) for axis in self.axes]}
+        axes = [asdict(axis) for axis in self.axes]
+        return {"name": self.name, "chip": self.chip.to_dict(), "axes": axes, "pricing": self.pricing.to_dict()}
 
 
 def topology_from_dict(data: Mapping[str, Any]) -> Topology:
     """The inverse of `Topology.to_dict`.
 
-    **Raises:** `TopologyFormatError` for missing or unknown keys, `ChipFormatError` for a malformed chip.
+    Without `pricing`, the conventions are those by default, as of plans that were saved before there were others.
+
+    **Raises:** `TopologyFormatError` for missing or unknown keys, `ChipFormatError` for a malformed chip, `PricingError`
+    for conventions that there are not.
     """
-    _keys("The topology", data, required=("name", "chip", "axes"))
+    _keys("The topology", data, required=("name", "chip", "axes"), optional=("pricing",))
     known = [f.name for f in fields(Axis)]
     for axis in data["axes"]:
         _keys("An axis of the topology", axis, required=known)
-    return Topology(data["name"], chip_from_dict(data["chip"]), tuple(Axis(**axis) for axis in data["axes"]))
+    axes = tuple(Axis(**axis) for axis in data["axes"])
+    return Topology(data["name"], chip_from_dict(data["chip"]), axes, pricing_from_dict(data.get("pricing", {})))
 
 
 def parse_topology(text: str | Path) -> Topology:
@@ -158,10 +178,14 @@ def parse_topology(text: str | Path) -> Topology:
             f"{text!r} is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a"
             " .toml file."
         )
-    return _build(text, chip(found[1]), [int(size) for size in found[2].split("x")])
+    return topology_of_chip(text, chip(found[1]), [int(size) for size in found[2].split("x")])
 
 
-def _build(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
+def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
+    """Chips, which need not be the catalogue's, joined as `CHIP:AxBxC` says of theirs.
+
+    **Raises:** `TopologyFormatError`.
+    """
     if not 1 <= len(sizes) <= len(AXIS_NAMES):
         raise TopologyFormatError(f"{name} has {len(sizes)} sizes; 1 to {len(AXIS_NAMES)} would do.")
     if min(sizes) < 1:
@@ -170,24 +194,25 @@ def _build(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
 
 
 def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
-    launch = chip.collective_overhead_seconds
+    launch, reached = chip.collective_overhead_seconds, chip.wire_efficiency
     match chip.interconnect:
         case Torus() as torus:
             _check_torus(name, chip, torus, sizes)
-            link, hop, closed = torus.link_bytes_per_second, torus.hop_seconds, _closed(torus, sizes)
+            link, hop, closed = torus.link_bytes_per_second * reached, torus.hop_seconds, _closed(torus, sizes)
             for label, size, wrap in zip(AXIS_NAMES, sizes, closed, strict=False):
                 yield Axis(label, size, "torus", link, wrap, hop, launch)
         case Switch() as switch:
             _check_switch(name, chip, switch, sizes)
             if len(sizes) == 2:
                 # A node's ports are its GPUs': each has its share, however many of them the topology uses.
-                share = switch.node_egress_bytes_per_second / switch.chips_per_node
+                share = switch.node_egress_bytes_per_second * reached / switch.chips_per_node
                 yield Axis("x", sizes[0], "switch", share, False, switch.node_hop_seconds, launch)
-            egress, hop = switch.egress_bytes_per_second, switch.hop_seconds
+            egress, hop = switch.egress_bytes_per_second * reached, switch.hop_seconds
             yield Axis(AXIS_NAMES[len(sizes) - 1], sizes[-1], "switch", egress, False, hop, launch)
         case bus:
+            egress = bus.egress_bytes_per_second * reached
             for label, size in zip(AXIS_NAMES, sizes, strict=False):
-                yield Axis(label, size, "switch", bus.egress_bytes_per_second, False, bus.hop_seconds, launch)
+                yield Axis(label, size, "switch", egress, False, bus.hop_seconds, launch)
 
 
 def _closed(torus: Torus, sizes: Sequence[int]) -> list[bool]:
@@ -226,16 +251,18 @@ def _from_file(path: Path) -> Topology:
         data = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
-    _keys(str(path), data, required=("chip", "shape"), optional=("name", "constants", "axes"))
+    _keys(str(path), data, required=("chip", "shape"), optional=("name", "constants", "axes", "pricing"))
     shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4],")
     for size in shape:
         _typed(path, "shape", size, int, "a list of whole numbers")
     base = chip(_typed(path, "chip", data["chip"], str, "the name of a chip in quotes"))
     numbers = dict(_dotted(_typed(path, "constants", data.get("constants", {}), dict, "a table of numbers")))
     name = _typed(path, "name", data.get("name", path.stem), str, "a name in quotes")
+    conventions = _typed(path, "pricing", data.get("pricing", {}), dict, "a table")
     try:
-        topology = _build(name, base.override(numbers, str(path)), shape)
-    except ChipFormatError as error:
+        topology = topology_of_chip(name, base.override(numbers, str(path)), shape)
+        topology = replace(topology, pricing=pricing_from_dict(conventions))
+    except (ChipFormatError, PricingError) as error:
         raise TopologyFormatError(f"{path}: {error}") from error
     changes = _typed(path, "axes", data.get("axes", {}), dict, "a table with a table per axis")
     _keys(f"{path}: axes", changes, optional=list(topology.axis_sizes))

@@ -4,7 +4,8 @@ The model is that of Chowdhery et al. 2022, "PaLM: Scaling Language Modeling wit
 attention and feed-forward network in parallel from one norm, multiquery attention (one key and value head), SwiGLU,
 rotary positions, no biases, input and output embeddings tied. Numbers are bf16; norm statistics, softmax and logits are
 float32. What only inference has (padded heads, int8 weights) is as in Pope et al. 2022, "Efficiently Scaling
-Transformer Inference" (arXiv 2211.05102).
+Transformer Inference" (arXiv 2211.05102), as are the two variants of 540B that it is compared with there: multihead
+attention ("540b-multihead") and attention and feed-forward network one after the other ("540b-serial").
 
 Letters in shapes: B batch, T new tokens, S tokens of context, L layers, E `d_model`, F `d_ff`, H heads, D `d_head`,
 V vocabulary. `...` is `B` in decode and `B, T` in prefill.
@@ -25,7 +26,7 @@ from jax import Array, lax
 from autoshard import Workload
 
 Params = dict[str, Any]  # nested; a leaf is an array or, in an abstract tree, a jax.ShapeDtypeStruct
-Cache = dict[str, Array]  # {"k": [L, B, S, D], "v": [L, B, S, D]}
+Cache = dict[str, Array]  # {"k": [L, B, S, D], "v": [L, B, S, D]}; of multihead attention [L, B, S, H, D]
 Rotation = tuple[Array, Array]  # cosine and sine, [..., D] each
 
 
@@ -37,7 +38,9 @@ class Config:
     """The sizes of one PaLM.
 
     `heads` is the number of heads the model was trained with; weights exist for `padded_heads`, which divide over
-    the chips. `max_context` is the length it was trained at; rotary positions set no limit of their own.
+    the chips. `max_context` is the length it was trained at; rotary positions set no limit of their own. With
+    `multihead` every head has keys and values of its own; without `parallel` the feed-forward network follows attention,
+    behind a norm of its own.
     """
 
     layers: int
@@ -48,15 +51,27 @@ class Config:
     d_head: int = 256
     vocab: int = 256_128
     max_context: int = 2048
+    multihead: bool = False
+    parallel: bool = True
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """The dimension that keys and values have for heads, if they have one."""
+        return (self.padded_heads,) if self.multihead else ()
 
 
 # Layers, d_model, heads, d_ff = 4 d_model and d_head = 256: Chowdhery et al. 2022, table 1; 2048 tokens: the same, §5.
 # The vocabulary of 256 k padded to 256,128 and 48 heads padded to 64: the code released with Pope et al. 2022
-# (google-research/scaling_transformer_inference_efficiency, checkpoint.HParams).
+# (google-research/scaling_transformer_inference_efficiency, checkpoint.HParams). Multihead with heads of 128, so that it
+# has as many parameters, and the serial block: Pope et al. 2022, §4.2 and §4.3.
 SIZES = {
     "8b": Config(layers=32, d_model=4096, d_ff=16_384, heads=16, padded_heads=16),
     "62b": Config(layers=64, d_model=8192, d_ff=32_768, heads=32, padded_heads=32),
     "540b": Config(layers=118, d_model=18_432, d_ff=73_728, heads=48, padded_heads=64),
+    "540b-multihead": Config(
+        layers=118, d_model=18_432, d_ff=73_728, heads=48, padded_heads=64, d_head=128, multihead=True
+    ),
+    "540b-serial": Config(layers=118, d_model=18_432, d_ff=73_728, heads=48, padded_heads=64, parallel=False),
     "tiny": Config(layers=2, d_model=64, d_ff=128, heads=8, padded_heads=8, d_head=16, vocab=128, max_context=64),
 }
 
@@ -83,8 +98,8 @@ def init_params(config: Config, key: Array, weights: str = "bf16") -> Params:
     store = quantise if weights == "int8" else lambda matrix, summed: matrix
     shapes = {  # name: (shape, the axes that the matrix product sums over)
         "wq": ((L, E, H, D), (1,)),
-        "wk": ((L, E, D), (1,)),
-        "wv": ((L, E, D), (1,)),
+        "wk": ((L, E, *config.kv_heads, D), (1,)),
+        "wv": ((L, E, *config.kv_heads, D), (1,)),
         "wi_gate": ((L, E, F), (1,)),
         "wi_up": ((L, E, F), (1,)),
         "wo": ((L, H, D, E), (1, 2)),
@@ -95,9 +110,10 @@ def init_params(config: Config, key: Array, weights: str = "bf16") -> Params:
         name: store(random_matrix(matrix_key, shape, summed), summed)
         for matrix_key, (name, (shape, summed)) in zip(keys, shapes.items(), strict=True)
     }
+    norms = ("scale",) if config.parallel else ("scale", "scale_ffn")
     return {
         "embedding": random_matrix(embedding_key, (config.vocab, E), ()),
-        "layers": {"scale": jnp.ones((L, E), jnp.bfloat16), **layers},
+        "layers": {**{norm: jnp.ones((L, E), jnp.bfloat16) for norm in norms}, **layers},
         "scale": jnp.ones((E,), jnp.bfloat16),
     }
 
@@ -123,7 +139,7 @@ def abstract_params(config: Config, weights: str = "bf16") -> Params:
 def abstract_cache(config: Config, batch: int, context: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a key-value cache for `context` tokens (`max_context` unless given)."""
     tokens = config.max_context if context is None else context
-    entry = jax.ShapeDtypeStruct((config.layers, batch, tokens, config.d_head), jnp.bfloat16)
+    entry = jax.ShapeDtypeStruct((config.layers, batch, tokens, *config.kv_heads, config.d_head), jnp.bfloat16)
     return {"k": entry, "v": entry}
 
 
@@ -133,7 +149,7 @@ def abstract_cache(config: Config, batch: int, context: int | None = None) -> di
 def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) -> tuple[Array, Cache]:
     """The logits `[B, V]` that follow `tokens` `[B]`, which stand at `position`, and the cache with them in it."""
     x = params["embedding"][tokens]  # [B, E]
-    layers, _, context, d_head = cache["k"].shape
+    layers, _, context, *_, d_head = cache["k"].shape
     rotation = rotary(position, d_head, x.dtype)  # 2 × [D]
     visible = jnp.arange(context) <= position  # [S]
 
@@ -142,11 +158,11 @@ def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) ->
         x, cache_k, cache_v = carry
         index, layer = scanned
         normed = rms_norm(x, layer["scale"])  # [B, E]
-        q, k, v = queries_keys_values(layer, normed, rotation, rotation)  # [B, H, D], 2 × [B, D]
+        q, k, v = queries_keys_values(layer, normed, rotation, rotation)  # [B, H, D], 2 × [B, D] or [B, H, D]
         cache_k = write_token(cache_k, k, index, position)
         cache_v = write_token(cache_v, v, index, position)
         attended = attend(q, read_layer(cache_k, index), read_layer(cache_v, index), visible)  # [B, H, D]
-        return (x + block_output(layer, normed, attended), cache_k, cache_v), None
+        return (block_output(layer, x, normed, attended), cache_k, cache_v), None
 
     carry = (x, cache["k"], cache["v"])
     (x, cache_k, cache_v), _ = lax.scan(layer_step, carry, (jnp.arange(layers), params["layers"]))
@@ -160,50 +176,64 @@ def prefill_step(params: Params, tokens: Array) -> tuple[Array, Cache]:
     cos, sin = rotary(positions, d_head_of(params), x.dtype)  # [T, D]
     per_head = (cos[:, None, :], sin[:, None, :])  # [T, 1, D]
     visible = positions[:, None, None] >= positions  # [T, 1, S]: causal
+    multihead = jax.tree.leaves(params["layers"]["wk"])[0].ndim > 3
 
     def layer_step(x, layer):
         normed = rms_norm(x, layer["scale"])  # [B, T, E]
-        q, k, v = queries_keys_values(layer, normed, per_head, (cos, sin))  # [B, T, H, D], 2 × [B, T, D]
+        k_rotation = per_head if multihead else (cos, sin)
+        q, k, v = queries_keys_values(
+            layer, normed, per_head, k_rotation
+        )  # [B, T, H, D], 2 × [B, T, D] or [B, T, H, D]
         attended = attend(q, k, v, visible)  # [B, T, H, D]
-        return x + block_output(layer, normed, attended), (k, v)
+        return block_output(layer, x, normed, attended), (k, v)
 
     x, (cache_k, cache_v) = lax.scan(layer_step, x, params["layers"])
     return logits(params, x[:, -1]), {"k": cache_k, "v": cache_v}
 
 
 def write_token(cache: Array, new: Array, layer: Array, position: Array) -> Array:
-    """`cache` `[L, B, S, D]` with `new` `[B, D]` at one layer and position."""
-    at = (layer, 0, position, 0)
-    return lax.dynamic_update_slice(cache, new[None, :, None, :], at, allow_negative_indices=False)
+    """`cache` `[L, B, S, ...]` with `new` `[B, ...]` at one layer and position."""
+    at = (layer, 0, position, *[0] * (new.ndim - 1))
+    return lax.dynamic_update_slice(cache, new[None, :, None], at, allow_negative_indices=False)
 
 
 def read_layer(cache: Array, layer: Array) -> Array:
-    return lax.dynamic_index_in_dim(cache, layer, keepdims=False, allow_negative_indices=False)  # [B, S, D]
+    return lax.dynamic_index_in_dim(cache, layer, keepdims=False, allow_negative_indices=False)  # [B, S, ...]
 
 
 def queries_keys_values(
     layer: Params, x: Array, q_rotation: Rotation, k_rotation: Rotation
 ) -> tuple[Array, Array, Array]:
-    """Queries `[..., H, D]`, scaled by $1/\\sqrt D$, and the one head of keys and values `[..., D]`."""
+    """Queries `[..., H, D]`, scaled by $1/\\sqrt D$, and keys and values, one head `[..., D]` or as many."""
     q = rotate(project("...e,ehd->...hd", x, layer["wq"]), *q_rotation)
-    k = rotate(project("...e,ed->...d", x, layer["wk"]), *k_rotation)
-    v = project("...e,ed->...d", x, layer["wv"])
+    one = "...e,ed->...d" if jax.tree.leaves(layer["wk"])[0].ndim == 2 else "...e,ehd->...hd"
+    k = rotate(project(one, x, layer["wk"]), *k_rotation)
+    v = project(one, x, layer["wv"])
     return q * q.shape[-1] ** -0.5, k, v
 
 
 def attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Multiquery attention: every head of `q` `[B, ..., H, D]` over the same `k` and `v` `[B, S, D]`."""
-    scores = jnp.einsum("b...hd,bsd->b...hs", q, k, preferred_element_type=jnp.float32)
+    """Every head of `q` `[B, ..., H, D]` over the same `k` and `v` `[B, S, D]` (multiquery) or its own `[B, S, H, D]`."""
+    kv = "bsd" if k.ndim == 3 else "bshd"
+    scores = jnp.einsum(f"b...hd,{kv}->b...hs", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, -jnp.inf)  # [B, ..., H, S]
-    return jnp.einsum("b...hs,bsd->b...hd", jax.nn.softmax(scores).astype(v.dtype), v)
+    return jnp.einsum(f"b...hs,{kv}->b...hd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def block_output(layer: Params, normed: Array, attended: Array) -> Array:
-    """What one parallel block adds to the residual stream: attention's output and the feed-forward network's."""
+def block_output(layer: Params, x: Array, normed: Array, attended: Array) -> Array:
+    """The residual stream after a block, which adds attention's output and the feed-forward network's, of the same norm
+    (parallel) or of one after attention (serial: there is a scale for it)."""
+    attention = project("...hd,hde->...e", attended, layer["wo"])
+    if "scale_ffn" not in layer:
+        return x + (attention + feed_forward(layer, normed))
+    x = x + attention
+    return x + feed_forward(layer, rms_norm(x, layer["scale_ffn"]))
+
+
+def feed_forward(layer: Params, normed: Array) -> Array:
     gate = project("...e,ef->...f", normed, layer["wi_gate"])
     up = project("...e,ef->...f", normed, layer["wi_up"])
-    fed_forward = project("...f,fe->...e", jax.nn.silu(gate) * up, layer["wo_ffn"])
-    return project("...hd,hde->...e", attended, layer["wo"]) + fed_forward
+    return project("...f,fe->...e", jax.nn.silu(gate) * up, layer["wo_ffn"])
 
 
 def project(spec: str, x: Array, matrix: Array | dict[str, Array]) -> Array:
@@ -248,6 +278,13 @@ def d_head_of(params: Params) -> int:
 # --- Workloads
 
 
+def letters(weights: str, inputs: dict[str, str]) -> dict[str, str]:
+    """The letters of this file by argument, for formulas (`autoshard explain --symbolic`)."""
+    matrix = ".q" if weights == "int8" else ""
+    layers = {"wi_gate": "L E F", "wq": "L E H D", "wk": "L E D", "wv": "L E D"}
+    return {"embedding": "V E", **{f"layers.{name}{matrix}": word for name, word in layers.items()}, **inputs}
+
+
 def decode(
     size: str = "540b", batch: int = 64, context: int = 2048, weights: str = "bf16", layers: int | None = None
 ) -> Workload:
@@ -255,7 +292,8 @@ def decode(
     config = config_of(size, layers)
     tokens, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     args = (abstract_params(config, weights), abstract_cache(config, batch, context), tokens, position)
-    return Workload(decode_step, args, donate_argnums=(1,), name=f"palm-{size}-decode")
+    dims = letters(weights, {"cache.*": "L B S D"})
+    return Workload(decode_step, args, donate_argnums=(1,), name=f"palm-{size}-decode", dims=dims)
 
 
 def prefill(
@@ -264,4 +302,5 @@ def prefill(
     """Prefill: `batch` prompts of `length` tokens into a fresh cache."""
     config = config_of(size, layers)
     args = (abstract_params(config, weights), jax.ShapeDtypeStruct((batch, length), jnp.int32))
-    return Workload(prefill_step, args, name=f"palm-{size}-prefill")
+    dims = letters(weights, {"tokens": "B T"})
+    return Workload(prefill_step, args, name=f"palm-{size}-prefill", dims=dims)

@@ -11,9 +11,9 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, count
-from math import prod
+from math import ceil, prod
 
-from costmodels.collectives import seconds as collective_seconds
+from costmodels.collectives import seconds_on
 from costmodels.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
@@ -88,13 +88,28 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
         factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)
     ]
     moved = sum(
-        program.values[op.use(k).value].itemsize * prod(local[i] for dim in op.use(k).dims for i in dim)
-        for k in op.traffic
+        (use.stored_itemsize or program.values[use.value].itemsize) * prod(local[i] for dim in use.dims for i in dim)
+        for use in map(op.use, op.traffic)
     )
-    matmul = op.op_class == "matmul"
-    rate = chip.matmul_flops_per_second(op.dtype) if matmul else chip.vector_flops_per_second
-    work, memory = op.flops_per_point * prod(local) / rate, moved / chip.hbm_bytes_per_second
-    return work, memory, max(work, memory) + (chip.op_overhead_seconds if matmul else 0.0)
+    memory = moved / chip.reached_hbm_bytes_per_second
+    if op.op_class != "matmul":
+        work = op.flops_per_point * prod(local) / chip.vector_flops_per_second
+        return work, memory, max(work, memory)
+    work = _matrix_work(op, local, chip.matrix_tile) / chip.reached_matmul_flops_per_second(op.dtype)
+    return work, memory, max(work, memory) + chip.op_overhead_seconds
+
+
+def _matrix_work(op: Operation, local: list[float], tile: float) -> float:
+    """FLOPs that the matrix unit does, in whole tiles (`costmodels.operations` derives them)."""
+    if len(op.inputs) != 2:
+        return op.flops_per_point * prod(local)
+    places = [[any(i in dim for dim in use.dims) for use in (*op.inputs, *op.outputs[:1])] for i in range(len(local))]
+    size = {"batch": 1.0, "rows": 1.0, "columns": 1.0, "summed": 1.0}
+    for n, (left, right, result) in zip(local, places, strict=True):
+        size["summed" if not result else "batch" if left == right else "rows" if left else "columns"] *= n
+    rows, columns = size["rows"], size["columns"]
+    streamed = min(max(a, tile / 2) * tile * ceil(b / tile) for a, b in ((rows, columns), (columns, rows)))
+    return op.flops_per_point * size["batch"] * tile * ceil(size["summed"] / tile) * streamed
 
 
 def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
@@ -104,14 +119,8 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
         if factor.kind in REDUCED_INSIDE and axes:
             value = op.outputs[0].value
             local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
-            total += float(collective_seconds("all-reduce", _axes(topology, axes), local)) * program.multiplicity(
-                op.region
-            )
+            total += float(seconds_on(topology, "all-reduce", axes, local)) * program.multiplicity(op.region)
     return total
-
-
-def _axes(topology: Topology, names):
-    return tuple(topology.axis(name) for name in sorted(names))
 
 
 class _Cheapest:
@@ -174,8 +183,8 @@ def _alike(shape: tuple[int, ...], topology: Topology) -> dict[tuple, list[Layou
 def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:
     payload = step.payload(array_bytes, topology.axis_sizes)
     if step.kind == "slice":
-        return 2 * payload / topology.chip.hbm_bytes_per_second
-    return float(collective_seconds(step.kind, _axes(topology, step.axes), payload))
+        return 2 * payload / topology.chip.reached_hbm_bytes_per_second
+    return float(seconds_on(topology, step.kind, step.axes, payload))
 
 
 def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, int]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from costmodels.collectives import seconds as collective_seconds
+from costmodels.collectives import seconds_on
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout, layouts, local_shape, shards
 from search.strategies import Sizes
@@ -42,8 +42,12 @@ class Step(NamedTuple):
 
     def payload(self, array_bytes: float, sizes: Mapping[str, int]) -> float:
         """Bytes by the collectives' convention: the gathered result of an all-gather, the local operand otherwise."""
-        of = self.target if self.kind in ("all-gather", "slice") else self.source
-        return array_bytes / shards(of, sizes)
+        return array_bytes / shards(self.payload_layout, sizes)
+
+    @property
+    def payload_layout(self) -> Layout:
+        """The layout of the array that the payload is one chip's piece of."""
+        return self.target if self.kind in ("all-gather", "slice") else self.source
 
 
 def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
@@ -247,8 +251,8 @@ def _table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial:
 def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
     """Seconds of one step: a collective by the torus model; a slice by reading and writing its result in HBM."""
     if kind == "slice":
-        return 2 * payload / topology.chip.hbm_bytes_per_second
-    return collective_seconds(kind, tuple(topology.axis(name) for name in axes), payload)
+        return 2 * payload / topology.chip.reached_hbm_bytes_per_second
+    return seconds_on(topology, kind, axes, payload)
 
 
 def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:

@@ -7,6 +7,7 @@
 | `axis_sets()` | one to four axes with different names |
 | `topology_strings()` | what `parse_topology` takes: every chip, every number of axes |
 | `topologies()` | those, parsed |
+| `pricings()` | both conventions of bandwidth, with and without overlap |
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from costmodels.chips import Chip, Torus, catalogue
+from costmodels.pricing import Pricing
 from costmodels.topology import AXIS_NAMES, Axis, Topology, parse_topology
 
 BANDWIDTHS = (1e9, 25e9, 45e9, 50e9, 90e9, 450e9, 900e9)
@@ -78,3 +80,9 @@ def topology_strings(draw: st.DrawFn) -> str:
 
 def topologies() -> st.SearchStrategy[Topology]:
     return topology_strings().map(parse_topology)
+
+
+def pricings() -> st.SearchStrategy[Pricing]:
+    return st.builds(
+        Pricing, bandwidth=st.sampled_from(("per-axis", "total")), overlap=st.sampled_from((0.0, 0.25, 0.9))
+    )

@@ -50,7 +50,7 @@ def test_constants_are_the_attributes(c: Chip):
 
 @each_chip
 def test_every_key_says_its_unit(c: Chip):
-    units = r"(bytes|seconds|hertz|per_second)$|per_second\.\w+$|(matrix_tile|axes|chips_per_node)$"
+    units = r"(bytes|seconds|hertz|per_second)$|per_second\.\w+$|(matrix_tile|axes|chips_per_node)$|_efficiency$"
     assert all(re.search(units, name) for name in c.constants)
 
 
@@ -58,7 +58,8 @@ def test_every_key_says_its_unit(c: Chip):
 def test_numbers_are_in_their_order_of_magnitude(c: Chip):
     assert 0.85 * c.hbm_bytes < c.usable_hbm_bytes <= c.hbm_bytes
     assert c.vector_flops_per_second < c.flops_per_second["float32"] <= c.flops_per_second["bfloat16"]
-    assert 0 <= c.op_overhead_seconds <= c.collective_overhead_seconds < 1e-4
+    assert 0 <= max(c.op_overhead_seconds, c.collective_overhead_seconds) < 1e-4
+    assert 0.5 < min(c.matmul_efficiency, c.hbm_efficiency, c.wire_efficiency) <= 1
 
 
 @pytest.mark.parametrize("c", TPUS, ids=lambda c: c.name)
@@ -195,7 +196,7 @@ def without(key: str):
         (
             lambda t: t["hbm_bytes"].update(status="certain"),
             "hbm_bytes.status of the chip 'v4' is 'certain'; "
-            "one of published, measured, derived, assumed, given would do.",
+            "one of published, measured, derived, fitted, assumed, given would do.",
         ),
         (
             lambda t: t["hbm_bytes"].pop("source"),

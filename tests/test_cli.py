@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from autoshard import load
 from autoshard.cli import app
+from costmodels.pricing import Pricing
 
 ROOT = Path(__file__).parents[1]
 PALM = f"{ROOT / 'examples' / 'palm.py'}:decode"
@@ -49,6 +50,20 @@ def test_search_explains_and_writes_the_plan(tmp_path: Path) -> None:
     assert found.stdout.startswith("palm-tiny-decode on cpu:2x4\n") and "Matmuls" in found.stdout
     assert f"Wrote {path}." in found.stderr
     assert load(path).topology.name == "cpu:2x4"
+
+
+def test_conventions_of_pricing_are_printed_and_saved(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    found = run("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "total", "--overlap", "0.5", "-o", path)
+    assert "total bandwidth (all links of a chip); 50.0 % hidden behind computation" in found.stdout
+    assert load(path).topology.pricing == Pricing("total", 0.5)
+
+
+def test_conventions_that_there_are_not() -> None:
+    said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "all")
+    assert said == "bandwidth is 'all'; 'per-axis' or 'total' would do."
+    said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--overlap", "1.5")
+    assert said == "overlap is 1.5; a number from 0 to less than 1 would do."
 
 
 def test_json_is_alone_on_standard_output(plan_file: Path) -> None:

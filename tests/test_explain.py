@@ -90,6 +90,7 @@ def plan() -> Plan:
 WHOLE = """\
 decode on v4:4x4x1
   chips        16 × v4; x: line of 4, 45 GB/s; y: line of 4, 45 GB/s; z: 1
+  collectives  per-axis bandwidth (the links of their axes); 0.0 % hidden behind computation
   step time    3.00 ms = 1.75 ms on the chip + 1.25 ms of collectives
                (the operations alone: 1.50 ms at HBM's rate, 1.00 ms at the compute units')
   peak memory  3.5 GiB of 7 GiB per chip (50.0 %), at dot_general params['w'] (model.py:7)
@@ -132,8 +133,8 @@ Results (128 KiB per chip)
 Constants of v4 that no source vouches for
   constant                     value  status   why
   ───────────────────────────  ─────  ───────  ─────────────────────────────────────────────────────────────────────────
-  op_overhead_seconds              0  assumed  operations of one compiled program are issued back to back
   collective_overhead_seconds  1e-06  assumed  about one hop more; Scaling Book, part 3, measured 8 us where its 3 hops…
+  wire_efficiency                  1  assumed  links reach their rate; the latency of hops and launches is apart
 
 Warnings
   - sort at model.py:3 has no sharding rule: its arrays are whole on every chip
@@ -182,7 +183,7 @@ def test_a_searched_plan_explains_itself() -> None:
     assert text.startswith("one layer on v4:2x2x1\n") and "OPTIMAL" in text
     for word in ("Matmuls", "ac,cb->ab", "Arguments", "bfloat16[4096,8192]", "Results", "Warnings"):
         assert word in text
-    assert "2 · a" in found.explain(symbolic=True)
+    assert "2·w_1·x_0" in found.explain(symbolic=True)
 
 
 # --- Numbers and tables

@@ -181,7 +181,7 @@ def test_assumed_constants_and_primitives_without_a_rule_are_said() -> None:
         return jnp.linalg.qr(x)[0]
 
     plan = autoshard.search(fn, jnp.ones((8, 8)), topology="v4:2x2x1")
-    assert "Of the constants of v4, op_overhead_seconds, collective_overhead_seconds are assumed." in plan.warnings
+    assert "Of the constants of v4, collective_overhead_seconds, wire_efficiency are assumed." in plan.warnings
     assert any(
         re.fullmatch(r".* has no sharding rule: its arrays are whole on every chip", text) for text in plan.warnings
     )

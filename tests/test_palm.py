@@ -68,6 +68,13 @@ def test_multiquery_cache_takes_120832_bytes_a_token():
     assert sum(kv.size * kv.dtype.itemsize for kv in cache.values()) == 2 * 2 * 118 * 256 == 120_832
 
 
+def test_multihead_has_as_many_parameters_and_a_cache_32_times_as_large():
+    # Heads of 128 instead of 256 (Pope et al. 2022, §4.2); 64 of them keep keys and values, where one of 256 did.
+    multihead, one = (palm.abstract_cache(palm.SIZES[size], 1, 1)["k"].size for size in ("540b-multihead", "540b"))
+    assert multihead == 32 * one
+    assert parameters(palm.SIZES["540b-multihead"]) == pytest.approx(parameters(palm.SIZES["540b"]), rel=0.03)
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_abstract_params_are_those_that_init_makes(weights: str):
     def described(params):
@@ -97,10 +104,13 @@ def test_prefill_then_decode_equals_a_longer_prefill():
         assert (cache[name][:, :, 9:] == 7.0).all()
 
 
-def test_decode_alone_equals_prefill():
-    params, tokens = float32_params(), tiny_tokens()
+@pytest.mark.parametrize("variant", [{}, {"multihead": True}, {"parallel": False}], ids=str)
+def test_decode_alone_equals_prefill(variant: dict[str, bool]):
+    config, tokens = replace(TINY, **variant), tiny_tokens()
+    bf16 = jax.jit(lambda key: palm.init_params(config, key))(jax.random.key(0, impl="rbg"))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), bf16)
     expected, _ = jax.jit(palm.prefill_step)(params, tokens)
-    cache = jax.tree.map(lambda kv: jnp.zeros(kv.shape, jnp.float32), palm.abstract_cache(TINY, 2, CONTEXT))
+    cache = jax.tree.map(lambda kv: jnp.zeros(kv.shape, jnp.float32), palm.abstract_cache(config, 2, CONTEXT))
     for position in range(9):
         logits, cache = jax.jit(palm.decode_step)(params, cache, tokens[:, position], jnp.int32(position))
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
@@ -160,7 +170,9 @@ def test_depth_can_be_cut():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="no PaLM of size '7b'; there are 8b, 62b, 540b, tiny"):
+    with pytest.raises(
+        ValueError, match="no PaLM of size '7b'; there are 8b, 62b, 540b, 540b-multihead, 540b-serial, tiny"
+    ):
         palm.decode("7b")
     with pytest.raises(ValueError, match="'bf16' or 'int8', not 'fp8'"):
         palm.prefill("tiny", weights="fp8")

@@ -205,12 +205,12 @@ def test_a_file_overrides_constants_and_axes(file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('chip = "v4"', "", " lacks chip; its keys are chip, shape, name, constants, axes."),
+        ('chip = "v4"', "", " lacks chip; its keys are chip, shape, name, constants, axes, pricing."),
         ('chip = "v4"', "chip = 4", ": chip is 4; the name of a chip in quotes would do."),
         (
             'chip = "v4"',
             'chip = "v4"\npods = 1',
-            " has an unknown key pods; its keys are chip, shape, name, constants, axes.",
+            " has an unknown key pods; its keys are chip, shape, name, constants, axes, pricing.",
         ),
         ("shape = [4, 4, 4]", 'shape = "4x4"', ": shape is '4x4'; a list of sizes, such as [4, 4, 4], would do."),
         ("shape = [4, 4, 4]", "shape = [4, 4.0]", ": shape is 4.0; a list of whole numbers would do."),

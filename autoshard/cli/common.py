@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import sys
@@ -17,6 +18,8 @@ import typer
 
 from autoshard.errors import AutoshardError
 from autoshard.workload import Workload
+from costmodels.pricing import PricingError, pricing_from_dict
+from costmodels.topology import Topology
 
 Target = Annotated[
     str,
@@ -31,7 +34,26 @@ PlanFile = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A keyword argument of NAME; may be repeated.")
 ]
+Dims = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim",
+        metavar="PATH=NAMES",
+        help='Names for formulas: wi="E F" by argument, or E=4096 by size; may be repeated.',
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Bandwidth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="per-axis|total",
+        help="Which links a collective has: those of its axes, or all of a chip. By default what the topology says.",
+    ),
+]
+Overlap = Annotated[
+    float | None,
+    typer.Option(metavar="PART", help="The part of collectives' time on the wire that computation hides, 0 to 1."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on, and print tracebacks.")]
 
 
@@ -81,6 +103,21 @@ def writable(path: Path | None, force: bool) -> None:
         raise Misuse(f"{path.parent} is no directory; make it first.")
 
 
+def priced(topology: str, bandwidth: str | None, overlap: float | None) -> Topology:
+    """The topology that is meant, with the conventions that are asked for in place of its own.
+
+    **Raises:** `TopologyError`; `Misuse` for conventions that there are not.
+    """
+    from autoshard.devices import topology_of
+
+    asked = {key: value for key, value in (("bandwidth", bandwidth), ("overlap", overlap)) if value is not None}
+    found = topology_of(topology)
+    try:
+        return dataclasses.replace(found, pricing=pricing_from_dict(found.pricing.to_dict() | asked))
+    except PricingError as error:
+        raise Misuse(str(error)) from error
+
+
 # --- the user's target file
 
 
@@ -95,6 +132,20 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
         if not sign or not key.isidentifier():
             raise Misuse(f"--set {pair} is no KEY=VALUE, such as batch=64.")
         found[key] = _value(value)
+    return found
+
+
+def names(pairs: Sequence[str] | None) -> dict[str, str | int]:
+    """`["wi=E F", "B=64"]` as names of dimensions, by argument or by size.
+
+    **Raises:** `Misuse`.
+    """
+    found: dict[str, str | int] = {}
+    for pair in pairs or ():
+        key, sign, words = pair.rpartition("=")
+        if not sign or not key or not words:
+            raise Misuse(f'--dim {pair} is no PATH=NAMES, such as wi="E F", and no NAME=SIZE, such as E=4096.')
+        found[key] = int(words) if words.isdigit() and key.isidentifier() else words
     return found
 
 

@@ -11,7 +11,7 @@ from autoshard.cli import common
 
 def explain(
     plan: common.PlanFile,
-    symbolic: Annotated[bool, typer.Option("--symbolic", help="Add the FLOPs of each matmul as a formula.")] = False,
+    symbolic: Annotated[bool, typer.Option("--symbolic", help="Add formulas, and where layouts cross over.")] = False,
     width: Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")] = 120,
     verbose: common.Verbose = False,
 ) -> None:

@@ -16,6 +16,7 @@ def search(
         str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
     ],
     sizes: common.Settings = None,
+    dims: common.Dims = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: common.AsJson = False,
@@ -25,6 +26,8 @@ def search(
     reserve: Annotated[
         float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
     ] = None,
+    bandwidth: common.Bandwidth = None,
+    overlap: common.Overlap = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Search the fastest layout of a function, prove it, and explain it.
@@ -36,17 +39,19 @@ def search(
 
     with common.reported(verbose):
         common.writable(output, force)
+        where = common.priced(topology, bandwidth, overlap)
         with common.progress(f"Searching {target} on {topology}", verbose) as say:
             work = common.workload(target, common.settings(sizes))
             plan = search_plan(
                 work.fn,
                 *work.args,
-                topology=topology,
+                topology=where,
                 donate_argnums=work.donate_argnums,
                 name=work.name,
                 reserve_bytes=None if reserve is None else reserve * 2**30,
                 time_limit=time_limit,
                 progress=say,
+                dims={**work.dims, **common.names(dims)},
             )
         if output is not None:
             plan.save(output)

@@ -1,0 +1,251 @@
+"""A function traced once for all sizes: bind new numbers to its dimensions, and price and search without tracing again.
+
+A program's factors say how every size follows from the arguments' (`costmodels.dimensions`). Whether that is all there is
+to it, nobody but the function knows: it may have sizes of its own, or do something else where two are equal. So it is
+traced twice, at the sizes given and at others, and what follows for those must be what is found; a dimension for which it
+is not so cannot be bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import jax
+
+from autoshard.blocks import Traced
+from autoshard.devices import topology_of
+from autoshard.dimensions import Names, named, primes, with_numbers
+from autoshard.errors import AutoshardError, TraceError
+from autoshard.plan import Plan
+from autoshard.planning import Options, Target, planned, traced_for
+from autoshard.trace import fingerprint
+from costmodels.algebra import evaluated, parsed
+from costmodels.dimensions import DimensionError, Dimensions, rebound
+from costmodels.program import Program
+from costmodels.topology import Topology
+
+
+@dataclass(frozen=True)
+class SymbolicTrace:
+    """A traced function with its sizes by name; made by `trace_symbolic`.
+
+    **Attributes:**
+
+    - `dimensions`: every size of the program as an expression in names.
+    - `fixed`: the names that cannot be bound, each with the reason in a sentence.
+    """
+
+    target: Target
+    dimensions: Dimensions
+    fixed: Mapping[str, str]
+    options: Options
+
+    @property
+    def program(self) -> Program:
+        """The program at the present sizes."""
+        return self.target.traced.program
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name to number."""
+        return dict(self.dimensions.sizes)
+
+    def bind(self, **sizes: int) -> SymbolicTrace:
+        """The same function at other sizes, without tracing: the program is the one that tracing it anew would give.
+
+            traced.bind(B=128, S=4096).search("v4:4x4x4").estimate.seconds
+
+        **Raises:** `AutoshardError` for a name that there is not or that cannot be bound, and for sizes that the program's
+        own relations exclude.
+        """
+        for name, size in sizes.items():
+            _check(self, name, size)
+        try:
+            program = rebound(self.program, self.dimensions, sizes)
+        except DimensionError as error:
+            raise AutoshardError(f"These sizes cannot be bound: {error}.") from error
+        dimensions = replace(self.dimensions, sizes={**self.dimensions.sizes, **sizes})
+        traced = replace(self.target.traced, program=program)
+        target = replace(self.target, traced=traced, dimensions=dimensions, fingerprint=fingerprint(program))
+        return replace(self, target=target, dimensions=dimensions)
+
+    def search(
+        self,
+        topology: str | PathLike[str] | Topology,
+        reserve_bytes: float | None = None,
+        time_limit: float | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Plan:
+        """The fastest plan at the present sizes, as `autoshard.search` finds it.
+
+        **Raises:** `TopologyError`, `InfeasibleError`.
+        """
+        options = replace(self.options, reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
+        return planned(self.target, topology_of(topology), options)
+
+
+def trace_symbolic(
+    fn: Callable[..., Any],
+    *args: Any,
+    dims: Names | None = None,
+    sizes: Mapping[str, int] | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    name: str = "",
+    strict: bool = False,
+) -> SymbolicTrace:
+    """Traces a function for all sizes of its arguments.
+
+        traced = autoshard.trace_symbolic(decode, params, cache, tokens, position, dims={"tokens": "B", "cache.k": "N B S D"})
+        traced.bind(B=128).search("v4:4x4x4")
+
+        b, s = jax.export.symbolic_shape("b, s")
+        traced = autoshard.trace_symbolic(forward, params, jax.ShapeDtypeStruct((b, s), jnp.int32))
+
+    **Arguments:**
+
+    - `args`: arrays or `jax.ShapeDtypeStruct`s; their shapes may hold the dimensions of `jax.export.symbolic_shape`.
+    - `dims`: names of dimensions, by argument path or by size (`autoshard.dimensions`).
+    - `sizes`: numbers to trace symbolic dimensions at; any that the function takes will do, and some are tried.
+    - `donate_argnums`, `name`, `strict`: as for `autoshard.search`.
+
+    **Raises:** `TraceError`, `UnsupportedPrimitiveError`; `AutoshardError` for names that fit no dimension.
+    """
+    shapes = [tuple(leaf.shape) if hasattr(leaf, "shape") else () for leaf in jax.tree_util.tree_leaves(args)]
+    options = Options(donate_argnums, name, strict, dims=dims, shapes=tuple(shapes))
+    target = traced_for(fn, with_numbers(args, dict(sizes or {})), options)
+    dimensions, fixed = _verified(fn, args, target, options)
+    target = replace(target, dimensions=dimensions)
+    return SymbolicTrace(target, dimensions, fixed, replace(options, shapes=()))
+
+
+# --- What can be bound
+
+
+def _check(trace: SymbolicTrace, name: str, size: int) -> None:
+    if name not in trace.dimensions.sizes:
+        raise AutoshardError(f"There is no dimension {name}; there are {', '.join(trace.dimensions.sizes)}.")
+    if name in trace.fixed and size != trace.dimensions.sizes[name]:
+        raise AutoshardError(f"{name} cannot be bound: {trace.fixed[name]}.")
+    if size == 1 and trace.dimensions.sizes[name] != 1:
+        raise AutoshardError(f"{name} cannot be bound to 1: JAX treats dimensions of 1 apart. Trace with {name} = 1.")
+
+
+def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Options) -> tuple[Dimensions, dict[str, str]]:
+    """The names that hold at other sizes too, and why the rest cannot be bound."""
+    first = target.dimensions
+    fixed = {name: _of_one(name) for name, size in first.sizes.items() if size == 1}
+    names = [name for name in first.sizes if name not in fixed]
+    probe = _consistent(first, {name: first.sizes[name] * k for name, k in zip(names, _multipliers(), strict=False)})
+    probing = _Probing(fn, target, options)
+    if probing.difference(first, probe) is None:
+        return first, fixed
+    # Sizes that are equal by chance may have run together here; at other sizes they have not.
+    apart = probing.dimensions_at(first, probe)
+    if apart is not None and set(apart.sizes) == set(first.sizes):
+        back = replace(apart, sizes={**apart.sizes, **first.sizes})
+        if _same(rebound_or_none(probing.program_at(first, probe), apart, first.sizes), target.traced.program):
+            return back, fixed
+    reasons = {name: probing.difference(first, _consistent(first, {name: 2 * first.sizes[name]})) for name in names}
+    fixed |= {name: reason for name, reason in reasons.items() if reason is not None}
+    together = {name: size for name, size in probe.items() if name not in fixed}
+    why = probing.difference(first, together) if together else None
+    return first, fixed if why is None else {**fixed, **dict.fromkeys(together, why)}
+
+
+def _of_one(name: str) -> str:
+    return f"it is 1 here, and JAX treats dimensions of 1 apart; trace with {name} = 2 or more"
+
+
+def _multipliers():
+    """By what each dimension grows in the second trace; multiples keep what divides."""
+    yield from (2, 3, 5, 7)
+    yield from primes()
+
+
+def _consistent(dimensions: Dimensions, sizes: dict[str, int]) -> dict[str, int]:
+    """Sizes with those that the program makes equal to others of them."""
+    found = dict(sizes)
+    for one, other in dimensions.relations:
+        left, right = (one, other) if other in dimensions.sizes and one in sizes else (other, one)
+        if right in dimensions.sizes and set(map(str, parsed(left).free_symbols)) & set(sizes):
+            found[right] = int(evaluated(parsed(left), {**dimensions.sizes, **found}))
+    return found
+
+
+def rebound_or_none(program: Program | None, dimensions: Dimensions, sizes: Mapping[str, int]) -> Program | None:
+    """`rebound`, or None where the sizes do not fit."""
+    try:
+        return None if program is None else rebound(program, dimensions, sizes)
+    except DimensionError:
+        return None
+
+
+def _same(a: Program | None, b: Program | None) -> bool:
+    return a is not None and b is not None and fingerprint(a) == fingerprint(b)
+
+
+@dataclass(frozen=True)
+class _Probing:
+    """Traces of the function at other sizes than those given."""
+
+    fn: Callable[..., Any]
+    target: Target
+    options: Options
+
+    def traced(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Traced:
+        """The function traced anew; the arguments' shapes follow from the dimensions."""
+        program, numbers = self.target.traced.program, {**dimensions.sizes, **sizes}
+        flat = [
+            jax.ShapeDtypeStruct(
+                tuple(int(evaluated(parsed(n), numbers)) for n in dimensions.shapes[value]),
+                leaf.dtype,
+                weak_type=leaf.weak_type,
+            )
+            for value, leaf in zip(self.target.traced.argument_values, self.target.flat, strict=True)
+        ]
+        assert len(flat) == len(program.arguments)
+        args = jax.tree_util.tree_unflatten(self.target.traced.in_tree, flat)
+        return traced_for(self.fn, args, replace(self.options, dims=None, shapes=())).traced
+
+    def program_at(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Program | None:
+        try:
+            return self.traced(dimensions, sizes).program
+        except (TraceError, AutoshardError):
+            return None
+
+    def dimensions_at(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Dimensions | None:
+        """The dimensions as the trace at other sizes has them, by the names of the arguments here."""
+        try:
+            other = self.traced(dimensions, sizes)
+            names = {
+                path: " ".join(dimensions.shapes[v]) for path, v in zip(other.paths, other.argument_values, strict=True)
+            }
+            return named(other.program, other.argument_values, other.paths, {k: v for k, v in names.items() if v})
+        except (TraceError, AutoshardError):
+            return None
+
+    def difference(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> str | None:
+        """Why binding these sizes is not the same as tracing with them; None where it is."""
+        at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+        try:
+            bound = rebound(self.target.traced.program, dimensions, sizes)
+        except DimensionError as error:
+            return f"with {at}, {error}"
+        try:
+            other = self.traced(dimensions, sizes).program
+        except AutoshardError as error:
+            return f"the function cannot be traced with {at}: {' '.join(str(error).split())[:300]}"
+        return None if _same(bound, other) else f"with {at} the program is another: {_where(bound, other)}"
+
+
+def _where(bound: Program, other: Program) -> str:
+    """The first operation in which two programs differ."""
+    for a, b in zip(bound.operations, other.operations, strict=False):
+        if (a.primitive, a.factors, a.inputs, a.outputs) != (b.primitive, b.factors, b.inputs, b.outputs):
+            return (
+                f"{b.name} has factors {[f.size for f in b.factors]}, where {[f.size for f in a.factors]} would follow"
+            )
+    return f"it has {len(other.operations)} operations, not {len(bound.operations)}, or passes results on otherwise"

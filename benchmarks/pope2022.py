@@ -1,0 +1,172 @@
+"""What Pope et al. 2022 measured on TPU v4, and the machine that the cost model takes for theirs.
+
+Latencies: tables 2 and 3, and the points of figure 1 (left), read from the image to about 3 %; "Efficiently Scaling
+Transformer Inference", arXiv 2211.05102. Chips are joined as in the code released with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from autoshard.blocks import Traced
+from autoshard.naming import strategy_name, weight_operand
+from autoshard.trace import trace
+from autoshard.workload import Workload
+from costmodels.chips import Chip, chip, chip_from_dict
+from costmodels.pricing import Pricing
+from costmodels.topology import Topology, topology_of_chip
+from examples import palm
+from search.solve import Limits, Solution, search
+from search.strategies import Strategy
+
+MACHINE = Path(__file__).parent / "pope2022_machine.json"
+MESHES = {8: (2, 2, 2), 16: (2, 4, 2), 32: (4, 2, 4), 64: (4, 4, 4), 128: (8, 4, 4)}
+PROMPT, GENERATED = 2048, 64
+PEAK_FLOPS = 275e12
+PARAMETERS = {"8b": 8.63e9, "62b": 62.5e9, "540b": 540.35e9}
+"""Chowdhery et al. 2022, table 1; without the padding of heads, as in the paper's MFU."""
+UNLIMITED = 1e15
+"""Bytes of memory: the paper's programs cut the attention of long prefills into chunks, which ours does not."""
+
+
+class Row(NamedTuple):
+    """A measurement: `seconds` of a whole prefill, or of one decode step."""
+
+    name: str
+    size: str
+    phase: str
+    chips: int
+    batch: int
+    weights: str
+    seconds: float
+    feed_forward: str = ""
+    attention: str = ""
+    fitted: bool = False
+
+
+TABLES = (
+    Row("table 2: 540B prefill, low latency", "540b", "prefill", 64, 1, "int8", 0.29, "WS-2D", "head"),
+    Row("table 2: 540B decode, low latency", "540b", "decode", 64, 64, "int8", 1.82 / 64, "WS-2D", "batch", True),
+    Row("table 2: 540B prefill, throughput", "540b", "prefill", 64, 512, "bf16", 85.2, "WG-XYZ", "batch", True),
+    Row("table 2: 540B decode, throughput", "540b", "decode", 64, 512, "bf16", 6.0 / 64, "WS-2D", "batch"),
+    Row("table 3: 62B prefill, low latency", "62b", "prefill", 16, 1, "int8", 0.16, "WS-2D", "head", True),
+    Row("table 3: 62B decode, low latency", "62b", "decode", 16, 32, "int8", 0.73 / 64, "WS-2D", "batch"),
+    Row("table 3: 62B prefill, throughput", "62b", "prefill", 32, 512, "bf16", 20.2, "WG-XYZ", "batch"),
+    Row("table 3: 62B decode, throughput", "62b", "decode", 8, 512, "bf16", 5.1 / 64, "WS-2D", "batch", True),
+)
+
+# Where a point of figure 1 is a row of a table, or is drawn where its own numbers do not put it (540B on 32 chips), it
+# is left out. The batches of the int8 points follow from their cost, chips * latency / batch.
+FIGURE = (
+    Row("figure 1: 540B", "540b", "decode", 64, 64, "bf16", 36.9e-3, fitted=True),
+    Row("figure 1: 540B", "540b", "decode", 64, 128, "bf16", 44.5e-3),
+    Row("figure 1: 540B", "540b", "decode", 64, 256, "bf16", 57e-3, fitted=True),
+    Row("figure 1: 540B", "540b", "decode", 64, 1024, "bf16", 183e-3),
+    Row("figure 1: 540B", "540b", "decode", 128, 64, "bf16", 33e-3),
+    Row("figure 1: 540B", "540b", "decode", 64, 128, "int8", 36e-3),
+    Row("figure 1: 540B", "540b", "decode", 64, 256, "int8", 55e-3),
+    Row("figure 1: 540B", "540b", "decode", 64, 512, "int8", 94e-3, fitted=True),
+    Row("figure 1: 62B", "62b", "decode", 32, 32, "bf16", 11.6e-3),
+    Row("figure 1: 62B", "62b", "decode", 16, 64, "bf16", 16.3e-3, fitted=True),
+    Row("figure 1: 62B", "62b", "decode", 8, 1024, "bf16", 148e-3),
+    Row("figure 1: 8B", "8b", "decode", 16, 32, "bf16", 4.3e-3, fitted=True),
+    Row("figure 1: 8B", "8b", "decode", 8, 64, "bf16", 5.8e-3),
+    Row("figure 1: 8B", "8b", "decode", 8, 1024, "bf16", 36.7e-3, fitted=True),
+)
+
+
+def machine() -> Chip:
+    """A TPU v4 with the efficiencies and overheads that `fit_published.py` found, in a file beside this one."""
+    return chip_from_dict(json.loads(MACHINE.read_text())) if MACHINE.exists() else chip("v4")
+
+
+def topology(on: Chip, chips: int) -> Topology:
+    """So many of the paper's chips under its convention of bandwidth, with memory for anything."""
+    sizes = MESHES[chips]
+    roomy = on.override({"usable_hbm_bytes": UNLIMITED}, "no limit, see benchmarks/pope2022.py")
+    found = topology_of_chip(f"v4:{'x'.join(map(str, sizes))}", roomy, sizes)
+    return replace(found, pricing=Pricing("total"))
+
+
+def workload(row: Row) -> Workload:
+    """A prefill of 2048 tokens, or a decode step half way through 64 generated ones."""
+    if row.phase == "prefill":
+        return palm.prefill(row.size, batch=row.batch, length=PROMPT, weights=row.weights)
+    return palm.decode(row.size, batch=row.batch, context=PROMPT + GENERATED // 2, weights=row.weights)
+
+
+@cache
+def traced(row: Row) -> Traced:
+    """The row's program."""
+    work = workload(row)
+    return trace(work.fn, *work.args, donate_argnums=work.donate_argnums)
+
+
+Allow = Callable[[int, Strategy], bool]
+
+
+def solved(row: Row, on: Chip, allow: Allow | None = None) -> Solution:
+    """The row's fastest plan; proven, unless a minute does not suffice."""
+    where = topology(on, row.chips)
+    return search(traced(row).program, where, Limits(wall_seconds=60.0, reserve_bytes=0.0), allow=allow)
+
+
+def mfu(row: Row, seconds: float) -> float:
+    """FLOP/s of the parameters alone over the peak, as in the paper."""
+    tokens = row.batch * (PROMPT if row.phase == "prefill" else 1)
+    return 2 * PARAMETERS[row.size] * tokens / (seconds * row.chips * PEAK_FLOPS)
+
+
+# --- Layouts by the paper's names
+
+
+@dataclass(frozen=True)
+class Families:
+    """What the search chose, in the words of `autoshard.naming`."""
+
+    feed_forward: str
+    attention: str
+
+
+def families(solution: Solution) -> Families:
+    """The layout of the feed-forward network's first matmul, and of the attention's."""
+    program, where = solution.problem.program, solution.problem.topology
+    names = [(op, strategy_name(program, where, solution.choice, i)) for i, op in program.matmuls()]
+    first = next(name for op, name in names if "wi_gate" in op.name)
+    attention = next(name for op, name in names if "params" not in op.name)
+    return Families(first, attention)
+
+
+def same_feed_forward(asked: str, found: str) -> bool:
+    """Whether a strategy by its full name is of the paper's family."""
+    return found.startswith(f"{asked}:") or found == asked
+
+
+def same_attention(asked: str, found: str) -> bool:
+    """Whether attention is split by what the paper splits it by, and no less than by anything else."""
+    return found.startswith(f"{asked}-sharded")
+
+
+def as_in_the_paper(row: Row, axes: tuple[str, ...]) -> Allow:
+    """Allows of the layers' weights only what the paper's layout does with them."""
+    program = traced(row).program
+
+    def allow(i: int, strategy: Strategy) -> bool:
+        op = program.operations[i]
+        if op.op_class != "matmul" or not any(name in op.name for name in ("wi_gate", "wi_up", "wo_ffn")):
+            return True
+        own = {factor for dim in op.inputs[weight_operand(program, i) or 0].dims for factor in dim}
+        split = {"contracted": 0, "output": 0, "tokens": 0}
+        for f, used in enumerate(strategy.splits):
+            role = "tokens" if f not in own else "contracted" if op.factors[f].kind == "sum" else "output"
+            split[role] += len(used)
+        if row.feed_forward == "WG-XYZ":
+            return split["tokens"] == len(axes)
+        return split["contracted"] > 0 and split["output"] > 0 and split["tokens"] == 0
+
+    return allow
