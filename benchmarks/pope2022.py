@@ -30,8 +30,13 @@ PROMPT, GENERATED = 2048, 64
 PEAK_FLOPS = 275e12
 PARAMETERS = {"8b": 8.63e9, "62b": 62.5e9, "540b": 540.35e9}
 """Chowdhery et al. 2022, table 1; without the padding of heads, as in the paper's MFU."""
-UNLIMITED = 1e15
-"""Bytes of memory: the paper's programs cut the attention of long prefills into chunks, which ours does not."""
+MEMORY_BYTES = 32 * 2**30
+"""All that a chip has: what a program may use of it was more with the paper's compiler than with today's."""
+LOGITS_AT_ONCE = 4
+"""Copies of the attention's logits that our prefill may hold beyond that; the paper's cuts long prefills into chunks."""
+
+
+SEARCH_SECONDS = 20.0
 
 
 class Row(NamedTuple):
@@ -44,8 +49,8 @@ class Row(NamedTuple):
     batch: int
     weights: str
     seconds: float
-    feed_forward: str = ""
-    attention: str = ""
+    feed_forward: str = "WS-2D"
+    attention: str = "batch"
     fitted: bool = False
 
 
@@ -85,11 +90,13 @@ def machine() -> Chip:
     return chip_from_dict(json.loads(MACHINE.read_text())) if MACHINE.exists() else chip("v4")
 
 
-def topology(on: Chip, chips: int) -> Topology:
-    """So many of the paper's chips under its convention of bandwidth, with memory for anything."""
-    sizes = MESHES[chips]
-    roomy = on.override({"usable_hbm_bytes": UNLIMITED}, "no limit, see benchmarks/pope2022.py")
-    found = topology_of_chip(f"v4:{'x'.join(map(str, sizes))}", roomy, sizes)
+def topology(row: Row, on: Chip) -> Topology:
+    """The row's chips under the paper's convention of bandwidth."""
+    sizes, logits = MESHES[row.chips], 0.0
+    if row.phase == "prefill":
+        logits = 4.0 * row.batch * palm.SIZES[row.size].padded_heads * PROMPT**2 / row.chips
+    memory = {"usable_hbm_bytes": MEMORY_BYTES + LOGITS_AT_ONCE * logits}
+    found = topology_of_chip(f"v4:{'x'.join(map(str, sizes))}", on.override(memory, "benchmarks/pope2022.py"), sizes)
     return replace(found, pricing=Pricing("total"))
 
 
@@ -111,9 +118,9 @@ Allow = Callable[[int, Strategy], bool]
 
 
 def solved(row: Row, on: Chip, allow: Allow | None = None) -> Solution:
-    """The row's fastest plan; proven, unless a minute does not suffice."""
-    where = topology(on, row.chips)
-    return search(traced(row).program, where, Limits(wall_seconds=60.0, reserve_bytes=0.0), allow=allow)
+    """The row's fastest plan; proven, unless `SEARCH_SECONDS` do not suffice."""
+    limits = Limits(wall_seconds=SEARCH_SECONDS, reserve_bytes=0.0)
+    return search(traced(row).program, topology(row, on), limits, allow=allow)
 
 
 def mfu(row: Row, seconds: float) -> float:
@@ -152,21 +159,38 @@ def same_attention(asked: str, found: str) -> bool:
     return found.startswith(f"{asked}-sharded")
 
 
-def as_in_the_paper(row: Row, axes: tuple[str, ...]) -> Allow:
-    """Allows of the layers' weights only what the paper's layout does with them."""
-    program = traced(row).program
+def as_in_the_paper(row: Row) -> Allow:
+    """Allows of feed-forward network and attention only what the paper's layout does with them; all else stays free."""
+    program, config = traced(row).program, palm.SIZES[row.size]
+    every = sum(size > 1 for size in MESHES[row.chips])
 
-    def allow(i: int, strategy: Strategy) -> bool:
+    def feed_forward(i: int, strategy: Strategy) -> bool:
         op = program.operations[i]
-        if op.op_class != "matmul" or not any(name in op.name for name in ("wi_gate", "wi_up", "wo_ffn")):
-            return True
         own = {factor for dim in op.inputs[weight_operand(program, i) or 0].dims for factor in dim}
         split = {"contracted": 0, "output": 0, "tokens": 0}
         for f, used in enumerate(strategy.splits):
             role = "tokens" if f not in own else "contracted" if op.factors[f].kind == "sum" else "output"
             split[role] += len(used)
         if row.feed_forward == "WG-XYZ":
-            return split["tokens"] == len(axes)
+            return split["tokens"] == every
         return split["contracted"] > 0 and split["output"] > 0 and split["tokens"] == 0
+
+    def attention(i: int, strategy: Strategy) -> bool:
+        op = program.operations[i]
+        left, right = ({factor for dim in use.dims for factor in dim} for use in op.inputs)
+        for f, used in enumerate(strategy.splits):
+            batch = f in left & right and op.factors[f].kind != "sum"
+            head = not batch and op.factors[f].size == config.padded_heads
+            if used and not (batch or (head and row.attention == "head")):
+                return False
+        return True
+
+    def allow(i: int, strategy: Strategy) -> bool:
+        op = program.operations[i]
+        if op.op_class != "matmul":
+            return True
+        if any(name in op.name for name in ("wi_gate", "wi_up", "wo_ffn")):
+            return feed_forward(i, strategy)
+        return "params" in op.name or attention(i, strategy)
 
     return allow

@@ -1,0 +1,193 @@
+"""What a compiled program computes and moves, read from its HLO text: FLOPs of matmuls, bytes through HBM.
+
+Loops multiply, which the compiler's own `cost_analysis` leaves out. A convolution, as which a TPU runs its matmuls, counts
+the products that it really forms, without those with padding. An instruction at the top of a computation reads its
+operands and writes its results; where its layout says `S(1)` and the like, an array lies in on-chip memory and costs no
+traffic. A fusion that only takes a slice of an operand reads the slice, and one that updates a slice in place writes it.
+What collectives read and write is left out, as it is in a plan.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autoshard.hlo_text import Instruction, Module, Scope, parse, shape_bytes, trip_count
+
+_ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_SLICES = ("dynamic-slice", "slice", "gather")
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
+    *("partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier", "async-start", "async-done"),
+)
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+@dataclass(frozen=True)
+class CompiledCosts:
+    """One run on one chip: FLOPs of matmuls, bytes through HBM without what collectives move, and whether every loop's
+    length is known."""
+
+    flops: float
+    hbm_bytes: float
+    counts_known: bool
+
+
+def compiled_costs(text: str) -> CompiledCosts:
+    """What one run of a compiled program costs.
+
+    **Arguments:**
+
+    - `text`: `compiled.as_text()`.
+
+    **Raises:** `ValueError` when the text is not a compiled program.
+    """
+    module = parse(text)
+    flops = moved = 0.0
+    known = True
+    for scope, inst, count, certain in _executed(Scope(module.computations[module.entry]), module, 1, True):
+        flops += count * _flops(inst, scope, module)
+        moved += count * _moved(inst, scope, module)
+        known = known and certain
+    return CompiledCosts(flops, moved, known)
+
+
+def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator[tuple[Scope, Instruction, int, bool]]:
+    """Every instruction at the top of a computation that runs, with how often; fusions are one instruction."""
+    for inst in scope.computation.instructions.values():
+        if inst.opcode == "while":
+            rounds, certain = trip_count(inst, scope, module)
+            body = Scope(module.computations[inst.attribute("body")], inst, scope)
+            yield from _executed(body, module, count * rounds, known and certain)
+        elif inst.opcode in ("call", "conditional", "async-start", "call-start"):
+            for name in inst.called():
+                if name in module.computations:
+                    yield from _executed(Scope(module.computations[name], inst, scope), module, count, known)
+        else:
+            yield scope, inst, count, known
+
+
+# --- FLOPs
+
+
+def _flops(inst: Instruction, scope: Scope, module: Module) -> float:
+    if inst.opcode == "fusion":
+        inner = Scope(module.computations[inst.called()[0]], inst, scope)
+        return sum(_flops(each, inner, module) for each in inner.computation.instructions.values())
+    if inst.opcode == "dot":
+        left = scope.operand(inst.operands[0])
+        summed = _numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", inst.structure))
+        sizes = _sizes(left.shape) if left else []
+        return 2.0 * math.prod(_sizes(inst.shape)) * math.prod(sizes[i] for i in summed)
+    return _convolution_flops(inst, scope) if inst.opcode == "convolution" else 0.0
+
+
+def _convolution_flops(inst: Instruction, scope: Scope) -> float:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", inst.structure)
+    operands = [scope.operand(name) for name in inst.operands]
+    if labels is None or len(operands) != 2 or operands[0] is None or operands[1] is None:
+        return 0.0
+    image, kernel, result = _sizes(operands[0].shape), _sizes(operands[1].shape), _sizes(inst.shape)
+    batch_and_features = math.prod(result[labels[3].index(label)] for label in "bf")
+    total = 2.0 * batch_and_features * kernel[labels[2].index("i")]
+    for at in (label for label in labels[3] if label.isdigit()):
+        across = (image[labels[1].index(at)], kernel[labels[2].index(at)], result[labels[3].index(at)])
+        total *= _products(*across, _window(inst, int(at)))
+    return total
+
+
+def _window(inst: Instruction, dimension: int) -> dict[str, list[int]]:
+    found = _WINDOW.search(inst.structure)
+    fields = dict(re.findall(r"(\w+)=(\S+)", found[1])) if found else {}
+    each = {key: value.split("x")[dimension] for key, value in fields.items()}
+    return {key: [int(number) for number in value.split("_")] for key, value in each.items()}
+
+
+def _products(image: int, kernel: int, result: int, window: dict[str, list[int]]) -> int:
+    """How many pairs of an image's and a kernel's element along one dimension meet."""
+    stride, low = window.get("stride", [1])[0], window.get("pad", [0, 0])[0]
+    spread, apart = window.get("lhs_dilate", [1])[0], window.get("rhs_dilate", [1])[0]
+    last, met = (image - 1) * spread, 0
+    for k in range(kernel):
+        first = k * apart - low
+        met += sum(0 <= (at := first + out * stride) <= last and at % spread == 0 for out in range(result))
+    return met
+
+
+def _sizes(shape: str) -> list[int]:
+    found = re.search(r"\[([\d,<= ]*)\]", shape)
+    return [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+
+
+def _numbers(found: re.Match[str] | None) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+
+
+# --- Bytes
+
+
+def _in_hbm(shape: str) -> int:
+    """Bytes of the arrays of a shape that lie in HBM."""
+    return sum(shape_bytes(array) for array, layout in _ARRAY.findall(shape) if "S(" not in layout)
+
+
+def _moved(inst: Instruction, scope: Scope, module: Module) -> float:
+    opcode = inst.opcode
+    if opcode in _FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in _COLLECTIVES:
+        return 0.0
+    if opcode in ("copy-start", "slice-start"):
+        written = inst.shape.removeprefix("(").split(", ")[0]
+        source = scope.operand(inst.operands[0])
+        read = shape_bytes(written) if source is not None and _in_hbm(source.shape) else 0
+        return _in_hbm(written) + read
+    if opcode == "fusion":
+        return _fusion_bytes(inst, scope, module)
+    operands = [scope.operand(name) for name in inst.operands]
+    if opcode in _SLICES:
+        return 2.0 * _in_hbm(inst.shape)
+    if opcode == "dynamic-update-slice":
+        return 2.0 * (_in_hbm(operands[1].shape) if operands[1] else 0)
+    return _in_hbm(inst.shape) + sum(_in_hbm(each.shape) for each in operands if each)
+
+
+def _fusion_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
+    inner = module.computations[inst.called()[0]]
+    total = 0.0
+    for each in inner.instructions.values():
+        if each.opcode == "parameter":
+            outer = scope.operand(inst.operands[int(each.arguments)])
+            if outer is not None and _in_hbm(outer.shape):
+                total += _read(each, Scope(inner, inst, scope))
+    roots = [inner.instructions[inner.root]]
+    if roots[0].opcode == "tuple":
+        roots = [inner.instructions[name] for name in roots[0].operands if name in inner.instructions]
+    shapes = [array + layout for array, layout in _ARRAY.findall(inst.shape)]
+    for root, shape in zip(roots, shapes, strict=False):
+        if _in_hbm(shape):
+            total += _written(root, Scope(inner, inst, scope))
+    return total
+
+
+def _read(parameter: Instruction, scope: Scope) -> float:
+    """Bytes of a fusion's operand that are read: all, or the slices that are taken; none of what is updated in place."""
+    total = 0.0
+    for user in scope.computation.instructions.values():
+        if parameter.name not in user.operands:
+            continue
+        if user.opcode == "bitcast":
+            total += _read(user, scope)
+        elif user.opcode in _SLICES and user.operands[0] == parameter.name:
+            total += shape_bytes(user.shape)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
+            return shape_bytes(parameter.shape)
+    return min(total, shape_bytes(parameter.shape))
+
+
+def _written(root: Instruction, scope: Scope) -> float:
+    while root.opcode == "bitcast" and (origin := scope.operand(root.operands[0])):
+        root = origin
+    update = scope.operand(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
+    return shape_bytes(update.shape) if update else shape_bytes(root.shape)
