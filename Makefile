@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search wheel clean
+.PHONY: help demo test lint format bench-search calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -30,6 +30,9 @@ format: $(VENV)/.dev  ## put the code in house style
 
 bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchmarks/results/search.json
 	$(BIN)/python benchmarks/search_times.py
+
+calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
+	$(BIN)/python benchmarks/calibration.py
 
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build

@@ -2,6 +2,8 @@
 
 from autoshard._audit import Audit as Audit
 from autoshard._audit import audit as audit
+from autoshard.calibration import Calibration as Calibration
+from autoshard.calibration import calibrate as calibrate
 from autoshard.decorator import autoshard as autoshard
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import InfeasibleError as InfeasibleError
