@@ -14,4 +14,6 @@ from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveEr
 from autoshard.plan import Plan as Plan
 from autoshard.plan_file import load as load
 from autoshard.planning import search as search
+from autoshard.remedies import Remedies as Remedies
+from autoshard.remedies import remedies as remedies
 from autoshard.workload import Workload as Workload

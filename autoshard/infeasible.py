@@ -64,7 +64,7 @@ def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str,
 def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
     """The first topology that would do, of those with one axis after the other doubled."""
     tried = topology
-    while (wider := _doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
+    while (wider := doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
         tried = wider
         if fits(program, tried, budget_bytes):
             return f"It would fit {tried.name}, {tried.size} chips."
@@ -104,7 +104,7 @@ def _least(row: Row) -> float:
     return sum(float(vector.min()) for _, vector in row.nodes)
 
 
-def _doubled(topology: Topology) -> Topology | None:
+def doubled(topology: Topology) -> Topology | None:
     """The topology with its smallest axis doubled; of equal ones the last. A full node of GPUs has its nodes doubled."""
     sizes = list(topology.shape)
     switch = topology.chip.interconnect

@@ -227,6 +227,12 @@ class Plan:
 
         return render(self, symbolic=symbolic)
 
+    def regimes(self) -> Any:
+        """What every operation and the whole step wait for: an `autoshard.regimes.Regimes`, which prints as a table."""
+        from autoshard.regimes import regimes
+
+        return regimes(self)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
         from autoshard.plan_file import save
