@@ -11,7 +11,7 @@ from autoshard.errors import InfeasibleError
 from autoshard.tables import size
 from costmodels.chips import Switch
 from costmodels.program import Program
-from costmodels.topology import Topology, TopologyFormatError, parse_topology
+from costmodels.topology import Topology, TopologyFormatError, as_its_chip_has_it, parse_topology
 from search.bound import Dual
 from search.incumbent import decode, improve, overflow
 from search.memory import Row, rows
@@ -122,4 +122,14 @@ def doubled(topology: Topology) -> Topology | None:
         wider = replace(
             topology, axes=tuple(replace(axis, size=size) for axis, size in zip(topology.axes, sizes, strict=True))
         )
-    return replace(wider, chip=topology.chip)
+    return _with_own_rates(wider, topology)
+
+
+def _with_own_rates(wider: Topology, topology: Topology) -> Topology:
+    """The wider topology of the same chips, constants and all, with what was set for single axes."""
+    wider = as_its_chip_has_it(replace(topology, name=wider.name, axes=wider.axes))
+    if len(wider.axes) != len(topology.axes):
+        return wider
+    plain = as_its_chip_has_it(topology).axes
+    axes = zip(wider.axes, topology.axes, plain, strict=True)
+    return replace(wider, axes=tuple(new if own == was else replace(own, size=new.size) for new, own, was in axes))

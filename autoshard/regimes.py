@@ -86,8 +86,8 @@ def _slices(plan: Plan) -> Iterator[Work]:
     """What the step takes beyond its operations and collectives: arrays that a chip cuts its own piece of, in HBM."""
     left = plan.estimate.seconds - sum(op.seconds + op.collective_seconds for op in plan.operations)
     if left > _NOTHING * plan.estimate.seconds:
-        moved = left * plan.topology.chip.hbm_bytes_per_second
-        yield Work("slices of arrays that are whole", 0.0, moved, 0.0, left, 0.0, 0.0, left)
+        moved, took = (sum(getattr(op, each) for op in plan.operations) for each in ("bytes", "memory_seconds"))
+        yield Work("slices of arrays", 0.0, left * moved / took if took else 0.0, 0.0, left, 0.0, 0.0, left)
 
 
 def alike_summed(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
@@ -129,7 +129,8 @@ def _rendered(found: Regimes, width: int) -> Iterator[str]:
     if found.latency_seconds:
         yield f"               ({time(found.latency_seconds)} of the communication is latency and launches, whatever the bytes)"
     yield f"  intensity    {_number(step.intensity)} FLOPs/byte; the ridge of its operations is at {_number(step.ridge)}"
-    yield f"  achieved     {percent(step.of_flops)} of FLOP/s, {percent(step.of_roofline)} of the roofline"
+    achieved = f"{percent(step.of_flops)} of the compute units' rate, {percent(step.of_roofline)} of the roofline"
+    yield f"  achieved     {achieved}, both as priced"
     listed = [work for work in found.works if work.total_seconds > _MENTIONED * step.total_seconds]
     rows = [_row(work, step.total_seconds) for work in listed]
     headers = (

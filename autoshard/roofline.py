@@ -1,7 +1,8 @@
 """A roofline plot of one plan or several, one panel each: where every operation stands, and what it waits for.
 
 The horizontal axis is intensity, FLOPs per byte through HBM; the vertical axis FLOP/s reached, collectives included. A dot
-is an operation, its area the time it takes. The roofs are the matrix unit's, by dtype, and the vector unit's.
+is an operation, its area the time it takes. The roofs are the matrix unit's, by dtype, and the vector unit's; dashed
+is what programs reach of them, by the chip's efficiencies.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def _panel(axes: Any, chip: Chip, found: Regimes) -> list[Work]:
         )
     _legend(axes, found)
     bound = f"{found.regime}-bound" if found.regime else "free"
-    reached = f"{percent(found.step.of_flops)} of FLOP/s, {percent(found.step.of_roofline)} of the roofline"
+    reached = (
+        f"{percent(found.step.of_flops)} of the compute units' rate, {percent(found.step.of_roofline)} of the roofline"
+    )
     axes.set_title(f"{found.name} on {found.topology}: {bound}, {time(step)}\n{reached}", fontsize=11, loc="left")
     axes.set_xlabel("FLOPs per byte through HBM")
     axes.set_ylabel("FLOP/s of one chip, collectives included")
@@ -118,7 +121,15 @@ def _roofs(axes: Any, chip: Chip, left: float, right: float) -> None:
         ridge = rate / bandwidth
         matrix = "vector unit" not in names
         style: dict[str, Any] = {"color": "#333333" if matrix else "#999999", "linewidth": 1.2, "zorder": 2}
-        axes.plot([left, min(ridge, right), right], [left * bandwidth, min(ridge, right) * bandwidth, rate], **style)
+        axes.plot([left, ridge, right], [left * bandwidth, rate, rate], **style)
+        part, reached = _reached(chip, matrix), _part(chip, "hbm_efficiency") * bandwidth
+        if part * rate < rate or reached < bandwidth:
+            axes.plot(
+                [left, part * rate / reached, right],
+                [left * reached, part * rate, part * rate],
+                **style,
+                linestyle="--",
+            )
     top = max(rates)
     for rate, names in rates.items():
         above = rate == top or not any(1 < other / rate < 1.6 for other in rates)
@@ -140,6 +151,16 @@ def _roofs(axes: Any, chip: Chip, left: float, right: float) -> None:
     slope = f"HBM: {bandwidth / 1e12:.3g} TB/s" if bandwidth >= 1e12 else f"HBM: {bandwidth / 1e9:.3g} GB/s"
     at = left * 1.6
     axes.annotate(slope, (at, at * bandwidth), xytext=(-2, 6), rotation_mode="anchor", gid=_SLOPE, **beside)
+
+
+def _reached(chip: Chip, matrix: bool) -> float:
+    """The part of a rate that programs reach, by the chip's constants."""
+    return _part(chip, "matmul_efficiency") if matrix else 1.0
+
+
+def _part(chip: Chip, name: str) -> float:
+    constant = chip.constants.get(name)
+    return constant.value if constant else 1.0
 
 
 def _turn(axes: Any) -> None:

@@ -24,7 +24,7 @@ from itertools import combinations
 
 import numpy as np
 
-from costmodels.chips import Bus, Chip, Constant, Switch, Torus
+from costmodels.chips import Chip, Constant, Switch, Torus
 from costmodels.collectives import seconds as collective_seconds
 from costmodels.operations import price
 from costmodels.program import Factor, Operation, Program, Use, Value
@@ -207,10 +207,15 @@ def _fit_collectives(timings: Sequence[Timing], topology: Topology) -> dict[str,
     hops = [_column(used, topology, alike, group, hop_seconds=1.0, bytes_per_second=_FAST) for group in groups]
     wires = [_column(used, topology, alike, group, hop_seconds=0.0, bytes_per_second=1.0) for group in groups]
     launch, *found = relative_least_squares([np.ones(len(used)), *hops, *wires], [timing.seconds for timing in used])
-    constants = {"collective_overhead_seconds": launch}
+    stated = topology.chip.constants
+    reached = stated["wire_efficiency"].value if "wire_efficiency" in stated else 1.0
+    constants, rates = {"collective_overhead_seconds": launch}, {}
     for group, hop, wire in zip(groups, found[: len(groups)], found[len(groups) :], strict=True):
-        constants |= _named(topology, group, hop, 1 / wire if wire else None)
-    return constants
+        constants[f"{group}hop_seconds"] = hop
+        name, many = _bandwidth(topology, group)
+        if wire:  # else too fast to be told from the launch: as it was
+            rates[name] = (stated[name].value, stated[name].value * reached * wire / many)
+    return constants | _slowed(topology.chip, "wire_efficiency", rates)
 
 
 def _column(
@@ -240,20 +245,15 @@ def _links(topology: Topology) -> dict[str, str]:
             return {axis.name: f"{type(other).__name__.lower()}." for axis in topology.axes}
 
 
-def _named(topology: Topology, group: str, hop: float, bandwidth: float | None) -> dict[str, float]:
-    """A group's hop and bandwidth as constants of the chip."""
-    constants = {f"{group}hop_seconds": hop}
-    if bandwidth is None:  # too fast to be told from the launch: as it was
-        return constants
+def _bandwidth(topology: Topology, group: str) -> tuple[str, float]:
+    """The constant that a group's bandwidth is, and of how many axes' links it is the sum."""
     match topology.chip.interconnect:
         case Torus():
-            return constants | {"torus.link_bytes_per_second": bandwidth}
+            return "torus.link_bytes_per_second", 1.0
         case Switch() as switch if group == "switch.node_":
-            return constants | {"switch.node_egress_bytes_per_second": bandwidth * switch.chips_per_node}
-        case Switch():
-            return constants | {"switch.egress_bytes_per_second": bandwidth}
-        case Bus():
-            return constants | {"bus.egress_bytes_per_second": bandwidth}
+            return "switch.node_egress_bytes_per_second", switch.chips_per_node
+        case other:
+            return f"{type(other).__name__.lower()}.egress_bytes_per_second", 1.0
 
 
 # --- least squares

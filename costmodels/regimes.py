@@ -62,7 +62,10 @@ class Work:
 
     @property
     def of_flops(self) -> float:
-        """The fraction of the FLOP/s it could have that it achieves, its collectives included."""
+        """The fraction of the FLOP/s that it is priced at (efficiency and padding in them) that it achieves.
+
+        Its collectives are included.
+        """
         return self.compute_seconds / self.total_seconds if self.total_seconds else 0.0
 
     @property

@@ -163,8 +163,8 @@ def parse_topology(text: str | Path) -> Topology:
 
 
 def as_its_chip_has_it(topology: Topology) -> Topology:
-    """The topology as its chip and sizes alone make it: whatever was set for single axes is left out."""
-    return _build(topology.name, topology.chip, topology.shape)
+    """The topology with the axes that its chip and sizes alone make: whatever was set for single axes is left out."""
+    return replace(topology, axes=_build(topology.name, topology.chip, topology.shape).axes)
 
 
 def _build(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from test_cli import PALM, TINY, run
 
 import autoshard
+from autoshard.infeasible import doubled as twice_the_chips
 from autoshard.regimes import regimes
 from autoshard.remedies import batch_of, state_values, weight_values
 from autoshard.roofline import draw, save_roofline
 from autoshard.trace import trace
 from costmodels.regimes import REGIMES, Work, divided, regime
-from costmodels.topology import parse_topology
+from costmodels.topology import as_its_chip_has_it, parse_topology
 from costmodels.transformations import NotDoubled, doubled, with_itemsize
 from examples import palm
 from search.check import check
@@ -169,6 +170,18 @@ def test_the_price_before_is_the_plans(
     program = trace(workload.fn, *workload.args, donate_argnums=workload.donate_argnums).program
     assert remedies.seconds == check(program, plan.topology, plan.choice).seconds
     assert remedies.seconds == pytest.approx(plan.estimate.seconds)
+
+
+def test_twice_the_chips_are_the_same_chips():
+    """Whatever was measured of them, and set for one axis, stays."""
+    topology = parse_topology("cpu:2x2")
+    chip = topology.chip.override({"bus.egress_bytes_per_second": 7e9, "collective_overhead_seconds": 1e-4}, "test")
+    own = as_its_chip_has_it(replace(topology, chip=chip))
+    own = replace(own, axes=(replace(own.axes[0], bytes_per_second=3e9), own.axes[1]))
+    wider = twice_the_chips(own)
+    assert wider is not None and wider.shape == (2, 4) and wider.chip.constants == chip.constants
+    assert [axis.bytes_per_second for axis in wider.axes] == [3e9, 7e9]
+    assert {axis.launch_seconds for axis in wider.axes} == {1e-4}
 
 
 def test_another_function_is_refused(plan: autoshard.Plan):
