@@ -152,8 +152,8 @@ def _slowed(chip: Chip, efficiency: str, rates: Mapping[str, tuple[float, float]
     """Rates that are so many times slower than stated.
 
     Where the chip has an efficiency and the first rate is published, that one stands and the efficiency takes the blame;
-    the others are stated so that the same efficiency gives what was measured. Otherwise every rate is what was measured,
-    and the efficiency 1.
+    the others are stated so that the same efficiency gives what was measured. Otherwise, or where more than what was
+    published was reached, every rate is what was measured, and the efficiency 1.
 
     **Arguments:**
 
@@ -164,8 +164,8 @@ def _slowed(chip: Chip, efficiency: str, rates: Mapping[str, tuple[float, float]
     first = next(iter(rates), None)
     if first is None:
         return {}
-    if efficiency in constants and first in constants and constants[first].status == "published":
-        new = reached / rates[first][1]
+    new = reached / rates[first][1]
+    if efficiency in constants and first in constants and constants[first].status == "published" and new <= 1:
         others = {name: rate * reached / by / new for name, (rate, by) in rates.items() if name != first}
         return {efficiency: new, **others}
     found = {name: rate * reached / by for name, (rate, by) in rates.items()}

@@ -35,7 +35,8 @@ def test_a_calibration_measures_every_kind_and_holds_sizes_out(calibration: auto
     assert {timing.series for timing in calibration.timings if not timing.fitted} == {
         timing.series for timing in calibration.timings
     }
-    assert {"hbm_bytes_per_second", "bus.egress_bytes_per_second", "collective_overhead_seconds"} <= set(
+    # Such short messages may not tell the bandwidth between devices; then it stays as it was.
+    assert {"hbm_bytes_per_second", "flops_per_second.float32", "collective_overhead_seconds"} <= set(
         calibration.measured
     )
 
