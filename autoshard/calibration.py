@@ -89,7 +89,7 @@ class Calibration:
 
 _METHOD = (
     "Every device works at the same time; the shortest of several times, taken in turn, counts.\n"
-    "Least squares of relative errors, on two thirds of the sizes."
+    "Least squares of relative errors, weighted against outliers, on two thirds of the sizes."
 )
 
 

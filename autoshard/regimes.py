@@ -86,7 +86,7 @@ def _slices(plan: Plan) -> Iterator[Work]:
     """What the step takes beyond its operations and collectives: arrays that a chip cuts its own piece of, in HBM."""
     left = plan.estimate.seconds - sum(op.seconds + op.collective_seconds for op in plan.operations)
     if left > _NOTHING * plan.estimate.seconds:
-        moved, took = (sum(getattr(op, each) for op in plan.operations) for each in ("bytes", "memory_seconds"))
+        moved, took = (sum(float(getattr(op, each)) for op in plan.operations) for each in ("bytes", "memory_seconds"))
         yield Work("slices of arrays", 0.0, left * moved / took if took else 0.0, 0.0, left, 0.0, 0.0, left)
 
 

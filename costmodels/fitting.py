@@ -12,7 +12,8 @@ Every time that the model gives is a sum of unknown constants, each times a numb
 with $c$ and $b$ the model's compute and memory seconds at the constants that the topology has, and $h$, $w$ its hops and
 bytes on the wire. None of these is written down here: the model is asked for them, at constants that leave only one.
 
-A fit minimises $\\sum_i (\\hat t_i / t_i - 1)^2$, so that short times count as much as long ones, with no constant below 0.
+A fit makes $\\sum_i |\\log (\\hat t_i / t_i)|$ small, by reweighted least squares of relative errors: short times count as
+much as long ones, outliers little, and no constant is below 0.
 Timings that are not `fitted` are held out: they are predicted, and take no part.
 """
 
@@ -139,7 +140,7 @@ def _fit_matmul(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
         return {}
     compute = np.array([_priced(timing, chip)[0] for timing in used])
     columns = [np.where([timing.dtype == dtype for timing in used], compute, 0.0) for dtype in dtypes]
-    overhead, *slower = relative_least_squares([np.ones(len(used)), *columns], [timing.seconds for timing in used])
+    overhead, *slower = robust_fit([np.ones(len(used)), *columns], [timing.seconds for timing in used])
     rates = {
         f"flops_per_second.{dtype}": (chip.matmul_flops_per_second(dtype), by)
         for dtype, by in zip(dtypes, slower, strict=True)
@@ -177,7 +178,7 @@ def _fit_vector(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     if not used:
         return {}
     columns = [np.array([_priced(timing, chip)[0] for timing in used])]
-    (slower,) = relative_least_squares(columns, [timing.seconds - _overhead(timing, chip) for timing in used])
+    (slower,) = robust_fit(columns, [timing.seconds - _overhead(timing, chip) for timing in used])
     return {"vector_flops_per_second": chip.vector_flops_per_second / slower} if slower else {}
 
 
@@ -188,7 +189,7 @@ def _fit_memory(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     if not kept:
         return {}
     columns = [np.array([_priced(used[i], chip)[1] for i in kept])]
-    (slower,) = relative_least_squares(columns, [left[i] for i in kept])
+    (slower,) = robust_fit(columns, [left[i] for i in kept])
     return _slowed(
         chip, "hbm_efficiency", {"hbm_bytes_per_second": (chip.hbm_bytes_per_second, slower)} if slower else {}
     )
@@ -206,7 +207,7 @@ def _fit_collectives(timings: Sequence[Timing], topology: Topology) -> dict[str,
     groups = list(dict.fromkeys(alike[timing.axes[0]] for timing in used))
     hops = [_column(used, topology, alike, group, hop_seconds=1.0, bytes_per_second=_FAST) for group in groups]
     wires = [_column(used, topology, alike, group, hop_seconds=0.0, bytes_per_second=1.0) for group in groups]
-    launch, *found = relative_least_squares([np.ones(len(used)), *hops, *wires], [timing.seconds for timing in used])
+    launch, *found = robust_fit([np.ones(len(used)), *hops, *wires], [timing.seconds for timing in used])
     stated = topology.chip.constants
     reached = stated["wire_efficiency"].value if "wire_efficiency" in stated else 1.0
     constants, rates = {"collective_overhead_seconds": launch}, {}
@@ -259,7 +260,34 @@ def _bandwidth(topology: Topology, group: str) -> tuple[str, float]:
 # --- least squares
 
 
-def relative_least_squares(columns: Sequence[np.ndarray], target: Sequence[float]) -> list[float]:
+_ROUNDS = 20
+"""How often a robust fit is weighted anew."""
+_CLOSE = 0.02
+"""The error, in logarithms, below which a timing has its full weight in a robust fit."""
+
+
+def robust_fit(columns: Sequence[np.ndarray], target: Sequence[float]) -> list[float]:
+    """The $x \\ge 0$ that about minimises $\\sum_i |\\log (\\sum_j a_{ij} x_j / t_i)|$, half of the errors on either side.
+
+    Least squares of relative errors alone would follow the shortest times: one that is ten times too long is off by 0.9,
+    one that is ten times too short by 9. So they are solved again and again, with weights that make them this sum. Where
+    least squares leave no error, nothing changes.
+
+    **Arguments:** as of `relative_least_squares`.
+    """
+    matrix, times = np.stack(columns, axis=1), np.asarray(target, dtype=float)
+    found = relative_least_squares(columns, target)
+    for _ in range(_ROUNDS):
+        model = np.maximum(matrix @ np.array(found), _CLOSE * times)
+        apart = np.maximum(np.abs(np.log(model / times)), _CLOSE)
+        weights = np.sqrt(times / (model * apart))
+        found = relative_least_squares(columns, target, weights)
+    return found
+
+
+def relative_least_squares(
+    columns: Sequence[np.ndarray], target: Sequence[float], weights: np.ndarray | None = None
+) -> list[float]:
     """The $x \\ge 0$ that minimises $\\sum_i ((\\sum_j a_{ij} x_j) / t_i - 1)^2$.
 
     For so few unknowns it is found by looking: the best of the plain least-squares fits to every subset of columns that
@@ -269,17 +297,19 @@ def relative_least_squares(columns: Sequence[np.ndarray], target: Sequence[float
 
     - `columns`: $a_j$, one array for each unknown.
     - `target`: $t$, above 0.
+    - `weights`: of each error before it is squared; 1 by default.
     """
-    scaled = np.stack(columns, axis=1) / np.asarray(target)[:, None]
+    goal = np.ones(len(target)) if weights is None else weights
+    scaled = np.stack(columns, axis=1) / np.asarray(target)[:, None] * goal[:, None]
     sizes = np.linalg.norm(scaled, axis=0)
     live = [j for j in range(len(columns)) if sizes[j] > 0]
-    best, least = np.zeros(len(columns)), float(len(target))
+    best, least = np.zeros(len(columns)), float(np.sum(goal**2))
     for count in range(1, len(live) + 1):
         for some in combinations(live, count):
-            found = np.linalg.lstsq(scaled[:, some] / sizes[list(some)], np.ones(len(target)), rcond=None)[0]
+            found = np.linalg.lstsq(scaled[:, some] / sizes[list(some)], goal, rcond=None)[0]
             trial = np.zeros(len(columns))
             trial[list(some)] = found / sizes[list(some)]
-            error = float(np.sum((scaled @ trial - 1) ** 2))
+            error = float(np.sum((scaled @ trial - goal) ** 2))
             if (found >= 0).all() and error < least:
                 best, least = trial, error
     return [float(x) for x in best]

@@ -36,7 +36,7 @@ class Work:
     communication_seconds: float
     overhead_seconds: float
     seconds: float
-    count: int = 1
+    count: float = 1
 
     @property
     def regime(self) -> str:
