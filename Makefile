@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search bench-overhead wheel clean
+.PHONY: help demo test lint format bench-search bench-overhead calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -33,6 +33,9 @@ bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchma
 
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
+
+calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
+	$(BIN)/python benchmarks/calibration.py
 
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build

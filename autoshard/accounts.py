@@ -14,6 +14,7 @@ from autoshard.naming import strategy_name
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from costmodels.operations import OperationCost, price
 from costmodels.program import Operation, Program
+from costmodels.regimes import regime
 from costmodels.topology import Topology
 from search.layouts import replicated, shards
 from search.memory import Row, rows
@@ -112,12 +113,12 @@ def _where(program: Program, collective: Collective) -> str:
 def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     """Every operation of the program, in its numbering; those that only carry arrays along cost nothing."""
     problem, choice = solution.problem, solution.choice
-    wire = _collective_seconds(problem, choice)
+    wire = _collective_seconds(problem.program, problem.topology, choice)
     states, limits = states_of(problem, choice), rows(problem)
     copies: dict[tuple, OperationPlan] = {}
     found = []
     for i, op in enumerate(problem.program.operations):
-        like = (problem.of_operation[i], op.traffic)
+        like = (problem.of_operation[i], op.moved)
         if like not in copies:
             copies[like] = _operation(problem, choice, i, states, limits)
         found.append(_of_this(copies[like], op, wire[i], problem.topology))
@@ -127,15 +128,15 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
 def _of_this(copy: OperationPlan, op: Operation, wire: float, topology: Topology) -> OperationPlan:
     """The account of an operation, from that of one like it."""
     overhead = copy.count * topology.chip.op_overhead_seconds if copy.matmul else 0.0
-    regime = _regime(copy.compute_seconds, copy.memory_seconds, wire, overhead)
-    return replace(copy, name=op.name, source=op.source, collective_seconds=wire, regime=regime)
+    bound = regime(copy.compute_seconds, copy.memory_seconds, wire, overhead)
+    return replace(copy, name=op.name, source=op.source, collective_seconds=wire, regime=bound)
 
 
-def _collective_seconds(problem: Problem, choice: Choice) -> list[float]:
+def _collective_seconds(program: Program, topology: Topology, choice: Choice) -> list[float]:
     """Per operation the collectives of its operands and those inside it; a result that moves when it is made is its own."""
-    found = [0.0] * len(problem.program.operations)
-    for each in collectives(problem.program, problem.topology, choice):
-        at = each.operation if each.operation >= 0 else problem.program.producers[each.value][0]
+    found = [0.0] * len(program.operations)
+    for each in collectives(program, topology, choice):
+        at = each.operation if each.operation >= 0 else program.producers[each.value][0]
         found[at] += float(each.seconds)
     return found
 
@@ -146,9 +147,7 @@ def _operation(problem: Problem, choice: Choice, i: int, states: np.ndarray, lim
     op, strategy = program.operations[i], choice.strategies[i]
     runs = program.multiplicity(op.region)
     costed = op.op_class in _COSTED
-    pieces = np.array([[float(prod(topology.axis_sizes[axis] for axis in split)) for split in strategy.splits]])
-    cost = price(program, op, pieces.reshape(1, len(op.factors)), topology.chip) if costed else None
-    totals = {f.name: runs * float(getattr(cost, f.name)[0]) if cost else 0.0 for f in fields(OperationCost)}
+    totals = _totals(program, topology, choice, i)
     matmul = op.op_class == "matmul"
     return OperationPlan(
         name=op.name,
@@ -167,9 +166,24 @@ def _operation(problem: Problem, choice: Choice, i: int, states: np.ndarray, lim
     )
 
 
-def _regime(compute: float, memory: float, wire: float, overhead: float) -> str:
-    sides = {"compute": compute, "HBM": memory, "communication": wire, "overhead": overhead}
-    return max(sides, key=lambda side: sides[side]) if any(sides.values()) else ""
+def _totals(program: Program, topology: Topology, choice: Choice, i: int) -> dict[str, float]:
+    """The quantities of `OperationCost` for all runs of an operation in one step."""
+    op, strategy = program.operations[i], choice.strategies[i]
+    if op.op_class not in _COSTED:
+        return {f.name: 0.0 for f in fields(OperationCost)}
+    pieces = np.array([[float(prod(topology.axis_sizes[axis] for axis in split)) for split in strategy.splits]])
+    cost = price(program, op, pieces.reshape(1, len(op.factors)), topology.chip)
+    return {f.name: program.multiplicity(op.region) * float(getattr(cost, f.name)[0]) for f in fields(OperationCost)}
+
+
+def repriced(
+    program: Program, topology: Topology, choice: Choice, planned: Sequence[OperationPlan]
+) -> tuple[OperationPlan, ...]:
+    """Planned operations with what they cost in another program or on another topology, planned as they were."""
+    wire = _collective_seconds(program, topology, choice)
+    return tuple(
+        replace(op, **_totals(program, topology, choice, i), collective_seconds=wire[i]) for i, op in enumerate(planned)
+    )
 
 
 def einsum(op: Operation) -> str:

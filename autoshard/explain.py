@@ -122,10 +122,10 @@ _OPERATION_ALIGNMENT = "~<~>><>"
 
 def _operation_row(op: OperationPlan) -> tuple[str, ...]:
     wire = time(op.collective_seconds) if op.collective_seconds else "-"
-    return (_short_name(op), op.einsum, op.strategy, f"{op.count:g}", time(op.seconds), op.regime, wire)
+    return (short_name(op), op.einsum, op.strategy, f"{op.count:g}", time(op.seconds), op.regime, wire)
 
 
-def _short_name(op: OperationPlan) -> str:
+def short_name(op: OperationPlan) -> str:
     """What a matmul multiplies by, or else where it stands in the user's code."""
     if not op.matmul:
         return op.name
@@ -162,7 +162,7 @@ def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPl
     """Operations that are planned alike as one, with the sums of their runs and times."""
     groups: dict[Any, list[OperationPlan]] = {}
     for op in operations:
-        name = _unnumbered(op.name)
+        name = unnumbered(op.name)
         each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
         groups.setdefault((name, op.einsum, op.sizes, op.strategy, op.splits, each), []).append(op)
     return [
@@ -170,7 +170,7 @@ def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPl
         if not others
         else replace(
             first,
-            name=_unnumbered(first.name),
+            name=unnumbered(first.name),
             count=sum(op.count for op in (first, *others)),
             seconds=sum(op.seconds for op in (first, *others)),
             collective_seconds=sum(op.collective_seconds for op in (first, *others)),
@@ -179,7 +179,7 @@ def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPl
     ]
 
 
-def _unnumbered(name: str) -> str:
+def unnumbered(name: str) -> str:
     """`params['layers'][3]['wq']` with `[*]` for the number."""
     return re.sub(r"\[\d+\]", "[*]", name)
 
@@ -199,7 +199,7 @@ def _collectives(plan: Plan, width: int) -> Iterator[str]:
         return
     groups: dict[tuple, list[PlannedCollective]] = {}
     for each in found:
-        key = (each.kind, _mesh_order(each.axes, plan), _rounded(each.bytes), _unnumbered(each.where))
+        key = (each.kind, _mesh_order(each.axes, plan), _rounded(each.bytes), unnumbered(each.where))
         groups.setdefault(key, []).append(each)
     rows = [
         (
@@ -243,7 +243,7 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
         return
     groups: dict[tuple, list[ArrayPlan]] = {}
     for array in arrays:
-        key = (_unnumbered(array.path), array.shape, array.dtype, array.layout, array.donated)
+        key = (unnumbered(array.path), array.shape, array.dtype, array.layout, array.donated)
         groups.setdefault(key, []).append(array)
     rows = []
     for (path, shape, dtype, layout, donated), group in groups.items():

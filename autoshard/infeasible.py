@@ -12,7 +12,7 @@ from autoshard.pins import Pin, unpinned
 from autoshard.tables import size
 from costmodels.chips import Switch
 from costmodels.program import Program
-from costmodels.topology import Topology, TopologyFormatError, parse_topology
+from costmodels.topology import Topology, TopologyFormatError, as_its_chip_has_it, parse_topology
 from search.bound import Dual
 from search.incumbent import decode, improve, overflow
 from search.memory import Row, rows
@@ -87,7 +87,7 @@ def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str,
 def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
     """The first topology that would do, of those with one axis after the other doubled."""
     tried = topology
-    while (wider := _doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
+    while (wider := doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
         tried = wider
         if fits(program, tried, budget_bytes):
             return f"It would fit {tried.name}, {tried.size} chips."
@@ -127,7 +127,7 @@ def _least(row: Row) -> float:
     return sum(float(vector.min()) for _, vector in row.nodes)
 
 
-def _doubled(topology: Topology) -> Topology | None:
+def doubled(topology: Topology) -> Topology | None:
     """The topology with its smallest axis doubled; of equal ones the last. A full node of GPUs has its nodes doubled."""
     sizes = list(topology.shape)
     switch = topology.chip.interconnect
@@ -145,4 +145,14 @@ def _doubled(topology: Topology) -> Topology | None:
         wider = replace(
             topology, axes=tuple(replace(axis, size=size) for axis, size in zip(topology.axes, sizes, strict=True))
         )
-    return replace(wider, chip=topology.chip)
+    return _with_own_rates(wider, topology)
+
+
+def _with_own_rates(wider: Topology, topology: Topology) -> Topology:
+    """The wider topology of the same chips, constants and all, with what was set for single axes."""
+    wider = as_its_chip_has_it(replace(topology, name=wider.name, axes=wider.axes))
+    if len(wider.axes) != len(topology.axes):
+        return wider
+    plain = as_its_chip_has_it(topology).axes
+    axes = zip(wider.axes, topology.axes, plain, strict=True)
+    return replace(wider, axes=tuple(new if own == was else replace(own, size=new.size) for new, own, was in axes))

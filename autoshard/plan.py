@@ -283,6 +283,12 @@ class Plan:
 
         return formulas(self)
 
+    def regimes(self) -> Any:
+        """What every operation and the whole step wait for: an `autoshard.regimes.Regimes`, which prints as a table."""
+        from autoshard.regimes import regimes
+
+        return regimes(self)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
         from autoshard.plan_file import save

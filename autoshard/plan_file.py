@@ -116,7 +116,7 @@ def loads(text: str | bytes, where: str = "The plan") -> Plan:
         )
     try:
         return _from_json(_Reader(data, ""))
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, AttributeError, IndexError) as error:
         raise PlanMismatchError(f"{where} is damaged: {error}.") from error
 
 

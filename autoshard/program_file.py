@@ -45,8 +45,8 @@ def _operation_to_json(op: Operation, sizes: Sequence[str]) -> Json:
         "name": op.name,
         "primitive": op.primitive,
         "factors": [[size] if factor.kind == "parallel" else [size, factor.kind] for factor, size in factors],
-        "inputs": [[use.value, [list(dim) for dim in use.dims], use.region] for use in op.inputs],
-        "outputs": [[use.value, [list(dim) for dim in use.dims], use.region] for use in op.outputs],
+        "inputs": list(map(_use_to_json, op.inputs)),
+        "outputs": list(map(_use_to_json, op.outputs)),
         "region": op.region,
         "op_class": op.op_class,
         "linear": [sorted(group) for group in op.linear],
@@ -55,7 +55,13 @@ def _operation_to_json(op: Operation, sizes: Sequence[str]) -> Json:
         "dtype": op.dtype,
         "source": op.source,
         "exact": op.exact,
+        **({} if op.pinned is None else {"pinned": [None if dim is None else list(dim) for dim in op.pinned]}),
     }
+
+
+def _use_to_json(use: Use) -> list[Any]:
+    stored = [use.stored_itemsize] if use.stored_itemsize else []
+    return [use.value, [list(dim) for dim in use.dims], use.region, *stored]
 
 
 def from_json(data: Json) -> tuple[Program, Dimensions]:
@@ -110,12 +116,13 @@ def _operation(row: Json) -> Operation:
         _text(row["dtype"]),
         _text(row["source"]),
         bool(row["exact"]),
+        tuple(None if dim is None else tuple(map(_text, dim)) for dim in row["pinned"]) if "pinned" in row else None,
     )
 
 
 def _use(row: Sequence[Any]) -> Use:
-    value, dims, region = row
-    return Use(int(value), tuple(tuple(dim) for dim in dims), int(region))
+    value, dims, region, *stored = row
+    return Use(int(value), tuple(tuple(dim) for dim in dims), int(region), *map(float, stored))
 
 
 def _text(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
@@ -145,14 +145,19 @@ class Chip:
         known = self.catalogued.get(name)
         return known if known is not None and known.value == value else Constant(value, "set in Python", "given")
 
-    def override(self, numbers: Mapping[str, float], source: str) -> Chip:
-        """The same chip with some numbers, by dotted name, replaced by the user's own.
+    def override(self, numbers: Mapping[str, float | Constant], source: str) -> Chip:
+        """The same chip with some numbers, by dotted name, replaced: by the user's own, or by constants with their status.
+
+        **Arguments:**
+
+        - `source`: where plain numbers come from; their status is "given".
 
         **Raises:** `ChipFormatError` for a name the chip does not have or a value that is no number, or is negative.
         """
         constants = dict(self.constants)
-        for name, value in numbers.items():
-            constants[_known(self, name)] = Constant(_number(self.name, name, value), source, "given")
+        for name, given in numbers.items():
+            known = given if isinstance(given, Constant) else Constant(given, source, "given")
+            constants[_known(self, name)] = replace(known, value=_number(self.name, name, known.value))
         return _build(self.name, self.kind, _wraparound_of(self), constants)
 
     def to_dict(self) -> dict[str, Any]:
@@ -285,10 +290,18 @@ def _constants(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterat
             raise ChipFormatError(f"{dotted} of the chip {owner!r} is {entry!r}; {{ value, status, source }} would do.")
         if "value" not in entry:
             yield from _constants(owner, entry, f"{dotted}.")
-            continue
-        _exactly(owner, f"{dotted}.", entry, ("value", "status", "source"))
-        _one_of(owner, f"{dotted}.status", entry["status"], get_args(Status))
-        yield dotted, Constant(_number(owner, dotted, entry["value"]), str(entry["source"]), entry["status"])
+        else:
+            yield dotted, constant_from_dict(owner, dotted, entry)
+
+
+def constant_from_dict(owner: str, dotted: str, table: Mapping[str, Any]) -> Constant:
+    """One constant from its table `{ value, status, source }`; `owner` and `dotted` name it in messages.
+
+    **Raises:** `ChipFormatError`.
+    """
+    _exactly(owner, f"{dotted}.", table, ("value", "status", "source"))
+    _one_of(owner, f"{dotted}.status", table["status"], get_args(Status))
+    return Constant(_number(owner, dotted, table["value"]), str(table["source"]), table["status"])
 
 
 def _exactly(owner: str, prefix: str, got: Mapping[str, object], wanted: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ name = "our v4 slice"                # optional, as is all below
 
 [constants]                          # any number of the chip, by its name in the catalogue
 hbm_bytes_per_second = 1.1e12
-flops_per_second.bfloat16 = 2.5e14
+flops_per_second.bfloat16 = 2.5e14   # "given", or with where it is from, as `autoshard calibrate` writes it:
+matrix_tile = { value = 128, status = "measured", source = "our machine, 2026-11-21" }
 
 [axes.z]                             # any of bytes_per_second, wraparound, hop_seconds
 wraparound = false
@@ -32,7 +33,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from costmodels.chips import Chip, ChipFormatError, Switch, Torus, Wraparound, chip, chip_from_dict
+from costmodels.chips import Chip, ChipFormatError, Switch, Torus, Wraparound, chip, chip_from_dict, constant_from_dict
 from costmodels.pricing import PHYSICAL, Pricing, PricingError, pricing_from_dict
 
 AXIS_NAMES = ("x", "y", "z", "w")
@@ -193,6 +194,11 @@ def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
     return Topology(name, chip, tuple(_axes(name, chip, sizes)))
 
 
+def as_its_chip_has_it(topology: Topology) -> Topology:
+    """The topology with the axes that its chip and sizes alone make: whatever was set for single axes is left out."""
+    return replace(topology, axes=topology_of_chip(topology.name, topology.chip, topology.shape).axes)
+
+
 def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
     launch, reached = chip.collective_overhead_seconds, chip.wire_efficiency
     match chip.interconnect:
@@ -256,10 +262,11 @@ def _from_file(path: Path) -> Topology:
     for size in shape:
         _typed(path, "shape", size, int, "a list of whole numbers")
     base = chip(_typed(path, "chip", data["chip"], str, "the name of a chip in quotes"))
-    numbers = dict(_dotted(_typed(path, "constants", data.get("constants", {}), dict, "a table of numbers")))
+    table = _typed(path, "constants", data.get("constants", {}), dict, "a table of numbers")
     name = _typed(path, "name", data.get("name", path.stem), str, "a name in quotes")
     conventions = _typed(path, "pricing", data.get("pricing", {}), dict, "a table")
     try:
+        numbers = dict(_dotted(base.name, table))
         topology = topology_of_chip(name, base.override(numbers, str(path)), shape)
         topology = replace(topology, pricing=pricing_from_dict(conventions))
     except (ChipFormatError, PricingError) as error:
@@ -269,12 +276,16 @@ def _from_file(path: Path) -> Topology:
     return replace(topology, axes=tuple(_changed(path, axis, changes.get(axis.name, {})) for axis in topology.axes))
 
 
-def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
+def _dotted(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers and tables that hold a `value`, at any depth, by dotted name."""
+    for key, entry in table.items():
+        dotted = prefix + key
+        if not isinstance(entry, Mapping):
+            yield dotted, entry
+        elif "value" in entry:
+            yield dotted, constant_from_dict(owner, dotted, entry)
         else:
-            yield prefix + key, value
+            yield from _dotted(owner, entry, f"{dotted}.")
 
 
 def _changed(path: Path, axis: Axis, changes: object) -> Axis:

@@ -218,7 +218,7 @@ class _Builder:
         first: dict[tuple, Operation] = {}
         for node, op in zip(self.of_operation, self.program.operations, strict=True):
             if op.flops_per_point or op.traffic:
-                key = (node, op.traffic)
+                key = (node, op.moved)
                 runs[key] = runs.get(key, 0.0) + self.program.multiplicity(op.region)
                 first.setdefault(key, op)
         for key, op in first.items():

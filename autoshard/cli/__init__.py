@@ -1,4 +1,4 @@
-"""The command line: `autoshard search`, `explain`, `audit`, `export`, `chips`; one module a command.
+"""The command line: `autoshard search`, `explain`, `audit`, `export`, `roofline`, `chips`, `calibrate`; one module a command.
 
 Standard output carries what was asked for, and nothing else; progress and errors go to standard error. Exit codes: 0 for
 success, 1 for an answer that is no (no plan fits, a program that is not as planned), 2 for a command that makes no sense.
@@ -12,9 +12,11 @@ from typing import Annotated
 import typer
 
 from autoshard.cli.audit import audit
+from autoshard.cli.calibrate import calibrate
 from autoshard.cli.chips import chips
 from autoshard.cli.explain import explain
 from autoshard.cli.export import export
+from autoshard.cli.roofline import roofline
 from autoshard.cli.search import search
 
 app = typer.Typer(
@@ -23,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (search, explain, audit, export, chips):
+for command in (search, explain, audit, export, roofline, chips, calibrate):
     app.command()(command)
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autoshard.cli import common
 
+if TYPE_CHECKING:
+    from autoshard.plan import Plan
+    from autoshard.regimes import Regimes
+    from autoshard.remedies import Remedies
+
 
 def explain(
     plan: common.PlanFile,
     symbolic: Annotated[bool, typer.Option("--symbolic", help="Add formulas, and where layouts cross over.")] = False,
+    target: Annotated[
+        str | None, typer.Argument(metavar="[FILE.py:NAME]", help="What the plan was searched for; for --remedies.")
+    ] = None,
+    sizes: common.Settings = None,
+    regimes: Annotated[
+        bool, typer.Option("--regimes", help="Print what each operation waits for, and how near it is to the roofline.")
+    ] = False,
+    remedies: Annotated[
+        bool, typer.Option("--remedies", help="Print what int8, twice the batch, more or faster chips would give.")
+    ] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="For each remedy's search; 0: price the layout as it is."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print regimes or remedies as JSON.")] = False,
     width: Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")] = 120,
     verbose: common.Verbose = False,
 ) -> None:
@@ -20,4 +41,31 @@ def explain(
     from autoshard.plan_file import load
 
     with common.reported(verbose):
+        if remedies and target is None:
+            raise common.Misuse("--remedies needs what the plan was searched for: FILE.py:NAME, with the same --set.")
+        if json and regimes == remedies:
+            raise common.Misuse("--json goes with --regimes or with --remedies; a plan file is JSON already.")
+        if remedies and target is not None:
+            with common.progress("Trying remedies", verbose) as say:
+                found = _remedies(load(plan), target, sizes, time_limit, say)
+            typer.echo(_text(found, json, width), nl=False)
+        if regimes:
+            typer.echo(_text(load(plan).regimes(), json, width), nl=False)
+        if regimes or remedies:
+            return
         typer.echo(render(load(plan), symbolic=symbolic, width=width), nl=False)
+
+
+def _remedies(
+    plan: Plan, target: str, sizes: list[str] | None, time_limit: float | None, say: Callable[[str], None]
+) -> Remedies:
+    from autoshard.remedies import remedies
+
+    work = common.workload(target, common.settings(sizes))
+    return remedies(plan, work.fn, *work.args, resolve=time_limit != 0, time_limit=time_limit or None, progress=say)
+
+
+def _text(found: Regimes | Remedies, json: bool, width: int) -> str:
+    from json import dumps
+
+    return dumps(found.to_dict(), indent=2) + "\n" if json else found.render(width)

@@ -1,0 +1,34 @@
+"""`autoshard roofline`: plans as a roofline plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+
+def roofline(
+    plans: Annotated[
+        list[Path],
+        typer.Argument(metavar="PLAN.json...", help="Plans, such as prefill and decode.", exists=True, dir_okay=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to: .png, .svg, .pdf, or .html with tables.")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Draw the rooflines of plans, one panel each: every operation, what it waits for, and how near the roof it is.
+
+    autoshard roofline prefill.json decode.json -o roofline.png
+    """
+    from autoshard.plan_file import load
+    from autoshard.roofline import save_roofline
+
+    with common.reported(verbose):
+        common.writable(output, force)
+        save_roofline([load(plan) for plan in plans], output)
+        typer.echo(f"Wrote {output}.", err=True)

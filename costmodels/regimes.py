@@ -1,0 +1,111 @@
+"""Which of four things an operation waits for, and how near it is to what the chip can do.
+
+An operation with $F$ FLOPs and $B$ bytes through HBM has the intensity $F/B$. Where that exceeds the *ridge* of the roofline,
+FLOP/s over bytes/s, it is compute-bound, else HBM-bound; where its collectives take longer than both it is
+communication-bound, and where starting it does, overhead-bound (Lienhart, "LLM Inference Series: 5. Dissecting model
+performance"). All from the same seconds as the price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+
+REGIMES: tuple[str, ...] = ("compute", "HBM", "communication", "overhead")
+
+
+def regime(compute: float, memory: float, communication: float, overhead: float) -> str:
+    """The largest of the four; of equal ones the first; "" where all are 0."""
+    sides = dict(zip(REGIMES, (compute, memory, communication, overhead), strict=True))
+    return max(sides, key=lambda side: sides[side]) if any(sides.values()) else ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation does in one step on one chip, and the seconds that each side of it takes by itself.
+
+    `seconds` is on the chip, the longer of compute and memory with the overhead.
+    """
+
+    name: str
+    flops: float
+    bytes: float
+    compute_seconds: float
+    memory_seconds: float
+    communication_seconds: float
+    overhead_seconds: float
+    seconds: float
+    count: float = 1
+
+    @property
+    def regime(self) -> str:
+        """What takes longest: "compute", "HBM", "communication" or "overhead"."""
+        return regime(self.compute_seconds, self.memory_seconds, self.communication_seconds, self.overhead_seconds)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte through HBM."""
+        return self.flops / self.bytes if self.bytes else inf if self.flops else 0.0
+
+    @property
+    def ridge(self) -> float:
+        """The intensity from which on it would be compute-bound, at the rates that it is priced at."""
+        if not self.compute_seconds or not self.memory_seconds:
+            return 0.0
+        return self.intensity * self.memory_seconds / self.compute_seconds
+
+    @property
+    def total_seconds(self) -> float:
+        """On the chip and in collectives."""
+        return self.seconds + self.communication_seconds
+
+    @property
+    def of_flops(self) -> float:
+        """The fraction of the FLOP/s that it is priced at (efficiency and padding in them) that it achieves.
+
+        Its collectives are included.
+        """
+        return self.compute_seconds / self.total_seconds if self.total_seconds else 0.0
+
+    @property
+    def of_roofline(self) -> float:
+        """The fraction of what the roofline allows at its intensity that it achieves, its collectives included."""
+        return max(self.compute_seconds, self.memory_seconds) / self.total_seconds if self.total_seconds else 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.name,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.compute_seconds + other.compute_seconds,
+            self.memory_seconds + other.memory_seconds,
+            self.communication_seconds + other.communication_seconds,
+            self.overhead_seconds + other.overhead_seconds,
+            self.seconds + other.seconds,
+            self.count + other.count,
+        )
+
+
+def divided(works: Iterable[Work]) -> dict[str, float]:
+    """The seconds of a step by what is waited for; they add up to the step.
+
+    On the chip an operation waits for the longer side of its roofline, and for its overhead; all collectives are
+    communication.
+    """
+    spent = dict.fromkeys(REGIMES, 0.0)
+    for work in works:
+        overhead = min(work.overhead_seconds, work.seconds)
+        side = "compute" if work.compute_seconds > work.memory_seconds else "HBM"
+        spent[side] += work.seconds - overhead
+        spent["overhead"] += overhead
+        spent["communication"] += work.communication_seconds
+    return spent
+
+
+def total(works: Iterable[Work], name: str) -> Work:
+    """A whole step as one piece of work."""
+    summed = Work(name, 0, 0, 0, 0, 0, 0, 0, 0)
+    for work in works:
+        summed = summed + work
+    return summed
