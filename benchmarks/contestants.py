@@ -55,6 +55,7 @@ def _product(names: str, sizes: dict[str, int]) -> int:
 class Bench:
     """One function on one slice; every method makes one contestant's row."""
 
+    case: str
     example: str
     workload: autoshard.Workload
     topology: Topology
@@ -156,13 +157,13 @@ class Bench:
             compiled = step.lower(*self.workload.args).compile()
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             return {"contestant": name, "fits": False, "step_ms": None, "why": _said(error)}
-        row = self._row(name, compiled.as_text(), _peak_bytes(compiled.memory_analysis()))
+        row = self._row(name, compiled.as_text() or "", _peak_bytes(compiled.memory_analysis()))
         return {**row, "compile_seconds": time.monotonic() - started}
 
     def _row(self, name: str, text: str, peak: float) -> dict[str, Any]:
         if self.keep:
             self.keep.mkdir(parents=True, exist_ok=True)
-            (self.keep / f"{self.workload.name}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.hlo").write_text(text)
+            (self.keep / f"{self.case}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.hlo").write_text(text)
         verdict = judge(text, self.topology)
         dearest = sorted(verdict.sent, key=lambda each: -each.seconds)[:_SHOWN]
         return {

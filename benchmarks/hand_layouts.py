@@ -5,12 +5,15 @@ which mesh axes split these letters, in weights, in the cache, and in activation
 specs alone, the partitioner deciding the rest, and with the activations constrained as well, where experts constrain them.
 Letters that a model has not, and axes that do not divide a dimension, are left out.
 
-| layout | weights | cache, attention | activations | from |
-|---|---|---|---|---|
-| Megatron 1D | heads, feed-forward and vocabulary over all axes | by heads, as the weights | whole on every chip | Shoeybi et al. 2019, arXiv 1909.08053, §3 |
-| Megatron 1D, batch-sharded cache | the same | by heads, and the batch over the axes they leave | the same | Pope et al. 2022, arXiv 2211.05102, §3.3 |
-| WS-2D, batch-sharded cache | E over x; heads, feed-forward and vocabulary over the others | the batch over all axes, heads over what it leaves | E over all axes, gathered to x | Pope et al. 2022, §3.2.2, §3.3 |
-| fully sharded | the largest dimension over all axes, to be gathered | the batch over all axes; in prefill the tokens over what it leaves | the same | Zhao et al. 2023, arXiv 2304.11277 |
+- **Megatron 1D** (Shoeybi et al. 2019, arXiv 1909.08053, §3): heads, feed-forward and vocabulary over all axes, the cache
+  by heads; activations whole on every chip.
+- **Megatron 1D, batch-sharded cache** (Pope et al. 2022, arXiv 2211.05102, §3.3): the same; the cache by heads, and the batch
+  over the axes that these leave.
+- **WS-2D, batch-sharded cache** (Pope et al. 2022, §3.2.2 and §3.3): weights with E over x, heads, feed-forward and vocabulary
+  over the others; the cache with the batch over all axes, heads over what it leaves; activations with E over all axes,
+  gathered to x.
+- **fully sharded** (Zhao et al. 2023, arXiv 2304.11277): of weights the largest dimension over all axes, to be gathered; all
+  else with the batch over all axes, in prefill the tokens over what it leaves.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ def hand_layouts(topology: Topology, sizes: Mapping[str, int]) -> tuple[HandLayo
         HandLayout(
             "Megatron 1D, batch-sharded cache",
             wide,
-            {"B": heads_first, **({key: wide["K"] for key in "KH"} if "K" in wide else {})},
+            {"B": heads_first, **(dict.fromkeys("KH", wide["K"]) if "K" in wide else {})},
             {},
             {},
             one_d,

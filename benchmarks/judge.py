@@ -8,12 +8,12 @@ where both sums multiply loop bodies by their trip counts. The cycles are the TP
 fusion, with the time to read and write HBM in them. It writes none beside collectives; these are priced from their bytes
 and their replica groups:
 
-| the groups are | priced as |
-|---|---|
-| all chips that share coordinates on the other axes | `costmodels.collectives.seconds` over these axes |
-| boxes of chips: parts of axes, or every k-th chip | the same, over open axes as long as the box; links shared by k interleaved groups have 1/k of the bandwidth |
-| anything else | the same over all axes along which members of a group differ, as if the groups were whole |
-| pairs (a collective-permute) | the most loaded link, when every pair takes the shortest way, axis after axis; at most the costliest permutation of `costmodels.collectives`, which takes ways that avoid each other |
+- groups of all chips that share coordinates on the other axes: `costmodels.collectives.seconds` over these axes;
+- boxes of chips (parts of axes, or every k-th chip): the same over open axes as long as the box; where k groups are
+  interleaved each has 1/k of the links;
+- other groups: the same over all axes along which members of a group differ, as if the groups were whole;
+- pairs (a collective-permute): the most loaded link, when every pair takes the shortest way, axis after axis; at most the
+  costliest permutation of `costmodels.collectives`, which takes ways that avoid each other.
 
 Nothing overlaps: `step_seconds` adds up. `overlapped_seconds` is the other extreme, in which all that the program starts
 asynchronously hides behind computation as far as there is any.
@@ -22,7 +22,7 @@ asynchronously hides behind computation as far as there is any.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -197,7 +197,7 @@ def _permute(pairs: Sequence[Sequence[int]], bytes: float, topology: Topology) -
     moving = [pair for pair in pairs if pair[0] != pair[1]]
     if not moving:
         return 0.0, 0.0
-    load: Counter[tuple[int, tuple[int, ...], int]] = Counter()
+    load: dict[tuple[int, tuple[int, ...], int], float] = defaultdict(float)
     longest = 0.0
     for source, target in moving:
         here, there = _coordinates(source, topology), _coordinates(target, topology)
@@ -205,8 +205,8 @@ def _permute(pairs: Sequence[Sequence[int]], bytes: float, topology: Topology) -
         for i, axis in enumerate(topology.axes):
             ways = _ways(axis, here[i], there[i])
             for way in ways:
-                for at in way:
-                    load[i, (*here[:i], at[0], *here[i + 1 :]), at[1]] += 1 / len(ways)
+                for at, direction in way:
+                    load[i, (*here[:i], at, *here[i + 1 :]), direction] += 1 / len(ways)
             latency += axis.hop_seconds * len(ways[0])
             here = (*here[:i], there[i], *here[i + 1 :])
         longest = max(longest, latency)

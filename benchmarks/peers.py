@@ -84,7 +84,7 @@ def contest(case: Case, layouts: str, peer_python: str, keep: Path | None) -> It
 
     topology = parse_topology(case.topology)
     mesh = targets.mesh_of(targets.tpu_devices(topology.name, topology.shape, topology.chip.name), topology.axis_sizes)
-    bench = contestants.Bench(case.example, contestants.workload_of(case), topology, mesh, layouts, keep)
+    bench = contestants.Bench(case.name, case.example, contestants.workload_of(case), topology, mesh, layouts, keep)
     plan, seconds = bench.searched()
     yield bench.ours(OURS, plan, seconds)
     yield bench.partitioned(OUR_SPECS, plan.in_specs, plan.out_specs)
