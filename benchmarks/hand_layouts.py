@@ -100,18 +100,21 @@ def hand_layouts(topology: Topology, sizes: Mapping[str, int]) -> tuple[HandLayo
     wide, over_others = _wide(every, topology, sizes), _wide(others, topology, sizes)
     heads_first = _rest(wide.get("K", ()), every, "B", topology, sizes)
     batch = _fitting(sizes["B"], every, topology)
-    batch_first = _rest(batch, every, "K", topology, sizes)
     tokens = _rest(batch, every, "T", topology, sizes)
     one_d = {letter: wide[letter] for letter in wide if letter in "HK"}
     two_d = {letter: over_others[letter] for letter in over_others if letter in "HK"}
-    by_batch = {"B": batch, "K": batch_first, "H": batch_first}
     data = {"B": batch, "T": tokens}
+
+    def attention(batch: Sequence[str]) -> Splits:
+        left = _wide([axis for axis in every if axis not in batch], topology, sizes)
+        return {"B": tuple(batch), **{letter: left[letter] for letter in left if letter in "HK"}}
+
     return (
         HandLayout("Megatron 1D", wide, one_d, {}, {}, one_d),
         HandLayout(
             "Megatron 1D, batch-sharded cache",
             wide,
-            {"B": heads_first, **(dict.fromkeys("KH", wide["K"]) if "K" in wide else {})},
+            attention(heads_first),
             {},
             {},
             one_d,
@@ -119,7 +122,7 @@ def hand_layouts(topology: Topology, sizes: Mapping[str, int]) -> tuple[HandLayo
         HandLayout(
             "WS-2D, batch-sharded cache",
             {"E": (first,), **over_others},
-            by_batch,
+            attention(batch),
             {"E": _fitting(sizes["E"], every, topology)},
             {"E": (first,)},
             two_d,

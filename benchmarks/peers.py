@@ -76,7 +76,7 @@ CASES = (
 # --- one case, in a process of its own
 
 
-def contest(case: Case, layouts: str, peer_python: str, keep: Path | None) -> Iterator[dict[str, Any]]:
+def contest(case: Case, layouts: str, peer_python: str, keep: Path | None, ours_only: bool) -> Iterator[dict[str, Any]]:
     """Every contestant's row, as it is done."""
     from autoshard import targets
     from benchmarks import contestants
@@ -85,8 +85,10 @@ def contest(case: Case, layouts: str, peer_python: str, keep: Path | None) -> It
     topology = parse_topology(case.topology)
     mesh = targets.mesh_of(targets.tpu_devices(topology.name, topology.shape, topology.chip.name), topology.axis_sizes)
     bench = contestants.Bench(case.name, case.example, contestants.workload_of(case), topology, mesh, layouts, keep)
-    plan, seconds = bench.searched()
-    yield bench.ours(OURS, plan, seconds)
+    plan, spent = bench.searched()
+    yield bench.ours(OURS, plan, spent)
+    if ours_only:
+        return
     yield bench.partitioned(OUR_SPECS, plan.in_specs, plan.out_specs)
     yield from bench.hand_layouts()
     yield from autosharded(case, bench, peer_python)
@@ -149,11 +151,12 @@ def _last_words(stderr: str) -> str:
 # --- all cases
 
 
-def isolated(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """One case in a process of its own; contestants that it did not come to are missing, and it says why."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--contest", case.name, "--layouts", options.layouts]
     command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])
+    command += ["--ours-only"] * options.ours_only
     started = time.monotonic()
     try:
         done = subprocess.run(
@@ -164,6 +167,8 @@ def isolated(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         out = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
         why = f"not done in {CASE_SECONDS} s"
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if options.ours_only and known:
+        rows += [row for row in known["contestants"] if row["contestant"] != OURS]
     return summary(case, rows, why, time.monotonic() - started)
 
 
@@ -208,14 +213,15 @@ def show(row: Mapping[str, Any]) -> None:
     """One case of the table."""
     print(f"\n{row['row']} on {row['topology']}  ({row['seconds']:.0f} s)")
     print(
-        f"  {'contestant':44s} {'search s':>8s} {'step ms':>9s} {'compute':>9s} {'wire':>9s} {'wire MiB':>9s}"
+        f"  {'contestant':44s} {'search s':>8s} {'CPU s':>7s} {'step ms':>9s} {'compute':>9s} {'wire':>9s} {'wire MiB':>9s}"
         f" {'peak GiB':>8s} {'if hidden':>9s}"
     )
     for each in row["contestants"]:
         if each.get("step_ms") is None:
             print(f"  {each['contestant']:44s} {each['why'][:100]}")
             continue
-        searched = f"{each['search_seconds']:8.1f}" if each.get("search_seconds") is not None else f"{'':8s}"
+        spent = [each.get("search_seconds"), each.get("search_cpu_seconds")]
+        searched = f"{spent[0]:8.1f} {spent[1]:7.1f}" if None not in spent else f"{'':16s}"
         print(
             f"  {each['contestant']:44s} {searched} {each['step_ms']:9.2f} {each['compute_ms']:9.2f}"
             f" {each['wire_ms']:9.2f} {each['wire_mib']:9.1f} {each['peak_gib']:8.2f} {each['overlapped_ms']:9.2f}"
@@ -233,6 +239,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layouts", choices=("default", "auto"), default="default", help="memory layouts of arguments")
     parser.add_argument("--peer-python", default=str(PEER_PYTHON), help="the Python that has jax 0.9.2")
     parser.add_argument("--keep", default="", metavar="FOLDER", help="write every compiled text here")
+    parser.add_argument("--ours-only", action="store_true", help="judge our plans anew, and keep the peers' rows")
     parser.add_argument("--contest", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -243,7 +250,7 @@ def main() -> None:
     by_name = {case.name: case for case in CASES}
     if options.contest:
         keep = Path(options.keep) if options.keep else None
-        for row in contest(by_name[options.contest], options.layouts, options.peer_python, keep):
+        for row in contest(by_name[options.contest], options.layouts, options.peer_python, keep, options.ours_only):
             print(json.dumps({key: value for key, value in row.items() if key != "text"}), flush=True)
         return
     unknown = [name for name in options.only if name not in by_name]
@@ -252,7 +259,7 @@ def main() -> None:
     path = RESULTS / ("peers.json" if options.layouts == "default" else "peers_auto_layouts.json")
     known = {row["row"]: row for row in json.loads(path.read_text("utf-8"))} if path.exists() else {}
     for name in options.only or by_name:
-        known[name] = isolated(by_name[name], options)
+        known[name] = isolated(by_name[name], options, known.get(name))
         show(known[name])
         cases = [known[case] for case in by_name if case in known]
         path.parent.mkdir(exist_ok=True)
