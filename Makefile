@@ -1,12 +1,13 @@
 # `make demo` and `make test` need only Python 3.11+ and make: each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
+PEER_VENV := .venv-peer
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search bench-overhead calibration wheel clean
+.PHONY: help demo test lint format bench-search bench-overhead bench-peers calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -37,11 +38,14 @@ bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmar
 calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
 	$(BIN)/python benchmarks/calibration.py
 
+bench-peers: $(VENV)/.tpu $(PEER_VENV)/.jax  ## our plans against XLA AutoSharding and expert layouts (ARGS="--only CASE" runs one)
+	$(BIN)/python benchmarks/peers.py --peer-python $(PEER_VENV)/bin/python $(ARGS)
+
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
 
 clean:  ## forget the environment and everything built
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEER_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # One environment, one stamp for each thing that was put into it.
 $(VENV)/.core: pyproject.toml
@@ -63,3 +67,10 @@ $(VENV)/.tpu: $(VENV)/.core
 	@$(PIP) --editable '.[tpu]' || \
 		echo "libtpu could not be installed: going on without the TPU compiler ('rm $@' to try again)"
 	@touch $@
+
+# The last JAX that AutoSharding runs with: removed in 0.10.1, and measured with this one and the libtpu that it pins.
+$(PEER_VENV)/.jax:
+	@echo "Setting up $(PEER_VENV): jax 0.9.2 with libtpu 0.0.37, which has XLA AutoSharding (about 400 MB)..."
+	@$(PYTHON) -m venv $(PEER_VENV)
+	@$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'jax[tpu]==0.9.2' 'libtpu==0.0.37' \
+		&& touch $@ || echo "jax 0.9.2 could not be installed: going on without AutoSharding; its rows will say so"

@@ -306,7 +306,7 @@ def _axes(groups: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[
     """The axes whose coordinates vary in a group, when each group holds all of their combinations (or is a pair)."""
     sizes = [size for _, size in mesh]
     coordinates = list(itertools.product(*(range(size) for size in sizes)))
-    members = _members(groups, len(coordinates))
+    members = groups_of(groups, len(coordinates))
     if any(not 0 <= device < len(coordinates) for group in members for device in group):
         return None
     varying = [
@@ -319,8 +319,14 @@ def _axes(groups: str, pairs: bool, mesh: tuple[tuple[str, int], ...]) -> tuple[
 
 
 @functools.lru_cache(maxsize=4096)
-def _members(groups: str, devices: int) -> list[list[int]]:
-    """The groups as lists of device numbers, from any of their spellings; `{}` is one group of all devices."""
+def groups_of(groups: str, devices: int) -> list[list[int]]:
+    """Replica groups, or source and target pairs, as lists of device numbers, from any of their spellings.
+
+    **Arguments:**
+
+    - `groups`: as in `CompiledCollective.groups`; `{}` is one group of all devices.
+    - `devices`: how many devices the program runs on.
+    """
     if named := _MESH.match(groups):
         return _mesh_groups(named["axes"], named["ids"], named["grouped"])
     if (iota := _IOTA.fullmatch(groups)) and iota[2]:

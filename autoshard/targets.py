@@ -63,26 +63,33 @@ def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any
 
     **Raises:** `TargetError` when libtpu is not installed, or its compiler does not know the slice.
     """
-    if chip not in _TPU_CHIPS:
-        raise TargetError(
-            f"{topology_name}: the TPU compiler is asked for {', '.join(_TPU_CHIPS)}; {chip!r} is none of these."
-        )
+    slice_name, options = described_as(topology_name, shape, chip)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise TargetError(
             f"{topology_name}: compiling for TPUs needs their compiler, libtpu, which is not installed. "
             f'Install the release that this JAX pins: pip install "jax[tpu]=={jax.__version__}"'
         )
-    rank, options = _TPU_CHIPS[chip]
-    sizes = _sizes(topology_name, shape, rank)
     _quiet_without_tpu()
-    hosts = [min(size, 2) for size in sizes[:2]] + [1]  # a host serves a 2×2 square, or what there is of it
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip}:{'x'.join(map(str, sizes))}", chips_per_host_bounds=hosts, **options
-        )
+        described = topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options)
     except Exception as error:
         raise TargetError(f"{topology_name}: the TPU compiler does not know this slice. It says: {error}") from error
     return list(described.devices)
+
+
+def described_as(topology_name: str, shape: Sequence[int], chip: str) -> tuple[str, dict[str, Any]]:
+    """A slice as the TPU compiler is asked for it: its name, and the options of `topologies.get_topology_desc`.
+
+    **Raises:** `TargetError` when the compiler does not know the chip, or its torus has not that many axes.
+    """
+    if chip not in _TPU_CHIPS:
+        raise TargetError(
+            f"{topology_name}: the TPU compiler is asked for {', '.join(_TPU_CHIPS)}; {chip!r} is none of these."
+        )
+    rank, options = _TPU_CHIPS[chip]
+    sizes = _sizes(topology_name, shape, rank)
+    hosts = [min(size, 2) for size in sizes[:2]] + [1]  # a host serves a 2×2 square, or what there is of it
+    return f"{chip}:{'x'.join(map(str, sizes))}", {"chips_per_host_bounds": hosts, **options}
 
 
 def _quiet_without_tpu() -> None:

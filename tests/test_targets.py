@@ -17,9 +17,11 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from autoshard import search
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
 from autoshard.targets import TargetError, host_devices, mesh_of, tpu_devices
+from examples import palm
 
 TORUS = {"x": 4, "y": 4, "z": 4}
 
@@ -284,3 +286,14 @@ def test_gathers_spread_over_matmuls_are_counted_once():
     found: tuple[CompiledCollective, ...] = collectives(text, {"x": 4, "y": 4})
     assert {(each.kind, each.axes) for each in found} == {("all-gather", ("x",))}
     assert sum(each.bytes * each.count for each in found) == 4 * 2048 * 8192 * 2
+
+
+@pytest.mark.tpu
+def test_writing_a_token_does_not_copy_the_cache():
+    """Rows that are sliced just before they are written have another memory layout than the cache; it must not take it."""
+    workload = palm.decode(size="62b", batch=32, layers=2)
+    plan = search(workload.fn, *workload.args, topology="v4:2x4x2", donate_argnums=workload.donate_argnums)
+    mesh = mesh_of(tpu_devices("v4:2x4x2", (2, 4, 2), "v4"), plan.topology.axis_sizes)
+    text = plan.jit(workload.fn, mesh).lower(*workload.args).compile().as_text()
+    assert re.search(r"= bf16\[2,2,2048,256\]\{3,2,1,0\S* dynamic-update-slice\(", text)
+    assert not re.search(r"= bf16\[2,2,2048,256\]\S* copy\(", text)

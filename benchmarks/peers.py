@@ -1,0 +1,274 @@
+"""How good are the plans? XLA AutoSharding and expert hand layouts against ours, judged alike on compiled programs.
+
+Every contestant lays out the same function for the same slice; the real TPU compiler compiles all; `judge.py` reads the
+compiled text and nothing else. Contestants:
+
+- **ours**: `autoshard.search`, emitted as one manual `shard_map`;
+- **AutoSharding**: XLA's own search with its own compiler (jax 0.9.2), on each way to merge the torus into two axes, the
+  best of which counts; and the argument specs that it chose, compiled by our compiler;
+- **hand layouts** (`hand_layouts.py`): argument specs, the rest left to the partitioner (Shardy);
+- for diagnosis only, **our specs alone**: what the partitioner makes of our plan's argument and result specs.
+
+Memory layouts of arguments are the default ones for everybody, or with `--layouts auto` the compiler's choice for all
+that our compiler compiles.
+
+    python benchmarks/peers.py [--only CASE ...] [--layouts auto] [--peer-python .venv-peer/bin/python]
+
+Rows of cases that are not run again are kept from the last time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
+CASE_SECONDS, AUTOSHARDING_SECONDS = 900, 300
+OURS, AUTOSHARDING, AUTO_SPECS, OUR_SPECS = "ours", "AutoSharding", "AutoSharding's specs", "our specs alone"
+NOT_PEERS = (OURS, OUR_SPECS)
+TARGETS = {"worst ours / best peer": 1.0, "geomean ours / AutoSharding": 0.5, "geomean ours / best peer": 0.85}
+TOGETHER = 0.01
+"""Steps this close together are a draw: the estimates they add up are no better."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One function for one slice."""
+
+    name: str
+    example: str
+    phase: str
+    sizes: Mapping[str, Any]
+    topology: str
+
+
+# Unrolled 70B has 16 of its 80 layers for everybody: AutoSharding would take minutes for all of them.
+CASES = (
+    Case("palm-540b-decode-64", "palm", "decode", {"size": "540b", "batch": 64}, "v4:4x4x4"),
+    Case("palm-540b-decode-512", "palm", "decode", {"size": "540b", "batch": 512}, "v4:4x4x4"),
+    Case("palm-540b-prefill-1", "palm", "prefill", {"size": "540b", "batch": 1, "length": 2048}, "v4:4x4x4"),
+    Case("palm-62b-decode-32", "palm", "decode", {"size": "62b", "batch": 32}, "v4:2x4x2"),
+    Case("llama-8b-decode-32", "llama", "decode", {"size": "8b", "batch": 32}, "v5e:2x4"),
+    Case("llama-8b-prefill-4", "llama", "prefill", {"size": "8b", "batch": 4, "length": 2048}, "v5e:2x4"),
+    Case(
+        "llama-70b-unrolled-16-layers-decode-16",
+        "llama",
+        "decode",
+        {"size": "70b", "batch": 16, "unrolled": True, "layers": 16},
+        "v5e:4x4",
+    ),
+    Case("llama-405b-decode-64", "llama", "decode", {"size": "405b", "batch": 64}, "v5p:4x4x8"),
+)
+
+
+# --- one case, in a process of its own
+
+
+def contest(case: Case, layouts: str, peer_python: str, keep: Path | None, ours_only: bool) -> Iterator[dict[str, Any]]:
+    """Every contestant's row, as it is done."""
+    from autoshard import targets
+    from benchmarks import contestants
+    from costmodels.topology import parse_topology
+
+    topology = parse_topology(case.topology)
+    mesh = targets.mesh_of(targets.tpu_devices(topology.name, topology.shape, topology.chip.name), topology.axis_sizes)
+    bench = contestants.Bench(case.name, case.example, contestants.workload_of(case), topology, mesh, layouts, keep)
+    plan, spent = bench.searched()
+    yield bench.ours(OURS, plan, spent)
+    if ours_only:
+        return
+    yield bench.partitioned(OUR_SPECS, plan.in_specs, plan.out_specs)
+    yield from bench.hand_layouts()
+    yield from autosharded(case, bench, peer_python)
+
+
+def autosharded(case: Case, bench: Any, peer_python: str) -> Iterator[dict[str, Any]]:
+    """AutoSharding on each way to merge the torus into two axes: its best by its own compiler, then its specs by ours."""
+    from benchmarks import contestants
+
+    runs = [_autosharding(case, merged, bench.topology, peer_python) for merged in contestants.merged(bench.topology)]
+    rows = [bench.judged(AUTOSHARDING, run) if "text" in run else {"contestant": AUTOSHARDING, **run} for run in runs]
+    best = min(range(len(rows)), key=lambda i: rows[i].get("step_ms") or float("inf"))
+    others = [f"{row['mesh']}: {row.get('step_ms') or row['why']}" for i, row in enumerate(rows) if i != best]
+    yield {**rows[best], "other_meshes": others}
+    if "text" in runs[best]:
+        yield bench.partitioned(AUTO_SPECS, *bench.specs_from(runs[best]))
+
+
+def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python: str) -> dict[str, Any]:
+    """What the peer's process wrote, or why it wrote nothing."""
+    from autoshard import targets
+
+    name, options = targets.described_as(topology.name, topology.shape, topology.chip.name)
+    task = {
+        "example": case.example,
+        "phase": case.phase,
+        "sizes": dict(case.sizes),
+        "topology": name,
+        "options": options,
+        "axis_sizes": topology.axis_sizes,
+        "merged": list(merged),
+    }
+    mesh = " × ".join(merged)
+    if not Path(peer_python).exists():
+        return {"mesh": mesh, "why": f"{peer_python} is not there: `make bench-peers` sets it up"}
+    # Not what JAX here has put there: TPU_LIBRARY_PATH would give the peer our compiler.
+    ours = ("JAX", "LIBTPU", "PYTHONPATH", "TPU", "XLA")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "autosharding.json"
+        command = [peer_python, str(ROOT / "benchmarks" / "autosharding.py"), json.dumps(task), str(out)]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=AUTOSHARDING_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"mesh": mesh, "why": f"not done in {AUTOSHARDING_SECONDS} s"}
+        if done.returncode or not out.exists():
+            return {"mesh": mesh, "why": _last_words(done.stderr)}
+        return {"mesh": mesh, **json.loads(out.read_text("utf-8"))}
+
+
+def _last_words(stderr: str) -> str:
+    """The line of an error that says what is wrong."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or "RESOURCE_EXHAUSTED" in line or "Check failed" in line]
+    return (telling or lines or ["no word"])[-1][:300]
+
+
+# --- all cases
+
+
+def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One case in a process of its own; contestants that it did not come to are missing, and it says why."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, "--contest", case.name, "--layouts", options.layouts]
+    command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])
+    command += ["--ours-only"] * options.ours_only
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
+        )
+        out, why = done.stdout, _last_words(done.stderr) if done.returncode else ""
+    except subprocess.TimeoutExpired as expired:
+        out = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        why = f"not done in {CASE_SECONDS} s"
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if options.ours_only and known:
+        rows += [row for row in known["contestants"] if row["contestant"] != OURS]
+    return summary(case, rows, why, time.monotonic() - started)
+
+
+def summary(case: Case, contestants: Sequence[dict[str, Any]], why: str, seconds: float) -> dict[str, Any]:
+    """A case as one row: our step against AutoSharding's and the best peer's."""
+    steps = {row["contestant"]: row["step_ms"] for row in contestants if row.get("fits") and row.get("step_ms")}
+    peers = {name: step for name, step in steps.items() if name not in NOT_PEERS}
+    ours, auto = steps.get(OURS), steps.get(AUTOSHARDING)
+    best = min(peers, key=lambda name: peers[name], default=None)
+    return {
+        "row": case.name,
+        "reference": peers[best] if best else None,
+        "ours": ours,
+        "unit": "ms",
+        "best_peer": best,
+        "ours / best peer": ours / peers[best] if ours and best else None,
+        "ours / AutoSharding": ours / auto if ours and auto else None,
+        "topology": case.topology,
+        "workload": {"example": case.example, "phase": case.phase, **case.sizes},
+        "contestants": list(contestants),
+        "seconds": round(seconds, 1),
+        **({"why": why} if why else {}),
+    }
+
+
+def verdicts(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The targets: never slower than the best peer, and by how much faster in the geometric mean."""
+    best = [row["ours / best peer"] for row in cases if row["ours / best peer"]]
+    auto = [row["ours / AutoSharding"] for row in cases if row["ours / AutoSharding"]]
+    found = (max(best, default=None), _geomean(auto), _geomean(best))
+    return [
+        {"row": name, "reference": target, "ours": ours, "cases": n, "met": ours is not None and ours <= target}
+        for (name, target), ours, n in zip(TARGETS.items(), found, (len(best), len(auto), len(best)), strict=True)
+    ]
+
+
+def _geomean(ratios: Sequence[float]) -> float | None:
+    return exp(sum(map(log, ratios)) / len(ratios)) if ratios else None
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """One case of the table."""
+    print(f"\n{row['row']} on {row['topology']}  ({row['seconds']:.0f} s)")
+    print(
+        f"  {'contestant':44s} {'search s':>8s} {'CPU s':>7s} {'step ms':>9s} {'compute':>9s} {'wire':>9s} {'wire MiB':>9s}"
+        f" {'peak GiB':>8s} {'if hidden':>9s}"
+    )
+    for each in row["contestants"]:
+        if each.get("step_ms") is None:
+            print(f"  {each['contestant']:44s} {each['why'][:100]}")
+            continue
+        spent = [each.get("search_seconds"), each.get("search_cpu_seconds")]
+        searched = f"{spent[0]:8.1f} {spent[1]:7.1f}" if None not in spent else f"{'':16s}"
+        print(
+            f"  {each['contestant']:44s} {searched} {each['step_ms']:9.2f} {each['compute_ms']:9.2f}"
+            f" {each['wire_ms']:9.2f} {each['wire_mib']:9.1f} {each['peak_gib']:8.2f} {each['overlapped_ms']:9.2f}"
+            + ("" if each["fits"] else "  does not fit")
+        )
+    if row.get("why"):
+        print(f"  stopped: {row['why']}")
+    ratios = [f"{key} {row[key]:.3f}" for key in ("ours / best peer", "ours / AutoSharding") if row[key]]
+    print(f"  {', '.join(ratios) or 'no comparison'}; best peer: {row['best_peer']}", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="run these; keep the others' rows")
+    parser.add_argument("--layouts", choices=("default", "auto"), default="default", help="memory layouts of arguments")
+    parser.add_argument("--peer-python", default=str(PEER_PYTHON), help="the Python that has jax 0.9.2")
+    parser.add_argument("--keep", default="", metavar="FOLDER", help="write every compiled text here")
+    parser.add_argument("--ours-only", action="store_true", help="judge our plans anew, and keep the peers' rows")
+    parser.add_argument("--contest", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the cases, prints the table and writes the JSON."""
+    options = _options()
+    by_name = {case.name: case for case in CASES}
+    if options.contest:
+        keep = Path(options.keep) if options.keep else None
+        for row in contest(by_name[options.contest], options.layouts, options.peer_python, keep, options.ours_only):
+            print(json.dumps({key: value for key, value in row.items() if key != "text"}), flush=True)
+        return
+    unknown = [name for name in options.only if name not in by_name]
+    if unknown:
+        sys.exit(f"There is no case {unknown[0]!r}; there are {', '.join(by_name)}.")
+    path = RESULTS / ("peers.json" if options.layouts == "default" else "peers_auto_layouts.json")
+    known = {row["row"]: row for row in json.loads(path.read_text("utf-8"))} if path.exists() else {}
+    for name in options.only or by_name:
+        known[name] = isolated(by_name[name], options, known.get(name))
+        show(known[name])
+        cases = [known[case] for case in by_name if case in known]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(cases + verdicts(cases), indent=1) + "\n")
+    for row in verdicts([known[case] for case in by_name if case in known]):
+        got = "not known" if row["ours"] is None else f"{row['ours']:.3f}"
+        print(f"{row['row']:32s} target {row['reference']:.2f}  got {got} over {row['cases']} cases")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
