@@ -66,7 +66,7 @@ def solved(name: str, program: Program, topology: Topology, limits: Limits) -> S
             return rule(weights, operation, strategy)
         return operation not in kept or kept[operation](weights, operation, strategy)
 
-    return search(program, topology, limits, allow=allow)
+    return search(program, topology, limits, allow=allow, symmetric=True)
 
 
 class _Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -26,17 +27,28 @@ class Ascent:
     """The state of one search: the dual, the best plan so far, and the bound that is proven for the whole problem.
 
     `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
-    overflow seen, and that overflow in bytes.
+    overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best bound that
+    was found without branching. Only plans below `cutoff` seconds are looked for. At `deadline`, of the monotonic clock, it ends with what it has.
     """
 
-    def __init__(self, problem: Problem, rows: tuple[Row, ...], rounds: int, say: Say, symmetric: bool = True) -> None:
-        self.problem, self.rows, self.rounds, self.say = problem, rows, rounds, say
+    def __init__(
+        self,
+        problem: Problem,
+        rows: tuple[Row, ...],
+        rounds: int,
+        say: Say,
+        symmetric: bool = True,
+        deadline: float = np.inf,
+        cutoff: float = np.inf,
+    ) -> None:
+        self.problem, self.rows, self.rounds, self.say, self.deadline = problem, rows, rounds, say, deadline
         self._together = together(self.rows)
         self.dual = Dual(problem, self.rows, [_possible(node) for node in problem.nodes])
         self.best: np.ndarray | None = None
-        self.objective = np.inf
+        self.objective = cutoff
         self.bound = -np.inf
         self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
+        self.prices = np.zeros(len(rows))
         if symmetric:
             self._hold_symmetry()
 
@@ -54,13 +66,18 @@ class Ascent:
         return self.dual.fits
 
     def reached(self, lower: float) -> bool:
-        """Whether a bound has reached the best plan."""
-        return self.best is not None and lower >= self.objective * (1 - TOLERANCE)
+        """Whether a bound has reached the best plan, or the cutoff."""
+        return np.isfinite(self.objective) and lower >= self.objective * (1 - TOLERANCE)
 
     @property
     def closed(self) -> bool:
         """Whether the best plan is proven best."""
         return self.reached(self.bound)
+
+    @property
+    def late(self) -> bool:
+        """Whether time is up."""
+        return time.monotonic() > self.deadline
 
     def offer(self, states: np.ndarray, value: float) -> None:
         """Keeps a plan that fits if it is better than the best so far."""
@@ -75,9 +92,10 @@ class Ascent:
             return
         over = self.lift(self.rounds)
         for _ in range(_PRICED_ROWS):
-            if self.closed or not len(over) or float(over.max()) <= 0:
+            if self.closed or self.late or not len(over) or float(over.max()) <= 0:
                 return
             over = self._price_row(int(np.argmax(over)))
+            self.prices = self.dual.multipliers.copy()
 
     def lift(self, rounds: int) -> np.ndarray:
         """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
@@ -89,10 +107,10 @@ class Ascent:
             before, lower = lower, self.dual.bound()
             self.bound = max(self.bound, lower)
             over = self.attempt(decode(self.dual))
-            struck = self.dual.exclude(self.objective) if self.best is not None else 0
+            struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
             stalled = stalled + 1 if lower - before < 1e-5 * abs(lower) and not struck else 0
-            if self.closed or stalled >= 2:
+            if self.closed or self.late or stalled >= 2:
                 break
         return over
 
@@ -108,7 +126,7 @@ class Ascent:
             multipliers[row] = trial
             self.dual.reprice(multipliers)
             over = self.lift(rounds=4)
-            if self.closed:
+            if self.closed or self.late:
                 return over
             best = max(best, (self.dual.bound(), multipliers), key=lambda pair: pair[0])
             low, high = (trial, high) if over[row] > 0 else (low, trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,13 +36,12 @@ class Branching:
 
     A branch holds one heavily used layout to its likeliest state, or to all others; each side is swept anew, and dropped
     when its bound reaches the best plan known. Depth first, the likeliest side first. `unproven` is the least bound of what
-    the limits left undecided.
+    the limits, or an interruption, left undecided.
     """
 
-    def __init__(self, ascent: Ascent, deterministic_seconds: float, wall_seconds: float) -> None:
+    def __init__(self, ascent: Ascent, deterministic_seconds: float) -> None:
         self.ascent, self.dual = ascent, ascent.dual
         self.deterministic_seconds = deterministic_seconds
-        self.stop = time.monotonic() + wall_seconds
         self.weights = [surroundings(ascent.problem, i) for i in range(len(ascent.problem.nodes))]
         self.branches = self.booleans = 0
         self.unproven = np.inf
@@ -49,24 +49,36 @@ class Branching:
     def run(self) -> None:
         """Branches until nothing is open, or time is up; lifts the ascent's bound to what is proven."""
         open_: list[Snapshot] = [self.dual.snapshot()]
-        while open_:
-            if time.monotonic() > self.stop:
-                self.unproven = min(self.unproven, *(self._bound_of(snapshot) for snapshot in open_))
-                break
-            self.dual.load(open_.pop())
-            self.branches += 1
-            lower = self._refine()
-            self.ascent.say(
-                f"branch {self.branches}, {len(open_)} open: bound {lower:.6e} s, {self.dual.pairs()} pairs"
-            )
-            if self.ascent.reached(lower) or lower >= FORBIDDEN / 2:
-                continue
+        try:
+            self._explore(open_)
+        finally:
+            self._leave(open_)
+
+    def _leave(self, open_: Sequence[Snapshot]) -> None:
+        """Lifts the ascent's bound to what is proven, whatever is still open."""
+        self.unproven = min([self.unproven, *map(self._bound_of, open_)])
+        self.ascent.bound = max(self.ascent.bound, min(self.ascent.objective, self.unproven))
+
+    def _explore(self, open_: list[Snapshot]) -> None:
+        """Closes branches, the last one first; what is undecided when time is up, or at an interruption, stays in the list."""
+        while open_ and not self.ascent.late:
+            self._close_last(open_)
+
+    def _close_last(self, open_: list[Snapshot]) -> None:
+        """Closes the last branch, or leaves its two sides in its place."""
+        self.dual.load(open_[-1])
+        self.branches += 1
+        lower = self._refine()
+        rest = len(open_) - 1
+        self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, {self.dual.pairs()} pairs")
+        sides: list[Snapshot] = []
+        if not self.ascent.reached(lower) and lower < FORBIDDEN / 2:
             node = self._branching_node()
             if self.dual.pairs() <= _SMALL or node is None:
                 self.unproven = min(self.unproven, self._finish(lower))
             else:
-                open_ += self._split(node)
-        self.ascent.bound = max(self.ascent.bound, min(self.ascent.objective, self.unproven))
+                sides = self._split(node)
+        open_[-1:] = sides
 
     def _bound_of(self, snapshot: Snapshot) -> float:
         self.dual.load(snapshot)
@@ -75,14 +87,14 @@ class Branching:
     def _refine(self) -> float:
         """Sweeps one branch until its bound stalls, reaches the best plan, or says that nothing fits; returns the bound."""
         lower = self.dual.bound()
-        while not self.ascent.reached(lower) and lower < FORBIDDEN / 2:
+        while not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.ascent.late:
             self.dual.sweep()
             self.dual.sweep()
             before, lower = lower, self.dual.bound()
             if self.ascent.reached(lower):
                 break
             self.ascent.attempt(decode(self.dual))
-            struck = self.dual.exclude(self.ascent.objective) if self.ascent.best is not None else 0
+            struck = self.dual.exclude(self.ascent.objective) if np.isfinite(self.ascent.objective) else 0
             if self.dual.emptied:
                 return self.ascent.objective
             if lower - before < 1e-4 * abs(lower) and not struck:
@@ -155,7 +167,7 @@ class Branching:
 
     def _precise(self, proven: float) -> bool:
         best = self.ascent.objective
-        return self.ascent.best is not None and best - proven <= PRECISION * best
+        return np.isfinite(best) and best - proven <= PRECISION * best
 
     def _proven_within(self, every: list[np.ndarray], lower: float, width: float) -> tuple[float, bool]:
         """A bound on all plans of a window, infinite if it holds none, and whether CP-SAT came to an end."""
@@ -180,7 +192,7 @@ class Branching:
         from search.model import solve  # brings in OR-Tools, which takes long and most runs do without
 
         left = sum(len(keep) for keep in self.dual.keep)
-        wall = max(self.stop - time.monotonic(), 0.1)
+        wall = max(self.ascent.deadline - time.monotonic(), 0.1)
         answer = solve(self.dual, self.ascent.rows, self.ascent.best, width, self.deterministic_seconds, wall)
         self.booleans = max(self.booleans, answer.booleans)
         self.ascent.say(f"CP-SAT within {width:.2e} s: {left} states, {answer.booleans} booleans, {answer.status}")

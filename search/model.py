@@ -8,6 +8,7 @@ may sum past $2^{30}$ (CP-SAT 9.15 has certified wrong optima above: google/or-t
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,10 @@ from search.memory import Row
 
 COEFFICIENT_SUM = 2**29
 """The most that the coefficients of one linear may sum to."""
+_MEGABYTES = 1500
+"""The memory that CP-SAT may take."""
+_GRACE_SECONDS = 2.0
+"""How much longer than its limit CP-SAT may take (its presolve does) before its answer is no longer waited for."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def solve(
     **Arguments:**
 
     - `slack`: seconds by which the best known solution exceeds the bound; what lies above cannot improve it.
-    - `deterministic_seconds`, `wall_seconds`: the solver's limits.
+    - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an answer that is overdue is left.
     """
     built = _Model(dual, rows, slack)
     unit = built.objective()
@@ -148,11 +153,15 @@ def solve(
     solver.parameters.random_seed = 1
     solver.parameters.max_deterministic_time = deterministic_seconds
     solver.parameters.max_time_in_seconds = wall_seconds
+    solver.parameters.max_memory_in_mb = _MEGABYTES
+    solver.parameters.catch_sigint_signal = False
     solver.parameters.stop_after_first_solution = first_only
     problem = built.model.validate()
     if problem:
         raise ValueError(f"the CP-SAT model is invalid: {problem}")
-    status = solver.solve(built.model)
+    status = _status(solver, built.model, wall_seconds)
+    if status is None:
+        return Answer("OVERDUE", None, np.inf, built.constant, len(built.model.proto.variables))
     states = None
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         states = np.array(
@@ -164,3 +173,18 @@ def solve(
     bound = built.constant + unit * max(solver.best_objective_bound, 0.0) if status != cp_model.INFEASIBLE else np.inf
     value = dual.problem.objective(states) if states is not None else np.inf
     return Answer(solver.status_name(status), states, value, bound, len(built.model.proto.variables))
+
+
+def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: float):
+    """How the solver ends, or `None` if it does not end in time; an interruption (Ctrl-C) stops it and goes on its way."""
+    answers: list = []
+    thread = threading.Thread(target=lambda: answers.append(solver.solve(model)), daemon=True)
+    thread.start()
+    try:
+        thread.join(wall_seconds + _GRACE_SECONDS)
+    except BaseException:
+        solver.stop_search()
+        raise
+    if thread.is_alive():
+        solver.stop_search()
+    return answers[0] if answers else None

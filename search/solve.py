@@ -35,13 +35,21 @@ class Limits:
     """When to stop.
 
     `rounds` bounds the dual's improvement; `deterministic_seconds` is CP-SAT's own clock, which makes the answer the same on
-    every machine; `wall_seconds` is a hard stop. `reserve_bytes` of each chip are left free: by default `RESERVE_PART` of it.
+    every machine; `wall_seconds` is a hard stop. `reserve_bytes` of each chip are left free: by default `RESERVE_PART` of it;
+    `memory_bytes` is what else a plan may take of each chip, at most.
     """
 
     rounds: int = 60
     deterministic_seconds: float = 120.0
     wall_seconds: float = 600.0
     reserve_bytes: float | None = None
+    memory_bytes: float | None = None
+
+    def budget_bytes(self, topology: Topology) -> float:
+        """What a plan may take of each chip's memory."""
+        usable = topology.chip.usable_hbm_bytes
+        free = usable - (RESERVE_PART * usable if self.reserve_bytes is None else self.reserve_bytes)
+        return free if self.memory_bytes is None else min(free, self.memory_bytes)
 
 
 DEFAULTS = Limits()
@@ -53,7 +61,9 @@ class Proof:
 
     `gap` is $(\\text{objective} - \\text{bound}) / \\text{objective}$, 0 when the plan is proven best but for
     `rounding_seconds`: what integer rounding inside CP-SAT may have hidden, at most a millionth of the objective.
-    `booleans` counts those of the largest CP-SAT model; 0 when the bound reached the plan before any was needed.
+    `booleans` counts those of the largest CP-SAT model; 0 when the bound reached the plan before any was needed. `stopped`
+    says what ended the search before its end: "time limit" or "interrupted". `memory_seconds_per_byte` is the price that the
+    bound puts on a chip's memory where the plan's is full: with so much more of it, a plan can gain so much, by the bound.
     """
 
     status: str
@@ -65,6 +75,8 @@ class Proof:
     booleans: int = 0
     states: int = 0
     branches: int = 0
+    stopped: str = ""
+    memory_seconds_per_byte: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,7 @@ def search(
     allow: Callable[[int, Strategy], bool] | None = None,
     fold: bool = True,
     ties: Sequence[tuple[int, int]] = (),
+    symmetric: bool | None = None,
 ) -> Solution:
     """Finds the fastest plan that fits, and proves it.
 
@@ -103,30 +116,50 @@ def search(
 
     - `allow`: which strategies operations may take, by operation number; all by default. What it forbids is pinned away,
       as an argument's layout is by allowing one strategy of its source. Of a class of like operations the first is asked for.
+    - `symmetric`: whether `allow` treats interchangeable mesh axes alike; by default only if there is none.
     - `ties`: pairs of operations that take one strategy, as the same argument of two phases does.
     - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies (`search.folding`).
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, or none is allowed.
     """
-    started = time.monotonic()
-    reserve = RESERVE_PART * topology.chip.usable_hbm_bytes if limits.reserve_bytes is None else limits.reserve_bytes
     classes = tied(folded(program) if fold else unfolded(program), ties)
-    problem = build(program, topology, topology.chip.usable_hbm_bytes - reserve, classes)
+    problem = build(program, topology, limits.budget_bytes(topology), classes)
     if allow is not None:
         problem = allowing(problem, allow)
+    return solved(problem, limits, say, allow is None if symmetric is None else symmetric)
+
+
+def solved(
+    problem: Problem,
+    limits: Limits = DEFAULTS,
+    say: Say = lambda _: None,
+    symmetric: bool = False,
+    cutoff: float = np.inf,
+) -> Solution:
+    """Finds the fastest plan of a problem that fits, and proves it.
+
+    **Arguments:**
+
+    - `symmetric`: whether interchangeable mesh axes are alike in it, so that one of them may be taken for the others.
+    - `cutoff`: seconds; slower plans are not looked for.
+
+    **Raises:** `NoPlan` when no plan fits, or none is below the cutoff.
+    """
+    started = time.monotonic()
     limited = rows(problem)
     smaller = reduced(problem, limited)
-    found = _solved(smaller, limits, say, allow is None)
+    run = _Run(limits, started + limits.wall_seconds, say, symmetric, cutoff)
+    found = run.of(smaller)
     if found.best is not None and (overflow(problem, limited, found.states) > 0).any():
         say("the smaller problem's plan does not fit: the whole problem is searched")
-        found = _solved(Reduction.none(problem, limited), limits, say, allow is None)
+        found = run.of(Reduction.none(problem, limited))
     if found.best is None:
         raise _no_plan(problem, found)
     choice = choice_of(problem, found.states)
-    if allow is None:
+    if symmetric:
         choice = tidied(problem, choice)
     proof = _proof(found, sum(len(node.states) for node in problem.nodes), time.monotonic() - started)
-    return Solution(problem, choice, proof, check(program, topology, choice))
+    return Solution(problem, choice, proof, check(problem.program, problem.topology, choice))
 
 
 @dataclass(frozen=True)
@@ -136,6 +169,7 @@ class _Found:
     smaller: Reduction
     ascent: Ascent
     branching: Branching
+    stopped: str
 
     @property
     def best(self) -> np.ndarray | None:
@@ -148,15 +182,33 @@ class _Found:
         return self.smaller.expanded(np.zeros(len(self.smaller.kept), dtype=int) if found is None else found)
 
 
-def _solved(smaller: Reduction, limits: Limits, say: Say, symmetric: bool) -> _Found:
-    """Lifts the bound and lowers the best plan, then branches if they have not met."""
-    say(f"{len(smaller.whole.nodes)} nodes, {len(smaller.problem.nodes)} after elimination")
-    ascent = Ascent(smaller.problem, smaller.rows, limits.rounds, say, symmetric)
-    ascent.run()
-    branching = Branching(ascent, limits.deterministic_seconds, limits.wall_seconds)
-    if ascent.fits and not ascent.closed:
-        branching.run()
-    return _Found(smaller, ascent, branching)
+@dataclass(frozen=True)
+class _Run:
+    """What one search is told: limits, when to end, whether axes are alike, and what is too slow to be of interest."""
+
+    limits: Limits
+    deadline: float
+    say: Say
+    symmetric: bool
+    cutoff: float
+
+    def of(self, smaller: Reduction) -> _Found:
+        """Lifts the bound and lowers the best plan, then branches if they have not met; when interrupted, ends with those."""
+        self.say(f"{len(smaller.whole.nodes)} nodes, {len(smaller.problem.nodes)} after elimination")
+        ascent = Ascent(
+            smaller.problem, smaller.rows, self.limits.rounds, self.say, self.symmetric, self.deadline, self.cutoff
+        )
+        branching = Branching(ascent, self.limits.deterministic_seconds)
+        stopped = ""
+        try:
+            ascent.run()
+            if ascent.fits and not ascent.closed:
+                branching.run()
+        except KeyboardInterrupt:
+            if ascent.best is None:
+                raise
+            stopped = "interrupted"
+        return _Found(smaller, ascent, branching, stopped or ("time limit" if ascent.late else ""))
 
 
 def _proof(found: _Found, states: int, wall_seconds: float) -> Proof:
@@ -174,10 +226,12 @@ def _proof(found: _Found, states: int, wall_seconds: float) -> Proof:
         branching.booleans,
         states,
         branching.branches,
+        "" if proven else found.stopped,
+        float(ascent.prices.sum()),
     )
 
 
 def _no_plan(problem: Problem, found: _Found) -> NoPlan:
     ascent, branching = found.ascent, found.branching
-    proven = not ascent.fits or (branching.branches > 0 and branching.unproven == np.inf)
+    proven = not ascent.fits or ascent.closed or (branching.branches > 0 and branching.unproven == np.inf)
     return NoPlan(problem, found.states, problem.budget_bytes + ascent.leanest[0], proven)

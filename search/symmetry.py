@@ -43,12 +43,26 @@ def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | La
     return Strategy(tuple(map(image, state.splits)), tuple(tuple(sorted(image(axes))) for axes in state.carried))
 
 
+def interchangeable(problem: Problem) -> list[tuple[str, ...]]:
+    """Groups of axes that neither the topology nor a pin tells apart."""
+    pinned = {axis for op in problem.program.operations for axes in op.pinned or () for axis in axes or ()}
+    groups = (tuple(axis for axis in group if axis not in pinned) for group in problem.topology.symmetries())
+    return [group for group in groups if len(group) > 1]
+
+
+def axis_classes(problem: Problem) -> dict[str, int]:
+    """Axis to a number that interchangeable axes share."""
+    names = list(problem.topology.axis_sizes)
+    first = {axis: group[0] for group in interchangeable(problem) for axis in group}
+    return {axis: names.index(first.get(axis, axis)) for axis in names}
+
+
 def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
     """The node to hold, and the states it may keep; `None` when no axes are interchangeable.
 
     The node chosen is the one with the most costly surroundings: an orbit fixed there breaks most ties.
     """
-    groups = [group for group in problem.topology.symmetries() if len(group) > 1]
+    groups = interchangeable(problem)
     if not groups or not problem.nodes:
         return None
     weights = [surroundings(problem, i) for i in range(len(problem.nodes))]
@@ -73,7 +87,7 @@ def tidied(problem: Problem, choice: Choice) -> Choice:
         held = [renamed(choice.strategies[i], names)[0] for i in sources]
         return (*held, *(renamed(choice.hubs[value], names)[0] for value in largest))
 
-    names = min(renamings(problem.topology.symmetries()), key=order)
+    names = min(renamings(interchangeable(problem)), key=order)
     strategies = tuple(renamed(strategy, names) for strategy in choice.strategies)
     return Choice(strategies, {value: renamed(layout, names) for value, layout in choice.hubs.items()})
 

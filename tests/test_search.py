@@ -169,7 +169,7 @@ def test_what_cp_sat_proves_of_a_branch_is_a_bound(program, topology, sweeps):
     ascent = Ascent(problem, rows(problem), 0, lambda _: None)
     for _ in range(sweeps):
         ascent.dual.sweep()
-    proven = Branching(ascent, 60.0, 60.0)._finish(ascent.dual.bound())
+    proven = Branching(ascent, 60.0)._finish(ascent.dual.bound())
     assert proven <= optimum * (1 + 1e-9)
     assert ascent.objective == pytest.approx(optimum, rel=1e-5)
     assert proven >= optimum * (1 - 1e-3)
