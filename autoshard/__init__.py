@@ -5,6 +5,8 @@ from autoshard._audit import audit as audit
 from autoshard.calibration import Calibration as Calibration
 from autoshard.calibration import calibrate as calibrate
 from autoshard.decorator import autoshard as autoshard
+from autoshard.difference import Difference as Difference
+from autoshard.difference import diff as diff
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import ExportError as ExportError
 from autoshard.errors import InfeasibleError as InfeasibleError
@@ -22,4 +24,6 @@ from autoshard.remedies import Remedies as Remedies
 from autoshard.remedies import remedies as remedies
 from autoshard.symbolic import SymbolicTrace as SymbolicTrace
 from autoshard.symbolic import trace_symbolic as trace_symbolic
+from autoshard.variants import best_plans as best_plans
+from autoshard.variants import why_not as why_not
 from autoshard.workload import Workload as Workload

@@ -15,11 +15,14 @@ its kind can be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from math import inf
 
 from autoshard.naming import is_product, weight_operand, weight_roles
+from autoshard.plan import Baseline
 from costmodels.program import Program
 from costmodels.topology import Topology
+from search.ascent import Say
 from search.layouts import shards
 from search.solve import Limits, NoPlan, Solution, search
 from search.strategies import Strategy, output_layout, strategy_space
@@ -28,27 +31,23 @@ LARGE_PART = 1 / 64
 """The part of all weights' bytes from which on a weight is large."""
 NOISE_PART = 0.03
 """Margins below this part of a step are within what the cost model can tell apart."""
+MOST_SECONDS = 10.0
+"""How long a baseline is searched; what is found by then is a plan of its kind, not always the best."""
 
 Allow = Callable[[int, Strategy], bool]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A plain layout: the seconds of its best plan, or why there is none."""
-
-    name: str
-    seconds: float | None
-    why: str = ""
-
-
-def baselines(program: Program, topology: Topology, limits: Limits) -> Iterator[Baseline]:
-    """Solves every baseline."""
+def baselines(program: Program, topology: Topology, limits: Limits, say: Say = lambda _: None) -> Iterator[Baseline]:
+    """Solves every baseline; each has as much time as the limits allow, but at most `MOST_SECONDS`."""
+    limits = replace(limits, wall_seconds=min(limits.wall_seconds, MOST_SECONDS))
     for name in FAMILIES:
+        say(f"comparing with {name}")
         try:
-            yield Baseline(name, solved(name, program, topology, limits).check.seconds)
+            found = solved(name, program, topology, limits)
+            yield Baseline(name, found.check.seconds, found.proof.bound_seconds)
         except NoPlan as error:
             yield Baseline(
-                name, None, "does not fit the chips' memory" if error.proven else "no plan that fits was found"
+                name, inf, inf, f"does not fit the memory{'' if error.proven else ', as far as was searched'}"
             )
 
 

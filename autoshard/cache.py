@@ -34,8 +34,8 @@ def key_of(target: Target, topology: Topology, options: Options) -> str:
         (target.fingerprint, target.traced.program.name, target.in_tree, target.donate_argnums, target.weak),
         (target.traced.paths, target.traced.result_paths),
         topology.to_dict(),
-        (options.strict, options.reserve_bytes, options.time_limit, options.fold),
-        (repr(options.pins), sorted((options.dims or {}).items())),
+        (options.strict, options.reserve_bytes, options.time_limit, options.fold, options.memory_bytes),
+        (options.baselines, repr(options.pins), sorted((options.dims or {}).items())),
         (_version(), jax.__version__),
     ]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()

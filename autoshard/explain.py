@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
+from autoshard.baselines import NOISE_PART
 from autoshard.emit import spec_of
-from autoshard.plan import ArrayPlan, OperationPlan, Plan, PlannedCollective
+from autoshard.plan import ArrayPlan, Baseline, OperationPlan, Plan, PlannedCollective
 from autoshard.tables import WIDTH, item, percent, size, table, time
 from costmodels.pricing import Pricing
 from costmodels.topology import Axis
 from search.layouts import Layout
 
+_STOPPED = {"time limit": "the time limit", "interrupted": "an interruption"}
 _MENTIONED = 0.005
 """The share of the step above which an operation that is no matmul is listed."""
+_EQUAL = 1e-4
+"""The relative difference within which a plain layout is this plan."""
 _ROUNDED = 6
 """Significant digits within which two costs are the same."""
 
@@ -35,6 +40,7 @@ def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
     sections = (
         _header(plan),
         _matmuls(plan, symbolic and not named, width),
+        _baselines(plan),
         _others(plan, width),
         _collectives(plan, width),
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
@@ -78,7 +84,11 @@ def _header(plan: Plan) -> Iterator[str]:
         bound = f"no plan is faster than {time(proof.bound_seconds)}"
         yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
     tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
-    yield f"               {tried}, {proof.wall_seconds:.1f} s"
+    stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
+    yield f"               {tried}, {proof.wall_seconds:.1f} s{stopped}"
+    if proof.memory_seconds_per_byte:
+        saved = time(proof.memory_seconds_per_byte * 2**30)
+        yield f"  memory       is full: by the bound, each GiB more on a chip would save about {saved}"
 
 
 def _pricing(pricing: Pricing) -> str:
@@ -186,6 +196,37 @@ def unnumbered(name: str) -> str:
 
 def _rounded(number: float) -> str:
     return f"{number:.{_ROUNDED}g}"
+
+
+# --- Plain layouts
+
+
+def _baselines(plan: Plan) -> Iterator[str]:
+    if not plan.baselines:
+        return
+    yield "Plain layouts, each as good as its kind can be"
+    rows = [(each.name, *_margin(plan, each)) for each in plan.baselines]
+    yield from _indented(table(("layout", "step", "against this plan"), rows, "<><"))
+    best = min(plan.baselines, key=lambda each: each.seconds)
+    if best.seconds <= plan.estimate.seconds * (1 + NOISE_PART):
+        yield f"  The model does not tell margins below {percent(NOISE_PART)} apart: {best.name} will do."
+
+
+def _margin(plan: Plan, found: Baseline) -> tuple[str, str]:
+    if not isfinite(found.seconds):
+        return "-", found.why
+    ours = plan.estimate.seconds
+    if found.seconds <= ours * (1 + _EQUAL):
+        return time(found.seconds), "is this plan's time"
+    text = (
+        f"{found.seconds / ours:.2f} times"
+        if found.seconds >= 2 * ours
+        else f"{percent(found.seconds / ours - 1)} slower"
+    )
+    open_ = found.bound_seconds < found.seconds * (1 - _EQUAL)
+    return time(
+        found.seconds
+    ), f"{text}{f' at most ({percent(found.bound_seconds / ours - 1)} at least)' if open_ else ''}"
 
 
 # --- Collectives

@@ -109,6 +109,19 @@ class OperationPlan:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """A plain layout, such as "Megatron 1D": the seconds of its best plan, and a bound that no plan of its kind is below.
+
+    Where it has no plan, the seconds are infinite, and `why` says why.
+    """
+
+    name: str
+    seconds: float
+    bound_seconds: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A layout of a function over a topology, with its cost and its proof; made by `autoshard.search`.
 
@@ -122,6 +135,7 @@ class Plan:
     - `warnings`: everything the plan does not vouch for, in sentences.
     - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
       older files have none.
+    - `baselines`: what plain layouts would take, if that was asked for.
     - `treedefs`: JAX's own structure of arguments and results, which files do not hold.
     """
 
@@ -142,6 +156,7 @@ class Plan:
     jax_version: str = ""
     program: Program | None = field(default=None, repr=False)
     dimensions: Dimensions | None = field(default=None, repr=False)
+    baselines: tuple[Baseline, ...] = ()
     treedefs: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     # --- layouts as JAX writes them ------------------------------------------------------------------------------

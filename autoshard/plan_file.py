@@ -27,14 +27,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from autoshard import program_file, trees
 from autoshard.errors import PlanMismatchError
-from autoshard.plan import ArrayPlan, Estimate, OperationPlan, Plan, PlannedCollective
+from autoshard.plan import ArrayPlan, Baseline, Estimate, OperationPlan, Plan, PlannedCollective
 from autoshard.trace import fingerprint
 from costmodels.dimensions import Dimensions
 from costmodels.program import Program
@@ -201,6 +201,7 @@ def _to_json(plan: Plan) -> Json:
         "in_tree": plan.in_tree,
         "out_tree": plan.out_tree,
         "topology": plan.topology.to_dict(),
+        **({"baselines": [_plain(each) for each in plan.baselines]} if plan.baselines else {}),
         **_program_to_json(plan),
     }
 
@@ -298,7 +299,9 @@ def _record(kind: type, reader: _Reader, **special: Callable[[_Reader], Any]) ->
         "tuple[int, ...]": reader.counts,
     }
     values = {
-        f.name: special[f.name](reader) if f.name in special else plain[str(f.type)](f.name) for f in fields(kind)
+        f.name: special[f.name](reader) if f.name in special else plain[str(f.type)](f.name)
+        for f in fields(kind)
+        if f.name in reader.data or f.name in special or f.default is MISSING
     }
     return kind(**values)
 
@@ -332,6 +335,9 @@ def _from_json(reader: _Reader) -> Plan:
         jax_version=reader.get("jax_version", str),
         program=program,
         dimensions=dimensions,
+        baselines=tuple(_record(Baseline, row) for row in reader.each("baselines"))
+        if "baselines" in reader.data
+        else (),
     )
     if not isinstance(plan.in_tree, dict) or "tuple" not in plan.in_tree:
         raise ValueError(f"in_tree is {_short(plan.in_tree)}, which is no tuple of arguments")

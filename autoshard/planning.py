@@ -11,13 +11,14 @@ from typing import Any
 import jax
 
 from autoshard import accounts, trees
+from autoshard.baselines import baselines as plain_layouts
 from autoshard.blocks import Traced
 from autoshard.devices import topology_of
 from autoshard.dimensions import Names, named, symbols_of
 from autoshard.errors import AutoshardError
 from autoshard.execution import abstract
 from autoshard.infeasible import conflict, explained
-from autoshard.pins import PinError, Pins, with_pins
+from autoshard.pins import PinError, Pins, unpinned, with_pins
 from autoshard.plan import Plan
 from autoshard.trace import fingerprint, trace
 from costmodels.dimensions import Dimensions
@@ -40,12 +41,14 @@ class Options:
     progress: Callable[[str], None] | None = None
     pins: Pins | None = None
     fold: bool = True
+    memory_bytes: float | None = None
+    baselines: bool = False
     dims: Names | None = None
     shapes: tuple[Any, ...] = ()
 
     def limits(self) -> Limits:
         """When the search stops."""
-        limits = Limits(reserve_bytes=self.reserve_bytes)
+        limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes)
         return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)
 
 
@@ -77,6 +80,8 @@ def search(
     progress: Callable[[str], None] | None = None,
     pins: Pins | None = None,
     fold: bool = True,
+    memory_bytes: float | None = None,
+    baselines: bool = False,
     dims: Names | None = None,
 ) -> Plan:
     """Searches the layout of every array and operation of a function that makes one step fastest on a topology.
@@ -99,13 +104,17 @@ def search(
       a tree of specs per argument with `None` for what is free. `autoshard.pin` pins intermediates.
     - `fold`: whether the layers that a Python loop unrolled are laid out alike, which makes depth free. Without it, layers may
       differ, and the search takes as many times longer.
+    - `memory_bytes`: what the plan may take of each chip's memory; by default all but the reserve.
+    - `baselines`: whether plain layouts (data parallel, Megatron 1D, ...) are searched as well, to compare with.
     - `dims`: names of dimensions for formulas, such as `{"tokens": "B", "layers.wi_gate": "N E F"}` or `{"B": 64}`
       (`autoshard.dimensions`); what has no name is called after its argument.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
     `InfeasibleError` when no layout fits.
     """
-    options = Options(donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold, dims)
+    options = Options(
+        donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold, memory_bytes, baselines, dims
+    )
     where = topology_of(topology)
     return planned(traced_for(fn, args, options), where, options)
 
@@ -143,7 +152,11 @@ def planned(target: Target, topology: Topology, options: Options) -> Plan:
     except NoPlan as error:
         clash = conflict(program, pinned, topology, options.limits())
         raise (PinError(clash) if clash else explained(error)) from error
-    return plan_of(replace(target, traced=replace(target.traced, program=program)), solution)
+    plan = plan_of(replace(target, traced=replace(target.traced, program=program)), solution)
+    if not options.baselines or solution.proof.stopped == "interrupted":
+        return plan
+    found = plain_layouts(unpinned(program, ()), topology, options.limits(), options.progress or _LOG.info)
+    return replace(plan, baselines=tuple(found))
 
 
 def _positions(donate_argnums: int | Sequence[int], count: int) -> tuple[int, ...]:

@@ -28,7 +28,8 @@ class Ascent:
 
     `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
     overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best bound that
-    was found without branching. Only plans below `cutoff` seconds are looked for. At `deadline`, of the monotonic clock, it ends with what it has.
+    was found without branching. Only plans below `cutoff` seconds are looked for. At `deadline`, of the monotonic clock, it
+    ends with what it has.
     """
 
     def __init__(

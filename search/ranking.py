@@ -1,7 +1,8 @@
 """The k best plans that differ in a way that matters, in order.
 
-Plans count as different when a matmul that takes a good part of the step is split otherwise; mesh axes that the topology
-does not tell apart count as one. The plans other than a known best are partitioned (Lawler 1972, Murty 1968): the $i$-th part
+Plans count as different when a matmul that takes a good part of the step is split otherwise: over other axes along what it
+contracts, along its output, along its rows, or along one of its batch dimensions. Mesh axes that the topology does not tell
+apart count as one. The plans other than a known best are partitioned (Lawler 1972, Murty 1968): the $i$-th part
 keeps the first $i - 1$ matmuls split as they were, and forbids the $i$-th to be. The best of each part is found by the same
 search, as far as it can still be among the k best.
 """
@@ -10,14 +11,15 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
 
+from costmodels.program import Operation, Program
 from search.ascent import Say
-from search.problem import FORBIDDEN, Problem
+from search.problem import FORBIDDEN, Node
 from search.solution import states_of
 from search.solve import DEFAULTS, Limits, NoPlan, Solution, solved
 from search.strategies import Strategy
@@ -47,7 +49,7 @@ def ranked(best: Solution, k: int, limits: Limits = DEFAULTS, say: Say = lambda 
     """
     parts = _Parts(best, limits, say)
     order = count()
-    waiting = [(best.check.seconds, next(order), best, {})]
+    waiting: list[tuple[float, int, Solution, Banned]] = [(best.check.seconds, next(order), best, {})]
     found: list[Solution] = []
     while waiting and len(found) < k:
         _, _, solution, banned = heapq.heappop(waiting)
@@ -71,7 +73,8 @@ class _Parts:
         self.deadline = time.monotonic() + limits.wall_seconds
         self.nodes = _that_matter(best)
         alike = axis_classes(self.problem)
-        self.labels = {node: _labels(self.problem.nodes[node].states, alike) for node in self.nodes}
+        program = self.problem.program
+        self.labels = {node: _labels(program, self.problem.nodes[node], alike) for node in self.nodes}
         self.proven = True
 
     def of(self, solution: Solution, banned: Banned) -> Iterator[Banned]:
@@ -117,8 +120,21 @@ def _that_matter(best: Solution) -> list[int]:
     return sorted((node for node, seconds in cost.items() if seconds >= least), key=lambda node: -cost[node])
 
 
-def _labels(states: Sequence[Strategy], alike: Mapping[str, int]) -> np.ndarray:
-    """A number per strategy; those that differ by a swap of like axes, or by their order, have the same."""
+def _labels(program: Program, node: Node, alike: Mapping[str, int]) -> np.ndarray:
+    """A number per strategy; those that differ by a swap of like axes, by their order, or within a role have the same."""
+    op = program.operations[node.operation]
+    roles = [_role(op, factor) for factor in range(len(op.factors))]
     numbers: dict[object, int] = {}
-    keys = (tuple(tuple(sorted(alike[axis] for axis in split)) for split in state.splits) for state in states)
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+    def key(state: Strategy) -> tuple:
+        return tuple(
+            sorted((role, alike[axis]) for role, split in zip(roles, state.splits, strict=True) for axis in split)
+        )
+
+    return np.array([numbers.setdefault(key(state), len(numbers)) for state in node.states])
+
+
+def _role(op: Operation, factor: int) -> tuple[int, ...]:
+    """What a factor is to a matmul: which operands and results have it; of those that all have, each is its own."""
+    has = tuple(int(any(factor in dim for dim in use.dims)) for use in (*op.inputs, *op.outputs))
+    return (*has, factor if all(has) else -1)

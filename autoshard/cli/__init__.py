@@ -1,4 +1,4 @@
-"""The command line: `autoshard search`, `explain`, `audit`, `export`, `roofline`, `chips`, `calibrate`; one module a command.
+"""The command line, one module a command; those that compare plans share one.
 
 Standard output carries what was asked for, and nothing else; progress and errors go to standard error. Exit codes: 0 for
 success, 1 for an answer that is no (no plan fits, a program that is not as planned), 2 for a command that makes no sense.
@@ -14,6 +14,7 @@ import typer
 from autoshard.cli.audit import audit
 from autoshard.cli.calibrate import calibrate
 from autoshard.cli.chips import chips
+from autoshard.cli.compare import best, diff, why_not
 from autoshard.cli.explain import explain
 from autoshard.cli.export import export
 from autoshard.cli.roofline import roofline
@@ -25,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (search, explain, audit, export, roofline, chips, calibrate):
+for command in (search, explain, why_not, best, diff, audit, export, roofline, chips, calibrate):
     app.command()(command)
 
 

@@ -42,6 +42,14 @@ Dims = Annotated[
         help='Names for formulas: wi="E F" by argument, or E=4096 by size; may be repeated.',
     ),
 ]
+PinOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="PATHS=AXES",
+        help="Decide a layout: 'params.*.wq=None,x,yz', axes by dimension; may be repeated.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Bandwidth = Annotated[
     str | None,
@@ -133,6 +141,13 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
             raise Misuse(f"--set {pair} is no KEY=VALUE, such as batch=64.")
         found[key] = _value(value)
     return found
+
+
+def pins(texts: Sequence[str] | None) -> dict[str, Any] | None:
+    """`["params.*.wq=None,x,yz"]` as pins of arguments."""
+    from autoshard.pins import parsed
+
+    return dict(map(parsed, texts)) if texts else None
 
 
 def names(pairs: Sequence[str] | None) -> dict[str, str | int]:

@@ -26,6 +26,14 @@ def search(
     reserve: Annotated[
         float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to take at most.")
+    ] = None,
+    pin: common.PinOptions = None,
+    fold: Annotated[bool, typer.Option(help="Lay out the layers of an unrolled model alike.")] = True,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Compare with plain layouts: data parallel, Megatron 1D, ...")
+    ] = False,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
     verbose: common.Verbose = False,
@@ -51,6 +59,10 @@ def search(
                 reserve_bytes=None if reserve is None else reserve * 2**30,
                 time_limit=time_limit,
                 progress=say,
+                pins=common.pins(pin),
+                fold=fold,
+                memory_bytes=None if memory is None else memory * 2**30,
+                baselines=baselines,
                 dims={**work.dims, **common.names(dims)},
             )
         if output is not None:

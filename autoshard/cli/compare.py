@@ -1,0 +1,96 @@
+"""`autoshard diff`, `why-not` and `best`: plans beside each other."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+_Width = Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")]
+_Limit = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with what is found.")]
+
+
+def diff(
+    before: common.PlanFile,
+    after: common.PlanFile,
+    json: common.AsJson = False,
+    width: _Width = 120,
+    verbose: common.Verbose = False,
+) -> None:
+    """Compare two plans: step, operations that differ and what each costs, arrays that lie otherwise."""
+    from autoshard.difference import diff as compare
+    from autoshard.plan_file import load
+
+    with common.reported(verbose):
+        found = compare(load(before), load(after))
+        typer.echo(json_module.dumps(found.to_dict(), indent=2) if json else found.render(width), nl=json)
+
+
+def why_not(
+    plan: common.PlanFile,
+    family: Annotated[str, typer.Argument(metavar="[LAYOUT]", help="A plain layout, such as 'Megatron 1D'.")] = "",
+    pin: common.PinOptions = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", min=0, help="With so much memory on each chip.")
+    ] = None,
+    time_limit: _Limit = None,
+    json: common.AsJson = False,
+    width: _Width = 120,
+    verbose: common.Verbose = False,
+) -> None:
+    """Price another layout against a plan, operation by operation: a plain one, one that you pin, or another memory.
+
+    autoshard why-not plan.json "Megatron 1D"
+    autoshard why-not plan.json --pin "params.*.wq=None,x,yz"
+    """
+    from autoshard.plan_file import load
+    from autoshard.variants import why_not as compare
+
+    with common.reported(verbose):
+        if not family and not pin and memory is None:
+            from autoshard.baselines import FAMILIES
+
+            raise common.Misuse(f"Why not what? Name a layout ({', '.join(FAMILIES)}), or give --pin or --memory.")
+        with common.progress(f"Searching another layout for {plan}", verbose) as say:
+            held = None if memory is None else memory * 2**30
+            found = compare(load(plan), family, common.pins(pin), held, time_limit, say)
+        typer.echo(json_module.dumps(found.to_dict(), indent=2) if json else found.render(width), nl=json)
+
+
+def best(
+    plan: common.PlanFile,
+    count: Annotated[int, typer.Option("--count", "-k", metavar="K", min=1, help="How many plans.")] = 4,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plans into this folder, as 1.json, 2.json, ...")
+    ] = None,
+    time_limit: _Limit = None,
+    width: _Width = 120,
+    verbose: common.Verbose = False,
+) -> None:
+    """The k best plans that split some matmul otherwise, each against the best."""
+    from autoshard.difference import diff as compare
+    from autoshard.plan_file import load
+    from autoshard.tables import time as in_words
+    from autoshard.variants import best_plans
+
+    with common.reported(verbose):
+        with common.progress(f"Searching the {count} best plans", verbose) as say:
+            found = best_plans(load(plan), count, time_limit, say)
+        for place, other in enumerate(found):
+            step = f"{place + 1}. {in_words(other.estimate.seconds)}"
+            typer.echo(
+                step if place == 0 else f"\n{step}\n{compare(found[0], other).render_operations(width)}", nl=place == 0
+            )
+        if len(found) < count:
+            typer.echo("There are no more.")
+        if not found.proven:
+            typer.echo("The time limit came first: there may be others between these.")
+        if output is not None:
+            output.mkdir(exist_ok=True)
+            for place, other in enumerate(found):
+                other.save(output / f"{place + 1}.json")
+            typer.echo(f"Wrote {len(found)} plans to {output}.", err=True)
