@@ -15,7 +15,7 @@ from autoshard.planning import Options, Target, plan_of, traced_for
 from autoshard.tables import time
 from autoshard.workload import Workload
 from costmodels.topology import Topology
-from search.phases import Phases, Place
+from search.phases import Phases, Place, TooSlow
 from search.phases import search_phases as solve
 from search.solve import NoPlan, Proof
 
@@ -75,6 +75,7 @@ def search_phases(
     topology: str | PathLike[str] | Topology,
     weights: Mapping[str, float] | None = None,
     handoffs: Sequence[Handoff] | None = None,
+    at_most: Mapping[str, float] | None = None,
     reserve_bytes: float | None = None,
     time_limit: float | None = None,
     progress: Callable[[str], None] | None = None,
@@ -93,9 +94,11 @@ def search_phases(
     - `weights`: how often each phase counts; once by default.
     - `handoffs`: pairs like `("prefill.result[1]", "decode.cache")`. By default every donated argument takes over the result
       of an earlier phase that ends in the same path (`['k']`), has its type, and its shape but for one dimension.
+    - `at_most`: seconds that a phase may take, such as `{"decode": 0.030}`: the sum is the least under that limit.
     - The others as for `autoshard.search`.
 
-    **Raises:** `AutoshardError` for phases that share nothing or handoffs that do not fit, `InfeasibleError`.
+    **Raises:** `AutoshardError` for phases that share nothing, handoffs that do not fit, or a limit that no layout
+    keeps; `InfeasibleError`.
     """
     where = topology_of(topology)
     options = Options(reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
@@ -116,10 +119,26 @@ def search_phases(
             [(a, b) for a, b, _ in pairs],
             options.limits(),
             progress or (lambda _: None),
+            _limit(targets, at_most),
         )
+    except TooSlow as error:
+        name, least = list(targets)[error.phase], time(error.least_seconds)
+        raise AutoshardError(
+            f"No layout keeps {name} to {time((at_most or {})[name])} on {where.name}: the fastest found takes {least}."
+        ) from error
     except NoPlan as error:
         raise explained(error) from error
     return _plans(targets, found, tuple(dict.fromkeys(words for _, _, words in pairs)))
+
+
+def _limit(targets: Mapping[str, Target], at_most: Mapping[str, float] | None) -> tuple[int, float] | None:
+    """The phase that has a limit, and the limit."""
+    if not at_most:
+        return None
+    if len(at_most) > 1 or next(iter(at_most)) not in targets:
+        raise AutoshardError(f"at_most is {dict(at_most)}; a limit for one of {', '.join(targets)} would do.")
+    name, seconds = next(iter(at_most.items()))
+    return list(targets).index(name), float(seconds)
 
 
 def _plans(targets: Mapping[str, Target], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:

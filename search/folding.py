@@ -12,7 +12,7 @@ all), and when each copy is fed by the one before. The arguments and results of 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ from costmodels.program import Operation, Program
 
 _PERIODS = 24
 """How many of the commonest distances between like operations are tried as periods."""
+_KIN = 8
+"""To how many earlier matmuls of its kind the distances of a matmul are taken."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,14 @@ class _Search:
         self.free[first : first + len(fold.operations)] = False
 
     def _periods(self) -> list[int]:
-        """Distances between neighbouring matmuls of one kind, the commonest first."""
+        """The commonest distances between matmuls of one kind that are not far apart; a layer may have several of a kind."""
         at = np.flatnonzero(self.heavy & self.free)
-        last: dict[int, int] = {}
+        last: dict[int, deque[int]] = {}
         distances: Counter[int] = Counter()
         for place in at.tolist():
-            kind = int(self.kinds[place])
-            if kind in last:
-                distances[place - last[kind]] += 1
-            last[kind] = place
+            before = last.setdefault(int(self.kinds[place]), deque(maxlen=_KIN))
+            distances.update(place - other for other in before)
+            before.append(place)
         return sorted(period for period, _ in distances.most_common(_PERIODS))
 
     def _runs(self, period: int) -> list[tuple[int, int]]:

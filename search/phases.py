@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf, sqrt
 
 from costmodels.phases import Span, join
 from costmodels.program import Program
 from costmodels.topology import Topology
 from search.ascent import Say
+from search.branch import PRECISION
 from search.check import check
 from search.folding import classes
 from search.problem import build
@@ -35,6 +37,14 @@ class Phases:
     handoff_seconds: float
 
 
+class TooSlow(Exception):
+    """No layout of what is shared keeps a phase under its limit; `least_seconds` is the least that was found for it."""
+
+    def __init__(self, phase: int, least_seconds: float) -> None:
+        super().__init__(f"phase {phase} takes at least {least_seconds} s")
+        self.phase, self.least_seconds = phase, least_seconds
+
+
 def search_phases(
     programs: Sequence[Program],
     weights: Sequence[float],
@@ -43,6 +53,7 @@ def search_phases(
     handoffs: Sequence[tuple[Place, Place]] = (),
     limits: Limits = DEFAULTS,
     say: Say = lambda _: None,
+    at_most: tuple[int, float] | None = None,
 ) -> Phases:
     """Lays several phases out together.
 
@@ -53,20 +64,89 @@ def search_phases(
     - `handoffs`: pairs of a result (phase, position) and the argument of another phase that takes it over; its change of
       layout is paid once per run of the phase that made it.
 
-    **Raises:** `NoPlan` when no layout fits all phases.
+    - `at_most`: a phase, and the seconds that it may take. Then its weight is raised until it keeps to them, no further than
+      needed; the proof's bound is that of Lagrange, and between it and the plan a gap may stay.
+
+    **Raises:** `NoPlan` when no layout fits all phases; `TooSlow`.
     """
     started = time.monotonic()
     alone = tuple(search(program, topology, limits, say) for program in programs)
-    joined, spans = join(programs, weights)
-    pairs = tuple((spans[p].results + r, spans[q].arguments + a) for (p, r), (q, a) in handoffs)
-    joined = replace(joined, handoffs=pairs)
-    ties = [(_source(joined, spans, a), _source(joined, spans, b)) for a, b in shared]
-    whole = search(joined, topology, limits, say, ties=ties)
-    moved = [c for c in collectives(joined, topology, whole.choice) if c.operand == -1 and c.operation >= 0]
-    handed = sum(c.seconds / joined.multiplicity(joined.operations[c.operation].inputs[0].region) for c in moved)
-    found = tuple(_part(program, topology, whole, span, limits) for program, span in zip(programs, spans, strict=True))
-    proof = replace(whole.proof, wall_seconds=time.monotonic() - started)
-    return Phases(found, alone, tuple(weights), proof, handed)
+    if at_most is not None and alone[at_most[0]].proof.bound_seconds > at_most[1]:
+        raise TooSlow(at_most[0], alone[at_most[0]].check.seconds)
+    joint = _Joint(programs, topology, tuple(shared), tuple(handoffs), limits, say)
+    found = joint.weighed(weights, weights)
+    if at_most is not None and found.solutions[at_most[0]].check.seconds > at_most[1]:
+        found = _limited(joint, weights, *at_most, found)
+    return replace(found, alone=alone, proof=replace(found.proof, wall_seconds=time.monotonic() - started))
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Phases to be laid out together, whatever their weights."""
+
+    programs: Sequence[Program]
+    topology: Topology
+    shared: tuple[tuple[Place, Place], ...]
+    handoffs: tuple[tuple[Place, Place], ...]
+    limits: Limits
+    say: Say
+
+    def weighed(self, used: Sequence[float], asked: Sequence[float]) -> Phases:
+        """The best plans under some weights, and their sum under those that are asked for."""
+        joined, spans = join(self.programs, used)
+        pairs = tuple((spans[p].results + r, spans[q].arguments + a) for (p, r), (q, a) in self.handoffs)
+        joined = replace(joined, handoffs=pairs)
+        ties = [(_source(joined, spans, a), _source(joined, spans, b)) for a, b in self.shared]
+        whole = search(joined, self.topology, self.limits, self.say, ties=ties)
+        parts = zip(self.programs, spans, strict=True)
+        found = tuple(_part(program, self.topology, whole, span) for program, span in parts)
+        handed = _handed(joined, self.topology, whole.choice)
+        return Phases(found, (), tuple(asked), whole.proof, handed)
+
+
+def _handed(joined: Program, topology: Topology, choice: Choice) -> float:
+    """Seconds of handing everything over, once."""
+    moved = [c for c in collectives(joined, topology, choice) if c.operand == -1 and c.operation >= 0]
+    return sum(c.seconds / joined.multiplicity(joined.operations[c.operation].inputs[0].region) for c in moved)
+
+
+_HEAVIEST = 1e5
+"""By how much a phase's weight is raised, at most, to make it keep to its limit."""
+_HALVINGS = 5
+"""How often the interval of that factor is halved, on a logarithmic scale."""
+
+
+def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, first: Phases) -> Phases:
+    """The least weighted sum found under which a phase keeps to its limit, with Lagrange's bound on any such.
+
+    With the weight raised by $\\lambda$, $\\min_x \\sum_p w_p t_p(x) + \\lambda (t_q(x) - T)$ is one for every $\\lambda$.
+    """
+    bound, best = first.proof.bound_seconds, None
+    low, high, factor = 1.0, inf, 4.0
+    for _ in range(_HALVINGS + 10):
+        raised = [weight * factor if p == phase else weight for p, weight in enumerate(weights)]
+        found = joint.weighed(raised, weights)
+        extra = (factor - 1) * weights[phase]
+        bound = max(bound, found.proof.bound_seconds - extra * most)
+        took = found.solutions[phase].check.seconds
+        if took <= most:
+            high, total = factor, found.proof.objective_seconds - extra * took
+            if best is None or total < best.proof.objective_seconds:
+                best = replace(found, proof=replace(found.proof, objective_seconds=total))
+        else:
+            low = factor
+        if factor >= _HEAVIEST and best is None:
+            raise TooSlow(phase, took)
+        if high < 1.05 * low:
+            break
+        factor = min(16 * factor, _HEAVIEST) if high == inf else sqrt(low * high)
+    if best is None:
+        raise TooSlow(phase, first.solutions[phase].check.seconds)
+    objective = best.proof.objective_seconds
+    gap = max(objective - bound, 0.0) / objective
+    status = "OPTIMAL" if gap <= PRECISION else "FEASIBLE"
+    proof = replace(best.proof, bound_seconds=min(bound, objective), gap=gap if gap > PRECISION else 0.0, status=status)
+    return replace(best, proof=proof)
 
 
 def _source(joined: Program, spans: Sequence[Span], place: Place) -> int:
@@ -74,7 +154,7 @@ def _source(joined: Program, spans: Sequence[Span], place: Place) -> int:
     return joined.arguments[spans[phase].arguments + position]
 
 
-def _part(program: Program, topology: Topology, whole: Solution, span: Span, limits: Limits) -> Solution:
+def _part(program: Program, topology: Topology, whole: Solution, span: Span) -> Solution:
     """One phase's share of the joint solution."""
     strategies = whole.choice.strategies[span.operations : span.operations + len(program.operations)]
     values = range(span.values, span.values + len(program.values))

@@ -149,9 +149,10 @@ class _Reducer:
             matrix = np.minimum(_min_sum(ends[0][1] + self.costs[node], ends[1][1]), FORBIDDEN)
             self._add(Edge(others[0], others[1], ends[0][0], ends[1][0], matrix, 1.0, (), None, moved))
         else:
-            own = self.costs[node] if len(ends) == 1 else 0 * self.costs[node]
+            own = self.costs[node]  # to be paid once: by the first of the others, if its one state leaves no choice
             for other, (groups, table) in zip(others, ends, strict=True):
                 self.costs[other] = np.minimum(self.costs[other] + (table + own).min(axis=1)[groups], FORBIDDEN)
+                own = 0 * own
         return True
 
     def _small(self, ends: list[tuple[np.ndarray, np.ndarray]], states: int) -> bool:
