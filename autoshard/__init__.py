@@ -4,6 +4,8 @@ from autoshard._audit import Audit as Audit
 from autoshard._audit import audit as audit
 from autoshard.calibration import Calibration as Calibration
 from autoshard.calibration import calibrate as calibrate
+from autoshard.census import Census as Census
+from autoshard.census import census as census
 from autoshard.decorator import autoshard as autoshard
 from autoshard.difference import Difference as Difference
 from autoshard.difference import diff as diff
