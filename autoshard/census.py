@@ -161,9 +161,9 @@ def _rows(listed: Iterable[tuple[Operation, _Cost]]) -> tuple[Counted, ...]:
 
 
 def _row(primitive: str, exact: bool, group: list[tuple[Operation, _Cost]]) -> Counted:
-    totals = [sum(column) for column in zip(*(cost for _, cost in group), strict=True)]
+    total = _Cost(*(sum(cost[k] for _, cost in group) for k in range(3)))
     whole = sum(cost.seconds for op, cost in group if _keeps_whole(op))
-    return Counted(primitive, exact, len(group), *totals, whole, group[0][0].source)
+    return Counted(primitive, exact, len(group), *total, whole, group[0][0].source)
 
 
 def _keeps_whole(op: Operation) -> bool:

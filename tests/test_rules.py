@@ -14,10 +14,11 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned
 
 from autoshard.blocks import OpStep
+from autoshard.pins import pin
 from autoshard.rules.rule import REGISTRY, rule_for
 from autoshard.trace import trace
 from search.solution import Choice
@@ -78,7 +79,7 @@ def _absent(name: str) -> Callable[..., Any] | None:
 
 def _on_one_chip(kind: AxisType) -> jax.sharding.NamedSharding:
     mesh = jax.make_mesh((1,), ("a",), axis_types=(kind,), devices=jax.devices()[:1])
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+    return jax.sharding.NamedSharding(mesh, PartitionSpec("a"))
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
@@ -94,6 +95,11 @@ def _windows_at(x: jax.Array, at: jax.Array) -> jax.Array:
 def _add_windows_at(x: jax.Array, at: jax.Array, windows: jax.Array) -> jax.Array:
     numbers = lax.ScatterDimensionNumbers((1, 2), (1,), (1, 2))
     return lax.scatter_add(x, at, windows, numbers, mode="clip")
+
+
+def _gradient_of_experts(x: jax.Array, cotangent: jax.Array, sizes: jax.Array) -> jax.Array:
+    experts = jnp.zeros((4, 4, 2))
+    return jax.vjp(lambda w: lax.ragged_dot(x, w, sizes), experts)[1](cotangent)[0]
 
 
 F84, F48, I84, B84 = F(8, 4), F(4, 8), I(8, 4), B(8, 4)
@@ -114,6 +120,7 @@ EXAMPLES = [
     Example("approx_top_k", lambda x: lax.approx_max_k(x, 2, reduction_dimension=0), F84),
     Example("argmax", lambda x: lax.argmax(x, 1, jnp.int32), F84),
     Example("argmin", lambda x: lax.argmin(x, 1, jnp.int32), F84),
+    Example("autoshard_pin", lambda x: pin(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * 2)), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.int32), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.uint8), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.uint32), U8(8, 4)),
@@ -218,6 +225,9 @@ EXAMPLES = [
     Example("random_split", lambda k: jax.random.split(k, 8), K()),
     Example("random_unwrap", jax.random.key_data, K(8)),
     Example("random_wrap", jax.random.wrap_key_data, U(8, 2)),
+    Example("ragged_dot_general", lax.ragged_dot, F(8, 4), F(4, 4, 2), U8(4)),
+    Example("ragged_dot_general", jax.vmap(lax.ragged_dot), F(2, 8, 4), F(2, 4, 4, 2), U8(2, 4)),
+    Example("ragged_dot_general", _gradient_of_experts, F(8, 4), F(8, 2), U8(4)),
     Example("real", lax.real, C(8, 4)),
     Example("reduce", lambda x: lax.reduce(x, np.float32(0), lambda a, b: a + b + a * b, (1,)), F84),
     Example("reduce_and", lambda x: lax.reduce_and(x, axes=(0, 1)), B84),
@@ -305,6 +315,7 @@ asinh                        [a,b] -> [a,b]
 atan                         [a,b] -> [a,b]
 atan2                        [a,b],[a,b] -> [a,b]
 atanh                        [a,b] -> [a,b]
+autoshard_pin                [a,b] -> [a,b] linear=[[0]]
 bessel_i0e                   [a,b] -> [a,b]
 bessel_i1e                   [a,b] -> [a,b]
 bitcast_convert_type         [a,b] -> [a,b]
@@ -404,6 +415,9 @@ polygamma                    [a,b],[a,b] -> [a,b]
 population_count             [a,b] -> [a,b]
 pow                          [a,b],[a,b] -> [a,b]
 pvary                        [a,b] -> [a,b] linear=[[0]]
+ragged_dot_general           [a,b],[c,b,d],[e] -> [a,d] sum={b,c} whole={e} linear=[[0], [1]]
+ragged_dot_general           [a,b,c],[a,d,c,e],[a,f] -> [a,b,e] sum={c} whole={d,f} linear=[[0], [1]]
+ragged_dot_general           [a,b],[a,c],[d] -> [e,b,c] sum={a} whole={d} linear=[[0], [1]]
 random_bits                  [] -> [a,b] whole={a,b}
 random_clone                 [] -> []
 random_fold_in               [a],[b] -> [c] whole={a,b,c}
