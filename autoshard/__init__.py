@@ -24,6 +24,8 @@ from autoshard.plan_file import load as load
 from autoshard.planning import search as search
 from autoshard.remedies import Remedies as Remedies
 from autoshard.remedies import remedies as remedies
+from autoshard.rules.einsum import RuleError as RuleError
+from autoshard.rules.registered import rule as rule
 from autoshard.symbolic import SymbolicTrace as SymbolicTrace
 from autoshard.symbolic import trace_symbolic as trace_symbolic
 from autoshard.variants import best_plans as best_plans

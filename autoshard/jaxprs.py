@@ -16,6 +16,9 @@ checkpoint closed_call composite core_call custom_jvp_call custom_vjp_call custo
 remat2
 """.split()
 
+KERNELS = ("pallas_call", "ffi_call", "core_map")
+"""Primitives that run a kernel of the user's, with a name of its own among the parameters."""
+
 
 def needed(jaxpr: Any) -> list[Any]:
     """The equations that the outputs or a side effect need, in order."""

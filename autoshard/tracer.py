@@ -18,6 +18,7 @@ from autoshard.errors import UnsupportedPrimitiveError
 from autoshard.jaxprs import (
     CALLS,
     INLINED,
+    KERNELS,
     closed_over,
     is_held,
     needed,
@@ -174,9 +175,9 @@ class Tracer:
         if not rule.exact:
             if self.strict:
                 raise UnsupportedPrimitiveError(
-                    f"{name} at {where} has no sharding rule; register one, or trace without strict"
+                    f"{_called(eqn)} at {where} has no sharding rule; register one (autoshard.rule), or trace without strict"
                 )
-            self.warnings.append(f"{name} at {where} has no sharding rule: its arrays are whole on every chip")
+            self.warnings.append(f"{_called(eqn)} at {where} has no sharding rule: its arrays are whole on every chip")
         pinned = pinned_by(name, eqn.params, len(eqn.outvars[0].aval.shape)) if eqn.outvars else None
         eqn = without_sharding(eqn)
         index = self.reserve()
@@ -358,6 +359,12 @@ class Tracer:
             joins.append((self._identity(f"cond ({where})", "branch_join", inputs, [(result, region)], region), result))
         step = BranchStep(eqn, selector, select, tuple(entries), tuple(blocks), tuple(joins))
         return step, [result for _, result in joins]
+
+
+def _called(eqn: Any) -> str:
+    """A primitive by its name, a kernel by its own as well."""
+    kernel = eqn.params.get("name") if eqn.primitive.name in KERNELS else None
+    return f"{eqn.primitive.name} {kernel}" if kernel else eqn.primitive.name
 
 
 def _inner(boundary: Boundary) -> Atom:
