@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -198,3 +199,9 @@ def test_a_text_gives_every_dimension_its_size(data: st.DataObject) -> None:
         assert [found.factors[i].size for (i,) in dims] == shape
     kept = {i for (i,) in found.outputs[0]}
     assert all((factor.kind == "parallel") == (i in kept) for i, factor in enumerate(found.factors))
+
+
+def test_a_plan_with_a_rule_goes_through_a_file(tmp_path: Path) -> None:
+    plan = autoshard.search(model, Q, K, V, topology="cpu:2x4")
+    plan.save(tmp_path / "plan.json")
+    assert autoshard.load(tmp_path / "plan.json").fingerprint == plan.fingerprint

@@ -104,7 +104,7 @@ def parsed(text: str, kinds: Mapping[FactorKind, str]) -> Einsum:
             f"The rule {text!r} keeps {kept[0]} in a result, so it cannot be {listed[kept[0]]}; whole would do."
         )
     unlisted: FactorKind = "whole"
-    found = dict.fromkeys(before - after, unlisted) | listed
+    found: dict[str, FactorKind] = {**dict.fromkeys(before - after, unlisted), **listed}
     return Einsum(sides[0], sides[1], tuple(sorted(found.items())))
 
 
