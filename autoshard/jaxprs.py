@@ -45,27 +45,6 @@ def without_sharding(eqn: Any) -> Any:
     return eqn.replace(params={**eqn.params, **dict.fromkeys(placed)}) if placed else eqn
 
 
-def closed_over(jaxpr: Any) -> list[Any]:
-    """The arrays that calls, loops and branches inside a jaxpr close over, at any depth."""
-    found = []
-    for eqn in needed(jaxpr):
-        for inner, consts in _walked(eqn):
-            found += [*(c for c in consts if is_held(c)), *closed_over(inner)]
-    return unique(found)
-
-
-def _walked(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
-    """The jaxprs that the tracer walks into at an equation, with the constants they close over."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in CALLS:
-        inside = [next(params[key] for key in INLINED if key in params)]
-    elif name == "while":
-        inside = [params["cond_jaxpr"], params["body_jaxpr"]]
-    else:
-        inside = {"scan": [params.get("jaxpr")], "cond": params.get("branches", ())}.get(name, ())
-    return [(each.jaxpr, each.consts) if isinstance(each, jex.ClosedJaxpr) else (each, ()) for each in inside]
-
-
 def is_held(constant: Any) -> bool:
     """Whether a constant is more than a number written into the program: an array, or a PRNG key."""
     aval = jax.typeof(constant)

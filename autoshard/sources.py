@@ -22,8 +22,8 @@ def source_of(eqn: Any) -> str:
 
 
 def is_jax_own(jaxpr: Any) -> bool:
-    """Whether a jaxpr is of a function that JAX defines, such as `jnp.where`."""
-    return (getattr(jaxpr.debug_info, "func_filename", None) or "").startswith(_JAX_HOME)
+    """Whether a jaxpr is of a function that JAX or autoshard defines, such as `jnp.where`."""
+    return (getattr(jaxpr.debug_info, "func_filename", None) or "").startswith((_JAX_HOME, _OWN_HOME))
 
 
 def itemsize_of(dtype: Any) -> float:

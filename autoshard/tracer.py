@@ -14,12 +14,12 @@ import numpy as np
 from jax.extend import core as jex
 
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep
+from autoshard.captured import closed_over
 from autoshard.errors import UnsupportedPrimitiveError
 from autoshard.jaxprs import (
     CALLS,
     INLINED,
     KERNELS,
-    closed_over,
     is_held,
     needed,
     scan_counts,
@@ -27,6 +27,7 @@ from autoshard.jaxprs import (
     unique,
     without_sharding,
 )
+from autoshard.mapped import described, meaning
 from autoshard.pins import pinned_by
 from autoshard.rules import Rule, rule_for
 from autoshard.sources import is_jax_own, itemsize_of, source_of
@@ -135,7 +136,10 @@ class Tracer:
     def _equation(self, eqn, operands, region, steps) -> Sequence[Atom]:
         name = eqn.primitive.name
         if name in CALLS:
-            return self._call(eqn, operands, region, steps)
+            inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
+            return self._call(eqn, inner, operands, region, steps)
+        if name == "shard_map":
+            return self._mapped(eqn, operands, region, steps)
         if name == "optimization_barrier":
             return operands
         if name == "scan":
@@ -150,9 +154,17 @@ class Tracer:
         steps.append(step)
         return results
 
-    def _call(self, eqn, operands, region, steps) -> Sequence[Atom]:
+    def _mapped(self, eqn, operands, region, steps) -> Sequence[Atom]:
+        """Walks through what a `shard_map` means on whole arrays; all of it is at the user's line of the `shard_map`."""
+        where = self._where(eqn)
+        self.warnings.append(
+            f"the shard_map at {where} ({described(eqn)}) is planned as what it computes on whole arrays; its layouts are"
+            " pins where the topology has its axes, its collectives are planned anew"
+        )
+        return self._call(eqn, meaning(eqn), operands, region, steps)
+
+    def _call(self, eqn, inner, operands, region, steps) -> Sequence[Atom]:
         """Walks through a call: its equations become the caller's."""
-        inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
         jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update(zip(jaxpr.constvars, (self.constant(c, region) for c in consts), strict=True))

@@ -122,7 +122,10 @@ def _costed(einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[
     made = rule_of(einsum, name, [aval.shape for aval in inputs], [aval.shape for aval in outputs])
     traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
     return replace(
-        made, op_class="matmul" if flops_per_point else "memory", traffic=traffic, flops_per_point=float(flops_per_point)
+        made,
+        op_class="matmul" if flops_per_point else "memory",
+        traffic=traffic,
+        flops_per_point=float(flops_per_point),
     )
 
 
