@@ -31,6 +31,7 @@ from autoshard.mapped import described, meaning
 from autoshard.pins import pinned_by
 from autoshard.rules import Rule, rule_for
 from autoshard.sources import is_jax_own, itemsize_of, source_of
+from autoshard.trips import Scalars, rounds
 from costmodels.program import Factor, OpClass, Operation, Region, Use, Value
 
 
@@ -45,6 +46,7 @@ class Tracer:
         self.warnings: list[str] = []
         self.held: dict[int, dict[int, Atom]] = {0: {}}
         self.caller = ""
+        self.scalars = Scalars(lambda atom: atom.value)
 
     # --- values and boundary operations -------------------------------------------------------------------------
 
@@ -197,6 +199,7 @@ class Tracer:
         results = tuple(self.value(v.aval, f"{name} ({where})", region, origin) for v in eqn.outvars)
         op = self._costed(eqn, rule, operands, results, region, where)
         self.operations[index] = dataclasses.replace(op, pinned=pinned)
+        self.scalars.note(name, operands, results)
         return OpStep(index, eqn, rule, operands, results)
 
     def _costed(self, eqn, rule: Rule, operands, results, region, where) -> Operation:
@@ -306,9 +309,8 @@ class Tracer:
     def _while(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
         where = self._where(eqn)
-        self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
-        inner = self.region("loop", region, 1, f"while ({where})")
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        inner = self.region("loop", region, self._rounds(params, operands, where), f"while ({where})")
         closed = params["cond_jaxpr"], params["body_jaxpr"]
         if closed[0].out_avals[0].shape:
             closed = unbatched(*closed, n_cond, n_body)
@@ -340,6 +342,25 @@ class Tracer:
         ]
         step = LoopStep(eqn, tuple(constants), tuple(carries), (), (), block, test)
         return step, [b.outer_result for b in carries]
+
+    def _rounds(self, params, operands, where: str) -> int:
+        """How often a `while` is priced to run; says where that is not how often it runs."""
+        n_cond = params["cond_nconsts"]
+        first = n_cond + params["body_nconsts"]
+        found = rounds(
+            params,
+            lambda carry: self.scalars.number(operands[first + carry]),
+            lambda constant: self.scalars.number(operands[constant]),
+        )
+        if found is None:
+            self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
+            return 1
+        if not found.exact:
+            self.warnings.append(
+                f"while at {where}: priced as {found.count} rounds, its counter going from {found.start} to {found.end} by"
+                f" {found.step}; it may end before that"
+            )
+        return max(1, found.count)
 
     def _cond(self, eqn, operands, region) -> tuple[BranchStep, list[Atom]]:
         where = self._where(eqn)
