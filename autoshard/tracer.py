@@ -15,7 +15,7 @@ from jax.extend import core as jex
 
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep
 from autoshard.captured import closed_over
-from autoshard.errors import UnsupportedPrimitiveError
+from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.jaxprs import (
     CALLS,
     INLINED,
@@ -183,6 +183,10 @@ class Tracer:
     def _operation(self, eqn, operands, region) -> OpStep:
         name = eqn.primitive.name
         where = self._where(eqn)
+        if eqn.params.get("ordered") and name.startswith("debug"):
+            raise TraceError(
+                f"{name} at {where} is ordered, which JAX cannot keep to on more than one device; ordered=False would do."
+            )
         if eqn.effects:
             self.warnings.append(f"{name} at {where} has side effects, which run once per chip")
         rule = rule_for(name, [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars], eqn.params)
@@ -209,7 +213,7 @@ class Tracer:
         traffic = tuple(place[k] if k >= 0 else k for k in rule.traffic if k < 0 or k in place)
         inputs = tuple(Use(operands[k], rule.inputs[k], region) for k in place)
         outputs = tuple(Use(value, dims, region) for value, dims in zip(results, rule.outputs, strict=True))
-        dtype = str(eqn.invars[0].aval.dtype) if eqn.invars else str(eqn.outvars[0].aval.dtype)
+        dtype = next((str(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)), "")
         return Operation(
             self._label(eqn, operands, where),
             eqn.primitive.name,
