@@ -4,6 +4,8 @@ from autoshard._audit import Audit as Audit
 from autoshard._audit import audit as audit
 from autoshard.calibration import Calibration as Calibration
 from autoshard.calibration import calibrate as calibrate
+from autoshard.census import Census as Census
+from autoshard.census import census as census
 from autoshard.decorator import autoshard as autoshard
 from autoshard.difference import Difference as Difference
 from autoshard.difference import diff as diff
@@ -22,6 +24,8 @@ from autoshard.plan_file import load as load
 from autoshard.planning import search as search
 from autoshard.remedies import Remedies as Remedies
 from autoshard.remedies import remedies as remedies
+from autoshard.rules.einsum import RuleError as RuleError
+from autoshard.rules.registered import rule as rule
 from autoshard.symbolic import SymbolicTrace as SymbolicTrace
 from autoshard.symbolic import trace_symbolic as trace_symbolic
 from autoshard.variants import best_plans as best_plans

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -54,6 +55,8 @@ def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
 
 def _own_slice(piece: Any, axes: Axes, dim: int, sizes: Mapping[str, int]) -> Any:
     size = piece.shape[dim] // prod(sizes[axis] for axis in axes)
+    if prod(piece.shape) == piece.shape[dim] and size == 1 and jnp.issubdtype(piece.dtype, np.integer):
+        piece = lax.optimization_barrier(piece)  # XLA (jaxlib 0.10.2) loses the 2 in slice(2 * slice(integers)), of one
     return lax.dynamic_slice_in_dim(piece, lax.axis_index(axes) * size, size, dim)
 
 

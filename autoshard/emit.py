@@ -291,6 +291,24 @@ def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Ca
         spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
         for i in program.results
     ]
-    return jax.shard_map(
-        Runner(traced, choice, topology), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    runner = Runner(traced, choice, topology)
+    avals = [program.values[program.operations[i].outputs[0].value] for i in sources]
+    given = [k for k, aval in enumerate(avals) if 0 not in aval.shape]
+    if len(given) == len(avals):
+        return jax.shard_map(runner, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def without_empty(*pieces: Any) -> list[Any]:
+        known = dict(zip(given, pieces, strict=True))
+        layouts = [produced(program, choice, program.operations[i].outputs[0].value) for i in sources]
+        return runner(
+            *(
+                known[k] if k in known else jnp.zeros(local_shape(aval.shape, layout, runner.sizes), aval.dtype)
+                for k, (aval, layout) in enumerate(zip(avals, layouts, strict=True))
+            )
+        )
+
+    # XLA folds arrays of nothing away and then does not lower a shard_map of them: they are made inside.
+    inside = jax.shard_map(
+        without_empty, mesh=mesh, in_specs=tuple(in_specs[k] for k in given), out_specs=out_specs, check_vma=False
     )
+    return lambda *arrays: inside(*(arrays[k] for k in given))

@@ -47,11 +47,16 @@ def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[...
             run = _undifferentiable(fn, own, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
             if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
-        arrays = [jnp.asarray(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
+        arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
         results = run(*_placed(plan, chosen, [*arrays, *traced.constants]))
         return jax.tree_util.tree_unflatten(traced.out_tree, results)
 
     return planned
+
+
+def _typed_as(leaf: Any, dtype: str) -> Any:
+    """A leaf as an array of the planned type; keys are arrays already, and of no type that NumPy knows."""
+    return leaf if dtype.startswith("key<") else jnp.asarray(leaf, dtype)
 
 
 def traced_as(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
@@ -99,7 +104,8 @@ def abstract(fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtype
 def _aval(leaf: Any) -> Any:
     """The shape and type of one leaf as JAX takes it; `None` if it does not."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)  # pyright: ignore
+        weak = getattr(leaf, "weak_type", False)  # arrays of keys do not say
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
     try:
         return jax.eval_shape(lambda array: array, leaf)
     except TypeError:

@@ -16,6 +16,9 @@ checkpoint closed_call composite core_call custom_jvp_call custom_vjp_call custo
 remat2
 """.split()
 
+KERNELS = ("pallas_call", "ffi_call", "core_map")
+"""Primitives that run a kernel of the user's, with a name of its own among the parameters."""
+
 
 def needed(jaxpr: Any) -> list[Any]:
     """The equations that the outputs or a side effect need, in order."""
@@ -40,27 +43,6 @@ def without_sharding(eqn: Any) -> Any:
     """An equation without the user's own placement of its result, made for the user's mesh: the plan places it."""
     placed = [key for key in ("out_sharding", "sharding") if eqn.params.get(key) is not None]
     return eqn.replace(params={**eqn.params, **dict.fromkeys(placed)}) if placed else eqn
-
-
-def closed_over(jaxpr: Any) -> list[Any]:
-    """The arrays that calls, loops and branches inside a jaxpr close over, at any depth."""
-    found = []
-    for eqn in needed(jaxpr):
-        for inner, consts in _walked(eqn):
-            found += [*(c for c in consts if is_held(c)), *closed_over(inner)]
-    return unique(found)
-
-
-def _walked(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
-    """The jaxprs that the tracer walks into at an equation, with the constants they close over."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in CALLS:
-        inside = [next(params[key] for key in INLINED if key in params)]
-    elif name == "while":
-        inside = [params["cond_jaxpr"], params["body_jaxpr"]]
-    else:
-        inside = {"scan": [params.get("jaxpr")], "cond": params.get("branches", ())}.get(name, ())
-    return [(each.jaxpr, each.consts) if isinstance(each, jex.ClosedJaxpr) else (each, ()) for each in inside]
 
 
 def is_held(constant: Any) -> bool:

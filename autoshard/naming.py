@@ -64,7 +64,7 @@ def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[
     """What each factor is to the operation, and where the weight is, if there is one."""
     op = program.operations[i]
     if not is_product(op):
-        return _dimensions(op), ""
+        return _grouped(op) or (_dimensions(op), "")
     weight = weight_operand(program, i)
     if weight is None:
         return _attention_roles(program, i), ""
@@ -79,6 +79,7 @@ def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[
 
 # Roles in the order in which a name lists them.
 _ROLES = (
+    "experts",
     "contracted",
     "output",
     "batch",
@@ -97,6 +98,16 @@ def _place(role: str) -> tuple[int, str]:
 
 def _written(axes: Iterable[str], order: Sequence[str]) -> str:
     return "".join(axis for axis in order if axis in set(axes))
+
+
+def _grouped(op: Operation) -> tuple[list[str], str] | None:
+    """The roles in a product of groups of rows by matrices of their own: the groups are a mixture's experts."""
+    if op.primitive != "ragged_dot_general" or op.op_class != "matmul":
+        return None
+    counted = op.inputs[2].dims[-1][0]
+    roles = _dimensions(op)
+    roles[counted - 1] = "experts"  # made just before what counts their rows
+    return roles, "mixture of experts"
 
 
 def _factors(dims: Iterable[Iterable[int]]) -> list[int]:

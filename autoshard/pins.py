@@ -32,6 +32,12 @@ class PinError(AutoshardError):
     """A pin that names nothing, cannot hold, or contradicts another; says which, and what would fit."""
 
 
+_WORDS = {
+    PIN: "the pin at ",
+    "sharding_constraint": "the sharding constraint at ",
+    "shard_map_layout": "a layout of the shard_map at ",
+}
+
 # --- in the function
 
 _pin = Primitive(PIN)
@@ -43,6 +49,16 @@ batching.primitive_batchers[_pin] = lambda args, axes, *, dims: (
     _pin.bind(args[0], dims=(*dims[: axes[0]], None, *dims[axes[0] :])),
     axes[0],
 )
+
+
+_wish = Primitive("shard_map_layout")
+_wish.def_impl(lambda x, *, dims: x)
+_wish.def_abstract_eval(lambda x, *, dims: x)
+
+
+def asked(x: Any, dims: Sequence[tuple[str, ...]]) -> Any:
+    """`x`, pinned like a sharding constraint: only on a topology that has these axes."""
+    return _wish.bind(x, dims=(*dims, *((),) * (x.ndim - len(dims)))) if any(dims) else x
 
 
 def pin(x: Any, spec: PartitionSpec) -> Any:
@@ -73,7 +89,7 @@ def dims_of(spec: PartitionSpec, rank: int, what: str) -> Pinned:
 
 def pinned_by(primitive: str, params: Mapping[str, Any], rank: int) -> Pinned | None:
     """What an equation pins its result to, if it does."""
-    if primitive == PIN:
+    if primitive in (PIN, _wish.name):
         return params["dims"]
     if primitive == "sharding_constraint" and isinstance(params.get("sharding"), NamedSharding):
         return dims_of(params["sharding"].spec, rank, "with_sharding_constraint")
@@ -131,7 +147,7 @@ def with_pins(
     for at, op in enumerate(operations):
         if op.pinned is None:
             continue
-        words = f"the pin at {op.source}" if op.primitive == PIN else f"the sharding constraint at {op.source}"
+        words = _WORDS[op.primitive] + op.source
         unknown = {axis for axes in op.pinned for axis in axes or ()} - set(topology.axis_sizes)
         if unknown and op.primitive != PIN:
             warnings.append(

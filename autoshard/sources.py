@@ -9,20 +9,21 @@ import jax
 import numpy as np
 
 _JAX_HOME = os.path.dirname(os.path.abspath(jax.__file__))
+_OWN_HOME = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def source_of(eqn: Any) -> str:
-    """`file.py:line` of the innermost frame outside JAX, or `unknown`."""
+    """`file.py:line` of the innermost frame outside JAX and autoshard, or `unknown`."""
     traceback = getattr(eqn.source_info, "traceback", None)
     for frame in getattr(traceback, "frames", ()) or ():
-        if not frame.file_name.startswith(_JAX_HOME) and "/jax/" not in frame.file_name:
+        if not frame.file_name.startswith((_JAX_HOME, _OWN_HOME)) and "/jax/" not in frame.file_name:
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return "unknown"
 
 
 def is_jax_own(jaxpr: Any) -> bool:
-    """Whether a jaxpr is of a function that JAX defines, such as `jnp.where`."""
-    return (getattr(jaxpr.debug_info, "func_filename", None) or "").startswith(_JAX_HOME)
+    """Whether a jaxpr is of a function that JAX or autoshard defines, such as `jnp.where`."""
+    return (getattr(jaxpr.debug_info, "func_filename", None) or "").startswith((_JAX_HOME, _OWN_HOME))
 
 
 def itemsize_of(dtype: Any) -> float:

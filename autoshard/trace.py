@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from autoshard.blocks import Literal, Traced
+from autoshard.captured import closed_over
 from autoshard.errors import TraceError
-from autoshard.jaxprs import closed_over
 from autoshard.tracer import Tracer
 from autoshard.traffic import with_traffic
 from costmodels.program import Program

@@ -14,11 +14,12 @@ import numpy as np
 from jax.extend import core as jex
 
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep
-from autoshard.errors import UnsupportedPrimitiveError
+from autoshard.captured import closed_over
+from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.jaxprs import (
     CALLS,
     INLINED,
-    closed_over,
+    KERNELS,
     is_held,
     needed,
     scan_counts,
@@ -26,9 +27,11 @@ from autoshard.jaxprs import (
     unique,
     without_sharding,
 )
+from autoshard.mapped import described, meaning
 from autoshard.pins import pinned_by
 from autoshard.rules import Rule, rule_for
 from autoshard.sources import is_jax_own, itemsize_of, source_of
+from autoshard.trips import Scalars, rounds
 from costmodels.program import Factor, OpClass, Operation, Region, Use, Value
 
 
@@ -43,6 +46,7 @@ class Tracer:
         self.warnings: list[str] = []
         self.held: dict[int, dict[int, Atom]] = {0: {}}
         self.caller = ""
+        self.scalars = Scalars(lambda atom: atom.value)
 
     # --- values and boundary operations -------------------------------------------------------------------------
 
@@ -134,7 +138,10 @@ class Tracer:
     def _equation(self, eqn, operands, region, steps) -> Sequence[Atom]:
         name = eqn.primitive.name
         if name in CALLS:
-            return self._call(eqn, operands, region, steps)
+            inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
+            return self._call(eqn, inner, operands, region, steps)
+        if name == "shard_map":
+            return self._mapped(eqn, operands, region, steps)
         if name == "optimization_barrier":
             return operands
         if name == "scan":
@@ -149,9 +156,17 @@ class Tracer:
         steps.append(step)
         return results
 
-    def _call(self, eqn, operands, region, steps) -> Sequence[Atom]:
+    def _mapped(self, eqn, operands, region, steps) -> Sequence[Atom]:
+        """Walks through what a `shard_map` means on whole arrays; all of it is at the user's line of the `shard_map`."""
+        where = self._where(eqn)
+        self.warnings.append(
+            f"the shard_map at {where} ({described(eqn)}) is planned as what it computes on whole arrays; its layouts are"
+            " pins where the topology has its axes, its collectives are planned anew"
+        )
+        return self._call(eqn, meaning(eqn), operands, region, steps)
+
+    def _call(self, eqn, inner, operands, region, steps) -> Sequence[Atom]:
         """Walks through a call: its equations become the caller's."""
-        inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
         jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update(zip(jaxpr.constvars, (self.constant(c, region) for c in consts), strict=True))
@@ -168,15 +183,19 @@ class Tracer:
     def _operation(self, eqn, operands, region) -> OpStep:
         name = eqn.primitive.name
         where = self._where(eqn)
+        if eqn.params.get("ordered") and name.startswith("debug"):
+            raise TraceError(
+                f"{name} at {where} is ordered, which JAX cannot keep to on more than one device; ordered=False would do."
+            )
         if eqn.effects:
             self.warnings.append(f"{name} at {where} has side effects, which run once per chip")
         rule = rule_for(name, [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars], eqn.params)
         if not rule.exact:
             if self.strict:
                 raise UnsupportedPrimitiveError(
-                    f"{name} at {where} has no sharding rule; register one, or trace without strict"
+                    f"{_called(eqn)} at {where} has no sharding rule; register one (autoshard.rule), or trace without strict"
                 )
-            self.warnings.append(f"{name} at {where} has no sharding rule: its arrays are whole on every chip")
+            self.warnings.append(f"{_called(eqn)} at {where} has no sharding rule: its arrays are whole on every chip")
         pinned = pinned_by(name, eqn.params, len(eqn.outvars[0].aval.shape)) if eqn.outvars else None
         eqn = without_sharding(eqn)
         index = self.reserve()
@@ -184,6 +203,7 @@ class Tracer:
         results = tuple(self.value(v.aval, f"{name} ({where})", region, origin) for v in eqn.outvars)
         op = self._costed(eqn, rule, operands, results, region, where)
         self.operations[index] = dataclasses.replace(op, pinned=pinned)
+        self.scalars.note(name, operands, results)
         return OpStep(index, eqn, rule, operands, results)
 
     def _costed(self, eqn, rule: Rule, operands, results, region, where) -> Operation:
@@ -193,7 +213,7 @@ class Tracer:
         traffic = tuple(place[k] if k >= 0 else k for k in rule.traffic if k < 0 or k in place)
         inputs = tuple(Use(operands[k], rule.inputs[k], region) for k in place)
         outputs = tuple(Use(value, dims, region) for value, dims in zip(results, rule.outputs, strict=True))
-        dtype = str(eqn.invars[0].aval.dtype) if eqn.invars else str(eqn.outvars[0].aval.dtype)
+        dtype = next((str(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)), "")
         return Operation(
             self._label(eqn, operands, where),
             eqn.primitive.name,
@@ -293,9 +313,8 @@ class Tracer:
     def _while(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
         where = self._where(eqn)
-        self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
-        inner = self.region("loop", region, 1, f"while ({where})")
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+        inner = self.region("loop", region, self._rounds(params, operands, where), f"while ({where})")
         closed = params["cond_jaxpr"], params["body_jaxpr"]
         if closed[0].out_avals[0].shape:
             closed = unbatched(*closed, n_cond, n_body)
@@ -328,6 +347,25 @@ class Tracer:
         step = LoopStep(eqn, tuple(constants), tuple(carries), (), (), block, test)
         return step, [b.outer_result for b in carries]
 
+    def _rounds(self, params, operands, where: str) -> int:
+        """How often a `while` is priced to run; says where that is not how often it runs."""
+        n_cond = params["cond_nconsts"]
+        first = n_cond + params["body_nconsts"]
+        found = rounds(
+            params,
+            lambda carry: self.scalars.number(operands[first + carry]),
+            lambda constant: self.scalars.number(operands[constant]),
+        )
+        if found is None:
+            self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
+            return 1
+        if not found.exact:
+            self.warnings.append(
+                f"while at {where}: priced as {found.count} rounds, its counter going from {found.start} to {found.end} by"
+                f" {found.step}; it may end before that"
+            )
+        return max(1, found.count)
+
     def _cond(self, eqn, operands, region) -> tuple[BranchStep, list[Atom]]:
         where = self._where(eqn)
         self.warnings.append(f"cond at {where}: every branch was priced as if it ran")
@@ -358,6 +396,12 @@ class Tracer:
             joins.append((self._identity(f"cond ({where})", "branch_join", inputs, [(result, region)], region), result))
         step = BranchStep(eqn, selector, select, tuple(entries), tuple(blocks), tuple(joins))
         return step, [result for _, result in joins]
+
+
+def _called(eqn: Any) -> str:
+    """A primitive by its name, a kernel by its own as well."""
+    kernel = eqn.params.get("name") if eqn.primitive.name in KERNELS else None
+    return f"{eqn.primitive.name} {kernel}" if kernel else eqn.primitive.name
 
 
 def _inner(boundary: Boundary) -> Atom:

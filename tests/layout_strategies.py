@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -25,6 +26,7 @@ from models import Block
 from autoshard.blocks import Block as StepBlock
 from autoshard.blocks import BranchStep, LoopStep, OpStep, Traced
 from autoshard.emit import emitted
+from autoshard.pins import with_pins
 from autoshard.trace import trace
 from costmodels.topology import Topology, parse_topology
 from search.problem import FORBIDDEN, Edge, Problem, build
@@ -235,6 +237,7 @@ def assert_layouts_do_not_matter(
     """Traces a function, runs it under `count` random feasible choices and compares with the unsharded results."""
     topology = cpu_topology(shape)
     traced = trace(fn, *args)
+    traced = replace(traced, program=with_pins(traced.program, traced.paths, topology, None)[0])
     assert_well_formed(traced)
     choices = random_choices(problem_of(traced, topology), np.random.default_rng(seed), count)
     unsharded = jax.jit(fn)(*args)

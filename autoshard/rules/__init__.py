@@ -3,7 +3,9 @@
 from autoshard.rules import contract as contract
 from autoshard.rules import elementwise as elementwise
 from autoshard.rules import indexing as indexing
+from autoshard.rules import ragged as ragged
 from autoshard.rules import random as random
+from autoshard.rules import registered as registered
 from autoshard.rules import shape as shape
 from autoshard.rules import window as window
 from autoshard.rules.rule import Factors as Factors

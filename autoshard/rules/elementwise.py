@@ -13,7 +13,7 @@ tan tanh threefry2x32 xor zeta
 """.split()
 LINEAR = "conj copy imag name neg real reduce_precision stop_gradient".split()
 MARKERS = """
-autoshard_pin device_put layout_constraint pvary reshard sharding_constraint with_memory_space_constraint
+autoshard_pin device_put layout_constraint pvary reshard shard_map_layout sharding_constraint with_memory_space_constraint
 """.split()
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
-from autoshard.rules.shape import element, single_elements, windowed
+from autoshard.rules.shape import cut_dims, element, shifted_by, single_elements, windowed
 from costmodels.program import FactorKind
 
 # --- Slices at a traced start
@@ -24,15 +24,20 @@ def _own_starts(rule: Rule, pieces: Pieces, window, starts) -> tuple[list, list]
     """The starts on this chip's piece, and per dimension with a single element whether this chip holds it.
 
     XLA clamps a start so that the window fits: of a dimension that is taken whole the window starts at 0 whatever the index
-    says, on a piece as on the whole; the index of a single element is clamped before its chip is found.
+    says, on a piece as on the whole; the index of a single element is clamped before its chip is found. So is that of a longer
+    window, whose start on the piece may then lie before or past it.
     """
     own, here = list(starts), []
     picked = single_elements(rule, pieces, window)
+    cut = cut_dims(rule, pieces, window)
     for i, dim in enumerate(rule.inputs[0]):
         if i in picked:
             last = rule.factors[dim[0]].size - 1
             own[i], inside = element(rule, pieces, i, jnp.clip(_signed(starts[i]), 0, last))
             here.append(inside)
+        elif i in cut:
+            room = rule.factors[dim[0]].size - rule.factors[window[i][0]].size
+            own[i] = jnp.clip(_signed(starts[i]), 0, room) - pieces.start(dim[0])
         elif any(pieces.is_split(f) for f in dim):
             own[i] = jnp.int32(0)
     return _alike(own), here
@@ -56,15 +61,19 @@ def _alike(starts) -> list:
 
 
 def _local_dynamic_slice(eqn, rule: Rule, pieces: Pieces, operand, *starts):
-    own, here = _own_starts(rule, pieces, rule.outputs[0], starts)
-    sizes = local_shape(rule.outputs[0], pieces)
-    found = lax.dynamic_slice(operand, own, sizes, allow_negative_indices=False)
+    window = rule.outputs[0]
+    own, here = _own_starts(rule, pieces, window, starts)
+    for i in cut_dims(rule, pieces, window):
+        if window[i]:
+            operand = shifted_by(operand, i, own[i], pieces.size(window[i][0]))
+            own[i] = jnp.zeros_like(own[i])
+    found = lax.dynamic_slice(operand, own, local_shape(window, pieces), allow_negative_indices=False)
     return [jnp.where(reduce(and_, here), found, jnp.zeros_like(found)) if here else found]
 
 
 @register("dynamic_slice")
 def dynamic_slice(inputs, outputs, **_):
-    """`[a,b,c],[] -> [a,d,1] sum={c}`: a dimension taken whole may be split, and one that a single element is taken of."""
+    """`[a,b,c],[] -> [a,d,1] sum={b,c}`: as `slice`; a dimension taken whole may be split as it is."""
     factors = Factors()
     single = "sum" if summable(inputs[0]) else "whole"
     left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)
@@ -74,11 +83,29 @@ def dynamic_slice(inputs, outputs, **_):
 
 
 def _local_update(eqn, rule: Rule, pieces: Pieces, operand, update, *starts):
-    own, here = _own_starts(rule, pieces, rule.inputs[1], starts)
+    window = rule.inputs[1]
+    own, here = _own_starts(rule, pieces, window, starts)
+    for i in cut_dims(rule, pieces, window):
+        if window[i]:
+            update, own[i], inside = _overlap(update, i, own[i], operand.shape[i])
+            here.append(inside)
     if here:
         present = lax.dynamic_slice(operand, own, update.shape, allow_negative_indices=False)
         update = jnp.where(reduce(and_, here), update, present)
     return [lax.dynamic_update_slice(operand, _row_major(update), own, allow_negative_indices=False)]
+
+
+def _overlap(update, dim: int, start, size: int):
+    """What of an update that begins at `start`, before, on or past a piece of `size`, lies on the piece.
+
+    **Returns:** that much of the update, where it begins on the piece, and which of its elements are the update's.
+    """
+    count = update.shape[dim]
+    length = min(count, size)
+    begin = jnp.clip(start, 0, size - length)
+    offset = begin - start
+    place = offset + lax.broadcasted_iota(offset.dtype, [length if i == dim else 1 for i in range(update.ndim)], dim)
+    return shifted_by(update, dim, offset, length), begin, (place >= 0) & (place < count)
 
 
 def _row_major(piece):
@@ -93,7 +120,7 @@ def _row_major(piece):
 
 @register("dynamic_update_slice")
 def dynamic_update_slice(inputs, outputs, **_):
-    """`[a,b,c],[a,d,1] -> [a,b,c]`: in place; a single element is written by the chip that holds it. Moves the update."""
+    """`[a,b,c],[a,d,1] -> [a,b,c]`: in place; each chip writes what lies on its piece. Moves the update."""
     factors = Factors()
     left, right = windowed(factors, inputs[0].shape, inputs[1].shape, "parallel")
     starts = ((),) * (len(inputs) - 2)

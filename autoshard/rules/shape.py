@@ -179,7 +179,9 @@ def windowed(
     """Dimensions of an array and of a window of it: equal ones, but for those in `shifted`, are shared and may be split.
 
     Where the window is a single element of a longer dimension, only one chip holds it and the dimension may be split as
-    well: `single` says what that does, `sum` to what is read (the other chips answer zero), `parallel` to what is written.
+    well: `single` says what that does, `sum` to what is read (the other chips answer zero), `parallel` to what is written. So
+    may one of which the window is less than half: what of it lies on a chip is read or written there. A longer window costs
+    less to read from a dimension that is gathered first.
     """
     left: list[tuple[int, ...]] = []
     right: list[tuple[int, ...]] = []
@@ -191,7 +193,7 @@ def windowed(
             left.append((factors.new(n, single),))
             right.append(())
         else:
-            left.append((factors.new(n, "whole"),))
+            left.append((factors.new(n, single if 2 * m < n else "whole"),))
             right.append((factors.new(m, "whole"),))
     return tuple(left), tuple(right)
 
@@ -204,20 +206,37 @@ def element(rule: Rule, pieces: Pieces, dim: int, index):
     return jnp.clip(local, 0, last), (local >= 0) & (local <= last)
 
 
-def single_elements(rule: Rule, pieces: Pieces, window: Dims) -> list[int]:
-    """The split dimensions of which the window is a single element."""
+def cut_dims(rule: Rule, pieces: Pieces, window: Dims) -> list[int]:
+    """The split dimensions of which the window is a part."""
     pairs = enumerate(zip(rule.inputs[0], window, strict=True))
     return [i for i, (dim, part) in pairs if dim != part and any(pieces.is_split(f) for f in dim)]
+
+
+def single_elements(rule: Rule, pieces: Pieces, window: Dims) -> list[int]:
+    """The split dimensions of which the window is a single element."""
+    return [i for i in cut_dims(rule, pieces, window) if not window[i]]
+
+
+def shifted_by(array, dim: int, start, size: int):
+    """`size` elements along a dimension from `start` on, which may lie before the first or past the last: zeros there."""
+    config = [(size, size, 0) if i == dim else (0, 0, 0) for i in range(array.ndim)]
+    padded = lax.pad(array, jnp.zeros((), array.dtype), config)
+    at = jnp.clip(start + size, 0, array.shape[dim] + size)
+    return lax.dynamic_slice_in_dim(padded, at, size, dim, allow_negative_indices=False)
 
 
 def _local_slice(eqn, rule: Rule, pieces: Pieces, operand, *_):
     starts, limits = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
     picked = single_elements(rule, pieces, rule.outputs[0])
     here = np.True_
-    for i in picked:
-        at, inside = element(rule, pieces, i, jnp.int32(starts[i]))
-        operand = lax.dynamic_slice_in_dim(operand, at, 1, i, allow_negative_indices=False)
-        here = here & inside
+    for i in cut_dims(rule, pieces, rule.outputs[0]):
+        if i in picked:
+            at, inside = element(rule, pieces, i, jnp.int32(starts[i]))
+            operand = lax.dynamic_slice_in_dim(operand, at, 1, i, allow_negative_indices=False)
+            here = here & inside
+        else:
+            begin = starts[i] - pieces.start(rule.inputs[0][i][0])
+            operand = shifted_by(operand, i, begin, limits[i] - starts[i])
     for i, dim in enumerate(rule.inputs[0]):
         if any(pieces.is_split(f) for f in dim):
             starts[i], limits[i] = 0, operand.shape[i]
@@ -227,7 +246,7 @@ def _local_slice(eqn, rule: Rule, pieces: Pieces, operand, *_):
 
 @register("slice")
 def slice_(inputs, outputs, **_):
-    """`[a,b,c] -> [a,d,1] sum={c}`: a cut dimension stays whole, unless a single element is taken of it."""
+    """`[a,b,c] -> [a,d,1] sum={b,c}`: of a split dimension each chip gives what it holds of the window, and zeros."""
     factors = Factors()
     single = "sum" if summable(inputs[0]) else "whole"
     left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)

@@ -1,0 +1,44 @@
+"""`autoshard trace`: what a function is made of, and which of its operations have sharding rules."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+
+def trace(
+    target: common.Target,
+    sizes: common.Settings = None,
+    census: Annotated[
+        bool, typer.Option("--census", help="One line per primitive: its rule, and its share of the time.")
+    ] = False,
+    chip: Annotated[str, typer.Option(metavar="CHIP", help="Whose roofline the times are of.")] = "v5e",
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse operations without a sharding rule.")] = False,
+    json: common.AsJson = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Trace a function without searching: its operations, and what share of its time has exact sharding rules.
+
+    autoshard trace --census examples/palm.py:decode --set batch=64
+    """
+    from autoshard.census import census_of, summary
+    from autoshard.trace import trace as traced
+    from costmodels.chips import UnknownChipError
+    from costmodels.chips import chip as chip_named
+
+    with common.reported(verbose):
+        try:
+            on = chip_named(chip)
+        except UnknownChipError as error:
+            raise common.Misuse(str(error)) from error
+        work = common.workload(target, common.settings(sizes))
+        found = traced(work.fn, *work.args, donate_argnums=work.donate_argnums, name=work.name, strict=strict)
+        counted = census_of(found.program, on)
+        if json:
+            typer.echo(json_module.dumps(counted.to_dict(), indent=1))
+        else:
+            typer.echo(counted.render() if census else summary(counted), nl=False)

@@ -1,0 +1,158 @@
+"""Rules that the user registers in a line: for a function that is opaque, such as a kernel, or for a primitive by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from autoshard.rules.einsum import Einsum, RuleError, parsed, rule_of
+from autoshard.rules.rule import REGISTRY, Pieces, Rule, local_shape
+
+_PREFIX = "rule:"
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """An opaque function of arrays with its rule; what JAX carries through a trace in its place."""
+
+    name: str
+    fn: Callable[..., Any]
+    einsum: Einsum
+    flops_per_point: float
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        return jax.tree.leaves(self.fn(*arrays))
+
+
+def rule(
+    text: str,
+    *,
+    whole: str = "",
+    sum: str = "",
+    max: str = "",
+    flops_per_point: float = 0.0,
+    primitive: str = "",
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A sharding rule for a function that autoshard is not to look into, such as a Pallas kernel.
+
+        @autoshard.rule("b s (k g) d, b t k d, b t k d -> b s (k g) d", whole="s t d", flops_per_point=4)
+        def attention(q, k, v):
+            return flash_attention_kernel(q, k, v)
+
+    The function is one operation of the plan, and runs on each chip with that chip's pieces: here those of its batch and of its
+    heads. Outside of plans nothing changes; under `jax.vmap` it is batched with its rule, and differentiated it is looked
+    into, so give forward and backward kernels a rule each inside a `jax.custom_vjp`.
+
+    **Arguments:**
+
+    - `text`: the dimensions of the arrays by name, operands and results separated by commas. The same name is the same
+      dimension; `(k g)` is one that merges two, the first major; `1` is one of size 1.
+    - `whole`: names of dimensions that cannot be split. A name that no result has is whole, unless it is summed.
+    - `sum`, `max`: names of dimensions that the function sums over or takes the maximum over: run on pieces, it gives partial
+      sums, or maxima of the pieces.
+    - `flops_per_point`: floating-point operations per point of the product of all dimensions; 4 for attention. By default
+      the function costs what its arrays take to read and write.
+    - `primitive`: instead of a function of yours, the JAX primitive of this name has the rule. The decorated function runs it
+      on one chip's pieces: it gets the equation's parameters as keyword arguments, and operands.
+
+    **Raises:** `RuleError` for a text that is none; at the call, for arrays that do not fit it.
+    """
+    kinds = {kind: names for kind, names in (("whole", whole), ("sum", sum), ("max", max)) if names}
+    einsum = parsed(text, kinds)  # pyright: ignore[reportArgumentType]
+    if primitive:
+        return functools.partial(_for_primitive, primitive, einsum, flops_per_point)
+    return functools.partial(_for_function, einsum, flops_per_point)
+
+
+def _for_function(einsum: Einsum, flops_per_point: float, fn: Callable[..., Any]) -> Callable[..., Any]:
+    name = getattr(fn, "__name__", type(fn).__name__)
+
+    @functools.wraps(fn)
+    def ruled(*arrays: Any, **static: Any) -> Any:
+        body = functools.partial(fn, **static) if static else fn
+        shape = jax.eval_shape(body, *arrays)
+        flat = _primitive(name).bind(*arrays, kernel=_Kernel(name, body, einsum, flops_per_point))
+        return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+    return ruled
+
+
+@functools.cache
+def _primitive(name: str) -> Primitive:
+    """The primitive that stands for all opaque functions of one name."""
+    made = Primitive(_PREFIX + name)
+    made.multiple_results = True
+    made.def_impl(lambda *arrays, kernel: kernel(*arrays))
+    made.def_abstract_eval(_abstract)
+    mlir.register_lowering(made, mlir.lower_fun(lambda *arrays, kernel: kernel(*arrays), multiple_results=True))
+    ad.primitive_jvps[made] = lambda primals, tangents, *, kernel: jax.jvp(
+        kernel, primals, tuple(map(ad.instantiate_zeros, tangents))
+    )
+    batching.primitive_batchers[made] = functools.partial(_batched, made)
+    REGISTRY[made.name] = _rule_of_kernel
+    return made
+
+
+def _abstract(*avals: Any, kernel: _Kernel) -> list[Any]:
+    made = jax.eval_shape(kernel, *(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals))
+    kernel.einsum.sizes(kernel.name, [aval.shape for aval in avals], [each.shape for each in made])
+    return [ShapedArray(each.shape, each.dtype) for each in made]
+
+
+def _batched(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, kernel: _Kernel) -> tuple[Any, Any]:
+    has = [axis is not None for axis in axes]
+    moved = [jax.numpy.moveaxis(a, axis, 0) if there else a for a, axis, there in zip(arrays, axes, has, strict=True)]
+    body = jax.vmap(kernel, in_axes=tuple(0 if there else None for there in has))
+    found = made.bind(*moved, kernel=replace(kernel, fn=body, einsum=kernel.einsum.batched(has)))
+    return found, [0] * len(found)
+
+
+def _rule_of_kernel(inputs: Sequence[Any], outputs: Sequence[Any], *, kernel: _Kernel) -> Rule:
+    return replace(_costed(kernel.einsum, kernel.name, kernel.flops_per_point, inputs, outputs), local=_run)
+
+
+def _costed(einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[Any], outputs: Sequence[Any]) -> Rule:
+    made = rule_of(einsum, name, [aval.shape for aval in inputs], [aval.shape for aval in outputs])
+    traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
+    return replace(
+        made,
+        op_class="matmul" if flops_per_point else "memory",
+        traffic=traffic,
+        flops_per_point=float(flops_per_point),
+    )
+
+
+def _run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
+    kernel: _Kernel = eqn.params["kernel"]
+    return _checked(kernel.name, made, pieces, kernel(*operands))
+
+
+def _checked(name: str, made: Rule, pieces: Pieces, found: Sequence[Any]) -> Sequence[Any]:
+    for k, (piece, dims) in enumerate(zip(found, made.outputs, strict=True)):
+        wanted = local_shape(dims, pieces)
+        if tuple(piece.shape) != wanted:
+            raise RuleError(
+                f"{name}, run on one chip's pieces, makes result {k} of the shape {list(piece.shape)}; its rule says"
+                f" {list(wanted)}. Name the dimensions whole that it cannot have in pieces."
+            )
+    return found
+
+
+def _for_primitive(
+    primitive: str, einsum: Einsum, flops_per_point: float, local: Callable[..., Any]
+) -> Callable[..., Any]:
+    def run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
+        return _checked(primitive, made, pieces, jax.tree.leaves(local(*operands, **eqn.params)))
+
+    def maker(inputs: Sequence[Any], outputs: Sequence[Any], **_: Any) -> Rule:
+        return replace(_costed(einsum, primitive, flops_per_point, inputs, outputs), local=run)
+
+    REGISTRY[primitive] = maker
+    return local
