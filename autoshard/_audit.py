@@ -29,7 +29,7 @@ import jax
 from autoshard import execution, hlo, targets
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
-from autoshard.pairing import Axes, Pair, axes_of, paired, shared
+from autoshard.pairing import Axes, Pair, axes_of, literal, paired, shared
 from autoshard.plan import Plan, PlannedCollective
 from autoshard.tables import size
 from costmodels.collectives import seconds_on, wire_bytes
@@ -111,6 +111,30 @@ class Audit:
             found[axes] = (planned + sent, compiled) if side == 0 else (planned, compiled + sent)
         return dict(sorted(found.items(), key=lambda item: -max(item[1])))
 
+    def saved_bytes(self) -> dict[Axes, float]:
+        """Per set of mesh axes: what the compiled program sends less for the same plan, per chip and step.
+
+        Such as an array that is gathered once for two uses. On host devices, which widen 16-bit floats and have no
+        reduce-scatter, this is what they send more, and negative.
+        """
+        found: dict[Axes, float] = {}
+        for pair in self.pairs:
+            if not (pair.planned and pair.compiled):
+                continue
+            less = sum(_sent(p, self.topology) for p in pair.planned) - sum(
+                _sent(c, self.topology) for c in pair.compiled
+            )
+            alike = literal(pair) and self.target != "host"
+            if not alike and (less > 0 or self.target == "host"):
+                axes = axes_of(pair.compiled[0], self.topology)
+                found[axes] = found.get(axes, 0.0) + less * pair.count
+        return found
+
+    def unplanned_bytes(self) -> float:
+        """What one chip sends in one step in collectives that do no planned one's work."""
+        alone = (pair for pair in self.pairs if not pair.planned)
+        return sum(_sent(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
         sent = [{"axes": list(axes), "planned": a, "compiled": b} for axes, (a, b) in self.wire_bytes().items()]
@@ -150,16 +174,15 @@ def audit(
 
     - `args`: the arguments the plan was searched for, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
     - `target`: "host" compiles for CPU devices of this machine, which is quick and partitions alike, "tpu" for the
-      plan's own chips with the real TPU compiler (libtpu), without any TPU.
+      plan's own chips with the real TPU compiler (libtpu), without any TPU, "gpu" with the real XLA:GPU compiler,
+      without any GPU (extra `gpu`).
     - `devices`: compile for these instead.
 
     **Raises:** `PlanMismatchError` when plan and function do not belong together; `AuditError` when the compiler
     refuses the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
     """
-    if target == "gpu":
-        raise AutoshardError('target="gpu" is not there yet: audit on "host", where the same collectives are compiled.')
-    if target not in ("host", "tpu"):
-        raise AutoshardError(f'target is {target!r}; "host" or "tpu" would do.')
+    if target not in ("host", "tpu", "gpu"):
+        raise AutoshardError(f'target is {target!r}; "host", "tpu" or "gpu" would do.')
     topology = plan.topology
     mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
@@ -176,6 +199,8 @@ def audit(
 def _devices(topology: Topology, target: Target) -> list[Any]:
     if target == "host":
         return targets.host_devices(topology.size)
+    if target == "gpu":
+        return targets.gpu_devices(topology)
     return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
@@ -215,7 +240,7 @@ def compare(
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `peak_bytes`: the compiled program's peak memory per chip, if it is known; it counts only for a TPU.
+    - `peak_bytes`: the compiled program's peak memory per chip, if it is known; on host devices it does not count.
     - `arrays`: number and type of the array that each planned collective sends, where they are known: what one array
       is sent for twice may be sent once, and host devices widen some types.
     """
@@ -230,7 +255,7 @@ def compare(
     wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
     differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
-    differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target == "tpu" else ()
+    differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
     cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
     return Audit(
         target,
@@ -276,11 +301,11 @@ def _judge(pair: Pair, topology: Topology, target: Target, wire_seconds: float) 
         text = f"{_described(pair.planned, topology, pair.count)}, {pair.planned[0].where}: not in the compiled program"
         return Difference("missing", text, bytes, share, noticeable)
     if not pair.planned:
-        place = _place(pair.compiled[0])
-        text = f"{_described(pair.compiled, topology, pair.count)}{place}: not in the plan"
+        text = f"{_described(pair.compiled, topology, pair.count)}{_place(pair.compiled[0])}: not in the plan"
+        if any(each.only_sliced for each in pair.compiled):
+            text += ", and only slices of it are used (an involuntary full rematerialization)"
         return Difference("unplanned", text, bytes, share, noticeable)
-    spelled, asked = {c.kind for c in pair.compiled}, {p.kind for p in pair.planned}
-    if spelled == asked and len(pair.planned) == len(pair.compiled):
+    if literal(pair):
         return None
     text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):

@@ -88,6 +88,11 @@ def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topolo
     return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
 
 
+def literal(pair: Pair) -> bool:
+    """Whether every planned collective of a pair is compiled to one of its kind."""
+    return {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(pair.compiled)
+
+
 @dataclass(eq=False)
 class _Lot:
     """A collective of either side, and how many of its executions have no partner yet."""
