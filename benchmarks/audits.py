@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "audits.json"
@@ -32,6 +32,9 @@ GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
 CASE_SECONDS = 1500
 LIMITS = {"wire": 0.02, "unplanned": 0.01, "peak": 0.05}
 """By how much compiled may differ from planned: bytes on the wire per set of axes, bytes not planned, peak memory."""
+
+
+Target = Literal["tpu", "host", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Case:
     phase: str
     sizes: Mapping[str, Any]
     topology: str
-    target: str
+    target: Target
 
     @property
     def name(self) -> str:
@@ -60,12 +63,12 @@ _SLICES = {
     ("llama", "70b"): ("v5e:4x4", "v5p:2x2x4"),
     ("llama", "405b"): ("v4:4x4x4", "v5p:4x4x8"),
 }
-_BATCHES = {"decode": {"8b": 32, "62b": 32, "70b": 16}, "prefill": {"8b": 4}}
+_BATCHES = {"decode": {"70b": 16}, "prefill": {"8b": 4}}
 _OFTEN = {"decode": 64, "prefill": 1}
 _HOSTS, _GPUS = ("cpu:2x2x2", "cpu:4x4x4"), ("h100:8", "h100:4x8")
 
 
-def _cases(models: Sequence[tuple[str, str]], slices: Mapping[Any, Sequence[str]], target: str) -> list[Case]:
+def _cases(models: Sequence[tuple[str, str]], slices: Mapping[Any, Sequence[str]], target: Target) -> list[Case]:
     return [
         Case(model, size, phase, {"size": size, "batch": _BATCHES[phase].get(size, _OFTEN[phase])}, topology, target)
         for model, size in models

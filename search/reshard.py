@@ -106,8 +106,8 @@ zero-padded arrays with twice the bytes. Over fewer axes, in any order, both com
 
 SCATTER_ROWS, SCATTER_LANE_BYTES = 8, 512
 """What a reduce-scatter must leave on a chip, in the two minor dimensions (not counting those of size 1): 8 rows, and a
-multiple of 512 bytes of lanes. Measured as above, 64 KiB to 64 MiB in bfloat16 and float32: with less it compiles to an
-all-reduce and a slice.
+multiple of 512 bytes of lanes where it scatters these. Measured as above, 8 KiB to 64 MiB in bfloat16 and float32: with
+less, or with one dimension only, it compiles to an all-reduce and a slice.
 """
 
 
@@ -124,11 +124,10 @@ def emittable(step: Step, shape: Sequence[int], itemsize: float, topology: Topol
 
 def _tiles(step: Step, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
     local = local_shape(shape, step.target, topology.axis_sizes)
-    piece = local[step.target_dim]
-    from_minor = sum(n > 1 for n in local[step.target_dim + 1 :])
-    if from_minor == 0:
-        return piece * itemsize % SCATTER_LANE_BYTES == 0
-    return from_minor > 1 or piece >= SCATTER_ROWS
+    kept = [i for i, n in enumerate(local) if n > 1 or i == step.target_dim]
+    if len(kept) < 2 or local[kept[-2]] < SCATTER_ROWS:
+        return False
+    return step.target_dim != kept[-1] or local[kept[-1]] * itemsize % SCATTER_LANE_BYTES == 0
 
 
 class StepGraph(NamedTuple):
@@ -172,9 +171,20 @@ def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Step]
 
 
 def permuted_axes(a: Layout, b: Layout) -> Axes:
-    """The axes whose coordinates a permutation between two layouts changes."""
-    moved = {axis for x, y in zip(a.dims, b.dims, strict=True) if x != y for axis in (*x, *y)}
+    """The axes whose coordinates a permutation between two layouts changes.
+
+    Axes that both layouts have at the major or the minor end of a dimension tell apart pieces that stay where they are.
+    """
+    moved = {axis for x, y in zip(a.dims, b.dims, strict=True) for axis in _between(x, y)}
     return tuple(sorted(moved))
+
+
+def _between(x: Axes, y: Axes) -> Axes:
+    """What is left of two tuples of axes without those that both begin with, and those that both end with."""
+    major = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+    x, y = x[major:], y[major:]
+    minor = next((i for i, (p, q) in enumerate(zip(x[::-1], y[::-1], strict=False)) if p != q), min(len(x), len(y)))
+    return (*x[: len(x) - minor], *y[: len(y) - minor])
 
 
 @dataclass(frozen=True)
