@@ -167,24 +167,26 @@ def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Step]
         if prod(counts) > 1:
             alike.setdefault((counts, layout.partial), []).append(layout)
     pairs = ((a, b) for group in alike.values() for a in group for b in group if a != b)
-    return [Step("collective-permute", permuted_axes(a, b), a, b) for a, b in pairs]
+    return [Step("collective-permute", permuted_axes(a, b, sizes), a, b) for a, b in pairs]
 
 
-def permuted_axes(a: Layout, b: Layout) -> Axes:
+def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
     """The axes whose coordinates a permutation between two layouts changes.
 
-    Axes that both layouts have at the major or the minor end of a dimension tell apart pieces that stay where they are.
+    A piece's number along a dimension is made of the coordinates of its axes, major to minor. An axis that both layouts
+    have in the same place of that number tells apart pieces that keep its coordinate.
     """
-    moved = {axis for x, y in zip(a.dims, b.dims, strict=True) for axis in _between(x, y)}
-    return tuple(sorted(moved))
+    before, after = _places(a, sizes), _places(b, sizes)
+    return tuple(sorted(axis for axis in {*before, *after} if before.get(axis) != after.get(axis)))
 
 
-def _between(x: Axes, y: Axes) -> Axes:
-    """What is left of two tuples of axes without those that both begin with, and those that both end with."""
-    major = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
-    x, y = x[major:], y[major:]
-    minor = next((i for i, (p, q) in enumerate(zip(x[::-1], y[::-1], strict=False)) if p != q), min(len(x), len(y)))
-    return (*x[: len(x) - minor], *y[: len(y) - minor])
+def _places(layout: Layout, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Axis to the dimension that it splits, and by how many pieces one step along it moves on."""
+    return {
+        axis: (i, prod(sizes[minor] for minor in dim[k + 1 :]))
+        for i, dim in enumerate(layout.dims)
+        for k, axis in enumerate(dim)
+    }
 
 
 @dataclass(frozen=True)
