@@ -21,7 +21,7 @@ Shares are of the plan's time on the wire, with compiled collectives priced by t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,9 +30,11 @@ import jax
 from autoshard import execution, hlo, targets
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
+from autoshard.hlo_costs import matmul_flops
 from autoshard.pairing import Axes, Pair, axes_of, literal, matched
 from autoshard.plan import Plan, PlannedCollective
 from autoshard.tables import size
+from autoshard.work import planned_flops, repeated
 from costmodels.collectives import seconds_on, wire_bytes
 from costmodels.topology import Topology
 from search.solution import collectives as solution_collectives
@@ -46,7 +48,13 @@ MEMORY_TOLERANCE = 0.05
 
 Target = Literal["host", "tpu", "gpu"]
 Kind = Literal[
-    "same plan at lower cost", "same plan", "same plan at higher cost", "missing", "unplanned", "peak memory"
+    "same plan at lower cost",
+    "same plan",
+    "same plan at higher cost",
+    "missing",
+    "unplanned",
+    "replicated",
+    "peak memory",
 ]
 
 
@@ -59,8 +67,8 @@ class Difference:
     """One way in which the compiled program is not word for word the plan.
 
     `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part
-    of the plan's time on the wire, or of the planned peak, that is at stake. `counts` says whether the audit fails by
-    it.
+    of the plan's time on the wire, of the planned peak or of the planned FLOPs, that is at stake. `counts` says whether
+    the audit fails by it.
     """
 
     kind: Kind
@@ -78,6 +86,7 @@ class Audit:
     - `collectives`: everything that the compiled program sends.
     - `pairs`: planned beside compiled.
     - `peak_bytes`: per chip, as the compiler reports it; None where it does not.
+    - `planned_flops`, `flops`: of the matmuls of one chip and step, planned and compiled.
     - `compute_seconds`: the compiler's own estimate of everything but collectives; None where it makes none.
     """
 
@@ -93,6 +102,8 @@ class Audit:
     differences: tuple[Difference, ...]
     peak_bytes: float | None
     compute_seconds: float | None
+    planned_flops: float
+    flops: float
 
     @property
     def ok(self) -> bool:
@@ -146,6 +157,7 @@ class Audit:
             "target": self.target,
             "plan": self.name,
             "topology": self.topology.name,
+            "flops": {"planned": self.planned_flops, "compiled": self.flops},
             "peak_bytes": {"planned": self.planned_peak_bytes, "compiled": self.peak_bytes},
             "seconds": {
                 "planned": self.planned_seconds,
@@ -259,6 +271,8 @@ def compare(
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
     differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
     differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
+    due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
+    differences += _judge_work(due, done)
     cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
     return Audit(
         target,
@@ -273,6 +287,8 @@ def compare(
         tuple(sorted(differences, key=lambda d: (not d.counts, -abs(d.share)))),
         peak_bytes,
         cycles / clock if cycles and clock else None,
+        sum(due.values()),
+        sum(done.values()),
     )
 
 
@@ -336,6 +352,14 @@ def _judge_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: flo
     if runs:
         text = f"host devices have no 16-bit collectives: {runs} runs send float32 instead"
         yield Difference("same plan", text, more, abs(seconds) / wire_seconds, False)
+
+
+def _judge_work(planned: Mapping[str, float], compiled: Mapping[str, float]) -> Iterator[Difference]:
+    for each in repeated(planned, compiled, NOTICEABLE):
+        times = f"{each.compiled / each.planned:.2f} times the planned" if each.planned else "unplanned"
+        text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs: an operand is replicated"
+        share = (each.compiled - each.planned) / max(sum(planned.values()), 1.0)
+        yield Difference("replicated", text, 0.0, share, True)
 
 
 def _judge_memory(planned: float, compiled: float) -> Iterator[Difference]:
