@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PEER_VENV := .venv-peer
+GPU_VENV := .venv-gpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search bench-overhead bench-peers calibration wheel clean
+.PHONY: help demo test lint format bench-search bench-audit bench-overhead bench-peers calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -32,6 +33,9 @@ format: $(VENV)/.dev  ## put the code in house style
 bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchmarks/results/search.json
 	$(BIN)/python benchmarks/search_times.py
 
+bench-audit: $(VENV)/.tpu $(GPU_VENV)/.gpu  ## compiled TPU, GPU and host programs against their plans (ARGS="--resume" goes on)
+	$(BIN)/python benchmarks/audits.py --gpu-python $(GPU_VENV)/bin/python $(ARGS)
+
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
 
@@ -45,7 +49,7 @@ wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
 
 clean:  ## forget the environment and everything built
-	rm -rf $(VENV) $(PEER_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEER_VENV) $(GPU_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # One environment, one stamp for each thing that was put into it.
 $(VENV)/.core: pyproject.toml
@@ -74,3 +78,10 @@ $(PEER_VENV)/.jax:
 	@$(PYTHON) -m venv $(PEER_VENV)
 	@$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'jax[tpu]==0.9.2' 'libtpu==0.0.37' \
 		&& touch $@ || echo "jax 0.9.2 could not be installed: going on without AutoSharding; its rows will say so"
+
+# The GPU compiler beside a JAX of its own: 4.4 GB that no test needs.
+$(GPU_VENV)/.gpu: pyproject.toml
+	@echo "Setting up $(GPU_VENV): jax[cuda13], which has the GPU compiler (4.4 GB)..."
+	@$(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu]' \
+		&& touch $@ || echo "jax[cuda13] could not be installed: going on without the GPU compiler; its rows will say so"

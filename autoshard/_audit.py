@@ -10,17 +10,18 @@ as often. What a compiler may do to a plan without making it another plan is rec
 | runs a planned all-reduce as a reduce-scatter and an all-gather | at the same cost |
 | reduces and slices where a reduce-scatter was planned | at higher cost; host devices have nothing else |
 | gathers by an all-reduce of arrays padded with zeros | at higher cost |
+| reduces and scatters padded rows, then moves a few to their owners | at higher cost |
 | reduces bf16 as f32, on host devices | at twice the bytes |
 
-Higher cost counts on a TPU; host devices only show that the program is partitioned as planned. Everything else that was
-planned is *missing*, everything else that was compiled is *unplanned*. Shares are of the plan's time on the wire, with
-compiled collectives priced by the model that priced the planned ones.
+Higher cost counts on a TPU or GPU, from 2 % of the plan's time on the wire; host devices only show that the program is
+partitioned as planned. Everything else that was planned is *missing*, everything else that was compiled is *unplanned*.
+Shares are of the plan's time on the wire, with compiled collectives priced by the model that priced the planned ones.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,21 +30,31 @@ import jax
 from autoshard import execution, hlo, targets
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
-from autoshard.pairing import Axes, Pair, axes_of, paired, shared
+from autoshard.hlo_costs import matmul_flops
+from autoshard.pairing import Axes, Pair, axes_of, literal, matched
 from autoshard.plan import Plan, PlannedCollective
 from autoshard.tables import size
+from autoshard.work import planned_flops, repeated
 from costmodels.collectives import seconds_on, wire_bytes
 from costmodels.topology import Topology
 from search.solution import collectives as solution_collectives
 
 NOTICEABLE = 0.01
 """The share of the plan's time on the wire above which a difference counts."""
+HIGHER_COST = 0.02
+"""The share of the plan's time on the wire by which one difference may make the same plan dearer."""
 MEMORY_TOLERANCE = 0.05
 """By how much of the planned peak the compiled one may differ."""
 
 Target = Literal["host", "tpu", "gpu"]
 Kind = Literal[
-    "same plan at lower cost", "same plan", "same plan at higher cost", "missing", "unplanned", "peak memory"
+    "same plan at lower cost",
+    "same plan",
+    "same plan at higher cost",
+    "missing",
+    "unplanned",
+    "replicated",
+    "peak memory",
 ]
 
 
@@ -56,8 +67,8 @@ class Difference:
     """One way in which the compiled program is not word for word the plan.
 
     `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part
-    of the plan's time on the wire, or of the planned peak, that is at stake. `counts` says whether the audit fails by
-    it.
+    of the plan's time on the wire, of the planned peak or of the planned FLOPs, that is at stake. `counts` says whether
+    the audit fails by it.
     """
 
     kind: Kind
@@ -75,6 +86,7 @@ class Audit:
     - `collectives`: everything that the compiled program sends.
     - `pairs`: planned beside compiled.
     - `peak_bytes`: per chip, as the compiler reports it; None where it does not.
+    - `planned_flops`, `flops`: of the matmuls of one chip and step, planned and compiled.
     - `compute_seconds`: the compiler's own estimate of everything but collectives; None where it makes none.
     """
 
@@ -90,6 +102,8 @@ class Audit:
     differences: tuple[Difference, ...]
     peak_bytes: float | None
     compute_seconds: float | None
+    planned_flops: float
+    flops: float
 
     @property
     def ok(self) -> bool:
@@ -111,6 +125,30 @@ class Audit:
             found[axes] = (planned + sent, compiled) if side == 0 else (planned, compiled + sent)
         return dict(sorted(found.items(), key=lambda item: -max(item[1])))
 
+    def saved_bytes(self) -> dict[Axes, float]:
+        """Per set of mesh axes: what the compiled program sends less for the same plan, per chip and step.
+
+        Such as an array that is gathered once for two uses. On host devices, which widen 16-bit floats and have no
+        reduce-scatter, this is what they send more, and negative.
+        """
+        found: dict[Axes, float] = {}
+        for pair in self.pairs:
+            if not (pair.planned and pair.compiled):
+                continue
+            less = sum(_sent(p, self.topology) for p in pair.planned) - sum(
+                _sent(c, self.topology) for c in pair.compiled
+            )
+            alike = literal(pair) and self.target != "host"
+            if not alike and (less > 0 or self.target == "host"):
+                axes = axes_of(pair.compiled[0], self.topology)
+                found[axes] = found.get(axes, 0.0) + less * pair.count
+        return found
+
+    def unplanned_bytes(self) -> float:
+        """What one chip sends in one step in collectives that do no planned one's work."""
+        alone = (pair for pair in self.pairs if not pair.planned)
+        return sum(_sent(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
         sent = [{"axes": list(axes), "planned": a, "compiled": b} for axes, (a, b) in self.wire_bytes().items()]
@@ -119,6 +157,7 @@ class Audit:
             "target": self.target,
             "plan": self.name,
             "topology": self.topology.name,
+            "flops": {"planned": self.planned_flops, "compiled": self.flops},
             "peak_bytes": {"planned": self.planned_peak_bytes, "compiled": self.peak_bytes},
             "seconds": {
                 "planned": self.planned_seconds,
@@ -150,16 +189,15 @@ def audit(
 
     - `args`: the arguments the plan was searched for, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
     - `target`: "host" compiles for CPU devices of this machine, which is quick and partitions alike, "tpu" for the
-      plan's own chips with the real TPU compiler (libtpu), without any TPU.
+      plan's own chips with the real TPU compiler (libtpu), without any TPU, "gpu" with the real XLA:GPU compiler,
+      without any GPU (extra `gpu`).
     - `devices`: compile for these instead.
 
     **Raises:** `PlanMismatchError` when plan and function do not belong together; `AuditError` when the compiler
     refuses the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
     """
-    if target == "gpu":
-        raise AutoshardError('target="gpu" is not there yet: audit on "host", where the same collectives are compiled.')
-    if target not in ("host", "tpu"):
-        raise AutoshardError(f'target is {target!r}; "host" or "tpu" would do.')
+    if target not in ("host", "tpu", "gpu"):
+        raise AutoshardError(f'target is {target!r}; "host", "tpu" or "gpu" would do.')
     topology = plan.topology
     mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
@@ -176,6 +214,8 @@ def audit(
 def _devices(topology: Topology, target: Target) -> list[Any]:
     if target == "host":
         return targets.host_devices(topology.size)
+    if target == "gpu":
+        return targets.gpu_devices(topology)
     return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
@@ -215,7 +255,7 @@ def compare(
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `peak_bytes`: the compiled program's peak memory per chip, if it is known; it counts only for a TPU.
+    - `peak_bytes`: the compiled program's peak memory per chip, if it is known; on host devices it does not count.
     - `arrays`: number and type of the array that each planned collective sends, where they are known: what one array
       is sent for twice may be sent once, and host devices widen some types.
     """
@@ -225,12 +265,14 @@ def compare(
     rows = [(p, *of) for p, of in zip(estimate.collectives, known, strict=True) if axes_of(p, topology)]
     planned = [p for p, _, _ in rows]
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
-    pairs = shared(paired(planned, compiled, topology, widths), {id(p): value for p, value, _ in rows})
+    pairs = matched(planned, [value for _, value, _ in rows], compiled, topology, widths)
     spent = sum(seconds_of(c, topology) * c.count for c in compiled)
     wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
     differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
-    differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target == "tpu" else ()
+    differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
+    due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
+    differences += _judge_work(due, done)
     cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
     return Audit(
         target,
@@ -245,6 +287,8 @@ def compare(
         tuple(sorted(differences, key=lambda d: (not d.counts, -abs(d.share)))),
         peak_bytes,
         cycles / clock if cycles and clock else None,
+        sum(due.values()),
+        sum(done.values()),
     )
 
 
@@ -276,18 +320,18 @@ def _judge(pair: Pair, topology: Topology, target: Target, wire_seconds: float) 
         text = f"{_described(pair.planned, topology, pair.count)}, {pair.planned[0].where}: not in the compiled program"
         return Difference("missing", text, bytes, share, noticeable)
     if not pair.planned:
-        place = _place(pair.compiled[0])
-        text = f"{_described(pair.compiled, topology, pair.count)}{place}: not in the plan"
+        text = f"{_described(pair.compiled, topology, pair.count)}{_place(pair.compiled[0])}: not in the plan"
+        if any(each.only_sliced for each in pair.compiled):
+            text += ", and only slices of it are used (an involuntary full rematerialization)"
         return Difference("unplanned", text, bytes, share, noticeable)
-    spelled, asked = {c.kind for c in pair.compiled}, {p.kind for p in pair.planned}
-    if spelled == asked and len(pair.planned) == len(pair.compiled):
+    if literal(pair):
         return None
     text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):
         return Difference("same plan at lower cost", text, bytes, share, False)
     if target == "host" or not compiled > planned * (1 + 1e-9):
         return Difference("same plan", text, bytes, share, False)
-    return Difference("same plan at higher cost", text, bytes, share, noticeable)
+    return Difference("same plan at higher cost", text, bytes, share, share > HIGHER_COST)
 
 
 def _judge_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Difference]:
@@ -308,6 +352,14 @@ def _judge_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: flo
     if runs:
         text = f"host devices have no 16-bit collectives: {runs} runs send float32 instead"
         yield Difference("same plan", text, more, abs(seconds) / wire_seconds, False)
+
+
+def _judge_work(planned: Mapping[str, float], compiled: Mapping[str, float]) -> Iterator[Difference]:
+    for each in repeated(planned, compiled, NOTICEABLE):
+        times = f"{each.compiled / each.planned:.2f} times the planned" if each.planned else "unplanned"
+        text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs: an operand is replicated"
+        share = (each.compiled - each.planned) / max(sum(planned.values()), 1.0)
+        yield Difference("replicated", text, 0.0, share, True)
 
 
 def _judge_memory(planned: float, compiled: float) -> Iterator[Difference]:

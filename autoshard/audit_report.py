@@ -20,6 +20,7 @@ def render(audit: Audit, width: int = WIDTH) -> str:
     return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
 
 
+_SHARES = {"peak memory": "of the planned peak", "replicated": "of the planned FLOPs"}
 _TARGETS = {"host": "host devices", "tpu": "the TPU", "gpu": "the GPU"}
 
 
@@ -82,6 +83,9 @@ def _chip(audit: Audit, width: int) -> Iterator[str]:
     if audit.peak_bytes is not None:
         ratio = f"{audit.peak_bytes / audit.planned_peak_bytes:.4f}"
         rows.append(("peak memory", size(audit.planned_peak_bytes), size(audit.peak_bytes), ratio))
+    if audit.planned_flops and audit.flops:
+        ratio = f"{audit.flops / audit.planned_flops:.4f}"
+        rows.append(("FLOPs of matmuls", f"{audit.planned_flops:.4g}", f"{audit.flops:.4g}", ratio))
     if audit.compute_seconds is not None:
         on_chip = audit.planned_seconds - audit.planned_collective_seconds
         rows.append(_times("time on the chip (compiler's cycles)", on_chip, audit.compute_seconds))
@@ -104,7 +108,7 @@ def _differences(audit: Audit, width: int) -> Iterator[str]:
 
 
 def _difference(each: Difference) -> str:
-    of = "of the planned peak" if each.kind == "peak memory" else "of the time on the wire"
+    of = _SHARES.get(each.kind, "of the time on the wire")
     mark = "" if each.counts or each.kind.startswith("same plan") else ", too small to count"
     return f"{each.kind}: {each.text} ({percent(each.share)} {of}{mark})"
 

@@ -8,6 +8,7 @@ and so nothing to misread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
@@ -120,12 +122,13 @@ class Runner:
     def block(self, block: Block, scope: _Scope) -> None:
         """Runs a block's steps in order."""
         for step in block.steps:
-            if isinstance(step, OpStep):
-                self._operation(step, scope)
-            elif isinstance(step, LoopStep):
-                self._loop(step, scope)
-            else:
-                self._branch(step, scope)
+            with _as_written(step.eqn):
+                if isinstance(step, OpStep):
+                    self._operation(step, scope)
+                elif isinstance(step, LoopStep):
+                    self._loop(step, scope)
+                else:
+                    self._branch(step, scope)
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -236,6 +239,12 @@ class Runner:
         results = lax.switch(selector, [branch(k) for k in range(len(step.blocks))], entering)
         for (_, value), piece in zip(step.joins, results, strict=True):
             scope.put(value, piece)
+
+
+def _as_written(eqn: Any) -> AbstractContextManager[None]:
+    """Gives what is emitted for an equation the equation's place in the user's code, which compiled programs keep."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
 
 def _stacked(op: Any) -> int:

@@ -27,6 +27,7 @@ from autoshard.hlo_text import (
     shape_dtype,
     trip_count,
     tuple_parts,
+    users,
 )
 
 _KINDS = {
@@ -39,6 +40,7 @@ _KINDS = {
 }
 _REDUCTIONS = {"maximum": "max", "minimum": "min"}
 _RESHAPING = {"bitcast", "copy", "pad", "reshape", "slice", "transpose"}
+_VIEWS = (_RESHAPING - {"pad"}) | {"convert"}
 _GROUPS = re.compile(
     r"\b(replica_groups|source_target_pairs)="
     r"(\{(?:\{[\d,\s]*\},?\s*)*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|@?mesh[\[<].*?\{[^}]*\})"
@@ -66,6 +68,8 @@ class CompiledCollective:
     - `reduction`: "add", "max", ... of a reduce-scatter or all-reduce.
     - `count_known`: False where a loop's length could not be read, and `count` is a guess: its bound, or once.
     - `groups`: the replica groups or source-target pairs as the program spells them.
+    - `only_sliced`: an all-gather of which the program uses nothing but slices: a change of layout that the partitioner
+      knew no other way for (it warns of an "involuntary full rematerialization").
     """
 
     kind: str
@@ -80,6 +84,7 @@ class CompiledCollective:
     count_known: bool = True
     dtype: str = ""
     groups: str = ""
+    only_sliced: bool = False
 
 
 def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollective, ...]:
@@ -179,13 +184,14 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
         bytes=shape_bytes(shape),
         count=site.count,
         op_name=_annotation(site, module, _op_name),
-        source=_annotation(site, module, lambda inst: _source(inst, module)),
+        source=_annotation(site, module, module.source),
         asynchronous=any(each.endswith("-start") for each in _opcodes(site)),
         spelling=_spelling(site, kind, module),
         reduction=_reduction(inst, module),
         count_known=site.count_known,
         dtype=shape_dtype(shape),
         groups=groups,
+        only_sliced=kind == "all-gather" and _only_sliced(inst.name, scope, module),
     )
 
 
@@ -219,6 +225,26 @@ def _before_padding(name: str, scope: Scope) -> Instruction | None:
     while inst and inst.opcode in ("bitcast", "copy", "pad") and (origin := scope.operand(inst.operands[0])):
         inst = origin
     return inst
+
+
+def _only_sliced(name: str, scope: Scope, module: Module) -> bool:
+    """Whether slices of a value are all that is used of it, seen through views, fusions and asynchronous pairs."""
+    found = users(scope.computation).get(name, [])
+    return bool(found) and all(_slices(each, name, scope, module) for each in found)
+
+
+def _slices(user: Instruction, name: str, scope: Scope, module: Module) -> bool:
+    if user.opcode == "dynamic-slice":
+        return user.operands[0] == name
+    if user.opcode in _VIEWS or user.opcode.endswith("-done"):
+        return _only_sliced(user.name, scope, module)
+    if user.opcode == "fusion":
+        inner = Scope(module.computations[user.called()[0]], user, scope)
+        taken = (inst for inst in inner.computation.instructions.values() if inst.opcode == "parameter")
+        return all(
+            _only_sliced(inst.name, inner, module) for inst in taken if user.operands[int(inst.arguments)] == name
+        )
+    return False
 
 
 def _spelling(site: _Site, kind: str, module: Module) -> str:
@@ -288,13 +314,6 @@ def _annotation(site: _Site, module: Module, of: Callable[[Instruction], str]) -
 def _op_name(inst: Instruction) -> str:
     found = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', inst.attributes)
     return found[1] if found else ""
-
-
-def _source(inst: Instruction, module: Module) -> str:
-    if frame := re.search(r"\bstack_frame_id=(\d+)", inst.attributes):
-        return module.sources.get(frame[1], "")
-    found = re.search(r'source_file="(?:[^"]*/)?([^"]*)" source_line=(\d+)', inst.attributes)
-    return f"{found[1]}:{found[2]}" if found else ""
 
 
 # Replica groups. With the mesh row-major over its axes, a device number is a coordinate on each axis. A collective

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoshard.hlo_text import Instruction, Module, Scope, parse, shape_bytes, trip_count
+from autoshard.hlo_text import Instruction, Module, Scope, parse, shape_bytes, trip_count, tuple_parts
 
 _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
@@ -49,10 +49,24 @@ def compiled_costs(text: str) -> CompiledCosts:
     flops = moved = 0.0
     known = True
     for scope, inst, count, certain in _executed(Scope(module.computations[module.entry]), module, 1, True):
-        flops += count * _flops(inst, scope, module)
+        flops += count * sum(each for _, each in _matmuls(inst, scope, module))
         moved += count * _moved(inst, scope, module)
         known = known and certain
     return CompiledCosts(flops, moved, known)
+
+
+def matmul_flops(text: str) -> dict[str, float]:
+    """FLOPs of the matmuls of one run, loops multiplied, by the line of the user's code (`file.py:12`) they stem from.
+
+    **Raises:** `ValueError` when the text is not a compiled program.
+    """
+    module = parse(text)
+    found: dict[str, float] = {}
+    for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
+        for matmul, flops in _matmuls(inst, scope, module):
+            source = module.source(matmul) or module.source(inst)
+            found[source] = found.get(source, 0.0) + count * flops
+    return found
 
 
 def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator[tuple[Scope, Instruction, int, bool]]:
@@ -73,16 +87,30 @@ def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator
 # --- FLOPs
 
 
-def _flops(inst: Instruction, scope: Scope, module: Module) -> float:
+def _matmuls(inst: Instruction, scope: Scope, module: Module) -> Iterator[tuple[Instruction, float]]:
+    """The matmuls that an instruction is or, as a fusion, holds, with their FLOPs."""
     if inst.opcode == "fusion":
         inner = Scope(module.computations[inst.called()[0]], inst, scope)
-        return sum(_flops(each, inner, module) for each in inner.computation.instructions.values())
-    if inst.opcode == "dot":
+        for each in inner.computation.instructions.values():
+            yield from _matmuls(each, inner, module)
+    elif inst.opcode == "dot":
         left = scope.operand(inst.operands[0])
         summed = _numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", inst.structure))
         sizes = _sizes(left.shape) if left else []
-        return 2.0 * math.prod(_sizes(inst.shape)) * math.prod(sizes[i] for i in summed)
-    return _convolution_flops(inst, scope) if inst.opcode == "convolution" else 0.0
+        yield inst, 2.0 * math.prod(_sizes(inst.shape)) * math.prod(sizes[i] for i in summed)
+    elif inst.opcode == "convolution":
+        yield inst, _convolution_flops(inst, scope)
+    elif inst.opcode == "custom-call" and "$gemm" in inst.structure:
+        yield inst, _gemm_flops(inst, scope)
+
+
+def _gemm_flops(inst: Instruction, scope: Scope) -> float:
+    """A GPU library's matmul: its result, or the first of its results, times what it sums over."""
+    left = scope.operand(inst.operands[0])
+    summed = _numbers(re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', inst.attributes))
+    result = tuple_parts(inst.shape)[0] if inst.shape.startswith("(") else inst.shape
+    sizes = _sizes(left.shape) if left else []
+    return 2.0 * math.prod(_sizes(result)) * math.prod(sizes[i] for i in summed if i < len(sizes))
 
 
 def _convolution_flops(inst: Instruction, scope: Scope) -> float:

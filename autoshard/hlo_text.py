@@ -66,7 +66,7 @@ class Instruction:
         return re.findall(r"[\w.\-]+", regions.replace("%", " "))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Computation:
     """A named list of instructions; `root` is the name of the one whose value it returns."""
 
@@ -82,6 +82,13 @@ class Module:
     computations: dict[str, Computation]
     entry: str
     sources: dict[str, str]
+
+    def source(self, inst: Instruction) -> str:
+        """`file.py:12` in the user's code that an instruction stems from, "" where the compiler kept nothing."""
+        if frame := re.search(r"\bstack_frame_id=(\d+)", inst.attributes):
+            return self.sources.get(frame[1], "")
+        found = re.search(r'source_file="(?:[^"]*/)?([^"]*)" source_line=(\d+)', inst.attributes)
+        return f"{found[1]}:{found[2]}" if found else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +166,16 @@ def _sources(tables: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         place = re.search(r"file_location_id=(\d+)", row)
         frames[key] = places.get(place[1], "") if place else ""
     return frames
+
+
+@functools.lru_cache(maxsize=64)
+def users(computation: Computation) -> dict[str, list[Instruction]]:
+    """The instructions of a computation that use each of its values."""
+    found: dict[str, list[Instruction]] = {}
+    for inst in computation.instructions.values():
+        for name in dict.fromkeys(inst.operands):
+            found.setdefault(name, []).append(inst)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

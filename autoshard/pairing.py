@@ -6,6 +6,7 @@ several compiled pieces; each of the same kind first, then in the spellings that
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -33,6 +34,32 @@ class Pair:
     planned: tuple[PlannedCollective, ...]
     compiled: tuple[CompiledCollective, ...]
     count: int
+
+
+def matched(
+    planned: Sequence[PlannedCollective],
+    arrays: Sequence[int],
+    compiled: Sequence[CompiledCollective],
+    topology: Topology,
+    widths: Sequence[float] = (),
+) -> tuple[Pair, ...]:
+    """Pairs all planned with all compiled collectives, knowing that what one array is sent for twice may be sent once.
+
+    **Arguments:**
+
+    - `arrays`: the number of the array that each planned collective sends.
+    - `widths`: as of `paired`.
+    """
+    times: Counter[tuple[Any, ...]] = Counter()
+    again = []
+    for each, array in zip(planned, arrays, strict=True):
+        alike = (array, each.kind, frozenset(each.axes), each.bytes, each.count)
+        again.append(times[alike])
+        times[alike] += 1
+    order = sorted(range(len(planned)), key=lambda i: again[i])  # so that repetitions are what stays without a partner
+    widths = widths or [1.0] * len(planned)
+    pairs = paired([planned[i] for i in order], compiled, topology, [widths[i] for i in order])
+    return shared(pairs, {id(each): array for each, array in zip(planned, arrays, strict=True)})
 
 
 def paired(
@@ -88,6 +115,11 @@ def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topolo
     return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
 
 
+def literal(pair: Pair) -> bool:
+    """Whether every planned collective of a pair is compiled to one of its kind."""
+    return {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(pair.compiled)
+
+
 @dataclass(eq=False)
 class _Lot:
     """A collective of either side, and how many of its executions have no partner yet."""
@@ -113,6 +145,7 @@ class _Pairing:
             self._match(compiled, planned, _most_in)
             self._match(planned, compiled, lambda lot: _MOST_TOGETHER)
         self._halves()
+        self._realignments()
 
     def _match(self, single: Sequence[_Lot], several: Sequence[_Lot], most: Callable[[_Lot], int]) -> None:
         """Finds, for every lot of one side, lots of the other side that add up to it."""
@@ -128,6 +161,21 @@ class _Pairing:
                 both = [next((c for c in fitting if c.kind == kind), None) for kind in ("reduce-scatter", "all-gather")]
                 if all(both):
                     self._pair([lot, *(c for c in both if c)])
+
+    def _realignments(self) -> None:
+        """Permutes of the rows that padding left with a neighbour belong to the reduce-scatters before them."""
+        for lot in self.compiled:
+            if lot.left and lot.of.spelling == "reduce-scatter realignment":
+                fitting = [i for i, pair in enumerate(self.pairs) if self._scatters(pair, lot)]
+                if fitting:
+                    pair = self.pairs[fitting[0]]
+                    self.pairs[fitting[0]] = replace(pair, compiled=(*pair.compiled, lot.of))
+                    lot.left -= pair.count
+
+    def _scatters(self, pair: Pair, permute: _Lot) -> bool:
+        scatter = next((c for c in pair.compiled if c.spelling == "all-reduce-scatter fusion"), None)
+        alone = scatter is not None and len(pair.compiled) == 1 and pair.count <= permute.left
+        return alone and scatter is not None and scatter.axes == permute.of.axes
 
     def _pair(self, lots: Sequence[_Lot]) -> None:
         count = min(lot.left for lot in lots)

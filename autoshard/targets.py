@@ -21,6 +21,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from autoshard.errors import AutoshardError
+from autoshard.gpu_targets import ARCHITECTURES, target_config
+from costmodels.topology import Topology
 
 # The chips that libtpu compiles for: how many sizes their topologies have, and what to ask of the compiler. v4 counts
 # its two cores as two devices unless it is told that they work as one ("megacore").
@@ -41,6 +43,7 @@ _DESCRIBED_ONLY = {
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_LOG_DIR": "disabled",  # nor leave its log files behind
 }
+_CUDA_PLUGINS = (13, 12)
 _TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
 
 _MOST_HOST_DEVICES = 4096  # each takes threads and memory, and a plan file may ask for any number
@@ -75,6 +78,43 @@ def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any
     except Exception as error:
         raise TargetError(f"{topology_name}: the TPU compiler does not know this slice. It says: {error}") from error
     return list(described.devices)
+
+
+def gpu_devices(topology: Topology) -> list[Any]:
+    """The devices of a GPU topology, to compile for ahead of time; no GPU is needed.
+
+        gpu_devices(parse_topology("h100:4x8"))          # 32 devices, eight to a process
+
+    **Raises:** `TargetError` when XLA:GPU is not installed beside this JAX, or the chip is not known to be compiled for.
+    """
+    chip = topology.chip
+    if chip.name not in ARCHITECTURES:
+        raise TargetError(
+            f"{topology.name}: the GPU compiler is asked for {', '.join(ARCHITECTURES)}; {chip.name!r} is none of these."
+        )
+    if not _has_cuda():
+        raise TargetError(
+            f"{topology.name}: compiling for GPUs needs XLA:GPU, which is not installed in this environment. Install it:"
+            f' pip install "autoshard[gpu]", or "jax[cuda13]=={jax.__version__}"'
+        )
+    *outer, per_node = topology.shape
+    _quiet_without_tpu()
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=topology.name.replace(":", "_"),
+            target_config=target_config(chip),
+            topology=f"1x{math.prod(outer)}x{per_node}",
+        )
+    except Exception as error:
+        raise TargetError(f"{topology.name}: the GPU compiler refuses this topology. It says: {error}") from error
+    return list(described.devices)
+
+
+def _has_cuda() -> bool:
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in _CUDA_PLUGINS)
 
 
 def described_as(topology_name: str, shape: Sequence[int], chip: str) -> tuple[str, dict[str, Any]]:

@@ -165,7 +165,7 @@ def _permutations(layout: Layout, alike: Mapping[tuple, list[Layout]], sizes: Ma
     """The permutations that leave a layout: to all that cut every dimension into equally many pieces."""
     for target in alike.get(_cuts(layout, sizes), []):
         if target != layout and layout.axes:
-            yield Step("collective-permute", permuted_axes(layout, target), layout, target)
+            yield Step("collective-permute", permuted_axes(layout, target, sizes), layout, target)
 
 
 def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple:

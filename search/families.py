@@ -191,7 +191,7 @@ def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tup
 def _leaving(layout: Layout, target: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
     yield from steps_from(layout, sizes)
     if layout.axes and _cuts(layout, sizes) == _cuts(target, sizes) and layout.partial == target.partial:
-        yield Step("collective-permute", permuted_axes(layout, target), layout, target)
+        yield Step("collective-permute", permuted_axes(layout, target, sizes), layout, target)
 
 
 def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -106,8 +106,8 @@ zero-padded arrays with twice the bytes. Over fewer axes, in any order, both com
 
 SCATTER_ROWS, SCATTER_LANE_BYTES = 8, 512
 """What a reduce-scatter must leave on a chip, in the two minor dimensions (not counting those of size 1): 8 rows, and a
-multiple of 512 bytes of lanes. Measured as above, 64 KiB to 64 MiB in bfloat16 and float32: with less it compiles to an
-all-reduce and a slice.
+multiple of 512 bytes of lanes where it scatters these. Measured as above, 8 KiB to 64 MiB in bfloat16 and float32: with
+less, or with one dimension only, it compiles to an all-reduce and a slice.
 """
 
 
@@ -124,11 +124,10 @@ def emittable(step: Step, shape: Sequence[int], itemsize: float, topology: Topol
 
 def _tiles(step: Step, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
     local = local_shape(shape, step.target, topology.axis_sizes)
-    piece = local[step.target_dim]
-    from_minor = sum(n > 1 for n in local[step.target_dim + 1 :])
-    if from_minor == 0:
-        return piece * itemsize % SCATTER_LANE_BYTES == 0
-    return from_minor > 1 or piece >= SCATTER_ROWS
+    kept = [i for i, n in enumerate(local) if n > 1 or i == step.target_dim]
+    if len(kept) < 2 or local[kept[-2]] < SCATTER_ROWS:
+        return False
+    return step.target_dim != kept[-1] or local[kept[-1]] * itemsize % SCATTER_LANE_BYTES == 0
 
 
 class StepGraph(NamedTuple):
@@ -168,13 +167,26 @@ def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Step]
         if prod(counts) > 1:
             alike.setdefault((counts, layout.partial), []).append(layout)
     pairs = ((a, b) for group in alike.values() for a in group for b in group if a != b)
-    return [Step("collective-permute", permuted_axes(a, b), a, b) for a, b in pairs]
+    return [Step("collective-permute", permuted_axes(a, b, sizes), a, b) for a, b in pairs]
 
 
-def permuted_axes(a: Layout, b: Layout) -> Axes:
-    """The axes whose coordinates a permutation between two layouts changes."""
-    moved = {axis for x, y in zip(a.dims, b.dims, strict=True) if x != y for axis in (*x, *y)}
-    return tuple(sorted(moved))
+def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
+    """The axes whose coordinates a permutation between two layouts changes.
+
+    A piece's number along a dimension is made of the coordinates of its axes, major to minor. An axis that both layouts
+    have in the same place of that number tells apart pieces that keep its coordinate.
+    """
+    before, after = _places(a, sizes), _places(b, sizes)
+    return tuple(sorted(axis for axis in {*before, *after} if before.get(axis) != after.get(axis)))
+
+
+def _places(layout: Layout, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Axis to the dimension that it splits, and by how many pieces one step along it moves on."""
+    return {
+        axis: (i, prod(sizes[minor] for minor in dim[k + 1 :]))
+        for i, dim in enumerate(layout.dims)
+        for k, axis in enumerate(dim)
+    }
 
 
 @dataclass(frozen=True)

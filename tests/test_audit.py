@@ -126,6 +126,31 @@ CASES = {
         "tpu",
         [("unplanned", False)],
     ),
+    "a permutation of padded rows": (
+        [p(RS, "x", 4096 * KIB, 2)],
+        [
+            c(RS, "x", 4096 * KIB, 2, "all-reduce-scatter fusion"),
+            c(CP, "x", 4 * KIB, 2, "reduce-scatter realignment"),
+        ],
+        "tpu",
+        [("same plan at higher cost", True)],
+    ),
+    "the same, too cheap to count": (
+        [p(RS, "x", 4096 * KIB, 2), BIG],
+        [
+            c(AR, "xyz", 4096 * KIB, 10),
+            c(RS, "x", 4096 * KIB, 2, "all-reduce-scatter fusion"),
+            c(CP, "x", 4 * KIB, 2, "reduce-scatter realignment"),
+        ],
+        "tpu",
+        [("same plan at higher cost", False)],
+    ),
+    "an array gathered for its slices": (
+        [],
+        [c(AG, "x", 64, only_sliced=True)],
+        "tpu",
+        [("unplanned", True)],
+    ),
     "nothing planned": ([], [c(AG, "x", 64)], "tpu", [("unplanned", True)]),
 }
 
@@ -154,6 +179,32 @@ def test_one_array_may_be_sent_once_for_several_uses(monkeypatch: pytest.MonkeyP
         "same plan at lower cost"
     ]
     assert [d.kind for d in compared(monkeypatch, *work, arrays=[(5, ""), (6, "")]).differences] == ["missing"]
+
+
+def test_repetitions_are_what_stays_without_a_partner(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = [p(AG, "x", 64), p(AG, "x", 64), p(AG, "x", 64)], [c(AG, "x", 64), c(AG, "x", 64)]
+    assert [d.kind for d in compared(monkeypatch, *work, arrays=[(5, ""), (5, ""), (6, "")]).differences] == [
+        "same plan at lower cost"
+    ]
+
+
+def test_a_full_rematerialization_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = compared(monkeypatch, [], [c(AG, "x", 64, only_sliced=True)]).differences
+    assert found.text == (
+        "all-gather over x of 64 B, palm.py:1: not in the plan, and only slices of it are used (an involuntary full"
+        " rematerialization)"
+    )
+
+
+def test_bytes_on_the_wire_that_are_saved_or_unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = compared(
+        monkeypatch,
+        [p(AG, "x", 64, 2), p(AG, "x", 64, 2)],
+        [c(AG, "x", 64, 2), c(A2A, "y", 64)],
+        arrays=[(5, ""), (5, "")],
+    )
+    assert once.saved_bytes() == {("x",): 2 * 64 * 3 / 4}
+    assert once.unplanned_bytes() == 64 * 3 / 4
 
 
 @pytest.mark.parametrize(
@@ -239,7 +290,7 @@ def test_an_audit_as_json() -> None:
 
 def test_targets_that_cannot_be_had() -> None:
     work = tiny("decode")
-    with pytest.raises(autoshard.AutoshardError, match='target="gpu" is not there yet'):
+    with pytest.raises(autoshard.AutoshardError, match="the GPU compiler is asked for a100, h100, h200, b200"):
         audit(planned("decode"), work.fn, *work.args, target="gpu")
     with pytest.raises(autoshard.AutoshardError, match="the TPU compiler is asked for v4, v5p, v5e, v6e"):
         audit(planned("decode"), work.fn, *work.args, target="tpu")

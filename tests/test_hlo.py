@@ -512,3 +512,51 @@ def test_a_loop_of_unknown_length_is_counted_once_and_said():
 
 def test_a_program_without_collectives_has_none():
     assert compiled(lambda v: v * 2) == ()
+
+
+# --- What the partitioner does unasked
+
+
+SLICED = [
+    ("%s = f32[4,16]{1,0} dynamic-slice(%g, %i, %i), dynamic_slice_sizes={4,16}", True),
+    ("%c = f32[16,16]{0,1} copy(%g)\n%s = f32[4,16]{1,0} dynamic-slice(%c, %i, %i), dynamic_slice_sizes={4,16}", True),
+    ("%s = f32[4,16]{1,0} fusion(%i, %g), kind=kLoop, calls=%cut", True),
+    ("%s = f32[16,16]{1,0} fusion(%i, %g), kind=kLoop, calls=%whole", False),
+    (
+        "%t = f32[16,16]{1,0} tanh(%g)\n%s = f32[4,16]{1,0} dynamic-slice(%g, %i, %i), dynamic_slice_sizes={4,16}",
+        False,
+    ),
+    ("%s = f32[4,16]{1,0} negate(%p)", False),
+]
+FUSED = """
+    %cut (i.1: s32[], g.1: f32[16,16]) -> f32[4,16] {
+      %i.1 = s32[] parameter(0)
+      %g.1 = f32[16,16]{1,0} parameter(1)
+      ROOT %d.1 = f32[4,16]{1,0} dynamic-slice(%g.1, %i.1, %i.1), dynamic_slice_sizes={4,16}
+    }
+
+    %whole (i.2: s32[], g.2: f32[16,16]) -> f32[16,16] {
+      %i.2 = s32[] parameter(0)
+      %g.2 = f32[16,16]{1,0} parameter(1)
+      ROOT %d.2 = f32[16,16]{1,0} negate(%g.2)
+    }
+"""
+
+
+@pytest.mark.parametrize(("uses", "only_sliced"), SLICED, ids=["slice", "copy", "fusion", "whole", "both", "unused"])
+def test_an_array_that_is_gathered_for_its_slices_is_told_apart(uses, only_sliced):
+    gather = "%g = f32[16,16]{1,0} all-gather(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}"
+    assert read(f"%i = s32[] constant(0)\n{gather}\n{uses}", FUSED).only_sliced == only_sliced
+
+
+def test_the_partitioner_gathers_what_it_cannot_reshard():
+    """Shardy's full rematerialization: three axes leave the rows and two enter the columns in one step."""
+    mesh = jax.make_mesh((2, 2, 2), tuple(CUBE), axis_types=(AxisType.Auto,) * 3)
+
+    def move(x):
+        x = lax.with_sharding_constraint(jnp.tanh(x), jax.NamedSharding(mesh, P(("x", "y", "z"), None)))
+        return jnp.sin(lax.with_sharding_constraint(x, jax.NamedSharding(mesh, P(None, ("y", "z")))))
+
+    text = jax.jit(move).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile().as_text() or ""
+    gathers = [each for each in collectives(text, CUBE) if each.kind == "all-gather"]
+    assert any(each.only_sliced for each in gathers), [each.op_name for each in gathers]

@@ -21,7 +21,10 @@ from autoshard import search
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
 from autoshard.targets import TargetError, host_devices, mesh_of, tpu_devices
+from costmodels.topology import parse_topology
 from examples import palm
+from search.layouts import Layout
+from search.reshard import Step, emittable
 
 TORUS = {"x": 4, "y": 4, "z": 4}
 
@@ -224,7 +227,13 @@ SCATTERS = [
     ((64, 18432), 1, ("x", "y")),
     ((64, 512), 0, ("x", "y")),  # fewer rows than a tile for each chip
     ((16, 64, 256), 0, ("y", "z")),
+    ((64, 2, 128), 0, ("x",)),  # few rows behind the dimension that is scattered
+    ((4, 4096), 1, ("x",)),  # few rows before it
 ]
+
+
+def scattered(rank: int, dimension: int, axes: tuple[str, ...]) -> Layout:
+    return Layout(tuple(axes if i == dimension else () for i in range(rank)))
 
 
 @pytest.mark.tpu
@@ -234,6 +243,11 @@ def test_however_the_tpu_scatters_it_is_accounted_for(torus, shape, dimension, a
     first, *others = collectives(compiled_text(operation, torus, shape), TORUS)
     assert first.kind in ("reduce-scatter", "all-reduce")
     assert (first.axes, first.bytes, first.reduction) == (axes, math.prod(shape) * 2, "add")
+    step = Step(
+        "reduce-scatter", axes, Layout(((),) * len(shape), axes), scattered(len(shape), dimension, axes), -1, dimension
+    )
+    if emittable(step, shape, 2, parse_topology("v4:4x4x4")):
+        assert first.kind == "reduce-scatter", "the search takes it for one"
     assert all(each.spelling == "reduce-scatter realignment" for each in others)
     assert sum(each.bytes for each in others) < 0.1 * first.bytes
 

@@ -1,0 +1,74 @@
+"""Matmuls of compiled programs: FLOPs by source line, and what is computed more often than planned."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from autoshard.hlo_costs import matmul_flops
+from autoshard.work import Repeated, repeated
+
+PLANNED = {"model.py:1": 100.0, "model.py:2": 100.0}
+
+CASES = {
+    "as planned": ({"model.py:1": 100.0, "model.py:2": 100.0}, ()),
+    "a little padding": ({"model.py:1": 100.5, "model.py:2": 100.0}, ()),
+    "less, as sums": ({"model.py:1": 100.0}, ()),
+    "told apart by other lines": ({"model.py:3": 100.0, "model.py:2": 100.0}, ()),
+    "one line twice": (
+        {"model.py:1": 200.0, "model.py:2": 100.0},
+        (Repeated("model.py:1", 100.0, 200.0),),
+    ),
+    "two lines, the worst first": (
+        {"model.py:1": 200.0, "model.py:2": 400.0},
+        (Repeated("model.py:2", 100.0, 400.0), Repeated("model.py:1", 100.0, 200.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lines_that_compute_more_than_planned(case: str) -> None:
+    compiled, expected = CASES[case]
+    assert repeated(PLANNED, compiled, 0.01) == expected
+
+
+def test_flops_by_the_users_line() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def once(a, b):
+        return a @ b
+
+    def replicated(a, b):
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, P())) @ b
+
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+    found = []
+    for fn, result in ((once, rows), (replicated, whole)):
+        lowered = jax.jit(fn, in_shardings=(rows, whole), out_shardings=result).lower(shape, shape)
+        (line,) = matmul_flops(lowered.compile().as_text() or "").items()
+        found.append(line)
+    assert [flops for _, flops in found] == [2 * 64**3 / 8, 2 * 64**3]
+    assert all(source.startswith("test_work.py:") for source, _ in found)
+
+
+GEMM = """\
+HloModule m
+
+ENTRY %main (p: bf16[8,16], w: bf16[16,32]) -> bf16[8,32] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[16,32]{1,0} parameter(1)
+  %call = (bf16[8,32]{1,0}, s8[4194304]{0}) custom-call(%p, %w), custom_call_target="__cublas$gemm", \
+metadata={op_name="jit(f)/dot_general" source_file="/home/user/model.py" source_line=7}, \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],\
+"rhs_contracting_dimensions":["0"]}}}
+  ROOT %r = bf16[8,32]{1,0} get-tuple-element(%call), index=0
+}
+"""
+
+
+def test_a_gpu_librarys_matmul_counts() -> None:
+    assert matmul_flops(GEMM) == {"model.py:7": 2 * 8 * 16 * 32}
