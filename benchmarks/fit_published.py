@@ -91,7 +91,7 @@ def main() -> None:
     rows: list[Row] = [row for row in (*TABLES, *FIGURE) if row.fitted]
     source = SOURCE + "; ".join(f"{row.name}, {row.chips} chips, batch {row.batch}, {row.weights}" for row in rows)
     bare = chip("v4")
-    constants = np.array([0.9, 0.8, 0.3, 5e-6, 1e-6])
+    constants = np.array([0.95, 0.8, 0.22, 6e-6, 1e-6])
     for turn in range(ROUNDS):
         on = with_constants(bare, constants, source)
         found = [parts(solved(row, on, as_in_the_paper(row)), bare) for row in rows]
