@@ -51,7 +51,10 @@ def parts(solution: Solution, bare: Chip) -> tuple[np.ndarray, np.ndarray]:
         matmul = op.op_class == "matmul"
         rate = bare.matmul_flops_per_second(op.dtype) if matmul else bare.vector_flops_per_second
         work = evaluate(padded_flops(op), op, shards, bare.matrix_tile)[0] / rate
-        moved = evaluate(hbm_bytes(program, op), op, shards)[0] / bare.hbm_bytes_per_second
+        kept = bare.on_chip_bytes
+        moved = (
+            evaluate(hbm_bytes(program, op, bool(kept)), op, shards, on_chip_bytes=kept)[0] / bare.hbm_bytes_per_second
+        )
         operations.append((program.multiplicity(op.region), work, moved, matmul))
     for each in collectives(program, where, solution.choice):
         if each.kind != "slice":

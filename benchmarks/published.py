@@ -80,13 +80,13 @@ def line(row: dict[str, Any]) -> str:
     note = row.get("why") or row.get("note") or row.get("slip") or row.get("formula") or ""
     if row.get("fitted"):
         note = f"fitted; {note}".removesuffix("; ")
-    return f"{row['row']:96.96s} {_number(reference):>11s} {_number(ours):>11s} {ratio} {verdict:4s} {note}".rstrip()
+    return f"{row['row']:112.112s} {_number(reference):>11s} {_number(ours):>11s} {ratio} {verdict:4s} {note}".rstrip()
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e8 else f"{value:.4g}"
 
 
 def run(parts: Sequence[str]) -> int:
@@ -98,7 +98,7 @@ def run(parts: Sequence[str]) -> int:
         for row in rows[part]:
             row["ok"] = judged(row)
         _keep(part, rows[part])
-    print(f"{'':96s} {'published':>11s} {'ours':>11s} {'ratio':>8s}")
+    print(f"{'':112s} {'published':>11s} {'ours':>11s} {'ratio':>8s}")
     for part in parts:
         print(f"\n{part}")
         print("\n".join(map(line, rows[part])))

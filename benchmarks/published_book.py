@@ -20,7 +20,9 @@ from examples import llama
 
 WITHIN = 0.02
 CONTEXT = 8192
-INFERENCE, SERVING, SHARDING = (f"jax-ml/scaling-book, {name}.md" for name in ("inference", "applied-inference", "sharding"))
+INFERENCE, SERVING, SHARDING = (
+    f"jax-ml/scaling-book, {name}.md" for name in ("inference", "applied-inference", "sharding")
+)
 LLAMA_2_13B = llama.Config(layers=40, d_model=5120, d_ff=13_824, heads=40, kv_heads=40, vocab=32_000)
 """Touvron et al. 2023, "Llama 2"; as in the book's table."""
 BOOK_CHIP_BYTES = 16e9
@@ -77,7 +79,10 @@ def llama_2_13b() -> Iterator[dict[str, Any]]:
     cached = (6.7, 53.6, 107.2, 214.4, 428.8, 1608)
     total = (32.7, 79.6, 133.2, 240.4, 454.8, 1634)
     step, tokens = (4.98, 12.13, 20.30, 36.65, 69.33, 249.09), (200.61, 659.30, 787.99, 873.21, 923.13, 963.53)
-    few_step, few_tokens = (4.17, 5.60, 7.23, 10.50, 17.04, 52.99), (239.94, 1429.19, 2212.48, 3047.62, 3756.62, 4529.34)
+    few_step, few_tokens = (
+        (4.17, 5.60, 7.23, 10.50, 17.04, 52.99),
+        (239.94, 1429.19, 2212.48, 3047.62, 3756.62, 4529.34),
+    )
     chips, rate = 8, chip("v5e").hbm_bytes_per_second
     for at, batch in enumerate(batches):
         what = f"Llama 2-13B, 8 × v5e, {CONTEXT} tokens, batch {batch}"
@@ -147,7 +152,20 @@ _BOOK_KV = 162e3 * CONTEXT
 _SLICES = (
     Slice("bf16", 2, 16, 140, 324, 8.75, 116, 43, 0.27, 0.51),
     Slice("int8", 1, 8, 70, 162, 4.38, 68, 52, 0.66, 1.03, "from 68 GB left, which are 58", 68e9 / _BOOK_KV),
-    Slice("int4", 0.5, 4, 45, 81, 2.81, 19, 67, 1.72, 2.06, "45 GB of weights divided, not what is left", 45e9 / (_BOOK_KV / 2)),
+    Slice(
+        "int4",
+        0.5,
+        4,
+        45,
+        81,
+        2.81,
+        19,
+        67,
+        1.72,
+        2.06,
+        "45 GB of weights divided, not what is left",
+        45e9 / (_BOOK_KV / 2),
+    ),
 )
 
 
@@ -157,10 +175,19 @@ def _slice(book: Slice, model: Sizes, step: float) -> Iterator[dict[str, Any]]:
     held_by = {n: n * BOOK_CHIP_BYTES - weights for n in (book.chips, 2 * book.chips)}
     sequences = {n: left / (kv * CONTEXT) for n, left in held_by.items()}
     own = 70e9 * book.width
-    yield row(f"{name}: weights, GB", book.weights, weights / 1e9, SERVING, "70e9 half bytes are 35 GB, not 45", own / 1e9)
+    yield row(
+        f"{name}: weights, GB", book.weights, weights / 1e9, SERVING, "70e9 half bytes are 35 GB, not 45", own / 1e9
+    )
     yield row(f"{name}: cache of a token, kB", book.kv, kv / 1e3, SERVING)
     slip = "70e9 half bytes on chips of 16 GB are 2.19 chips; 45 GB are 2.81"
-    yield row(f"{name}: chips that hold the weights", book.least, weights / BOOK_CHIP_BYTES, SERVING, slip, own / BOOK_CHIP_BYTES)
+    yield row(
+        f"{name}: chips that hold the weights",
+        book.least,
+        weights / BOOK_CHIP_BYTES,
+        SERVING,
+        slip,
+        own / BOOK_CHIP_BYTES,
+    )
     left = book.chips * 16 - own / 1e9
     slip = f"{book.chips} × 16 - {own / 1e9:.0f} = {left:.0f}"
     yield row(f"{name}: left for the cache, GB", book.left, held_by[book.chips] / 1e9, SERVING, slip, left)
@@ -191,13 +218,27 @@ def questions() -> Iterator[dict[str, Any]]:
     for batch, reference in ((4, 2.5), (256, 21)):
         cached = batch * CONTEXT * 100e3 / bytes_
         seconds = cached + max(2 * batch * 30e9 / flops, 30e9 / bytes_)
-        yield row(f"30 B parameters in int8, 100 kB a token, v5e:4x4, batch {batch}: step, ms", reference, seconds * 1e3, INFERENCE)
+        yield row(
+            f"30 B parameters in int8, 100 kB a token, v5e:4x4, batch {batch}: step, ms",
+            reference,
+            seconds * 1e3,
+            INFERENCE,
+        )
     load = 400e9 / (32 * v4.hbm_bytes_per_second)
-    yield row("200 B parameters in bf16 on 32 v4: read once, ms", 10, load * 1e3, "jax-ml/scaling-book, tpus.md", "10.4 rounded", load * 1e3)
+    yield row(
+        "200 B parameters in bf16 on 32 v4: read once, ms",
+        10,
+        load * 1e3,
+        "jax-ml/scaling-book, tpus.md",
+        "10.4 rounded",
+        load * 1e3,
+    )
     # 1D over three axes sends 4 BD / (3 W), 2D at its best √128 BD / (√N W), where F = 4 D.
     equal = 128 * (3 / 4) ** 2
     slip = "32 (F/D) (3/4)² at F = 4 D is 72"
-    yield row("chips from which 2D sends less than 1D over three axes", 81, equal, f"{INFERENCE}, question 7", slip, equal)
+    yield row(
+        "chips from which 2D sends less than 1D over three axes", 81, equal, f"{INFERENCE}, question 7", slip, equal
+    )
 
 
 def collectives() -> Iterator[dict[str, Any]]:
@@ -207,14 +248,44 @@ def collectives() -> Iterator[dict[str, Any]]:
     ring = replace(v5e, axes=tuple(replace(axis, wraparound=True) for axis in v5e.axes))
     dropped = "the book drops (N-1)/N, 3/4 here, and the latency of hops and launch"
     link = 2 * v5e.axis("y").bytes_per_second
-    yield row("v5e:8x4, all-gather of bf16[2048,8192] over 4 in a ring, µs", 377, _us(ring, "y", large), SHARDING, dropped, large / link * 1e6)
+    yield row(
+        "v5e:8x4, all-gather of bf16[2048,8192] over 4 in a ring, µs",
+        377,
+        _us(ring, "y", large),
+        SHARDING,
+        dropped,
+        large / link * 1e6,
+    )
     yield row("v5e:8x4, all-gather of bf16[2048,8192] over 4 in a line, µs", 560, _us(v5e, "y", large), SHARDING)
     hops = "three hops of 1 µs alone; ours adds the wire and a launch (8 µs were measured)"
-    yield row("v5e:8x4, all-gather of bf16[256,256] over 4, µs", 3, _us(v5e, "y", small), SHARDING, hops, 3e6 * v5e.axis("y").hop_seconds)
+    yield row(
+        "v5e:8x4, all-gather of bf16[256,256] over 4, µs",
+        3,
+        _us(v5e, "y", small),
+        SHARDING,
+        hops,
+        3e6 * v5e.axis("y").hop_seconds,
+    )
     each = 2 * v4.axis("x").bytes_per_second
-    yield row("v4:4x4x4, AG_X of bf16[1024,4096] in 4 pieces along y, µs", 23, _us(v4, "x", block / 4), SHARDING, dropped, block / 4 / each * 1e6)
-    yield row("v4:4x4x4, AG_XY of bf16[1024,4096], µs", 46, _us(v4, "xy", block), SHARDING, dropped, block / (2 * each) * 1e6)
-    yield row("v4:4x4x4, AR_Z of bf16[1024,4096], µs", 190, _us(v4, "z", block, "all-reduce"), SHARDING, dropped, 2 * block / each * 1e6)
+    yield row(
+        "v4:4x4x4, AG_X of bf16[1024,4096] in 4 pieces along y, µs",
+        23,
+        _us(v4, "x", block / 4),
+        SHARDING,
+        dropped,
+        block / 4 / each * 1e6,
+    )
+    yield row(
+        "v4:4x4x4, AG_XY of bf16[1024,4096], µs", 46, _us(v4, "xy", block), SHARDING, dropped, block / (2 * each) * 1e6
+    )
+    yield row(
+        "v4:4x4x4, AR_Z of bf16[1024,4096], µs",
+        190,
+        _us(v4, "z", block, "all-reduce"),
+        SHARDING,
+        dropped,
+        2 * block / each * 1e6,
+    )
     sent = 16.8e6 / (2 * v5e.axis("y").bytes_per_second) * 1e6
     yield row("v5e:4x4, 16.8 MB from corner to corner by two links, µs", 188, sent, "jax-ml/scaling-book, tpus.md")
 
