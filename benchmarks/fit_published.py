@@ -51,10 +51,7 @@ def parts(solution: Solution, bare: Chip) -> tuple[np.ndarray, np.ndarray]:
         matmul = op.op_class == "matmul"
         rate = bare.matmul_flops_per_second(op.dtype) if matmul else bare.vector_flops_per_second
         work = evaluate(padded_flops(op), op, shards, bare.matrix_tile)[0] / rate
-        kept = bare.on_chip_bytes
-        moved = (
-            evaluate(hbm_bytes(program, op, bool(kept)), op, shards, on_chip_bytes=kept)[0] / bare.hbm_bytes_per_second
-        )
+        moved = evaluate(hbm_bytes(program, op), op, shards)[0] / bare.hbm_bytes_per_second
         operations.append((program.multiplicity(op.region), work, moved, matmul))
     for each in collectives(program, where, solution.choice):
         if each.kind != "slice":
@@ -93,7 +90,9 @@ def with_constants(bare: Chip, constants: np.ndarray, source: str) -> Chip:
 def main() -> None:
     rows: list[Row] = [row for row in (*TABLES, *FIGURE) if row.fitted]
     source = SOURCE + "; ".join(f"{row.name}, {row.chips} chips, batch {row.batch}, {row.weights}" for row in rows)
-    bare = chip("v4")
+    # All arrays pass through HBM here: with the catalogue's `on_chip_bytes` the fit is worse, 6.5 % (the root of the mean
+    # square of the fitted rows' log errors) against 3.9 %.
+    bare = chip("v4").override({"on_chip_bytes": 0.0}, SOURCE)
     constants = np.array([0.95, 0.8, 0.22, 6e-6, 1e-6])
     for turn in range(ROUNDS):
         on = with_constants(bare, constants, source)

@@ -24,7 +24,6 @@ from benchmarks.pope2022 import (
     same_attention,
     same_feed_forward,
     solved,
-    traced,
 )
 from costmodels.program import Program
 from examples import palm

@@ -273,7 +273,8 @@ def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
     if not expression.has(sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.Piecewise):
         return expression
     if isinstance(expression, sympy.Piecewise):
-        return resolved(next(case for case, where in expression.args if _holds(where, numbers)), numbers)
+        cases: Any = expression.args
+        return resolved(next(case for case, where in cases if _holds(where, numbers)), numbers)
     if isinstance(expression, (sympy.Max, sympy.Min)):
         choose = max if isinstance(expression, sympy.Max) else min
         return resolved(choose(expression.args, key=lambda side: evaluated(side, numbers)), numbers)

@@ -126,16 +126,19 @@ def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sy
 
 def stays(program: Program, value: int) -> bool:
     """Whether an array may stay on the chip: arithmetic makes it, and it neither leaves its region nor joins a larger array."""
-    made, used = _shown(program, value), _users(program, value)
-    return made.op_class in ("matmul", "fused") and all(op.op_class in ("matmul", "fused") for op in used)
+    made, users = _made_by(program, value), [op.op_class for op in _users(program, value)]
+    chained = ("matmul", "fused")
+    return made is not None and made.op_class in chained and bool(users) and all(each in chained for each in users)
 
 
-def _shown(program: Program, value: int) -> Operation:
-    """What makes the array that a value is a view of."""
-    op = program.operations[program.producers[value][0]]
-    while op.op_class == "fused" and not op.flops_per_point and op.inputs:
-        op = program.operations[program.producers[op.inputs[0].value][0]]
-    return op
+def _made_by(program: Program, value: int) -> Operation | None:
+    """What makes the array that a value is a view of; None where the program does not say."""
+    while value in program.producers:
+        op = program.operations[program.producers[value][0]]
+        if op.op_class != "fused" or op.flops_per_point or not op.inputs:
+            return op
+        value = op.inputs[0].value
+    return None
 
 
 def _users(program: Program, value: int) -> Iterator[Operation]:
