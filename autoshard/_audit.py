@@ -176,6 +176,11 @@ def audit(
 def _devices(topology: Topology, target: Target) -> list[Any]:
     if target == "host":
         return targets.host_devices(topology.size)
+    if topology.slices > 1:
+        raise AutoshardError(
+            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
+            ' "host", or a plan for one slice.'
+        )
     return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 

@@ -98,6 +98,8 @@ class Chip:
       and interconnect that programs reach; `reached_hbm_bytes_per_second` and its like have them in.
     - `on_chip_bytes`: of the memory on the chip, the largest array that programs keep there between two operations; 0, where
       they keep none, is what a chip has that does not say (`costmodels.operations.hbm_bytes`).
+    - `dcn_egress_bytes_per_second`, `dcn_hop_seconds`: one-way, per chip, out of its slice into the data centre's network;
+      0 where the chip does not say.
     - `op_overhead_seconds`, `collective_overhead_seconds`: to start a matrix multiplication, a collective.
     - `clock_hertz`: to turn a compiler's cycles into seconds; None where unknown.
     - `catalogued`: where the numbers came from; read it through `constants`.
@@ -118,6 +120,8 @@ class Chip:
     hbm_efficiency: float = 1.0
     wire_efficiency: float = 1.0
     on_chip_bytes: float = 0.0
+    dcn_egress_bytes_per_second: float = 0.0
+    dcn_hop_seconds: float = 0.0
     clock_hertz: float | None = None
     catalogued: Mapping[str, Constant] = field(default_factory=dict, repr=False, compare=False)
 
@@ -222,11 +226,12 @@ _OWN = (
     "collective_overhead_seconds",
 )
 _EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency", "wire_efficiency")
-_LEFT_OUT = {**dict.fromkeys(_EFFICIENCIES, 1.0), "on_chip_bytes": 0.0}
+_OPTIONAL = ("on_chip_bytes", "dcn_egress_bytes_per_second", "dcn_hop_seconds")
+_LEFT_OUT = {**dict.fromkeys(_EFFICIENCIES, 1.0), **dict.fromkeys(_OPTIONAL, 0.0)}
 """What a chip has that does not say: it reaches its peak rates, and all arrays pass through HBM. So were plans priced that
 were saved before there were such numbers."""
 _MAY_BE_ZERO = (
-    "on_chip_bytes",
+    *_OPTIONAL,
     "op_overhead_seconds",
     "collective_overhead_seconds",
     "hop_seconds",
@@ -251,8 +256,7 @@ def _numbers(chip: Chip) -> Iterator[tuple[str, float]]:
     yield from ((f"flops_per_second.{dtype}", rate) for dtype, rate in chip.flops_per_second.items())
     yield from ((name, getattr(chip, name)) for name in _OWN)
     yield from ((name, getattr(chip, name)) for name in _EFFICIENCIES)
-    if chip.on_chip_bytes:
-        yield "on_chip_bytes", chip.on_chip_bytes
+    yield from ((name, getattr(chip, name)) for name in _OPTIONAL if getattr(chip, name))
     if chip.clock_hertz is not None:
         yield "clock_hertz", chip.clock_hertz
     prefix = type(chip.interconnect).__name__.lower()
@@ -344,7 +348,7 @@ def _number(owner: str, dotted: str, value: Any) -> float:
 
 
 def _known(chip: Chip, name: str) -> str:
-    names = dict.fromkeys([*chip.constants, "on_chip_bytes", "clock_hertz"])
+    names = dict.fromkeys([*chip.constants, *_OPTIONAL, "clock_hertz"])
     if name not in names and not name.startswith("flops_per_second."):
         near = get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
