@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search bench-audit bench-overhead bench-peers calibration wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-overhead bench-peers calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev  ## style, types and the layer contract
 format: $(VENV)/.dev  ## put the code in house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+published: $(VENV)/.tpu  ## the cost model against published numbers: a table, and benchmarks/results/published.json (ARGS="--only book")
+	$(BIN)/python benchmarks/published.py $(ARGS)
 
 bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchmarks/results/search.json
 	$(BIN)/python benchmarks/search_times.py

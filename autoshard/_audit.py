@@ -216,6 +216,11 @@ def _devices(topology: Topology, target: Target) -> list[Any]:
         return targets.host_devices(topology.size)
     if target == "gpu":
         return targets.gpu_devices(topology)
+    if topology.slices > 1:
+        raise AutoshardError(
+            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
+            ' "host", or a plan for one slice.'
+        )
     return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 

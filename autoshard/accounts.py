@@ -245,7 +245,8 @@ def _held_whole(program: Program, value: int, dimension: int) -> bool:
 
 
 def _assumed(topology: Topology) -> Iterator[str]:
-    names = [name for name, constant in topology.chip.constants.items() if constant.status == "assumed"]
+    used = {name: c for name, c in topology.chip.constants.items() if name not in topology.unused_constants}
+    names = [name for name, constant in used.items() if constant.status == "assumed"]
     if names:
         yield f"Of the constants of {topology.chip.name}, {', '.join(names)} {'is' if len(names) == 1 else 'are'} assumed."
 

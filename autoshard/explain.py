@@ -303,7 +303,8 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
 
 
 def _constants(plan: Plan, width: int) -> Iterator[str]:
-    constants = plan.topology.chip.constants.items()
+    unused = plan.topology.unused_constants
+    constants = [(name, c) for name, c in plan.topology.chip.constants.items() if name not in unused]
     rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
     if rows:
         yield f"Constants of {plan.topology.chip.name} that no source vouches for"

@@ -188,34 +188,49 @@ def _fusion_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
         if each.opcode == "parameter":
             outer = scope.operand(inst.operands[int(each.arguments)])
             if outer is not None and _in_hbm(outer.shape):
-                total += _read(each, Scope(inner, inst, scope))
+                total += _read(each, Scope(inner, inst, scope), module)
     roots = [inner.instructions[inner.root]]
     if roots[0].opcode == "tuple":
         roots = [inner.instructions[name] for name in roots[0].operands if name in inner.instructions]
     shapes = [array + layout for array, layout in _ARRAY.findall(inst.shape)]
     for root, shape in zip(roots, shapes, strict=False):
         if _in_hbm(shape):
-            total += _written(root, Scope(inner, inst, scope))
+            total += _written(root, Scope(inner, inst, scope), module)
     return total
 
 
-def _read(parameter: Instruction, scope: Scope) -> float:
-    """Bytes of a fusion's operand that are read: all, or the slices that are taken; none of what is updated in place."""
+def _read(array: Instruction, scope: Scope, module: Module) -> float:
+    """Bytes of an operand of a fusion that are read: all, or the slices that are taken; none of what is updated in place.
+
+    Fusions hold fusions: an operand is followed into them, and out again where one only writes it in another shape.
+    """
     total = 0.0
     for user in scope.computation.instructions.values():
-        if parameter.name not in user.operands:
+        if array.name not in user.operands:
             continue
         if user.opcode == "bitcast":
-            total += _read(user, scope)
-        elif user.opcode in _SLICES and user.operands[0] == parameter.name:
+            total += _read(user, scope, module)
+        elif user.opcode == "fusion":
+            within = Scope(module.computations[user.called()[0]], user, scope)
+            mine = [i for i, name in enumerate(user.operands) if name == array.name]
+            inside = [each for each in within.computation.instructions.values() if each.opcode == "parameter"]
+            total += sum(_read(each, within, module) for each in inside if int(each.arguments) in mine)
+        elif user.opcode in _SLICES and user.operands[0] == array.name:
             total += shape_bytes(user.shape)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
-            return shape_bytes(parameter.shape)
-    return min(total, shape_bytes(parameter.shape))
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+            return shape_bytes(array.shape)
+    if array.name == scope.computation.root:
+        outer = scope.parent
+        followed = outer is not None and outer.caller is not None and outer.caller.opcode == "fusion"
+        total += _read(scope.caller, outer, module) if followed and scope.caller and outer else shape_bytes(array.shape)
+    return min(total, shape_bytes(array.shape))
 
 
-def _written(root: Instruction, scope: Scope) -> float:
+def _written(root: Instruction, scope: Scope, module: Module) -> float:
     while root.opcode == "bitcast" and (origin := scope.operand(root.operands[0])):
         root = origin
+    if root.opcode == "fusion":
+        within = module.computations[root.called()[0]]
+        return _written(within.instructions[within.root], Scope(within, root, scope), module)
     update = scope.operand(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
     return shape_bytes(update.shape) if update else shape_bytes(root.shape)

@@ -138,7 +138,7 @@ def doubled(topology: Topology) -> Topology | None:
     else:
         at = max(range(len(sizes)), key=lambda i: (-sizes[i], i))
     sizes[at] *= 2
-    name = f"{topology.chip.name}:{'x'.join(map(str, sizes))}"
+    name = _written(topology, sizes)
     try:
         wider = parse_topology(name)
     except (TopologyFormatError, ValueError):
@@ -146,6 +146,12 @@ def doubled(topology: Topology) -> Topology | None:
             topology, axes=tuple(replace(axis, size=size) for axis, size in zip(topology.axes, sizes, strict=True))
         )
     return _with_own_rates(wider, topology)
+
+
+def _written(topology: Topology, sizes: list[int]) -> str:
+    """The topology of the same chips with axes of these sizes: `2xv4:4x4x8`."""
+    slices, within = ("", sizes) if topology.slices == 1 else (f"{sizes[0]}x", sizes[1:])
+    return f"{slices}{topology.chip.name}:{'x'.join(map(str, within))}"
 
 
 def _with_own_rates(wider: Topology, topology: Topology) -> Topology:

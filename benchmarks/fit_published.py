@@ -90,8 +90,10 @@ def with_constants(bare: Chip, constants: np.ndarray, source: str) -> Chip:
 def main() -> None:
     rows: list[Row] = [row for row in (*TABLES, *FIGURE) if row.fitted]
     source = SOURCE + "; ".join(f"{row.name}, {row.chips} chips, batch {row.batch}, {row.weights}" for row in rows)
-    bare = chip("v4")
-    constants = np.array([0.9, 0.8, 0.3, 5e-6, 1e-6])
+    # All arrays pass through HBM here: with the catalogue's `on_chip_bytes` the fit is worse, 6.5 % (the root of the mean
+    # square of the fitted rows' log errors) against 3.9 %.
+    bare = chip("v4").override({"on_chip_bytes": 0.0}, SOURCE)
+    constants = np.array([0.95, 0.8, 0.22, 6e-6, 1e-6])
     for turn in range(ROUNDS):
         on = with_constants(bare, constants, source)
         found = [parts(solved(row, on, as_in_the_paper(row)), bare) for row in rows]

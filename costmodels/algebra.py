@@ -9,6 +9,7 @@ Rates are those that are reached, the peak times the chip's efficiency.
 | $C_{bfloat16}, ..., C_{vector}$ | rate of matrix products in a dtype, of the vector unit | FLOP/s |
 | $t_{tile}$ | side of the matrix unit | elements |
 | $W_{hbm}$ | HBM bandwidth | bytes/s |
+| $m_{chip}$ | the largest array that stays on the chip between two operations | bytes |
 | $W_{ici}$, or $W_x, W_y, ...$ where axes differ | one-way bandwidth of a link | bytes/s |
 | $W_{total}$ | bandwidth of all links of a chip together, where pricing is "total" | bytes/s |
 | $f_{overlap}$ | the part of the time on the wire that is hidden behind computation | 1 |
@@ -121,7 +122,7 @@ def replaced(expression: Expr, table: Mapping[Expr, Expr]) -> Expr:
     if not expression.args or not expression.free_symbols & table.keys():
         return expression
     args = [replaced(arg, table) for arg in expression.args]
-    if isinstance(expression, (sympy.Max, sympy.Min)):
+    if isinstance(expression, (sympy.Max, sympy.Min, sympy.Piecewise)):
         return expression.func(*args, evaluate=False)
     return expression.func(*args)
 
@@ -147,7 +148,7 @@ def matmul_rate(dtype: str) -> sympy.Symbol:
 @cache
 def rate(name: str) -> sympy.Symbol:
     """The symbol of a rate or an overhead: `C_vector`, `W_hbm`, `W_total`, `o_op`, `o_coll`, `f_overlap`, `t_tile`, ..."""
-    return sympy.Symbol(name, nonnegative=True) if name[0] in "oaf" else sympy.Symbol(name, positive=True)
+    return sympy.Symbol(name, nonnegative=True) if name[0] in "oafm" else sympy.Symbol(name, positive=True)
 
 
 def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
@@ -160,6 +161,7 @@ def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
         "C_vector": chip.vector_flops_per_second,
         "W_hbm": chip.reached_hbm_bytes_per_second,
         "t_tile": chip.matrix_tile,
+        "m_chip": chip.on_chip_bytes,
         "o_op": chip.op_overhead_seconds,
         "o_coll": max(launches, default=0.0),
         "W_total": topology.total_bytes_per_second,
@@ -264,9 +266,15 @@ def crossover(below: Expr, above: Expr, tokens: sympy.Symbol) -> Expr | None:
 
 
 def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
-    """The expression as it is at these numbers and near: of a maximum the larger side, whole numbers without rounding."""
-    if not expression.has(sympy.Max, sympy.Min, sympy.floor, sympy.ceiling):
+    """The expression as it is at these numbers and near.
+
+    Of a maximum the larger side, of several cases the one at hand, whole numbers without rounding.
+    """
+    if not expression.has(sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.Piecewise):
         return expression
+    if isinstance(expression, sympy.Piecewise):
+        cases: Any = expression.args
+        return resolved(next(case for case, where in cases if _holds(where, numbers)), numbers)
     if isinstance(expression, (sympy.Max, sympy.Min)):
         choose = max if isinstance(expression, sympy.Max) else min
         return resolved(choose(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
@@ -274,6 +282,10 @@ def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
     if isinstance(expression, (sympy.floor, sympy.ceiling)) and evaluated(args[0], numbers).is_integer():
         return args[0]
     return expression.func(*args)
+
+
+def _holds(condition: Any, numbers: Mapping[str, float]) -> bool:
+    return bool(condition.subs({symbol: numbers[str(symbol)] for symbol in condition.free_symbols}))
 
 
 def largest_terms(expression: Expr, numbers: Mapping[str, float], part: float) -> tuple[list[Expr], list[Expr]]:

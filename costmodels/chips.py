@@ -96,6 +96,10 @@ class Chip:
     - `matrix_tile`: side of the matrix unit, to which matrix dimensions are padded, in elements.
     - `matmul_efficiency`, `hbm_efficiency`, `wire_efficiency`: the parts of the rates of matrix multiplication, memory
       and interconnect that programs reach; `reached_hbm_bytes_per_second` and its like have them in.
+    - `on_chip_bytes`: of the memory on the chip, the largest array that programs keep there between two operations; 0, where
+      they keep none, is what a chip has that does not say (`costmodels.operations.hbm_bytes`).
+    - `dcn_egress_bytes_per_second`, `dcn_hop_seconds`: one-way, per chip, out of its slice into the data centre's network;
+      0 where the chip does not say.
     - `op_overhead_seconds`, `collective_overhead_seconds`: to start a matrix multiplication, a collective.
     - `clock_hertz`: to turn a compiler's cycles into seconds; None where unknown.
     - `catalogued`: where the numbers came from; read it through `constants`.
@@ -115,6 +119,9 @@ class Chip:
     matmul_efficiency: float = 1.0
     hbm_efficiency: float = 1.0
     wire_efficiency: float = 1.0
+    on_chip_bytes: float = 0.0
+    dcn_egress_bytes_per_second: float = 0.0
+    dcn_hop_seconds: float = 0.0
     clock_hertz: float | None = None
     catalogued: Mapping[str, Constant] = field(default_factory=dict, repr=False, compare=False)
 
@@ -219,7 +226,17 @@ _OWN = (
     "collective_overhead_seconds",
 )
 _EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency", "wire_efficiency")
-_MAY_BE_ZERO = ("op_overhead_seconds", "collective_overhead_seconds", "hop_seconds", "node_hop_seconds")
+_OPTIONAL = ("on_chip_bytes", "dcn_egress_bytes_per_second", "dcn_hop_seconds")
+_LEFT_OUT = {**dict.fromkeys(_EFFICIENCIES, 1.0), **dict.fromkeys(_OPTIONAL, 0.0)}
+"""What a chip has that does not say: it reaches its peak rates, and all arrays pass through HBM. So were plans priced that
+were saved before there were such numbers."""
+_MAY_BE_ZERO = (
+    *_OPTIONAL,
+    "op_overhead_seconds",
+    "collective_overhead_seconds",
+    "hop_seconds",
+    "node_hop_seconds",
+)
 _WIDER = {"float8": "bfloat16", "int8": "bfloat16", "bfloat16": "float32"}
 
 
@@ -239,6 +256,7 @@ def _numbers(chip: Chip) -> Iterator[tuple[str, float]]:
     yield from ((f"flops_per_second.{dtype}", rate) for dtype, rate in chip.flops_per_second.items())
     yield from ((name, getattr(chip, name)) for name in _OWN)
     yield from ((name, getattr(chip, name)) for name in _EFFICIENCIES)
+    yield from ((name, getattr(chip, name)) for name in _OPTIONAL if getattr(chip, name))
     if chip.clock_hertz is not None:
         yield "clock_hertz", chip.clock_hertz
     prefix = type(chip.interconnect).__name__.lower()
@@ -260,9 +278,8 @@ def _build(name: str, kind: ChipKind, wraparound: Wraparound, constants: Mapping
     if "float32" not in rates:
         raise ChipFormatError(f"The chip {name!r} lacks flops_per_second.float32, on which other dtypes fall back.")
     clock = groups[""].pop("clock_hertz", None)
-    # Without efficiencies all is done at the peak rates: so were plans priced that were saved before there were any.
-    groups[""] = dict.fromkeys(_EFFICIENCIES, 1.0) | groups[""]
-    _exactly(name, "", groups[""], (*_OWN, *_EFFICIENCIES))
+    groups[""] = _LEFT_OUT | groups[""]
+    _exactly(name, "", groups[""], (*_OWN, *_LEFT_OUT))
     interconnect = _interconnect(name, wraparound, groups)
     return Chip(name, kind, interconnect, rates, **groups[""], clock_hertz=clock, catalogued=dict(constants))
 
@@ -331,7 +348,7 @@ def _number(owner: str, dotted: str, value: Any) -> float:
 
 
 def _known(chip: Chip, name: str) -> str:
-    names = dict.fromkeys([*chip.constants, "clock_hertz"])
+    names = dict.fromkeys([*chip.constants, *_OPTIONAL, "clock_hertz"])
     if name not in names and not name.startswith("flops_per_second."):
         near = get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

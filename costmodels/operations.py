@@ -20,11 +20,15 @@ $$c B \\, \\lceil K \\rceil_t \\min(\\lceil C \\rceil_t \\max(R, t/2),\\; \\lcei
 where $B$ counts the products of a batch and $\\lceil n \\rceil_t$ is the next multiple of $t$: the compiler has either
 matrix stream. (That is what the cycles say which libtpu estimates for products of 8 to 8192 rows on v4 to v6e: with few
 rows the time does not fall below that of about $t/2$, and between multiples of $t$ it grows in proportion.)
+
+A chip with a large memory of its own keeps in it what one operation makes and the next uses: an array of at most $m$ bytes
+that is the result of arithmetic, and neither leaves its region nor goes round a loop, passes through no HBM. ($m$ is
+`on_chip_bytes`, 0 unless the chip says otherwise. The TPU compiler does so on v4 and v5e.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -103,12 +107,49 @@ def _streamed(factors: Sequence[int]) -> sympy.Expr:
     return sympy.Max(_points(factors), TILE / 2, evaluate=False) if factors else TILE / 2
 
 
-def hbm_bytes(program: Program, operation: Operation) -> sympy.Expr:
-    """Bytes that one chip moves between HBM and its compute units, in $d_i$ and $s_i$."""
-    uses = [operation.use(index) for index in operation.traffic]
-    sizes = [use.stored_itemsize or program.values[use.value].itemsize for use in uses]
-    terms = [_number(size) * _points(_flat(use.dims)) for size, use in zip(sizes, uses, strict=True)]
+ON_CHIP = sympy.Symbol("m", nonnegative=True)
+"""$m$: the largest array, in bytes, that stays on the chip between two operations."""
+
+
+def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sympy.Expr:
+    """Bytes that one chip moves between HBM and its compute units, in $d_i$ and $s_i$; in $m$ too where the chip `keeps`."""
+    terms = []
+    for index in operation.traffic:
+        use = operation.use(index)
+        size = use.stored_itemsize or program.values[use.value].itemsize
+        moved = _number(size) * _points(_flat(use.dims))
+        if keeps and stays(program, use.value):
+            moved = sympy.Piecewise((moved, moved > ON_CHIP), (sympy.Integer(0), True), evaluate=False)
+        terms.append(moved)
     return sympy.Add(*terms)
+
+
+def stays(program: Program, value: int) -> bool:
+    """Whether an array may stay on the chip: arithmetic makes it, and it neither leaves its region nor joins a larger array."""
+    made, users = _made_by(program, value), [op.op_class for op in _users(program, value)]
+    chained = ("matmul", "fused")
+    return made is not None and made.op_class in chained and bool(users) and all(each in chained for each in users)
+
+
+def _made_by(program: Program, value: int) -> Operation | None:
+    """What makes the array that a value is a view of; None where the program does not say."""
+    while value in program.producers:
+        op = program.operations[program.producers[value][0]]
+        if op.op_class != "fused" or op.flops_per_point or not op.inputs:
+            return op
+        value = op.inputs[0].value
+    return None
+
+
+def _users(program: Program, value: int) -> Iterator[Operation]:
+    """What uses a value, or a view of it."""
+    for at, _ in program.consumers.get(value, ()):
+        op = program.operations[at]
+        if op.op_class == "fused" and not op.flops_per_point:
+            for use in op.outputs:
+                yield from _users(program, use.value)
+        else:
+            yield op
 
 
 def _flat(dims: Sequence[Sequence[int]]) -> list[int]:
@@ -122,16 +163,19 @@ def _number(value: float) -> sympy.Expr:
 @lru_cache(maxsize=4096)
 def _compiled(expression: sympy.Expr, factors: int) -> Callable[..., Array]:
     symbols = [size_symbol(i) for i in range(factors)] + [shards_symbol(i) for i in range(factors)]
-    return sympy.lambdify([*symbols, TILE], expression, "numpy")
+    return sympy.lambdify([*symbols, TILE, ON_CHIP], expression, "numpy")
 
 
-def evaluate(expression: sympy.Expr, operation: Operation, shards: Array, tile: float = 1.0) -> Array:
+def evaluate(
+    expression: sympy.Expr, operation: Operation, shards: Array, tile: float = 1.0, on_chip_bytes: float = 0.0
+) -> Array:
     """The expression at the operation's sizes and at each row of `shards` (`[strategies, factors]`)."""
     count, rows = len(operation.factors), len(shards)
     # All as arrays of one length: what NumPy's maximum of several expressions is compiled to takes no others.
     sizes = [np.full(rows, float(factor.size)) for factor in operation.factors]
     columns = [shards[:, i] for i in range(count)]
-    found = _compiled(expression, count)(*sizes, *columns, np.full(rows, float(tile)))
+    constants = (np.full(rows, float(tile)), np.full(rows, float(on_chip_bytes)))
+    found = _compiled(expression, count)(*sizes, *columns, *constants)
     return np.broadcast_to(found, (rows,)).astype(float)
 
 
@@ -159,7 +203,8 @@ def price(program: Program, operation: Operation, shards: Array, chip: Chip) -> 
     **Returns:** an `OperationCost`; `seconds` is the roofline's maximum plus the chip's overhead per operation.
     """
     work = evaluate(flops(operation), operation, shards)
-    moved = evaluate(hbm_bytes(program, operation), operation, shards)
+    kept = chip.on_chip_bytes
+    moved = evaluate(hbm_bytes(program, operation, bool(kept)), operation, shards, on_chip_bytes=kept)
     if operation.op_class == "matmul":
         done = evaluate(padded_flops(operation), operation, shards, chip.matrix_tile)
         rate, overhead = chip.reached_matmul_flops_per_second(operation.dtype), chip.op_overhead_seconds

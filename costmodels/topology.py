@@ -1,12 +1,14 @@
 """How chips are joined: the mesh axes of a topology, each with its links.
 
 `parse_topology("v4:4x4x4")` is a torus of TPUs, `"h100:4x8"` four nodes of eight GPUs, `"cpu:2x4"` eight devices of one
-host. Axes are named x, y, z, w in the order of their sizes. A TOML file says the same and may put other numbers in:
+host. Axes are named x, y, z, w in the order of their sizes. `"2xv4:4x4x4"` is two slices of v4:4x4x4 on the data centre's
+network, which is the axis w, before the others. A TOML file says the same and may put other numbers in:
 
 ```toml
 chip = "v4"
 shape = [4, 4, 4]
 name = "our v4 slice"                # optional, as is all below
+slices = 2                           # so many of that shape, on the data centre's network
 
 [constants]                          # any number of the chip, by its name in the catalogue
 hbm_bytes_per_second = 1.1e12
@@ -37,6 +39,8 @@ from costmodels.chips import Chip, ChipFormatError, Switch, Torus, Wraparound, c
 from costmodels.pricing import PHYSICAL, Pricing, PricingError, pricing_from_dict
 
 AXIS_NAMES = ("x", "y", "z", "w")
+DCN_AXIS = "w"
+"""The axis along which slices of a torus lie, on the data centre's network; no torus has as many axes of its own."""
 
 
 class TopologyFormatError(ValueError):
@@ -104,6 +108,22 @@ class Topology:
         """The number of chips."""
         return prod(self.shape)
 
+    @property
+    def slices(self) -> int:
+        """How many slices of a torus there are, on the data centre's network."""
+        return prod(self.shape) // prod(axis.size for axis in self.within_slice)
+
+    @property
+    def within_slice(self) -> tuple[Axis, ...]:
+        """The axes but the one between slices."""
+        torus = isinstance(self.chip.interconnect, Torus)
+        return tuple(axis for axis in self.axes if axis.kind == "torus" or not torus)
+
+    @property
+    def unused_constants(self) -> tuple[str, ...]:
+        """The constants of its chip that price nothing here."""
+        return () if self.slices > 1 else ("dcn_egress_bytes_per_second", "dcn_hop_seconds")
+
     @cached_property
     def axis_sizes(self) -> dict[str, int]:
         """Axis name to size, in order."""
@@ -167,23 +187,24 @@ def parse_topology(text: str | Path) -> Topology:
       and v5p all, if every axis is a multiple of 4; on v5e and v6e those of size 16.
     - A GPU has one size, the GPUs of one node, or two: nodes × GPUs per node.
     - `cpu` has one to four.
+    - Before a TPU, `2x` and the like say how many such slices there are; between them is the data centre's network.
 
     **Raises:** `TopologyFormatError` for a malformed or impossible topology, `UnknownChipError` for a chip that is not
     in the catalogue. Both are `ValueError`s.
     """
     if isinstance(text, Path) or text.endswith(".toml"):
         return _from_file(Path(text))
-    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", text)
+    found = re.fullmatch(r"(?:(\d+)x(?=[a-z]))?([\w-]+):(\d+(?:x\d+)*)", text)
     if not found:
         raise TopologyFormatError(
             f"{text!r} is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a"
             " .toml file."
         )
-    return topology_of_chip(text, chip(found[1]), [int(size) for size in found[2].split("x")])
+    return topology_of_chip(text, chip(found[2]), [int(size) for size in found[3].split("x")], int(found[1] or 1))
 
 
-def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
-    """Chips, which need not be the catalogue's, joined as `CHIP:AxBxC` says of theirs.
+def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int], slices: int = 1) -> Topology:
+    """Chips, which need not be the catalogue's, joined as `CHIP:AxBxC` says of theirs; so many slices of them.
 
     **Raises:** `TopologyFormatError`.
     """
@@ -191,12 +212,32 @@ def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
         raise TopologyFormatError(f"{name} has {len(sizes)} sizes; 1 to {len(AXIS_NAMES)} would do.")
     if min(sizes) < 1:
         raise TopologyFormatError(f"{name} has an axis of size {min(sizes)}; 1 or more would do.")
-    return Topology(name, chip, tuple(_axes(name, chip, sizes)))
+    return Topology(name, chip, (*_between_slices(name, chip, slices), *_axes(name, chip, sizes)))
 
 
 def as_its_chip_has_it(topology: Topology) -> Topology:
     """The topology with the axes that its chip and sizes alone make: whatever was set for single axes is left out."""
-    return replace(topology, axes=topology_of_chip(topology.name, topology.chip, topology.shape).axes)
+    sizes = [axis.size for axis in topology.within_slice]
+    return replace(topology, axes=topology_of_chip(topology.name, topology.chip, sizes, topology.slices).axes)
+
+
+def _between_slices(name: str, chip: Chip, slices: int) -> Iterator[Axis]:
+    if slices < 1:
+        raise TopologyFormatError(f"{name} has {slices} slices; 1 or more would do.")
+    if slices == 1:
+        return
+    if not isinstance(chip.interconnect, Torus):
+        raise TopologyFormatError(
+            f"{name} has {slices} slices, but only chips on a torus come in slices; GPUs are written nodes × GPUs, such as"
+            " h100:4x8."
+        )
+    egress = chip.dcn_egress_bytes_per_second
+    if not egress:
+        raise TopologyFormatError(
+            f"{name} has {slices} slices, but {chip.name} does not say how fast the network between them is; give"
+            " dcn_egress_bytes_per_second in a .toml file."
+        )
+    yield Axis(DCN_AXIS, slices, "switch", egress, False, chip.dcn_hop_seconds, chip.collective_overhead_seconds)
 
 
 def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
@@ -257,7 +298,8 @@ def _from_file(path: Path) -> Topology:
         data = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
-    _keys(str(path), data, required=("chip", "shape"), optional=("name", "constants", "axes", "pricing"))
+    _keys(str(path), data, required=("chip", "shape"), optional=("name", "slices", "constants", "axes", "pricing"))
+    slices = _typed(path, "slices", data.get("slices", 1), int, "a whole number")
     shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4],")
     for size in shape:
         _typed(path, "shape", size, int, "a list of whole numbers")
@@ -267,7 +309,7 @@ def _from_file(path: Path) -> Topology:
     conventions = _typed(path, "pricing", data.get("pricing", {}), dict, "a table")
     try:
         numbers = dict(_dotted(base.name, table))
-        topology = topology_of_chip(name, base.override(numbers, str(path)), shape)
+        topology = topology_of_chip(name, base.override(numbers, str(path)), shape, slices)
         topology = replace(topology, pricing=pricing_from_dict(conventions))
     except (ChipFormatError, PricingError) as error:
         raise TopologyFormatError(f"{path}: {error}") from error

@@ -20,8 +20,10 @@ def topology_toml(topology: Topology, heading: str = "") -> str:
 
     - `heading`: put in front, as a comment.
     """
+    shape = [axis.size for axis in topology.within_slice]
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
-    lines += [f"chip = {_text(topology.chip.name)}", f"shape = {list(topology.shape)}"]
+    lines += [f"chip = {_text(topology.chip.name)}", f"shape = {shape}"]
+    lines += [f"slices = {topology.slices}"] if topology.slices > 1 else []
     lines += [f"name = {_text(topology.name)}", "", "[constants]", *_constants(topology)]
     for axis, plain in zip(topology.axes, as_its_chip_has_it(topology).axes, strict=True):
         lines += _axis(axis, plain)

@@ -14,6 +14,7 @@ from itertools import accumulate, count
 from math import ceil, prod
 
 from costmodels.collectives import seconds_on
+from costmodels.operations import stays
 from costmodels.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
@@ -87,10 +88,11 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
     local = [
         factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)
     ]
-    moved = sum(
-        (use.stored_itemsize or program.values[use.value].itemsize) * prod(local[i] for dim in use.dims for i in dim)
-        for use in map(op.use, op.traffic)
-    )
+    moved = 0.0
+    for use in map(op.use, op.traffic):
+        each = use.stored_itemsize or program.values[use.value].itemsize
+        bytes_ = each * prod(local[i] for dim in use.dims for i in dim)
+        moved += 0.0 if bytes_ <= chip.on_chip_bytes and stays(program, use.value) else bytes_
     memory = moved / chip.reached_hbm_bytes_per_second
     if op.op_class != "matmul":
         work = op.flops_per_point * prod(local) / chip.vector_flops_per_second

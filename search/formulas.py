@@ -24,7 +24,7 @@ from costmodels.algebra import (
     volume,
 )
 from costmodels.dimensions import Dimensions
-from costmodels.operations import flops, hbm_bytes, padded_flops, shards_symbol, size_symbol
+from costmodels.operations import ON_CHIP, flops, hbm_bytes, padded_flops, shards_symbol, size_symbol
 from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.symbolic import sympy
 from costmodels.topology import Topology
@@ -148,14 +148,15 @@ def formulas_of(program: Program, dimensions: Dimensions, topology: Topology, ch
     - `dimensions`: the sizes of `program` by name.
     - `choice`: the plan's strategies and layouts.
     """
-    operations = tuple(_operation(program, dimensions, choice, i) for i in range(len(program.operations)))
+    keeps = bool(topology.chip.on_chip_bytes)
+    operations = tuple(_operation(program, dimensions, choice, i, keeps) for i in range(len(program.operations)))
     dtypes = dict.fromkeys(op.dtype for _, op in program.matmuls())
     numbers = {**{name: float(n) for name, n in dimensions.sizes.items()}, **rates(topology, dtypes)}
     found = tuple(_steps(program, dimensions, topology, choice))
     return Formulas(program, dimensions, operations, found, numbers)
 
 
-def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int) -> Cost:
+def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int, keeps: bool) -> Cost:
     op = program.operations[i]
     if not op.flops_per_point and not op.traffic:
         return Cost()
@@ -163,7 +164,8 @@ def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int)
     for factor, axes in enumerate(choice.strategies[i].splits):
         table[size_symbol(factor)] = dimensions.factor(i, factor)
         table[shards_symbol(factor)] = pieces(axes)
-    work, moved = flops(op).xreplace(table), hbm_bytes(program, op).xreplace(table)
+    on_chip = {ON_CHIP: rate("m_chip")} if keeps else {}
+    work, moved = flops(op).xreplace(table), replaced(hbm_bytes(program, op, keeps), table | on_chip)
     matmul, done = op.op_class == "matmul", work
     if matmul:
         padded = padded_flops(op)

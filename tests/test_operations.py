@@ -145,6 +145,60 @@ def test_either_operand_may_stream(sizes, cuts, on):
     )
 
 
+# What stays on the chip
+
+
+def two_products(m: int, k: int, h: int, n: int, *, returned: bool) -> Program:
+    """`(x @ a) @ b`, bfloat16, whose inner result is 2mh bytes; a result of the program too if it is `returned`."""
+    shapes = ((m, k), (k, h), (m, h), (h, n), (m, n))
+    values = tuple(Value(f"v{i}", shape, "bfloat16", 2.0) for i, shape in enumerate(shapes))
+
+    def end(value: int, primitive: str) -> Operation:
+        use = (Use(value, ((0,), (1,))),)
+        factors = tuple(Factor(size) for size in shapes[value])
+        if primitive == "argument":
+            return Operation(primitive, primitive, factors, (), use, op_class="source")
+        return Operation(primitive, primitive, factors, use, (), op_class="sink")
+
+    def product(left: int, right: int, out: int) -> Operation:
+        (rows, summed), columns = shapes[left], shapes[right][1]
+        uses = Use(left, ((0,), (2,))), Use(right, ((2,), (1,)))
+        factors = (Factor(rows), Factor(columns), Factor(summed, "sum"))
+        results = (Use(out, ((0,), (1,))),)
+        traffic = (0, 1, -1)
+        return Operation("product", "dot_general", factors, uses, results, 0, "matmul", (), traffic, 2.0)
+
+    ends = [end(2, "result")] if returned else []
+    operations = (*(end(i, "argument") for i in (0, 1, 3)), product(0, 1, 2), product(2, 3, 4), end(4, "result"), *ends)
+    return Program("two products", values, operations)
+
+
+dims = st.tuples(*[st.sampled_from((8, 64, 512))] * 4)
+
+
+@given(dims, st.booleans(), st.sampled_from(CUTS), st.floats(0, 2**20))
+def test_what_fits_on_the_chip_passes_through_no_hbm(sizes, returned, cut, kept):
+    m, k, h, n = sizes
+    program, on = two_products(*sizes, returned=returned), replace(chip("v4"), on_chip_bytes=kept)
+    first, second = (
+        price(program, program.operations[i], np.array([[cut, 1, 1]], dtype=float), on).bytes[0] for i in (3, 4)
+    )
+    inner = 2 * m * h / cut
+    stays = kept > 0 and inner <= kept and not returned
+    assert first == pytest.approx(2 * (m * k / cut + k * h) + (0 if stays else inner))
+    assert second == pytest.approx(2 * (h * n + m * n / cut) + (0 if stays else inner))
+
+
+@given(dims, st.floats(0, 2**20), st.floats(0, 2**20))
+def test_a_larger_memory_on_the_chip_never_costs_more(sizes, one, other):
+    program, rows = two_products(*sizes, returned=False), np.ones((1, 3))
+    less, more = (
+        price(program, program.operations[4], rows, replace(chip("v4"), on_chip_bytes=kept)).bytes[0]
+        for kept in sorted((one, other))
+    )
+    assert more <= less
+
+
 # What the TPU compiler's cycles say, microseconds on one v4 for [rows, 8192] x [8192, 8192] with the weights on the chip
 
 

@@ -161,9 +161,10 @@ def test_operations_are_helped_by_what_shortens_them(remedies: autoshard.Remedie
     for work, under in remedies.operations:
         assert all(seconds < work.total_seconds for _, seconds in under)
         if work.regime == "HBM" and work.communication_seconds == 0 and work.intensity < work.ridge / 2:
-            assert dict(under)["twice the HBM bandwidth"] == pytest.approx(
-                work.memory_seconds / 2 + work.overhead_seconds
-            )
+            # By twice the HBM bandwidth, or by another name where that does the same: int8 for a product that reads weights
+            # and nothing else.
+            halved = work.memory_seconds / 2 + work.overhead_seconds
+            assert any(seconds == pytest.approx(halved) for _, seconds in under)
 
 
 def test_the_price_before_is_the_plans(

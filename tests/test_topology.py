@@ -9,7 +9,15 @@ from hypothesis import given
 from strategies import topologies, topology_strings
 
 from costmodels.chips import ChipFormatError, UnknownChipError, chip
-from costmodels.topology import Axis, Topology, TopologyFormatError, parse_topology, topology_from_dict
+from costmodels.topology import (
+    Axis,
+    Topology,
+    TopologyFormatError,
+    as_its_chip_has_it,
+    parse_topology,
+    topology_from_dict,
+)
+from costmodels.topology_file import topology_toml
 
 
 @given(topology_strings())
@@ -205,12 +213,12 @@ def test_a_file_overrides_constants_and_axes(file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('chip = "v4"', "", " lacks chip; its keys are chip, shape, name, constants, axes, pricing."),
+        ('chip = "v4"', "", " lacks chip; its keys are chip, shape, name, slices, constants, axes, pricing."),
         ('chip = "v4"', "chip = 4", ": chip is 4; the name of a chip in quotes would do."),
         (
             'chip = "v4"',
             'chip = "v4"\npods = 1',
-            " has an unknown key pods; its keys are chip, shape, name, constants, axes, pricing.",
+            " has an unknown key pods; its keys are chip, shape, name, slices, constants, axes, pricing.",
         ),
         ("shape = [4, 4, 4]", 'shape = "4x4"', ": shape is '4x4'; a list of sizes, such as [4, 4, 4], would do."),
         ("shape = [4, 4, 4]", "shape = [4, 4.0]", ": shape is 4.0; a list of whole numbers would do."),
@@ -265,3 +273,48 @@ def test_a_dict_with_missing_or_unknown_keys_is_refused():
         topology_from_dict({**data, "axes": [{**data["axes"][0], "color": "red"}]})
     with pytest.raises(ChipFormatError, match="lacks hbm_bytes"):
         topology_from_dict({**data, "chip": {k: v for k, v in data["chip"].items() if k != "hbm_bytes"}})
+
+
+# --- Slices on the data centre's network
+
+
+def test_slices_are_joined_by_the_data_centres_network():
+    topology = parse_topology("2xv4:4x4x8")
+    between, *within = topology.axes
+    assert (topology.axis_sizes, topology.slices, topology.size) == ({"w": 2, "x": 4, "y": 4, "z": 8}, 2, 256)
+    assert (between.kind, between.bytes_per_second, between.hop_seconds) == ("switch", 6.25e9, 1e-5)
+    assert tuple(within) == parse_topology("v4:4x4x8").axes
+    assert topology.total_bytes_per_second == parse_topology("v4:4x4x8").total_bytes_per_second
+    assert topology.symmetries() == (("w",), ("x", "y"), ("z",))
+    assert as_its_chip_has_it(topology) == topology
+
+
+def test_one_slice_is_no_axis():
+    assert parse_topology("1xv5e:4x4").axes == parse_topology("v5e:4x4").axes
+    assert parse_topology("cpu:2x1x1x2").slices == 1  # its axis w is of the host's own devices
+
+
+def test_a_file_says_how_many_slices(tmp_path):
+    path = tmp_path / "slices.toml"
+    path.write_text(topology_toml(parse_topology("4xv6e:2x4")))
+    assert parse_topology(path) == parse_topology("4xv6e:2x4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2xh100:4x8", "only chips on a torus come in slices"),
+        ("0xv4:4x4x4", "0 slices; 1 or more would do"),
+        ("2xv4:4x4x4x4", "at most 3 sizes"),
+    ],
+)
+def test_what_slices_there_cannot_be(text: str, message: str):
+    with pytest.raises(TopologyFormatError, match=message):
+        parse_topology(text)
+
+
+def test_a_chip_that_does_not_know_its_network_comes_in_no_slices(tmp_path):
+    path = tmp_path / "slices.toml"
+    path.write_text('chip = "v4"\nshape = [2, 2, 1]\nslices = 2\n[constants]\ndcn_egress_bytes_per_second = 0\n')
+    with pytest.raises(TopologyFormatError, match=r"dcn_egress_bytes_per_second in a \.toml file"):
+        parse_topology(path)
