@@ -19,6 +19,7 @@ from autoshard.cli.explain import explain
 from autoshard.cli.export import export
 from autoshard.cli.roofline import roofline
 from autoshard.cli.search import search
+from autoshard.cli.sweep import ask, sweep
 
 app = typer.Typer(
     help="Layout search for JAX: the proven fastest sharding of a function over a torus of chips.",
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (search, explain, why_not, best, diff, audit, export, roofline, chips, calibrate):
+for command in (search, explain, why_not, best, diff, audit, export, roofline, chips, calibrate, sweep, ask):
     app.command()(command)
 
 
