@@ -107,7 +107,8 @@ def compared(rows: dict[tuple, Row]) -> Iterator[dict[str, Any]]:
     """The paper's points beside ours."""
     for case in (*FIGURE, *TABLES):
         row = rows[_place(case)]
-        name = f"{case.name}{'' if case in TABLES else f' {case.phase}'}, {case.chips} chips, batch {case.batch}, {case.weights}"
+        phase = "" if case in TABLES else f" {case.phase}"
+        name = f"{case.name}{phase}, {case.chips} chips, batch {case.batch}, {case.weights}"
         tokens = case.batch * (PROMPT if case.phase == "prefill" else 1)
         entry = {"row": name, "reference": case.seconds, "ours": None, "fitted": case.fitted}
         entry |= {"reference_chip_seconds_per_token": case.chips * case.seconds / tokens, "phase": case.phase}
