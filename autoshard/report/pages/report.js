@@ -77,7 +77,7 @@ function table(place, rows, columns, options) {
     head.append(make("th", { class: c[3] === "number" ? "number" : "", scope: "col" }, button));
   });
   search.addEventListener("input", fill);
-  const controls = rows.length > 5 ? [make("div", { class: "controls" }, search, count)] : [];
+  const controls = rows.length > 2 ? [make("div", { class: "controls" }, search, count)] : [];
   place.replaceChildren(...controls, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), body)));
   fill();
 }
