@@ -224,7 +224,7 @@ def show(compare: Sequence[dict[str, Any]], rest: Sequence[dict[str, Any]]) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--store", type=Path, help="keep points there and go on from them; the time is then that of the rest"

@@ -176,6 +176,7 @@ class Opened:
         assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width  # nothing sticks out
         if folder := os.environ.get("AUTOSHARD_SCREENSHOTS"):
             self.page.mouse.move(0, 0)
+            self.page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
             self.page.screenshot(path=f"{folder}/{name}-{self.width}.png", full_page=self.width < 600)
         self.page.close()
 

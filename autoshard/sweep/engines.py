@@ -109,7 +109,8 @@ def dask(address: str) -> Engine:
             finished = as_completed()
 
             def fill() -> None:
-                room = 2 * max(sum(client.nthreads().values()), 1)
+                threads: Any = client.nthreads()
+                room = 2 * max(sum(threads.values()), 1)
                 while len(running) < room and (task := next(waiting, None)) is not None:
                     future = client.submit(task, pure=False)
                     running[future.key] = task
@@ -133,6 +134,7 @@ def ray(address: str = "") -> Engine:
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         import ray as cluster  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError, WorkerCrashedError  # pyright: ignore[reportMissingImports]
 
         started = not cluster.is_initialized()
         if started:
@@ -150,9 +152,9 @@ def ray(address: str = "") -> Engine:
                 task = running.pop(done)
                 try:
                     yield task, cluster.get(done)
-                except cluster.exceptions.WorkerCrashedError:
+                except WorkerCrashedError:
                     yield task, WorkerDied("its Ray worker died, twice")
-                except cluster.exceptions.RayError as error:
+                except RayError as error:
                     yield task, error
         finally:
             if started:

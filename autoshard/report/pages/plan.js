@@ -77,12 +77,13 @@ for (const [name, seconds] of waits) {
 // --- Memory
 
 if (data.memory.points.length) responsive(byId("memory"), (width) => {
-  const points = data.memory.points, most = Math.max(data.memory.budget, ...points.map((p) => p.bytes));
-  const c = chart({ width, height: 240, x: [0, points.length], y: [0, most * 1.06], label: "Bytes of one chip by program point", xLabel: "operation of the program, in order", yLabel: "GiB", yTick: (t) => three(t / 2 ** 30) });
+  const points = data.memory.points, peak = Math.max(...points.map((p) => p.bytes)), budget = data.memory.budget;
+  const most = peak > budget / 4 ? Math.max(peak, budget) : peak * 1.1; // else the curve would lie on the axis
+  const c = chart({ width, height: 240, x: [0, points.length], y: [0, most * 1.06], label: "Bytes of one chip by program point", xLabel: "operation of the program, in order", yLabel: "a chip holds", yTick: bytes });
   const path = points.map((p, i) => `${i ? "L" : "M"}${c.X(i)} ${c.Y(p.bytes)}L${c.X(i + 1)} ${c.Y(p.bytes)}`).join("");
   c.svg.append(make("path", { d: `${path}L${c.X(points.length)} ${c.Y(0)}L${c.X(0)} ${c.Y(0)}Z`, fill: COLORS[0], "fill-opacity": 0.35, stroke: COLORS[0] }));
-  c.svg.append(make("line", { x1: c.left, x2: width - c.right, y1: c.Y(data.memory.budget), y2: c.Y(data.memory.budget), stroke: "#c0392b", "stroke-dasharray": "5 4" }));
-  c.svg.append(make("text", { x: width - c.right - 4, y: c.Y(data.memory.budget) - 5, "text-anchor": "end" }, `what a plan may fill: ${bytes(data.memory.budget)}`));
+  if (budget <= most) c.svg.append(make("line", { x1: c.left, x2: width - c.right, y1: c.Y(data.memory.budget), y2: c.Y(data.memory.budget), stroke: "#c0392b", "stroke-dasharray": "5 4" }));
+  c.svg.append(make("text", { x: width - c.right - 4, y: budget <= most ? c.Y(budget) - 5 : c.top + 12, "text-anchor": "end" }, `what a plan may fill: ${bytes(data.memory.budget)}`));
   points.forEach((p, i) => { const r = make("rect", { x: c.X(i), y: c.top, width: Math.max(1, c.X(i + 1) - c.X(i)), height: 240 - c.top - c.bottom, fill: "transparent" }); hint(r, `${p.name}\n${bytes(p.bytes)}`); c.svg.append(r); });
   return c.svg;
 });

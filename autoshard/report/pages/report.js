@@ -78,6 +78,7 @@ function table(place, rows, columns, options) {
   });
   search.addEventListener("input", fill);
   const controls = rows.length > 2 ? [make("div", { class: "controls" }, search, count)] : [];
+  if (!rows.length) { place.textContent = "None."; return; }
   place.replaceChildren(...controls, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), body)));
   fill();
 }
