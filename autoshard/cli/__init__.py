@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (search, explain, why_not, best, diff, audit, export, roofline, chips, calibrate, sweep, ask):
+for command in (search, explain, why_not, best, diff, audit, export, roofline, chips, calibrate, sweep, ask, report):
     app.command()(command)
 
 
