@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-overhead bench-peers calibration wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-overhead bench-peers calibration frontier browser-test docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -48,6 +48,15 @@ calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held ou
 bench-peers: $(VENV)/.tpu $(PEER_VENV)/.jax  ## our plans against XLA AutoSharding and expert layouts (ARGS="--only CASE" runs one)
 	$(BIN)/python benchmarks/peers.py --peer-python $(PEER_VENV)/bin/python $(ARGS)
 
+frontier: $(VENV)/.core $(VENV)/.test  ## PaLM's latency against cost as in Pope et al. 2022: a table, and benchmarks/results/frontier.json
+	$(BIN)/python benchmarks/frontier.py $(ARGS)
+
+browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
+	AUTOSHARD_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
+
+docs: $(VENV)/.docs  ## the documentation site, in site/
+	$(BIN)/python -m mkdocs build --strict
+
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
 
@@ -64,7 +73,7 @@ $(VENV)/.core: pyproject.toml
 	@$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.core
+$(VENV)/.test $(VENV)/.dev $(VENV)/.browser $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
 	@echo "Setting up $(VENV): the $* tools..."
 	@$(PIP) --group $*
 	@touch $@

@@ -191,6 +191,13 @@ def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:
 
 def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, int]:
     """The most bytes alive at any point, and that point."""
+    alive = alive_bytes(program, topology, choice)
+    peak = max(alive, default=0.0)
+    return peak, alive.index(peak) if alive else 0
+
+
+def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[float]:
+    """The bytes that one chip holds while each operation of the program runs, in order."""
     sizes = topology.axis_sizes
     changes = [0.0] * (len(program.operations) + 1)
 
@@ -209,6 +216,4 @@ def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, 
             hold(at, at, total / shards(move.source, sizes))
         else:
             hold(*copy_life(program, move.value, move.operation, ends), total / shards(move.target, sizes))
-    alive = list(accumulate(changes[:-1]))
-    peak = max(alive, default=0.0)
-    return peak, alive.index(peak) if alive else 0
+    return list(accumulate(changes[:-1]))

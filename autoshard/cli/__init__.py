@@ -17,8 +17,10 @@ from autoshard.cli.chips import chips
 from autoshard.cli.compare import best, diff, why_not
 from autoshard.cli.explain import explain
 from autoshard.cli.export import export
+from autoshard.cli.report import report
 from autoshard.cli.roofline import roofline
 from autoshard.cli.search import search
+from autoshard.cli.sweep import ask, sweep
 from autoshard.cli.trace import trace
 
 app = typer.Typer(
@@ -27,7 +29,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (search, explain, why_not, best, diff, audit, trace, export, roofline, chips, calibrate):
+for command in (
+    search,
+    explain,
+    why_not,
+    best,
+    diff,
+    audit,
+    trace,
+    export,
+    roofline,
+    report,
+    sweep,
+    ask,
+    chips,
+    calibrate,
+):
     app.command()(command)
 
 

@@ -1,0 +1,36 @@
+"""`autoshard report`: a plan or a sweep as a page or a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+
+def report(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.json", help="A plan, or what autoshard sweep wrote.", exists=True, dir_okay=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to: .html, or a plot as .png, .svg or .pdf.")
+    ],
+    audit: Annotated[
+        Path | None, typer.Option(metavar="AUDIT.json", help="What autoshard audit --json printed.", exists=True)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Write one page, with all that it needs inside, about a plan or a sweep.
+
+    autoshard report plan.json -o plan.html
+    """
+    from autoshard.report import write_report
+
+    with common.reported(verbose):
+        common.writable(output, force)
+        write_report(source, output, audit)
+        typer.echo(f"Wrote {output}.", err=True)

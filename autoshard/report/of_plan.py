@@ -1,0 +1,154 @@
+"""What the page of a plan shows, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+from autoshard.explain import short_name, spec_text
+from autoshard.plan import ArrayPlan, Plan
+from autoshard.regimes import regimes
+from autoshard.tables import percent, size, time
+from costmodels.regimes import Work
+from search.check import alive_bytes
+
+_MOST_CHIPS = 1024
+"""How many chips are drawn."""
+_MOST_ARRAYS = 200
+"""How many arrays can be chosen in the drawing, the largest first."""
+
+
+def data_of(plan: Plan, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that the page shows of a plan; no number in it is infinite or undefined."""
+    found = regimes(plan)
+    return {
+        "title": f"{plan.name} on {plan.topology.name}",
+        "summary": _summary(plan),
+        "warnings": list(plan.warnings),
+        "axes": [{"name": axis.name, "size": axis.size, "ring": axis.ring} for axis in plan.topology.axes],
+        "drawn": min(plan.topology.size, _MOST_CHIPS),
+        "arrays": _arrays(plan),
+        "operations": _operations(plan),
+        "collectives": _collectives(plan),
+        "memory": _memory(plan),
+        "roofline": _roofline(plan, [_dot(work) for work in found.works if work.total_seconds]),
+        "regimes": {name: seconds for name, seconds in found.seconds.items() if seconds},
+        "formulas": _formulas(plan),
+        "audit": dict(audit) if audit is not None else None,
+        "constants": [
+            {"name": name, "value": f"{each.value:g}", "status": each.status, "source": each.source}
+            for name, each in plan.topology.chip.constants.items()
+        ],
+    }
+
+
+def _summary(plan: Plan) -> list[dict[str, str]]:
+    estimate, proof = plan.estimate, plan.proof
+    local = estimate.seconds - estimate.collective_seconds
+    wire = time(estimate.collective_seconds)
+    proven = "no plan that fits is faster under the cost model"
+    gap = f"no plan is faster than {time(proof.bound_seconds)}, gap {percent(proof.gap)}"
+    share = percent(estimate.peak_bytes / estimate.budget_bytes)
+    return [
+        {"name": "step", "value": time(estimate.seconds), "note": f"{time(local)} on the chip, {wire} of collectives"},
+        {"name": "proof", "value": proof.status, "note": proven if proof.status == "OPTIMAL" else gap},
+        {
+            "name": "memory",
+            "value": size(estimate.peak_bytes),
+            "note": f"{share} of {size(estimate.budget_bytes)} a chip",
+        },
+        {"name": "chips", "value": f"{plan.topology.size} × {plan.topology.chip.name}", "note": plan.topology.name},
+    ]
+
+
+def _arrays(plan: Plan) -> list[dict[str, Any]]:
+    every = [*((a, "argument") for a in plan.arguments), *((a, "constant") for a in plan.constants)]
+    every += [(a, "result") for a in plan.results]
+    largest = sorted(every, key=lambda pair: -pair[0].bytes_per_chip)[:_MOST_ARRAYS]
+    return [_array(array, role) for array, role in largest]
+
+
+def _array(array: ArrayPlan, role: str) -> dict[str, Any]:
+    return {
+        "path": array.path,
+        "role": role + (", donated" if array.donated else ""),
+        "type": f"{array.dtype}[{','.join(map(str, array.shape))}]",
+        "shape": list(array.shape),
+        "split": [list(axes) for axes in array.layout.dims],
+        "spec": spec_text(array.layout),
+        "bytes": array.bytes_per_chip,
+    }
+
+
+def _operations(plan: Plan) -> list[dict[str, Any]]:
+    spent = [op for op in plan.operations if op.seconds + op.collective_seconds > 0]
+    return [
+        {
+            "name": short_name(op),
+            "source": op.source,
+            "einsum": op.einsum,
+            "strategy": op.strategy,
+            "regime": op.regime,
+            "runs": op.count,
+            "seconds": op.seconds,
+            "collectives": op.collective_seconds,
+            "share": (op.seconds + op.collective_seconds) / plan.estimate.seconds,
+            "matmul": op.matmul,
+            "next": op.runner_up,
+        }
+        for op in sorted(spent, key=lambda op: -(op.seconds + op.collective_seconds))
+    ]
+
+
+def _collectives(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": each.kind,
+            "axes": "".join(each.axes),
+            "bytes": each.bytes,
+            "runs": each.count,
+            "seconds": each.seconds,
+            "where": each.where,
+        }
+        for each in sorted(plan.estimate.collectives, key=lambda each: -each.seconds)
+    ]
+
+
+def _memory(plan: Plan) -> dict[str, Any]:
+    """Bytes of a chip while each operation runs; a plan from an older file does not say."""
+    if plan.program is None:
+        return {"points": [], "budget": plan.estimate.budget_bytes}
+    alive = alive_bytes(plan.program, plan.topology, plan.choice)
+    points = [{"name": op.name, "bytes": held} for op, held in zip(plan.program.operations, alive, strict=True)]
+    return {"points": points, "budget": plan.estimate.budget_bytes}
+
+
+def _dot(work: Work) -> dict[str, Any]:
+    seconds = work.total_seconds
+    return {
+        "name": work.name,
+        "intensity": work.intensity if isfinite(work.intensity) else 0.0,
+        "rate": work.flops / seconds,
+        "seconds": seconds,
+        "regime": work.regime,
+    }
+
+
+def _roofline(plan: Plan, dots: list[dict[str, Any]]) -> dict[str, Any]:
+    chip = plan.topology.chip
+    dtype = next((op.dtype for _, op in plan.program.matmuls()), "bfloat16") if plan.program else "bfloat16"
+    return {
+        "flops": chip.reached_matmul_flops_per_second(dtype),
+        "vector": chip.vector_flops_per_second,
+        "bytes": chip.reached_hbm_bytes_per_second,
+        "dots": [dot for dot in dots if dot["intensity"] > 0 and dot["rate"] > 0],
+    }
+
+
+def _formulas(plan: Plan) -> str:
+    if plan.program is None:
+        return ""
+    from autoshard.explain_symbolic import sections
+
+    return "\n\n".join("\n".join(section) for section in sections(plan))

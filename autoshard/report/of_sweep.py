@@ -1,0 +1,89 @@
+"""What the page of a sweep shows, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autoshard.sweep.advice import advice
+from autoshard.sweep.frontier import chip_seconds, frontier, switches, wasted
+from autoshard.sweep.results import SOLVED
+from autoshard.sweep.rows import Row, SweepResult
+
+_SERIES = 6
+"""How many curves one chart has at most."""
+
+
+def data_of(sweep: SweepResult) -> dict[str, Any]:
+    """Everything that the page shows of a sweep."""
+    solved = sweep.solved
+    unproven = sum(row.status != "OPTIMAL" for row in solved)
+    return {
+        "title": sweep.name,
+        "summary": [
+            {"name": "points", "value": str(len(sweep.rows)), "note": f"{len(solved)} with a plan"},
+            {"name": "proven", "value": str(len(solved) - unproven), "note": f"{unproven} with a gap"},
+            {"name": "slices", "value": str(len({row.topology for row in solved})), "note": _span(solved)},
+        ],
+        "advice": advice(sweep),
+        "currency": sweep.currency,
+        "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
+        "without": [
+            {"phase": row.phase, "name": row.name, "outcome": row.outcome, "why": row.why}
+            for row in sweep.rows
+            if row.outcome != SOLVED
+        ],
+    }
+
+
+def _span(rows: tuple[Row, ...]) -> str:
+    counts = sorted({row.chips for row in rows})
+    return f"{counts[0]} to {counts[-1]} chips" if len(counts) > 1 else f"{counts[0]} chips" if counts else "none"
+
+
+def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
+    rows = sweep.of(phase)
+    best = {id(row) for row in frontier(rows, chip_seconds)}
+    best_mfu = {id(row) for row in frontier(rows, wasted)}
+    return {
+        "name": phase,
+        "kind": rows[0].kind,
+        "series": series_of(rows),
+        "priced": any(row.price is not None for row in rows),
+        "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in rows],
+        "switches": [
+            {"before": each.before.name, "after": each.after.name, "changes": list(each.changes)}
+            for each in switches(frontier(rows))
+        ],
+    }
+
+
+def series_of(rows: tuple[Row, ...]) -> list[str]:
+    """The knobs of words and few values, by which points are coloured: such as model and dtype."""
+    knobs = dict.fromkeys(key for row in rows for key in row.knobs)
+    words = [key for key in knobs if any(isinstance(row.knobs.get(key), str) for row in rows)]
+    several = [key for key in words if len({row.knobs.get(key) for row in rows}) > 1]
+    while several and len({tuple(row.knobs.get(key) for key in several) for row in rows}) > _SERIES:
+        several.pop()
+    return several
+
+
+def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "topology": row.topology,
+        "chips": row.chips,
+        "knobs": dict(row.knobs),
+        "latency": row.latency_seconds,
+        "cost": row.chip_seconds_per_token,
+        "price": row.price,
+        "mfu": row.mfu,
+        "memory": row.peak_bytes / row.budget_bytes,
+        "collectives": row.collective_seconds / row.seconds,
+        "phases": dict(row.phase_seconds),
+        "proof": row.status,
+        "gap": row.gap,
+        "headline": row.headline,
+        "layout": {phase: dict(layout) for phase, layout in row.layout.items()},
+        "best": best,
+        "best_mfu": best_mfu,
+    }

@@ -1,0 +1,117 @@
+
+// --- Torus: chips in a drawing of up to three axes, a fourth as copies side by side
+
+const colour = (i, of) => `hsl(${Math.round((360 * i) / Math.max(of, 1))} 55% 55%)`;
+const shardOf = (axes, at) => axes.reduce((index, a) => index * sizes[a] + at[a], 0);
+const sizes = Object.fromEntries(data.axes.map((a) => [a.name, a.size]));
+const pieces = (axes) => axes.reduce((n, a) => n * sizes[a], 1);
+
+function coordinates() {
+  let found = [{}];
+  for (const axis of data.axes) found = found.flatMap((at) => Array.from({ length: axis.size }, (_, i) => ({ ...at, [axis.name]: i })));
+  return found.slice(0, data.drawn);
+}
+const places = (at) => data.axes.map((a) => `${a.name}=${at[a.name]}`).join(" ");
+function slices(array, at) {
+  return array.shape.map((n, d) => { const k = pieces(array.split[d]), i = shardOf(array.split[d], at); return k === 1 ? ":" : `${(i * n) / k}:${((i + 1) * n) / k}`; }).join(", ");
+}
+
+function drawTorus(width) {
+  const array = data.arrays[byId("array").value];
+  const names = data.axes.filter((a) => a.size > 1).map((a) => a.name);
+  const [first, second, third, fourth] = names.length >= 3 ? [names[1], names[0], names[2], names[3]] : [names[names.length - 1], names[0], null, null];
+  const nx = first ? sizes[first] : 1, ny = names.length > 1 ? sizes[second] : 1, nz = third ? sizes[third] : 1, nw = fourth ? sizes[fourth] : 1;
+  const skew = 0.45, unit = Math.min(44, (width - 40) / (nw * (nx + nz * skew + 0.5)));
+  const h = ny * unit + nz * unit * skew + 40;
+  const svg = make("svg", { viewBox: `0 0 ${width} ${h}`, height: h, role: "group", "aria-label": "Chips of the torus" });
+  const all = array.split.flat(), total = pieces(all);
+  const chips = coordinates().sort((a, b) => (third ? b[third] - a[third] : 0));
+  for (const at of chips) {
+    const z = third ? at[third] : 0, w = fourth ? at[fourth] : 0;
+    const x = 20 + w * unit * (nx + nz * skew + 0.5) + (first ? at[first] : 0) * unit + z * unit * skew;
+    const y = 10 + (names.length > 1 ? at[second] : 0) * unit + (nz - 1 - z) * unit * skew;
+    const piece = shardOf(all, at);
+    const size = Math.max(unit * 0.72, 3);
+    const box = make("rect", { x, y, width: size, height: size, rx: size / 6, fill: colour(piece, total), stroke: "var(--page)", tabindex: 0, "data-chip": places(at) });
+    hint(box, () => `chip ${places(at)}\nholds ${array.path}[${slices(array, at)}]\n${bytes(array.bytes)}`);
+    box.addEventListener("click", () => held(at)); box.addEventListener("focus", () => held(at));
+    svg.append(box);
+  }
+  const words = data.axes.map((a) => `${a.name}: ${a.ring ? "ring" : "line"} of ${a.size}`).join(", ");
+  const across = names.length > 1 ? `${first} →, ${second} ↓${third ? `, ${third} ↗` : ""}` : names.length ? `${first} →` : "";
+  svg.append(make("text", { class: "axis", x: 20, y: h - 6 }, width < 520 ? across : `${across}    (${words})`));
+  return svg;
+}
+function held(at) {
+  const rows = data.arrays.filter((a) => a.role !== "result").slice(0, 12);
+  table(byId("held"), rows, [[`chip ${places(at)} holds`, (a) => a.path, null, "name"], ["slice", (a) => `[${slices(a, at)}]`, null, "wide"], ["bytes", (a) => a.bytes, bytes, "number"]]);
+}
+data.arrays.forEach((array, i) => { const option = make("option", { value: i }); option.textContent = `${array.path}  ${array.type}`; byId("array").append(option); });
+if (data.arrays.length) {
+  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "whole on every chip" : n + " pieces"}, ${bytes(a.bytes)} a chip`; };
+  const again = responsive(byId("torus"), drawTorus);
+  byId("array").addEventListener("change", () => { again(); spec(); });
+  spec(); held(Object.fromEntries(data.axes.map((a) => [a.name, 0])));
+}
+
+// --- Tables
+
+table(byId("operations"), data.operations, [
+  ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["waits for", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
+  ["time", (o) => o.seconds, time, "number"], ["collectives", (o) => o.collectives, time, "number"], ["of the step", (o) => o.share, percent, "number"],
+  ["einsum", (o) => o.einsum], ["source", (o) => o.source, null, "name"], ["next", (o) => o.next || null, null, "wide"]]);
+table(byId("collectives"), data.collectives, [
+  ["kind", (c) => c.kind], ["axes", (c) => c.axes], ["payload", (c) => c.bytes, bytes, "number"], ["runs", (c) => c.runs, three, "number"],
+  ["time", (c) => c.seconds, time, "number"], ["array, for operation", (c) => c.where, null, "wide"]]);
+table(byId("arrays"), data.arrays, [
+  ["path", (a) => a.path, null, "name"], ["role", (a) => a.role], ["array", (a) => a.type, null, "wide"], ["PartitionSpec", (a) => a.spec, null, "wide"], ["per chip", (a) => a.bytes, bytes, "number"]]);
+table(byId("constants"), data.constants, [
+  ["constant", (c) => c.name], ["value", (c) => c.value, null, "number"], ["status", (c) => c.status], ["source", (c) => c.source, null, "wide"]]);
+
+const waits = Object.entries(data.regimes), whole = waits.reduce((s, [, t]) => s + t, 0);
+for (const [name, seconds] of waits) {
+  const part = make("div", { style: `flex: ${seconds / whole}; background: ${REGIMES[name]}` }); part.textContent = `${name} ${time(seconds)}`;
+  hint(part, `${name}: ${time(seconds)}, ${percent(seconds / whole)} of the step`); byId("regimes").append(part);
+}
+
+// --- Memory
+
+if (data.memory.points.length) responsive(byId("memory"), (width) => {
+  const points = data.memory.points, peak = Math.max(...points.map((p) => p.bytes)), budget = data.memory.budget;
+  const most = peak > budget / 4 ? Math.max(peak, budget) : peak * 1.1; // else the curve would lie on the axis
+  const c = chart({ width, height: 240, x: [0, points.length], y: [0, most * 1.06], label: "Bytes of one chip by program point", xLabel: "operation of the program, in order", yLabel: "a chip holds", yTick: bytes });
+  const path = points.map((p, i) => `${i ? "L" : "M"}${c.X(i)} ${c.Y(p.bytes)}L${c.X(i + 1)} ${c.Y(p.bytes)}`).join("");
+  c.svg.append(make("path", { d: `${path}L${c.X(points.length)} ${c.Y(0)}L${c.X(0)} ${c.Y(0)}Z`, fill: COLORS[0], "fill-opacity": 0.35, stroke: COLORS[0] }));
+  if (budget <= most) c.svg.append(make("line", { x1: c.left, x2: width - c.right, y1: c.Y(data.memory.budget), y2: c.Y(data.memory.budget), stroke: "#c0392b", "stroke-dasharray": "5 4" }));
+  c.svg.append(make("text", { x: width - c.right - 4, y: budget <= most ? c.Y(budget) - 5 : c.top + 12, "text-anchor": "end" }, `what a plan may fill: ${bytes(data.memory.budget)}`));
+  points.forEach((p, i) => { const r = make("rect", { x: c.X(i), y: c.top, width: Math.max(1, c.X(i + 1) - c.X(i)), height: 240 - c.top - c.bottom, fill: "transparent" }); hint(r, `${p.name}\n${bytes(p.bytes)}`); c.svg.append(r); });
+  return c.svg;
+});
+
+// --- Roofline
+
+const roof = data.roofline;
+if (roof.dots.length) responsive(byId("roofline"), (width) => {
+  const xs = roof.dots.map((d) => d.intensity), ys = roof.dots.map((d) => d.rate), ridge = roof.flops / roof.bytes;
+  const x = span([...xs, ridge, ridge * 4], true), y = span([...ys, roof.flops], true);
+  const c = chart({ width, height: 360, x, y, logX: true, logY: true, label: "Roofline", xLabel: "FLOPs per byte through HBM", yLabel: "TFLOP/s of one chip", yTick: (t) => three(t / 1e12) });
+  const line = (flops, dash) => { const turn = flops / roof.bytes, start = Math.max(x[0], y[0] / roof.bytes); c.svg.append(make("path", { d: `M${c.X(start)} ${c.Y(start * roof.bytes)}L${c.X(turn)} ${c.Y(flops)}L${c.X(x[1])} ${c.Y(flops)}`, fill: "none", stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": dash })); };
+  line(roof.flops, ""); line(roof.vector, "4 4");
+  const most = Math.max(...roof.dots.map((d) => d.seconds));
+  for (const d of roof.dots) { const dot = make("circle", { cx: c.X(d.intensity), cy: c.Y(d.rate), r: 3 + 9 * Math.sqrt(d.seconds / most), fill: REGIMES[d.regime] || "#888", "fill-opacity": 0.75, tabindex: 0 }); hint(dot, `${d.name}\n${time(d.seconds)} a step, waits for ${d.regime}\n${three(d.intensity)} FLOPs a byte, ${three(d.rate / 1e12)} TFLOP/s`); c.svg.append(dot); }
+  return c.svg;
+});
+
+// --- Audit
+
+if (data.audit) {
+  const a = data.audit, v = byId("verdict");
+  v.textContent = a.ok ? `Compiled for ${a.target}: as planned.` : `Compiled for ${a.target}: not as planned.`; v.className = a.ok ? "ok" : "bad";
+  const rows = (a.wire_bytes || []).map((w) => ({ what: `bytes sent over ${w.axes.join("")}`, planned: w.planned, compiled: w.compiled, unit: bytes }));
+  rows.push({ what: "peak memory", planned: a.peak_bytes.planned, compiled: a.peak_bytes.compiled, unit: bytes });
+  rows.push({ what: "collectives, by the plan's model", planned: a.seconds.planned_collectives, compiled: a.seconds.compiled_collectives, unit: time });
+  const shown = (r, side) => (r[side] === null ? null : r.unit(r[side]));
+  table(byId("audit"), rows, [["one chip, one step", (r) => r.what], ["planned", (r) => shown(r, "planned"), null, "number"], ["compiled", (r) => shown(r, "compiled"), null, "number"],
+    ["ratio", (r) => (r.compiled && r.planned ? r.compiled / r.planned : null), (x) => x.toFixed(4), "number"]]);
+  if (a.differences.length) table(byId("differences"), a.differences, [["difference", (d) => d.text, null, "wide"], ["counts", (d) => (d.counts ? "yes" : "no")]]);
+}

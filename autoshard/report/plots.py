@@ -1,0 +1,47 @@
+"""The frontier of a sweep as a picture for a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from autoshard.report.of_sweep import series_of
+from autoshard.sweep.frontier import frontier
+from autoshard.sweep.rows import Row, SweepResult
+
+_PANEL_INCHES = (6.0, 4.6)
+_COLORS = ("#2a78b5", "#d5752a", "#3a8f4d", "#a34b9b", "#8d6a3f", "#5b6770")
+
+
+def save_frontier(sweep: SweepResult, path: str | PathLike[str]) -> None:
+    """Draws cost against latency, one panel a phase, points and frontier; `.png`, `.svg` or `.pdf` by the ending."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    phases = [phase for phase in sweep.phases if sweep.of(phase)]
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * max(len(phases), 1), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, phase in zip(figure.subplots(1, max(len(phases), 1), squeeze=False)[0], phases, strict=False):
+        _panel(axes, phase, sweep.of(phase))
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axes: Any, phase: str, rows: tuple[Row, ...]) -> None:
+    keys = series_of(rows)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(str(row.knobs.get(key)) for key in keys), []).append(row)
+    for (name, group), color in zip(groups.items(), _COLORS, strict=False):
+        axes.plot(*_places(group), ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
+        axes.plot(*_places(frontier(group)), "-o", color=color, markersize=4, linewidth=1.4, label=name or "frontier")
+    kind = rows[0].kind
+    axes.set(xscale="log", yscale="log", title=phase, ylabel="cost, chip-ms a token")
+    axes.set_xlabel({"decode": "latency a token, ms", "prefill": "time to first token, ms"}.get(kind, "latency, ms"))
+    axes.grid(which="both", linewidth=0.3, alpha=0.5)
+    axes.legend(fontsize=8)
+
+
+def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [1e3 * row.latency_seconds for row in rows], [1e3 * row.chip_seconds_per_token for row in rows]

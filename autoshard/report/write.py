@@ -1,0 +1,106 @@
+"""From a file of a plan or a sweep to a page or a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from autoshard.errors import AutoshardError
+from autoshard.plan import Plan
+from autoshard.plan_file import load, write_whole
+from autoshard.sweep.extras import needed
+from autoshard.sweep.rows import SweepResult, load_sweep
+
+_PAGES = Path(__file__).parent / "pages"
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+class ReportError(AutoshardError):
+    """A report that cannot be made; says of what."""
+
+
+def write_report(
+    source: str | PathLike[str], output: str | PathLike[str], audit: str | PathLike[str] | None = None
+) -> None:
+    """Writes a report of a plan's or a sweep's file, all or nothing.
+
+        write_report("plan.json", "plan.html", audit="audit.json")
+        write_report("results/palm.json", "frontier.svg")
+
+    **Arguments:**
+
+    - `output`: `.html` for a page; `.png`, `.svg` or `.pdf` for a picture: the roofline of a plan, the frontier of a sweep.
+    - `audit`: what `autoshard audit --json` printed for the plan.
+
+    **Raises:** `ReportError` for a file that is neither, `MissingExtra`, `OSError`.
+    """
+    output, found = Path(output), read(source)
+    if audit is not None and not isinstance(found, Plan):
+        raise ReportError(f"{source} is a sweep, and audits are of plans.")
+    if output.suffix in _PICTURES:
+        _picture(found, output)
+    elif output.suffix == ".html":
+        write_whole(output, page(found, None if audit is None else _json(audit)))
+    else:
+        raise ReportError(f"{output} has no ending that is known; .html, {', '.join(_PICTURES)} would do.")
+
+
+def read(source: str | PathLike[str]) -> Plan | SweepResult:
+    """The plan or the sweep in a file.
+
+    **Raises:** `ReportError`.
+    """
+    data = _json(source)
+    if "autoshard_plan" in data:
+        return load(source)
+    if "autoshard_sweep" in data:
+        return load_sweep(Path(source))
+    raise ReportError(f"{source} is neither a plan (autoshard search -o) nor a sweep (autoshard sweep).")
+
+
+def _json(path: str | PathLike[str]) -> Mapping[str, Any]:
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ReportError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ReportError(f"{path} is JSON, but no report can be made of it.")
+    return found
+
+
+def _picture(found: Plan | SweepResult, output: Path) -> None:
+    needed("matplotlib")
+    if isinstance(found, Plan):
+        from autoshard.roofline import save_roofline
+
+        save_roofline([found], output)
+    else:
+        from autoshard.report.plots import save_frontier
+
+        save_frontier(found, output)
+
+
+def page(found: Plan | SweepResult, audit: Mapping[str, Any] | None = None) -> str:
+    """The page of a plan or a sweep: HTML with all that it shows inside."""
+    needed("jinja2")
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined)
+    if isinstance(found, Plan):
+        from autoshard.report.of_plan import data_of
+
+        name, data = "plan", data_of(found, audit)
+    else:
+        from autoshard.report.of_sweep import data_of
+
+        name, data = "sweep", data_of(found)
+    texts = {part: (_PAGES / part).read_text("utf-8") for part in ("report.css", "report.js", f"{name}.js")}
+    script = texts["report.js"] + texts[f"{name}.js"]
+    # Inside a script element only "</" and "<!--" could end it.
+    embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return environment.get_template(f"{name}.html").render(
+        data=data, embedded=embedded, css=texts["report.css"], script=script
+    )

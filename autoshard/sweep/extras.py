@@ -1,0 +1,30 @@
+"""Libraries that only sweeps and reports need."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from autoshard.errors import AutoshardError
+
+_EXTRAS = {
+    "pydantic": "sweep",
+    "joblib": "sweep",
+    "jinja2": "report",
+    "matplotlib": "plots",
+    "distributed": "dask",
+    "ray": "ray",
+}
+
+
+class MissingExtra(AutoshardError, ImportError):
+    """A library of an extra is not installed; names the extra."""
+
+
+def needed(module: str) -> None:
+    """Makes sure that a library is there.
+
+    **Raises:** `MissingExtra`, with the command that installs it.
+    """
+    if importlib.util.find_spec(module) is None:
+        extra = _EXTRAS[module]
+        raise MissingExtra(f'This needs {module}, which is not installed: pip install "autoshard[{extra}]".')

@@ -1,0 +1,143 @@
+"""The Pareto frontier of a sweep, and the answers that can be read off its points."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from autoshard.sweep.job import Knob
+from autoshard.sweep.rows import Row
+
+Cost = Callable[[Row], float]
+"""What is to be small, such as `Row.chip_seconds_per_token` or minus the MFU."""
+
+
+def chip_seconds(row: Row) -> float:
+    """Chip-seconds per token."""
+    return row.chip_seconds_per_token
+
+
+def money(row: Row) -> float:
+    """Money per million tokens, or chip-seconds per token where there is no price."""
+    return row.chip_seconds_per_token if row.price is None else row.price
+
+
+def wasted(row: Row) -> float:
+    """Minus the MFU."""
+    return -row.mfu
+
+
+def frontier(rows: Iterable[Row], cost: Cost = chip_seconds) -> tuple[Row, ...]:
+    """The rows that no other row beats in both latency and cost, the fastest first; of equal ones the first."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.latency_seconds, cost(row))):
+        if not found or cost(row) < cost(found[-1]):
+            found.append(row)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Where the layout changes along a frontier: the two neighbours, and what changes, product by product."""
+
+    before: Row
+    after: Row
+    changes: tuple[str, ...]
+
+
+def switches(rows: Sequence[Row]) -> tuple[Switch, ...]:
+    """The places along a frontier where a matrix product's family of strategies changes.
+
+    "WS-1D: output over xyz" and "WS-1D: output over yz" are one family; the axes are named by what they are called on each
+    topology, and mean nothing across topologies.
+    """
+    found = []
+    for before, after in pairwise(rows):
+        changes = tuple(_changes(before, after))
+        if changes:
+            found.append(Switch(before, after, changes))
+    return tuple(found)
+
+
+def family(strategy: str) -> str:
+    """A strategy without its axes: "WG-XY", "batch-sharded, head-sharded"."""
+    head, colon, _ = strategy.partition(":")
+    if colon:
+        return head
+    return ", ".join(part.split(" over ")[0] for part in strategy.split(", "))
+
+
+def _changes(before: Row, after: Row) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for phase, layout in before.layout.items():
+        for name, strategy in layout.items():
+            old, new = family(strategy), family(after.layout.get(phase, {}).get(name, strategy))
+            if old != new:
+                groups.setdefault((old, new), []).append(name)
+    for (old, new), names in groups.items():
+        yield f"{_some(names)}: {old} → {new}"
+
+
+def _some(names: Sequence[str]) -> str:
+    each = list(dict.fromkeys(map(_last_keys, names)))
+    more = f" and {len(each) - _NAMED} more" if len(each) > _NAMED else ""
+    return ", ".join(each[:_NAMED]) + more
+
+
+_NAMED = 3
+
+
+def _last_keys(name: str) -> str:
+    """`params['layers']['wq']['q']` is wq.q."""
+    keys = re.findall(r"\['([^']+)'\]", name)
+    return ".".join(keys[1:] if len(keys) > 1 else keys) or name
+
+
+# --- Answers
+
+
+def cheapest(rows: Iterable[Row], latency_seconds: float, cost: Cost = money) -> Row | None:
+    """The cheapest row at a latency or less."""
+    return min((row for row in rows if row.latency_seconds <= latency_seconds), key=cost, default=None)
+
+
+def fastest(rows: Iterable[Row], chips: int) -> Row | None:
+    """The row with the least latency on exactly so many chips, of equal ones the cheapest."""
+    fitting = (row for row in rows if row.chips == chips)
+    return min(fitting, key=lambda row: (row.latency_seconds, row.chip_seconds_per_token), default=None)
+
+
+def longest(rows: Iterable[Row], knob: str, latency_seconds: float | None = None) -> Row | None:
+    """The row with the largest value of a knob, such as the context, that has a plan; of equal ones the cheapest."""
+    fitting = [row for row in rows if _numeric(row.knobs.get(knob))]
+    fitting = [row for row in fitting if latency_seconds is None or row.latency_seconds <= latency_seconds]
+    return max(fitting, key=lambda row: (row.knobs[knob], -row.chip_seconds_per_token), default=None)
+
+
+def _numeric(value: Knob | None) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Two rows that differ in one knob only."""
+
+    first: Row
+    second: Row
+
+    @property
+    def latency(self) -> float:
+        """How many times less the second's latency is."""
+        return self.first.latency_seconds / self.second.latency_seconds
+
+
+def gains(rows: Iterable[Row], knob: str, first: Knob, second: Knob) -> tuple[Gain, ...]:
+    """What one value of a knob gains over another, for every pair of rows that agree in all else."""
+    table: dict[tuple, dict[Knob, Row]] = {}
+    for row in rows:
+        if knob in row.knobs:
+            rest = tuple((key, value) for key, value in row.knobs.items() if key != knob)
+            table.setdefault((row.phase, row.topology, rest), {})[row.knobs[knob]] = row
+    return tuple(Gain(each[first], each[second]) for each in table.values() if first in each and second in each)

@@ -1,0 +1,303 @@
+"""The job file: what a sweep is to find out, in TOML.
+
+```toml
+name = "palm-62b"
+
+[phases.decode]
+target = "../examples/palm.py:decode"             # from the job file's folder
+arguments = { size = "62b", batch = { of = "batch" }, context = { of = "input_length + output_length / 2" } }
+
+[vary]                                            # every combination is a point
+batch = [1, 16, 256]
+input_length = 2048
+output_length = 64
+
+[chips]
+kinds = ["v4"]
+counts = [8, 16]                                  # every shape of so many chips that the torus allows
+topologies = ["v4:4x4x4"]                         # or these
+
+[constraints]                                     # all optional
+seconds_per_token = 0.030
+seconds_to_first_token = 2.0
+memory_gib = 28
+
+[price]
+per_chip_hour = { v4 = 3.22 }
+
+[together]                                        # prefill and decode with one layout of the weights
+phases = ["prefill", "decode"]
+shared = "params"
+```
+
+A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` makes `batch * input_length` tokens a step,
+`decode` makes `batch`, any other says with `tokens` how many.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoshard.errors import AutoshardError
+from autoshard.sweep.extras import needed
+from costmodels.algebra import evaluated, parsed
+
+Knob = bool | int | float | str
+"""One value of what a job varies."""
+
+_TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
+
+
+class JobError(AutoshardError):
+    """A job file says something that makes no sense; names the file, the line and the key."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A function to lay out: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens a step."""
+
+    name: str
+    kind: str
+    target: str
+    arguments: Mapping[str, Any]
+    tokens: str
+
+    def values(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
+        """The keyword arguments at one point.
+
+        **Raises:** `ValueError` where an expression is no number there.
+        """
+        return {key: value_of(given, knobs) for key, given in self.arguments.items()}
+
+
+@dataclass(frozen=True)
+class Together:
+    """Phases with one layout of the shared argument; `repeats` says how often each runs in one request."""
+
+    phases: tuple[str, ...]
+    shared: str
+    repeats: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What an answer must keep to; None where anything will do."""
+
+    seconds_per_token: float | None = None
+    seconds_to_first_token: float | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep, as its file declares it."""
+
+    name: str
+    phases: tuple[Phase, ...]
+    vary: Mapping[str, tuple[Knob, ...]]
+    kinds: tuple[str, ...]
+    counts: tuple[int, ...]
+    topologies: tuple[str, ...]
+    constraints: Constraints = Constraints()
+    per_chip_hour: Mapping[str, float] | None = None
+    currency: str = "USD"
+    together: Together | None = None
+    time_limit: float | None = None
+    folder: Path = Path()
+
+    def phase(self, name: str) -> Phase:
+        """The phase of this name."""
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+def load_job(path: str | Path) -> Job:
+    """Reads and checks a job file.
+
+    **Raises:** `JobError`, naming every fault with its line and key; `OSError` when there is no such file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+        data = tomllib.loads(text)
+    except ValueError as error:
+        raise JobError(f"{path} is no TOML: {error}.") from error
+    return job_of(data, path.parent, path.stem, str(path), text)
+
+
+def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
+    """A job from plain data, as `load_job` from a file.
+
+    **Raises:** `JobError`.
+    """
+    needed("pydantic")
+    from pydantic import ValidationError
+
+    from autoshard.sweep.schema import JobFile
+
+    try:
+        read = JobFile.model_validate(data)
+    except ValidationError as error:
+        faults = [(each["loc"], _said(each)) for each in error.errors()]
+        raise JobError(_listed(where, text, faults)) from error
+    job = _job(read, folder, name)
+    if faults := list(_faults(job)):
+        raise JobError(_listed(where, text, faults))
+    return job
+
+
+def _job(read: Any, folder: Path, name: str) -> Job:
+    phases = tuple(
+        Phase(key, each.kind or key, each.target, each.arguments, each.tokens or _TOKENS.get(each.kind or key, ""))
+        for key, each in read.phases.items()
+    )
+    together = None
+    if read.together is not None:
+        names = tuple(read.together.phases or read.phases)
+        kinds = {phase.name: phase.kind for phase in phases}
+        own = {each: "output_length" if kinds.get(each) == "decode" else "1" for each in names}
+        together = Together(names, read.together.shared, own | {k: str(v) for k, v in read.together.repeats.items()})
+    return Job(
+        name=read.name or name,
+        phases=phases,
+        vary={key: tuple(values) for key, values in read.vary.items()},
+        kinds=tuple(read.chips.kinds),
+        counts=tuple(read.chips.counts),
+        topologies=tuple(read.chips.topologies),
+        constraints=Constraints(**read.constraints.model_dump()),
+        per_chip_hour=read.price.per_chip_hour if read.price else None,
+        currency=read.price.currency if read.price else "USD",
+        together=together,
+        time_limit=read.search.time_limit,
+        folder=folder,
+    )
+
+
+# --- Expressions
+
+
+def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
+    """What an argument is at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
+
+    **Raises:** `ValueError`, naming the expression, where it is no whole number or names no knob.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    expression = given["of"]
+    if expression in knobs:
+        return knobs[expression]
+    found = number(expression, knobs)
+    if found != int(found):
+        raise ValueError(f"{expression} is {found:g} there, which is no whole number")
+    return int(found)
+
+
+def number(expression: str, knobs: Mapping[str, Knob]) -> float:
+    """An expression in knobs as a number.
+
+    **Raises:** `ValueError`.
+    """
+    numbers = {key: float(value) for key, value in knobs.items() if isinstance(value, int | float)}
+    try:
+        return evaluated(parsed(expression), numbers)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}; the job varies {', '.join(knobs)}") from error
+
+
+# --- What fits the schema and makes no sense
+
+Location = tuple[str | int, ...]
+
+
+def _faults(job: Job) -> Iterator[tuple[Location, str]]:
+    if not job.topologies and not (job.kinds and job.counts):
+        yield ("chips",), "names no topologies, and no kinds with counts; either would do"
+    sample = {key: values[0] for key, values in job.vary.items()}
+    for phase in job.phases:
+        yield from _phase_faults(job, phase, sample)
+    for name in job.together.phases if job.together else ():
+        if name not in [phase.name for phase in job.phases]:
+            yield (
+                ("together", "phases"),
+                f"there is no phase {name!r}; there are {', '.join(p.name for p in job.phases)}",
+            )
+        elif (fault := _unknown(job.together.repeats[name], sample)) if job.together else "":
+            yield ("together",), f"how often {name} runs is {fault}"
+
+
+def _phase_faults(job: Job, phase: Phase, sample: Mapping[str, Knob]) -> Iterator[tuple[Location, str]]:
+    at: Location = ("phases", phase.name)
+    if not phase.tokens:
+        yield at, "a phase that is neither prefill nor decode needs tokens, how many a step makes, such as 'batch'"
+    elif fault := _unknown(phase.tokens, sample):
+        yield (*at, "tokens"), f"the tokens of a step are {fault}"
+    for key, given in phase.arguments.items():
+        if isinstance(given, Mapping) and (fault := _unknown(given["of"], sample)):
+            yield (*at, "arguments", key), fault
+    file, _, name = phase.target.rpartition(":")
+    if not name.isidentifier() or not file.endswith(".py"):
+        yield (*at, "target"), f"{phase.target!r} is no FILE.py:NAME"
+    elif not (job.folder / file).is_file():
+        yield (*at, "target"), f"there is no file {job.folder / file}"
+
+
+def _unknown(expression: str, sample: Mapping[str, Knob]) -> str:
+    if expression in sample:
+        return ""
+    try:
+        number(expression, sample)
+    except ValueError as error:
+        return f"{expression!r}: {error}"
+    return ""
+
+
+# --- Lines
+
+
+def _said(fault: Mapping[str, Any]) -> str:
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = f", got {given!r}" if isinstance(given, Knob) and fault["type"] != "extra_forbidden" else ""
+    if fault["type"] == "extra_forbidden":
+        return "is no key of a job; look for a slip of the pen"
+    if fault["type"] == "too_short":
+        return "is empty; at least one would do"
+    return message[0].lower() + message[1:] + shown
+
+
+def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> str:
+    lines = []
+    for location, message in faults:
+        key = ".".join(str(part) for part in location if part not in _TAGS)
+        line = line_of(text, location)
+        lines.append(f"{where}{f', line {line}' if line else ''}: {key}: {message}.")
+    return "\n".join(dict.fromkeys(lines))
+
+
+_TAGS = ("list", "str", "int", "float", "bool", "constrained-int", "dict[literal['of'],str]", "[key]")
+"""What the schema's library puts into the places of values that may be of several types."""
+
+
+def line_of(text: str, location: Sequence[str | int]) -> int:
+    """The line of a TOML text that says what a key is, or of the table that lacks it; 0 where there is no text."""
+    path = [str(part) for part in location if part not in _TAGS]
+    best, found, table = -1, 0, []
+    for count, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if stripped.startswith("["):
+            table = _keys(stripped.split("]")[0].strip("[ "))
+            here = table
+        elif "=" in stripped and not stripped.startswith("#"):
+            here = [*table, *_keys(stripped.split("=")[0])]
+        else:
+            continue
+        if here == path[: len(here)] and len(here) > best:
+            best, found = len(here), count
+    return found
+
+
+def _keys(dotted: str) -> list[str]:
+    return [key.strip().strip("\"'") for key in dotted.split(".")]

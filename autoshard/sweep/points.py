@@ -1,0 +1,206 @@
+"""The points of a sweep: one search each, and the key that tells equal ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+from autoshard.cache import key_of
+from autoshard.devices import topology_of
+from autoshard.errors import TopologyError
+from autoshard.planning import Options, Target, traced_for
+from autoshard.sweep.job import Job, JobError, Knob, Phase, number
+from autoshard.sweep.shapes import shapes
+from autoshard.workload import Workload
+from costmodels.chips import UnknownChipError, chip
+from costmodels.topology import Topology
+
+Pairs = tuple[tuple[str, Knob], ...]
+"""A mapping that can be hashed and compared."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One function at one point: `FILE.py:NAME` and its keyword arguments, the tokens of a step, and how often it runs."""
+
+    phase: str
+    kind: str
+    target: str
+    arguments: Pairs
+    tokens: float
+    repeats: float = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One search: the runs that are laid out together (most often one), on a topology.
+
+    `shared` names the argument whose layout several runs share. `memory_bytes` bounds what a plan may fill of a chip,
+    0 for the default part of what a chip can use.
+    """
+
+    runs: tuple[Run, ...]
+    topology: Topology
+    knobs: Pairs = ()
+    shared: str = ""
+    memory_bytes: float = 0.0
+    time_limit: float | None = None
+
+    @property
+    def phase(self) -> str:
+        """The name of the phase, or the names of all."""
+        return " + ".join(run.phase for run in self.runs)
+
+    @property
+    def name(self) -> str:
+        """The point in words."""
+        knobs = ", ".join(f"{key} {value}" for key, value in self.knobs)
+        return f"{self.phase} on {self.topology.name}{f', {knobs}' if knobs else ''}"
+
+    @property
+    def reserve_bytes(self) -> float | None:
+        """As for `autoshard.search`."""
+        if not self.memory_bytes:
+            return None
+        return max(self.topology.chip.usable_hbm_bytes - self.memory_bytes, 0.0)
+
+
+@dataclass(frozen=True)
+class Unmade:
+    """A point that cannot even be put together, and why."""
+
+    name: str
+    phase: str
+    topology: str
+    knobs: Pairs
+    why: str
+
+
+def points(job: Job) -> Iterator[Point | Unmade]:
+    """Every point of a job, in order: phases, topologies, then what is varied."""
+    where = topologies(job)
+    groups = [(phase.name,) for phase in job.phases] + ([job.together.phases] if job.together else [])
+    for names in groups:
+        seen: set[Any] = set()
+        for topology, values in product(where, product(*job.vary.values())):
+            knobs = dict(zip(job.vary, values, strict=True))
+            found = _point(job, names, topology, knobs)
+            same = (found.runs, found.topology.name) if isinstance(found, Point) else found.name
+            if same not in seen:  # a phase need not depend on everything that is varied
+                seen.add(same)
+                yield found
+
+
+def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[str, Knob]) -> Point | Unmade:
+    joint = job.together if len(names) > 1 else None
+    phases = [job.phase(name) for name in names]
+    if joint is None:
+        knobs = {key: value for key, value in knobs.items() if key in _read(phases[0], job)}
+    pairs = tuple(knobs.items())
+    try:
+        runs = tuple(
+            _run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
+        )
+    except ValueError as error:
+        words = ", ".join(f"{key} {value}" for key, value in pairs)
+        phase = " + ".join(names)
+        return Unmade(f"{phase} on {topology.name}, {words}", phase, topology.name, pairs, str(error))
+    memory = (job.constraints.memory_gib or 0.0) * 2**30
+    return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit)
+
+
+def _run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
+    file, _, name = phase.target.rpartition(":")
+    target = f"{(job.folder / file).resolve()}:{name}"
+    arguments = tuple(phase.values(knobs).items())
+    return Run(phase.name, phase.kind, target, arguments, number(phase.tokens, knobs), repeats)
+
+
+def _read(phase: Phase, job: Job) -> set[str]:
+    """What a phase depends on, of what the job varies."""
+    texts = [given["of"] for given in phase.arguments.values() if isinstance(given, Mapping)]
+    return {key for key in job.vary if any(key in _words(text) for text in [*texts, phase.tokens])}
+
+
+def _words(text: str) -> set[str]:
+    return set("".join(sign if sign.isalnum() or sign == "_" else " " for sign in text).split())
+
+
+def topologies(job: Job) -> tuple[Topology, ...]:
+    """The topologies of a job: those it names, and each shape of its counts of chips.
+
+    **Raises:** `JobError` for chips that are unknown, or come in no slice of a count.
+    """
+    names: list[str] = list(job.topologies)
+    for kind, count in product(job.kinds, job.counts):
+        try:
+            found = shapes(chip(kind), count)
+        except UnknownChipError as error:
+            raise JobError(f"chips.kinds: {error}") from error
+        if not found:
+            raise JobError(f"chips.counts: {kind} comes in no slice of {count} chips.")
+        names += [f"{kind}:{'x'.join(map(str, sides))}" for sides in found]
+    try:
+        return tuple(
+            topology_of(str(job.folder / name) if name.endswith(".toml") else name) for name in dict.fromkeys(names)
+        )
+    except TopologyError as error:
+        raise JobError(f"chips.topologies: {error}") from error
+
+
+# --- What a point is made of
+
+
+def workload_of(run: Run) -> Workload:
+    """The workload of a run.
+
+    **Raises:** `AutoshardError`, in a sentence, when the user's file or function fails.
+    """
+    from autoshard.cli.common import Misuse, workload
+
+    try:
+        return workload(run.target, dict(run.arguments))
+    except Misuse as error:
+        raise JobError(str(error)) from error
+
+
+def options_of(point: Point, work: Workload) -> Options:
+    """How a run of a point is planned."""
+    return Options(
+        work.donate_argnums, work.name, reserve_bytes=point.reserve_bytes, time_limit=point.time_limit, dims=work.dims
+    )
+
+
+def traced(run: Run) -> Target:
+    """The run as a program."""
+    return _traced(replace(run, phase="", tokens=0.0, repeats=1.0))
+
+
+@lru_cache(maxsize=256)
+def _traced(run: Run) -> Target:
+    work = workload_of(run)
+    return traced_for(work.fn, work.args, Options(work.donate_argnums, work.name, dims=work.dims))
+
+
+def key(point: Point) -> str:
+    """What the result of a point depends on, as a hash: programs, topology with every constant, options, versions.
+
+    Two points of different jobs that are the same search have the same key.
+    """
+    each = []
+    for run in point.runs:
+        target = traced(run)
+        options = Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
+        each.append((key_of(target, point.topology, options), run.repeats if len(point.runs) > 1 else 1.0))
+    phases = [run.phase for run in point.runs] if len(point.runs) > 1 else []
+    everything = (_FORMAT, each, phases, point.shared)
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+_FORMAT = 1
+"""The version of what is stored of a result."""

@@ -1,0 +1,170 @@
+"""The points of a sweep as rows of one table: latency, cost, MFU and layout, and the file that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoshard.errors import AutoshardError
+from autoshard.sweep.job import Job, Knob
+from autoshard.sweep.points import Point, Unmade
+from autoshard.sweep.results import SOLVED, Result
+from autoshard.sweep.runner import Done
+
+VERSION = 1
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of a sweep.
+
+    - `seconds`: of one step; of one whole request (each phase as often as it runs) where phases are laid out together.
+    - `latency_seconds`: of a decode step, which is the latency per token; of a prefill, which is the time to first token; of
+      a whole request otherwise.
+    - `chip_seconds_per_token`: chips × seconds over the tokens that are made meanwhile, $nt/(BL)$ in Pope et al. 2022; `price`
+      is the money per million tokens, None where the job names no price of the chip.
+    - `mfu`: FLOPs of the program's matrix products (attention's too, padding of heads too) over the chips' peak.
+    - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each.
+    """
+
+    phase: str
+    kind: str
+    topology: str
+    chip: str
+    chips: int
+    knobs: Mapping[str, Knob]
+    outcome: str
+    why: str = ""
+    key: str = ""
+    seconds: float = 0.0
+    tokens: float = 0.0
+    latency_seconds: float = 0.0
+    chip_seconds_per_token: float = 0.0
+    price: float | None = None
+    mfu: float = 0.0
+    peak_bytes: float = 0.0
+    budget_bytes: float = 0.0
+    collective_seconds: float = 0.0
+    status: str = ""
+    gap: float = 0.0
+    layout: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The point in words."""
+        knobs = ", ".join(f"{key} {value}" for key, value in self.knobs.items())
+        return f"{self.topology}{f', {knobs}' if knobs else ''}"
+
+    @property
+    def headline(self) -> str:
+        """The layout in a line: the largest matrix product of each phase and, where there is one, attention."""
+        return "; ".join(_headline(layout) for layout in self.layout.values())
+
+
+def _headline(layout: Mapping[str, str]) -> str:
+    weights = next(iter(layout.values()), "no matrix products")
+    sharded = [each for each in layout.values() if "-sharded" in each.split(":")[0]]
+    return f"{weights} | attention {sharded[0]}" if sharded and sharded[0] != weights else weights
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A whole sweep: the job's name, its constraints and prices, and a row per point."""
+
+    name: str
+    rows: tuple[Row, ...]
+    currency: str = "USD"
+    constraints: Mapping[str, float | None] = field(default_factory=dict)
+    store: str = ""
+
+    @property
+    def solved(self) -> tuple[Row, ...]:
+        """The rows that have a plan."""
+        return tuple(row for row in self.rows if row.outcome == SOLVED)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases, in order."""
+        return tuple(dict.fromkeys(row.phase for row in self.rows))
+
+    def of(self, phase: str) -> tuple[Row, ...]:
+        """The rows of one phase that have a plan."""
+        return tuple(row for row in self.solved if row.phase == phase)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {"autoshard_sweep": VERSION} | asdict(self)
+
+
+def sweep_result(job: Job, done: Iterable[Done], order: Sequence[Point | Unmade], store: str = "") -> SweepResult:
+    """The rows of a sweep in the job's order, whatever the order in which they came."""
+    found = {id(each.point): each for each in done}
+    rows = tuple(row_of(found[id(point)], job.per_chip_hour) for point in order if id(point) in found)
+    return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store)
+
+
+def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
+    """One point as a row."""
+    point, result = done.point, done.result
+    if isinstance(point, Unmade):
+        return Row(point.phase, "", point.topology, "", 0, dict(point.knobs), result.outcome, result.why)
+    topology = point.topology
+    kind = point.runs[0].kind if len(point.runs) == 1 else "request"
+    row: dict[str, Any] = {
+        "phase": point.phase,
+        "kind": kind,
+        "topology": topology.name,
+        "chip": topology.chip.name,
+        "chips": topology.size,
+        "knobs": dict(point.knobs),
+        "outcome": result.outcome,
+        "why": result.why,
+        "key": done.key,
+    }
+    if result.outcome != SOLVED:
+        return Row(**row)
+    rate = (per_chip_hour or {}).get(topology.chip.name)
+    return Row(**row, **_numbers(point, result, rate))
+
+
+def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[str, Any]:
+    pairs = [(run, result.phases[run.phase]) for run in point.runs]
+    seconds = sum(run.repeats * each.seconds for run, each in pairs)
+    tokens = sum(run.repeats * run.tokens for run, _ in pairs)
+    cost = point.topology.size * seconds / tokens if tokens else 0.0
+    peak = pairs[0][1].peak_flops
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "latency_seconds": seconds,
+        "chip_seconds_per_token": cost,
+        "price": None if per_chip_hour is None else 1e6 * cost * per_chip_hour / _HOUR,
+        "mfu": sum(run.repeats * each.useful_flops for run, each in pairs) / (seconds * peak),
+        "peak_bytes": max(each.peak_bytes for _, each in pairs),
+        "budget_bytes": pairs[0][1].budget_bytes,
+        "collective_seconds": sum(run.repeats * each.collective_seconds for run, each in pairs),
+        "status": result.status,
+        "gap": result.gap,
+        "layout": {run.phase: dict(each.layout) for run, each in pairs},
+        "phase_seconds": {run.phase: each.seconds for run, each in pairs},
+    }
+
+
+def load_sweep(path: str | Path) -> SweepResult:
+    """Reads what `autoshard sweep` wrote.
+
+    **Raises:** `AutoshardError` for a file of something else.
+    """
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+        version = data.pop("autoshard_sweep")
+        if version > VERSION:
+            raise AutoshardError(f"{path} is of a newer autoshard; this one reads versions up to {VERSION}.")
+        return SweepResult(**{**data, "rows": tuple(Row(**row) for row in data["rows"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AutoshardError(f"{path} is no sweep of autoshard: {error!r}.") from error

@@ -1,0 +1,132 @@
+"""A sweep, run: every point looked up, ruled out or solved, and kept as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from autoshard.errors import AutoshardError
+from autoshard.sweep.bounds import ruled_out
+from autoshard.sweep.engines import Engine, WorkerDied, here
+from autoshard.sweep.job import Constraints
+from autoshard.sweep.points import Point, Unmade, key
+from autoshard.sweep.results import FAILED, PRUNED, Result
+from autoshard.sweep.solving import solve
+from autoshard.sweep.store import Store, StoreError
+
+Said = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A point to solve: what is sent to a worker."""
+
+    point: Point
+    key: str
+
+    def __call__(self) -> Result:
+        return solve(self.point, self.key)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A point with what became of it; `known` says that the store had it, `key` where a search or the store has it."""
+
+    point: Point | Unmade
+    result: Result
+    key: str = ""
+    known: bool = False
+
+
+@dataclass
+class Sweep:
+    """A sweep under way: iterate over it for every point as it is done, in no certain order.
+
+    `unkept` counts results that the store did not take, with the reason in `trouble`.
+    """
+
+    points: list[Point | Unmade]
+    store: Store | None = None
+    engine: Engine = here
+    constraints: Constraints = field(default_factory=Constraints)
+    say: Said = lambda _: None
+    unkept: list[Done] = field(default_factory=list)
+    trouble: str = ""
+    solved: int = 0
+
+    def __iter__(self) -> Iterator[Done]:
+        open_tasks: dict[str, list[Point]] = {}
+        yield from self._settled(open_tasks)
+        tasks = (Task(same[0], name) for name, same in open_tasks.items())
+        for task, outcome in self.engine(self._begun(tasks)):
+            self.solved += 1
+            result = _result(outcome)
+            if result.outcome != FAILED:
+                self._keep(Done(task.point, result, task.key))
+            for point in open_tasks[task.key]:
+                yield Done(point, result, task.key)
+        self._keep_the_rest()
+
+    def _settled(self, open_tasks: dict[str, list[Point]]) -> Iterator[Done]:
+        """The points that need no search; the others are put into `open_tasks`, equal ones together."""
+        for point in self.points:
+            if isinstance(point, Unmade):
+                yield Done(point, Result(FAILED, point.why))
+                continue
+            try:
+                name, why = key(point), ruled_out(point, *self._limits())
+            except AutoshardError as error:
+                yield Done(point, Result(FAILED, str(error)))
+                continue
+            except Exception as error:  # the user's function may raise anything while it is traced
+                yield Done(point, Result(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+                continue
+            if (found := self._known(name)) is not None:
+                yield Done(point, found, name, True)
+            elif why:
+                yield Done(point, Result(PRUNED, why))
+            else:
+                open_tasks.setdefault(name, []).append(point)
+
+    def _limits(self) -> tuple[float | None, float | None]:
+        return self.constraints.seconds_per_token, self.constraints.seconds_to_first_token
+
+    def _known(self, name: str) -> Result | None:
+        return self.store.get(name) if self.store is not None else None
+
+    def _begun(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        for task in tasks:
+            if self.store is not None:
+                try:
+                    self.store.begin(task.key)
+                except StoreError as error:
+                    self._complain(str(error))
+            yield task
+
+    def _keep(self, done: Done) -> None:
+        if self.store is None:
+            return
+        try:
+            self.store.add(done.key, done.point.name, done.result)
+        except StoreError as error:
+            self._complain(str(error))
+            self.unkept.append(done)
+
+    def _complain(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            self.trouble = trouble
+            self.say(f"{trouble} The search goes on; what is found is shown, and kept if there is room at the end.")
+
+    def _keep_the_rest(self) -> None:
+        """A second try for what the store did not take: there may be room again."""
+        again, self.unkept = self.unkept, []
+        for done in again:
+            self._keep(replace(done))
+
+
+def _result(outcome: object) -> Result:
+    if isinstance(outcome, Result):
+        return outcome
+    if isinstance(outcome, WorkerDied):
+        return Result(FAILED, f"The worker died: {outcome}. Out of memory is the usual cause; fewer workers may do.")
+    return Result(FAILED, f"{type(outcome).__name__}: {outcome}")

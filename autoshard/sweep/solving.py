@@ -1,0 +1,82 @@
+"""One point solved: what workers run, in this process or on another machine."""
+
+from __future__ import annotations
+
+import time
+import zlib
+
+from autoshard.errors import AutoshardError, InfeasibleError
+from autoshard.phases import search_phases
+from autoshard.plan import Plan
+from autoshard.plan_file import dumps, loads
+from autoshard.planning import search
+from autoshard.sweep.points import Point, key, options_of, workload_of
+from autoshard.sweep.results import FAILED, INFEASIBLE, SOLVED, Result, phase_result
+
+
+def solve(point: Point, expected: str = "") -> Result:
+    """Searches a point through the public functions; what goes wrong is a result that says so.
+
+    **Arguments:**
+
+    - `expected`: the point's key where it was made; a worker that reads other files has another.
+    """
+    started = time.monotonic()
+    try:
+        if expected and key(point) != expected:
+            why = "This worker reads another version of the target file, of autoshard or of JAX than the job's machine."
+            return Result(FAILED, why)
+        plans = _plans(point)
+    except InfeasibleError as error:
+        return Result(INFEASIBLE, str(error), wall_seconds=time.monotonic() - started)
+    except AutoshardError as error:
+        return Result(FAILED, str(error))
+    except Exception as error:  # one point's trouble is not the others'
+        return Result(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    proofs = [plan.proof for plan in plans.values()]
+    return Result(
+        SOLVED,
+        phases={name: phase_result(plan) for name, plan in plans.items()},
+        status="OPTIMAL" if all(proof.status == "OPTIMAL" for proof in proofs) else "FEASIBLE",
+        gap=max(proof.gap for proof in proofs),
+        wall_seconds=time.monotonic() - started,
+        plans={name: packed(plan) for name, plan in plans.items()},
+    )
+
+
+def _plans(point: Point) -> dict[str, Plan]:
+    works = {run.phase: workload_of(run) for run in point.runs}
+    if len(works) > 1:
+        found = search_phases(
+            works,
+            shared=point.shared,
+            topology=point.topology,
+            weights={run.phase: run.repeats for run in point.runs},
+            reserve_bytes=point.reserve_bytes,
+            time_limit=point.time_limit,
+        )
+        return dict(found.plans)
+    ((name, work),) = works.items()
+    options = options_of(point, work)
+    return {
+        name: search(
+            work.fn,
+            *work.args,
+            topology=point.topology,
+            donate_argnums=work.donate_argnums,
+            name=work.name,
+            reserve_bytes=options.reserve_bytes,
+            time_limit=options.time_limit,
+            dims=work.dims,
+        )
+    }
+
+
+def packed(plan: Plan) -> bytes:
+    """A plan as compressed JSON."""
+    return zlib.compress(dumps(plan).encode())
+
+
+def unpacked(data: bytes) -> Plan:
+    """The inverse of `packed`."""
+    return loads(zlib.decompress(data), "The stored plan")

@@ -1,0 +1,228 @@
+"""Reports: what pages hold, and (with a browser) that they work and look right at two widths.
+
+With `AUTOSHARD_SCREENSHOTS=DIR` the browser's tests leave their screenshots there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+import autoshard
+from autoshard.cli import app
+from autoshard.plan import Plan
+from autoshard.report import ReportError, write_report
+from autoshard.report.of_plan import data_of
+from autoshard.report.write import page
+from autoshard.sweep.results import FAILED, SOLVED
+from autoshard.sweep.rows import Row, SweepResult
+from tests.sweep_target import feed_forward
+
+
+def small_plan() -> Plan:
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in (("up", (512, 2048)), ("down", (2048, 512)))
+    }
+    x = jax.ShapeDtypeStruct((64, 512), "bfloat16")
+    return autoshard.search(feed_forward, arrays, x, topology="v5e:2x4", name="network")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return small_plan()
+
+
+def small_sweep() -> SweepResult:
+    rows = []
+    for weights, speed in (("bf16", 1.0), ("int8", 1.6)):
+        for i, batch in enumerate((1, 4, 16, 64, 256)):
+            seconds = 0.02 * (1 + batch / 40) / speed
+            layout = {
+                "decode": {"params['up']": "WS-2D: contracted over x, output over y" if i < 3 else "WG-X: batch over x"}
+            }
+            numbers: dict[str, Any] = {
+                "seconds": seconds,
+                "latency_seconds": seconds,
+                "tokens": batch,
+                "chip_seconds_per_token": 16 * seconds / batch,
+                "price": 1e6 * 16 * seconds / batch * 1.2 / 3600,
+                "mfu": min(0.6, 0.002 * batch),
+                "peak_bytes": 1e9 * (1 + i),
+                "budget_bytes": 16e9,
+                "status": "OPTIMAL",
+                "layout": layout,
+                "phase_seconds": {"decode": seconds},
+            }
+            rows.append(
+                Row("decode", "decode", "v5e:4x4", "v5e", 16, {"batch": batch, "weights": weights}, SOLVED, **numbers)
+            )
+    rows.append(Row("decode", "decode", "v5e:1", "v5e", 1, {"batch": 1, "weights": "bf16"}, FAILED, "no <such> thing"))
+    return SweepResult("A sweep", tuple(rows))
+
+
+# --- Pages
+
+
+def embedded(html: str) -> Any:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+@pytest.mark.parametrize("kind", ["plan", "sweep"])
+def test_a_page_needs_nothing_from_outside(kind: str, plan: Plan):
+    html = page(plan if kind == "plan" else small_sweep())
+    assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", html)
+    assert '<link rel="stylesheet"' not in html and "@import" not in html
+
+
+def test_the_page_of_a_plan_holds_the_plans_numbers(plan: Plan):
+    data = embedded(page(plan))
+    assert data["summary"][0]["value"] in plan.explain()
+    assert max(point["bytes"] for point in data["memory"]["points"]) == pytest.approx(plan.estimate.peak_bytes)
+    assert len(data["memory"]["points"]) == len(plan.operations)
+    spent = sum(op["seconds"] + op["collectives"] for op in data["operations"])
+    assert spent == pytest.approx(plan.estimate.seconds)
+    assert sum(data["regimes"].values()) == pytest.approx(plan.estimate.seconds)
+    assert "Symbols (formulas are of one chip)" in data["formulas"]
+
+
+def test_a_hostile_name_stays_text(plan: Plan):
+    name = "</script><script>alert(1)</script><!--"
+    html = page(replace(plan, name=name))
+    assert "<script>alert" not in html
+    assert embedded(html)["title"].startswith(name)
+
+
+def test_a_plan_of_an_older_file_has_no_memory_and_no_formulas(plan: Plan):
+    data = data_of(replace(plan, program=None, dimensions=None))
+    assert (data["memory"]["points"], data["formulas"]) == ([], "")
+
+
+def test_the_page_of_a_sweep_marks_the_frontier():
+    sweep = small_sweep()
+    data = embedded(page(sweep))
+    (phase,) = data["phases"]
+    assert [p["knobs"] for p in phase["points"] if p["best"]] == [
+        {"batch": batch, "weights": "int8"} for batch in (1, 4, 16, 64, 256)
+    ]
+    assert phase["series"] == ["weights"]
+    assert len(phase["switches"]) == 1
+    assert data["without"][0]["why"] == "no <such> thing"
+
+
+@pytest.mark.parametrize("ending", ["html", "png", "svg"])
+def test_the_command_writes_pages_and_pictures(tmp_path: Path, ending: str, plan: Plan):
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "sweep.json").write_text(json.dumps(small_sweep().to_dict()))
+    for source in ("plan", "sweep"):
+        output = tmp_path / f"{source}.{ending}"
+        done = CliRunner().invoke(app, ["report", str(tmp_path / f"{source}.json"), "-o", str(output)])
+        assert done.exit_code == 0, done.output
+        assert output.stat().st_size > 5000
+
+
+def test_what_is_no_report_is_refused(tmp_path: Path):
+    for text, says in (("{}", "neither a plan"), ("[1]", "no report can be made"), ("{", "is no JSON")):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ReportError, match=says):
+            write_report(tmp_path / "x.json", tmp_path / "x.html")
+    (tmp_path / "x.json").write_text(json.dumps(small_sweep().to_dict()))
+    with pytest.raises(ReportError, match="no ending that is known"):
+        write_report(tmp_path / "x.json", tmp_path / "x.doc")
+
+
+# --- In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as running:
+        found = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+class Opened:
+    """A page in the browser, with what its console said."""
+
+    def __init__(self, browser: Any, html: Path, width: int) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(html.as_uri())
+        self.width = width
+
+    def close(self, name: str) -> None:
+        assert self.said == []
+        assert [url for url in self.asked if not url.startswith(("file:", "data:"))] == []
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width  # nothing sticks out
+        if folder := os.environ.get("AUTOSHARD_SCREENSHOTS"):
+            self.page.mouse.move(0, 0)
+            self.page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+            self.page.screenshot(path=f"{folder}/{name}-{self.width}.png", full_page=self.width < 600)
+        self.page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_a_plan_works_in_a_browser(browser: Any, tmp_path: Path, plan: Plan, width: int):
+    (tmp_path / "plan.html").write_text(page(plan))
+    opened = Opened(browser, tmp_path / "plan.html", width)
+    at = opened.page
+    assert at.locator("#torus rect").count() == 8
+    at.locator("#torus rect").nth(3).hover()
+    assert "holds" in at.locator("#tip").inner_text()
+    rows = at.locator("#operations tbody tr")
+    before = rows.count()
+    at.locator("#operations input").fill("params")
+    assert 0 < rows.count() < before
+    at.locator("#operations input").fill("")
+    at.locator("#operations th button", has_text="time").click()
+    assert at.locator("#operations th[aria-sort=descending]").count() == 1
+    at.locator("#array").select_option(index=1)
+    assert "pieces" in at.locator("#spec").inner_text() or "whole" in at.locator("#spec").inner_text()
+    assert at.locator("#roofline circle").count() > 0
+    assert at.locator("#memory path").count() > 0
+    at.locator("summary").first.click()
+    assert at.locator("details pre").is_visible()
+    at.locator("summary").first.click()
+    opened.close("plan")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_of_a_sweep_works_in_a_browser(browser: Any, tmp_path: Path, width: int):
+    (tmp_path / "sweep.html").write_text(page(small_sweep()))
+    opened = Opened(browser, tmp_path / "sweep.html", width)
+    at = opened.page
+    dots = at.locator("#phase0 circle.point")
+    assert dots.count() == 10
+    dots.last.focus()
+    assert "proven optimal" in at.locator("#tip").inner_text()
+    at.locator("#phase0 .measure").select_option("mfu")
+    assert at.locator("#phase0 svg text", has_text="MFU").count() == 1
+    at.locator("#phase0 .every").uncheck()
+    assert dots.count() == 10  # every point is on the curve of its own colour
+    at.locator("#phase0 .points input").fill("int8 256")
+    assert at.locator("#phase0 .points tbody tr").count() == 1
+    at.locator("#phase0 .points input").fill("")
+    at.locator("#phase0 .measure").select_option("cost")
+    opened.close("sweep")
