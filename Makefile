@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PEER_VENV := .venv-peer
+ZOO_VENV := .venv-models
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search bench-overhead bench-peers calibration wheel clean
+.PHONY: help demo test lint format bench-search bench-overhead bench-peers models calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -35,6 +36,9 @@ bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchma
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
 
+models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")
+	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
+
 calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
 	$(BIN)/python benchmarks/calibration.py
 
@@ -45,7 +49,7 @@ wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
 
 clean:  ## forget the environment and everything built
-	rm -rf $(VENV) $(PEER_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEER_VENV) $(ZOO_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # One environment, one stamp for each thing that was put into it.
 $(VENV)/.core: pyproject.toml
@@ -74,3 +78,11 @@ $(PEER_VENV)/.jax:
 	@$(PYTHON) -m venv $(PEER_VENV)
 	@$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'jax[tpu]==0.9.2' 'libtpu==0.0.37' \
 		&& touch $@ || echo "jax 0.9.2 could not be installed: going on without AutoSharding; its rows will say so"
+
+# The libraries whose models are planned; transformers 4.57 is its last line with Flax models.
+$(ZOO_VENV)/.zoo: pyproject.toml
+	@echo "Setting up $(ZOO_VENV): JAX and the libraries of the model zoo (about 2 GB)..."
+	@$(PYTHON) -m venv $(ZOO_VENV)
+	@$(ZOO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]' 'jax==0.10.2' \
+		'transformers==4.57.6' equinox 'penzai==0.2.5' keras-hub dm-haiku flax optax pytest hypothesis
+	@touch $@

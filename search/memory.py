@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from costmodels.program import Program
 from search.layouts import Layout, shards
-from search.problem import Edge, Problem
+from search.problem import Problem
 from search.reshard import ReshardTable
 
 IN_PLACE = (
@@ -39,12 +40,33 @@ class Row:
 
     def bytes(self, problem: Problem, states: np.ndarray) -> float:
         """Bytes alive under a choice of states."""
-        held = sum(float(vector[states[i]]) for i, vector in self.nodes)
-        return held + sum(float(table[_ends(problem.edges[k], states)]) for k, table in self.edges)
+        return self.bytes_of(states, *problem.ends(states))
+
+    def bytes_of(self, states: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> float:
+        """Bytes alive under a choice of states, given where each edge's ends then are in its table (`Problem.ends`)."""
+        at, start, vectors = self._packed_nodes
+        edge, first, width, tables = self._packed_edges
+        return float(vectors[start + states[at]].sum() + tables[first + rows[edge] * width + columns[edge]].sum())
+
+    @cached_property
+    def _packed_nodes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The nodes, where the vector of each starts in all of them one behind the other, and those."""
+        at = np.array([i for i, _ in self.nodes], dtype=np.intp)
+        return at, *_one_behind_the_other([vector for _, vector in self.nodes])
+
+    @cached_property
+    def _packed_edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """As the nodes, with the width of each table."""
+        at = np.array([k for k, _ in self.edges], dtype=np.intp)
+        width = np.array([table.shape[1] for _, table in self.edges], dtype=np.intp)
+        start, tables = _one_behind_the_other([table.ravel() for _, table in self.edges])
+        return at, start, width, tables
 
 
-def _ends(edge: Edge, states: np.ndarray) -> tuple[int, int]:
-    return int(edge.rows[states[edge.a]]), int(edge.columns[states[edge.b]])
+def _one_behind_the_other(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    sizes = [len(array) for array in arrays]
+    start = np.cumsum([0, *sizes], dtype=np.intp)[:-1]
+    return start, np.concatenate(arrays) if arrays else np.zeros(0)
 
 
 @dataclass(frozen=True)
