@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -165,6 +166,7 @@ def _penzai_workload(pz, model, params, shape, name: str) -> Workload:
 def keras_forward(kind: str, tiny: bool = False) -> Workload:
     """Logits of 16 sequences of 1024 tokens, by the functional model that keras-hub builds."""
     os.environ["KERAS_BACKEND"] = "jax"
+    sys.modules.setdefault("tensorflow", None)  # pyright: ignore  # its protobuf and that of OR-Tools crash each other
     keras, keras_hub = library("keras"), library("keras_hub")
 
     sizes = {
