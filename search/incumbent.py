@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from search.bound import Dual
-from search.memory import Row
+from search.memory import Row, Rows
 from search.problem import Problem
 
 _FORESTS = 4
@@ -185,5 +185,4 @@ class _Held:
 
 def overflow(problem: Problem, rows: tuple[Row, ...], states: np.ndarray) -> np.ndarray:
     """Bytes over the budget in each row; negative where there is room."""
-    ends = problem.ends(states)
-    return np.array([row.bytes_of(states, *ends) for row in rows]) - problem.budget_bytes
+    return (rows if isinstance(rows, Rows) else Rows(rows)).bytes(problem, states) - problem.budget_bytes
