@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-search bench-overhead bench-peers models calibration wheel clean
+.PHONY: help demo test lint format bench-search bench-overhead bench-peers models models-test calibration wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -38,6 +38,9 @@ bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmar
 
 models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")
 	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
+
+models-test: $(ZOO_VENV)/.zoo  ## the same models in tiny sizes, run on eight host devices and compared
+	$(ZOO_VENV)/bin/python -m pytest tests/test_models.py -m "slow or not slow" $(ARGS)
 
 calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
 	$(BIN)/python benchmarks/calibration.py

@@ -65,6 +65,7 @@ def measured(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
 
     _, build = cases()[model, phase]
     work = build()
+    _check_room(work, topology)
     started, used = time.monotonic(), time.process_time()
     plan = autoshard.search(
         work.fn,
@@ -99,6 +100,24 @@ def measured(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
         "warnings": [text for text in plan.warnings if "constants of" not in text],
     }
     return {**row, "audit": _audit(plan, work) if with_audit else None}
+
+
+def _check_room(work: Any, topology: str) -> None:
+    """Says at once what a search would take long to prove: arguments that are larger than all memory together.
+
+    **Raises:** `ValueError`.
+    """
+    import jax
+
+    from costmodels.topology import parse_topology
+
+    where = parse_topology(topology)
+    room = where.size * where.chip.usable_hbm_bytes
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(work.args) if hasattr(leaf, "dtype"))
+    if needed > room:
+        raise ValueError(
+            f"its arguments are {needed / 2**30:,.0f} GiB, and all chips together have {room / 2**30:,.0f}"
+        )
 
 
 def _equations(work: Any) -> int:
