@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 PEER_VENV := .venv-peer
 GPU_VENV := .venv-gpu
+ZOO_VENV := .venv-models
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-overhead bench-peers calibration frontier browser-test docs wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-overhead bench-peers models models-test calibration frontier browser-test docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -42,6 +43,12 @@ bench-audit: $(VENV)/.tpu $(GPU_VENV)/.gpu  ## compiled TPU, GPU and host progra
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
 
+models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")
+	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
+
+models-test: $(ZOO_VENV)/.zoo  ## the same models in tiny sizes, run on eight host devices and compared
+	$(ZOO_VENV)/bin/python -m pytest tests/test_models.py -m "slow or not slow" $(ARGS)
+
 calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
 	$(BIN)/python benchmarks/calibration.py
 
@@ -61,7 +68,7 @@ wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
 
 clean:  ## forget the environment and everything built
-	rm -rf $(VENV) $(PEER_VENV) $(GPU_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEER_VENV) $(GPU_VENV) $(ZOO_VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # One environment, one stamp for each thing that was put into it.
 $(VENV)/.core: pyproject.toml
@@ -97,3 +104,11 @@ $(GPU_VENV)/.gpu: pyproject.toml
 	@$(PYTHON) -m venv $(GPU_VENV)
 	@$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[gpu]' \
 		&& touch $@ || echo "jax[cuda13] could not be installed: going on without the GPU compiler; its rows will say so"
+
+# The libraries whose models are planned; transformers 4.57 is its last line with Flax models.
+$(ZOO_VENV)/.zoo: pyproject.toml
+	@echo "Setting up $(ZOO_VENV): JAX and the libraries of the model zoo (about 2 GB)..."
+	@$(PYTHON) -m venv $(ZOO_VENV)
+	@$(ZOO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]' 'jax==0.10.2' \
+		'transformers==4.57.6' equinox 'penzai==0.2.5' keras-hub dm-haiku flax optax pytest hypothesis
+	@touch $@

@@ -1,7 +1,7 @@
 """What else an operation could have done, and what the step would cost then.
 
-The price of another strategy is that of a whole plan: the operation is held to it, and all others adapt, one at a time,
-until none improves. So it is a price that can be had, an upper bound on what the strategy costs at best.
+The price of another strategy is that of a whole plan: the operation is held to it, and those around it adapt, one at a time,
+and those around them, until none improves. So it is a price that can be had, an upper bound on what the strategy costs at best.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _others(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, opera
         if _name(problem, changed, operation) in names:
             continue
         names.add(_name(problem, changed, operation))
-        yield _adapted(problem, limits, _squeezed(problem, limits, changed, operation), node)
+        squeezed = _squeezed(problem, limits, changed, operation)
+        yield _adapted(problem, limits, states, squeezed, node)
 
 
 def _squeezed(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, operation: int) -> np.ndarray:
@@ -74,17 +75,31 @@ def _squeezed(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, ope
     return improve(held, (together(limits),), states, np.array([steep]))
 
 
-def _adapted(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, held: int) -> np.ndarray:
-    """Changes one node at a time, all but one, to its best state that takes no more memory than there is, or than was taken."""
+def _adapted(
+    problem: Problem, limits: tuple[Row, ...], before: np.ndarray, states: np.ndarray, held: int
+) -> np.ndarray:
+    """Changes one node at a time, all but one, to its best state that takes no more memory than there is, or than was taken.
+
+    Only the neighbours of what is not as it was before have reason to change, then theirs.
+    """
     states, most = states.copy(), max(_over(problem, limits, states), 0.0)
+    stirred = _around(problem, np.flatnonzero(states != before).tolist())
     for _ in range(_ROUNDS):
-        before = states.copy()
-        for i in range(len(problem.nodes)):
-            if i != held:
-                most = _improved(problem, limits, states, i, most)
-        if (states == before).all():
+        changed = []
+        for i in sorted(stirred - {held}):
+            now = states[i]
+            most = _improved(problem, limits, states, i, most)
+            changed += [i] if states[i] != now else []
+        if not changed:
             break
+        stirred = _around(problem, changed)
     return states
+
+
+def _around(problem: Problem, nodes: list[int]) -> set[int]:
+    """Nodes and their neighbours."""
+    edges = [problem.edges[k] for i in nodes for k in problem.incident[i]]
+    return {*nodes, *(edge.a for edge in edges), *(edge.b for edge in edges)}
 
 
 def _improved(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, node: int, most: float) -> float:

@@ -147,14 +147,21 @@ def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) ->
 
 def decode_layer(layer: Params, x: Array, cache: dict[str, Array], position: Array) -> tuple[Array, dict[str, Array]]:
     """One layer on `x` `[B, E]` with its own cache `[B, S, K, D]`."""
+    x, cache = cached_attention_half(layer, x, cache, position)
+    return x + feed_forward(layer, rms_norm(x, layer["ffn_norm"])), cache
+
+
+def cached_attention_half(
+    layer: Params, x: Array, cache: dict[str, Array], position: Array
+) -> tuple[Array, dict[str, Array]]:
+    """The first half of `decode_layer`."""
     normed = rms_norm(x, layer["attention_norm"])
     q, k, v = queries_keys_values(layer, normed, position)  # [B, H, D], 2 × [B, K, D]
     new = {"k": k, "v": v}
     at = (0, position, 0, 0)
     cache = {name: lax.dynamic_update_slice(cache[name], new[name][:, None], at) for name in cache}
     visible = jnp.arange(cache["k"].shape[1]) <= position  # [S]
-    x = x + jnp.einsum("bhd,hde->be", attend(q, cache["k"], cache["v"], visible), layer["wo"])
-    return x + feed_forward(layer, rms_norm(x, layer["ffn_norm"])), cache
+    return x + jnp.einsum("bhd,hde->be", attend(q, cache["k"], cache["v"], visible), layer["wo"]), cache
 
 
 def prefill_step(params: Params, tokens: Array) -> tuple[Array, Cache]:
@@ -172,12 +179,17 @@ def prefill_step(params: Params, tokens: Array) -> tuple[Array, Cache]:
 
 def prefill_layer(layer: Params, x: Array) -> tuple[Array, dict[str, Array]]:
     """One layer on `x` `[B, T, E]`, and the keys and values `[B, T, K, D]` that it leaves in the cache."""
+    x, entry = attention_half(layer, x)
+    return x + feed_forward(layer, rms_norm(x, layer["ffn_norm"])), entry
+
+
+def attention_half(layer: Params, x: Array) -> tuple[Array, dict[str, Array]]:
+    """The first half of `prefill_layer`."""
     positions = jnp.arange(x.shape[1])
     normed = rms_norm(x, layer["attention_norm"])
     q, k, v = queries_keys_values(layer, normed, positions[:, None])  # [B, T, H, D], 2 × [B, T, K, D]
     visible = positions[:, None, None, None] >= positions  # [T, 1, 1, S]: causal
-    x = x + jnp.einsum("bthd,hde->bte", attend(q, k, v, visible), layer["wo"])
-    return x + feed_forward(layer, rms_norm(x, layer["ffn_norm"])), {"k": k, "v": v}
+    return x + jnp.einsum("bthd,hde->bte", attend(q, k, v, visible), layer["wo"]), {"k": k, "v": v}
 
 
 def queries_keys_values(layer: Params, x: Array, positions: Array) -> tuple[Array, Array, Array]:

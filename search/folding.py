@@ -1,18 +1,21 @@
 """Identical layers, found again in the program that a Python loop unrolled.
 
-A layer written once and run in a Python loop comes out of the trace as a stretch of operations that repeats with a period.
-Copies of an operation share one variable of the search, as they would in a `scan`: the classes found here. Sharing is a
-restriction to plans that treat all copies alike; what such a plan costs is exact, since every copy's changes of layout and
-bytes are counted where they are. Depth then enters the search only as a factor.
+A layer written once and run in a Python loop comes out of the trace as a stretch of operations that repeats with a period;
+so do two or three kinds of layer that take turns. Copies of an operation share one variable of the search, as they would in
+a `scan`: the classes found here. Sharing is a restriction to plans that treat all copies alike; what such a plan costs is
+exact, since every copy's changes of layout and bytes are counted where they are. Depth then enters the search only as a factor.
 
 A stretch counts as layers when its copies agree operation by operation (what is computed, on which shapes), when operands
-come from the same place in each (the same position of the same copy, or of the copy before; an argument; or one array for
-all), and when each copy is fed by the one before. The arguments and results of the copies are shared accordingly.
+come from the same place in each (the same position of the same copy, or of the copy before; one array for all; or from before
+all copies: an argument, or what the forward pass left for a backward pass), and when each copy is fed by the one before.
+
+What stands apart from the stretches is alike when it is used by and made from what is alike, in the same way: the copies'
+arguments and results, and all that an optimizer does to each layer's parameters.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +25,8 @@ from costmodels.program import Operation, Program
 
 _PERIODS = 24
 """How many of the commonest distances between like operations are tried as periods."""
-_KIN = 8
-"""To how many earlier matmuls of its kind the distances of a matmul are taken."""
+_KINDS = 8
+"""How many matmuls of one kind a period may have: as many kinds of layer may take turns."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ def classes(program: Program) -> tuple[int, ...]:
             found[operation] = fold.operations[at % fold.period]
     repeated = {first for first, count in Counter(found).items() if count > 1}
     if repeated:
-        _share_arguments(program, found, repeated)
-        _share_results(program, found, repeated)
+        _share_alike(program, found, repeated)
     return tuple(found)
 
 
@@ -99,14 +101,14 @@ class _Search:
 
     def longest(self) -> Fold | None:
         """The fold that shares the most operations, of those not yet taken."""
-        best: tuple[int, int, int] | None = None
-        for period in self._periods():
-            for start, length in self._runs(period):
-                if best is None or (length, -period) > (best[1], -best[2]):
+        best = (0, 0, 0)
+        for period in self._periods():  # in rising order: of two as long, the shorter period is right
+            for start, length in self._runs(period, longer_than=best[1]):
+                if length > best[1]:
                     best = (start, length, period)
-        if best is None:
-            return None
         start, length, period = best
+        if not length:
+            return None
         whole = (length + period) // period * period
         return Fold(tuple(self.body[start : start + whole]), period)
 
@@ -116,23 +118,25 @@ class _Search:
         self.free[first : first + len(fold.operations)] = False
 
     def _periods(self) -> list[int]:
-        """The commonest distances between matmuls of one kind that are not far apart; a layer may have several of a kind."""
-        at = np.flatnonzero(self.heavy & self.free)
-        last: dict[int, deque[int]] = {}
-        distances: Counter[int] = Counter()
-        for place in at.tolist():
-            before = last.setdefault(int(self.kinds[place]), deque(maxlen=_KIN))
-            distances.update(place - other for other in before)
-            before.append(place)
-        return sorted(period for period, _ in distances.most_common(_PERIODS))
+        """Distances between matmuls of one kind, next to each other or a few apart; of each the commonest."""
+        places: dict[int, list[int]] = {}
+        for place in np.flatnonzero(self.heavy & self.free).tolist():
+            places.setdefault(int(self.kinds[place]), []).append(place)
+        found: set[int] = set()
+        for apart in range(1, _KINDS + 1):
+            distances: Counter[int] = Counter()
+            for at in places.values():
+                distances.update(after - before for before, after in zip(at, at[apart:], strict=False))
+            found.update(period for period, _ in distances.most_common(_PERIODS))
+        return sorted(found)
 
-    def _runs(self, period: int) -> list[tuple[int, int]]:
+    def _runs(self, period: int, longer_than: int) -> list[tuple[int, int]]:
         """Stretches of at least one period in which every operation is like the one a period later."""
         alike = (self.kinds[:-period] == self.kinds[period:]) & self.free[:-period] & self.free[period:]
         edges = np.flatnonzero(np.diff(np.r_[False, alike, False].astype(np.int8)))
         found = []
         for start, end in edges.reshape(-1, 2).tolist():
-            while end - start >= period:
+            while end - start >= max(period, longer_than + 1):
                 length = self._sound(start, end - start, period)
                 if length >= period and self._chained(start, period):
                     found.append((start, length))
@@ -152,17 +156,14 @@ class _Search:
             if a.value == b.value:
                 continue
             made, remade = self._made_at(a.value), self._made_at(b.value)
-            if made is None or remade is None:
-                if made is not remade:
-                    return False
-            elif remade - made != period and not (at < start + period and made < start):
+            if remade - made != period and not (made < start and (remade < start or at < start + period)):
                 return False
         return True
 
-    def _made_at(self, value: int) -> int | None:
-        """Where in the body a value is made; None for an argument."""
+    def _made_at(self, value: int) -> int:
+        """Where in the body a value is made; before it all, for an argument."""
         producer = self.program.producers.get(value)
-        return None if producer is None else self.place.get(producer[0])
+        return -1 if producer is None else self.place.get(producer[0], -1)
 
     def _chained(self, start: int, period: int) -> bool:
         """Whether the second copy does matrix work, and needs something of the first."""
@@ -171,7 +172,7 @@ class _Search:
         for at in range(start + period, start + 2 * period):
             for use in self.program.operations[self.body[at]].inputs:
                 made = self._made_at(use.value)
-                if made is not None and start <= made < start + period:
+                if start <= made < start + period:
                     return True
         return False
 
@@ -185,29 +186,63 @@ def _key(program: Program, op: Operation) -> tuple:
     return (op.primitive, op.signature, arrays, runs, program.multiplicity(op.region), work)
 
 
-def _share_arguments(program: Program, found: list[int], repeated: set[int]) -> None:
-    """Puts arguments that like operations use alike into one class."""
-    taken = {program.arguments[argument] for argument, _ in program.donated}
+def _share_alike(program: Program, found: list[int], repeated: set[int]) -> None:
+    """Puts operations outside of the folds into one class that are used by like operations and made from like ones.
+
+    Colours are refined until operations of one colour have operands and users of the same colours. Who adds up numbers makes
+    no layers different: the users of scalars do not count.
+    """
+    apart = [i for i in _reached(program, found, repeated) if found[i] not in repeated]
+    colours = _first_colours(program, found, repeated)
+    donor = {program.results[b]: program.arguments[a] for a, b in program.donated}
+    partner = donor | {argument: result for result, argument in donor.items()}
+    count = 0
+    while len(set(colours)) > count:
+        count = len(set(colours))
+        ids: dict[tuple, int] = {}
+        renewed = [(i, _seen_from(program, colours, i, partner.get(i))) for i in apart]
+        for i, sight in renewed:
+            colours[i] = ids.setdefault((colours[i], sight), len(program.operations) + len(ids))
+    first: dict[int, int] = {}
+    for i in apart:
+        found[i] = first.setdefault(colours[i], i)
+
+
+def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
+    """What operations are by themselves: a fold's class as it is, others by what they compute."""
+    given = {program.arguments[argument] for argument, _ in program.donated}
     handed = {program.arguments[argument] for _, argument in program.handoffs}
-    first: dict[tuple, int] = {}
-    for i, op in enumerate(program.operations):
-        if op.op_class != "source":
-            continue
-        uses = [(found[at], k) for at, k in program.consumers.get(op.outputs[0].value, ())]
-        if any(at in repeated for at, _ in uses):
-            key = (_key(program, op), tuple(sorted(uses)), i in taken, i in handed)
-            found[i] = first.setdefault(key, i)
+    handed |= {program.results[result] for result, _ in program.handoffs}
+    ids: dict[tuple, int] = {}
+    return [
+        found[i]
+        if found[i] in repeated
+        else ids.setdefault((_key(program, op), i in given, i in handed), len(program.operations) + len(ids))
+        for i, op in enumerate(program.operations)
+    ]
 
 
-def _share_results(program: Program, found: list[int], repeated: set[int]) -> None:
-    """Puts results that come out of like operations into one class."""
-    donor = {program.results[result]: found[program.arguments[argument]] for argument, result in program.donated}
-    handed = {program.results[result] for result, _ in program.handoffs}
-    first: dict[tuple, int] = {}
-    for i, op in enumerate(program.operations):
-        if op.op_class != "sink" or op.inputs[0].value not in program.producers:
-            continue
-        at, position = program.producers[op.inputs[0].value]
-        if found[at] in repeated:
-            key = (_key(program, op), found[at], position, donor.get(i), i in handed)
-            found[i] = first.setdefault(key, i)
+def _seen_from(program: Program, colours: Sequence[int], i: int, partner: int | None) -> tuple:
+    """The colours around an operation: of its operands, of its results' users, and of what shares its donated memory."""
+    op = program.operations[i]
+    made = tuple((colours[at], k) for at, k in (program.producers[use.value] for use in op.inputs))
+    users = tuple(
+        tuple(sorted((colours[at], k) for at, k in program.consumers.get(use.value, ())))
+        for use in op.outputs
+        if program.values[use.value].shape
+    )
+    return made, users, -1 if partner is None else colours[partner]
+
+
+def _reached(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
+    """The operations that values connect with a fold, in order."""
+    queue = [i for i in range(len(program.operations)) if found[i] in repeated]
+    seen = set(queue)
+    while queue:
+        op = program.operations[queue.pop()]
+        values = [use.value for use in (*op.inputs, *op.outputs)]
+        near = {program.producers[value][0] for value in values if value in program.producers}
+        near.update(at for value in values for at, _ in program.consumers.get(value, ()))
+        queue += near - seen
+        seen |= near
+    return sorted(seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from search.bound import Dual
-from search.memory import Row
+from search.memory import Row, Rows
 from search.problem import Problem
 
 _FORESTS = 4
@@ -132,13 +132,13 @@ def _given(edge, node: int, other: int) -> np.ndarray:
 def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray) -> np.ndarray:
     """Changes one node at a time to its best state until none improves; `penalty` is seconds per byte of each row."""
     states = states.copy()
-    priced = [(row, rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
+    priced = [(_Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
     for _ in range(20):
         changed = False
         for i in range(len(problem.nodes)):
             cost = _conditional(problem, states, i)
-            for row, rate in priced:
-                cost = cost + rate * _conditional_bytes(problem, row, states, i)
+            for held, rate in priced:
+                cost = cost + rate * held.given(states, i)
             best = int(np.argmin(cost))
             if cost[best] < cost[states[i]] - 1e-15:
                 states[i], changed = best, True
@@ -158,20 +158,31 @@ def _conditional(problem: Problem, states: np.ndarray, i: int) -> np.ndarray:
     return cost
 
 
-def _conditional_bytes(problem: Problem, row: Row, states: np.ndarray, i: int) -> np.ndarray:
-    held = np.zeros(len(problem.nodes[i].states))
-    for node, vector in row.nodes:
-        if node == i:
-            held = held + vector
-    for k, table in row.edges:
-        edge = problem.edges[k]
-        if edge.a == i:
-            held = held + table[edge.rows, edge.columns[states[edge.b]]]
-        elif edge.b == i:
-            held = held + table[edge.rows[states[edge.a]], edge.columns]
-    return held
+class _Held:
+    """What a row counts, by node."""
+
+    def __init__(self, problem: Problem, row: Row) -> None:
+        self.problem = problem
+        self.nodes = dict(row.nodes)
+        self.edges: dict[int, list[tuple[int, np.ndarray]]] = {}
+        for k, table in row.edges:
+            self.edges.setdefault(problem.edges[k].a, []).append((k, table))
+            self.edges.setdefault(problem.edges[k].b, []).append((k, table))
+
+    def given(self, states: np.ndarray, i: int) -> np.ndarray:
+        """Bytes that depend on a node, for each of its states, all others being as they are."""
+        held = np.zeros(len(self.problem.nodes[i].states))
+        if i in self.nodes:
+            held = held + self.nodes[i]
+        for k, table in self.edges.get(i, ()):
+            edge = self.problem.edges[k]
+            if edge.a == i:
+                held = held + table[edge.rows, edge.columns[states[edge.b]]]
+            else:
+                held = held + table[edge.rows[states[edge.a]], edge.columns]
+        return held
 
 
 def overflow(problem: Problem, rows: tuple[Row, ...], states: np.ndarray) -> np.ndarray:
     """Bytes over the budget in each row; negative where there is room."""
-    return np.array([row.bytes(problem, states) for row in rows]) - problem.budget_bytes
+    return (rows if isinstance(rows, Rows) else Rows(rows)).bytes(problem, states) - problem.budget_bytes

@@ -8,14 +8,16 @@ or the caller needs them. A change of layout holds the old and the new array at 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from costmodels.program import Program
 from search.layouts import Layout, shards
-from search.problem import Edge, Problem
+from search.problem import Problem
 from search.reshard import ReshardTable
 
 IN_PLACE = (
@@ -39,12 +41,37 @@ class Row:
 
     def bytes(self, problem: Problem, states: np.ndarray) -> float:
         """Bytes alive under a choice of states."""
-        held = sum(float(vector[states[i]]) for i, vector in self.nodes)
-        return held + sum(float(table[_ends(problem.edges[k], states)]) for k, table in self.edges)
+        return float(Rows([self]).bytes(problem, states)[0])
 
 
-def _ends(edge: Edge, states: np.ndarray) -> tuple[int, int]:
-    return int(edge.rows[states[edge.a]]), int(edge.columns[states[edge.b]])
+class Rows(tuple[Row, ...]):
+    """Rows that are summed up at once: most of what lives at one point lives at others, too, and is looked up once for all."""
+
+    def bytes(self, problem: Problem, states: np.ndarray) -> np.ndarray:
+        """Per row the bytes alive under a choice of states."""
+        nodes, edges, found, start = self._ledger
+        at, to = problem.ends(states)
+        held = [vector[states[i]] for i, vector in nodes] + [table[at[k], to[k]] for k, table in edges]
+        return np.add.reduceat(np.array([*held, 0.0])[found], start)
+
+    @cached_property
+    def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, np.ndarray]], np.ndarray, np.ndarray]:
+        """What the rows add up: nodes, edges; per row its items among them, a 0 last; and where the items of each row start."""
+        nodes = {(i, id(vector)): vector for row in self for i, vector in row.nodes}
+        edges = {(k, id(table)): table for row in self for k, table in row.edges}
+        place = {("node", *key): at for at, key in enumerate(nodes)}
+        place |= {("edge", *key): len(nodes) + at for at, key in enumerate(edges)}
+        items = [
+            [
+                *(place["node", i, id(vector)] for i, vector in row.nodes),
+                *(place["edge", k, id(table)] for k, table in row.edges),
+                len(place),
+            ]
+            for row in self
+        ]
+        start = np.cumsum([0, *map(len, items)], dtype=np.intp)[:-1]
+        found = np.array([item for row in items for item in row], dtype=np.intp)
+        return [(i, v) for (i, _), v in nodes.items()], [(k, t) for (k, _), t in edges.items()], found, start
 
 
 @dataclass(frozen=True)
@@ -171,7 +198,7 @@ class _Term:
     table: np.ndarray
 
 
-def rows(problem: Problem) -> tuple[Row, ...]:
+def rows(problem: Problem) -> Rows:
     """The rows that can bind: one per point at which no more lives at any other point."""
     terms = [*_buffer_terms(problem), *_copy_terms(problem)]
     kinds: dict[tuple, int] = {}
@@ -182,7 +209,8 @@ def rows(problem: Problem) -> tuple[Row, ...]:
             found.append(term)
     points, counts = _fullest(problem.program, terms, kinds)
     maximal = _undominated(counts)
-    return tuple(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])]) for i in maximal)
+    known: dict[tuple, np.ndarray] = {}
+    return Rows(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])], known) for i in maximal)
 
 
 def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> tuple[list[int], np.ndarray]:
@@ -222,23 +250,29 @@ def _undominated(counts: np.ndarray) -> list[int]:
 
 def together(limits: tuple[Row, ...]) -> Row:
     """The bytes at all points, added up: what a price on memory everywhere is paid for."""
-    nodes: dict[int, np.ndarray] = {}
-    edges: dict[int, np.ndarray] = {}
-    for row in limits:
-        for i, vector in row.nodes:
-            nodes[i] = nodes.get(i, 0.0) + vector
-        for k, table in row.edges:
-            edges[k] = edges.get(k, 0.0) + table
-    return Row(-1, tuple(nodes.items()), tuple(edges.items()))
+    sides: list[list[tuple[int, np.ndarray]]] = []
+    for items in ([item for row in limits for item in row.nodes], [item for row in limits for item in row.edges]):
+        counts = Counter((i, id(array)) for i, array in items)
+        arrays = {(i, id(array)): array for i, array in items}
+        total: dict[int, np.ndarray] = {}
+        for key, count in counts.items():
+            total[key[0]] = total.get(key[0], 0.0) + count * arrays[key]
+        sides.append(list(total.items()))
+    return Row(-1, tuple(sides[0]), tuple(sides[1]))
 
 
-def _row(point: int, terms: list[tuple[_Term, int]]) -> Row:
-    nodes: dict[int, np.ndarray] = {}
-    edges: dict[int, np.ndarray] = {}
+def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, np.ndarray]) -> Row:
+    """One row; what is the same in several is one array, found in `known`."""
+    parts: dict[tuple[str, int], list[tuple[_Term, int]]] = {}
     for term, count in terms:
-        found = nodes if term.kind == "node" else edges
-        found[term.index] = found.get(term.index, 0.0) + float(count) * term.table
-    return Row(point, tuple(nodes.items()), tuple(edges.items()))
+        parts.setdefault((term.kind, term.index), []).append((term, count))
+    sides: dict[str, list[tuple[int, np.ndarray]]] = {"node": [], "edge": []}
+    for (kind, index), found in parts.items():
+        key = tuple((term.key, int(count)) for term, count in found)
+        if key not in known:
+            known[key] = np.sum([float(count) * term.table for term, count in found], axis=0)
+        sides[kind].append((index, known[key]))
+    return Row(point, tuple(sides["node"]), tuple(sides["edge"]))
 
 
 def _buffer_terms(problem: Problem) -> Iterator[_Term]:

@@ -99,6 +99,25 @@ class Problem:
             found[edge.b].append(k)
         return tuple(tuple(edges) for edges in found)
 
+    def ends(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Per edge the row and the column of its table that a choice of states comes to."""
+        (a, row_start, rows), (b, column_start, columns) = self._packed_ends
+        return rows[row_start + states[a]], columns[column_start + states[b]]
+
+    @cached_property
+    def _packed_ends(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
+        """For rows and columns: each edge's node, where its states start in those of all edges, and those."""
+        none = [np.zeros(0, dtype=np.intp)]
+        sides = ([(e.a, e.rows) for e in self.edges], [(e.b, e.columns) for e in self.edges])
+        return tuple(
+            (
+                np.array([node for node, _ in side], dtype=np.intp),
+                np.cumsum([0, *(len(places) for _, places in side)], dtype=np.intp)[:-1],
+                np.concatenate([places for _, places in side] or none),
+            )
+            for side in sides
+        )
+
     def space(self, operation: int) -> StrategySpace:
         """The strategies of an operation, in the order of its node's states."""
         return self.spaces[self.of_operation[operation]]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from search.memory import Row
+from search.memory import Row, Rows
 from search.problem import FORBIDDEN, Edge, Problem
 
 SMALL_PART = 0.01
@@ -99,7 +99,7 @@ def reduced(problem: Problem, rows: tuple[Row, ...]) -> Reduction:
 
 def _relaxed(rows: tuple[Row, ...], place: dict[int, int], number: dict[int, int]) -> tuple[Row, ...]:
     """The rows without the bytes of what was eliminated."""
-    return tuple(
+    return Rows(
         Row(
             row.point,
             tuple((place[i], vector) for i, vector in row.nodes if i in place),

@@ -1,0 +1,177 @@
+"""Mixtral 8×7B in plain JAX: a mixture of experts, with not a word about sharding.
+
+The model is that of Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), §2: a Llama-like block whose feed-forward
+half is eight of them, two for each token. There are two ways to compute it:
+
+- `dense`: every expert works on every token, and all but two count for nothing. In decode nothing is lost by that: a batch
+  of any size needs every expert's weights, and reading those is what takes the time.
+- `dispatch`: each expert gets a buffer of `capacity` tokens per group of tokens; tokens are put there and fetched back by
+  products with one-hot arrays (GShard, Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1). Experts that are sharded over
+  chips make the two products an all-to-all each: expert parallelism. A token that finds its expert's buffer full skips it.
+
+Letters in shapes, beside those of `llama.py`: X experts, N experts of each token, G groups of S tokens, C capacity.
+
+    autoshard search examples/mixtral.py:prefill --topology v5e:4x4 --set batch=16
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from autoshard import Workload
+from examples import llama
+from examples.llama import Params, random_matrix, rms_norm
+
+GROUP = 256
+"""Tokens that share the experts' buffers: the one-hot products cost GROUP × N × factor multiplications per number."""
+CAPACITY_FACTOR = 1.25
+"""Room in the buffers, as a multiple of what evenly spread tokens would take (Fedus et al. 2021, arXiv 2101.03961, §2.2)."""
+
+
+@dataclass(frozen=True)
+class Config(llama.Config):
+    """The sizes of one Mixtral."""
+
+    experts: int = 8
+    chosen: int = 2
+
+
+# Jiang et al. 2024, table 1; 8x22b: config.json of mistralai/Mixtral-8x22B-v0.1.
+SIZES = {
+    "8x7b": Config(layers=32, d_model=4096, d_ff=14_336, heads=32, kv_heads=8, vocab=32_000),
+    "8x22b": Config(layers=56, d_model=6144, d_ff=16_384, heads=48, kv_heads=8, vocab=32_768),
+    "tiny": Config(layers=2, d_model=64, d_ff=128, heads=8, kv_heads=4, d_head=16, vocab=128),
+}
+
+
+def config_of(size: str, layers: int | None = None) -> Config:
+    """The published sizes of a Mixtral, cut to its first `layers` layers if that is given."""
+    if size not in SIZES:
+        raise ValueError(f"There is no Mixtral of size {size!r}; there are {', '.join(SIZES)}.")
+    return SIZES[size] if layers is None else replace(SIZES[size], layers=layers)
+
+
+def init_layer(config: Config, key: Array) -> Params:
+    """One layer's random parameters: Llama's, with a router, and the feed-forward matrices once per expert."""
+    own, router, experts = jax.random.split(key, 3)
+    layer = llama.init_layer(config, own)
+    shapes = {name: layer.pop(name).shape for name in ("w_gate", "w_up", "w_down")}
+    keys = jax.random.split(experts, len(shapes))
+    each = {
+        name: random_matrix(k, (config.experts, *shape), shape[0])
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    return {**layer, **each, "router": random_matrix(router, (config.d_model, config.experts), config.d_model)}
+
+
+def init_params(config: Config, key: Array) -> Params:
+    """Random parameters; the layers as a list."""
+    layer_key, rest = jax.random.split(key)
+    layers = [init_layer(config, k) for k in jax.random.split(layer_key, config.layers)]
+    return {**llama.init_params(replace(config, layers=0), rest, unrolled=True), "layers": layers}
+
+
+def abstract_params(config: Config) -> Params:
+    """The shapes and dtypes of `init_params`; nothing is allocated."""
+    one = jax.eval_shape(lambda: init_params(replace(config, layers=1), jax.random.key(0)))
+    return {**one, "layers": [dict(one["layers"][0]) for _ in range(config.layers)]}
+
+
+# --- The model
+
+
+def routed(layer: Params, x: Array, chosen: int) -> tuple[Array, Array]:
+    """Per token its experts `[..., N]` and their weights, which sum to 1."""
+    logits = jnp.einsum("...e,ex->...x", x, layer["router"], preferred_element_type=jnp.float32)
+    best, experts = lax.top_k(logits, chosen)
+    return experts, jax.nn.softmax(best)
+
+
+def dense_experts(layer: Params, x: Array, chosen: int) -> Array:
+    """All experts on all tokens `[..., E]`, weighted."""
+    experts, weights = routed(layer, x, chosen)
+    count = layer["router"].shape[1]
+    scale = jnp.sum(jax.nn.one_hot(experts, count) * weights[..., None], axis=-2)  # [..., X]
+    gate = jnp.einsum("...e,xef->...xf", x, layer["w_gate"])
+    hidden = jax.nn.silu(gate) * jnp.einsum("...e,xef->...xf", x, layer["w_up"])
+    hidden = hidden * scale[..., None].astype(hidden.dtype)
+    return jnp.einsum("...xf,xfe->...e", hidden, layer["w_down"])
+
+
+def dispatched_experts(layer: Params, x: Array, chosen: int) -> Array:
+    """Each expert on the tokens that chose it; `x` is `[B, T, E]`."""
+    groups = x.reshape(-1, min(GROUP, x.shape[1]), x.shape[-1])  # [G, S, E]
+    experts, weights = routed(layer, groups, chosen)
+    put, fetch = places(experts, weights, layer["router"].shape[1], capacity(groups.shape[1], layer, chosen))
+    inputs = jnp.einsum("gsxc,gse->xgce", put.astype(x.dtype), groups)
+    gate = jnp.einsum("xgce,xef->xgcf", inputs, layer["w_gate"])
+    hidden = jax.nn.silu(gate) * jnp.einsum("xgce,xef->xgcf", inputs, layer["w_up"])
+    outputs = jnp.einsum("xgcf,xfe->xgce", hidden, layer["w_down"])
+    return jnp.einsum("gsxc,xgce->gse", fetch.astype(x.dtype), outputs).reshape(x.shape)
+
+
+def capacity(tokens: int, layer: Params, chosen: int) -> int:
+    """Tokens of a group for which an expert has room."""
+    return max(chosen, int(CAPACITY_FACTOR * tokens * chosen / layer["router"].shape[1]))
+
+
+def places(experts: Array, weights: Array, count: int, room: int) -> tuple[Array, Array]:
+    """Where each token of a group goes, and with what weight it comes back: both `[G, S, X, C]`."""
+    wanted = jax.nn.one_hot(experts, count, dtype=jnp.int32)  # [G, S, N, X]
+    inorder = wanted.reshape(wanted.shape[0], -1, count)  # [G, S N, X]
+    before = (jnp.cumsum(inorder, axis=1) - inorder).reshape(wanted.shape)  # those that came first
+    place = jax.nn.one_hot(jnp.where(wanted > 0, before, -1), room)  # [G, S, N, X, C]; none where there is no room
+    return jnp.sum(place, axis=2), jnp.sum(place * weights[..., None, None], axis=2)
+
+
+def prefill_layer(layer: Params, x: Array, chosen: int, feed_forward: Any) -> tuple[Array, dict[str, Array]]:
+    """One layer on `x` `[B, T, E]`, and the keys and values `[B, T, K, D]` that it leaves in the cache."""
+    x, entry = llama.attention_half(layer, x)
+    return x + feed_forward(layer, rms_norm(x, layer["ffn_norm"]), chosen), entry
+
+
+def prefill_step(params: Params, tokens: Array, *, chosen: int, feed_forward: Any) -> tuple[Array, llama.Cache]:
+    """The logits `[B, V]` that follow the last of `tokens` `[B, T]`, and the cache of them all."""
+    x, cache = params["embedding"][tokens], []
+    for layer in params["layers"]:
+        x, entry = prefill_layer(layer, x, chosen, feed_forward)
+        cache.append(entry)
+    return llama.logits(params, x[:, -1]), cache
+
+
+def decode_step(params: Params, cache: llama.Cache, tokens: Array, position: Array, *, chosen: int) -> Any:
+    """The logits `[B, V]` that follow `tokens` `[B]`, which stand at `position`, and the cache with them in it."""
+    x, new_cache = params["embedding"][tokens], []
+    for layer, entry in zip(params["layers"], cache, strict=True):
+        x, entry = llama.cached_attention_half(layer, x, entry, position)
+        x = x + dense_experts(layer, rms_norm(x, layer["ffn_norm"]), chosen)
+        new_cache.append(entry)
+    return llama.logits(params, x), new_cache
+
+
+# --- Workloads
+
+WAYS = {"dense": dense_experts, "dispatch": dispatched_experts}
+
+
+def decode(size: str = "8x7b", batch: int = 64, context: int = 2048, layers: int | None = None) -> Workload:
+    """One decode step: a token for each of `batch` sequences against a cache of `context` tokens, which is donated."""
+    config = config_of(size, layers)
+    tokens, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    args = (abstract_params(config), llama.abstract_cache(config, batch, context, unrolled=True), tokens, position)
+    step = partial(decode_step, chosen=config.chosen)
+    return Workload(step, args, donate_argnums=(1,), name=f"mixtral-{size}-decode")
+
+
+def prefill(
+    size: str = "8x7b", batch: int = 16, length: int = 1024, layers: int | None = None, experts: str = "dispatch"
+) -> Workload:
+    """Prefill: `batch` prompts of `length` tokens into a fresh cache; `experts` is "dispatch" or "dense"."""
+    config = config_of(size, layers)
+    args = (abstract_params(config), jax.ShapeDtypeStruct((batch, length), jnp.int32))
+    step = partial(prefill_step, chosen=config.chosen, feed_forward=WAYS[experts])
+    return Workload(step, args, name=f"mixtral-{size}-prefill")
