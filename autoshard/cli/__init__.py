@@ -17,6 +17,7 @@ from autoshard.cli.chips import chips
 from autoshard.cli.compare import best, diff, why_not
 from autoshard.cli.explain import explain
 from autoshard.cli.export import export
+from autoshard.cli.phases import phases
 from autoshard.cli.report import report
 from autoshard.cli.roofline import roofline
 from autoshard.cli.search import search
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (
     search,
+    phases,
     explain,
     why_not,
     best,

@@ -1,0 +1,111 @@
+"""`autoshard phases`: several phases of one model under one layout of what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoshard.cli import common
+
+
+def phases(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="FILE.py:NAME FILE.py:NAME ...", help="The phases, each called by its NAME.")
+    ],
+    topology: Annotated[
+        str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
+    ],
+    share: Annotated[
+        str, typer.Option(metavar="ARGUMENT", help="The argument whose arrays all phases share.")
+    ] = "params",
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="How often a phase counts; 1 by default.")
+    ] = None,
+    at_most: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SECONDS", help="What a phase may take, at most.")
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="[NAME.]KEY=VALUE", help="A keyword argument of all phases, or of one; may be repeated."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write NAME.json of each into this folder.")
+    ] = None,
+    reserve: Annotated[
+        float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0, help="For each search: stop then, with the gap that is left."),
+    ] = None,
+    bandwidth: common.Bandwidth = None,
+    overlap: common.Overlap = None,
+    verbose: common.Verbose = False,
+) -> None:
+    """Search one layout of the shared arrays under which several phases are fastest together, and what sharing costs each.
+
+    autoshard phases palm.py:prefill palm.py:decode -t v4:4x4x4 --set batch=64 --weight decode=64
+    """
+    from autoshard.phases import search_phases
+
+    with common.reported(verbose):
+        names = [target.rpartition(":")[2] for target in targets]
+        if len(set(names)) < len(names) or len(names) < 2:
+            raise common.Misuse(f"The phases are {', '.join(names)}; two or more of different names would do.")
+        weights, limits = _numbers("--weight", weight, names), _numbers("--at-most", at_most, names)
+        where = common.priced(topology, bandwidth, overlap)
+        with common.progress(f"Searching {', '.join(names)} on {topology}", verbose) as say:
+            works = {
+                name: common.workload(target, common.settings(_own(sizes, name, names)))
+                for name, target in zip(names, targets, strict=True)
+            }
+            found = search_phases(
+                works,
+                shared=share,
+                topology=where,
+                weights=weights,
+                at_most=limits or None,
+                reserve_bytes=None if reserve is None else reserve * 2**30,
+                time_limit=time_limit,
+                progress=say,
+            )
+        typer.echo(found.explain(), nl=False)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            for name, plan in found.items():
+                plan.save(output / f"{name}.json")
+            typer.echo(f"Wrote {len(found)} plans to {output}.", err=True)
+
+
+def _numbers(option: str, pairs: Sequence[str] | None, names: Sequence[str]) -> dict[str, float]:
+    """`["decode=64"]` as numbers by phase.
+
+    **Raises:** `Misuse`.
+    """
+    found = {}
+    for pair in pairs or ():
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise common.Misuse(f"{option} {pair} is no NAME=NUMBER, such as {names[-1]}=64.") from None
+        if name not in names or not found[name] > 0:
+            raise common.Misuse(f"{option} {pair}: a number above 0 for one of {', '.join(names)} would do.")
+    return found
+
+
+def _own(pairs: Sequence[str] | None, name: str, names: Sequence[str]) -> list[str]:
+    """The settings of one phase: those for all, and those that begin with its name."""
+    found = []
+    for pair in pairs or ():
+        head, dot, _ = pair.partition("=")[0].partition(".")
+        if not dot or head == name:
+            found.append(pair if not dot else pair[len(head) + 1 :])
+        elif head not in names:
+            raise common.Misuse(f"--set {pair}: there is no phase {head}; there are {', '.join(names)}.")
+    return found
