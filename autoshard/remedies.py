@@ -26,6 +26,7 @@ from costmodels.regimes import Work
 from costmodels.topology import Topology
 from costmodels.transformations import NotDoubled, doubled, views_of, with_itemsize
 from search.check import check
+from search.looped import hidden_seconds
 from search.solve import Limits, NoPlan
 from search.solve import search as solve
 
@@ -145,6 +146,8 @@ def remedies(
         if isinstance(kept, float) and change.sequences == 1:
             under[change.name] = _works(change.program, change.topology, plan)
         found.append(_remedy(change, plan, before, kept, _limits(plan, change, time_limit) if resolve else None))
+    if topology.size > 1:
+        found.append(_looped(program, plan, before))
     longest = sorted(works, key=lambda key: -works[key].total_seconds)[:_LISTED]
     operations = tuple(
         (works[key], tuple(_helping(works[key], {name: each[key] for name, each in under.items() if key in each})))
@@ -199,6 +202,13 @@ def _remedy(change: Change, plan: Plan, before: float, kept: float | str, limits
         except NoPlan:
             why = "no layout fits"
     return Remedy(change.name, change.what, before, known, resolved, change.sequences, chips, proven, why)
+
+
+def _looped(program: Program, plan: Plan, before: float) -> Remedy:
+    """What hides behind the matmuls that collectives feed, or that feed them; priced for this plan, and not searched for."""
+    hidden = hidden_seconds(program, plan.topology, plan.choice)
+    what = f"hides {time(hidden)} of {time(plan.estimate.collective_seconds)} of collectives"
+    return Remedy("looped collective einsums", what, before, before - hidden, None, 1.0, 1.0)
 
 
 # --- the changes

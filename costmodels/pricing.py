@@ -26,7 +26,7 @@ class Pricing:
     A "looped collective einsum" hides a collective behind the one matmul that it feeds or that feeds it, and the pair
     takes the longer of both times. That is no option here: several collectives may want to hide behind one matmul, and
     no sum of costs over operations and over single changes of layout says how they share it. Give the fraction that
-    they hide instead.
+    they hide instead; what it would hide of a plan is among `autoshard.remedies`.
     """
 
     bandwidth: Bandwidth = "per-axis"
