@@ -245,7 +245,8 @@ def _where(bound: Program, other: Program) -> str:
     """The first operation in which two programs differ."""
     for a, b in zip(bound.operations, other.operations, strict=False):
         if (a.primitive, a.factors, a.inputs, a.outputs) != (b.primitive, b.factors, b.inputs, b.outputs):
-            return (
-                f"{b.name} has factors {[f.size for f in b.factors]}, where {[f.size for f in a.factors]} would follow"
+            there, here = [f.size for f in b.factors], [f.size for f in a.factors]
+            return f"{b.name} " + (
+                "can be split in other ways" if there == here else f"has factors {there}, where {here} would follow"
             )
     return f"it has {len(other.operations)} operations, not {len(bound.operations)}, or passes results on otherwise"

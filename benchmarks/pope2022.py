@@ -36,7 +36,8 @@ LOGITS_AT_ONCE = 4
 """Copies of the attention's logits that our prefill may hold beyond that; the paper's cuts long prefills into chunks."""
 
 
-SEARCH_SECONDS = 20.0
+SEARCH_SECONDS = 60.0
+"""A limit for each search; only long prefills come near it. On a machine that is busy with other things they stop early."""
 
 
 class Row(NamedTuple):
