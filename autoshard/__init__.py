@@ -16,6 +16,7 @@ from autoshard.errors import PlanMismatchError as PlanMismatchError
 from autoshard.errors import TopologyError as TopologyError
 from autoshard.errors import TraceError as TraceError
 from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
+from autoshard.phases import PhasePlans as PhasePlans
 from autoshard.phases import search_phases as search_phases
 from autoshard.pins import PinError as PinError
 from autoshard.pins import pin as pin
