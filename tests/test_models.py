@@ -26,7 +26,13 @@ NEEDS = {
     "linen": "flax",
     "nnx": "flax",
 }
-FAST = ("llama 3 8b unrolled prefill", "mixtral 8x7b prefill", "mixtral 8x7b decode", "linen gpt-2 medium forward")
+FAST = (
+    "llama 3 8b unrolled prefill",
+    "mixtral 8x7b prefill",
+    "mixtral 8x7b decode",
+    "deepseek-v2 lite decode",
+    "t5 v1.1 xxl forward",
+)
 """Those that run with the other tests; the rest is slow."""
 
 
