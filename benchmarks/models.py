@@ -167,7 +167,7 @@ def isolated(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
     if done.returncode:
         return {
             **failed,
-            "why": ([*done.stderr.strip().splitlines(), "no word"][-1 if done.stderr.strip() else 0])[:400],
+            "why": ["no word", *done.stderr.strip().splitlines()][-1][:400],
         }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
