@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
 import numpy as np
 
 from search.bound import Dual
@@ -10,11 +13,25 @@ from search.problem import Problem
 
 _FORESTS = 4
 """How many forests are drawn, at most, to improve what was read off a dual."""
+_ALIKE = 1e-7
+"""The part of the bound by which states may differ and still cost alike."""
 
 
 def decode(dual: Dual) -> np.ndarray:
-    """The states read off a dual, improved over forests of nodes at a time."""
-    local = _greedy(dual)
+    """The states read off a dual in several ways, each improved over forests of nodes at a time: the best of them."""
+    found: list[tuple[float, np.ndarray]] = []
+    bound = dual.bound()
+    for order in (dual.order, _grown(dual), dual.order[::-1]):
+        for alike in (0.0, _ALIKE * abs(bound)):
+            states = _improved(dual, _greedy(dual, order, alike))
+            found.append((dual.problem.objective(states), states))
+            if found[-1][0] <= bound * (1 + _ALIKE):
+                return states
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _improved(dual: Dual, local: np.ndarray) -> np.ndarray:
+    """States after the forests, numbered as in the problem."""
     draws = np.random.default_rng(0)
     for _ in range(_FORESTS):
         improved = _Forest(dual, draws.permutation(len(local))).best(local)
@@ -24,17 +41,45 @@ def decode(dual: Dual) -> np.ndarray:
     return np.array([keep[s] for keep, s in zip(dual.keep, local, strict=True)])
 
 
-def _greedy(dual: Dual) -> np.ndarray:
-    """Chooses states in order: each node takes the state that is cheapest given those already chosen."""
+def _grown(dual: Dual) -> list[int]:
+    """The nodes in an order in which each is tied to those before it as strongly as can be.
+
+    Layouts that differ only in which axis comes first cost alike. Read off apart, two regions of the program may choose two of
+    them, and pay where they meet; grown from one seed, each follows what is there.
+    """
+    strength = [float(np.median(edge.table) - edge.table.min()) for edge in dual.edges]
+    order: list[int] = []
+    seen: set[int] = set()
+    for seed in dual.order:
+        heap = [] if seed in seen else [(0.0, seed)]
+        while heap:
+            i = heappop(heap)[1]
+            if i in seen:
+                continue
+            seen.add(i)
+            order.append(i)
+            for k in dual.problem.incident[i]:
+                edge = dual.edges[k]
+                other = edge.b if edge.a == i else edge.a
+                if other not in seen:
+                    heappush(heap, (-strength[k], other))
+    return order
+
+
+def _greedy(dual: Dual, order: Sequence[int], alike: float) -> np.ndarray:
+    """Chooses states in order: each node takes the state that is cheapest given those already chosen.
+
+    Of states that cost the same but for `alike`, which sweeps may not have evened out yet, the first is taken.
+    """
     problem = dual.problem
     local = np.full(len(problem.nodes), -1)
-    for i in dual.order:
+    for i in order:
         cost = dual.theta[i].copy()
         for k in problem.incident[i]:
             edge = dual.edges[k]
             other = edge.b if edge.a == i else edge.a
             cost += edge.minima(i) if local[other] < 0 else _given(edge, i, local[other])
-        local[i] = int(np.argmin(cost))
+        local[i] = int(np.argmax(cost <= cost.min() + alike))
     return local
 
 
