@@ -163,7 +163,7 @@ def _dot(draw: Any) -> Call:
 
     numbers = (places("k", len(summed)), places("b", len(batch)))
     operands = tuple(_floats(draw, shape) for _, shape in sides)
-    return Call("dot_general", lambda a, b: lax.dot_general(a, b, numbers), operands)
+    return Call("dot_general", lambda a, b: lax.dot_general(a, b, numbers), operands)  # pyright: ignore[reportArgumentType]
 
 
 def _slice(draw: Any) -> Call:
@@ -175,7 +175,7 @@ def _slice(draw: Any) -> Call:
 
 
 def _starts(draw: Any, count: int) -> tuple[np.ndarray, ...]:
-    return tuple(np.int32(draw(st.integers(-3, 10))) for _ in range(count))
+    return tuple(np.asarray(draw(st.integers(-3, 10)), np.int32) for _ in range(count))
 
 
 def _dynamic_slice(draw: Any) -> Call:
@@ -221,7 +221,7 @@ def _along(draw: Any) -> Call:
         ("cummax", lambda x: lax.cummax(x, axis=at, reverse=True)),
         ("sort", lambda x: lax.sort(x, dimension=at)),
         ("rev", lambda x: lax.rev(x, (at,))),
-        ("argmax", lambda x: lax.argmax(x, at, jnp.int32)),
+        ("argmax", lambda x: lax.argmax(x > 0, at, jnp.int32)),
         ("split", lambda x: lax.split(x, (x.shape[at] // 2, x.shape[at] - x.shape[at] // 2), at)),
         ("top_k", lambda x: lax.top_k(x, max(1, x.shape[-1] // 2))),
     ]
@@ -319,7 +319,7 @@ def chip_by_chip(equation: Equation, strategy: Strategy) -> list[np.ndarray]:
     @jax.jit
     def run(place: dict[str, Any], operands: list[Any]) -> list[Any]:
         full = [a.value if isinstance(a, Literal) else operands.pop(0) for a in step.operands]
-        return list(run_locally(step.eqn, step.rule, _Chip(step.rule, strategy, place), full))
+        return list(run_locally(step.eqn, step.rule, _Chip(step.rule, strategy, place), full))  # pyright: ignore[reportArgumentType]
 
     found: dict[tuple[int, ...], list[np.ndarray]] = {}
     for coordinates in product(*map(range, SIZES.values())):

@@ -118,8 +118,8 @@ EXAMPLES = [
     Example("add_any", jex.add_jaxvals_p.bind, F84, F84),
     Example("and", lax.bitwise_and, I84, I84),
     Example("approx_top_k", lambda x: lax.approx_max_k(x, 2, reduction_dimension=0), F84),
-    Example("argmax", lambda x: lax.argmax(x, 1, jnp.int32), F84),
-    Example("argmin", lambda x: lax.argmin(x, 1, jnp.int32), F84),
+    Example("argmax", lambda x: lax.argmax(x, 1, jnp.int32), B84),
+    Example("argmin", lambda x: lax.argmin(x, 1, jnp.int32), B84),
     Example("autoshard_pin", lambda x: pin(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * 2)), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.int32), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.uint8), F84),
@@ -373,7 +373,7 @@ dynamic_slice                [a,b,c],[],[],[] -> [a,d,1] sum={b,c} whole={d} lin
 dynamic_slice                [a,b,c],[],[],[] -> [d,e,1] sum={b,c} whole={a,d,e} linear=[[0]]
 dynamic_slice                [a,b],[],[] -> [a,1] whole={b} linear=[[0]]
 dynamic_update_slice         [a,b,c],[a,d,1],[],[],[] -> [a,b,c] whole={d}
-dynamic_update_slice         [a,b,c],[d,e,1],[],[],[] -> [a,b,c] whole={a,d,e}
+dynamic_update_slice         [a,b,c],[d,e,1],[],[],[] -> [a,b,c] whole={d,e}
 empty                         -> [a,b]
 empty2                        -> [a,b]
 eq                           [a,b],[a,b] -> [a,b]
