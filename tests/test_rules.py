@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
-from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned
+from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned, traced_on
 
 from autoshard.blocks import OpStep
 from autoshard.pins import pin
@@ -558,7 +558,7 @@ class Law:
         self.fn, specs = summed_before(example.fn, example.args) if linear else (example.fn, example.args)
         self.args = [draw(spec, self.rng) for spec in specs]
         self.topology = cpu_topology(shape)
-        self.traced = trace(self.fn, *self.args)
+        self.traced = traced_on(self.topology, self.fn, *self.args)
         self.problem = problem_of(self.traced, self.topology)
         step = example.step(self.fn, *self.args)
         self.node = self.problem.of_operation[step.operation]
