@@ -16,6 +16,7 @@ from jax.extend import core as jex
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep
 from autoshard.captured import closed_over
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
+from autoshard.expanded import expandable, expanded
 from autoshard.jaxprs import (
     CALLS,
     INLINED,
@@ -142,6 +143,8 @@ class Tracer:
             return self._call(eqn, inner, operands, region, steps)
         if name == "shard_map":
             return self._mapped(eqn, operands, region, steps)
+        if expandable(eqn):
+            return self._call(eqn, expanded(eqn), operands, region, steps)
         if name == "optimization_barrier":
             return operands
         if name == "scan":

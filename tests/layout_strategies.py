@@ -147,6 +147,12 @@ def _in_program_order(problem: Problem) -> list[int]:
     return sorted(range(len(problem.nodes)), key=place)
 
 
+def traced_on(topology: Topology, fn: Callable[..., Any], *args: Any) -> Traced:
+    """A traced function, its pins put in terms of a topology."""
+    traced = trace(fn, *args)
+    return replace(traced, program=with_pins(traced.program, traced.paths, topology, None)[0])
+
+
 def problem_of(traced: Traced, topology: Topology) -> Problem:
     """The search problem of a traced function, memory unlimited."""
     return build(traced.program, topology, float("inf"))
@@ -236,8 +242,7 @@ def assert_layouts_do_not_matter(
 ) -> Traced:
     """Traces a function, runs it under `count` random feasible choices and compares with the unsharded results."""
     topology = cpu_topology(shape)
-    traced = trace(fn, *args)
-    traced = replace(traced, program=with_pins(traced.program, traced.paths, topology, None)[0])
+    traced = traced_on(topology, fn, *args)
     assert_well_formed(traced)
     choices = random_choices(problem_of(traced, topology), np.random.default_rng(seed), count)
     unsharded = jax.jit(fn)(*args)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
-from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned
+from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned, traced_on
 
 from autoshard.blocks import OpStep
 from autoshard.pins import pin
@@ -118,8 +118,8 @@ EXAMPLES = [
     Example("add_any", jex.add_jaxvals_p.bind, F84, F84),
     Example("and", lax.bitwise_and, I84, I84),
     Example("approx_top_k", lambda x: lax.approx_max_k(x, 2, reduction_dimension=0), F84),
-    Example("argmax", lambda x: lax.argmax(x, 1, jnp.int32), F84),
-    Example("argmin", lambda x: lax.argmin(x, 1, jnp.int32), F84),
+    Example("argmax", lambda x: lax.argmax(x, 1, jnp.int32), B84),
+    Example("argmin", lambda x: lax.argmin(x, 1, jnp.int32), B84),
     Example("autoshard_pin", lambda x: pin(x, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * 2)), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.int32), F84),
     Example("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.uint8), F84),
@@ -373,7 +373,7 @@ dynamic_slice                [a,b,c],[],[],[] -> [a,d,1] sum={b,c} whole={d} lin
 dynamic_slice                [a,b,c],[],[],[] -> [d,e,1] sum={b,c} whole={a,d,e} linear=[[0]]
 dynamic_slice                [a,b],[],[] -> [a,1] whole={b} linear=[[0]]
 dynamic_update_slice         [a,b,c],[a,d,1],[],[],[] -> [a,b,c] whole={d}
-dynamic_update_slice         [a,b,c],[d,e,1],[],[],[] -> [a,b,c] whole={a,d,e}
+dynamic_update_slice         [a,b,c],[d,e,1],[],[],[] -> [a,b,c] whole={d,e}
 empty                         -> [a,b]
 empty2                        -> [a,b]
 eq                           [a,b],[a,b] -> [a,b]
@@ -558,7 +558,7 @@ class Law:
         self.fn, specs = summed_before(example.fn, example.args) if linear else (example.fn, example.args)
         self.args = [draw(spec, self.rng) for spec in specs]
         self.topology = cpu_topology(shape)
-        self.traced = trace(self.fn, *self.args)
+        self.traced = traced_on(self.topology, self.fn, *self.args)
         self.problem = problem_of(self.traced, self.topology)
         step = example.step(self.fn, *self.args)
         self.node = self.problem.of_operation[step.operation]

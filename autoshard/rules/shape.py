@@ -180,8 +180,8 @@ def windowed(
 
     Where the window is a single element of a longer dimension, only one chip holds it and the dimension may be split as
     well: `single` says what that does, `sum` to what is read (the other chips answer zero), `parallel` to what is written. So
-    may one of which the window is less than half: what of it lies on a chip is read or written there. A longer window costs
-    less to read from a dimension that is gathered first.
+    may the dimension of a longer window: what of it lies on a chip is read or written there; but one of half the dimension
+    or more costs less to read from a dimension that is gathered first.
     """
     left: list[tuple[int, ...]] = []
     right: list[tuple[int, ...]] = []
@@ -193,7 +193,7 @@ def windowed(
             left.append((factors.new(n, single),))
             right.append(())
         else:
-            left.append((factors.new(n, single if 2 * m < n else "whole"),))
+            left.append((factors.new(n, single if single != "sum" or 2 * m < n else "whole"),))
             right.append((factors.new(m, "whole"),))
     return tuple(left), tuple(right)
 
