@@ -231,6 +231,8 @@ SCATTERS = [
     ((16, 64, 256), 0, ("y", "z")),
     ((64, 2, 128), 0, ("x",)),  # few rows behind the dimension that is scattered
     ((4, 4096), 1, ("x",)),  # few rows before it
+    ((512, 8, 32), 0, ("y",)),  # few lanes behind it: it becomes the lanes itself
+    ((2048, 8, 8), 0, ("y",)),
 ]
 
 
