@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-overhead bench-peers models models-test calibration frontier browser-test docs wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test calibration frontier browser-test docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -39,6 +39,9 @@ bench-search: $(VENV)/.core  ## how long proven plans take: a table, and benchma
 
 bench-audit: $(VENV)/.tpu $(GPU_VENV)/.gpu  ## compiled TPU, GPU and host programs against their plans (ARGS="--resume" goes on)
 	$(BIN)/python benchmarks/audits.py --gpu-python $(GPU_VENV)/bin/python $(ARGS)
+
+bench-emission: $(VENV)/.tpu  ## what each planned collective compiles to, alone: a table, and benchmarks/results/emission.json
+	$(BIN)/python benchmarks/emission.py $(ARGS)
 
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py

@@ -16,6 +16,10 @@ as often. What a compiler may do to a plan without making it another plan is rec
 Higher cost counts on a TPU or GPU, from 2 % of the plan's time on the wire; host devices only show that the program is
 partitioned as planned. Everything else that was planned is *missing*, everything else that was compiled is *unplanned*.
 Shares are of the plan's time on the wire, with compiled collectives priced by the model that priced the planned ones.
+
+Matmuls are held against the plan by their FLOPs, line by line of the user's code: what computes more than planned had an
+operand *replicated*. An array that is gathered for nothing but slices of it is called what the partitioner calls it, an
+involuntary full rematerialization.
 """
 
 from __future__ import annotations

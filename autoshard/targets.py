@@ -92,7 +92,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
         raise TargetError(
             f"{topology.name}: the GPU compiler is asked for {', '.join(ARCHITECTURES)}; {chip.name!r} is none of these."
         )
-    if not _has_cuda():
+    if not has_cuda():
         raise TargetError(
             f"{topology.name}: compiling for GPUs needs XLA:GPU, which is not installed in this environment. Install it:"
             f' pip install "autoshard[gpu]", or "jax[cuda13]=={jax.__version__}"'
@@ -111,7 +111,8 @@ def gpu_devices(topology: Topology) -> list[Any]:
     return list(described.devices)
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
+    """Whether XLA:GPU is installed beside this JAX; that there is no GPU does not matter."""
     if importlib.util.find_spec("jax_plugins") is None:
         return False
     return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in _CUDA_PLUGINS)

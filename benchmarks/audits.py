@@ -243,7 +243,9 @@ def main() -> None:
         f"{'case':40s} {'wire':>7s} {'unplanned':>9s} {'peak':>7s} {'planned ms':>10s} {'compiled':>10s} {'wire ms':>9s}"
     )
     for name in chosen:
-        done = options.resume and known.get(name, {}).get("ours") is not None
+        before = known.get(name, {})
+        same = before.get("workload") == _asked(by_name[name])["workload"]
+        done = options.resume and same and before.get("ours") is not None
         known[name] = known[name] if done else isolated(by_name[name], options)
         show(known[name])
         rows = [known[case] for case in by_name if case in known]

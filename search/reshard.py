@@ -104,10 +104,11 @@ once a reduce-scatter compiles to an all-reduce and a slice, and an all-gather, 
 zero-padded arrays with twice the bytes. Over fewer axes, in any order, both compile to themselves.
 """
 
-SCATTER_ROWS, SCATTER_LANE_BYTES = 8, 512
+SCATTER_ROWS, SCATTER_LANES, SCATTER_LANE_BYTES = 8, 128, 512
 """What a reduce-scatter must leave on a chip, in the two minor dimensions (not counting those of size 1): 8 rows, and a
 multiple of 512 bytes of lanes where it scatters these. Measured as above, 8 KiB to 64 MiB in bfloat16 and float32: with
-less, or with one dimension only, it compiles to an all-reduce and a slice.
+less, or with one dimension only, it compiles to an all-reduce and a slice. Behind a minor dimension of less than 128 lanes
+the compiler may well lay out the scattered dimension as lanes, and the same holds for it.
 """
 
 
@@ -127,7 +128,8 @@ def _tiles(step: Step, shape: Sequence[int], itemsize: float, topology: Topology
     kept = [i for i, n in enumerate(local) if n > 1 or i == step.target_dim]
     if len(kept) < 2 or local[kept[-2]] < SCATTER_ROWS:
         return False
-    return step.target_dim != kept[-1] or local[kept[-1]] * itemsize % SCATTER_LANE_BYTES == 0
+    as_lanes = step.target_dim == kept[-1] or local[kept[-1]] < SCATTER_LANES
+    return not as_lanes or local[step.target_dim] * itemsize % SCATTER_LANE_BYTES == 0
 
 
 class StepGraph(NamedTuple):

@@ -19,8 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from autoshard import search
 from autoshard.errors import AutoshardError
+from autoshard.gpu_targets import ARCHITECTURES, target_config
 from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
-from autoshard.targets import TargetError, host_devices, mesh_of, tpu_devices
+from autoshard.targets import TargetError, gpu_devices, has_cuda, host_devices, mesh_of, tpu_devices
+from costmodels.chips import catalogue
 from costmodels.topology import parse_topology
 from examples import palm
 from search.layouts import Layout
@@ -229,6 +231,8 @@ SCATTERS = [
     ((16, 64, 256), 0, ("y", "z")),
     ((64, 2, 128), 0, ("x",)),  # few rows behind the dimension that is scattered
     ((4, 4096), 1, ("x",)),  # few rows before it
+    ((512, 8, 32), 0, ("y",)),  # few lanes behind it: it becomes the lanes itself
+    ((2048, 8, 8), 0, ("y",)),
 ]
 
 
@@ -311,3 +315,39 @@ def test_writing_a_token_does_not_copy_the_cache():
     text = plan.jit(workload.fn, mesh).lower(*workload.args).compile().as_text()
     assert re.search(r"= bf16\[2,2,2048,256\]\{3,2,1,0\S* dynamic-update-slice\(", text)
     assert not re.search(r"= bf16\[2,2,2048,256\]\S* copy\(", text)
+
+
+# --- GPUs that are only described
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_gpu_is_described_by_its_chip_and_its_architecture(name: str) -> None:
+    chip = catalogue()[name]
+    text = target_config(chip)
+    assert text.count("{") == text.count("}") == 3
+    fields = dict(re.findall(r"(\w+): ([\d.]+|\w+)", text))
+    assert float(fields["device_memory_size"]) == chip.hbm_bytes
+    assert float(fields["memory_bandwidth"]) == chip.hbm_bytes_per_second
+    assert int(fields["shared_memory_per_block_optin"]) < int(fields["shared_memory_per_core"])
+    assert ("ACCELERATED_FEATURES" in text) == (ARCHITECTURES[name].compute_capability >= (9, 0))
+
+
+def test_gpus_that_cannot_be_described() -> None:
+    with pytest.raises(
+        TargetError, match="v4:2x2x2: the GPU compiler is asked for a100, h100, h200, b200; 'v4' is none"
+    ):
+        gpu_devices(parse_topology("v4:2x2x2"))
+
+
+@pytest.mark.skipif(has_cuda(), reason="the GPU compiler is installed")
+def test_a_gpu_compiler_that_is_not_installed_is_named() -> None:
+    with pytest.raises(TargetError, match=r'h100:8: compiling for GPUs needs XLA:GPU.* pip install "autoshard\[gpu\]"'):
+        gpu_devices(parse_topology("h100:8"))
+
+
+@pytest.mark.skipif(not has_cuda(), reason="the GPU compiler is not installed")
+def test_gpus_stand_in_their_nodes() -> None:
+    topology = parse_topology("h100:4x8")
+    mesh = mesh_of(gpu_devices(topology), topology.axis_sizes)
+    assert mesh.devices.shape == (4, 8)
+    assert [len({gpu.process_index for gpu in node}) for node in mesh.devices] == [1] * 4

@@ -15,13 +15,16 @@ class On(StrEnum):
 
     host = "host"
     tpu = "tpu"
+    gpu = "gpu"
 
 
 def audit(
     plan: common.PlanFile,
     target: common.Target,
     sizes: common.Settings = None,
-    on: Annotated[On, typer.Option("--target", help="Compile for CPU devices, or for the TPUs of the plan.")] = On.host,
+    on: Annotated[
+        On, typer.Option("--target", help="Compile for CPU devices, or for the plan's TPUs or GPUs.")
+    ] = On.host,
     json: common.AsJson = False,
     verbose: common.Verbose = False,
 ) -> None:
@@ -49,4 +52,4 @@ def audit(
             raise typer.Exit(1)
 
 
-_WHAT = {On.host: "host devices", On.tpu: "the TPU"}
+_WHAT = {On.host: "host devices", On.tpu: "the TPU", On.gpu: "the GPU"}
