@@ -179,8 +179,8 @@ def test_equal_points_have_one_key_and_others_another(tmp_path: Path):
 # --- Bounds
 
 
-@settings(max_examples=10)
-@given(blocks(), st.sampled_from(["cpu:2", "v5e:2x2", "v4:2x2x2", "h100:2x8"]))
+@settings(max_examples=6)
+@given(blocks(), st.sampled_from(["cpu:2", "v5e:2", "v4:2", "h100:2"]))
 def test_no_plan_is_below_the_lower_bound(block: Block, name: str):
     from search.solve import Limits, NoPlan, search
 
