@@ -2,9 +2,10 @@
 
     python benchmarks/sweep_scaling.py        # one table, and benchmarks/results/sweep_scaling.json
 
-The job is PaLM 8B decode over batches and types. Every engine gets a store of its own and the same points; the clock starts when
-each worker has solved two points, so that importing JAX is not in it. `ours` is points a minute; two workers are to be near twice one
-(`speedup`). Results are compared bit for bit with those of one process; an engine that is not installed is a row that says so.
+The job is PaLM 8B decode over batches and types. Every engine gets a store of its own and the same points; the clock
+starts when each worker has solved two points, so that importing JAX is not in it. `ours` is points a minute; two workers
+are to be near twice one (`speedup`). Results are compared bit for bit with those of one process; an engine that is not
+installed is a row that says so.
 """
 
 from __future__ import annotations
