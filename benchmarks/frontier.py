@@ -79,7 +79,8 @@ def point_of(row: pope2022.Row, seconds: float) -> Point:
     sizes: dict[str, Any] = {"size": row.size, "batch": row.batch, "weights": row.weights}
     sizes |= {"length": PROMPT} if row.phase == "prefill" else {"context": PROMPT + GENERATED // 2}
     tokens = row.batch * (PROMPT if row.phase == "prefill" else 1)
-    run = Run(row.phase, row.phase, f"{PALM}:{row.phase}", tuple(sizes.items()), tokens)
+    name = f"{row.size} {row.phase}"  # a frontier is of one model
+    run = Run(name, row.phase, f"{PALM}:{row.phase}", tuple(sizes.items()), tokens)
     where = pope2022.topology(row, pope2022.machine())
     knobs = tuple((key, sizes[key]) for key in ("size", "batch", "weights"))
     return Point((run,), where, knobs, memory_bytes=where.chip.usable_hbm_bytes, time_limit=seconds)
