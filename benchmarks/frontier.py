@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from math import inf
@@ -93,14 +93,14 @@ def found(
 ) -> dict[tuple, Row]:
     """Every case that was solved, by its place; none is begun `stop_after` seconds from now."""
     end, engine = time.monotonic() + stop_after, engines.processes(workers)
+
+    def until(tasks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        return engine(takewhile(lambda _: time.monotonic() < end, tasks))
+
     points = {id(point): (row, point) for row in places for point in [point_of(row, seconds)]}
     rows = {}
     with Store(store) as kept:
-        sweep = Sweep(
-            [point for _, point in points.values()],
-            kept,
-            lambda tasks: engine(takewhile(lambda _: time.monotonic() < end, tasks)),
-        )
+        sweep = Sweep([point for _, point in points.values()], kept, until)
         for count, done in enumerate(sweep, 1):
             case, _ = points[id(done.point)]
             row = row_of(done)
