@@ -55,7 +55,8 @@ def on_dask(workers: int) -> Iterator[engines.Engine]:
     from distributed import LocalCluster  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    with LocalCluster(**options, env=ENVIRONMENT) as cluster:
+    with LocalCluster(**options, env=ENVIRONMENT) as started:
+        cluster: Any = started
         yield engines.dask(cluster.scheduler_address)
 
 
