@@ -209,7 +209,8 @@ def draw(rows: dict[tuple, Row], compare: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel("latency per token, ms" if phase == "decode" else "time to first token, ms")
         axes.set_ylabel("cost, chip-ms per token")
         axes.grid(which="both", linewidth=0.3, alpha=0.5)
-        axes.legend(fontsize=8)
+        if phase == "decode":
+            axes.legend(fontsize=8)
     figure.savefig(PICTURE, dpi=150)
 
 
