@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test calibration frontier browser-test docs wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test calibration frontier bench-sweep browser-test docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -61,6 +61,9 @@ bench-peers: $(VENV)/.tpu $(PEER_VENV)/.jax  ## our plans against XLA AutoShardi
 frontier: $(VENV)/.core $(VENV)/.test  ## PaLM's latency against cost as in Pope et al. 2022: a table, and benchmarks/results/frontier.json
 	$(BIN)/python benchmarks/frontier.py $(ARGS)
 
+bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two workers, on Dask and on Ray: a table, and benchmarks/results/sweep_scaling.json
+	$(BIN)/python benchmarks/sweep_scaling.py $(ARGS)
+
 browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
 	AUTOSHARD_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
 
@@ -83,7 +86,7 @@ $(VENV)/.core: pyproject.toml
 	@$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.browser $(VENV)/.docs: $(VENV)/.%: $(VENV)/.core
+$(VENV)/.test $(VENV)/.dev $(VENV)/.browser $(VENV)/.docs $(VENV)/.ray: $(VENV)/.%: $(VENV)/.core
 	@echo "Setting up $(VENV): the $* tools..."
 	@$(PIP) --group $*
 	@touch $@

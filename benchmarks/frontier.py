@@ -17,8 +17,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +81,26 @@ def point_of(row: pope2022.Row, seconds: float) -> Point:
     sizes: dict[str, Any] = {"size": row.size, "batch": row.batch, "weights": row.weights}
     sizes |= {"length": PROMPT} if row.phase == "prefill" else {"context": PROMPT + GENERATED // 2}
     tokens = row.batch * (PROMPT if row.phase == "prefill" else 1)
-    run = Run(row.phase, row.phase, f"{PALM}:{row.phase}", tuple(sizes.items()), tokens)
+    name = f"{row.size} {row.phase}"  # a frontier is of one model
+    run = Run(name, row.phase, f"{PALM}:{row.phase}", tuple(sizes.items()), tokens)
     where = pope2022.topology(row, pope2022.machine())
     knobs = tuple((key, sizes[key]) for key in ("size", "batch", "weights"))
     return Point((run,), where, knobs, memory_bytes=where.chip.usable_hbm_bytes, time_limit=seconds)
 
 
-def found(places: Sequence[pope2022.Row], store: Path, workers: int, seconds: float) -> dict[tuple, Row]:
-    """Every case solved, by its place."""
+def found(
+    places: Sequence[pope2022.Row], store: Path, workers: int, seconds: float, stop_after: float = inf
+) -> dict[tuple, Row]:
+    """Every case that was solved, by its place; none is begun `stop_after` seconds from now."""
+    end, engine = time.monotonic() + stop_after, engines.processes(workers)
+
+    def until(tasks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        return engine(takewhile(lambda _: time.monotonic() < end, tasks))
+
     points = {id(point): (row, point) for row in places for point in [point_of(row, seconds)]}
     rows = {}
     with Store(store) as kept:
-        sweep = Sweep([point for _, point in points.values()], kept, engines.processes(workers))
+        sweep = Sweep([point for _, point in points.values()], kept, until)
         for count, done in enumerate(sweep, 1):
             case, _ = points[id(done.point)]
             row = row_of(done)
@@ -106,14 +116,14 @@ def found(places: Sequence[pope2022.Row], store: Path, workers: int, seconds: fl
 def compared(rows: dict[tuple, Row]) -> Iterator[dict[str, Any]]:
     """The paper's points beside ours."""
     for case in (*FIGURE, *TABLES):
-        row = rows[_place(case)]
+        row = rows.get(_place(case))
         phase = "" if case in TABLES else f" {case.phase}"
         name = f"{case.name}{phase}, {case.chips} chips, batch {case.batch}, {case.weights}"
         tokens = case.batch * (PROMPT if case.phase == "prefill" else 1)
         entry = {"row": name, "reference": case.seconds, "ours": None, "fitted": case.fitted}
         entry |= {"reference_chip_seconds_per_token": case.chips * case.seconds / tokens, "phase": case.phase}
-        if row.outcome != SOLVED:
-            yield entry | {"why": row.why}
+        if row is None or row.outcome != SOLVED:
+            yield entry | {"why": "not begun before the run was stopped" if row is None else row.why}
             continue
         yield entry | {
             "ours": row.seconds,
@@ -140,7 +150,7 @@ def summary(rows: dict[tuple, Row], compare: Sequence[dict[str, Any]], wall: flo
     proven = sum(row.status == "OPTIMAL" for row in solved)
     worst = max((row.gap for row in solved), default=0.0)
     yield {"row": "wall seconds of the whole, on two cores", "reference": WALL_SECONDS, "ours": round(wall, 1)}
-    yield {"row": "points", "reference": None, "ours": len(rows), "with a plan": len(solved)}
+    yield {"row": "points", "reference": len(list(cases())), "ours": len(rows), "with a plan": len(solved)}
     yield {
         "row": "points with a plan that are proven optimal",
         "reference": len(solved),
@@ -199,7 +209,8 @@ def draw(rows: dict[tuple, Row], compare: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel("latency per token, ms" if phase == "decode" else "time to first token, ms")
         axes.set_ylabel("cost, chip-ms per token")
         axes.grid(which="both", linewidth=0.3, alpha=0.5)
-        axes.legend(fontsize=8)
+        if phase == "decode":
+            axes.legend(fontsize=8)
     figure.savefig(PICTURE, dpi=150)
 
 
@@ -230,10 +241,13 @@ def main() -> None:
         "--store", type=Path, help="keep points there and go on from them; the time is then that of the rest"
     )
     parser.add_argument("--seconds", type=float, default=SEARCH_SECONDS, help="for one search")
+    parser.add_argument("--stop-after", type=float, default=inf, help="seconds after which no point is begun")
     asked = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        rows = found(list(cases()), asked.store or Path(folder, "points.sqlite"), asked.workers, asked.seconds)
+        rows = found(
+            list(cases()), asked.store or Path(folder, "points.sqlite"), asked.workers, asked.seconds, asked.stop_after
+        )
     wall = time.monotonic() - started
     compare = list(compared(rows))
     rest = list(summary(rows, compare, wall))

@@ -30,6 +30,7 @@ from costmodels.chips import chip
 from costmodels.topology import parse_topology
 from tests.layout_strategies import blocks
 from tests.models import Block, arguments, function
+from tests.sweep_target import network
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -179,12 +180,14 @@ def test_equal_points_have_one_key_and_others_another(tmp_path: Path):
 # --- Bounds
 
 
-@settings(max_examples=10)
-@given(blocks(), st.sampled_from(["cpu:2", "v5e:2x2", "v4:2x2x2", "h100:2x8"]))
-def test_no_plan_is_below_the_lower_bound(block: Block, name: str):
+@settings(max_examples=8)
+@given(blocks(), st.sampled_from(["cpu:2", "v5e:2", "v4:2", "h100:2"]), st.sampled_from([0.0, 128.0]))
+def test_no_plan_is_below_the_lower_bound(block: Block, name: str, keeps: float):
     from search.solve import Limits, NoPlan, search
 
     topology, program = parse_topology(name), trace(function(block), *arguments(block)).program
+    if keeps:  # small arrays stay on the chip, the smaller for being split
+        topology = replace(topology, chip=replace(topology.chip, on_chip_bytes=keeps))
     found = bound_of(program, topology)
     try:
         solution = search(program, topology, Limits(rounds=5, wall_seconds=5.0))
@@ -202,6 +205,18 @@ def test_the_bound_of_a_matmul_that_splits_evenly_is_its_price(tmp_path: Path):
     local = bound_of(program, topology).seconds
     alone = bound_of(program, parse_topology("v5e:1")).seconds
     assert alone / topology.size <= local <= alone
+
+
+def test_arrays_that_may_stay_on_the_chip_are_no_part_of_the_bound():
+    """A hidden array of 4 MiB stays there only in pieces; the bound must not count it, whole as it sees it."""
+    work = network(2048, 256)
+    program = trace(work.fn, *work.args).program
+    plain = parse_topology("cpu:8")
+
+    def bound(keeps: float) -> float:
+        return bound_of(program, replace(plain, chip=replace(plain.chip, on_chip_bytes=keeps))).seconds
+
+    assert bound(2**20) == bound(2**30) < bound(0.0)
 
 
 def test_points_are_ruled_out_by_memory_and_by_latency(tmp_path: Path):
@@ -249,7 +264,6 @@ def test_the_numbers_of_a_row_follow_from_its_seconds(rows: tuple[Row, ...]):
 
 def test_a_point_is_the_plan_of_the_public_search(tmp_path: Path):
     import autoshard
-    from tests.sweep_target import network
 
     (point, *_) = points(job(tmp_path))
     assert isinstance(point, Point)

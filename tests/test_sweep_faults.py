@@ -125,6 +125,7 @@ def troubled(tmp_path: Path, trouble: str) -> str:
     sign.write_text(str(os.getpid()))
     text = JOB.replace('weights = ["bfloat16", "float32"]', f'weights = "float32"\ntrouble = ["", "{trouble}"]')
     arguments = f'dtype = {{ of = "weights" }}, trouble = {{ of = "trouble" }}, sign = "{sign}"'
+    text = text.replace('kinds = "v5e"\ncounts = [4]', 'topologies = "v5e:2x2"').replace("batch = [8, 64]", "batch = 8")
     return text.replace('dtype = { of = "weights" }', arguments).replace("width = [256, 1024]", "width = 256")
 
 
@@ -144,7 +145,7 @@ def test_a_worker_that_dies_costs_its_own_points_only(tmp_path: Path):
 
 def test_a_worker_that_died_once_has_its_point_solved_by_another(tmp_path: Path):
     text = troubled(tmp_path, "die once").replace('trouble = ["", "die once"]', 'trouble = "die once"')
-    text = text.replace("width = 256", "width = 512").replace("batch = [8, 64]", "batch = 8")
+    text = text.replace("width = 256", "width = 512")
     found = swept(tmp_path, engines.processes(2), text)
     assert {row.outcome for row in found} == {SOLVED}
     assert (tmp_path / "sign.died").exists()

@@ -11,6 +11,8 @@ from autoshard.sweep.job import Knob
 from autoshard.sweep.rows import Row, SweepResult
 from autoshard.tables import percent, time
 
+_SWITCHES = 6
+"""How many switches of layout are told, of one phase."""
 _LATENCY = {"decode": "a token", "prefill": "to the first token", "request": "a request"}
 
 
@@ -94,11 +96,14 @@ def _span(values: Sequence[Knob]) -> str:
 
 def _steps(phase: str, rows: Sequence[Row]) -> Iterator[str]:
     best = frontier(rows)
-    found = switches(best)
+    found = [each for each in switches(best) if _family(each.before) != _family(each.after)]
     if len(best) > 1 and not found:
-        yield f"{phase}: the layout is of one kind along the whole frontier of {len(best)} points."
-    for each in found:
-        yield f"{phase}: along the frontier, from {each.before.name} to {each.after.name}: {'; '.join(each.changes)}."
+        yield f"{phase}: the largest products keep one kind of layout along the whole frontier of {len(best)} points."
+    for each in found[:_SWITCHES]:
+        old, new = _family(each.before), _family(each.after)
+        yield f"{phase}: along the frontier {old} gives way to {new} between {each.before.name} and {each.after.name}."
+    if len(found) > _SWITCHES:
+        yield f"{phase}: and {len(found) - _SWITCHES} switches more."
 
 
 def _dtypes(phase: str, rows: Sequence[Row]) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 On $n$ chips an operation splits into at most $n$ pieces, so with $F$ FLOPs and $B$ bytes it takes at least
 $\\max(F / nC, B / nW)$ and its overhead; the sum over all runs of all operations, collectives left out, bounds a step. Every
-argument takes at least $1/n$ of its bytes on each chip. Padding and indivisible sizes only add to both.
+argument takes at least $1/n$ of its bytes on each chip. Padding and indivisible sizes only add to both. Where small arrays
+stay on the chip between operations, every array that may is counted as if it did.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,12 +33,14 @@ class Bound:
 
 def bound_of(program: Program, topology: Topology) -> Bound:
     """The bound of one program."""
-    seconds = 0.0
+    seconds, chip = 0.0, topology.chip
+    if chip.on_chip_bytes:
+        chip = replace(chip, on_chip_bytes=sum(value.bytes for value in program.values))
     for op in program.operations:
         runs = program.multiplicity(op.region)
         if op.op_class not in ("matmul", "fused", "memory") or not runs:
             continue
-        cost = price(program, op, np.ones((1, len(op.factors))), topology.chip)
+        cost = price(program, op, np.ones((1, len(op.factors))), chip)
         local = max(float(cost.compute_seconds[0]), float(cost.memory_seconds[0]))
         seconds += runs * (local / topology.size + float(cost.seconds[0]) - local)
     held = [*program.arguments, *program.constants]

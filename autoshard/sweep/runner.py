@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoshard.errors import AutoshardError
@@ -45,7 +45,7 @@ class Sweep:
     `unkept` counts results that the store did not take, with the reason in `trouble`.
     """
 
-    points: list[Point | Unmade]
+    points: Sequence[Point | Unmade]
     store: Store | None = None
     engine: Engine = here
     constraints: Constraints = field(default_factory=Constraints)

@@ -89,7 +89,7 @@ class Store:
 
         **Raises:** `StoreError`; nothing of the result is kept then.
         """
-        row = (key, point, json.dumps(result.to_dict(), sort_keys=True), time.time(), self.session)
+        row = (key, point, json.dumps(result.to_dict()), time.time(), self.session)
         statements: list[tuple[str, tuple]] = [("INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?)", row)]
         for phase, plan in result.plans.items():
             statements.append(("INSERT OR IGNORE INTO plans VALUES (?, ?, ?)", (key, phase, plan)))

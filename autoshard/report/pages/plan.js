@@ -1,5 +1,5 @@
 
-// --- Torus: chips in a drawing of up to three axes, a fourth as copies side by side
+// --- Torus
 
 const colour = (i, of) => `hsl(${Math.round((360 * i) / Math.max(of, 1))} 55% 55%)`;
 const shardOf = (axes, at) => axes.reduce((index, a) => index * sizes[a] + at[a], 0);
@@ -16,30 +16,28 @@ function slices(array, at) {
   return array.shape.map((n, d) => { const k = pieces(array.split[d]), i = shardOf(array.split[d], at); return k === 1 ? ":" : `${(i * n) / k}:${((i + 1) * n) / k}`; }).join(", ");
 }
 
+// One grid of the first two axes for each place along the others, so that no chip hides another.
 function drawTorus(width) {
   const array = data.arrays[byId("array").value];
   const names = data.axes.filter((a) => a.size > 1).map((a) => a.name);
-  const [first, second, third, fourth] = names.length >= 3 ? [names[1], names[0], names[2], names[3]] : [names[names.length - 1], names[0], null, null];
-  const nx = first ? sizes[first] : 1, ny = names.length > 1 ? sizes[second] : 1, nz = third ? sizes[third] : 1, nw = fourth ? sizes[fourth] : 1;
-  const skew = 0.45, unit = Math.min(44, (width - 40) / (nw * (nx + nz * skew + 0.5)));
-  const h = ny * unit + nz * unit * skew + 40;
+  const [down, across, ...rest] = names.length > 1 ? names : [null, names[0] || null];
+  const nx = across ? sizes[across] : 1, ny = down ? sizes[down] : 1, panels = pieces(rest);
+  const unit = Math.max(9, Math.min(34, (width - 20) / (nx + 1)));
+  const wide = nx * unit + 22, high = ny * unit + 30, columns = Math.max(1, Math.min(panels, Math.floor(width / wide)));
+  const h = Math.ceil(panels / columns) * high + 22;
   const svg = make("svg", { viewBox: `0 0 ${width} ${h}`, height: h, role: "group", "aria-label": "Chips of the torus" });
   const all = array.split.flat(), total = pieces(all);
-  const chips = coordinates().sort((a, b) => (third ? b[third] - a[third] : 0));
-  for (const at of chips) {
-    const z = third ? at[third] : 0, w = fourth ? at[fourth] : 0;
-    const x = 20 + w * unit * (nx + nz * skew + 0.5) + (first ? at[first] : 0) * unit + z * unit * skew;
-    const y = 10 + (names.length > 1 ? at[second] : 0) * unit + (nz - 1 - z) * unit * skew;
-    const piece = shardOf(all, at);
-    const size = Math.max(unit * 0.72, 3);
-    const box = make("rect", { x, y, width: size, height: size, rx: size / 6, fill: colour(piece, total), stroke: "var(--page)", tabindex: 0, "data-chip": places(at) });
+  for (const at of coordinates()) {
+    const panel = shardOf(rest, at), left = (panel % columns) * wide, top = Math.floor(panel / columns) * high + 16;
+    const x = left + (across ? at[across] : 0) * unit, y = top + (down ? at[down] : 0) * unit;
+    if (rest.length && (!across || !at[across]) && (!down || !at[down])) svg.append(make("text", { class: "axis", x: left, y: top - 5 }, rest.map((a) => `${a}=${at[a]}`).join(" ")));
+    const box = make("rect", { x, y, width: unit * 0.9, height: unit * 0.9, rx: unit / 7, fill: colour(shardOf(all, at), total), tabindex: 0, "data-chip": places(at) });
     hint(box, () => `chip ${places(at)}\nholds ${array.path}[${slices(array, at)}]\n${bytes(array.bytes)}`);
     box.addEventListener("click", () => held(at)); box.addEventListener("focus", () => held(at));
     svg.append(box);
   }
-  const words = data.axes.map((a) => `${a.name}: ${a.ring ? "ring" : "line"} of ${a.size}`).join(", ");
-  const across = names.length > 1 ? `${first} →, ${second} ↓${third ? `, ${third} ↗` : ""}` : names.length ? `${first} →` : "";
-  svg.append(make("text", { class: "axis", x: 20, y: h - 6 }, width < 520 ? across : `${across}    (${words})`));
+  const words = data.axes.filter((a) => a.size > 1).map((a) => `${a.name}: ${a.ring ? "ring" : "line"} of ${a.size}`).join(", ");
+  svg.append(make("text", { class: "axis", x: 0, y: h - 5 }, `${[across && across + " →", down && down + " ↓"].filter(Boolean).join(", ")}${width < 520 ? "" : `   (${words})`}`));
   return svg;
 }
 function held(at) {
