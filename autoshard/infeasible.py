@@ -87,9 +87,11 @@ def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str,
 def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
     """The first topology that would do, of those with one axis after the other doubled."""
     tried = topology
+    given = [program.operations[at].outputs[0].value for at in (*program.arguments, *program.constants)]
+    whole = sum(program.values[value].bytes for value in given)
     while (wider := doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
         tried = wider
-        if fits(program, tried, budget_bytes):
+        if whole / tried.size <= budget_bytes and fits(program, tried, budget_bytes):
             return f"It would fit {tried.name}, {tried.size} chips."
     return (
         f"It would fit none of the topologies up to {tried.name}, {tried.size} chips: what must be whole on a chip is too"

@@ -138,8 +138,10 @@ def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Option
     first = target.dimensions
     fixed = {name: _of_one(name) for name, size in first.sizes.items() if size == 1}
     names = [name for name in first.sizes if name not in fixed]
-    probe = _consistent(first, {name: first.sizes[name] * k for name, k in zip(names, _multipliers(), strict=False)})
     probing = _Probing(fn, target, options)
+    probe = _larger(first, names)
+    if probing.program_at(first, probe) is None:  # an array may have to be longer than another
+        probe = _larger(first, sorted(names, key=lambda name: first.sizes[name]))
     if probing.difference(first, probe) is None:
         return first, fixed
     # Sizes that are equal by chance may have run together here; at other sizes they have not.
@@ -157,6 +159,13 @@ def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Option
 
 def _of_one(name: str) -> str:
     return f"it is 1 here, and JAX treats dimensions of 1 apart; trace with {name} = 2 or more"
+
+
+def _larger(dimensions: Dimensions, names: Sequence[str]) -> dict[str, int]:
+    """Sizes of a second trace: every dimension grows, each by more than the one before."""
+    return _consistent(
+        dimensions, {name: dimensions.sizes[name] * k for name, k in zip(names, _multipliers(), strict=False)}
+    )
 
 
 def _multipliers():

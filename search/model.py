@@ -181,7 +181,7 @@ def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: fl
     thread = threading.Thread(target=lambda: answers.append(solver.solve(model)), daemon=True)
     thread.start()
     try:
-        thread.join(wall_seconds + _GRACE_SECONDS)
+        thread.join(min(wall_seconds + _GRACE_SECONDS, threading.TIMEOUT_MAX))
     except BaseException:
         solver.stop_search()
         raise

@@ -318,7 +318,6 @@ def test_names_in_a_file_are_never_run(tmp_path: Path) -> None:
             ("arguments", 0, "path"),
             ("operations", 2, "einsum"),
             ("topology", "name"),
-            ("fingerprint",),
         ):
             plan = loads(damaged(small_plan(), *path, value=text))
             plan.explain()
@@ -326,4 +325,6 @@ def test_names_in_a_file_are_never_run(tmp_path: Path) -> None:
             exec(plan.export("rules"), found)
             exec(plan.export("specs"), found)
             assert found["IN_SPECS"] == plan.in_specs
+        with pytest.raises(autoshard.PlanMismatchError):
+            loads(damaged(small_plan(), "fingerprint", value=text))
     assert not canary.exists()

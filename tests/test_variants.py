@@ -79,7 +79,7 @@ def test_pins_that_cannot_be_are_refused(pins, said: str):
 
 def test_pins_that_leave_no_room_are_named():
     """Only the pins that cannot be held together are to blame."""
-    room = 64 * 256 * 4 + 20_000  # both weights halved fit, whole ones do not
+    room = 64 * 256 * 4 + 45_000  # one weight may be whole, the other not
     pins = {"params.up": P(), "params.down": P(), "x": P("x")}
     with pytest.raises(autoshard.PinError) as caught:
         autoshard.search(layer, *LAYER, topology=TOPOLOGY, pins=pins, memory_bytes=room)
@@ -126,8 +126,8 @@ def test_why_not_prices_a_family(plan: autoshard.Plan, family: str):
 
 
 def test_operations_account_for_the_whole_difference(plan: autoshard.Plan):
-    found = autoshard.why_not(plan, pins={"params.layers.wi_gate": P()})
-    assert found.after.in_specs[0]["layers"]["wi_gate"] == P()
+    found = autoshard.why_not(plan, pins={"params.layers.wi_gate": P(None, ("y", "x"))})
+    assert found.after.in_specs[0]["layers"]["wi_gate"] == P(None, ("y", "x"))
     assert sum(each.seconds for each in found.operations) == pytest.approx(found.seconds, rel=1e-6)
     assert any("wi_gate" in each.path for each in found.arrays)
     assert json.loads(json.dumps(found.to_dict()))["after"]["seconds"] == found.after.estimate.seconds
@@ -135,7 +135,7 @@ def test_operations_account_for_the_whole_difference(plan: autoshard.Plan):
 
 def test_less_memory_is_priced_or_refused(plan: autoshard.Plan):
     peak = plan.estimate.peak_bytes
-    assert autoshard.why_not(plan, memory_bytes=0.9 * peak).seconds >= -1e-9 * plan.estimate.seconds
+    assert autoshard.why_not(plan, memory_bytes=0.9 * peak, time_limit=2.0).seconds >= -1e-9 * plan.estimate.seconds
     with pytest.raises(autoshard.InfeasibleError):
         autoshard.why_not(plan, memory_bytes=1.0)
     with pytest.raises(autoshard.AutoshardError, match="no layout called"):
