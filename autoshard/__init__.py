@@ -31,4 +31,6 @@ from autoshard.symbolic import SymbolicTrace as SymbolicTrace
 from autoshard.symbolic import trace_symbolic as trace_symbolic
 from autoshard.variants import best_plans as best_plans
 from autoshard.variants import why_not as why_not
+from autoshard.verification import Verification as Verification
+from autoshard.verification import verify as verify
 from autoshard.workload import Workload as Workload

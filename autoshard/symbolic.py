@@ -140,12 +140,13 @@ def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Option
     names = [name for name in first.sizes if name not in fixed]
     probing = _Probing(fn, target, options)
     probe = _larger(first, names)
-    if probing.program_at(first, probe) is None:  # an array may have to be longer than another
+    possible = probing.program_at(first, probe) is not None
+    if not possible:  # an array may have to be longer than another; then each dimension is tried by itself as well
         probe = _larger(first, sorted(names, key=lambda name: first.sizes[name]))
-    if probing.difference(first, probe) is None:
+    if possible and probing.difference(first, probe) is None:
         return first, fixed
     # Sizes that are equal by chance may have run together here; at other sizes they have not.
-    apart = probing.dimensions_at(first, probe)
+    apart = probing.dimensions_at(first, probe) if possible else None
     if apart is not None and set(apart.sizes) == set(first.sizes):
         back = replace(apart, sizes={**apart.sizes, **first.sizes})
         if _same(rebound_or_none(probing.program_at(first, probe), apart, first.sizes), target.traced.program):

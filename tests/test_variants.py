@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import autoshard
 from autoshard.baselines import FAMILIES
 from autoshard.plan_file import dumps, loads
+from autoshard.verification import Candidate, Verification
 from examples import palm
 from tests.test_cli import PALM, ROOT, TINY, refused, run
 
@@ -224,3 +225,40 @@ def test_phases_as_a_command(tmp_path: Path):
     assert autoshard.load(tmp_path / "prefill.json").in_specs[0] == autoshard.load(tmp_path / "decode.json").in_specs[0]
     assert "there is no phase train" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--set", "train.batch=8")
     assert "no NAME=NUMBER" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--weight", "decode=many")
+
+
+# --- verified by a compiler
+
+
+def test_the_best_plans_are_compiled_and_ranked(plan: autoshard.Plan):
+    work = palm.decode(size="tiny", batch=8, context=16)
+    found = autoshard.verify(plan, work.fn, *work.args, target="host", k=2)
+    assert [each.place for each in found.candidates] == [1, 2] and found.best is plan
+    assert all(each.audit is not None and each.audit.ok for each in found.candidates)
+    assert "The 2 best plans by their compiled programs" in str(found)
+
+
+def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
+    """Of plans as planned the one that compiles to the fastest program is taken; its efficiencies make a topology."""
+    work = palm.decode(size="tiny", batch=8, context=16)
+    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
+    local = plan.estimate.seconds - plan.estimate.collective_seconds
+    slow, fast = (replace(audit, compute_seconds=times * local) for times in (4.0, 2.0))
+    found = Verification(
+        (Candidate(1, plan, slow), Candidate(2, plan, fast), Candidate(3, plan, None, "too large")), True
+    )
+    assert [each.place for each in found.ranked] == [2, 1, 3]
+    assert found.best.warnings[-1].startswith("The model's place 2 of 3")
+    assert found.correction() == pytest.approx(3.0)
+    before, after = plan.topology.chip, found.calibrated().chip
+    assert after.hbm_efficiency == pytest.approx(before.hbm_efficiency / 3)
+    assert "too large" in str(found) and "changes the model's order" in str(found)
+
+
+def test_verify_as_a_command(tmp_path: Path):
+    found = run(
+        "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"
+    )
+    assert found.exit_code == 0 and found.stdout.startswith("The 2 best plans")
+    calibration = ("--calibration", tmp_path / "host.toml")
+    assert "--verify tpu" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", *calibration)

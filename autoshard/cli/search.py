@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from autoshard.cli import common
+
+
+class Compiler(StrEnum):
+    """Whose compiler verifies plans."""
+
+    host = "host"
+    tpu = "tpu"
+    gpu = "gpu"
 
 
 def search(
@@ -34,6 +43,17 @@ def search(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Compare with plain layouts: data parallel, Megatron 1D, ...")
     ] = False,
+    verify: Annotated[
+        Compiler | None,
+        typer.Option(help="Compile the best plans, and take the one whose compiled program is fastest."),
+    ] = None,
+    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="How many plans --verify compiles.")] = 4,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml", help="With --verify: write a topology with efficiencies as the compiler has them."
+        ),
+    ] = None,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
     verbose: common.Verbose = False,
@@ -44,10 +64,18 @@ def search(
     """
     from autoshard.plan_file import dumps
     from autoshard.planning import search as search_plan
+    from autoshard.targets import host_devices
+    from autoshard.verification import verify as compile_best
+    from costmodels.topology_file import topology_toml
 
     with common.reported(verbose):
         common.writable(output, force)
+        common.writable(calibration, force)
+        if calibration is not None and verify is not Compiler.tpu:
+            raise common.Misuse("--calibration goes with --verify tpu: only that compiler tells cycles.")
         where = common.priced(topology, bandwidth, overlap)
+        if verify is Compiler.host:
+            host_devices(where.size)  # before the target file starts JAX with fewer
         with common.progress(f"Searching {target} on {topology}", verbose) as say:
             work = common.workload(target, common.settings(sizes))
             plan = search_plan(
@@ -65,6 +93,17 @@ def search(
                 baselines=baselines,
                 dims={**work.dims, **common.names(dims)},
             )
+            verified = None
+            if verify is not None:
+                verified = compile_best(
+                    plan, work.fn, *work.args, target=verify.value, k=top_k, time_limit=time_limit, progress=say
+                )
+                plan = verified.best
+        if verified is not None:
+            typer.echo(str(verified), err=json)
+            if calibration is not None:
+                calibration.write_text(topology_toml(verified.calibrated(), f"From compiled programs of {target}."))
+                typer.echo(f"Wrote {calibration}.", err=True)
         if output is not None:
             plan.save(output)
         typer.echo(dumps(plan) if json else plan.explain(), nl=False)
