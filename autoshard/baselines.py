@@ -51,8 +51,8 @@ def baselines(program: Program, topology: Topology, limits: Limits, say: Say = l
             )
 
 
-def solved(name: str, program: Program, topology: Topology, limits: Limits) -> Solution:
-    """The best plan of one baseline.
+def solved(name: str, program: Program, topology: Topology, limits: Limits, cutoff: float = inf) -> Solution:
+    """The best plan of one baseline, of those below `cutoff` seconds.
 
     **Raises:** `NoPlan`.
     """
@@ -65,7 +65,7 @@ def solved(name: str, program: Program, topology: Topology, limits: Limits) -> S
             return rule(weights, operation, strategy)
         return operation not in kept or kept[operation](weights, operation, strategy)
 
-    return search(program, topology, limits, allow=allow, symmetric=True)
+    return search(program, topology, limits, allow=allow, symmetric=True, cutoff=cutoff)
 
 
 class _Weights:

@@ -97,6 +97,16 @@ def why_not(
     return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_asked(family, pins, memory_bytes)}"))
 
 
+def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
+    """The best plan of each plain layout that the model finds slower than a plan by at most this part of a step."""
+    program, limits, cutoff = _program(plan), _limits(plan, time_limit), plan.estimate.seconds * (1 + within)
+    for name in FAMILIES:
+        try:
+            yield name, relaid(plan, solved_family(name, program, plan.topology, limits, cutoff))
+        except NoPlan:
+            continue
+
+
 def _asked(family: str, pins: Pins | None, memory_bytes: float | None) -> str:
     parts = (family, "pinned" if pins else "", f"in {memory_bytes / 2**30:g} GiB" if memory_bytes is not None else "")
     return ", ".join(part for part in parts if part) or "searched anew"

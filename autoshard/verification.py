@@ -10,22 +10,28 @@ from typing import Any, Literal
 from autoshard._audit import Audit, AuditError, audit
 from autoshard.plan import Plan
 from autoshard.tables import WIDTH, size, table, time
-from autoshard.variants import best_plans
+from autoshard.variants import best_plans, plain_plans
 from costmodels.topology import Topology, as_its_chip_has_it
 
 Say = Callable[[str], None]
+NEAR = 0.1
+"""The part of a step by which a plain layout may be slower in the model, to be compiled as well."""
 EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
 """The constants that a correction changes."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and its audit, or why the compiler refused it; `place` is its rank in the model, from 1."""
+    """A plan and its audit, or why the compiler refused it.
+
+    `place` is its rank in the model, from 1; plain layouts come after the best plans, and have their `name`.
+    """
 
     place: int
     plan: Plan
     audit: Audit | None
     why: str = ""
+    name: str = ""
 
     @property
     def seconds(self) -> float:
@@ -54,9 +60,8 @@ class Verification:
         first = self.ranked[0]
         if first.place == 1:
             return first.plan
-        words = (
-            f"The model's place {first.place} of {len(self.candidates)}: its compiled program is the fastest of them."
-        )
+        what = first.name or f"the model's place {first.place}"
+        words = f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."
         return replace(first.plan, warnings=(*first.plan.warnings, words))
 
     def correction(self) -> float:
@@ -92,7 +97,7 @@ class Verification:
             "peak",
             "",
         )
-        lines = [f"The {len(self.candidates)} best plans by their compiled programs"]
+        lines = [f"{len(self.candidates)} plans by their compiled programs"]
         lines += [f"  {line}" for line in table(headers, [_row(each) for each in self.ranked], "<>>>>>>>~", width - 2)]
         order = [each.place for each in self.ranked]
         agreed = "keeps the model's order" if order == sorted(order) else "changes the model's order"
@@ -116,7 +121,7 @@ def verify(
     time_limit: float | None = None,
     progress: Say = lambda _: None,
 ) -> Verification:
-    """Compiles the k best plans of a function and ranks them by their compiled programs.
+    """Compiles the k best plans of a function, and the plain layouts that are nearly as good, and ranks them by their programs.
 
         verified = autoshard.verify(plan, decode, params, cache, tokens, position, k=4)
         print(verified); plan = verified.best
@@ -131,23 +136,25 @@ def verify(
     **Raises:** as `autoshard.audit`, but that a program which the compiler refuses is a candidate that comes last.
     """
     found = best_plans(plan, k, time_limit, progress)
+    known = [each.choice for each in found]
+    plain = [(name, each) for name, each in plain_plans(plan, NEAR, time_limit) if each.choice not in known]
     candidates = []
-    for place, each in enumerate(found, start=1):
-        progress(f"compiling plan {place} of {len(found)}")
-        candidates.append(_compiled(place, each, fn, args, target))
+    for place, (name, each) in enumerate([*(("", each) for each in found), *plain], start=1):
+        progress(f"compiling plan {place} of {len(found) + len(plain)}")
+        candidates.append(replace(_compiled(each, fn, args, target), place=place, name=name))
     return Verification(tuple(candidates), found.proven)
 
 
-def _compiled(place: int, plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any) -> Candidate:
+def _compiled(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any) -> Candidate:
     try:
-        return Candidate(place, plan, audit(plan, fn, *args, target=target))
+        return Candidate(0, plan, audit(plan, fn, *args, target=target))
     except AuditError as error:
-        return Candidate(place, plan, None, str(error).splitlines()[0])
+        return Candidate(0, plan, None, str(error).splitlines()[0])
 
 
 def _row(each: Candidate) -> tuple[str, ...]:
     planned = each.plan.estimate
-    head = (str(each.place), time(planned.seconds), time(planned.seconds - planned.collective_seconds))
+    head = (each.name or str(each.place), time(planned.seconds), time(planned.seconds - planned.collective_seconds))
     if each.audit is None:
         return (*head, time(planned.collective_seconds), "-", "-", "-", "-", each.why)
     on_chip = each.audit.compute_seconds

@@ -41,7 +41,8 @@ def palm(phase: str, topology: str, reference: float | None, **sizes: Any) -> Ca
 
 def llama(topology: str, reference: float | None, **sizes: Any) -> Case:
     how = "unrolled" if sizes.get("unrolled") else "scanned"
-    name = f"Llama 3 {sizes['size']} decode, {how}, batch {sizes['batch']}, {topology}"
+    depth = f", {sizes['layers']} layers" if "layers" in sizes else ""
+    name = f"Llama 3 {sizes['size']} decode, {how}{depth}, batch {sizes['batch']}, {topology}"
     return Case(name, "llama", (("decode", 1.0, sizes),), topology, reference)
 
 

@@ -109,6 +109,7 @@ def search(
     fold: bool = True,
     ties: Sequence[tuple[int, int]] = (),
     symmetric: bool | None = None,
+    cutoff: float = np.inf,
 ) -> Solution:
     """Finds the fastest plan that fits, and proves it.
 
@@ -119,14 +120,15 @@ def search(
     - `symmetric`: whether `allow` treats interchangeable mesh axes alike; by default only if there is none.
     - `ties`: pairs of operations that take one strategy, as the same argument of two phases does.
     - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies (`search.folding`).
+    - `cutoff`: seconds; slower plans are not looked for.
 
-    **Raises:** `NoPlan` when no plan fits the chips' memory, or none is allowed.
+    **Raises:** `NoPlan` when no plan fits the chips' memory, none is allowed, or none is below the cutoff.
     """
     classes = tied(folded(program) if fold else unfolded(program), ties)
     problem = build(program, topology, limits.budget_bytes(topology), classes)
     if allow is not None:
         problem = allowing(problem, allow)
-    return solved(problem, limits, say, allow is None if symmetric is None else symmetric)
+    return solved(problem, limits, say, allow is None if symmetric is None else symmetric, cutoff)
 
 
 def solved(

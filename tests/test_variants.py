@@ -233,9 +233,10 @@ def test_phases_as_a_command(tmp_path: Path):
 def test_the_best_plans_are_compiled_and_ranked(plan: autoshard.Plan):
     work = palm.decode(size="tiny", batch=8, context=16)
     found = autoshard.verify(plan, work.fn, *work.args, target="host", k=2)
-    assert [each.place for each in found.candidates] == [1, 2] and found.best is plan
+    assert [each.name for each in found.candidates[:2]] == ["", ""] and all(each.name for each in found.candidates[2:])
+    assert found.best is plan
     assert all(each.audit is not None and each.audit.ok for each in found.candidates)
-    assert "The 2 best plans by their compiled programs" in str(found)
+    assert f"{len(found.candidates)} plans by their compiled programs" in str(found)
 
 
 def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
@@ -248,7 +249,7 @@ def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
         (Candidate(1, plan, slow), Candidate(2, plan, fast), Candidate(3, plan, None, "too large")), True
     )
     assert [each.place for each in found.ranked] == [2, 1, 3]
-    assert found.best.warnings[-1].startswith("The model's place 2 of 3")
+    assert found.best.warnings[-1].startswith("Of 3 plans that were compiled this one, the model's place 2,")
     assert found.correction() == pytest.approx(3.0)
     before, after = plan.topology.chip, found.calibrated().chip
     assert after.hbm_efficiency == pytest.approx(before.hbm_efficiency / 3)
@@ -259,6 +260,6 @@ def test_verify_as_a_command(tmp_path: Path):
     found = run(
         "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"
     )
-    assert found.exit_code == 0 and found.stdout.startswith("The 2 best plans")
+    assert found.exit_code == 0 and "plans by their compiled programs" in found.stdout
     calibration = ("--calibration", tmp_path / "host.toml")
     assert "--verify tpu" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", *calibration)
