@@ -74,8 +74,8 @@ GROWTH = (
         for n in (1, 2, 4, 8, 16, 32, 64, 128)
     ),
     *(
-        growing("mesh axes (16 chips)", len(shape.split("x")), llama(f"cpu:{shape}", None, size="8b", batch=256))
-        for shape in ("16", "4x4", "2x2x4", "2x2x2x2")
+        growing("mesh axes (16 chips)", axes, llama(topology, None, size="8b", batch=256))
+        for axes, topology in enumerate(("v4:1x1x16", "v4:1x4x4", "v4:2x2x4", "2xv4:2x2x2"), start=1)
     ),
     *(
         growing("chips", chips, llama(f"v5p:{shape}", None, size="8b", batch=4096))

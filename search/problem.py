@@ -31,6 +31,12 @@ FORBIDDEN = 1e5
 """Seconds that stand for "impossible"; finite, so that differences stay numbers."""
 
 
+_TIE = 1e-10
+"""The part of an operation's cost by which, of strategies that cost the same, one is told from the other."""
+_SUBLANES = 8
+"""The rows of a TPU's vector register."""
+
+
 @dataclass(frozen=True)
 class Node:
     """A choice: `cost[s]` seconds of state `s`, in one step of the program.
@@ -167,6 +173,13 @@ def _obeys(layout: Layout, pinned: Pinned) -> bool:
     return same and not layout.partial
 
 
+def _slivers(op: Operation, space: StrategySpace) -> np.ndarray:
+    """Per strategy, how many dimensions it cuts into pieces shorter than a row of registers, which compilers then repack."""
+    sizes = np.array([factor.size for factor in op.factors], dtype=float)
+    local = sizes / space.shards
+    return ((local < _SUBLANES) & (local < sizes) & (local > 1)).sum(axis=1)
+
+
 def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
     """Seconds of the all-reduces that run within an operation (the maximum over a split dimension)."""
     found = np.zeros(len(space.strategies))
@@ -244,6 +257,8 @@ class _Builder:
             node, space = self.nodes[key[0]], self.spaces[key[0]]
             cost = price(self.program, op, space.shards, self.topology.chip).seconds
             cost = cost + inside_seconds(self.program, op, space, self.topology)
+            if op.op_class == "matmul":
+                cost = cost * (1 + _TIE * _slivers(op, space))
             self.nodes[key[0]] = replace(node, cost=node.cost + runs[key] * cost)
 
     def connect(self, value: int) -> None:
