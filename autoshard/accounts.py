@@ -12,7 +12,7 @@ from autoshard.alternatives import runner_up
 from autoshard.blocks import Literal, Traced
 from autoshard.naming import strategy_name
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
-from costmodels.operations import OperationCost, price
+from costmodels.operations import OperationCost, hbm_traffic, price
 from costmodels.program import Operation, Program
 from costmodels.regimes import regime
 from costmodels.topology import Topology
@@ -118,7 +118,7 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     copies: dict[tuple, OperationPlan] = {}
     found = []
     for i, op in enumerate(problem.program.operations):
-        like = (problem.of_operation[i], op.moved)
+        like = (problem.of_operation[i], hbm_traffic(problem.program, op))
         if like not in copies:
             copies[like] = _operation(problem, choice, i, states, limits)
         found.append(_of_this(copies[like], op, wire[i], problem.topology))

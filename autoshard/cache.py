@@ -58,6 +58,8 @@ def cached(directory: str | PathLike[str], key: str, make: Callable[[], Plan]) -
     if found is not None:
         return found
     plan = make()
+    if plan.proof.stopped == "interrupted":
+        return plan  # a later run may take the time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, dumps(plan))

@@ -62,8 +62,10 @@ def flops(operation: Operation) -> sympy.Expr:
     return _number(operation.flops_per_point) * _points(range(len(operation.factors)))
 
 
-TILE = sympy.Symbol("t", positive=True)
-"""$t$: the side of the matrix unit."""
+@cache
+def tile_symbol() -> sympy.Symbol:
+    """$t$: the side of the matrix unit's tile."""
+    return sympy.Symbol("t", positive=True)
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,17 @@ def padded_flops(operation: Operation) -> sympy.Expr:
 
 
 def _tiled(factors: Sequence[int]) -> sympy.Expr:
-    return TILE * sympy.ceiling(_points(factors) / TILE) if factors else TILE
+    return tile_symbol() * sympy.ceiling(_points(factors) / tile_symbol()) if factors else tile_symbol()
 
 
 def _streamed(factors: Sequence[int]) -> sympy.Expr:
-    return sympy.Max(_points(factors), TILE / 2, evaluate=False) if factors else TILE / 2
+    return sympy.Max(_points(factors), tile_symbol() / 2, evaluate=False) if factors else tile_symbol() / 2
 
 
-ON_CHIP = sympy.Symbol("m", nonnegative=True)
-"""$m$: the largest array, in bytes, that stays on the chip between two operations."""
+@cache
+def on_chip_symbol() -> sympy.Symbol:
+    """$m$: the largest array, in bytes, that stays on the chip between two operations."""
+    return sympy.Symbol("m", nonnegative=True)
 
 
 def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sympy.Expr:
@@ -119,9 +123,15 @@ def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sy
         size = use.stored_itemsize or program.values[use.value].itemsize
         moved = _number(size) * _points(_flat(use.dims))
         if keeps and stays(program, use.value):
-            moved = sympy.Piecewise((moved, moved > ON_CHIP), (sympy.Integer(0), True), evaluate=False)
+            moved = sympy.Piecewise((moved, moved > on_chip_symbol()), (sympy.Integer(0), True), evaluate=False)
         terms.append(moved)
     return sympy.Add(*terms)
+
+
+def hbm_traffic(program: Program, operation: Operation) -> tuple[tuple[int, float, bool], ...]:
+    """What copies of an operation may differ in: per use in `traffic` the bytes of a stored element, and whether it stays."""
+    uses = ((index, operation.use(index)) for index in operation.traffic)
+    return tuple((index, use.stored_itemsize, stays(program, use.value)) for index, use in uses)
 
 
 def stays(program: Program, value: int) -> bool:
@@ -163,7 +173,7 @@ def _number(value: float) -> sympy.Expr:
 @lru_cache(maxsize=4096)
 def _compiled(expression: sympy.Expr, factors: int) -> Callable[..., Array]:
     symbols = [size_symbol(i) for i in range(factors)] + [shards_symbol(i) for i in range(factors)]
-    return sympy.lambdify([*symbols, TILE, ON_CHIP], expression, "numpy")
+    return sympy.lambdify([*symbols, tile_symbol(), on_chip_symbol()], expression, "numpy")
 
 
 def evaluate(

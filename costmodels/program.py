@@ -115,11 +115,6 @@ class Operation:
         return self.inputs[index] if index >= 0 else self.outputs[-1 - index]
 
     @property
-    def moved(self) -> tuple[tuple[int, float], ...]:
-        """What is read from or written to HBM, as in `traffic`, each with the bytes of an element as it is stored there."""
-        return tuple((index, self.use(index).stored_itemsize) for index in self.traffic)
-
-    @property
     def signature(self) -> tuple[object, ...]:
         """What the strategies of the operation depend on: factors, dimensions and linearity; neither names nor values."""
         return (

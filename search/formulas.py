@@ -24,7 +24,7 @@ from costmodels.algebra import (
     volume,
 )
 from costmodels.dimensions import Dimensions
-from costmodels.operations import ON_CHIP, flops, hbm_bytes, padded_flops, shards_symbol, size_symbol
+from costmodels.operations import flops, hbm_bytes, on_chip_symbol, padded_flops, shards_symbol, size_symbol
 from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.symbolic import sympy
 from costmodels.topology import Topology
@@ -164,7 +164,7 @@ def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int,
     for factor, axes in enumerate(choice.strategies[i].splits):
         table[size_symbol(factor)] = dimensions.factor(i, factor)
         table[shards_symbol(factor)] = pieces(axes)
-    on_chip = {ON_CHIP: rate("m_chip")} if keeps else {}
+    on_chip = {on_chip_symbol(): rate("m_chip")} if keeps else {}
     work, moved = flops(op).xreplace(table), replaced(hbm_bytes(program, op, keeps), table | on_chip)
     matmul, done = op.op_class == "matmul", work
     if matmul:

@@ -178,7 +178,15 @@ def solve(
 def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: float):
     """How the solver ends, or `None` if it does not end in time; an interruption (Ctrl-C) stops it and goes on its way."""
     answers: list = []
-    thread = threading.Thread(target=lambda: answers.append(solver.solve(model)), daemon=True)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(solver.solve(model))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         thread.join(min(wall_seconds + _GRACE_SECONDS, threading.TIMEOUT_MAX))
@@ -187,4 +195,6 @@ def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: fl
         raise
     if thread.is_alive():
         solver.stop_search()
+    if errors:
+        raise errors[0]
     return answers[0] if answers else None

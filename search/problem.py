@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from costmodels.operations import price
+from costmodels.operations import hbm_traffic, price
 from costmodels.program import Operation, Pinned, Program
 from costmodels.topology import Topology
 from search.folding import unfolded
@@ -250,7 +250,7 @@ class _Builder:
         first: dict[tuple, Operation] = {}
         for node, op in zip(self.of_operation, self.program.operations, strict=True):
             if op.flops_per_point or op.traffic:
-                key = (node, op.moved)
+                key = (node, hbm_traffic(self.program, op))
                 runs[key] = runs.get(key, 0.0) + self.program.multiplicity(op.region)
                 first.setdefault(key, op)
         for key, op in first.items():

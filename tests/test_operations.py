@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from costmodels.chips import Chip, catalogue, chip
 from costmodels.operations import (
-    TILE,
     evaluate,
     flops,
     hbm_bytes,
@@ -20,6 +19,7 @@ from costmodels.operations import (
     price,
     shards_symbol,
     size_symbol,
+    tile_symbol,
 )
 from costmodels.program import Factor, Operation, Program, Use, Value
 
@@ -78,7 +78,7 @@ def test_numbers_are_those_of_the_expressions(sizes, cuts, on):
         numbers = evaluate(expression, op, rows, on.matrix_tile)
         for row, number in zip(cuts, numbers, strict=True):
             stands_for = {size_symbol(i): sizes[x] for i, x in enumerate(LETTERS)}
-            stands_for |= {shards_symbol(i): cut for i, cut in enumerate(row)} | {TILE: int(on.matrix_tile)}
+            stands_for |= {shards_symbol(i): cut for i, cut in enumerate(row)} | {tile_symbol(): int(on.matrix_tile)}
             assert float(sympy.N(expression.xreplace(stands_for))) == pytest.approx(number, rel=1e-12)
 
 
