@@ -24,6 +24,7 @@ from costmodels.program import Operation, Pinned, Program
 from costmodels.topology import Topology
 from search.folding import unfolded
 from search.layouts import Layout
+from search.packing import repacked
 from search.reshard import ReshardTable, reshard_table, step_seconds
 from search.strategies import Strategy, StrategySpace, strategy_space
 
@@ -33,8 +34,6 @@ FORBIDDEN = 1e5
 
 _TIE = 1e-10
 """The part of an operation's cost by which, of strategies that cost the same, one is told from the other."""
-_SUBLANES = 8
-"""The rows of a TPU's vector register."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +172,6 @@ def _obeys(layout: Layout, pinned: Pinned) -> bool:
     return same and not layout.partial
 
 
-def _slivers(op: Operation, space: StrategySpace) -> np.ndarray:
-    """Per strategy, how many dimensions it cuts into pieces shorter than a row of registers, which compilers then repack."""
-    sizes = np.array([factor.size for factor in op.factors], dtype=float)
-    local = sizes / space.shards
-    return ((local < _SUBLANES) & (local < sizes) & (local > 1)).sum(axis=1)
-
-
 def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
     """Seconds of the all-reduces that run within an operation (the maximum over a split dimension)."""
     found = np.zeros(len(space.strategies))
@@ -258,7 +250,7 @@ class _Builder:
             cost = price(self.program, op, space.shards, self.topology.chip).seconds
             cost = cost + inside_seconds(self.program, op, space, self.topology)
             if op.op_class == "matmul":
-                cost = cost * (1 + _TIE * _slivers(op, space))
+                cost = cost * (1 + _TIE * repacked(op, space.shards))
             self.nodes[key[0]] = replace(node, cost=node.cost + runs[key] * cost)
 
     def connect(self, value: int) -> None:
