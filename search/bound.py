@@ -16,52 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
 
 import numpy as np
 
+from search.copies import Copies
 from search.memory import Row
-from search.problem import FORBIDDEN, Edge, Problem
-
-
-class _Groups:
-    """States of one end of an edge grouped by the layout they share."""
-
-    def __init__(self, layouts_of: np.ndarray) -> None:
-        self.unique, self.group = np.unique(layouts_of, return_inverse=True)
-        self._order = np.argsort(self.group, kind="stable")
-        self._starts = np.searchsorted(self.group[self._order], np.arange(len(self.unique)))
-
-    def minimum(self, vector: np.ndarray) -> np.ndarray:
-        """The smallest entry of each group."""
-        return np.minimum.reduceat(vector[self._order], self._starts)
-
-
-class _DualEdge:
-    """An edge's share of the costs: `table[p, q] - left[s] - right[t]` for states `s`, `t` in layout groups `p`, `q`."""
-
-    def __init__(self, edge: Edge, extra: np.ndarray | None, left: np.ndarray, right: np.ndarray, keep) -> None:
-        self.a, self.b = edge.a, edge.b
-        self.rows, self.columns = _Groups(edge.rows[keep[edge.a]]), _Groups(edge.columns[keep[edge.b]])
-        window = np.ix_(self.rows.unique, self.columns.unique)
-        self.table = edge.weight * edge.matrix[window]
-        if extra is not None:
-            self.table = self.table + extra[window]
-        self.left, self.right = left, right
-
-    def minima(self, node: int) -> np.ndarray:
-        """For each state of one end, the smallest cost over the states of the other."""
-        if node == self.a:
-            best = (self.table + self.columns.minimum(-self.right)).min(axis=1)
-            return best[self.rows.group] - self.left
-        best = (self.table + self.rows.minimum(-self.left)[:, None]).min(axis=0)
-        return best[self.columns.group] - self.right
-
-    def move(self, node: int, cost: np.ndarray) -> None:
-        """Takes `cost` out of the edge (to give it to the node)."""
-        if node == self.a:
-            self.left = self.left + cost
-        else:
-            self.right = self.right + cost
+from search.messages import DualEdge
+from search.problem import FORBIDDEN, Problem
 
 
 @dataclass
@@ -72,6 +36,16 @@ class Snapshot:
     left: list[np.ndarray]
     right: list[np.ndarray]
     keep: list[np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ban:
+    """What banned pairs of layouts cost, indexed as the matrix would be that it stands for."""
+
+    pairs: np.ndarray
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        return FORBIDDEN * self.pairs[at]
 
 
 class Dual:
@@ -106,9 +80,11 @@ class Dual:
         """Recomputes potentials from the messages, the surviving states and the multipliers."""
         extra_nodes, extra_edges = self._priced_rows()
         for k, banned in self.banned.items():
-            extra_edges[k] = extra_edges.get(k, 0.0) + FORBIDDEN * banned
+            extra_edges.setdefault(k, []).append(_Ban(banned))
         self.edges = [
-            _DualEdge(e, extra_edges.get(k), self._left[k][self.keep[e.a]], self._right[k][self.keep[e.b]], self.keep)
+            DualEdge(
+                e, extra_edges.get(k, ()), self._left[k][self.keep[e.a]], self._right[k][self.keep[e.b]], self.keep
+            )
             for k, e in enumerate(self.problem.edges)
         ]
         self.theta = []
@@ -118,24 +94,24 @@ class Dual:
                 theta = theta + (self._left[k] if self.problem.edges[k].a == i else self._right[k])
             self.theta.append(theta[self.keep[i]])
 
-    def _priced_rows(self) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    def _priced_rows(self) -> tuple[dict[int, np.ndarray], dict[int, list[Any]]]:
         nodes: dict[int, np.ndarray] = {}
-        edges: dict[int, np.ndarray] = {}
+        edges: dict[int, list[Any]] = {}
         for row, multiplier in zip(self.rows, self.multipliers, strict=True):
             if multiplier > 0:
                 for i, vector in row.nodes:
                     nodes[i] = nodes.get(i, 0.0) + multiplier * vector
                 for k, table in row.edges:
-                    edges[k] = edges.get(k, 0.0) + multiplier * table
+                    edges.setdefault(k, []).append(multiplier * table)
         return nodes, edges
 
     def priced_bytes(self) -> dict[int, np.ndarray]:
         """Per node and surviving state the bytes it holds at priced points, times their price; of copies the least."""
         nodes, edges = self._priced_rows()
         found = {i: vector[self.keep[i]] for i, vector in nodes.items()}
-        for k, table in edges.items():
+        for k, tables in edges.items():
             edge = self.edges[k]
-            held = table[self._window(k)]
+            held = reduce(add, tables)[edge.window]
             for node, least, groups in (
                 (edge.a, held.min(axis=1), edge.rows),
                 (edge.b, held.min(axis=0), edge.columns),
@@ -177,7 +153,7 @@ class Dual:
 
     def pairs(self) -> int:
         """How many pairs of layouts the surviving states make, over all edges."""
-        return sum(edge.table.size for edge in self.edges)
+        return sum(edge.size for edge in self.edges)
 
     def sweep(self) -> None:
         """One pass forward and one back."""
@@ -224,7 +200,7 @@ class Dual:
         """For the layout groups of an edge: by how much its own term of the bound rises, at least, if a pair is chosen."""
         edge = self.edges[k]
         left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
-        table = edge.table + left[:, None] + right
+        table = edge.table() + left[:, None] + right
         return table - table.min()
 
     def propagate(self) -> None:
@@ -234,10 +210,13 @@ class Dual:
 
     def _propagate_once(self) -> bool:
         keep, struck = list(self.keep), 0
+        ranges: dict[tuple[int, int], tuple[float, float]] = {}
         for row in self.rows:
             nodes = {i: vector[keep[i]] for i, vector in row.nodes}
-            edges = {k: self._held(k, table) for k, table in row.edges}
-            least = [float(found.min()) for found in (*nodes.values(), *edges.values())]
+            edges = {(k, id(table)): (k, table) for k, table in row.edges}
+            for key in edges.keys() - ranges.keys():
+                ranges[key] = self._range(*edges[key])
+            least = [float(found.min()) for found in nodes.values()] + [ranges[key][0] for key in edges]
             room = self.problem.budget_bytes - sum(least)
             if room < 0:
                 self.fits = False
@@ -247,22 +226,25 @@ class Dual:
                 if not fits.all():
                     struck += int((~fits).sum())
                     keep[i] = keep[i][fits]
-            for k in edges:
-                struck += self._ban(k, row, room)
+            for key, (k, table) in edges.items():
+                if ranges[key][1] - ranges[key][0] > room:
+                    struck += self._ban(k, table, room)
+                    ranges[key] = self._range(k, table)
         if struck:
             self.restrict(keep)
         return struck > 0
 
-    def _window(self, k: int) -> tuple[np.ndarray, ...]:
-        return np.ix_(self.edges[k].rows.unique, self.edges[k].columns.unique)
+    def _range(self, k: int, table: Copies) -> tuple[float, float]:
+        """The least and most bytes of an edge's surviving pairs that are not banned."""
+        held = self._held(k, table)
+        return float(held.min()), float(np.max(held, where=np.isfinite(held), initial=0.0))
 
-    def _held(self, k: int, table: np.ndarray) -> np.ndarray:
+    def _held(self, k: int, table: Copies) -> np.ndarray:
         """Bytes of an edge's surviving pairs; those already banned count for nothing."""
-        held = table[self._window(k)]
-        return np.where(self.banned[k][self._window(k)], np.inf, held) if k in self.banned else held
+        window = self.edges[k].window
+        return np.where(self.banned[k][window], np.inf, table[window]) if k in self.banned else table[window]
 
-    def _ban(self, k: int, row: Row, room: float) -> int:
-        table = dict(row.edges)[k]
+    def _ban(self, k: int, table: Copies, room: float) -> int:
         held = self._held(k, table)
         over = np.isfinite(held) & (held - held.min() > room)
         if not over.any():

@@ -8,6 +8,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from search.bound import Dual
+from search.copies import Copies
 from search.memory import Row, Rows
 from search.problem import Problem
 
@@ -47,7 +48,7 @@ def _grown(dual: Dual) -> list[int]:
     Layouts that differ only in which axis comes first cost alike. Read off apart, two regions of the program may choose two of
     them, and pay where they meet; grown from one seed, each follows what is there.
     """
-    strength = [float(np.median(edge.table) - edge.table.min()) for edge in dual.edges]
+    strength = [edge.strength for edge in dual.edges]
     order: list[int] = []
     seen: set[int] = set()
     for seed in dual.order:
@@ -155,23 +156,21 @@ class _Forest:
             return (sum(_pairs(edge, i) for edge in edges) + cost[:, None]).min(axis=0)
         edge = edges[0]
         if i == edge.a:
-            best = (edge.table + edge.rows.minimum(cost - edge.left)[:, None]).min(axis=0)
-            return best[edge.columns.group] - edge.right
-        best = (edge.table + edge.columns.minimum(cost - edge.right)).min(axis=1)
-        return best[edge.rows.group] - edge.left
+            return edge.least_over_rows(cost - edge.left)[edge.columns.group] - edge.right
+        return edge.least_over_columns(cost - edge.right)[edge.rows.group] - edge.left
 
 
 def _pairs(edge, node: int) -> np.ndarray:
     """The cost of every pair of states, those of `node` first."""
-    found = edge.table[np.ix_(edge.rows.group, edge.columns.group)] - edge.left[:, None] - edge.right
+    found = edge.table()[np.ix_(edge.rows.group, edge.columns.group)] - edge.left[:, None] - edge.right
     return found if node == edge.a else found.T
 
 
 def _given(edge, node: int, other: int) -> np.ndarray:
     """The cost of each state of one end, the other end's state being fixed."""
     if node == edge.a:
-        return edge.table[edge.rows.group, edge.columns.group[other]] - edge.left - edge.right[other]
-    return edge.table[edge.rows.group[other], edge.columns.group] - edge.left[other] - edge.right
+        return edge.column(edge.columns.group[other])[edge.rows.group] - edge.left - edge.right[other]
+    return edge.row(edge.rows.group[other])[edge.columns.group] - edge.left[other] - edge.right
 
 
 def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray) -> np.ndarray:
@@ -209,7 +208,7 @@ class _Held:
     def __init__(self, problem: Problem, row: Row) -> None:
         self.problem = problem
         self.nodes = dict(row.nodes)
-        self.edges: dict[int, list[tuple[int, np.ndarray]]] = {}
+        self.edges: dict[int, list[tuple[int, Copies]]] = {}
         for k, table in row.edges:
             self.edges.setdefault(problem.edges[k].a, []).append((k, table))
             self.edges.setdefault(problem.edges[k].b, []).append((k, table))

@@ -9,16 +9,21 @@ or the caller needs them. A change of layout holds the old and the new array at 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
+from typing import Any, TypeVar
 
 import numpy as np
 
 from costmodels.program import Program
+from search.copies import Copies
 from search.layouts import Layout, shards
 from search.problem import Problem
 from search.reshard import ReshardTable
+
+T = TypeVar("T", np.ndarray, Copies)
 
 IN_PLACE = (
     "dynamic_update_slice",
@@ -33,11 +38,11 @@ IN_PLACE = (
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes alive at one point: per node a vector over its states, per edge a table over the layouts of its ends."""
+    """Bytes alive at one point: per node a vector over its states, per edge those of its copies."""
 
     point: int
     nodes: tuple[tuple[int, np.ndarray], ...]
-    edges: tuple[tuple[int, np.ndarray], ...]
+    edges: tuple[tuple[int, Copies], ...]
 
     def bytes(self, problem: Problem, states: np.ndarray) -> float:
         """Bytes alive under a choice of states."""
@@ -55,7 +60,7 @@ class Rows(tuple[Row, ...]):
         return np.add.reduceat(np.array([*held, 0.0])[found], start)
 
     @cached_property
-    def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, np.ndarray]], np.ndarray, np.ndarray]:
+    def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, Copies]], np.ndarray, np.ndarray]:
         """What the rows add up: nodes, edges; per row its items among them, a 0 last; and where the items of each row start."""
         nodes = {(i, id(vector)): vector for row in self for i, vector in row.nodes}
         edges = {(k, id(table)): table for row in self for k, table in row.edges}
@@ -188,14 +193,17 @@ def _buffer(program: Program, members: list[int], last: dict[int, int]) -> Buffe
 
 @dataclass(frozen=True)
 class _Term:
-    """Bytes of one node or edge over some points: `key` tells equal ones, of which a class has many, from others."""
+    """Bytes of one node (an array over its states) or edge (`Copies`) over some points.
+
+    `key` tells equal ones, of which a class has many, from others.
+    """
 
     key: tuple
     kind: str
     index: int
     first: int
     last: int
-    table: np.ndarray
+    table: Any
 
 
 def rows(problem: Problem) -> Rows:
@@ -209,7 +217,7 @@ def rows(problem: Problem) -> Rows:
             found.append(term)
     points, counts = _fullest(problem.program, terms, kinds)
     maximal = _undominated(counts)
-    known: dict[tuple, np.ndarray] = {}
+    known: dict[tuple, Any] = {}
     return Rows(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])], known) for i in maximal)
 
 
@@ -250,27 +258,32 @@ def _undominated(counts: np.ndarray) -> list[int]:
 
 def together(limits: tuple[Row, ...]) -> Row:
     """The bytes at all points, added up: what a price on memory everywhere is paid for."""
-    sides: list[list[tuple[int, np.ndarray]]] = []
-    for items in ([item for row in limits for item in row.nodes], [item for row in limits for item in row.edges]):
-        counts = Counter((i, id(array)) for i, array in items)
-        arrays = {(i, id(array)): array for i, array in items}
-        total: dict[int, np.ndarray] = {}
-        for key, count in counts.items():
-            total[key[0]] = total.get(key[0], 0.0) + count * arrays[key]
-        sides.append(list(total.items()))
-    return Row(-1, tuple(sides[0]), tuple(sides[1]))
+    nodes = _added(item for row in limits for item in row.nodes)
+    return Row(-1, tuple(nodes.items()), tuple(_added(item for row in limits for item in row.edges).items()))
 
 
-def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, np.ndarray]) -> Row:
+def _added(items: Iterable[tuple[int, T]]) -> dict[int, T]:
+    """Per index the sum; what is the same in many is counted first."""
+    held = list(items)
+    counts = Counter((i, id(array)) for i, array in held)
+    arrays = {(i, id(array)): array for i, array in held}
+    total: dict[int, T] = {}
+    for (i, which), count in counts.items():
+        counted = float(count) * arrays[i, which]
+        total[i] = total[i] + counted if i in total else counted
+    return total
+
+
+def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, Any]) -> Row:
     """One row; what is the same in several is one array, found in `known`."""
     parts: dict[tuple[str, int], list[tuple[_Term, int]]] = {}
     for term, count in terms:
         parts.setdefault((term.kind, term.index), []).append((term, count))
-    sides: dict[str, list[tuple[int, np.ndarray]]] = {"node": [], "edge": []}
+    sides: dict[str, list[tuple[int, Any]]] = {"node": [], "edge": []}
     for (kind, index), found in parts.items():
         key = tuple((term.key, int(count)) for term, count in found)
         if key not in known:
-            known[key] = np.sum([float(count) * term.table for term, count in found], axis=0)
+            known[key] = reduce(add, (float(count) * term.table for term, count in found))
         sides[kind].append((index, known[key]))
     return Row(point, tuple(sides["node"]), tuple(sides["edge"]))
 
@@ -306,11 +319,14 @@ def layouts_at(problem: Problem, value: int) -> tuple[int, tuple[Layout, ...]]:
 def _copy_terms(problem: Problem) -> Iterator[_Term]:
     """A change of layout holds a second array: where it is made, or through the loop that it is made for."""
     ends = region_ends(problem.program)
+    copied: dict[tuple[int, bool], Copies] = {}
     for k, edge in enumerate((*problem.edges, *problem.loops)):
         if edge.table is None:
             continue
         into_hub = edge.members[0][1] < 0
-        held = _copied_bytes(problem, edge.table, into_hub)
+        held = copied.get((id(edge.table), into_hub))
+        if held is None:
+            held = copied[id(edge.table), into_hub] = _copied_bytes(problem, edge.table, into_hub)
         for value, operation in edge.members:
             at = problem.program.producers[value][0]
             first, last = (at, at) if into_hub else copy_life(problem.program, value, operation, ends)
@@ -320,10 +336,11 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
                 yield _Term(("loop", k), "node", edge.a, first, last, held[edge.rows, edge.columns])
 
 
-def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> np.ndarray:
+def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
     """Bytes of the second array, per layout before and after: into a hub it is the old one that dies, else the new one."""
     bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
-    return ~np.eye(len(bytes_of), dtype=bool) * (bytes_of[:, None] if into_hub else bytes_of[None, :])
+    none = np.zeros_like(bytes_of)
+    return Copies(bytes_of, none) if into_hub else Copies(none, bytes_of)
 
 
 def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]) -> tuple[int, int]:

@@ -41,9 +41,8 @@ def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
     sizes = np.array([factor.size for factor in op.factors], dtype=float)
     local = sizes / shards
     found = ((local < _ROWS) & (local < sizes) & (local > 1)).sum(axis=1)
-    groups = matrix_factors(op)
-    for use in op.inputs if groups else ():
-        found = found + _laid_out_anew(use, groups, local)
+    if groups := matrix_factors(op):
+        found = found + sum(_laid_out_anew(use, groups, local) for use in op.inputs)
     return found
 
 

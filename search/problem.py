@@ -25,12 +25,9 @@ from costmodels.topology import Topology
 from search.folding import unfolded
 from search.layouts import Layout
 from search.packing import repacked
+from search.reshard import FORBIDDEN as FORBIDDEN
 from search.reshard import ReshardTable, reshard_table, step_seconds
 from search.strategies import Strategy, StrategySpace, strategy_space
-
-FORBIDDEN = 1e5
-"""Seconds that stand for "impossible"; finite, so that differences stay numbers."""
-
 
 _TIE = 1e-10
 """The part of an operation's cost by which, of strategies that cost the same, one is told from the other."""
@@ -313,8 +310,7 @@ class _Builder:
             self._drafts[key].members.append(member)
             return
         rows, columns = self._places((*source, "out"), provided, table), self._places((*target, "in"), needed, table)
-        matrix = np.minimum(table.seconds, FORBIDDEN)
-        self._drafts[key] = _Draft(source[0], target[0], rows, columns, matrix, table, weight, [member])
+        self._drafts[key] = _Draft(source[0], target[0], rows, columns, table.seconds, table, weight, [member])
 
     def _places(self, slot: tuple, layouts_of: Sequence[Layout], table: ReshardTable) -> np.ndarray:
         """Where the layouts of a node's states are in a table; the first place for those it does not have."""

@@ -15,6 +15,7 @@ whole rows is one of the whole problem.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -72,11 +73,15 @@ class _Side:
 
     def __init__(self, edge: Edge, node: int) -> None:
         if edge.b == node:
-            self.other, mine, theirs, matrix = edge.a, edge.columns, edge.rows, edge.matrix
+            self.other, self._mine, theirs, self._matrix = edge.a, edge.columns, edge.rows, edge.matrix
         else:
-            self.other, mine, theirs, matrix = edge.b, edge.rows, edge.columns, edge.matrix.T
-        used, self.groups = np.unique(theirs, return_inverse=True)
-        self.table = edge.weight * matrix[np.ix_(used, mine)]
+            self.other, self._mine, theirs, self._matrix = edge.b, edge.rows, edge.columns, edge.matrix.T
+        self._weight = edge.weight
+        self.used, self.groups = np.unique(theirs, return_inverse=True)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        return self._weight * self._matrix[np.ix_(self.used, self._mine)]
 
 
 def reduced(problem: Problem, rows: tuple[Row, ...]) -> Reduction:
@@ -137,8 +142,12 @@ class _Reducer:
         others = sorted({side.other for side in sides})
         if len(others) > 2 and len(self.costs[node]) > 1:
             return False
-        ends = [_together([side for side in sides if side.other == other]) for other in others]
-        if not self._small(ends, len(self.costs[node])):
+        meeting = [[side for side in sides if side.other == other] for other in others]
+        states = len(self.costs[node])
+        if not _small([max(len(side.used) for side in found) for found in meeting], states):
+            return False
+        ends = [_together(found) for found in meeting]
+        if not _small([len(table) for _, table in ends], states):
             return False
         self.gone.append(_Gone(node, self.costs[node], tuple((s.other, s.groups, s.table) for s in sides)))
         moved = sum(self.edges[k].moved_bytes for k in self.incident[node])
@@ -155,12 +164,6 @@ class _Reducer:
                 own = 0 * own
         return True
 
-    def _small(self, ends: list[tuple[np.ndarray, np.ndarray]], states: int) -> bool:
-        if len(ends) < 2 or states == 1:
-            return True
-        pairs = ends[0][1].shape[0] * ends[1][1].shape[0]
-        return pairs <= _PAIRS and pairs * states <= _TRIPLES
-
     def _drop(self, k: int) -> None:
         edge = self.edges.pop(k)
         self.incident[edge.a].discard(k)
@@ -171,6 +174,14 @@ class _Reducer:
         self.incident[edge.a].add(self._next)
         self.incident[edge.b].add(self._next)
         self._next += 1
+
+
+def _small(groups: list[int], states: int) -> bool:
+    """Whether a node with so many groups of states at its ends is worth eliminating."""
+    if len(groups) < 2 or states == 1:
+        return True
+    pairs = groups[0] * groups[1]
+    return pairs <= _PAIRS and pairs * states <= _TRIPLES
 
 
 def _heavy(problem: Problem, rows: tuple[Row, ...]) -> set[int]:

@@ -20,10 +20,15 @@ import numpy as np
 from costmodels.collectives import seconds_on
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout, layouts, local_shape, shards
+from search.renaming import Groups, images
+from search.shortest import Edges, all_pairs
 from search.strategies import Sizes
 
-_ROWS = 64
-"""Rows relaxed at a time, which bounds the memory of a relaxation."""
+Places = Mapping[str, tuple[int, int]]
+"""Axis to a dimension, and by how many of its pieces one step along the axis moves on."""
+
+FORBIDDEN = 1e5
+"""Seconds that stand for "impossible"; finite, so that differences stay numbers."""
 
 
 class Step(NamedTuple):
@@ -133,7 +138,11 @@ def _tiles(step: Step, shape: Sequence[int], itemsize: float, topology: Topology
 
 
 class StepGraph(NamedTuple):
-    """Layouts of a shape and the steps between them; what all arrays that divide alike have in common."""
+    """Layouts of a shape and the steps between them; what all arrays that divide alike have in common.
+
+    `fraction` is a step's payload over the array's bytes; `partial` has a bit for each axis that a layout is partial over;
+    `images` is what becomes of the layouts when axes that cost the same change names (`[renamings, layouts]`).
+    """
 
     layouts: tuple[Layout, ...]
     index: Mapping[Layout, int]
@@ -141,11 +150,13 @@ class StepGraph(NamedTuple):
     source: np.ndarray
     target: np.ndarray
     fraction: np.ndarray
+    partial: np.ndarray
+    images: np.ndarray
 
 
 @lru_cache(maxsize=512)
-def _graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool) -> StepGraph:
-    table = dict(sizes)
+def _graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Groups) -> StepGraph:
+    table, names = dict(sizes), [axis for axis, _ in sizes]
     found = layouts(divisors, sizes, partial)
     index = {layout: i for i, layout in enumerate(found)}
     steps = [step for layout in found for step in steps_from(layout, table) if step.target in index]
@@ -157,19 +168,21 @@ def _graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool) -> StepGraph:
         tuple(steps),
         np.array([index[step.source] for step in steps], dtype=np.intp),
         np.array([index[step.target] for step in steps], dtype=np.intp),
-        np.array([step.payload(1.0, table) for step in steps]),
+        _fractions(steps, found, table),
+        np.array([sum(1 << names.index(axis) for axis in layout.partial) for layout in found], dtype=np.int64),
+        images(index, alike),
     )
 
 
 def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Step]:
     """Exchanges of whole pieces between chips: two layouts that cut every dimension into equally many pieces."""
-    alike: dict[tuple, list[Layout]] = {}
+    alike: dict[tuple, list[tuple[Layout, Places]]] = {}
     for layout in found:
         counts = tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
         if prod(counts) > 1:
-            alike.setdefault((counts, layout.partial), []).append(layout)
-    pairs = ((a, b) for group in alike.values() for a in group for b in group if a != b)
-    return [Step("collective-permute", permuted_axes(a, b, sizes), a, b) for a, b in pairs]
+            alike.setdefault((counts, layout.partial), []).append((layout, _places(layout, sizes)))
+    pairs = ((a, b) for group in alike.values() for a in group for b in group if a is not b)
+    return [Step("collective-permute", _moved(at, to), a, b) for (a, at), (b, to) in pairs]
 
 
 def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
@@ -178,17 +191,26 @@ def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
     A piece's number along a dimension is made of the coordinates of its axes, major to minor. An axis that both layouts
     have in the same place of that number tells apart pieces that keep its coordinate.
     """
-    before, after = _places(a, sizes), _places(b, sizes)
+    return _moved(_places(a, sizes), _places(b, sizes))
+
+
+def _moved(before: Places, after: Places) -> Axes:
     return tuple(sorted(axis for axis in {*before, *after} if before.get(axis) != after.get(axis)))
 
 
-def _places(layout: Layout, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def _places(layout: Layout, sizes: Mapping[str, int]) -> Places:
     """Axis to the dimension that it splits, and by how many pieces one step along it moves on."""
     return {
         axis: (i, prod(sizes[minor] for minor in dim[k + 1 :]))
         for i, dim in enumerate(layout.dims)
         for k, axis in enumerate(dim)
     }
+
+
+def _fractions(steps: Sequence[Step], found: Sequence[Layout], sizes: Mapping[str, int]) -> np.ndarray:
+    """Per step the part of the array that its payload is."""
+    parts = {layout: 1.0 / shards(layout, sizes) for layout in found}
+    return np.array([parts[step.payload_layout] for step in steps])
 
 
 @dataclass(frozen=True)
@@ -211,21 +233,15 @@ class ReshardTable:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Shortest paths between all pairs, by relaxation of all steps until nothing improves; infinite if impossible."""
-        count = len(self.layouts)
-        distance = np.full((count, count), np.inf)
-        np.fill_diagonal(distance, 0.0)
-        if self.graph.steps:
-            firsts = np.flatnonzero(np.r_[True, np.diff(self.graph.target) > 0])
-            targets = self.graph.target[firsts]
-            for at in range(0, count, _ROWS):
-                _relax(distance[at : at + _ROWS], self.graph.source, firsts, targets, self.step_seconds)
-        return distance
+        """Shortest paths between all pairs; `FORBIDDEN` where no steps lead from one to the other."""
+        edges = Edges(self.graph.source, self.graph.target, self.step_seconds)
+        found = all_pairs(edges, self.graph.partial, self.graph.images)
+        return np.minimum(found, FORBIDDEN, out=found)
 
     def path(self, source: Layout, target: Layout) -> tuple[Step, ...]:
         """The steps of the cheapest change of layout; empty when there is nothing to change."""
         end, steps, at = self.index[target], [], source
-        if not np.isfinite(self.seconds[self.index[source], end]):
+        if self.seconds[self.index[source], end] >= FORBIDDEN:
             raise ValueError(f"no collectives lead from {source} to {target}")
         while at != target:
             leaving = np.flatnonzero(self.graph.source == self.index[at])
@@ -236,20 +252,11 @@ class ReshardTable:
         return tuple(steps)
 
 
-def _relax(rows: np.ndarray, source: np.ndarray, firsts: np.ndarray, targets: np.ndarray, price: np.ndarray) -> None:
-    while True:
-        best = np.minimum.reduceat(rows[:, source] + price, firsts, axis=1)
-        improved = np.minimum(rows[:, targets], best)
-        if np.array_equal(improved, rows[:, targets]):
-            return
-        rows[:, targets] = improved
-
-
 @lru_cache(maxsize=1024)
 def _table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:
     array_bytes = float(itemsize * prod(shape))
     divisors = tuple(gcd(n, topology.size) for n in shape)
-    graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial)
+    graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial, topology.symmetries())
     price = np.zeros(len(graph.steps))
     groups: dict[tuple[str, Axes], list[int]] = {}
     for i, step in enumerate(graph.steps):

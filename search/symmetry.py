@@ -6,41 +6,13 @@ node may therefore be held to one representative of each orbit of its states wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations, product
-from typing import overload
+from collections.abc import Mapping
 
 import numpy as np
 
-from search.layouts import Axes, Layout
 from search.problem import Problem
+from search.renaming import renamed, renamings
 from search.solution import Choice
-from search.strategies import Strategy
-
-
-def renamings(groups: Iterable[Sequence[str]]) -> list[dict[str, str]]:
-    """Every renaming of axes within the groups of interchangeable ones, the identity first."""
-    each = [[dict(zip(group, image, strict=True)) for image in permutations(group)] for group in groups]
-    return [{k: v for part in parts for k, v in part.items()} for parts in product(*each)]
-
-
-@overload
-def renamed(state: Strategy, names: Mapping[str, str]) -> Strategy: ...
-
-
-@overload
-def renamed(state: Layout, names: Mapping[str, str]) -> Layout: ...
-
-
-def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | Layout:
-    """A strategy or layout with its axes renamed."""
-
-    def image(axes: Axes) -> Axes:
-        return tuple(names.get(axis, axis) for axis in axes)
-
-    if isinstance(state, Layout):
-        return Layout(tuple(map(image, state.dims)), tuple(sorted(image(state.partial))))
-    return Strategy(tuple(map(image, state.splits)), tuple(tuple(sorted(image(axes))) for axes in state.carried))
 
 
 def interchangeable(problem: Problem) -> list[tuple[str, ...]]:

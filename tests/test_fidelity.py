@@ -26,7 +26,7 @@ from autoshard.hlo import collectives
 from autoshard.pairing import matched
 from autoshard.plan import PlannedCollective
 from search.layouts import Layout
-from search.reshard import ReshardTable, reshard_table
+from search.reshard import FORBIDDEN, ReshardTable, reshard_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +87,7 @@ def changes() -> list[Change]:
     seen: set[Change] = set()
     for i, source in enumerate(known.layouts):
         for j, target in enumerate(known.layouts):
-            if i != j and np.isfinite(known.seconds[i, j]) and (source, target) not in seen:
+            if i != j and known.seconds[i, j] < FORBIDDEN and (source, target) not in seen:
                 seen.update(renamed((source, target), axes, dims) for axes in names for dims in orders)
                 found.append((source, target))
     return found

@@ -18,8 +18,8 @@ from search.incumbent import overflow
 from search.memory import rows
 from search.model import solve
 from search.problem import FORBIDDEN, Problem, build
+from search.renaming import renamed, renamings
 from search.solve import Limits, NoPlan, search
-from search.symmetry import renamed, renamings
 
 SIZES = (4, 6, 8, 64)
 
