@@ -69,7 +69,7 @@ browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chrom
 	@mkdir -p $(SCREENSHOTS)
 	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
 
-docs: $(VENV)/.docs  ## the documentation site, in site/
+docs: $(VENV)/.docs  ## the documentation site, in site/, its notebooks run
 	$(BIN)/python -m mkdocs build --strict
 
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from

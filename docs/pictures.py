@@ -37,8 +37,10 @@ class Picture:
         )
 
     def cell(self, x: float, y: float, chips: Sequence[int], partial: bool = False) -> None:
-        """A cell of an array: a stripe for each chip that holds it; pale where each holds a partial sum."""
-        wide = CELL / len(chips)
+        """A cell of an array: a stripe for each chip that holds it, grey for none; pale where each holds a partial sum."""
+        wide = CELL / max(len(chips), 1)
+        if not chips:
+            self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{CELL}" height="{CELL}" fill="#aab4be"/>')
         for i, chip in enumerate(chips):
             self.parts.append(
                 f'<rect x="{x + i * wide:g}" y="{y:g}" width="{wide:g}" height="{CELL}" fill="{CHIPS[chip]}"'
@@ -86,6 +88,10 @@ class Picture:
 # --- Who holds what of an array of four by four, on chips x=i y=j, numbered 2 i + j
 
 
+def nobody(i: int, j: int) -> Sequence[int]:
+    return ()
+
+
 def whole(i: int, j: int) -> Sequence[int]:
     return ALL
 
@@ -114,17 +120,16 @@ def blocks(i: int, j: int) -> Sequence[int]:
 
 
 def factors() -> Picture:
-    picture = Picture(620, 200, "An operation is an einsum over factors")
-    picture.array(30, 60, 4, 4, "x [B, E]", whole)
+    picture = Picture(620, 185, "An operation is an einsum over factors")
+    picture.array(30, 60, 4, 4, "x [B, E]", nobody)
     picture.text(150, 118, "·", 22)
-    picture.array(175, 60, 4, 4, "w [E, F]", whole)
+    picture.array(175, 60, 4, 4, "w [E, F]", nobody)
     picture.arrow(300, 112, 60, "sum over E")
-    picture.array(385, 60, 4, 4, "y [B, F]", whole)
+    picture.array(385, 60, 4, 4, "y [B, F]", nobody)
     picture.text(508, 84, "B: rows of x and y", 12)
     picture.text(508, 108, "F: columns of w and y", 12)
     picture.text(508, 132, "E: summed", 12)
     picture.width = 660
-    picture.legend(30, 188)
     return picture
 
 
@@ -181,7 +186,7 @@ def reshards() -> Picture:
             False,
         ),
         ("partial over xy", "all-reduce\nover xy", whole, True, "P()", whole, False),
-        ("P()", "slice, free", whole, False, "P('x', 'y')", blocks, False),
+        ("P()", "slice", whole, False, "P('x', 'y')", blocks, False),
     )
     for n, (before, words, owner, partial, after, wanted, still) in enumerate(each):
         left, top = 20 + 330 * (n % 2), 45 + 145 * (n // 2)
@@ -201,7 +206,8 @@ def gathering() -> Picture:
     picture.array(175, 70, 4, 4, "w, as it is stored", blocks)
     picture.arrow(300, 120, 60, "multiply")
     picture.array(380, 70, 1, 4, "y: partial sums", columns_over_y, True)
-    picture.arrow(492, 92, 44, "all-reduce\nover x")
+    picture.arrow(492, 83, 44, "")
+    picture.text(514, 118, "all-reduce over x", 12, "middle")
     picture.array(546, 70, 1, 4, "y", columns_over_y)
     picture.text(20, 208, "Weight-gathered (WG-X): weights move, the activations stay", 14, bold=True)
     picture.array(20, 245, 4, 4, "w, as it is stored", blocks)
