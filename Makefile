@@ -7,6 +7,7 @@ ZOO_VENV := .venv-models
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
+SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test calibration frontier bench-sweep browser-test docs wheel clean
@@ -65,9 +66,10 @@ bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two wor
 	$(BIN)/python benchmarks/sweep_scaling.py $(ARGS)
 
 browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
-	AUTOSHARD_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
+	@mkdir -p $(SCREENSHOTS)
+	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
 
-docs: $(VENV)/.docs  ## the documentation site, in site/
+docs: $(VENV)/.docs  ## the documentation site, in site/, its notebooks run
 	$(BIN)/python -m mkdocs build --strict
 
 wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from

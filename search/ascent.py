@@ -21,6 +21,8 @@ _PRICED_ROWS = 3
 """How many memory rows are priced, one after the other."""
 _BISECTIONS = 14
 """Trials for one row's price."""
+_SETTLING = 4
+"""How often, at most, the bound is lifted for one trial."""
 
 
 class Ascent:
@@ -93,9 +95,10 @@ class Ascent:
             return
         over = self.lift(self.rounds)
         for _ in range(_PRICED_ROWS):
-            if self.closed or self.late or not len(over) or float(over.max()) <= 0:
+            fullest = np.where(self.dual.multipliers > 0, -np.inf, over)
+            if self.closed or self.late or fullest.max(initial=-np.inf) <= 0:
                 return
-            over = self._price_row(int(np.argmax(over)))
+            over = self._price_row(int(np.argmax(fullest)), over)
             self.prices = self.dual.multipliers.copy()
 
     def lift(self, rounds: int) -> np.ndarray:
@@ -115,18 +118,17 @@ class Ascent:
                 break
         return over
 
-    def _price_row(self, row: int) -> np.ndarray:
+    def _price_row(self, row: int, over: np.ndarray) -> np.ndarray:
         """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual."""
-        low, high = 0.0, np.inf
         base = self.dual.multipliers.copy()
+        low, high = float(base[row]), np.inf
         best = (self.dual.bound(), base)
-        trial = 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
-        over = np.zeros(len(self.rows))
+        trial = low + self._first_price(float(over[row]))
         for _ in range(_BISECTIONS):
             multipliers = base.copy()
             multipliers[row] = trial
             self.dual.reprice(multipliers)
-            over = self.lift(rounds=4)
+            over = self._settle()
             if self.closed or self.late:
                 return over
             best = max(best, (self.dual.bound(), multipliers), key=lambda pair: pair[0])
@@ -136,6 +138,30 @@ class Ascent:
                 break
         self.dual.reprice(best[1])
         return self.lift(rounds=4)
+
+    def _settle(self) -> np.ndarray:
+        """As `lift`, for one trial of a price: one incumbent and one exclusion, once the bound has risen."""
+        lower = -np.inf
+        for _ in range(_SETTLING):
+            for _ in range(3):
+                self.dual.sweep()
+            before, lower = lower, self.dual.bound()
+            if lower - before < 1e-5 * abs(lower) or self.late:
+                break
+        self.bound = max(self.bound, lower)
+        over = self.attempt(decode(self.dual))
+        struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
+        self.say(
+            f"price {self.dual.multipliers.max():.3e}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}"
+        )
+        return over
+
+    def _first_price(self, over: float) -> float:
+        """The price of a byte at which the dual's tangent, of slope `over`, reaches the best plan: it turns before."""
+        most = 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
+        lower = self.dual.bound()
+        rise = self.objective - lower if np.isfinite(self.objective) else abs(lower)
+        return min(rise / over, most) if rise > 0 and over > 0 else most
 
     def attempt(self, states: np.ndarray) -> np.ndarray:
         """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each row.

@@ -187,6 +187,14 @@ class Dual:
         nodes = sum(float(theta.min()) for theta in self.theta)
         return constant + nodes + sum(float(edge.minima(edge.a).min()) for edge in self.edges)
 
+    def objective(self, states: np.ndarray) -> float:
+        """Seconds of one step under a choice of states, and the price of the bytes over the budget, or under it."""
+        total = self.problem.objective(states)
+        for row, multiplier in zip(self.rows, self.multipliers, strict=True):
+            if multiplier > 0:
+                total += multiplier * (row.bytes(self.problem, states) - self.problem.budget_bytes)
+        return total
+
     def excess(self) -> list[np.ndarray]:
         """Per node and surviving state: by how much the bound rises if the state is chosen."""
         found = [theta - theta.min() for theta in self.theta]

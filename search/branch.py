@@ -27,6 +27,8 @@ PRECISION = 1e-6
 """The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
 _REPRICING = 1.5
 """By what factor the price of memory changes where a branch tries another."""
+_WORTH = 0.01
+"""The part of what is open by which memory must lift the bound for a branch to be about it."""
 _SMALL = 20_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 
@@ -93,15 +95,20 @@ class Branching:
             before, lower = lower, self.dual.bound()
             if self.ascent.reached(lower):
                 break
-            self.ascent.attempt(decode(self.dual))
             struck = self.dual.exclude(self.ascent.objective) if np.isfinite(self.ascent.objective) else 0
             if self.dual.emptied:
                 return self.ascent.objective
-            if lower - before < 1e-4 * abs(lower) and not struck:
+            if lower - before < 1e-4 * abs(lower) and not struck and not self._improved():
                 if not self._repriced(lower):
                     break
                 lower = self.dual.bound()
         return lower
+
+    def _improved(self) -> bool:
+        """Reads a plan off the dual, and says whether it is the best so far."""
+        before = self.ascent.objective
+        self.ascent.attempt(decode(self.dual))
+        return self.ascent.objective < before
 
     def _repriced(self, lower: float) -> bool:
         """Tries another price of memory for this branch; keeps it, and says so, if the bound rises."""
@@ -119,17 +126,27 @@ class Branching:
         return False
 
     def _branching_node(self) -> int | None:
-        """The undecided node on which the price of memory hangs most, or else with the most bytes around it."""
+        """The undecided node on which the price of memory hangs most, or else with the most bytes around it.
+
+        Memory counts where it can lift the bound by some of what is open: arrays too small for that are not what is undecided.
+        """
         undecided = [i for i, keep in enumerate(self.dual.keep) if len(keep) > 1]
-        spread = {i: float(np.ptp(held)) for i, held in self.dual.priced_bytes().items() if len(held) > 1}
+        spread = self._spread()
         return max(undecided, key=lambda i: (spread.get(i, 0.0), self.weights[i], -i), default=None)
+
+    def _spread(self) -> dict[int, float]:
+        """By how much the price of the bytes differs between a node's states, where that is worth a branch."""
+        open_ = self.ascent.objective - self.dual.bound()
+        least = _WORTH * open_ if np.isfinite(open_) else 0.0
+        found = {i: float(np.ptp(held)) for i, held in self.dual.priced_bytes().items()}
+        return {i: spread for i, spread in found.items() if spread > least}
 
     def _split(self, node: int) -> list[Snapshot]:
         """Two branches, the one to look at first last: lean and bulky states, or the likeliest and all others."""
         keep = self.dual.keep[node]
         held = self.dual.priced_bytes().get(node, np.zeros(len(keep)))
         first = keep == decode(self.dual)[node]
-        if np.ptp(held) > 0:
+        if node in self._spread():
             lean = held <= (held.min() + held.max()) / 2
             first = lean if lean[first].all() else ~lean
         found = []

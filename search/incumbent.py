@@ -25,7 +25,7 @@ def decode(dual: Dual) -> np.ndarray:
     for order in (dual.order, _grown(dual), dual.order[::-1]):
         for alike in (0.0, _ALIKE * abs(bound)):
             states = _improved(dual, _greedy(dual, order, alike))
-            found.append((dual.problem.objective(states), states))
+            found.append((dual.objective(states), states))
             if found[-1][0] <= bound * (1 + _ALIKE):
                 return states
     return min(found, key=lambda each: each[0])[1]

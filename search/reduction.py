@@ -7,9 +7,9 @@ $$\\theta_{ik}(x_i, x_k) = \\min_{x_j} \\theta_{ij}(x_i, x_j) + \\theta_j(x_j) +
 takes its place. Chains of elementwise operations become one edge between the matmuls at their ends, so that a bound need
 not creep along them and a better layout for a whole chain is one step away.
 
-Memory is what a node or an edge may not lose: only what holds a small part of a chip is eliminated, and its bytes are left
-out of the rows. So the smaller problem is a relaxation in its rows and exact in its costs; an optimum of it that fits the
-whole rows is one of the whole problem.
+Memory is what a node or an edge may not lose: only what holds a small part of a chip is eliminated, and counts in the rows
+with the least bytes that it can hold. So the smaller problem is a relaxation in its rows and exact in its costs; an optimum of
+it that fits the whole rows is one of the whole problem.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from search.memory import Row, Rows
 from search.problem import FORBIDDEN, Edge, Problem
 
-SMALL_PART = 0.01
-"""The part of the budget up to which an array counts as small."""
+SMALL_PARTS = (0.01, 0.001)
+"""The parts of the budget up to which an array counts as small: the next where the plan of the one before does not fit."""
 _PAIRS = 60_000
 """The most pairs of layouts that a new edge may price."""
 _TRIPLES = 30_000_000
@@ -84,9 +84,9 @@ class _Side:
         return self._weight * self._matrix[np.ix_(self.used, self._mine)]
 
 
-def reduced(problem: Problem, rows: tuple[Row, ...]) -> Reduction:
-    """Eliminates what can be, the node with the fewest pairs first."""
-    worker = _Reducer(problem, rows)
+def reduced(problem: Problem, rows: tuple[Row, ...], small_part: float = SMALL_PARTS[0]) -> Reduction:
+    """Eliminates what can be, the node with the fewest pairs first; what may hold more than a part of the budget stays."""
+    worker = _Reducer(problem, rows, small_part)
     worker.run()
     kept = tuple(i for i in range(len(problem.nodes)) if i not in worker.eliminated)
     place = {node: at for at, node in enumerate(kept)}
@@ -103,26 +103,28 @@ def reduced(problem: Problem, rows: tuple[Row, ...]) -> Reduction:
 
 
 def _relaxed(rows: tuple[Row, ...], place: dict[int, int], number: dict[int, int]) -> tuple[Row, ...]:
-    """The rows without the bytes of what was eliminated."""
-    return Rows(
-        Row(
-            row.point,
-            tuple((place[i], vector) for i, vector in row.nodes if i in place),
-            tuple((number[k], table) for k, table in row.edges if k in number),
-        )
-        for row in rows
-    )
+    """The rows with the least bytes of what was eliminated; a change of layout that is none holds no copy."""
+    return Rows(_relaxed_row(row, place, number) for row in rows)
+
+
+def _relaxed_row(row: Row, place: dict[int, int], number: dict[int, int]) -> Row:
+    nodes = [(place[i], vector) for i, vector in row.nodes if i in place]
+    edges = [(number[k], table) for k, table in row.edges if k in number]
+    least = sum(float(vector.min()) for i, vector in row.nodes if i not in place)
+    if nodes:
+        nodes[0] = (nodes[0][0], nodes[0][1] + least)
+    return Row(row.point, tuple(nodes), tuple(edges))
 
 
 class _Reducer:
-    def __init__(self, problem: Problem, rows: tuple[Row, ...]) -> None:
+    def __init__(self, problem: Problem, rows: tuple[Row, ...], small_part: float) -> None:
         self.problem = problem
         self.edges = dict(enumerate(problem.edges))
         self.costs = [node.cost for node in problem.nodes]
         self.incident = [set(found) for found in problem.incident]
         self.gone: list[_Gone] = []
         self.eliminated: set[int] = set()
-        self._held = _heavy(problem, rows)
+        self._held = _heavy(problem, rows, small_part)
         self._next = len(problem.edges)
 
     def run(self) -> None:
@@ -184,9 +186,9 @@ def _small(groups: list[int], states: int) -> bool:
     return pairs <= _PAIRS and pairs * states <= _TRIPLES
 
 
-def _heavy(problem: Problem, rows: tuple[Row, ...]) -> set[int]:
+def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[int]:
     """The nodes that must stay: they hold much memory, or are the end of a change of layout that does."""
-    large = SMALL_PART * problem.budget_bytes
+    large = small_part * problem.budget_bytes
     found: set[int] = set()
     for row in rows:
         found |= {i for i, vector in row.nodes if vector.max() > large}

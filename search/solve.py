@@ -21,7 +21,7 @@ from search.folding import tied, unfolded
 from search.incumbent import overflow
 from search.memory import rows
 from search.problem import Problem, allowing, build
-from search.reduction import Reduction, reduced
+from search.reduction import SMALL_PARTS, Reduction, reduced
 from search.solution import Choice, choice_of
 from search.strategies import Strategy
 from search.symmetry import tidied
@@ -149,12 +149,18 @@ def solved(
     """
     started = time.monotonic()
     limited = rows(problem)
-    smaller = reduced(problem, limited)
+
+    def fits(found: _Found) -> bool:
+        return not (overflow(problem, limited, found.states) > 0).any()
+
     run = _Run(limits, started + limits.wall_seconds, say, symmetric, cutoff)
-    found = run.of(smaller)
-    if found.best is not None and (overflow(problem, limited, found.states) > 0).any():
-        say("the smaller problem's plan does not fit: the whole problem is searched")
-        found = run.of(Reduction.none(problem, limited))
+    found = run.of(reduced(problem, limited, SMALL_PARTS[0]), fits)
+    for part in (*SMALL_PARTS[1:], 0.0):
+        if found.best is None or fits(found):
+            break
+        say("the smaller problem's plan does not fit: less is eliminated")
+        smaller = reduced(problem, limited, part) if part else Reduction.none(problem, limited)
+        found = run.of(smaller, fits, found)
     if found.best is None:
         raise _no_plan(problem, found)
     choice = choice_of(problem, found.states)
@@ -194,8 +200,11 @@ class _Run:
     symmetric: bool
     cutoff: float
 
-    def of(self, smaller: Reduction) -> _Found:
-        """Lifts the bound and lowers the best plan, then branches if they have not met; when interrupted, ends with those."""
+    def of(self, smaller: Reduction, fits: Callable[[_Found], bool], before: _Found | None = None) -> _Found:
+        """Lifts the bound and lowers the best plan, then branches if they have not met; when interrupted, ends with those.
+
+        A plan that does not fit the whole problem is not worth branches. `before` is a relaxation: its bound holds here, too.
+        """
         self.say(f"{len(smaller.whole.nodes)} nodes, {len(smaller.problem.nodes)} after elimination")
         ascent = Ascent(
             smaller.problem, smaller.rows, self.limits.rounds, self.say, self.symmetric, self.deadline, self.cutoff
@@ -203,8 +212,15 @@ class _Run:
         branching = Branching(ascent, self.limits.deterministic_seconds)
         stopped = ""
         try:
+            if before is not None:
+                ascent.bound = before.ascent.bound
+                ascent.attempt(before.states[list(smaller.kept)])
             ascent.run()
-            if ascent.fits and not ascent.closed:
+            if (
+                ascent.fits
+                and not ascent.closed
+                and (ascent.best is None or fits(_Found(smaller, ascent, branching, "")))
+            ):
                 branching.run()
         except KeyboardInterrupt:
             if ascent.best is None:

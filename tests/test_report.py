@@ -29,17 +29,25 @@ from autoshard.sweep.rows import Row, SweepResult
 from tests.sweep_target import feed_forward
 
 
-def small_plan() -> Plan:
+def small_arguments() -> tuple[Any, Any]:
     arrays = {
         name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in (("up", (512, 2048)), ("down", (2048, 512)))
     }
-    x = jax.ShapeDtypeStruct((64, 512), "bfloat16")
-    return autoshard.search(feed_forward, arrays, x, topology="v5e:2x4", name="network")
+    return arrays, jax.ShapeDtypeStruct((64, 512), "bfloat16")
+
+
+def small_plan() -> Plan:
+    return autoshard.search(feed_forward, *small_arguments(), topology="v5e:2x4", name="network")
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return small_plan()
+
+
+@pytest.fixture(scope="module")
+def audit(plan: Plan) -> dict[str, Any]:
+    return autoshard.audit(plan, feed_forward, *small_arguments(), target="host").to_dict()
 
 
 def small_sweep() -> SweepResult:
@@ -104,6 +112,27 @@ def test_a_hostile_name_stays_text(plan: Plan):
     assert embedded(html)["title"].startswith(name)
 
 
+def test_the_page_of_an_audited_plan_says_what_was_compiled(plan: Plan, audit: dict[str, Any]):
+    data = data_of(plan, audit)
+    assert data["audit"] == audit
+    assert (data["summary"][-1]["name"], data["summary"][-1]["value"]) == (
+        "compiled (host)",
+        "as planned" if audit["ok"] else "not as planned",
+    )
+    assert data["memory"]["given"] <= min(point["bytes"] for point in data["memory"]["points"])
+
+
+def test_an_audit_of_something_else_is_refused(tmp_path: Path, plan: Plan, audit: dict[str, Any]):
+    plan.save(tmp_path / "plan.json")
+    for found, says in (
+        (audit | {"topology": "v4:2x2"}, "is of network on v4:2x2, and the plan is network on v5e:2x4"),
+        ({"ok": True}, "is no audit"),
+    ):
+        (tmp_path / "audit.json").write_text(json.dumps(found))
+        with pytest.raises(ReportError, match=says):
+            write_report(tmp_path / "plan.json", tmp_path / "page.html", tmp_path / "audit.json")
+
+
 def test_a_plan_of_an_older_file_has_no_memory_and_no_formulas(plan: Plan):
     data = data_of(replace(plan, program=None, dimensions=None))
     assert (data["memory"]["points"], data["formulas"]) == ([], "")
@@ -118,6 +147,11 @@ def test_the_page_of_a_sweep_marks_the_frontier():
     ]
     assert phase["series"] == ["weights"]
     assert len(phase["switches"]) == 1
+    assert phase["advice"][0].startswith("The fastest is v5e:4x4, batch 1, weights int8")
+    assert [end["name"] for end in phase["ends"]] == [
+        "v5e:4x4, batch 1, weights int8",
+        "v5e:4x4, batch 256, weights int8",
+    ]
     assert data["without"][0]["why"] == "no <such> thing"
 
 
@@ -183,8 +217,10 @@ class Opened:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_of_a_plan_works_in_a_browser(browser: Any, tmp_path: Path, plan: Plan, width: int):
-    (tmp_path / "plan.html").write_text(page(plan))
+def test_the_page_of_a_plan_works_in_a_browser(
+    browser: Any, tmp_path: Path, plan: Plan, audit: dict[str, Any], width: int
+):
+    (tmp_path / "plan.html").write_text(page(plan, audit))
     opened = Opened(browser, tmp_path / "plan.html", width)
     at = opened.page
     assert at.locator("#torus rect").count() == 8
@@ -201,6 +237,8 @@ def test_the_page_of_a_plan_works_in_a_browser(browser: Any, tmp_path: Path, pla
     assert "pieces" in at.locator("#spec").inner_text() or "whole" in at.locator("#spec").inner_text()
     assert at.locator("#roofline circle").count() > 0
     assert at.locator("#memory path").count() > 0
+    assert "as planned" in at.locator("#verdict").inner_text()
+    assert at.locator("#compared tbody tr").count() == len({(c["kind"], *c["axes"]) for c in audit["planned"]})
     at.locator("summary").first.click()
     assert at.locator("details pre").is_visible()
     at.locator("summary").first.click()
@@ -215,6 +253,7 @@ def test_the_page_of_a_sweep_works_in_a_browser(browser: Any, tmp_path: Path, wi
     at = opened.page
     dots = at.locator("#phase0 circle.point")
     assert dots.count() == 10
+    assert at.locator("#ends tbody tr").count() == 2
     dots.last.focus()
     assert "proven optimal" in at.locator("#tip").inner_text()
     at.locator("#phase0 .measure").select_option("mfu")

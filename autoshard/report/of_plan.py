@@ -24,7 +24,7 @@ def data_of(plan: Plan, audit: Mapping[str, Any] | None = None) -> dict[str, Any
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
-        "summary": _summary(plan),
+        "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
         "axes": [{"name": axis.name, "size": axis.size, "ring": axis.ring} for axis in plan.topology.axes],
         "drawn": min(plan.topology.size, _MOST_CHIPS),
@@ -60,6 +60,17 @@ def _summary(plan: Plan) -> list[dict[str, str]]:
         },
         {"name": "chips", "value": f"{plan.topology.size} × {plan.topology.chip.name}", "note": plan.topology.name},
     ]
+
+
+def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the compiled program is beside the plan."""
+    planned = sum(each["planned"] for each in audit["wire_bytes"])
+    compiled = sum(each["compiled"] for each in audit["wire_bytes"])
+    wire = f"wire {compiled / planned:.3f}" if planned else f"{size(compiled)} on the wire"
+    peak = audit["peak_bytes"]
+    held = f", peak memory {peak['compiled'] / peak['planned']:.3f}" if peak["compiled"] and peak["planned"] else ""
+    verdict = "as planned" if audit["ok"] else "not as planned"
+    return [{"name": f"compiled ({audit['target']})", "value": verdict, "note": f"{wire}{held} of the plan's"}]
 
 
 def _arrays(plan: Plan) -> list[dict[str, Any]]:
@@ -118,10 +129,11 @@ def _collectives(plan: Plan) -> list[dict[str, Any]]:
 def _memory(plan: Plan) -> dict[str, Any]:
     """Bytes of a chip while each operation runs; a plan from an older file does not say."""
     if plan.program is None:
-        return {"points": [], "budget": plan.estimate.budget_bytes}
+        return {"points": [], "given": 0, "budget": plan.estimate.budget_bytes}
     alive = alive_bytes(plan.program, plan.topology, plan.choice)
     points = [{"name": op.name, "bytes": held} for op, held in zip(plan.program.operations, alive, strict=True)]
-    return {"points": points, "budget": plan.estimate.budget_bytes}
+    given = sum(array.bytes_per_chip for array in (*plan.arguments, *plan.constants))
+    return {"points": points, "given": given, "budget": plan.estimate.budget_bytes}
 
 
 def _dot(work: Work) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoshard.sweep.advice import advice
+from autoshard.sweep.advice import advice_of
 from autoshard.sweep.frontier import chip_seconds, frontier, switches, wasted
 from autoshard.sweep.results import SOLVED
 from autoshard.sweep.rows import Row, SweepResult
@@ -24,7 +24,6 @@ def data_of(sweep: SweepResult) -> dict[str, Any]:
             {"name": "proven", "value": str(len(solved) - unproven), "note": f"{unproven} with a gap"},
             {"name": "slices", "value": str(len({row.topology for row in solved})), "note": _span(solved)},
         ],
-        "advice": advice(sweep),
         "currency": sweep.currency,
         "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
         "without": [
@@ -47,6 +46,8 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     return {
         "name": phase,
         "kind": rows[0].kind,
+        "advice": advice_of(sweep, phase),
+        "ends": [_end("fastest", min(rows, key=lambda row: row.latency_seconds)), _end("cheapest", frontier(rows)[-1])],
         "series": series_of(rows),
         "priced": any(row.price is not None for row in rows),
         "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in rows],
@@ -54,6 +55,19 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
             {"before": each.before.name, "after": each.after.name, "changes": list(each.changes)}
             for each in switches(frontier(rows))
         ],
+    }
+
+
+def _end(which: str, row: Row) -> dict[str, Any]:
+    """One end of a frontier, for the page's first table."""
+    return {
+        "which": which,
+        "name": row.name,
+        "latency": row.latency_seconds,
+        "cost": row.chip_seconds_per_token,
+        "price": row.price,
+        "mfu": row.mfu,
+        "headline": row.headline,
     }
 
 

@@ -43,7 +43,7 @@ def write_report(
     if output.suffix in _PICTURES:
         _picture(found, output)
     elif output.suffix == ".html":
-        write_whole(output, page(found, None if audit is None else _json(audit)))
+        write_whole(output, page(found, None if audit is None else _audit(audit, found)))
     else:
         raise ReportError(f"{output} has no ending that is known; .html, {', '.join(_PICTURES)} would do.")
 
@@ -68,6 +68,18 @@ def _json(path: str | PathLike[str]) -> Mapping[str, Any]:
         raise ReportError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ReportError(f"{path} is JSON, but no report can be made of it.")
+    return found
+
+
+def _audit(path: str | PathLike[str], plan: Plan | SweepResult) -> Mapping[str, Any]:
+    """What `autoshard audit --json` printed, if it is of this plan."""
+    found = _json(path)
+    if not {"ok", "target", "topology", "wire_bytes", "peak_bytes", "seconds", "differences"} <= found.keys():
+        raise ReportError(f"{path} is no audit: what autoshard audit PLAN.json FILE.py:NAME --json prints would do.")
+    if isinstance(plan, Plan) and (found["plan"], found["topology"]) != (plan.name, plan.topology.name):
+        raise ReportError(
+            f"{path} is of {found['plan']} on {found['topology']}, and the plan is {plan.name} on {plan.topology.name}."
+        )
     return found
 
 

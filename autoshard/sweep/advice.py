@@ -18,13 +18,22 @@ _LATENCY = {"decode": "a token", "prefill": "to the first token", "request": "a 
 
 def advice(sweep: SweepResult) -> list[str]:
     """A short text: which parallelism where, and where it changes; one sentence or two an item."""
-    found = []
-    for phase in sweep.phases:
-        rows = sweep.of(phase)
-        if rows:
-            found += [*_ends(phase, rows, sweep.currency), *_layouts(phase, rows), *_steps(phase, rows)]
-            found += list(_dtypes(phase, rows))
+    found = [f"{phase}{words}" for phase in sweep.phases for words in _advice_of(sweep, phase)]
     return found or ["No point has a plan: the table says why for each."]
+
+
+def advice_of(sweep: SweepResult, phase: str) -> list[str]:
+    """The same of one phase, whose name is not repeated; empty if it has no plan."""
+    words = (each.removeprefix(": ").removeprefix(", ") for each in _advice_of(sweep, phase))
+    return [f"{each[0].upper()}{each[1:]}" for each in words]
+
+
+def _advice_of(sweep: SweepResult, phase: str) -> Iterator[str]:
+    """Sentences that go on from the name of the phase."""
+    rows = sweep.of(phase)
+    if rows:
+        for part in (_ends(rows, sweep.currency), _layouts(rows), _steps(rows), _dtypes(rows)):
+            yield from part
 
 
 def latency_of(row: Row) -> str:
@@ -38,15 +47,15 @@ def cost_of(row: Row, currency: str) -> str:
     return f"{row.chip_seconds_per_token:.3g} chip-seconds a token{price}"
 
 
-def _ends(phase: str, rows: Sequence[Row], currency: str) -> Iterator[str]:
+def _ends(rows: Sequence[Row], currency: str) -> Iterator[str]:
     best = frontier(rows)
     first, last = best[0], best[-1]
-    yield f"{phase}: the fastest is {first.name}: {latency_of(first)} at {cost_of(first, currency)}, {_said(first)}."
+    yield f": the fastest is {first.name}: {latency_of(first)} at {cost_of(first, currency)}, {_said(first)}."
     if last is not first:
         times = last.latency_seconds / first.latency_seconds
         less = first.chip_seconds_per_token / last.chip_seconds_per_token
         yield (
-            f"{phase}: the cheapest is {last.name}: {latency_of(last)} at {cost_of(last, currency)} and {percent(last.mfu)}"
+            f": the cheapest is {last.name}: {latency_of(last)} at {cost_of(last, currency)} and {percent(last.mfu)}"
             f" MFU, {_said(last)}. It is {times:.3g} times slower and {less:.3g} times cheaper."
         )
 
@@ -55,7 +64,7 @@ def _said(row: Row) -> str:
     return row.headline or "with no matrix products"
 
 
-def _layouts(phase: str, rows: Sequence[Row]) -> Iterator[str]:
+def _layouts(rows: Sequence[Row]) -> Iterator[str]:
     """Along every number that is varied, with all else equal: which layout from where to where."""
     for knob in dict.fromkeys(key for row in rows for key in row.knobs):
         lines = []
@@ -70,7 +79,7 @@ def _layouts(phase: str, rows: Sequence[Row]) -> Iterator[str]:
             rest, spans = max(lines, key=lambda line: len(line[1]))
             words = "; ".join(f"{name} {_span(values)}" for name, values in spans)
             also = f" ({len(lines)} such series change; this one changes most)" if len(lines) > 1 else ""
-            yield f"{phase}, by {knob}, {rest}: {words}{also}."
+            yield f", by {knob}, {rest}: {words}{also}."
 
 
 def _along(rows: Sequence[Row], knob: str) -> Iterator[tuple[str, list[Row]]]:
@@ -94,19 +103,19 @@ def _span(values: Sequence[Knob]) -> str:
     return f"at {values[0]}" if len(values) == 1 else f"from {values[0]} to {values[-1]}"
 
 
-def _steps(phase: str, rows: Sequence[Row]) -> Iterator[str]:
+def _steps(rows: Sequence[Row]) -> Iterator[str]:
     best = frontier(rows)
     found = [each for each in switches(best) if _family(each.before) != _family(each.after)]
     if len(best) > 1 and not found:
-        yield f"{phase}: the largest products keep one kind of layout along the whole frontier of {len(best)} points."
+        yield f": the largest products keep one kind of layout along the whole frontier of {len(best)} points."
     for each in found[:_SWITCHES]:
         old, new = _family(each.before), _family(each.after)
-        yield f"{phase}: along the frontier {old} gives way to {new} between {each.before.name} and {each.after.name}."
+        yield f": along the frontier {old} gives way to {new} between {each.before.name} and {each.after.name}."
     if len(found) > _SWITCHES:
-        yield f"{phase}: and {len(found) - _SWITCHES} switches more."
+        yield f": and {len(found) - _SWITCHES} switches more."
 
 
-def _dtypes(phase: str, rows: Sequence[Row]) -> Iterator[str]:
+def _dtypes(rows: Sequence[Row]) -> Iterator[str]:
     """What each value of a knob of words, such as a dtype, gains over the first."""
     for knob in dict.fromkeys(key for row in rows for key in row.knobs):
         values = list(dict.fromkeys(row.knobs[knob] for row in rows if isinstance(row.knobs.get(knob), str)))
@@ -117,6 +126,6 @@ def _dtypes(phase: str, rows: Sequence[Row]) -> Iterator[str]:
                 mean = exp(sum(map(log, ratios)) / len(ratios))
                 most = max(pairs, key=lambda pair: pair.latency)
                 yield (
-                    f"{phase}: {knob} {other} is {mean:.2f} times as fast as {values[0]} over {len(pairs)} pairs of points,"
+                    f": {knob} {other} is {mean:.2f} times as fast as {values[0]} over {len(pairs)} pairs of points,"
                     f" between {min(ratios):.2f} and {max(ratios):.2f} (most on {most.second.name})."
                 )

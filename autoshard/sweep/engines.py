@@ -45,6 +45,9 @@ def _attempt(task: Any) -> Outcome:
 
 # --- Processes of this machine
 
+_AHEAD = 1
+"""Tasks that wait while all processes work, so that none idles until the next is made."""
+
 
 def processes(workers: int) -> Engine:
     """That many processes of this machine (joblib's loky)."""
@@ -76,7 +79,7 @@ def _until_broken(tasks: Iterator[Any], workers: int, broken: list[Any]) -> Iter
     running: dict[Future[Any], Any] = {}
     try:
         while not broken or running:
-            while not broken and len(running) < workers and (task := next(tasks, None)) is not None:
+            while not broken and len(running) < workers + _AHEAD and (task := next(tasks, None)) is not None:
                 try:
                     running[executor.submit(task)] = task
                 except BrokenProcessPool:

@@ -169,11 +169,9 @@ def workload_of(run: Run) -> Workload:
         raise JobError(str(error)) from error
 
 
-def options_of(point: Point, work: Workload) -> Options:
-    """How a run of a point is planned."""
-    return Options(
-        work.donate_argnums, work.name, reserve_bytes=point.reserve_bytes, time_limit=point.time_limit, dims=work.dims
-    )
+def options_of(point: Point) -> Options:
+    """How a traced run of a point is planned."""
+    return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
 
 
 def traced(run: Run) -> Target:
@@ -195,8 +193,7 @@ def key(point: Point) -> str:
     each = []
     for run in point.runs:
         target = traced(run)
-        options = Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
-        each.append((key_of(target, point.topology, options), run.repeats if len(point.runs) > 1 else 1.0))
+        each.append((key_of(target, point.topology, options_of(point)), run.repeats if len(point.runs) > 1 else 1.0))
     phases = [run.phase for run in point.runs] if len(point.runs) > 1 else []
     everything = (_FORMAT, each, phases, point.shared)
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -53,40 +54,64 @@ class Sweep:
     unkept: list[Done] = field(default_factory=list)
     trouble: str = ""
     solved: int = 0
+    _open: dict[str, list[Point]] = field(default_factory=dict)
+    _ended: dict[str, Result] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Done]:
-        open_tasks: dict[str, list[Point]] = {}
-        yield from self._settled(open_tasks)
-        tasks = (Task(same[0], name) for name, same in open_tasks.items())
-        for task, outcome in self.engine(self._begun(tasks)):
+        rest = iter(self.points)
+        for point in rest:  # what needs no search is there at once
+            first = self._settled(point)
+            if isinstance(first, Done):
+                yield first
+            else:
+                break
+        else:
+            return
+        settled: deque[Done] = deque()
+        for task, outcome in self.engine(self._begun(self._tasks(first, rest, settled))):
             self.solved += 1
             result = _result(outcome)
             if result.outcome != FAILED:
                 self._keep(Done(task.point, result, task.key))
-            for point in open_tasks[task.key]:
+            self._ended[task.key] = replace(result, plans={})
+            for point in self._open.pop(task.key):
                 yield Done(point, result, task.key)
+            while settled:
+                yield settled.popleft()
+        yield from settled
         self._keep_the_rest()
 
-    def _settled(self, open_tasks: dict[str, list[Point]]) -> Iterator[Done]:
-        """The points that need no search; the others are put into `open_tasks`, equal ones together."""
-        for point in self.points:
-            if isinstance(point, Unmade):
-                yield Done(point, Result(FAILED, point.why))
-                continue
-            try:
-                name, why = key(point), ruled_out(point, *self._limits())
-            except AutoshardError as error:
-                yield Done(point, Result(FAILED, str(error)))
-                continue
-            except Exception as error:  # the user's function may raise anything while it is traced
-                yield Done(point, Result(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}"))
-                continue
-            if (found := self._known(name)) is not None:
-                yield Done(point, found, name, True)
-            elif why:
-                yield Done(point, Result(PRUNED, why))
-            else:
-                open_tasks.setdefault(name, []).append(point)
+    def _tasks(self, first: Task, rest: Iterator[Point | Unmade], settled: deque[Done]) -> Iterator[Task]:
+        """The points to search, as an engine has room for them: the next is traced while workers search the ones before."""
+        yield first
+        for point in rest:
+            found = self._settled(point)
+            if isinstance(found, Task):
+                yield found
+            elif found is not None:
+                settled.append(found)
+
+    def _settled(self, point: Point | Unmade) -> Done | Task | None:
+        """What became of a point that needs no search, or the task to search it; None where an equal one is being searched."""
+        if isinstance(point, Unmade):
+            return Done(point, Result(FAILED, point.why))
+        try:
+            name, why = key(point), ruled_out(point, *self._limits())
+        except AutoshardError as error:
+            return Done(point, Result(FAILED, str(error)))
+        except Exception as error:  # the user's function may raise anything while it is traced
+            return Done(point, Result(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        if name in self._open:
+            self._open[name].append(point)
+            return None
+        if name in self._ended:
+            return Done(point, self._ended[name], name)
+        if (found := self._known(name)) is not None:
+            return Done(point, found, name, True)
+        if why:
+            return Done(point, Result(PRUNED, why))
+        self._open[name] = [point]
+        return Task(point, name)
 
     def _limits(self) -> tuple[float | None, float | None]:
         return self.constraints.seconds_per_token, self.constraints.seconds_to_first_token

@@ -9,13 +9,13 @@ from autoshard.errors import AutoshardError, InfeasibleError
 from autoshard.phases import search_phases
 from autoshard.plan import Plan
 from autoshard.plan_file import dumps, loads
-from autoshard.planning import search
-from autoshard.sweep.points import Point, key, options_of, workload_of
+from autoshard.planning import planned
+from autoshard.sweep.points import Point, key, options_of, traced, workload_of
 from autoshard.sweep.results import FAILED, INFEASIBLE, SOLVED, Result, phase_result
 
 
 def solve(point: Point, expected: str = "") -> Result:
-    """Searches a point through the public functions; what goes wrong is a result that says so.
+    """Searches a point; what goes wrong is a result that says so.
 
     **Arguments:**
 
@@ -45,31 +45,18 @@ def solve(point: Point, expected: str = "") -> Result:
 
 
 def _plans(point: Point) -> dict[str, Plan]:
-    works = {run.phase: workload_of(run) for run in point.runs}
-    if len(works) > 1:
-        found = search_phases(
-            works,
-            shared=point.shared,
-            topology=point.topology,
-            weights={run.phase: run.repeats for run in point.runs},
-            reserve_bytes=point.reserve_bytes,
-            time_limit=point.time_limit,
-        )
-        return dict(found.plans)
-    ((name, work),) = works.items()
-    options = options_of(point, work)
-    return {
-        name: search(
-            work.fn,
-            *work.args,
-            topology=point.topology,
-            donate_argnums=work.donate_argnums,
-            name=work.name,
-            reserve_bytes=options.reserve_bytes,
-            time_limit=options.time_limit,
-            dims=work.dims,
-        )
-    }
+    if len(point.runs) == 1:
+        (run,) = point.runs
+        return {run.phase: planned(traced(run), point.topology, options_of(point))}
+    found = search_phases(
+        {run.phase: workload_of(run) for run in point.runs},
+        shared=point.shared,
+        topology=point.topology,
+        weights={run.phase: run.repeats for run in point.runs},
+        reserve_bytes=point.reserve_bytes,
+        time_limit=point.time_limit,
+    )
+    return dict(found.plans)
 
 
 def packed(plan: Plan) -> bytes:

@@ -57,7 +57,7 @@ if (data.arrays.length) {
 table(byId("operations"), data.operations, [
   ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["waits for", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
   ["time", (o) => o.seconds, time, "number"], ["collectives", (o) => o.collectives, time, "number"], ["of the step", (o) => o.share, percent, "number"],
-  ["einsum", (o) => o.einsum], ["source", (o) => o.source, null, "name"], ["next", (o) => o.next || null, null, "wide"]]);
+  ["next", (o) => o.next || null, null, "wide"], ["einsum", (o) => o.einsum], ["source", (o) => o.source]]);
 table(byId("collectives"), data.collectives, [
   ["kind", (c) => c.kind], ["axes", (c) => c.axes], ["payload", (c) => c.bytes, bytes, "number"], ["runs", (c) => c.runs, three, "number"],
   ["time", (c) => c.seconds, time, "number"], ["array, for operation", (c) => c.where, null, "wide"]]);
@@ -70,16 +70,25 @@ const waits = Object.entries(data.regimes), whole = waits.reduce((s, [, t]) => s
 for (const [name, seconds] of waits) {
   const part = make("div", { style: `flex: ${seconds / whole}; background: ${REGIMES[name]}` }); part.textContent = `${name} ${time(seconds)}`;
   hint(part, `${name}: ${time(seconds)}, ${percent(seconds / whole)} of the step`); byId("regimes").append(part);
+  if (seconds / whole < 0.2) part.textContent = ""; // there is no room for words
 }
+legend(byId("waits"), waits.map(([name, seconds]) => [REGIMES[name], `${name} ${time(seconds)}, ${percent(seconds / whole)}`]));
 
 // --- Memory
 
 if (data.memory.points.length) responsive(byId("memory"), (width) => {
   const points = data.memory.points, peak = Math.max(...points.map((p) => p.bytes)), budget = data.memory.budget;
   const most = peak > budget / 4 ? Math.max(peak, budget) : peak * 1.1; // else the curve would lie on the axis
-  const c = chart({ width, height: 240, x: [0, points.length], y: [0, most * 1.06], label: "Bytes of one chip by program point", xLabel: "operation of the program, in order", yLabel: "a chip holds", yTick: bytes });
+  const unit = [2 ** 30, 2 ** 20, 2 ** 10].find((u) => most >= u) || 1, name = bytes(unit).split(" ")[1];
+  const c = chart({ width, height: 240, x: [0, points.length], y: [0, (most * 1.06) / unit], label: "Bytes of one chip by program point", xLabel: "operation of the program, in order", yLabel: `a chip holds, ${name}` });
+  const Y = c.Y; c.Y = (b) => Y(b / unit);
   const path = points.map((p, i) => `${i ? "L" : "M"}${c.X(i)} ${c.Y(p.bytes)}L${c.X(i + 1)} ${c.Y(p.bytes)}`).join("");
   c.svg.append(make("path", { d: `${path}L${c.X(points.length)} ${c.Y(0)}L${c.X(0)} ${c.Y(0)}Z`, fill: COLORS[0], "fill-opacity": 0.35, stroke: COLORS[0] }));
+  const given = Math.min(data.memory.given, ...points.map((p) => p.bytes)); // arguments and constants, which stay
+  if (given > 0) {
+    c.svg.append(make("rect", { x: c.left, y: c.Y(given), width: width - c.left - c.right, height: c.Y(0) - c.Y(given), fill: COLORS[0], "fill-opacity": 0.3 }));
+    c.svg.append(make("text", { x: c.left + 8, y: c.Y(given / 2) + 4 }, `arguments and constants: ${bytes(given)}`));
+  }
   if (budget <= most) c.svg.append(make("line", { x1: c.left, x2: width - c.right, y1: c.Y(data.memory.budget), y2: c.Y(data.memory.budget), stroke: "#c0392b", "stroke-dasharray": "5 4" }));
   c.svg.append(make("text", { x: width - c.right - 4, y: budget <= most ? c.Y(budget) - 5 : c.top + 12, "text-anchor": "end" }, `what a plan may fill: ${bytes(data.memory.budget)}`));
   points.forEach((p, i) => { const r = make("rect", { x: c.X(i), y: c.top, width: Math.max(1, c.X(i + 1) - c.X(i)), height: 240 - c.top - c.bottom, fill: "transparent" }); hint(r, `${p.name}\n${bytes(p.bytes)}`); c.svg.append(r); });
@@ -95,10 +104,15 @@ if (roof.dots.length) responsive(byId("roofline"), (width) => {
   const c = chart({ width, height: 360, x, y, logX: true, logY: true, label: "Roofline", xLabel: "FLOPs per byte through HBM", yLabel: "TFLOP/s of one chip", yTick: (t) => three(t / 1e12) });
   const line = (flops, dash) => { const turn = flops / roof.bytes, start = Math.max(x[0], y[0] / roof.bytes); c.svg.append(make("path", { d: `M${c.X(start)} ${c.Y(start * roof.bytes)}L${c.X(turn)} ${c.Y(flops)}L${c.X(x[1])} ${c.Y(flops)}`, fill: "none", stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": dash })); };
   line(roof.flops, ""); line(roof.vector, "4 4");
+  const said = (flops, words) => c.svg.append(make("text", { class: "axis", x: width - c.right - 2, y: c.Y(flops) - 6, "text-anchor": "end" }, words));
+  said(roof.flops, `matrix unit, ${three(roof.flops / 1e12)} TFLOP/s`); if (roof.vector > y[0]) said(roof.vector, `vector unit, ${three(roof.vector / 1e12)}`);
+  const low = Math.max(x[0], y[0] / roof.bytes) * 1.5; if (width > 500 && low < ridge) c.svg.append(make("text", { class: "axis", x: c.X(low) + 14, y: c.Y(low * roof.bytes) + 16 }, `HBM, ${three(roof.bytes / 1e9)} GB/s`));
   const most = Math.max(...roof.dots.map((d) => d.seconds));
   for (const d of roof.dots) { const dot = make("circle", { cx: c.X(d.intensity), cy: c.Y(d.rate), r: 3 + 9 * Math.sqrt(d.seconds / most), fill: REGIMES[d.regime] || "#888", "fill-opacity": 0.75, tabindex: 0 }); hint(dot, `${d.name}\n${time(d.seconds)} a step, waits for ${d.regime}\n${three(d.intensity)} FLOPs a byte, ${three(d.rate / 1e12)} TFLOP/s`); c.svg.append(dot); }
   return c.svg;
 });
+
+if (roof.dots.length) legend(byId("dots"), Object.keys(REGIMES).filter((r) => roof.dots.some((d) => d.regime === r)).map((r) => [REGIMES[r], `waits for ${r}`]));
 
 // --- Audit
 
@@ -107,9 +121,20 @@ if (data.audit) {
   v.textContent = a.ok ? `Compiled for ${a.target}: as planned.` : `Compiled for ${a.target}: not as planned.`; v.className = a.ok ? "ok" : "bad";
   const rows = (a.wire_bytes || []).map((w) => ({ what: `bytes sent over ${w.axes.join("")}`, planned: w.planned, compiled: w.compiled, unit: bytes }));
   rows.push({ what: "peak memory", planned: a.peak_bytes.planned, compiled: a.peak_bytes.compiled, unit: bytes });
-  rows.push({ what: "collectives, by the plan's model", planned: a.seconds.planned_collectives, compiled: a.seconds.compiled_collectives, unit: time });
+  const t = a.seconds, known = t.compiled_compute !== null;
+  if (known) rows.push({ what: "time on the chip, by the compiler's cycles", planned: t.planned - t.planned_collectives, compiled: t.compiled_compute, unit: time });
+  rows.push({ what: "time of collectives, by the plan's model", planned: t.planned_collectives, compiled: t.compiled_collectives, unit: time });
+  if (known) rows.push({ what: "step", planned: t.planned, compiled: t.compiled_compute + t.compiled_collectives, unit: time });
   const shown = (r, side) => (r[side] === null ? null : r.unit(r[side]));
   table(byId("audit"), rows, [["one chip, one step", (r) => r.what], ["planned", (r) => shown(r, "planned"), null, "number"], ["compiled", (r) => shown(r, "compiled"), null, "number"],
     ["ratio", (r) => (r.compiled && r.planned ? r.compiled / r.planned : null), (x) => x.toFixed(4), "number"]]);
+  const found = {};
+  for (const side of ["planned", "compiled"]) for (const c of a[side] || []) {
+    const key = `${c.kind} ${(c.axes || []).join("")}`;
+    found[key] = found[key] || { kind: c.kind, axes: (c.axes || []).join(""), planned: 0, compiled: 0, planned_bytes: 0, compiled_bytes: 0 };
+    found[key][side] += c.count; found[key][`${side}_bytes`] += c.count * c.bytes;
+  }
+  table(byId("compared"), Object.values(found), [["kind", (r) => r.kind], ["axes", (r) => r.axes], ["planned", (r) => r.planned, three, "number"], ["compiled", (r) => r.compiled, three, "number"],
+    ["payload planned", (r) => r.planned_bytes, bytes, "number"], ["compiled", (r) => r.compiled_bytes, bytes, "number"]]);
   if (a.differences.length) table(byId("differences"), a.differences, [["difference", (d) => d.text, null, "wide"], ["counts", (d) => (d.counts ? "yes" : "no")]]);
 }

@@ -43,6 +43,13 @@ function hint(element, text) {
   element.addEventListener("pointerleave", hide); element.addEventListener("blur", hide);
 }
 
+// Paths such as params['layers']['wi_gate'] may break between their keys.
+const broken = (text) => text.replaceAll("][", "]\u200b[");
+
+function legend(place, items) {
+  for (const [colour, words] of items) place.append(make("span", {}, make("i", { style: `background: ${colour}` }), words));
+}
+
 // --- Tables: columns are [title, value of a row, how it is shown, class]; a click on a title sorts, a second one reverses
 
 function table(place, rows, columns, options) {
@@ -65,7 +72,7 @@ function table(place, rows, columns, options) {
     }
     body.replaceChildren(...order.map((i) => {
       const line = make("tr", given.best && given.best(rows[i]) ? { class: "best" } : {});
-      for (const c of columns) { const cell = make("td", c[3] ? { class: c[3] } : {}); cell.textContent = show(c, rows[i]); line.append(cell); }
+      for (const c of columns) { const cell = make("td", c[3] ? { class: c[3] } : {}); cell.textContent = broken(show(c, rows[i])); line.append(cell); }
       return line;
     }));
     count.textContent = order.length === rows.length ? rows.length + " rows" : order.length + " of " + rows.length + " rows";
@@ -77,7 +84,7 @@ function table(place, rows, columns, options) {
     head.append(make("th", { class: c[3] === "number" ? "number" : "", scope: "col" }, button));
   });
   search.addEventListener("input", fill);
-  const controls = rows.length > 2 ? [make("div", { class: "controls" }, search, count)] : [];
+  const controls = rows.length > 4 ? [make("div", { class: "controls" }, search, count)] : [];
   if (!rows.length) { place.textContent = "None."; return; }
   place.replaceChildren(...controls, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), body)));
   fill();

@@ -42,7 +42,7 @@ data.phases.forEach((phase, index) => {
     return c.svg;
   });
   measure.addEventListener("change", again); every.addEventListener("change", again);
-  if (groups.length > 1) groups.forEach((g, i) => { const dot = make("i", { style: `background: ${COLORS[i % COLORS.length]}` }); const item = make("span", {}, dot, g); find(".legend").append(item); });
+  if (groups.length > 1) legend(find(".legend"), groups.map((g, i) => [COLORS[i % COLORS.length], g]));
 
   const knobs = [...new Set(phase.points.flatMap((p) => Object.keys(p.knobs)))];
   const split = Object.keys(phase.points[0].phases);
@@ -53,4 +53,7 @@ data.phases.forEach((phase, index) => {
     ["MFU", (p) => p.mfu, percent, "number"], ["memory", (p) => p.memory, percent, "number"], ["frontier", (p) => (p.best ? "yes" : ""), null, ""],
     ["layout", (p) => p.headline, null, "wide"]], { best: (p) => p.best });
 });
+const ends = data.phases.flatMap((phase) => phase.ends.map((end) => ({ phase: phase.name, ...end })));
+if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.phase], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms a token", (e) => 1e3 * e.cost, three, "number"],
+  ...(ends.some((e) => e.price !== null) ? [[`${data.currency} a million`, (e) => e.price, three, "number"]] : []), ["MFU", (e) => e.mfu, percent, "number"], ["layout", (e) => e.headline, null, "wide"]]);
 if (data.without.length) table(byId("without"), data.without, [["phase", (w) => w.phase], ["point", (w) => w.name, null, "name"], ["outcome", (w) => w.outcome], ["why", (w) => w.why, null, "wide"]]);
