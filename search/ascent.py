@@ -19,6 +19,16 @@ TOLERANCE = 1e-9
 """Relative difference between bound and plan that counts as none."""
 _PRICED_ROWS = 3
 """How many memory rows are priced, one after the other."""
+_REPAIRS = 8
+"""How often the prices of overflowing rows are raised to make a plan fit."""
+_RAISE = 1.3
+"""By what factor."""
+_LITTLE = 1e-5
+"""The part of the bound that a turn lifts it by when it is said to stall."""
+_LITTLE_TO_PRICE = 3e-4
+"""The same while memory overflows, so that another price of it will lift the bound more."""
+_FLAT = 1e-4
+"""The part of the bound within which both sides of a row's best price lie when it is good enough."""
 _BISECTIONS = 14
 """Trials for one row's price."""
 
@@ -93,13 +103,17 @@ class Ascent:
             return
         over = self.lift(self.rounds)
         for _ in range(_PRICED_ROWS):
-            if self.closed or self.late or not len(over) or float(over.max()) <= 0:
+            unpriced = np.where(self.dual.multipliers > 0, -np.inf, over)
+            if self.closed or self.late or not len(over) or float(unpriced.max()) <= 0:
                 return
-            over = self._price_row(int(np.argmax(over)))
+            over = self._price_row(int(np.argmax(unpriced)))
             self.prices = self.dual.multipliers.copy()
 
-    def lift(self, rounds: int) -> np.ndarray:
-        """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
+    def lift(self, rounds: int, thorough: bool = True) -> np.ndarray:
+        """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row.
+
+        `thorough` reads solutions off the dual in every way, and not only in one.
+        """
         stalled, lower = 0, -np.inf
         over = np.zeros(0)
         for turn in range(rounds):
@@ -107,35 +121,45 @@ class Ascent:
                 self.dual.sweep()
             before, lower = lower, self.dual.bound()
             self.bound = max(self.bound, lower)
-            over = self.attempt(decode(self.dual))
+            over = self.attempt(decode(self.dual, thorough))
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
-            stalled = stalled + 1 if lower - before < 1e-5 * abs(lower) and not struck else 0
+            little = _LITTLE_TO_PRICE if len(over) and float(over.max()) > 0 else _LITTLE
+            stalled = stalled + 1 if lower - before < little * abs(lower) and not struck else 0
             if self.closed or self.late or stalled >= 2:
                 break
         return over
 
     def _price_row(self, row: int) -> np.ndarray:
-        """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual."""
+        """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual.
+
+        Returns by how much rows overflow: at the best bound, or where this row fits and others do not.
+        """
         low, high = 0.0, np.inf
+        beside = np.full(len(self.rows), -np.inf)
         base = self.dual.multipliers.copy()
         best = (self.dual.bound(), base)
-        trial = 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
+        trial = float(base.max()) or 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
+        below = above = -np.inf
         over = np.zeros(len(self.rows))
         for _ in range(_BISECTIONS):
             multipliers = base.copy()
             multipliers[row] = trial
             self.dual.reprice(multipliers)
-            over = self.lift(rounds=4)
+            over = self.lift(rounds=4, thorough=False)
             if self.closed or self.late:
                 return over
-            best = max(best, (self.dual.bound(), multipliers), key=lambda pair: pair[0])
+            found = self.dual.bound()
+            best = max(best, (found, multipliers), key=lambda pair: pair[0])
             low, high = (trial, high) if over[row] > 0 else (low, trial)
+            below, above = (found, above) if over[row] > 0 else (below, found)
+            beside = over if over[row] <= 0 else beside
             trial = 4 * low if not np.isfinite(high) else high / 8 if low == 0 else float(np.sqrt(low * high))
-            if low > 0 and high < 1.1 * low:
+            flat = best[0] - min(below, above) < _FLAT * abs(best[0])
+            if (low > 0 and high < 1.1 * low) or flat:
                 break
         self.dual.reprice(best[1])
-        return self.lift(rounds=4)
+        return np.maximum(self.lift(rounds=4), beside)
 
     def attempt(self, states: np.ndarray) -> np.ndarray:
         """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each row.
@@ -156,7 +180,22 @@ class Ascent:
             if worst <= 0:
                 self.offer(improved, value)
                 break
+            if limits is self.rows and price.any() and value < self.objective:
+                self._repair(improved, price)
         return relaxed
+
+    def _repair(self, states: np.ndarray, price: np.ndarray) -> None:
+        """Raises the price of the rows that overflow until they fit, and keeps what comes out if it is better."""
+        least = float(price.max())
+        for _ in range(_REPAIRS):
+            over = overflow(self.problem, self.rows, states)
+            if float(over.max()) <= 0:
+                self.offer(states, self.problem.objective(states))
+                return
+            price = np.where(over > 0, np.maximum(price * _RAISE, least), price)
+            states = improve(self.problem, self.rows, states, price)
+            if self.problem.objective(states) >= self.objective:
+                return
 
 
 def _possible(node: Node) -> np.ndarray:
