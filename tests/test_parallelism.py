@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 import autoshard
 from benchmarks.parallelism import SWEEPS, planned
 
-
 _SLOW = {"memory"}  # a chip's memory that is nearly full takes long to prove
 
 
