@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test calibration frontier bench-sweep browser-test docs wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-sweep browser-test docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -52,6 +52,9 @@ models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, 
 
 models-test: $(ZOO_VENV)/.zoo  ## the same models in tiny sizes, run on eight host devices and compared
 	$(ZOO_VENV)/bin/python -m pytest tests/test_models.py -m "slow or not slow" $(ARGS)
+
+parallelism: $(VENV)/.core  ## which parallelism comes out at which size: sweeps, and benchmarks/results/parallelism.json
+	$(BIN)/python benchmarks/parallelism.py
 
 calibration: $(VENV)/.core  ## measure eight host devices, predict sizes held out: a table, and benchmarks/results/calibration.json
 	$(BIN)/python benchmarks/calibration.py

@@ -68,6 +68,8 @@ def _header(plan: Plan) -> Iterator[str]:
     yield f"{plan.name} on {topology.name}"
     yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
     yield f"  collectives  {_pricing(topology.pricing)}"
+    if plan.program is not None:
+        yield f"  parallelism  {plan.parallelism()}"
     wire = time(estimate.collective_seconds)
     yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
     yield (

@@ -22,6 +22,7 @@ heads and head sizes are output factors of weights further up, batch and positio
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from costmodels.program import Operation, Program, Use
 from costmodels.topology import Topology
@@ -165,6 +166,44 @@ def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     return produced(program, choice, value)
 
 
+def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
+    """What a product is, and what each of its factors is to it.
+
+    "weight": a matmul by a weight, which is this operand; roles as of `weight_roles`, and "experts" for what both operands
+    have. "gradient": of a weight, all of whose dimensions come from weights. "attention": of two other activations.
+    """
+    op = program.operations[i]
+    if op.primitive == "ragged_dot_general":
+        return _ragged_roles(op)
+    origins = _Origins(program)
+    weight = origins.weight(i)
+    if weight is not None:
+        shared = set.intersection(*(set(_factors(use.dims)) for use in op.inputs))
+        roles = weight_roles(op, weight)
+        return (
+            "weight",
+            weight,
+            ["experts" if f in shared and role == "output" else role for f, role in enumerate(roles)],
+        )
+    left = _factors(op.outputs[0].dims)
+    if left and all(origins.given_by_weight(i, factor) for factor in left):
+        return "gradient", -1, []
+    return "attention", -1, _attention_roles(program, i)
+
+
+def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
+    """Of a product of groups of rows: by a weight for each expert, or of two activations, the gradient of such weights."""
+    counted = op.inputs[2].dims[-1][0]
+    experts = counted - 1  # made just before what counts their rows
+    rows, matrices = (set(_factors(op.inputs[side].dims)) for side in (0, 1))
+    if experts not in matrices:
+        return "gradient", -1, []
+    roles = ["batch" if f in rows - matrices else "output" for f in range(len(op.factors))]
+    roles = ["contracted" if f in rows & matrices and op.factors[f].kind == "sum" else r for f, r in enumerate(roles)]
+    roles[experts] = "experts"
+    return "weight", 1, roles
+
+
 # --- Contractions of two activations
 
 
@@ -210,30 +249,36 @@ class _Origins:
             return False
         mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
         shared = [f for f in mine & others if op.factors[f].kind != "sum"]
-        # Experts are shared too, but they come from a router's weight.
-        return all(self._given(_places(op.inputs[1 - k], f)) for f in shared)
+        # Experts are shared too, but they come from a router's weight, or from counting them as one-hot arrays do.
+        return all(self._reached(_places(op.inputs[1 - k], f)) in ("weight", "nothing") for f in shared)
 
     def given_by_weight(self, i: int, factor: int) -> bool:
         """Whether an operand of a matmul has this factor from a weight."""
-        return self._given([place for use in self.program.operations[i].inputs for place in _places(use, factor)])
+        places = [place for use in self.program.operations[i].inputs for place in _places(use, factor)]
+        return self._reached(places) == "weight"
 
-    def _given(self, places: list[tuple[int, int]]) -> bool:
-        """Follows dimensions (value, position) upwards until a weight gives one, or nothing is left to look at."""
-        seen = set(places)
+    def _reached(self, places: list[tuple[int, int]]) -> Literal["weight", "argument", "nothing"]:
+        """Follows dimensions (value, position) upwards until a weight gives one, or nothing is left to look at.
+
+        Then they come from another argument, or from nothing: the function made them.
+        """
+        seen, found = set(places), "nothing"
         while places:
             value, at = places.pop()
             if value not in self.program.producers:
                 continue
             i, position = self.program.producers[value]
             op = self.program.operations[i]
+            if op.op_class == "source":
+                found = "argument"
             weight = self.weight(i) if is_product(op) else None
             for factor in op.outputs[position].dims[at]:
                 if weight is not None and _places(op.inputs[weight], factor):
-                    return True
+                    return "weight"
                 further = {place for use in op.inputs for place in _places(use, factor)} - seen
                 seen |= further
                 places += sorted(further)
-        return False
+        return found
 
 
 def is_product(op: Operation) -> bool:

@@ -304,6 +304,19 @@ class Plan:
 
         return regimes(self)
 
+    def parallelism(self) -> Any:
+        """The kinds of parallelism that the plan amounts to, by axis: an `autoshard.parallelism.Parallelism`.
+
+            str(plan.parallelism())     # "fully sharded data parallel (ZeRO-3) over x, 4 ways; tensor parallel over y, 4 ways"
+
+        **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
+        """
+        from autoshard.parallelism import parallelism
+
+        if self.program is None:
+            raise ValueError(f"The plan {self.name!r} does not hold its program: it is from an older file. Plan anew.")
+        return parallelism(self.program, self.topology, self.choice)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
         from autoshard.plan_file import save

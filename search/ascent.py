@@ -19,6 +19,16 @@ TOLERANCE = 1e-9
 """Relative difference between bound and plan that counts as none."""
 _PRICED_ROWS = 3
 """How many memory rows are priced, one after the other."""
+_REPAIRS = 8
+"""How often the prices of overflowing rows are raised to make a plan fit."""
+_RAISE = 1.3
+"""By what factor."""
+_LITTLE = 1e-5
+"""The part of the bound that a turn lifts it by when it is said to stall."""
+_LITTLE_TO_PRICE = 3e-4
+"""The same while memory overflows, so that another price of it will lift the bound more."""
+_FLAT = 1e-4
+"""The part of the bound within which both sides of a row's best price lie when it is good enough."""
 _BISECTIONS = 14
 """Trials for one row's price."""
 _SETTLING = 4
@@ -95,10 +105,10 @@ class Ascent:
             return
         over = self.lift(self.rounds)
         for _ in range(_PRICED_ROWS):
-            fullest = np.where(self.dual.multipliers > 0, -np.inf, over)
-            if self.closed or self.late or fullest.max(initial=-np.inf) <= 0:
+            unpriced = np.where(self.dual.multipliers > 0, -np.inf, over)
+            if self.closed or self.late or unpriced.max(initial=-np.inf) <= 0:
                 return
-            over = self._price_row(int(np.argmax(fullest)), over)
+            over = self._price_row(int(np.argmax(unpriced)), over)
             self.prices = self.dual.multipliers.copy()
 
     def lift(self, rounds: int) -> np.ndarray:
@@ -113,17 +123,23 @@ class Ascent:
             over = self.attempt(decode(self.dual))
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
-            stalled = stalled + 1 if lower - before < 1e-5 * abs(lower) and not struck else 0
+            little = _LITTLE_TO_PRICE if len(over) and float(over.max()) > 0 else _LITTLE
+            stalled = stalled + 1 if lower - before < little * abs(lower) and not struck else 0
             if self.closed or self.late or stalled >= 2:
                 break
         return over
 
     def _price_row(self, row: int, over: np.ndarray) -> np.ndarray:
-        """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual."""
+        """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual.
+
+        Returns by how much rows overflow: at the best bound, or where this row fits and others do not.
+        """
+        beside = np.full(len(self.rows), -np.inf)
         base = self.dual.multipliers.copy()
         low, high = float(base[row]), np.inf
         best = (self.dual.bound(), base)
         trial = low + self._first_price(float(over[row]))
+        below = above = -np.inf
         for _ in range(_BISECTIONS):
             multipliers = base.copy()
             multipliers[row] = trial
@@ -131,13 +147,17 @@ class Ascent:
             over = self._settle()
             if self.closed or self.late:
                 return over
-            best = max(best, (self.dual.bound(), multipliers), key=lambda pair: pair[0])
+            found = self.dual.bound()
+            best = max(best, (found, multipliers), key=lambda pair: pair[0])
             low, high = (trial, high) if over[row] > 0 else (low, trial)
+            below, above = (found, above) if over[row] > 0 else (below, found)
+            beside = over if over[row] <= 0 else beside
             trial = 4 * low if not np.isfinite(high) else high / 8 if low == 0 else float(np.sqrt(low * high))
-            if low > 0 and high < 1.1 * low:
+            flat = best[0] - min(below, above) < _FLAT * abs(best[0])
+            if (low > 0 and high < 1.1 * low) or flat:
                 break
         self.dual.reprice(best[1])
-        return self.lift(rounds=4)
+        return np.maximum(self.lift(rounds=4), beside)
 
     def _settle(self) -> np.ndarray:
         """As `lift`, for one trial of a price: one incumbent and one exclusion, once the bound has risen."""
@@ -146,10 +166,10 @@ class Ascent:
             for _ in range(3):
                 self.dual.sweep()
             before, lower = lower, self.dual.bound()
-            if lower - before < 1e-5 * abs(lower) or self.late:
+            if lower - before < _LITTLE * abs(lower) or self.late:
                 break
         self.bound = max(self.bound, lower)
-        over = self.attempt(decode(self.dual))
+        over = self.attempt(decode(self.dual, thorough=False))
         struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
         self.say(
             f"price {self.dual.multipliers.max():.3e}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}"
@@ -182,7 +202,22 @@ class Ascent:
             if worst <= 0:
                 self.offer(improved, value)
                 break
+            if limits is self.rows and price.any() and value < self.objective:
+                self._repair(improved, price)
         return relaxed
+
+    def _repair(self, states: np.ndarray, price: np.ndarray) -> None:
+        """Raises the price of the rows that overflow until they fit, and keeps what comes out if it is better."""
+        least = float(price.max())
+        for _ in range(_REPAIRS):
+            over = overflow(self.problem, self.rows, states)
+            if float(over.max()) <= 0:
+                self.offer(states, self.problem.objective(states))
+                return
+            price = np.where(over > 0, np.maximum(price * _RAISE, least), price)
+            states = improve(self.problem, self.rows, states, price)
+            if self.problem.objective(states) >= self.objective:
+                return
 
 
 def _possible(node: Node) -> np.ndarray:

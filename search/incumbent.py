@@ -18,9 +18,14 @@ _ALIKE = 1e-7
 """The part of the bound by which states may differ and still cost alike."""
 
 
-def decode(dual: Dual) -> np.ndarray:
-    """The states read off a dual in several ways, each improved over forests of nodes at a time: the best of them."""
+def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
+    """The states read off a dual in several ways, each improved over forests of nodes at a time: the best of them.
+
+    If not `thorough`, in one way alone.
+    """
     found: list[tuple[float, np.ndarray]] = []
+    if not thorough:
+        return _improved(dual, _greedy(dual, dual.order, 0.0))
     bound = dual.bound()
     for order in (dual.order, _grown(dual), dual.order[::-1]):
         for alike in (0.0, _ALIKE * abs(bound)):

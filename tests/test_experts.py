@@ -80,3 +80,14 @@ def test_many_experts_are_split_by_all_to_alls_and_few_are_not(experts: int, spl
     assert kinds == (["all-to-all"] * 2 if split else [])
     for spec in plan.in_specs[2:]:
         assert (tuple(spec) == (("x", "y"),)) is split
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "kind"), [(2048, 8192, "tensor parallel"), (2049, 1023, "expert parallel")]
+)
+def test_ragged_products_split_experts_where_columns_do_not_divide(width: int, hidden: int, kind: str) -> None:
+    shapes = ((128, width), (width, 64), (64, width, hidden), (64, hidden, width))
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    plan = autoshard.search(ragged, *args, topology="v5e:4x4")
+    assert plan.proof.status == "OPTIMAL"
+    assert f"{kind} over xy" in str(plan.parallelism())

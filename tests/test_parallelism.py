@@ -1,0 +1,67 @@
+"""Known answers: which kind of parallelism is best at both ends of a sweep, by its name in the literature."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import autoshard
+from benchmarks.parallelism import SWEEPS, planned
+
+_SLOW = {"memory"}  # a chip's memory that is nearly full takes long to prove
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in SWEEPS]
+)
+def test_both_ends_of_a_sweep_are_as_textbooks_say(name: str) -> None:
+    sweep = SWEEPS[name]
+    with jax.numpy_dtype_promotion("standard"):  # Optax's step counter meets floats
+        first, last = (str(planned(sweep, point).parallelism()) for point in (sweep.points[0], sweep.points[-1]))
+    assert sweep.ends[0] in first and sweep.ends[1] in last and first != last
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+
+def two_products(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    return jnp.einsum("btf,fe->bte", jnp.einsum("bte,ef->btf", x, up), down)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "up", "down", "name"),
+    [
+        (P("x"), P(), P(), "data parallel over x, 8 ways"),
+        (P(None, "x"), P(), P(), "sequence parallel over x, 8 ways"),
+        (P(), P(None, "x"), P("x"), "tensor parallel over x, 8 ways"),
+        (P(None, "x"), P(None, "x"), P("x"), "tensor parallel with sharded activations over x, 8 ways"),
+        (P("x"), P("x"), P("x"), "fully sharded data parallel: weights gathered over x, 8 ways"),
+    ],
+)
+def test_pinned_layouts_have_the_names_that_they_are_known_by(tokens: P, up: P, down: P, name: str) -> None:
+    small = name.startswith(("data", "sequence", "fully"))
+    args = (
+        (shape(64, 64, 512), shape(512, 1024), shape(1024, 512))
+        if small
+        else (
+            shape(8, 8, 8192),
+            shape(8192, 32_768),
+            shape(32_768, 8192),
+        )
+    )
+    pinned = {"x": tokens, "up": up, "down": down}
+    plan = autoshard.search(two_products, *args, topology="v5e:8x1", pins=pinned)
+    assert str(plan.parallelism()) == name
+
+
+def test_a_program_without_products_has_none() -> None:
+    plan = autoshard.search(lambda x: x + 1, shape(), topology="v5e:8x1")
+    assert plan.parallelism().names == ("repeated",)
+
+
+def test_an_explained_plan_names_its_parallelism() -> None:
+    plan = autoshard.search(two_products, shape(64, 64, 512), shape(512, 1024), shape(1024, 512), topology="v5e:8x1")
+    assert f"  parallelism  {plan.parallelism()}\n" in plan.explain()
