@@ -160,8 +160,19 @@ def same_attention(asked: str, found: str) -> bool:
     return found.startswith(f"{asked}-sharded")
 
 
-def as_in_the_paper(row: Row) -> Allow:
-    """Allows of feed-forward network and attention only what the paper's layout does with them; all else stays free."""
+FEED_FORWARD = ("'wi_gate'", "'wi_up'", "'wo_ffn'")
+PROJECTIONS = ("'wq'", "'wo'")
+"""Of queries and of attention's result: in the code released with the paper one product with those of the feed-forward network,
+and in one layout with them where the block is serial."""
+
+
+def as_in_the_paper(row: Row, projections: bool = True) -> Allow:
+    """Allows of the block only what the paper's layout does with it; all else stays free.
+
+    **Arguments:**
+
+    - `projections`: whether attention's projections are laid out as the feed-forward network is, or free.
+    """
     program, config = traced(row).program, palm.SIZES[row.size]
     every = sum(size > 1 for size in MESHES[row.chips])
 
@@ -190,7 +201,7 @@ def as_in_the_paper(row: Row) -> Allow:
         op = program.operations[i]
         if op.op_class != "matmul":
             return True
-        if any(name in op.name for name in ("wi_gate", "wi_up", "wo_ffn")):
+        if any(name in op.name for name in (*FEED_FORWARD, *(PROJECTIONS if projections else ()))):
             return feed_forward(i, strategy)
         return "params" in op.name or attention(i, strategy)
 

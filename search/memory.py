@@ -311,6 +311,8 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
             continue
         into_hub = edge.members[0][1] < 0
         held = _copied_bytes(problem, edge.table, into_hub)
+        if edge.layouts is not None:
+            held = held[np.ix_(*edge.layouts)]
         for value, operation in edge.members:
             at = problem.program.producers[value][0]
             first, last = (at, at) if into_hub else copy_life(problem.program, value, operation, ends)

@@ -20,6 +20,7 @@ import numpy as np
 from costmodels.collectives import seconds_on
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout, layouts, local_shape, shards
+from search.looped import LOOPED_KINDS, Ends, StepLoops, ends_of
 from search.strategies import Sizes
 
 _ROWS = 64
@@ -193,11 +194,16 @@ def _places(layout: Layout, sizes: Mapping[str, int]) -> dict[str, tuple[int, in
 
 @dataclass(frozen=True)
 class ReshardTable:
-    """The price of every change of layout of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`."""
+    """The price of every change of layout of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`.
+
+    Where collectives may be looped with products, `loops` says what there is to hide; of paths that cost the same the one is
+    taken whose last gather, then whose first scatter, has the most.
+    """
 
     graph: StepGraph
     step_seconds: np.ndarray
     array_bytes: float
+    loops: StepLoops | None = None
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -222,11 +228,24 @@ class ReshardTable:
                 _relax(distance[at : at + _ROWS], self.graph.source, firsts, targets, self.step_seconds)
         return distance
 
+    @cached_property
+    def ends(self) -> Ends:
+        """The steps at the ends of each path that a product may hide; none where nothing is looped."""
+        return ends_of(self.graph, self.step_seconds, self.seconds, self.loops)
+
     def path(self, source: Layout, target: Layout) -> tuple[Step, ...]:
         """The steps of the cheapest change of layout; empty when there is nothing to change."""
-        end, steps, at = self.index[target], [], source
-        if not np.isfinite(self.seconds[self.index[source], end]):
+        start, end = self.index[source], self.index[target]
+        if not np.isfinite(self.seconds[start, end]):
             raise ValueError(f"no collectives lead from {source} to {target}")
+        if self.loops is None:
+            return self._between(source, target)
+        first, last = (self.graph.steps[k] if k >= 0 else None for k in (table[start, end] for table in self.ends[:2]))
+        middle = self._between(first.target if first else source, last.source if last else target)
+        return tuple(step for step in (first, *middle, last) if step is not None)
+
+    def _between(self, source: Layout, target: Layout) -> tuple[Step, ...]:
+        end, steps, at = self.index[target], [], source
         while at != target:
             leaving = np.flatnonzero(self.graph.source == self.index[at])
             cost = self.step_seconds[leaving] + self.seconds[self.graph.target[leaving], end]
@@ -251,15 +270,24 @@ def _table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial:
     divisors = tuple(gcd(n, topology.size) for n in shape)
     graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial)
     price = np.zeros(len(graph.steps))
+    loops = StepLoops(np.zeros(len(price)), np.ones(len(price))) if topology.pricing.looped else None
     groups: dict[tuple[str, Axes], list[int]] = {}
     for i, step in enumerate(graph.steps):
         groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
     for (kind, axes), members in groups.items():
         payload = array_bytes * graph.fraction[members]
         price[members] = step_seconds(kind, axes, payload, topology)
+        if loops is not None and kind in LOOPED_KINDS:
+            loops.wire_seconds[members] = wire_seconds(kind, axes, payload, topology)
+            loops.pieces[members] = prod(topology.axis_sizes[axis] for axis in axes)
     if topology.chip.kind == "tpu":
         price[[not emittable(step, shape, itemsize, topology) for step in graph.steps]] = np.inf
-    return ReshardTable(graph, price, array_bytes)
+    return ReshardTable(graph, price, array_bytes, loops)
+
+
+def wire_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
+    """Seconds of a collective on the wire, without latency and launch."""
+    return seconds_on(topology, kind, axes, payload) - seconds_on(topology, kind, axes, 0.0)
 
 
 def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
