@@ -147,7 +147,9 @@ def remedies(
         kept = _kept(change, plan, choice)
         if isinstance(kept, float) and change.sequences == 1:
             under[change.name] = _works(change.program, change.topology, plan, choice)
-        found.append(_remedy(change, plan, before, kept, _limits(plan, change, time_limit) if resolve else None))
+        found.append(
+            _remedy(change, plan, before, kept, _limits(plan, change, time_limit) if resolve else None, choice)
+        )
     longest = sorted(works, key=lambda key: -works[key].total_seconds)[:_LISTED]
     operations = tuple(
         (works[key], tuple(_helping(works[key], {name: each[key] for name, each in under.items() if key in each})))
@@ -195,13 +197,15 @@ def _kept(change: Change, plan: Plan, choice: Choice) -> float | str:
     return f"the layout kept is {size(over)} too large" if over > 0 else found.seconds
 
 
-def _remedy(change: Change, plan: Plan, before: float, kept: float | str, limits: Limits | None) -> Remedy:
+def _remedy(
+    change: Change, plan: Plan, before: float, kept: float | str, limits: Limits | None, start: Choice
+) -> Remedy:
     known, why = (None, kept) if isinstance(kept, str) else (kept, "")
     chips = change.topology.size / plan.topology.size
     resolved, proven = None, False
     if limits is not None:
         try:
-            solution = solve(change.program, change.topology, limits)
+            solution = solve(change.program, change.topology, limits, start=start)
             resolved, proven = solution.check.seconds, solution.proof.status == "OPTIMAL"
             if known is not None and known < resolved:  # a search cut short
                 resolved = known

@@ -18,7 +18,7 @@ from autoshard.naming import strategy_name, weight_operand
 from autoshard.trace import trace
 from autoshard.workload import Workload
 from costmodels.chips import Chip, chip, chip_from_dict
-from costmodels.pricing import Pricing
+from costmodels.pricing import Overlap, Pricing
 from costmodels.topology import Topology, topology_of_chip
 from examples import palm
 from search.solve import Limits, Solution, search
@@ -91,14 +91,14 @@ def machine() -> Chip:
     return chip_from_dict(json.loads(MACHINE.read_text())) if MACHINE.exists() else chip("v4")
 
 
-def topology(row: Row, on: Chip) -> Topology:
+def topology(row: Row, on: Chip, overlap: Overlap = 0.0) -> Topology:
     """The row's chips under the paper's convention of bandwidth."""
     sizes, logits = MESHES[row.chips], 0.0
     if row.phase == "prefill":
         logits = 4.0 * row.batch * palm.SIZES[row.size].padded_heads * PROMPT**2 / row.chips
     memory = {"usable_hbm_bytes": MEMORY_BYTES + LOGITS_AT_ONCE * logits}
     found = topology_of_chip(f"v4:{'x'.join(map(str, sizes))}", on.override(memory, "benchmarks/pope2022.py"), sizes)
-    return replace(found, pricing=Pricing("total"))
+    return replace(found, pricing=Pricing("total", overlap))
 
 
 def workload(row: Row) -> Workload:
@@ -118,10 +118,10 @@ def traced(row: Row) -> Traced:
 Allow = Callable[[int, Strategy], bool]
 
 
-def solved(row: Row, on: Chip, allow: Allow | None = None) -> Solution:
+def solved(row: Row, on: Chip, allow: Allow | None = None, overlap: Overlap = 0.0) -> Solution:
     """The row's fastest plan; proven, unless `SEARCH_SECONDS` do not suffice."""
     limits = Limits(wall_seconds=SEARCH_SECONDS, reserve_bytes=0.0)
-    return search(traced(row).program, topology(row, on), limits, allow=allow)
+    return search(traced(row).program, topology(row, on, overlap), limits, allow=allow)
 
 
 def mfu(row: Row, seconds: float) -> float:

@@ -234,7 +234,15 @@ class Dual:
 
     def _propagate_once(self) -> bool:
         keep, struck = list(self.keep), 0
+        known: dict[
+            tuple, tuple[float, float]
+        ] = {}  # what rows share: the least, and the most beyond it, when the pass began
         for row in self.rows:
+            spans = [self._span(known, "node", i, vector) for i, vector in row.nodes]
+            spans += [self._span(known, "edge", k, table) for k, table in row.edges]
+            room = self.problem.budget_bytes - sum(least for least, _ in spans)
+            if room >= max((beyond for _, beyond in spans), default=0.0):
+                continue
             nodes = {i: vector[keep[i]] for i, vector in row.nodes}
             edges = {k: self._held(k, table) for k, table in row.edges}
             least = [float(found.min()) for found in (*nodes.values(), *edges.values())]
@@ -252,6 +260,17 @@ class Dual:
         if struck:
             self.restrict(keep)
         return struck > 0
+
+    def _span(
+        self, known: dict[tuple, tuple[float, float]], kind: str, index: int, array: np.ndarray
+    ) -> tuple[float, float]:
+        """The least bytes that a node's or an edge's surviving states hold, and how much more the most of them do."""
+        key = (kind, index, id(array))
+        if key not in known:
+            held = array[self.keep[index]] if kind == "node" else self._held(index, array)
+            least = float(held.min())
+            known[key] = least, float(held[np.isfinite(held)].max(initial=least)) - least
+        return known[key]
 
     def _window(self, k: int) -> tuple[np.ndarray, ...]:
         return np.ix_(self.edges[k].rows.unique, self.edges[k].columns.unique)

@@ -9,7 +9,7 @@ collectives are the steps of that path, and the emitted program runs exactly the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import permutations
 from math import gcd, prod
@@ -264,25 +264,47 @@ def _relax(rows: np.ndarray, source: np.ndarray, firsts: np.ndarray, targets: np
         rows[:, targets] = improved
 
 
+@dataclass(frozen=True)
+class _On:
+    """A topology that counts as the same as another where what a table depends on, `key`, is the same."""
+
+    key: tuple
+    topology: Topology = field(compare=False)
+
+
 @lru_cache(maxsize=1024)
-def _table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:
-    array_bytes = float(itemsize * prod(shape))
-    divisors = tuple(gcd(n, topology.size) for n in shape)
-    graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial)
+def _table(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> ReshardTable:
+    array_bytes, topology = float(itemsize * prod(shape)), on.topology
+    divided = (tuple(gcd(n, topology.size) for n in shape), tuple(topology.axis_sizes.items()), partial)
+    graph = _graph(*divided)
     price = np.zeros(len(graph.steps))
     loops = StepLoops(np.zeros(len(price)), np.ones(len(price))) if topology.pricing.looped else None
-    groups: dict[tuple[str, Axes], list[int]] = {}
-    for i, step in enumerate(graph.steps):
-        groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
-    for (kind, axes), members in groups.items():
+    for kind, axes, members in _alike(*divided):
         payload = array_bytes * graph.fraction[members]
         price[members] = step_seconds(kind, axes, payload, topology)
         if loops is not None and kind in LOOPED_KINDS:
             loops.wire_seconds[members] = wire_seconds(kind, axes, payload, topology)
             loops.pieces[members] = prod(topology.axis_sizes[axis] for axis in axes)
     if topology.chip.kind == "tpu":
-        price[[not emittable(step, shape, itemsize, topology) for step in graph.steps]] = np.inf
+        price[_other_in_programs(shape, itemsize, _On(divided[1], topology), partial)] = np.inf
     return ReshardTable(graph, price, array_bytes, loops)
+
+
+@lru_cache(maxsize=512)
+def _alike(divisors: tuple[int, ...], sizes: Sizes, partial: bool) -> tuple[tuple[str, Axes, np.ndarray], ...]:
+    """The steps of a graph by kind and axes, which is what their price depends on but for the bytes."""
+    groups: dict[tuple[str, Axes], list[int]] = {}
+    for i, step in enumerate(_graph(divisors, sizes, partial).steps):
+        groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
+    return tuple((kind, axes, np.array(members)) for (kind, axes), members in groups.items())
+
+
+@lru_cache(maxsize=1024)
+def _other_in_programs(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> np.ndarray:
+    """The steps of a table that a TPU's compiler makes something else of."""
+    divisors = tuple(gcd(n, on.topology.size) for n in shape)
+    steps = _graph(divisors, tuple(on.topology.axis_sizes.items()), partial).steps
+    return np.flatnonzero([not emittable(step, shape, itemsize, on.topology) for step in steps])
 
 
 def wire_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
@@ -302,4 +324,12 @@ def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, p
 
     Two shapes that divide alike by the chip count share their layouts and steps, and differ only in prices.
     """
-    return _table(shape, itemsize, topology, partial)
+    chip = topology.chip
+    key = (
+        topology.axes,
+        topology.pricing,
+        topology.total_bytes_per_second,
+        chip.reached_hbm_bytes_per_second,
+        chip.kind,
+    )
+    return _table(shape, itemsize, _On(key, topology), partial)
