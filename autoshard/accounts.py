@@ -209,6 +209,7 @@ def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
         *problem.program.warnings,
         *_indivisible(traced, problem),
         *_assumed(problem.topology),
+        *_looped(solution),
         *_unproven(solution),
         *(f"The checker found a fault: {fault}." for fault in solution.check.faults),
     )
@@ -249,6 +250,17 @@ def _assumed(topology: Topology) -> Iterator[str]:
     names = [name for name, constant in used.items() if constant.status == "assumed"]
     if names:
         yield f"Of the constants of {topology.chip.name}, {', '.join(names)} {'is' if len(names) == 1 else 'are'} assumed."
+
+
+def _looped(solution: Solution) -> Iterator[str]:
+    problem = solution.problem
+    found = collectives(problem.program, problem.topology, solution.choice)
+    hidden = sum(each.hidden_seconds for each in found)
+    if hidden:
+        yield (
+            f"{hidden * 1e3:.4g} ms of collectives are priced as hidden by looped einsums. The program that is emitted does not"
+            " loop: whether the compiler overlaps them is its own choice, and without it the step takes so much longer."
+        )
 
 
 def _unproven(solution: Solution) -> Iterator[str]:

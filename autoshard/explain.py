@@ -96,7 +96,9 @@ def _header(plan: Plan) -> Iterator[str]:
 def _pricing(pricing: Pricing) -> str:
     """By which conventions collectives are priced."""
     links = {"per-axis": "the links of their axes", "total": "all links of a chip"}[pricing.bandwidth]
-    return f"{pricing.bandwidth} bandwidth ({links}); {percent(pricing.overlap)} hidden behind computation"
+    looped = "looped with the products that they feed or that feed them, where the plan says so"
+    hidden = looped if pricing.looped else f"{percent(pricing.hidden_part)} hidden behind computation"
+    return f"{pricing.bandwidth} bandwidth ({links}); {hidden}"
 
 
 def _axis(axis: Axis) -> str:

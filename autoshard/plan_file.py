@@ -182,6 +182,11 @@ def _indented(value: Json) -> str:
 # --- to JSON
 
 
+def _beyond_splits(strategy: Strategy) -> Json:
+    looped = {} if strategy.looped is None else {"looped": strategy.looped}
+    return {"carried": [list(axes) for axes in strategy.carried], **looped}
+
+
 def _to_json(plan: Plan) -> Json:
     rows = zip(plan.operations, plan.choice.strategies, strict=True)
     return {
@@ -196,7 +201,7 @@ def _to_json(plan: Plan) -> Json:
         "arguments": [_plain(array) for array in plan.arguments],
         "constants": [_plain(array) for array in plan.constants],
         "results": [_plain(array) for array in plan.results],
-        "operations": [_plain(row) | {"carried": [list(axes) for axes in strategy.carried]} for row, strategy in rows],
+        "operations": [_plain(row) | _beyond_splits(strategy) for row, strategy in rows],
         "kept": [{"value": value, "layout": _layout(layout)} for value, layout in sorted(plan.choice.hubs.items())],
         "in_tree": plan.in_tree,
         "out_tree": plan.out_tree,
@@ -313,7 +318,9 @@ def _from_json(reader: _Reader) -> Plan:
         for row in reader.each("operations")
     )
     carried = [tuple(tuple(axes) for axes in _axis_lists(topology, row)) for row in reader.each("operations")]
-    strategies = tuple(Strategy(op.splits, axes) for op, axes in zip(operations, carried, strict=True))
+    looped = [row.get("looped", int) if "looped" in row.data else None for row in reader.each("operations")]
+    parts = zip((op.splits for op in operations), carried, looped, strict=True)
+    strategies = tuple(Strategy(*each) for each in parts)
     hubs = {row.get("value", int): _layout_of(topology, row) for row in reader.each("kept")}
     program, dimensions = _program(reader)
     arguments, constants, results = (_arrays(topology, reader, key) for key in ("arguments", "constants", "results"))

@@ -21,12 +21,13 @@ from autoshard.planning import Options, traced_for
 from autoshard.regimes import alike_summed
 from autoshard.tables import WIDTH, item, size, table, time
 from costmodels.chips import Torus
+from costmodels.pricing import LOOPED
 from costmodels.program import Program
 from costmodels.regimes import Work
 from costmodels.topology import Topology
 from costmodels.transformations import NotDoubled, doubled, views_of, with_itemsize
 from search.check import check
-from search.looped import hidden_seconds
+from search.solution import Choice, looped
 from search.solve import Limits, NoPlan
 from search.solve import search as solve
 
@@ -135,19 +136,20 @@ def remedies(
         raise PlanMismatchError(f"The plan {plan.name!r} is for another function, or for other arguments.")
     program, topology = target.traced.program, plan.topology
     before = check(program, topology, plan.choice).seconds
-    works = _works(program, topology, plan)
+    works = _works(program, topology, plan, plan.choice)
     found, left_out, under = [], [], {}
     for change in _changes(program, topology):
         if isinstance(change, str):
             left_out.append(change)
             continue
         progress(change.name)
-        kept = _kept(change, plan)
+        choice = _choice(change, plan)
+        kept = _kept(change, plan, choice)
         if isinstance(kept, float) and change.sequences == 1:
-            under[change.name] = _works(change.program, change.topology, plan)
-        found.append(_remedy(change, plan, before, kept, _limits(plan, change, time_limit) if resolve else None))
-    if topology.size > 1:
-        found.append(_looped(program, plan, before))
+            under[change.name] = _works(change.program, change.topology, plan, choice)
+        found.append(
+            _remedy(change, plan, before, kept, _limits(plan, change, time_limit) if resolve else None, choice)
+        )
     longest = sorted(works, key=lambda key: -works[key].total_seconds)[:_LISTED]
     operations = tuple(
         (works[key], tuple(_helping(works[key], {name: each[key] for name, each in under.items() if key in each})))
@@ -156,9 +158,9 @@ def remedies(
     return Remedies(plan.name, topology.name, before, tuple(found), operations, tuple(left_out))
 
 
-def _works(program: Program, topology: Topology, plan: Plan) -> dict[tuple, Work]:
+def _works(program: Program, topology: Topology, plan: Plan, choice: Choice) -> dict[tuple, Work]:
     """Operations that do the same in the same layout as one, at the prices of a what-if."""
-    return alike_summed(repriced(program, topology, plan.choice, plan.operations))
+    return alike_summed(repriced(program, topology, choice, plan.operations))
 
 
 def _helping(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:
@@ -178,37 +180,38 @@ def _limits(plan: Plan, change: Change, time_limit: float | None) -> Limits:
     return limits if time_limit is None else replace(limits, wall_seconds=time_limit)
 
 
-def _kept(change: Change, plan: Plan) -> float | str:
+def _choice(change: Change, plan: Plan) -> Choice:
+    """The plan's own layout; where a change loops collectives, each matmul loops the one of which it hides the most."""
+    loops = change.topology.pricing.looped and not plan.topology.pricing.looped
+    return looped(change.program, change.topology, plan.choice) if loops else plan.choice
+
+
+def _kept(change: Change, plan: Plan, choice: Choice) -> float | str:
     """Seconds of the plan's own layout under a change, or why it has none: no word where it is for other chips."""
     if change.topology.axis_sizes != plan.topology.axis_sizes:
         return ""
-    found = check(change.program, change.topology, plan.choice)
+    found = check(change.program, change.topology, choice)
     if found.faults:
         return found.faults[0]
     over = found.peak_bytes - plan.estimate.budget_bytes
     return f"the layout kept is {size(over)} too large" if over > 0 else found.seconds
 
 
-def _remedy(change: Change, plan: Plan, before: float, kept: float | str, limits: Limits | None) -> Remedy:
+def _remedy(
+    change: Change, plan: Plan, before: float, kept: float | str, limits: Limits | None, start: Choice
+) -> Remedy:
     known, why = (None, kept) if isinstance(kept, str) else (kept, "")
     chips = change.topology.size / plan.topology.size
     resolved, proven = None, False
     if limits is not None:
         try:
-            solution = solve(change.program, change.topology, limits)
+            solution = solve(change.program, change.topology, limits, start=start)
             resolved, proven = solution.check.seconds, solution.proof.status == "OPTIMAL"
             if known is not None and known < resolved:  # a search cut short
                 resolved = known
         except NoPlan:
             why = "no layout fits"
     return Remedy(change.name, change.what, before, known, resolved, change.sequences, chips, proven, why)
-
-
-def _looped(program: Program, plan: Plan, before: float) -> Remedy:
-    """What hides behind the matmuls that collectives feed, or that feed them; priced for this plan, and not searched for."""
-    hidden = hidden_seconds(program, plan.topology, plan.choice)
-    what = f"hides {time(hidden)} of {time(plan.estimate.collective_seconds)} of collectives"
-    return Remedy("looped collective einsums", what, before, before - hidden, None, 1.0, 1.0)
 
 
 # --- the changes
@@ -228,6 +231,10 @@ def _changes(program: Program, topology: Topology) -> Iterator[Change | str]:
     else:
         yield Change("twice the chips", wider.name, program, wider)
     yield from _faster(program, topology)
+    if topology.size > 1 and not topology.pricing.looped:
+        looping = replace(topology.pricing, overlap=LOOPED)
+        what = "each matmul hides one collective; the program has to loop itself"
+        yield Change("looped collective einsums", what, program, replace(topology, pricing=looping))
 
 
 def weight_values(program: Program) -> frozenset[int]:

@@ -18,7 +18,7 @@ from autoshard.naming import strategy_name, weight_operand
 from autoshard.trace import trace
 from autoshard.workload import Workload
 from costmodels.chips import Chip, chip, chip_from_dict
-from costmodels.pricing import Pricing
+from costmodels.pricing import Overlap, Pricing
 from costmodels.topology import Topology, topology_of_chip
 from examples import palm
 from search.solve import Limits, Solution, search
@@ -91,14 +91,14 @@ def machine() -> Chip:
     return chip_from_dict(json.loads(MACHINE.read_text())) if MACHINE.exists() else chip("v4")
 
 
-def topology(row: Row, on: Chip) -> Topology:
+def topology(row: Row, on: Chip, overlap: Overlap = 0.0) -> Topology:
     """The row's chips under the paper's convention of bandwidth."""
     sizes, logits = MESHES[row.chips], 0.0
     if row.phase == "prefill":
         logits = 4.0 * row.batch * palm.SIZES[row.size].padded_heads * PROMPT**2 / row.chips
     memory = {"usable_hbm_bytes": MEMORY_BYTES + LOGITS_AT_ONCE * logits}
     found = topology_of_chip(f"v4:{'x'.join(map(str, sizes))}", on.override(memory, "benchmarks/pope2022.py"), sizes)
-    return replace(found, pricing=Pricing("total"))
+    return replace(found, pricing=Pricing("total", overlap))
 
 
 def workload(row: Row) -> Workload:
@@ -118,10 +118,10 @@ def traced(row: Row) -> Traced:
 Allow = Callable[[int, Strategy], bool]
 
 
-def solved(row: Row, on: Chip, allow: Allow | None = None) -> Solution:
+def solved(row: Row, on: Chip, allow: Allow | None = None, overlap: Overlap = 0.0) -> Solution:
     """The row's fastest plan; proven, unless `SEARCH_SECONDS` do not suffice."""
     limits = Limits(wall_seconds=SEARCH_SECONDS, reserve_bytes=0.0)
-    return search(traced(row).program, topology(row, on), limits, allow=allow)
+    return search(traced(row).program, topology(row, on, overlap), limits, allow=allow)
 
 
 def mfu(row: Row, seconds: float) -> float:
@@ -160,8 +160,19 @@ def same_attention(asked: str, found: str) -> bool:
     return found.startswith(f"{asked}-sharded")
 
 
-def as_in_the_paper(row: Row) -> Allow:
-    """Allows of feed-forward network and attention only what the paper's layout does with them; all else stays free."""
+FEED_FORWARD = ("'wi_gate'", "'wi_up'", "'wo_ffn'")
+PROJECTIONS = ("'wq'", "'wo'")
+"""Of queries and of attention's result: in the code released with the paper one product with those of the feed-forward network,
+and in one layout with them where the block is serial."""
+
+
+def as_in_the_paper(row: Row, projections: bool = True) -> Allow:
+    """Allows of the block only what the paper's layout does with it; all else stays free.
+
+    **Arguments:**
+
+    - `projections`: whether attention's projections are laid out as the feed-forward network is, or free.
+    """
     program, config = traced(row).program, palm.SIZES[row.size]
     every = sum(size > 1 for size in MESHES[row.chips])
 
@@ -190,7 +201,7 @@ def as_in_the_paper(row: Row) -> Allow:
         op = program.operations[i]
         if op.op_class != "matmul":
             return True
-        if any(name in op.name for name in ("wi_gate", "wi_up", "wo_ffn")):
+        if any(name in op.name for name in (*FEED_FORWARD, *(PROJECTIONS if projections else ()))):
             return feed_forward(i, strategy)
         return "params" in op.name or attention(i, strategy)
 

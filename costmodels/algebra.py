@@ -165,7 +165,7 @@ def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
         "o_op": chip.op_overhead_seconds,
         "o_coll": max(launches, default=0.0),
         "W_total": topology.total_bytes_per_second,
-        "f_overlap": topology.pricing.overlap,
+        "f_overlap": topology.pricing.hidden_part,
     }
     for axis in topology.axes:
         bandwidth, hop = links[axis.name]

@@ -27,7 +27,8 @@ costliest collective-permute takes the wires as long as two all-to-alls. All is 
 alike, the maximum is at $S$ = all axes, and the first term is $V (N-1) / (N \\sum B_i)$.
 
 That is "per-axis", as the links are. Under "total" (`costmodels.pricing`) the torus axes of a collective are one switch of
-bandwidth $B$ with their chips, whichever they are; latency stays. Overlap multiplies the first term by $1 - f$.
+bandwidth $B$ with their chips, whichever they are; latency stays. Overlap multiplies the first term by $1 - f$; what a
+looped einsum hides depends on its product, and is no part of these expressions.
 
 The formulas are those of "How To Scale Your Model", part 3 (tori) and part 12 (switches), with the factor $(N-1)/N$
 that the book drops, and latency added rather than maximised over; and of Pope et al. 2022, appendix A.1, if all axes of
@@ -99,7 +100,10 @@ def values(
 ) -> dict[sympy.Symbol, float]:
     """What the symbols of `expression` stand for on these axes; all but the bytes."""
     launches = (axis.launch_seconds for axis in axes if axis.size > 1)
-    found: dict[sympy.Symbol, float] = {launch_symbol(): max(launches, default=0.0), overlap_symbol(): pricing.overlap}
+    found: dict[sympy.Symbol, float] = {
+        launch_symbol(): max(launches, default=0.0),
+        overlap_symbol(): pricing.hidden_part,
+    }
     for axis in axes:
         found |= {size_symbol(axis): axis.size, bandwidth_symbol(axis): axis.bytes_per_second}
         found[hop_symbol(axis)] = axis.hop_seconds
@@ -122,7 +126,7 @@ def expression(kind: str, axes: Sequence[Axis], pricing: Pricing = PHYSICAL) -> 
         return sympy.Integer(0)
     rounds, load = _SECONDS[kind]
     wire = bytes_symbol() * load(_wires(taking_part, pricing))
-    exposed = (1 - overlap_symbol()) * wire if pricing.overlap else wire
+    exposed = (1 - overlap_symbol()) * wire if pricing.hidden_part else wire
     return rounds * (exposed + _latency(taking_part)) + launch_symbol()
 
 

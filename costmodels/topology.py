@@ -20,7 +20,7 @@ wraparound = false
 
 [pricing]                            # the conventions of costmodels.pricing
 bandwidth = "total"
-overlap = 0.4
+overlap = 0.4                        # or "looped"
 ```
 """
 

@@ -29,6 +29,10 @@ _LITTLE_TO_PRICE = 3e-4
 """The same while memory overflows, so that another price of it will lift the bound more."""
 _FLAT = 1e-4
 """The part of the bound within which both sides of a row's best price lie when it is good enough."""
+_NEAR = 0.03
+"""With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
+_READING = 3
+"""And in every how many turns they are."""
 _BISECTIONS = 14
 """Trials for one row's price."""
 _SETTLING = 4
@@ -62,8 +66,15 @@ class Ascent:
         self.bound = -np.inf
         self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
         self.prices = np.zeros(len(rows))
+        self._given = False
         if symmetric:
             self._hold_symmetry()
+
+    def begin_with(self, states: np.ndarray) -> None:
+        """Starts from a plan: if it fits, fewer are read off the dual while its bound is far away."""
+        if (overflow(self.problem, self.rows, states) <= 0).all():
+            self.offer(states, self.problem.objective(states))
+        self._given = self.best is not None
 
     def _hold_symmetry(self) -> None:
         held = representatives(self.problem)
@@ -97,6 +108,10 @@ class Ascent:
         if value < min(self.objective, FORBIDDEN / 2):
             self.best, self.objective = states, value
 
+    def _near(self, lower: float) -> bool:
+        """Whether a bound is so near the best plan that what is read off the dual may well be better."""
+        return lower >= self.objective * (1 - _NEAR)
+
     def run(self) -> None:
         """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow."""
         self.dual.propagate()
@@ -120,7 +135,8 @@ class Ascent:
                 self.dual.sweep()
             before, lower = lower, self.dual.bound()
             self.bound = max(self.bound, lower)
-            over = self.attempt(decode(self.dual))
+            if not self._given or (turn % _READING == 0 and self._near(lower) and not self.closed):
+                over = self.attempt(decode(self.dual))
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
             little = _LITTLE_TO_PRICE if len(over) and float(over.max()) > 0 else _LITTLE

@@ -1,8 +1,8 @@
 """The independent checker: recomputes the cost and the memory of a plan from the program alone.
 
-It shares with the solver the definition of a plan (strategies, layouts, steps) and the physical prices, and none of its
-arrays: costs are plain arithmetic over factors, changes of layout are searched anew by Dijkstra's algorithm, memory is
-counted by walking the program.
+It shares with the solver the definition of a plan (strategies, layouts, steps, what is looped with what) and the physical
+prices, and none of its arrays: costs are plain arithmetic over factors, changes of layout are searched anew by Dijkstra's
+algorithm, memory is counted by walking the program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from costmodels.topology import Topology
 from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, copy_life, region_ends
 from search.reshard import Step, emittable, permuted_axes, steps_from
-from search.solution import Choice, Move, kept, moves, needed, produced
+from search.solution import Choice, Move, kept, moves, needed, produced, products_behind, steps
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
         if price is None:
             faults.append(f"{program.values[move.value].name}: no collectives lead from {move.source} to {move.target}")
             continue
-        wire += price * program.multiplicity(move.region)
+        wire += (price - _hidden(program, topology, choice, move)) * program.multiplicity(move.region)
     wire += sum(_inside_seconds(program, topology, choice, i) for i in range(len(program.operations)))
     peak, at = _peak(program, topology, choice)
     return Check(total + wire, compute, memory, wire, peak, at, tuple(faults))
@@ -99,6 +99,23 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
         return work, memory, max(work, memory)
     work = _matrix_work(op, local, chip.matrix_tile) / chip.reached_matmul_flops_per_second(op.dtype)
     return work, memory, max(work, memory) + chip.op_overhead_seconds
+
+
+def _hidden(program: Program, topology: Topology, choice: Choice, move: Move) -> float:
+    """Seconds of a change of layout that the products hide with which its collectives are looped."""
+    if not topology.pricing.looped:
+        return 0.0
+    path, found = steps(program, topology, move), 0.0
+    for step, product in zip(path, products_behind(program, topology, choice, move, path), strict=True):
+        if product is not None:
+            op, strategy = program.operations[product], choice.strategies[product]
+            work, moved, _ = _operation_seconds(program, topology, op, strategy.splits)
+            payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
+            sent, none = (float(seconds_on(topology, step.kind, step.axes, each)) for each in (payload, 0.0))
+            chips = prod(topology.axis_sizes[axis] for axis in step.axes)
+            alone = max(work, moved) / chips
+            found += (sent - none) + max(work, moved) - alone - max(sent - none, max(work, moved) - alone)
+    return found
 
 
 def _matrix_work(op: Operation, local: list[float], tile: float) -> float:

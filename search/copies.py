@@ -10,13 +10,15 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Bytes held by a change of layout: `before[p] + after[q]` from layout `p` to another `q`, and none if it stays.
+    """Bytes held by a change of layout: `before[p] + after[q]`, and none where the layouts `rows[p]` and `columns[q]` are one.
 
     It is indexed, added and scaled as the matrix would be that it stands for.
     """
 
     before: np.ndarray
     after: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
     __array_ufunc__ = None  # NumPy's numbers leave the products to us
 
     @property
@@ -26,13 +28,17 @@ class Copies:
 
     def __getitem__(self, at: tuple[Any, ...]) -> np.ndarray:
         p, q = at
-        return np.where(np.not_equal(p, q), self.before[p] + self.after[q], 0.0)
+        return np.where(self.rows[p] != self.columns[q], self.before[p] + self.after[q], 0.0)
 
     def __add__(self, other: Copies) -> Copies:
-        return Copies(self.before + other.before, self.after + other.after)
+        return Copies(self.before + other.before, self.after + other.after, self.rows, self.columns)
 
     def __rmul__(self, factor: float) -> Copies:
-        return Copies(factor * self.before, factor * self.after)
+        return Copies(factor * self.before, factor * self.after, self.rows, self.columns)
+
+    def among(self, rows: np.ndarray, columns: np.ndarray) -> Copies:
+        """The matrix of these rows and columns."""
+        return Copies(self.before[rows], self.after[columns], self.rows[rows], self.columns[columns])
 
     def max(self) -> float:
         """No entry is larger."""

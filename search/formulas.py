@@ -29,7 +29,7 @@ from costmodels.program import REDUCED_INSIDE, Operation, Program
 from costmodels.symbolic import sympy
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout
-from search.solution import Choice, moves, produced, steps
+from search.solution import Choice, moves, produced, products_behind, steps
 
 _ZERO = sympy.Integer(0)
 
@@ -50,7 +50,7 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> Expr:
-        """All of the time: nothing overlaps."""
+        """All of the time: what overlaps is taken from the collectives already."""
         return self.local_seconds + self.collective_seconds
 
     def times(self, count: Expr) -> Cost:
@@ -152,7 +152,7 @@ def formulas_of(program: Program, dimensions: Dimensions, topology: Topology, ch
     operations = tuple(_operation(program, dimensions, choice, i, keeps) for i in range(len(program.operations)))
     dtypes = dict.fromkeys(op.dtype for _, op in program.matmuls())
     numbers = {**{name: float(n) for name, n in dimensions.sizes.items()}, **rates(topology, dtypes)}
-    found = tuple(_steps(program, dimensions, topology, choice))
+    found = tuple(_steps(program, dimensions, topology, choice, operations))
     return Formulas(program, dimensions, operations, found, numbers)
 
 
@@ -174,23 +174,35 @@ def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int,
     return Cost(work, moved, local_seconds=operation_seconds(done, moved, matmul, op.dtype))
 
 
-def _steps(program: Program, dimensions: Dimensions, topology: Topology, choice: Choice) -> Iterator[StepFormula]:
+def _steps(
+    program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, operations: Sequence[Cost]
+) -> Iterator[StepFormula]:
     """Every step of every change of layout, and the all-reduces within operations."""
 
-    def formula(kind: str, axes: Axes, value: int, of: Layout, operation: int, region: int) -> StepFormula:
+    def formula(kind: str, axes: Axes, value: int, of: Layout, operation: int, region: int, product: int | None = None):
         payload = array_bytes(program, dimensions, value) / pieces(of.axes)
-        sent = volume(kind, axes, payload)
-        cost = Cost(wire_bytes=sent, collective_seconds=collective_seconds(kind, axes, payload, topology))
+        sent, seconds = volume(kind, axes, payload), collective_seconds(kind, axes, payload, topology)
+        if product is not None:
+            seconds -= _hidden(kind, axes, payload, topology, operations[product])
+        cost = Cost(wire_bytes=sent, collective_seconds=seconds)
         return StepFormula(kind, axes, value, operation, region, payload, cost)
 
     for move in moves(program, choice):
-        for step in steps(program, topology, move):
-            yield formula(step.kind, step.axes, move.value, step.payload_layout, move.operation, move.region)
+        path = steps(program, topology, move)
+        for step, product in zip(path, products_behind(program, topology, choice, move, path), strict=True):
+            of, operation = step.payload_layout, move.operation
+            yield formula(step.kind, step.axes, move.value, of, operation, move.region, product)
     for i, op in enumerate(program.operations):
         for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
             if factor.kind in REDUCED_INSIDE and axes:
                 value = op.outputs[0].value
                 yield formula("all-reduce", axes, value, produced(program, choice, value), i, op.region)
+
+
+def _hidden(kind: str, axes: Axes, payload: Expr, topology: Topology, product: Cost) -> Expr:
+    """What a product hides of the collective that it is looped with: at most all of its time but that of one piece."""
+    wire = collective_seconds(kind, axes, payload, topology) - collective_seconds(kind, axes, _ZERO, topology)
+    return sympy.Min(wire, (1 - 1 / pieces(axes)) * (product.local_seconds - rate("o_op")), evaluate=False)
 
 
 def array_bytes(program: Program, dimensions: Dimensions, value: int) -> Expr:

@@ -324,9 +324,10 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
         if edge.table is None:
             continue
         into_hub = edge.members[0][1] < 0
-        held = copied.get((id(edge.table), into_hub))
-        if held is None:
-            held = copied[id(edge.table), into_hub] = _copied_bytes(problem, edge.table, into_hub)
+        key = (id(edge.table), into_hub)
+        if key not in copied:
+            copied[key] = _copied_bytes(problem, edge.table, into_hub)
+        held = copied[key] if edge.layouts is None else copied[key].among(*edge.layouts)
         for value, operation in edge.members:
             at = problem.program.producers[value][0]
             first, last = (at, at) if into_hub else copy_life(problem.program, value, operation, ends)
@@ -339,8 +340,8 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
     """Bytes of the second array, per layout before and after: into a hub it is the old one that dies, else the new one."""
     bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
-    none = np.zeros_like(bytes_of)
-    return Copies(bytes_of, none) if into_hub else Copies(none, bytes_of)
+    none, which = np.zeros_like(bytes_of), np.arange(len(bytes_of))
+    return Copies(bytes_of, none, which, which) if into_hub else Copies(none, bytes_of, which, which)
 
 
 def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]) -> tuple[int, int]:

@@ -19,18 +19,16 @@ from functools import cached_property
 
 import numpy as np
 
-from costmodels.operations import hbm_traffic, price
+from costmodels.operations import hbm_traffic
 from costmodels.program import Operation, Pinned, Program
 from costmodels.topology import Topology
 from search.folding import unfolded
 from search.layouts import Layout
-from search.packing import repacked
-from search.reshard import FORBIDDEN as FORBIDDEN
-from search.reshard import ReshardTable, reshard_table, step_seconds
+from search.looped import Hiding, grouped, hidden_seconds
+from search.reshard import ReshardTable, reshard_table
+from search.shortest import FORBIDDEN as FORBIDDEN
 from search.strategies import Strategy, StrategySpace, strategy_space
-
-_TIE = 1e-10
-"""The part of an operation's cost by which, of strategies that cost the same, one is told from the other."""
+from search.strategy_costs import product_seconds, strategy_seconds
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ class Edge:
     `weight * matrix[rows[s], columns[t]]` seconds. `members` are the changes of layout it stands for, each a value and the
     consumer's operation (-1 on the way into a hub); `table` is `None` for a pairing that allows no change (a donated argument
     and its result). Where `a` is `b`, a class feeds its own next copy, and the cost is part of the node's. `moved_bytes` are
-    the bytes, of whole arrays, that may change layout here in one step.
+    the bytes, of whole arrays, that may change layout here in one step. Where a product hides a part of its collectives, states
+    with one layout but other times to hide behind differ: `layouts` are then those that the rows and columns stand for.
     """
 
     a: int
@@ -67,6 +66,7 @@ class Edge:
     members: tuple[tuple[int, int], ...]
     table: ReshardTable | None
     moved_bytes: float = 0.0
+    layouts: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def value(self) -> int:
@@ -169,24 +169,6 @@ def _obeys(layout: Layout, pinned: Pinned) -> bool:
     return same and not layout.partial
 
 
-def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
-    """Seconds of the all-reduces that run within an operation (the maximum over a split dimension)."""
-    found = np.zeros(len(space.strategies))
-    for s, reductions in enumerate(space.inside):
-        for _, axes in reductions:
-            found[s] += step_seconds("all-reduce", axes, inside_payload(program, op, space, s, topology), topology)
-    return found
-
-
-def inside_payload(program: Program, op: Operation, space: StrategySpace, s: int, topology: Topology) -> float:
-    """Bytes of the operand of an all-reduce within an operation: its result on one chip."""
-    value = program.values[op.outputs[0].value]
-    pieces = 1
-    for axis in space.outputs[0][s].axes:
-        pieces *= topology.axis_sizes[axis]
-    return value.bytes / pieces
-
-
 @dataclass
 class _Draft:
     """An edge in the making."""
@@ -199,6 +181,7 @@ class _Draft:
     table: ReshardTable | None
     weight: float
     members: list[tuple[int, int]]
+    layouts: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def moved_bytes(self) -> float:
@@ -218,13 +201,14 @@ class _Builder:
         self._drafts: dict[tuple, _Draft] = {}
         self._index: dict[tuple, np.ndarray] = {}
         self._tables: dict[int, ReshardTable] = {}
+        self._work: dict[tuple, np.ndarray] = {}
         node_of = {first: self._node(first) for first in dict.fromkeys(classes)}
         self.of_operation = tuple(node_of[first] for first in classes)
         self._price_nodes()
 
     def _node(self, i: int) -> int:
         op = self.program.operations[i]
-        space = strategy_space(op, self.sizes)
+        space = strategy_space(op, self.sizes, self.topology.pricing.looped)
         self.spaces.append(space)
         cost = np.zeros(len(space.strategies))
         if op.pinned is not None:
@@ -244,10 +228,7 @@ class _Builder:
                 first.setdefault(key, op)
         for key, op in first.items():
             node, space = self.nodes[key[0]], self.spaces[key[0]]
-            cost = price(self.program, op, space.shards, self.topology.chip).seconds
-            cost = cost + inside_seconds(self.program, op, space, self.topology)
-            if op.op_class == "matmul":
-                cost = cost * (1 + _TIE * repacked(op, space.shards))
+            cost = strategy_seconds(self.program, op, space, self.topology)
             self.nodes[key[0]] = replace(node, cost=node.cost + runs[key] * cost)
 
     def connect(self, value: int) -> None:
@@ -267,12 +248,14 @@ class _Builder:
         slot: tuple[int, int] = (source, position)
         if len(uses) > 1:
             hub = self._hub(value, source, position, table)
-            self._edge(slot, provided, (hub, -1), table.layouts, table, array.region, (value, -1))
-            slot, provided = (hub, -1), table.layouts
+            behind = (self._hiding(at, -1, array.region), None)
+            self._edge(slot, provided, (hub, -1), table.layouts, table, array.region, (value, -1), behind)
+            slot, provided, at = (hub, -1), table.layouts, -1
         for consumer, k in uses:
             node = self.of_operation[consumer]
             region = self.program.operations[consumer].inputs[k].region
-            self._edge(slot, provided, (node, k), self.spaces[node].inputs[k], table, region, (value, consumer))
+            behind = (self._hiding(at, -1, region), self._hiding(consumer, k, region))
+            self._edge(slot, provided, (node, k), self.spaces[node].inputs[k], table, region, (value, consumer), behind)
 
     def _table(self, value: int, source: int, position: int) -> ReshardTable:
         array = self.program.values[value]
@@ -301,16 +284,44 @@ class _Builder:
         if unknown.any():
             self.nodes[node] = replace(self.nodes[node], cost=np.where(unknown, FORBIDDEN, self.nodes[node].cost))
 
-    def _edge(self, source, provided, target, needed, table: ReshardTable, region: int, member) -> None:
+    def _hiding(self, operation: int, which: int, region: int) -> Hiding | None:
+        """What the change of layout of an operand or the result can hide behind: a product that runs as often."""
+        op = self.program.operations[operation]
+        if operation < 0 or not self.topology.pricing.looped or op.op_class != "matmul" or op.region != region:
+            return None
+        node = self.of_operation[operation]
+        key = (node, hbm_traffic(self.program, op))
+        if key not in self._work:
+            self._work[key] = product_seconds(self.program, op, self.spaces[node].shards, self.topology)
+        chosen = np.array([state.looped == which for state in self.spaces[node].strategies])
+        return Hiding((key, which), np.where(chosen, self._work[key], 0.0))
+
+    def _edge(
+        self,
+        source,
+        provided,
+        target,
+        needed,
+        table: ReshardTable,
+        region: int,
+        member,
+        behind: tuple[Hiding | None, Hiding | None] = (None, None),
+    ) -> None:
         """Adds one change of layout; `source` and `target` are a node and which of its results or operands it is."""
         weight = float(self.program.multiplicity(region))
-        key = (source, target, id(table))
+        key = (source, target, id(table), *(each and each.key for each in behind))
         if key in self._drafts:
             self._drafts[key].weight += weight
             self._drafts[key].members.append(member)
             return
         rows, columns = self._places((*source, "out"), provided, table), self._places((*target, "in"), needed, table)
-        self._drafts[key] = _Draft(source[0], target[0], rows, columns, table.seconds, table, weight, [member])
+        matrix, layouts_of = table.seconds, None
+        if any(behind):
+            before, rows = grouped(rows, behind[0])
+            after, columns = grouped(columns, behind[1])
+            layouts_of = (before.layouts, after.layouts)
+            matrix = matrix[np.ix_(*layouts_of)] - hidden_seconds(table.ends, before, after)
+        self._drafts[key] = _Draft(source[0], target[0], rows, columns, matrix, table, weight, [member], layouts_of)
 
     def _places(self, slot: tuple, layouts_of: Sequence[Layout], table: ReshardTable) -> np.ndarray:
         """Where the layouts of a node's states are in a table; the first place for those it does not have."""
@@ -352,7 +363,7 @@ class _Builder:
     def built(self, budget_bytes: float) -> Problem:
         """The problem; what a node costs with itself is added to its own cost."""
         edges = [
-            Edge(d.a, d.b, d.rows, d.columns, d.matrix, d.weight, tuple(d.members), d.table, d.moved_bytes)
+            Edge(d.a, d.b, d.rows, d.columns, d.matrix, d.weight, tuple(d.members), d.table, d.moved_bytes, d.layouts)
             for d in self._drafts.values()
         ]
         loops = tuple(edge for edge in edges if edge.a == edge.b)

@@ -37,7 +37,8 @@ def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | La
 
     if isinstance(state, Layout):
         return Layout(tuple(map(image, state.dims)), tuple(sorted(image(state.partial))))
-    return Strategy(tuple(map(image, state.splits)), tuple(tuple(sorted(image(axes))) for axes in state.carried))
+    carried = tuple(tuple(sorted(image(axes))) for axes in state.carried)
+    return Strategy(tuple(map(image, state.splits)), carried, state.looped)
 
 
 def images(index: Mapping[Layout, int], groups: Groups) -> np.ndarray:

@@ -9,7 +9,7 @@ collectives are the steps of that path, and the emitted program runs exactly the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import permutations
 from math import gcd, prod
@@ -20,15 +20,13 @@ import numpy as np
 from costmodels.collectives import seconds_on
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout, layouts, local_shape, shards
+from search.looped import LOOPED_KINDS, Ends, StepLoops, ends_of
 from search.renaming import Groups, images
-from search.shortest import Edges, all_pairs
+from search.shortest import FORBIDDEN, Edges, all_pairs
 from search.strategies import Sizes
 
 Places = Mapping[str, tuple[int, int]]
 """Axis to a dimension, and by how many of its pieces one step along the axis moves on."""
-
-FORBIDDEN = 1e5
-"""Seconds that stand for "impossible"; finite, so that differences stay numbers."""
 
 
 class Step(NamedTuple):
@@ -215,11 +213,16 @@ def _fractions(steps: Sequence[Step], found: Sequence[Layout], sizes: Mapping[st
 
 @dataclass(frozen=True)
 class ReshardTable:
-    """The price of every change of layout of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`."""
+    """The price of every change of layout of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`.
+
+    Where collectives may be looped with products, `loops` says what there is to hide; of paths that cost the same the one is
+    taken whose last gather, then whose first scatter, has the most.
+    """
 
     graph: StepGraph
     step_seconds: np.ndarray
     array_bytes: float
+    loops: StepLoops | None = None
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -238,11 +241,24 @@ class ReshardTable:
         found = all_pairs(edges, self.graph.partial, self.graph.images)
         return np.minimum(found, FORBIDDEN, out=found)
 
+    @cached_property
+    def ends(self) -> Ends:
+        """The steps at the ends of each path that a product may hide; none where nothing is looped."""
+        return ends_of(self.graph, self.step_seconds, self.seconds, self.loops)
+
     def path(self, source: Layout, target: Layout) -> tuple[Step, ...]:
         """The steps of the cheapest change of layout; empty when there is nothing to change."""
-        end, steps, at = self.index[target], [], source
-        if self.seconds[self.index[source], end] >= FORBIDDEN:
+        start, end = self.index[source], self.index[target]
+        if self.seconds[start, end] >= FORBIDDEN:
             raise ValueError(f"no collectives lead from {source} to {target}")
+        if self.loops is None:
+            return self._between(source, target)
+        first, last = (self.graph.steps[k] if k >= 0 else None for k in (table[start, end] for table in self.ends[:2]))
+        middle = self._between(first.target if first else source, last.source if last else target)
+        return tuple(step for step in (first, *middle, last) if step is not None)
+
+    def _between(self, source: Layout, target: Layout) -> tuple[Step, ...]:
+        end, steps, at = self.index[target], [], source
         while at != target:
             leaving = np.flatnonzero(self.graph.source == self.index[at])
             cost = self.step_seconds[leaving] + self.seconds[self.graph.target[leaving], end]
@@ -252,21 +268,59 @@ class ReshardTable:
         return tuple(steps)
 
 
-@lru_cache(maxsize=1024)
-def _table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:
-    array_bytes = float(itemsize * prod(shape))
+def _divided(shape: Sequence[int], topology: Topology, partial: bool) -> tuple[tuple[int, ...], Sizes, bool, Groups]:
+    """What the graph of an array's layouts depends on."""
     divisors = tuple(gcd(n, topology.size) for n in shape)
-    graph = _graph(divisors, tuple(topology.axis_sizes.items()), partial, topology.symmetries())
+    return divisors, tuple(topology.axis_sizes.items()), partial, topology.symmetries()
+
+
+@dataclass(frozen=True)
+class _On:
+    """A topology that counts as the same as another where what a table depends on, `key`, is the same."""
+
+    key: tuple
+    topology: Topology = field(compare=False)
+
+
+@lru_cache(maxsize=1024)
+def _table(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> ReshardTable:
+    array_bytes, topology = float(itemsize * prod(shape)), on.topology
+    divided = _divided(shape, topology, partial)
+    graph = _graph(*divided)
     price = np.zeros(len(graph.steps))
-    groups: dict[tuple[str, Axes], list[int]] = {}
-    for i, step in enumerate(graph.steps):
-        groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
-    for (kind, axes), members in groups.items():
+    loops = StepLoops(np.zeros(len(price)), np.ones(len(price))) if topology.pricing.looped else None
+    for kind, axes, members in _alike(*divided):
         payload = array_bytes * graph.fraction[members]
         price[members] = step_seconds(kind, axes, payload, topology)
+        if loops is not None and kind in LOOPED_KINDS:
+            loops.wire_seconds[members] = wire_seconds(kind, axes, payload, topology)
+            loops.pieces[members] = prod(topology.axis_sizes[axis] for axis in axes)
     if topology.chip.kind == "tpu":
-        price[[not emittable(step, shape, itemsize, topology) for step in graph.steps]] = np.inf
-    return ReshardTable(graph, price, array_bytes)
+        price[_other_in_programs(shape, itemsize, _On(divided[1:], topology), partial)] = np.inf
+    return ReshardTable(graph, price, array_bytes, loops)
+
+
+@lru_cache(maxsize=512)
+def _alike(
+    divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Groups
+) -> tuple[tuple[str, Axes, np.ndarray], ...]:
+    """The steps of a graph by kind and axes, which is what their price depends on but for the bytes."""
+    groups: dict[tuple[str, Axes], list[int]] = {}
+    for i, step in enumerate(_graph(divisors, sizes, partial, alike).steps):
+        groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
+    return tuple((kind, axes, np.array(members)) for (kind, axes), members in groups.items())
+
+
+@lru_cache(maxsize=1024)
+def _other_in_programs(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> np.ndarray:
+    """The steps of a table that a TPU's compiler makes something else of."""
+    steps = _graph(*_divided(shape, on.topology, partial)).steps
+    return np.flatnonzero([not emittable(step, shape, itemsize, on.topology) for step in steps])
+
+
+def wire_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
+    """Seconds of a collective on the wire, without latency and launch."""
+    return seconds_on(topology, kind, axes, payload) - seconds_on(topology, kind, axes, 0.0)
 
 
 def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
@@ -281,4 +335,12 @@ def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, p
 
     Two shapes that divide alike by the chip count share their layouts and steps, and differ only in prices.
     """
-    return _table(shape, itemsize, topology, partial)
+    chip = topology.chip
+    key = (
+        topology.axes,
+        topology.pricing,
+        topology.total_bytes_per_second,
+        chip.reached_hbm_bytes_per_second,
+        chip.kind,
+    )
+    return _table(shape, itemsize, _On(key, topology), partial)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FORBIDDEN = 1e5
+"""Seconds that stand for "impossible"; finite, so that differences stay numbers."""
 _STARTS = 16
 """Nodes started from at a time: few enough for their distances along all edges to stay in the processor's cache."""
 

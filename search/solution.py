@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from costmodels.program import Program
 from costmodels.topology import Topology
 from search.layouts import Axes, Layout, shards
+from search.looped import LOOPED_KINDS
 from search.problem import Problem
-from search.reshard import Step, reshard_table, step_seconds
+from search.reshard import Step, reshard_table, step_seconds, wire_seconds
 from search.strategies import Strategy, input_layout, output_layout
+from search.strategy_costs import product_seconds
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Move:
 class Collective:
     """A planned collective: kind, axes, payload bytes per chip, executions in one step, seconds of all of them.
 
-    `operation` and `operand` say for which use a value changes layout, as a `Move` does.
+    `operation` and `operand` say for which use a value changes layout, as a `Move` does. `hidden_seconds` more hide behind the
+    product that it is looped with, all executions together.
     """
 
     kind: str
@@ -53,6 +57,7 @@ class Collective:
     value: int
     operation: int
     operand: int = 0
+    hidden_seconds: float = 0.0
 
 
 def choice_of(problem: Problem, states: np.ndarray) -> Choice:
@@ -120,19 +125,82 @@ def steps(program: Program, topology: Topology, move: Move) -> tuple[Step, ...]:
     return reshard_table(array.shape, array.itemsize, topology, partial).path(move.source, move.target)
 
 
+def products_behind(
+    program: Program, topology: Topology, choice: Choice, move: Move, path: Sequence[Step]
+) -> tuple[int | None, ...]:
+    """Per step of a change of layout the product that it is looped with, if it is with one.
+
+    What a product's strategy names is looped: the reduce-scatter that its result's change of layout begins with, or the
+    all-gather that an operand's ends with, where they run as often as it does.
+    """
+    found: list[int | None] = [None] * len(path)
+    if not topology.pricing.looped or not path:
+        return tuple(found)
+    for at, kind, (product, which) in zip((0, -1), LOOPED_KINDS[::-1], _neighbours(program, choice, move), strict=True):
+        op = program.operations[product]
+        if product < 0 or op.op_class != "matmul" or op.region != move.region:
+            continue
+        if path[at].kind == kind and choice.strategies[product].looped == which:
+            found[at] = product
+    return tuple(found)
+
+
+def _neighbours(program: Program, choice: Choice, move: Move) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What makes the array and what takes it: the operation, -1 for none, and which of its results or operands it is."""
+    handed_over = move.operation >= 0 > move.operand
+    kept_first = move.operation >= 0 and move.value in choice.hubs
+    made = -1 if handed_over or kept_first else program.producers[move.value][0]
+    return (made, -1), (-1 if handed_over else move.operation, move.operand)
+
+
+def hidden_of(program: Program, topology: Topology, choice: Choice, move: Move, step: Step, product: int) -> float:
+    """Seconds that hide of all runs of a collective behind the product that it is looped with."""
+    payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
+    part = 1 - 1 / prod(topology.axis_sizes[axis] for axis in step.axes)
+    wire = float(wire_seconds(step.kind, step.axes, payload, topology))
+    pieces = [[prod(topology.axis_sizes[axis] for axis in axes) for axes in choice.strategies[product].splits]]
+    done = product_seconds(program, program.operations[product], np.array(pieces, dtype=float), topology)
+    return min(wire, part * float(done[0])) * program.multiplicity(move.region)
+
+
+def looped(program: Program, topology: Topology, choice: Choice) -> Choice:
+    """The same layouts where each product loops the collective of which it hides the most; priced so, if `topology` says so."""
+    best: dict[int, tuple[float, int]] = {}
+    for which in sorted({-1, *(k for _, op in program.matmuls() for k in range(len(op.inputs)))}):
+        each = _all_looping(choice, which)
+        hidden: dict[int, float] = {}
+        for move in moves(program, each):
+            path = steps(program, topology, move)
+            behind = products_behind(program, topology, each, move, path)
+            for step, product in zip(path, behind, strict=True):
+                if product is not None:
+                    saved = hidden_of(program, topology, each, move, step, product)
+                    hidden[product] = hidden.get(product, 0.0) + saved
+        for product, saved in hidden.items():
+            best[product] = max(best.get(product, (0.0, -1)), (saved, which))
+    strategies = [s._replace(looped=best[i][1] if i in best else None) for i, s in enumerate(choice.strategies)]
+    return Choice(tuple(strategies), choice.hubs)
+
+
+def _all_looping(choice: Choice, which: int) -> Choice:
+    return Choice(tuple(strategy._replace(looped=which) for strategy in choice.strategies), choice.hubs)
+
+
 def collectives(program: Program, topology: Topology, choice: Choice) -> tuple[Collective, ...]:
     """Every planned collective, local slices left out."""
     found = []
     for move in moves(program, choice):
         count = program.multiplicity(move.region)
-        for step in steps(program, topology, move):
+        path = steps(program, topology, move)
+        behind = products_behind(program, topology, choice, move, path)
+        for step, product in zip(path, behind, strict=True):
             if step.kind == "slice":
                 continue
             payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
             seconds = float(step_seconds(step.kind, step.axes, payload, topology)) * count
-            found.append(
-                Collective(step.kind, step.axes, payload, count, seconds, move.value, move.operation, move.operand)
-            )
+            hidden = 0.0 if product is None else hidden_of(program, topology, choice, move, step, product)
+            place = (move.value, move.operation, move.operand)
+            found.append(Collective(step.kind, step.axes, payload, count, seconds - hidden, *place, hidden))
     return (*found, *_inside(program, topology, choice))
 
 

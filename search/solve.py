@@ -23,6 +23,7 @@ from search.memory import rows
 from search.problem import Problem, allowing, build
 from search.reduction import SMALL_PARTS, Reduction, reduced
 from search.solution import Choice, choice_of
+from search.start import starting_states
 from search.strategies import Strategy
 from search.symmetry import tidied
 
@@ -110,6 +111,7 @@ def search(
     ties: Sequence[tuple[int, int]] = (),
     symmetric: bool | None = None,
     cutoff: float = np.inf,
+    start: Choice | None = None,
 ) -> Solution:
     """Finds the fastest plan that fits, and proves it.
 
@@ -121,6 +123,7 @@ def search(
     - `ties`: pairs of operations that take one strategy, as the same argument of two phases does.
     - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies (`search.folding`).
     - `cutoff`: seconds; slower plans are not looked for.
+    - `start`: a plan to begin with, if it fits; it changes nothing but how long the search takes.
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, none is allowed, or none is below the cutoff.
     """
@@ -128,7 +131,7 @@ def search(
     problem = build(program, topology, limits.budget_bytes(topology), classes)
     if allow is not None:
         problem = allowing(problem, allow)
-    return solved(problem, limits, say, allow is None if symmetric is None else symmetric, cutoff)
+    return solved(problem, limits, say, allow is None if symmetric is None else symmetric, cutoff, start)
 
 
 def solved(
@@ -137,6 +140,7 @@ def solved(
     say: Say = lambda _: None,
     symmetric: bool = False,
     cutoff: float = np.inf,
+    start: Choice | None = None,
 ) -> Solution:
     """Finds the fastest plan of a problem that fits, and proves it.
 
@@ -144,6 +148,7 @@ def solved(
 
     - `symmetric`: whether interchangeable mesh axes are alike in it, so that one of them may be taken for the others.
     - `cutoff`: seconds; slower plans are not looked for.
+    - `start`: a plan to begin with, if it fits; it changes nothing but how long the search takes.
 
     **Raises:** `NoPlan` when no plan fits, or none is below the cutoff.
     """
@@ -153,7 +158,7 @@ def solved(
     def fits(found: _Found) -> bool:
         return not (overflow(problem, limited, found.states) > 0).any()
 
-    run = _Run(limits, started + limits.wall_seconds, say, symmetric, cutoff)
+    run = _Run(limits, started + limits.wall_seconds, say, symmetric, cutoff, start)
     found = run.of(reduced(problem, limited, SMALL_PARTS[0]), fits)
     for part in (*SMALL_PARTS[1:], 0.0):
         if found.best is None or fits(found):
@@ -199,6 +204,7 @@ class _Run:
     say: Say
     symmetric: bool
     cutoff: float
+    start: Choice | None = None
 
     def of(self, smaller: Reduction, fits: Callable[[_Found], bool], before: _Found | None = None) -> _Found:
         """Lifts the bound and lowers the best plan, then branches if they have not met; when interrupted, ends with those.
@@ -211,6 +217,9 @@ class _Run:
         )
         branching = Branching(ascent, self.limits.deterministic_seconds)
         stopped = ""
+        states = None if self.start is None else starting_states(smaller.whole, self.start)
+        if states is not None:
+            ascent.begin_with(states[list(smaller.kept)])
         try:
             if before is not None:
                 ascent.bound = before.ascent.bound

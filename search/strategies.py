@@ -21,10 +21,15 @@ Sizes = tuple[tuple[str, int], ...]
 
 
 class Strategy(NamedTuple):
-    """Per factor the mesh axes that split it, major to minor; per linear group the axes whose partial sums pass through."""
+    """Per factor the mesh axes that split it, major to minor; per linear group the axes whose partial sums pass through.
+
+    `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the operation, where collectives are
+    priced so (`costmodels.pricing`).
+    """
 
     splits: tuple[Axes, ...]
     carried: tuple[Axes, ...] = ()
+    looped: int | None = None
 
     @property
     def axes(self) -> Axes:
@@ -48,9 +53,36 @@ class StrategySpace:
     inside: tuple[tuple[tuple[int, Axes], ...], ...]
 
 
-def strategy_space(operation: Operation, sizes: Sizes) -> StrategySpace:
-    """Every legal strategy of an operation on a mesh with these axis sizes; the one that splits nothing comes first."""
+def strategy_space(operation: Operation, sizes: Sizes, looped: bool = False) -> StrategySpace:
+    """Every legal strategy of an operation on a mesh with these axis sizes; the one that splits nothing comes first.
+
+    **Arguments:**
+
+    - `looped`: whether a matmul's strategies say which of its collectives is looped with it.
+    """
+    if looped and operation.op_class == "matmul":
+        return _looped_space(operation.signature, sizes)
     return _space(operation.signature, sizes)
+
+
+@lru_cache(maxsize=1024)
+def _looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
+    """Each strategy as often as it has collectives that may be looped with it; once if it has none."""
+    plain = _space(signature, sizes)
+    axes = sum(size > 1 for _, size in sizes)
+    chosen: list[tuple[int, int | None]] = []
+    for s in range(len(plain.strategies)):
+        inputs = [k for k, layouts in enumerate(plain.inputs) if len(layouts[s].axes) < axes]
+        result = [-1] if plain.outputs[0][s].partial else []
+        chosen += [(s, which) for which in (*result, *inputs)] or [(s, None)]
+    at = [s for s, _ in chosen]
+    return StrategySpace(
+        tuple(plain.strategies[s]._replace(looped=which) for s, which in chosen),
+        tuple(tuple(layouts[s] for s in at) for layouts in plain.inputs),
+        tuple(tuple(layouts[s] for s in at) for layouts in plain.outputs),
+        plain.shards[at],
+        tuple(plain.inside[s] for s in at),
+    )
 
 
 @lru_cache(maxsize=4096)

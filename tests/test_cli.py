@@ -63,7 +63,7 @@ def test_conventions_that_there_are_not() -> None:
     said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "all")
     assert said == "bandwidth is 'all'; 'per-axis' or 'total' would do."
     said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--overlap", "1.5")
-    assert said == "overlap is 1.5; a number from 0 to less than 1 would do."
+    assert said == 'overlap is 1.5; a number from 0 to less than 1, or "looped", would do.'
 
 
 def test_json_is_alone_on_standard_output(plan_file: Path) -> None:

@@ -30,7 +30,8 @@ from autoshard.emit import emitted, spec_of
 from autoshard.trace import trace
 from costmodels.topology import parse_topology
 from search.layouts import Layout
-from search.reshard import FORBIDDEN, ReshardTable, Step, reshard_table
+from search.reshard import ReshardTable, Step, reshard_table
+from search.shortest import FORBIDDEN
 from search.solve import search
 from search.strategies import Strategy
 

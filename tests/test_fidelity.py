@@ -26,7 +26,8 @@ from autoshard.hlo import collectives
 from autoshard.pairing import matched
 from autoshard.plan import PlannedCollective
 from search.layouts import Layout
-from search.reshard import FORBIDDEN, ReshardTable, reshard_table
+from search.reshard import ReshardTable, reshard_table
+from search.shortest import FORBIDDEN
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -154,9 +154,9 @@ def test_conventions_in_a_file(tmp_path):
         parse_topology(file)
 
 
-@pytest.mark.parametrize("overlap", [1, -0.1, "looped", True, float("nan")])
+@pytest.mark.parametrize("overlap", [1, -0.1, "loop", True, float("nan")])
 def test_no_other_overlap(overlap):
-    with pytest.raises(PricingError, match="a number from 0 to less than 1 would do"):
+    with pytest.raises(PricingError, match='a number from 0 to less than 1, or "looped", would do'):
         Pricing(overlap=overlap)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_strategies import random_states
 
 from costmodels.program import Factor, OpClass, Operation, Program, Region, Use, Value
 from costmodels.topology import parse_topology
@@ -19,6 +20,7 @@ from search.memory import rows
 from search.model import solve
 from search.problem import FORBIDDEN, Problem, build
 from search.renaming import renamed, renamings
+from search.solution import choice_of
 from search.solve import Limits, NoPlan, search
 
 SIZES = (4, 6, 8, 64)
@@ -146,6 +148,26 @@ def test_every_solution_passes_the_checker(program, topology):
     assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
     assert found.check.peak_bytes <= found.problem.budget_bytes
     assert found.proof.gap == 0.0
+
+
+@settings(max_examples=20)
+@given(programs(), st.sampled_from(TOPOLOGIES), st.integers(0, 2**31), st.floats(0.5, 1.2))
+def test_where_a_search_begins_changes_nothing(program, topology, seed, part):
+    """A plan to start from, good or bad, fitting or not, leaves the proven cost as it is."""
+    room = part * sum(value.bytes for value in program.values)
+    limits = Limits(reserve_bytes=topology.chip.usable_hbm_bytes - room)
+    states = random_states(build(program, topology, np.inf), np.random.default_rng(seed))
+    try:
+        plain = search(program, topology, limits)
+    except NoPlan:
+        with pytest.raises(NoPlan):
+            search(program, topology, limits, start=search(program, topology).choice)
+        return
+    others = [] if states is None else [choice_of(build(program, topology, np.inf), states)]
+    for start in (*others, search(program, topology).choice, plain.choice):
+        found = search(program, topology, limits, start=start)
+        assert found.proof.objective_seconds == pytest.approx(plain.proof.objective_seconds, rel=1e-8)
+        assert found.proof.status == "OPTIMAL" and found.check.peak_bytes <= room
 
 
 @settings(max_examples=20)

@@ -137,7 +137,9 @@ def test_folded_is_the_best_with_like_layers(program):
 def test_elimination_is_exact(program, topology):
     """The problem without the operations between two others has the whole problem's optimum."""
     problem = build(program, topology, topology.chip.usable_hbm_bytes, classes(program))
-    whole = _Run(DEFAULTS, np.inf, lambda _: None, True, np.inf).of(Reduction.none(problem, rows(problem)))
+    whole = _Run(DEFAULTS, np.inf, lambda _: None, True, np.inf).of(
+        Reduction.none(problem, rows(problem)), lambda _: True
+    )
     assert whole.ascent.objective == pytest.approx(search(program, topology).proof.objective_seconds, rel=1e-9)
 
 

@@ -7,8 +7,8 @@ from strategies import topologies
 
 from costmodels.topology import parse_topology
 from search.copies import Copies
-from search.reshard import FORBIDDEN, reshard_table
-from search.shortest import Edges, all_pairs
+from search.reshard import reshard_table
+from search.shortest import FORBIDDEN, Edges, all_pairs
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 4, 8, 12, 64, 1024]), min_size=0, max_size=3).map(tuple)
 
@@ -46,7 +46,8 @@ def test_copies_are_what_their_matrix_is(a, b, c, d, factor) -> None:
         return np.where(np.eye(3, dtype=bool), 0.0, before[:, None] + after)
 
     everywhere = np.ix_(range(3), range(3))
-    both = Copies(a, b) + np.float64(factor) * Copies(c, d)
+    which = np.arange(3)
+    both = Copies(a, b, which, which) + np.float64(factor) * Copies(c, d, which, which)
     np.testing.assert_allclose(both[everywhere], matrix(a, b) + factor * matrix(c, d), rtol=1e-12)
     assert both[everywhere].max() <= both.max() * (1 + 1e-12)
     assert both[1, 2] == both[everywhere][1, 2]

@@ -62,7 +62,7 @@ def planned(block: Block, topology: Topology) -> autoshard.Plan:
 
 
 def small(text: str) -> st.SearchStrategy[Topology]:
-    pricing = st.builds(Pricing, st.sampled_from(["per-axis", "total"]), st.sampled_from([0.0, 0.3]))
+    pricing = st.builds(Pricing, st.sampled_from(["per-axis", "total"]), st.sampled_from([0.0, 0.3, "looped"]))
 
     # So little memory on the chip that of these small arrays some stay and some do not.
     def built(found: Pricing, kept: float) -> Topology:

@@ -59,8 +59,11 @@ Bandwidth = Annotated[
     ),
 ]
 Overlap = Annotated[
-    float | None,
-    typer.Option(metavar="PART", help="The part of collectives' time on the wire that computation hides, 0 to 1."),
+    str | None,
+    typer.Option(
+        metavar="PART",
+        help="The part of collectives' time on the wire that computation hides, 0 to 1; or 'looped', for looped einsums.",
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on, and print tracebacks.")]
 
@@ -111,14 +114,15 @@ def writable(path: Path | None, force: bool) -> None:
         raise Misuse(f"{path.parent} is no directory; make it first.")
 
 
-def priced(topology: str, bandwidth: str | None, overlap: float | None) -> Topology:
+def priced(topology: str, bandwidth: str | None, overlap: str | None) -> Topology:
     """The topology that is meant, with the conventions that are asked for in place of its own.
 
     **Raises:** `TopologyError`; `Misuse` for conventions that there are not.
     """
     from autoshard.devices import topology_of
 
-    asked = {key: value for key, value in (("bandwidth", bandwidth), ("overlap", overlap)) if value is not None}
+    part = None if overlap is None else _value(overlap)  # a number, or a word
+    asked = {key: value for key, value in (("bandwidth", bandwidth), ("overlap", part)) if value is not None}
     found = topology_of(topology)
     try:
         return dataclasses.replace(found, pricing=pricing_from_dict(found.pricing.to_dict() | asked))

@@ -1,0 +1,51 @@
+"""What every strategy of an operation costs on one chip, without the changes of layout around it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from costmodels.operations import price
+from costmodels.program import Operation, Program
+from costmodels.topology import Topology
+from search.packing import repacked
+from search.reshard import step_seconds
+from search.strategies import StrategySpace
+
+_TIE = 1e-10
+"""The part of an operation's cost by which, of strategies that cost the same, one is told from the other."""
+
+
+def strategy_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
+    """Seconds of one run under every strategy, with the all-reduces that run within the operation."""
+    cost = price(program, op, space.shards, topology.chip).seconds
+    cost = cost + inside_seconds(program, op, space, topology)
+    return cost * (1 + _TIE * repacked(op, space.shards)) if op.op_class == "matmul" else cost
+
+
+def product_seconds(program: Program, op: Operation, shards: np.ndarray, topology: Topology) -> np.ndarray:
+    """Seconds that collectives may hide behind in one run of a product: the longer of compute and HBM, without overhead.
+
+    **Arguments:**
+
+    - `shards`: `[strategies, factors]`, the number of pieces of each factor.
+    """
+    cost = price(program, op, shards, topology.chip)
+    return np.maximum(cost.compute_seconds, cost.memory_seconds)
+
+
+def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
+    """Seconds of the all-reduces that run within an operation (the maximum over a split dimension)."""
+    found = np.zeros(len(space.strategies))
+    for s, reductions in enumerate(space.inside):
+        for _, axes in reductions:
+            found[s] += step_seconds("all-reduce", axes, inside_payload(program, op, space, s, topology), topology)
+    return found
+
+
+def inside_payload(program: Program, op: Operation, space: StrategySpace, s: int, topology: Topology) -> float:
+    """Bytes of the operand of an all-reduce within an operation: its result on one chip."""
+    value = program.values[op.outputs[0].value]
+    pieces = 1
+    for axis in space.outputs[0][s].axes:
+        pieces *= topology.axis_sizes[axis]
+    return value.bytes / pieces
