@@ -129,7 +129,7 @@ class Ascent:
     def lift(self, rounds: int) -> np.ndarray:
         """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
         stalled, lower = 0, -np.inf
-        over = np.zeros(0)
+        over = None
         for turn in range(rounds):
             for _ in range(3):
                 self.dual.sweep()
@@ -139,11 +139,11 @@ class Ascent:
                 over = self.attempt(decode(self.dual))
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
-            little = _LITTLE_TO_PRICE if len(over) and float(over.max()) > 0 else _LITTLE
+            little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
             stalled = stalled + 1 if lower - before < little * abs(lower) and not struck else 0
             if self.closed or self.late or stalled >= 2:
                 break
-        return over
+        return self.attempt(decode(self.dual, thorough=False)) if over is None else over
 
     def _price_row(self, row: int, over: np.ndarray) -> np.ndarray:
         """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual.
