@@ -18,8 +18,9 @@ import platformdirs
 
 from autoshard.errors import PlanMismatchError
 from autoshard.plan import Plan
-from autoshard.plan_file import dumps, load, write_whole
+from autoshard.plan_file import dumps, load
 from autoshard.planning import Options, Target
+from autoshard.whole_files import write_whole
 from costmodels.topology import Topology
 
 

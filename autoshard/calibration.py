@@ -18,11 +18,11 @@ from autoshard import targets
 from autoshard.devices import topology_of
 from autoshard.errors import TopologyError
 from autoshard.microbenchmarks import Ranges, cases
-from autoshard.plan_file import write_whole
 from autoshard.step_timing import StepCheck
 from autoshard.tables import percent, table
 from autoshard.tables import time as duration
 from autoshard.timing import Patience, shortest
+from autoshard.whole_files import write_whole
 from costmodels.chips import Constant
 from costmodels.fitting import Residual, Timing, fitted, predicted, residuals
 from costmodels.topology import Topology

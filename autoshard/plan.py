@@ -352,7 +352,7 @@ class Plan:
         from pathlib import Path
 
         from autoshard.export import export
-        from autoshard.plan_file import write_whole
+        from autoshard.whole_files import write_whole
 
         text = export(self, format, argument, names, axes)
         if path is not None:

@@ -22,11 +22,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from os import PathLike
 from pathlib import Path
@@ -36,6 +32,7 @@ from autoshard import program_file, trees
 from autoshard.errors import PlanMismatchError
 from autoshard.plan import ArrayPlan, Baseline, Estimate, OperationPlan, Plan, PlannedCollective
 from autoshard.trace import fingerprint
+from autoshard.whole_files import write_whole
 from costmodels.dimensions import Dimensions
 from costmodels.program import Program
 from costmodels.topology import Topology, topology_from_dict
@@ -50,10 +47,7 @@ _MOST_BYTES = 64 * 2**20
 """The largest file that is read; 126 layers, unrolled, take 10 MiB."""
 _MOST_VALUES = 2**22
 """The most values in a file that is read, counted by commas and brackets: a value takes up to 0.2 KiB of memory."""
-_STALE_SECONDS = 3600.0
-"""How old a temporary file is when its writer must have been killed."""
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{32}\.tmp")
 
 _NUMBER = (int, float)
 _AXIS: dict[str, Any] = {
@@ -125,34 +119,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is no number of JSON")
     return value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file by way of a temporary one beside it, which is gone afterwards unless the process is killed.
-
-    What killed ones left there is removed an hour later.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk must say so before the old file is gone
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sweep(path.parent)
-
-
-def _sweep(directory: Path) -> None:
-    """Removes the temporary files of writers that were killed."""
-    with suppress(OSError):
-        for each in os.scandir(directory):
-            if _TEMPORARY.fullmatch(each.name) and time.time() - each.stat().st_mtime > _STALE_SECONDS:
-                with suppress(OSError):  # another process was faster
-                    os.unlink(each.path)
 
 
 def _lines(data: Json) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
-from autoshard.plan_file import write_whole
 from autoshard.regimes import Regimes, regimes
 from autoshard.tables import percent, time
+from autoshard.whole_files import write_whole
 from costmodels.chips import Chip
 from costmodels.regimes import REGIMES, Work
 

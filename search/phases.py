@@ -112,8 +112,8 @@ def _handed(joined: Program, topology: Topology, choice: Choice) -> float:
 
 _HEAVIEST = 1e5
 """By how much a phase's weight is raised, at most, to make it keep to its limit."""
-_HALVINGS = 5
-"""How often the interval of that factor is halved, on a logarithmic scale."""
+_TRIALS = 15
+"""How many factors are tried: growing until the phase keeps to its limit, then halving the interval on a logarithmic scale."""
 
 
 def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, first: Phases) -> Phases:
@@ -123,7 +123,7 @@ def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, f
     """
     bound, best = first.proof.bound_seconds, None
     low, high, factor = 1.0, inf, 4.0
-    for _ in range(_HALVINGS + 10):
+    for _ in range(_TRIALS):
         raised = [weight * factor if p == phase else weight for p, weight in enumerate(weights)]
         found = joint.weighed(raised, weights)
         extra = (factor - 1) * weights[phase]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,22 @@ def test_a_plan_is_found_again(tmp_path, searches) -> None:
     assert_close(first(*arguments()), second(*arguments()))
     assert first.plan_for(*arguments()) == second.plan_for(*arguments())
     assert len(searches) == 1
+
+
+def test_an_interrupted_plan_is_used_but_not_kept(tmp_path, searches, monkeypatch) -> None:
+    counted = decorator.planned
+
+    def interrupted(*rest: Any) -> autoshard.Plan:
+        plan = counted(*rest)
+        return replace(plan, proof=replace(plan.proof, status="FEASIBLE", stopped="interrupted"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decorator, "planned", interrupted)
+        first = autoshard.autoshard(step, topology="cpu:8", cache_dir=tmp_path)
+        assert_close(first(*arguments()), jax.jit(step)(*arguments()))
+    assert not list(tmp_path.glob("**/*.json"))
+    second = autoshard.autoshard(step, topology="cpu:8", cache_dir=tmp_path)
+    assert second.plan_for(*arguments()).proof.stopped == "" and len(searches) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from autoshard import plan_file
+from autoshard import plan_file, whole_files
 from autoshard.cache import cached
 from autoshard.errors import PlanMismatchError
 from autoshard.plan_file import dumps, loads
@@ -79,7 +79,7 @@ def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytes
     planned_block()[0].save(file)
     left = int(script(KILLED, file, tmp_path / "cache"))
     assert left > 0, "no writer was killed while it wrote"
-    monkeypatch.setattr(plan_file, "_STALE_SECONDS", -1.0)
+    monkeypatch.setattr(whole_files, "_STALE_SECONDS", -1.0)
     small_plan().save(file)
     cached(tmp_path / "cache", "new", small_plan)
     assert not list(tmp_path.rglob(".*"))
@@ -130,7 +130,7 @@ def refusing(number: int) -> Any:
 def test_a_disk_that_cannot_be_written_keeps_what_it_has(tmp_path: Path, monkeypatch, number: int) -> None:
     plan, path = small_plan(), tmp_path / "plan.json"
     path.write_text("as it was")
-    monkeypatch.setattr(plan_file, "open", refusing(number), raising=False)
+    monkeypatch.setattr(whole_files, "open", refusing(number), raising=False)
     with pytest.raises(OSError, match=os.strerror(number)):
         plan.save(path)
     with pytest.raises(OSError, match=os.strerror(number)):

@@ -73,7 +73,7 @@ def _closing(run: Any, done: list[Any], path: Path) -> None:
 def _write(path: Path, data: Any) -> None:
     from json import dumps
 
-    from autoshard.plan_file import write_whole
+    from autoshard.whole_files import write_whole
 
     try:
         write_whole(path, dumps(data, indent=1) + "\n")

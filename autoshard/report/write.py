@@ -10,9 +10,10 @@ from typing import Any
 
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
-from autoshard.plan_file import load, write_whole
+from autoshard.plan_file import load
 from autoshard.sweep.extras import needed
 from autoshard.sweep.rows import SweepResult, load_sweep
+from autoshard.whole_files import write_whole
 
 _PAGES = Path(__file__).parent / "pages"
 _PICTURES = (".png", ".svg", ".pdf")
