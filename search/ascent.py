@@ -107,6 +107,7 @@ class Ascent:
             self.attempt(np.array([keep[0] for keep in self.dual.keep]))
             return
         over = self.lift(self.rounds)
+        self._given = False
         for _ in range(_PRICED_ROWS):
             if self.closed or self.late or not len(over) or float(over.max()) <= 0:
                 return
@@ -129,7 +130,7 @@ class Ascent:
             stalled = stalled + 1 if lower - before < 1e-5 * abs(lower) and not struck else 0
             if self.closed or self.late or stalled >= 2:
                 break
-        return over
+        return over if len(over) or self.closed else self.attempt(decode(self.dual))
 
     def _price_row(self, row: int) -> np.ndarray:
         """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual."""
