@@ -4,24 +4,33 @@ What is fitted is the paper's own layout: feed-forward network and attention as 
 chooses. Plans depend on the constants and the constants on the plans, so the two are found in turn: search every fitted
 row's plan, fit the constants to their times (least squares of log ratios), search again. Writes `pope2022_machine.json`, which
 `published.py` reads.
+
+Collectives are looped with their products, as the paper's are (§3.5), and all links of a chip count for each, as in its
+appendix. With nothing hidden the same rows fit as well, but by a matrix unit at its peak, which has to make up for the time on
+the wire that was hidden in truth; looped, it is not. What is left of the links' bandwidth is about one way of one of the six:
+most collectives of these layouts run along one axis.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.pope2022 import FIGURE, MACHINE, TABLES, Row, as_in_the_paper, solved
+from benchmarks.pope2022 import FIGURE, MACHINE, OVERLAP, TABLES, Row, as_in_the_paper, solved
 from costmodels.chips import Chip, chip, chip_from_dict
+from costmodels.collectives import seconds_on
 from costmodels.operations import evaluate, hbm_bytes, padded_flops
+from costmodels.program import Program
 from costmodels.topology import Topology
-from search.solution import collectives
+from search.reshard import Step, wire_seconds
+from search.solution import Choice, Move, moves, products_behind, steps
 from search.solve import Solution
 
-ROUNDS = 3
+ROUNDS = 2
 NAMES = (
     "matmul_efficiency",
     "hbm_efficiency",
@@ -35,48 +44,71 @@ SCALE = np.array([1, 1, 1, 1e-6, 1e-6])
 SOURCE = "benchmarks/fit_published.py, to Pope et al. 2022: "
 
 
-def parts(solution: Solution, bare: Chip) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Parts:
     """A plan's time as numbers that constants are put into.
 
-    **Returns:** per operation its runs, seconds of compute and of memory at peak rates, and whether it is a matmul; per
-    collective its runs, seconds on the wire at the peak rate, and seconds of hops.
+    - `operations`: per operation its runs, seconds of compute and of memory at peak rates, and whether it is a matmul.
+    - `sent`: per collective its runs, seconds on the wire at the peak rate, and seconds of hops.
+    - `behind`, `part`: the operation (its place in `operations`, or -1) that hides a collective, and the part of its time
+      that may.
     """
-    problem, operations, sent = solution.problem, [], []
+
+    operations: np.ndarray
+    sent: np.ndarray
+    behind: np.ndarray
+    part: np.ndarray
+
+    def seconds(self, constants: np.ndarray) -> float:
+        """The time of the plan under constants, in the order of `NAMES`."""
+        matmul, hbm, wire, op, launch = constants
+        (runs, work, moved, is_matmul), (count, sent, hops) = self.operations.T, self.sent.T
+        longest = np.maximum(np.where(is_matmul, work / matmul, work), moved / hbm)
+        hidden = np.where(self.behind >= 0, np.minimum(sent / wire, self.part * longest[self.behind]), 0.0)
+        return float((runs * (longest + op * is_matmul)).sum() + (count * (sent / wire - hidden + hops + launch)).sum())
+
+
+def parts(solution: Solution, bare: Chip) -> Parts:
+    """The parts of a plan's time; `bare` is the chip without efficiencies and overheads."""
+    problem, choice = solution.problem, solution.choice
     program, where = problem.program, problem.topology
-    for op, strategy, space in zip(program.operations, solution.choice.strategies, problem.spaces, strict=True):
-        if not op.flops_per_point and not op.traffic:
-            continue
-        at = space.strategies.index(strategy)
-        shards = space.shards[at : at + 1]
-        matmul = op.op_class == "matmul"
-        rate = bare.matmul_flops_per_second(op.dtype) if matmul else bare.vector_flops_per_second
-        work = evaluate(padded_flops(op), op, shards, bare.matrix_tile)[0] / rate
-        moved = evaluate(hbm_bytes(program, op), op, shards)[0] / bare.hbm_bytes_per_second
-        operations.append((program.multiplicity(op.region), work, moved, matmul))
-    for each in collectives(program, where, solution.choice):
-        if each.kind != "slice":
-            sent.append((each.count, *_wire(each, where, bare)))
-    return np.array(operations, dtype=float), np.array(sent, dtype=float).reshape(-1, 4)
+    places: dict[int, int] = {}
+    operations: list[tuple[float, ...]] = []
+    for i, op in enumerate(program.operations):
+        if op.flops_per_point or op.traffic:
+            places[i] = len(operations)
+            operations.append(_operation(program, where, choice, i, bare))
+    sent: list[tuple[float, ...]] = []
+    hiding: list[tuple[int, float]] = []
+    for move in moves(program, choice):
+        path = steps(program, where, move)
+        for step, product in zip(path, products_behind(program, where, choice, move, path), strict=True):
+            if step.kind != "slice":
+                sent.append((program.multiplicity(move.region), *_wire(program, where, move, step)))
+                chips = np.prod([where.axis_sizes[axis] for axis in step.axes])
+                hiding.append((-1 if product is None else places[product], 1 - 1 / float(chips)))
+    behind, part = zip(*hiding, strict=True) if hiding else ((), ())
+    rows = np.array(sent, dtype=float).reshape(-1, 3)
+    return Parts(np.array(operations, dtype=float), rows, np.array(behind, dtype=int), np.array(part, dtype=float))
 
 
-def _wire(each, where: Topology, bare: Chip) -> tuple[float, float, float]:
-    """Seconds on the wire at the peak, seconds of hops, launches: of one run."""
-    chip_now = where.chip
-    launch = chip_now.collective_overhead_seconds
-    sizes = [where.axis(name) for name in each.axes]
-    rounds = 2 if each.kind == "all-reduce" else 1
-    hops = rounds * sum(axis.hop_seconds * (axis.size // 2 if axis.ring else axis.size - 1) for axis in sizes)
-    wire = each.seconds / each.count - hops - launch
-    return wire * chip_now.wire_efficiency, hops, 1.0
+def _operation(program: Program, where: Topology, choice: Choice, i: int, bare: Chip) -> tuple[float, ...]:
+    """Runs, seconds of compute and of memory at the peak, and whether it is a matmul."""
+    op = program.operations[i]
+    pieces = [[np.prod([where.axis_sizes[axis] for axis in axes]) for axes in choice.strategies[i].splits]]
+    shards = np.array(pieces, dtype=float).reshape(1, len(op.factors))
+    matmul = op.op_class == "matmul"
+    rate = bare.matmul_flops_per_second(op.dtype) if matmul else bare.vector_flops_per_second
+    work = evaluate(padded_flops(op), op, shards, bare.matrix_tile)[0] / rate
+    moved = evaluate(hbm_bytes(program, op), op, shards)[0] / bare.hbm_bytes_per_second
+    return program.multiplicity(op.region), float(work), float(moved), float(matmul)
 
 
-def seconds(found: tuple[np.ndarray, np.ndarray], constants: np.ndarray) -> float:
-    """The time of a plan under constants, in the order of `NAMES`."""
-    matmul, hbm, wire, op, launch = constants
-    (runs, work, moved, is_matmul), (count, sent, hops, _) = found[0].T, found[1].T
-    computed = np.where(is_matmul, work / matmul, work)
-    local = runs * (np.maximum(computed, moved / hbm) + op * is_matmul)
-    return float(local.sum() + (count * (sent / wire + hops + launch)).sum())
+def _wire(program: Program, where: Topology, move: Move, step: Step) -> tuple[float, float]:
+    """Seconds on the wire at the peak, and seconds of hops, of one run."""
+    payload = step.payload(program.values[move.value].bytes, where.axis_sizes)
+    wire = float(wire_seconds(step.kind, step.axes, payload, where)) * where.chip.wire_efficiency
+    return wire, float(seconds_on(where, step.kind, step.axes, 0.0)) - where.chip.collective_overhead_seconds
 
 
 def with_constants(bare: Chip, constants: np.ndarray, source: str) -> Chip:
@@ -91,16 +123,16 @@ def main() -> None:
     rows: list[Row] = [row for row in (*TABLES, *FIGURE) if row.fitted]
     source = SOURCE + "; ".join(f"{row.name}, {row.chips} chips, batch {row.batch}, {row.weights}" for row in rows)
     # All arrays pass through HBM here: with the catalogue's `on_chip_bytes` the fit is worse, 6.5 % (the root of the mean
-    # square of the fitted rows' log errors) against 3.9 %.
+    # square of the fitted rows' log errors, with nothing hidden) against 3.9 %.
     bare = chip("v4").override({"on_chip_bytes": 0.0}, SOURCE)
-    constants = np.array([0.95, 0.8, 0.22, 6e-6, 1e-6])
+    constants = np.array([0.86, 0.76, 0.15, 1e-7, 4e-6])
     for turn in range(ROUNDS):
         on = with_constants(bare, constants, source)
-        found = [parts(solved(row, on, as_in_the_paper(row)), bare) for row in rows]
+        found = [parts(solved(row, on, as_in_the_paper(row), OVERLAP), bare) for row in rows]
 
         def errors(scaled: np.ndarray, found=found) -> np.ndarray:
             pairs = zip(found, rows, strict=True)
-            return np.array([np.log(seconds(each, scaled * SCALE) / row.seconds) for each, row in pairs])
+            return np.array([np.log(each.seconds(scaled * SCALE) / row.seconds) for each, row in pairs])
 
         start = np.clip(constants / SCALE, np.array(LEAST) / SCALE + 1e-6, np.array(MOST) / SCALE - 1e-6)
         bounds = (np.array(LEAST) / SCALE, np.array(MOST) / SCALE)

@@ -18,9 +18,10 @@ from autoshard.naming import strategy_name, weight_operand
 from autoshard.trace import trace
 from autoshard.workload import Workload
 from costmodels.chips import Chip, chip, chip_from_dict
-from costmodels.pricing import Overlap, Pricing
+from costmodels.pricing import LOOPED, Overlap, Pricing
 from costmodels.topology import Topology, topology_of_chip
 from examples import palm
+from search.solution import Choice
 from search.solve import Limits, Solution, search
 from search.strategies import Strategy
 
@@ -36,7 +37,9 @@ LOGITS_AT_ONCE = 4
 """Copies of the attention's logits that our prefill may hold beyond that; the paper's cuts long prefills into chunks."""
 
 
-SEARCH_SECONDS = 60.0
+OVERLAP: Overlap = LOOPED
+"""The paper's programs loop their einsums (§3.5)."""
+SEARCH_SECONDS = 40.0
 """A limit for each search; only long prefills come near it. On a machine that is busy with other things they stop early."""
 
 
@@ -91,7 +94,7 @@ def machine() -> Chip:
     return chip_from_dict(json.loads(MACHINE.read_text())) if MACHINE.exists() else chip("v4")
 
 
-def topology(row: Row, on: Chip, overlap: Overlap = 0.0) -> Topology:
+def topology(row: Row, on: Chip, overlap: Overlap = OVERLAP) -> Topology:
     """The row's chips under the paper's convention of bandwidth."""
     sizes, logits = MESHES[row.chips], 0.0
     if row.phase == "prefill":
@@ -118,10 +121,12 @@ def traced(row: Row) -> Traced:
 Allow = Callable[[int, Strategy], bool]
 
 
-def solved(row: Row, on: Chip, allow: Allow | None = None, overlap: Overlap = 0.0) -> Solution:
-    """The row's fastest plan; proven, unless `SEARCH_SECONDS` do not suffice."""
+def solved(
+    row: Row, on: Chip, allow: Allow | None = None, overlap: Overlap = OVERLAP, start: Choice | None = None
+) -> Solution:
+    """The row's fastest plan; proven, unless `SEARCH_SECONDS` do not suffice. `start` is one that it must be no slower than."""
     limits = Limits(wall_seconds=SEARCH_SECONDS, reserve_bytes=0.0)
-    return search(traced(row).program, topology(row, on, overlap), limits, allow=allow)
+    return search(traced(row).program, topology(row, on, overlap), limits, allow=allow, start=start)
 
 
 def mfu(row: Row, seconds: float) -> float:

@@ -1,9 +1,9 @@
 """Pope et al. 2022, "Efficiently Scaling Transformer Inference" (arXiv 2211.05102): tables 1 to 3, figure 1, and what it says
 of int8 weights, the serial block and multihead attention.
 
-Bandwidth is the paper's, all links of a chip for every collective. One set of constants prices all rows; which were fitted
-is said per row (`fit_published.py` found them, `pope2022_machine.json` holds them). Of tables 2 and 3 every row is priced
-twice: in the paper's layout, and as the free search has it.
+Bandwidth is the paper's, all links of a chip for every collective, and einsums are looped, as theirs are (§3.5). One set of
+constants prices all rows (`fit_published.py` found it, `pope2022_machine.json` holds it); what was fitted is said per row.
+Of tables 2 and 3 every row is priced twice: in the paper's layout, and as the free search has it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from benchmarks.pope2022 import (
     same_attention,
     same_feed_forward,
     solved,
+    topology,
 )
+from costmodels.chips import chip
 from costmodels.pricing import LOOPED, Overlap
 from costmodels.program import Program
 from examples import palm
+from search.solve import Solution
 
 CACHE_PART = 0.30
 """The part of memory that table 1 gives to the cache."""
@@ -113,13 +116,13 @@ def measured(say: Any = print) -> Iterator[dict[str, Any]]:
         yield {"row": f"{name}: seconds", "reference": each.seconds, "ours": seconds, **about}
         if each in TABLES:
             yield {"row": f"{name}: MFU", "reference": mfu(each, each.seconds), "ours": mfu(each, seconds), **about}
-            yield _free(each, name, seconds)
+            yield _free(each, name, plan)
     yield from _errors(found)
 
 
-def _free(each: Row, name: str, paper_seconds: float) -> dict[str, Any]:
+def _free(each: Row, name: str, paper: Solution) -> dict[str, Any]:
     """The layout that the search is free to choose, beside the paper's by name, each with its price."""
-    plan = solved(each, machine())
+    plan = solved(each, machine(), start=paper.choice)
     chosen, seconds = families(plan), plan.proof.objective_seconds
     same = same_feed_forward(each.feed_forward, chosen.feed_forward) and same_attention(
         each.attention, chosen.attention
@@ -128,7 +131,7 @@ def _free(each: Row, name: str, paper_seconds: float) -> dict[str, Any]:
     stopped = "" if plan.proof.gap == 0 else f" (search stopped {100 * plan.proof.gap:.1f} % above its bound)"
     return {
         "row": f"{name}: free search against the paper's layout, seconds",
-        "reference": paper_seconds,
+        "reference": paper.proof.objective_seconds,
         "ours": seconds,
         "source": f"{PAPER}: FFN {each.feed_forward}, attention {each.attention}-sharded; priced by this model",
         "chosen": {"ffn": chosen.feed_forward, "attention": chosen.attention},
@@ -167,7 +170,7 @@ def _errors(found: list[tuple[Row, float]]) -> Iterator[dict[str, Any]]:
 
 
 def _seconds(
-    size: str, phase: str, batch: int, weights: str = "bf16", projections: bool = True, overlap: Overlap = 0.0
+    size: str, phase: str, batch: int, weights: str = "bf16", projections: bool = True, overlap: Overlap = LOOPED
 ) -> float:
     """Of 64 chips in the paper's layout."""
     row = Row("", size, phase, CHIPS, batch, weights, 0.0)
@@ -190,7 +193,7 @@ def comparisons() -> Iterator[dict[str, Any]]:
         "reference": 1.4,
         "ours": apart / hidden,
         "source": f"{PAPER}, §3.5: about 1.4 times the compiler's own schedule",
-        "note": "no constant is fitted to it; the others are fitted with nothing hidden",
+        "note": "no constant is fitted to it",
     }
     for phase, batch in (("decode", 64), ("prefill", 1)):
         one, many = (
@@ -209,27 +212,44 @@ def _serial_block() -> Iterator[dict[str, Any]]:
     """What it costs that attention and feed-forward network follow each other, and why the search would pay less for it."""
     decode, prefill = ("decode", 512), ("prefill", 1)
     cases: tuple[tuple[tuple[str, int], bool, Overlap, float | None, str, str], ...] = (
-        (decode, True, 0.0, 1.14, "§4.3: +14 %", "gathers and scatters the activations twice a layer"),
-        (decode, True, LOOPED, None, "", "looped einsums hide some of both blocks' collectives"),
-        (
-            decode,
-            False,
-            0.0,
-            None,
-            "",
-            "the search lays the serial block's attention out in a cheaper way",
-        ),
-        (prefill, True, 0.0, None, "§4.3: less than in decode", ""),
+        (decode, True, LOOPED, 1.14, "§4.3: +14 %", "gathers and scatters the activations twice a layer, not once"),
+        (decode, True, 0.0, None, "", ""),
+        (decode, False, LOOPED, None, "", "the search lays the serial block's attention out in a cheaper way"),
+        (prefill, True, LOOPED, None, "§4.3: less than in decode", ""),
     )
     for (phase, batch), projections, overlap, reference, said, note in cases:
         parallel, serial = (
             _seconds(size, phase, batch, "bf16", projections, overlap) for size in ("540b", "540b-serial")
         )
         where = "" if projections else ", attention's projections free"
-        row = f"540B {phase}, batch {batch}, WS-2D{where}{', looped' if overlap else ''}: serial block over parallel"
+        row = f"540B {phase}, batch {batch}, WS-2D{where}{'' if overlap else ', nothing hidden'}: serial block over parallel"
         about = {"source": f"{PAPER}, {said}" if said else "", "parallel_seconds": parallel, "serial_seconds": serial}
-        asked = {"within": 0.05} if reference else {}
+        asked = {"within": 0.10} if reference else {}
         yield {"row": row, "reference": reference, "ours": serial / parallel, **about, **asked, "note": note}
+
+
+def constants() -> Iterator[dict[str, Any]]:
+    """What all rows are priced with, and what the fitted bandwidth means."""
+    on = machine()
+    for name, constant in on.constants.items():
+        if constant.value is not None:
+            row = f"constant of all rows: {name}"
+            yield {
+                "row": row,
+                "reference": None,
+                "ours": constant.value,
+                "source": constant.source,
+                "note": constant.status,
+            }
+    plain = topology(TABLES[0], chip("v4"))
+    reached = plain.total_bytes_per_second * on.wire_efficiency
+    yield {
+        "row": "bytes a second that collectives reach of a chip's links, over one way of one link",
+        "reference": 1.0,
+        "ours": reached / plain.axes[0].bytes_per_second,
+        "source": "Cloud TPU docs, v4; wire_efficiency is the part of all six links, as the paper counts them",
+        "note": "most collectives of these layouts run along one axis, on the links of one ring",
+    }
 
 
 def rows() -> list[dict[str, Any]]:
@@ -237,4 +257,4 @@ def rows() -> list[dict[str, Any]]:
     import sys
 
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    return [*table_1(), *measured(say), *comparisons()]
+    return [*table_1(), *measured(say), *comparisons(), *constants()]

@@ -119,6 +119,7 @@ class Ascent:
             self.attempt(np.array([keep[0] for keep in self.dual.keep]))
             return
         over = self.lift(self.rounds)
+        self._given = False
         for _ in range(_PRICED_ROWS):
             unpriced = np.where(self.dual.multipliers > 0, -np.inf, over)
             if self.closed or self.late or unpriced.max(initial=-np.inf) <= 0:
