@@ -18,7 +18,7 @@ partitioned as planned. Everything else that was planned is *missing*, everythin
 Shares are of the plan's time on the wire, with compiled collectives priced by the model that priced the planned ones.
 
 Matmuls are held against the plan by their FLOPs, line by line of the user's code: what computes more than planned had an
-operand *replicated*. An array that is gathered for nothing but slices of it is called what the partitioner calls it, an
+operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is gathered for nothing but slices of it is called what the partitioner calls it, an
 involuntary full rematerialization.
 """
 
@@ -34,7 +34,7 @@ import jax
 from autoshard import execution, hlo, targets
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
-from autoshard.hlo_costs import matmul_flops
+from autoshard.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.pairing import Axes, Pair, axes_of, literal, matched
 from autoshard.plan import Plan, PlannedCollective
 from autoshard.tables import size
@@ -58,6 +58,7 @@ Kind = Literal[
     "missing",
     "unplanned",
     "replicated",
+    "computed again",
     "peak memory",
 ]
 
@@ -281,7 +282,7 @@ def compare(
     differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
     differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
     due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
-    differences += _judge_work(due, done)
+    differences += _judge_work(due, done, flops_formed_again(text) if text else {})
     cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
     return Audit(
         target,
@@ -363,12 +364,18 @@ def _judge_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: flo
         yield Difference("same plan", text, more, abs(seconds) / wire_seconds, False)
 
 
-def _judge_work(planned: Mapping[str, float], compiled: Mapping[str, float]) -> Iterator[Difference]:
-    for each in repeated(planned, compiled, NOTICEABLE):
+def _judge_work(
+    planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float]
+) -> Iterator[Difference]:
+    total = max(sum(planned.values()), 1.0)
+    for each in repeated(planned, compiled, again, NOTICEABLE):
         times = f"{each.compiled / each.planned:.2f} times the planned" if each.planned else "unplanned"
-        text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs: an operand is replicated"
-        share = (each.compiled - each.planned) / max(sum(planned.values()), 1.0)
-        yield Difference("replicated", text, 0.0, share, True)
+        text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs"
+        share = (each.compiled - each.planned) / total
+        if each.compiled - each.again <= each.planned + NOTICEABLE * total:
+            yield Difference("computed again", f"{text}: once for each fusion that uses them", 0.0, share, False)
+        else:
+            yield Difference("replicated", f"{text}: an operand is replicated", 0.0, share, True)
 
 
 def _judge_memory(planned: float, compiled: float) -> Iterator[Difference]:

@@ -20,7 +20,11 @@ def render(audit: Audit, width: int = WIDTH) -> str:
     return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
 
 
-_SHARES = {"peak memory": "of the planned peak", "replicated": "of the planned FLOPs"}
+_SHARES = {
+    "peak memory": "of the planned peak",
+    "replicated": "of the planned FLOPs",
+    "computed again": "of the planned FLOPs",
+}
 _TARGETS = {"host": "host devices", "tpu": "the TPU", "gpu": "the GPU"}
 
 

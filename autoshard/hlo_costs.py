@@ -69,6 +69,45 @@ def matmul_flops(text: str) -> dict[str, float]:
     return found
 
 
+def flops_formed_again(text: str) -> dict[str, float]:
+    """FLOPs, by source line, of the matmuls that another instruction forms from the same operands as well.
+
+    A compiler does so where it would rather compute a matmul in each fusion that uses it than keep its result.
+
+    **Raises:** `ValueError` when the text is not a compiled program.
+    """
+    module = parse(text)
+    found: dict[str, float] = {}
+    formed: set[tuple] = set()
+    for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
+        for matmul, flops in _matmuls(inst, scope, module):
+            source = module.source(matmul) or module.source(inst)
+            key = (id(scope.computation), source, matmul.shape, flops, _reads(inst, matmul, module))
+            if key in formed:
+                found[source] = found.get(source, 0.0) + count * flops
+            formed.add(key)
+    return found
+
+
+def _reads(inst: Instruction, matmul: Instruction, module: Module) -> frozenset[str] | None:
+    """The operands of an instruction that a matmul in it, however deep in fusions, depends on; None if it holds no such."""
+    if inst is matmul:
+        return frozenset(inst.operands)
+    if inst.opcode != "fusion":
+        return None
+    inner = module.computations[inst.called()[0]].instructions
+    first = next((read for each in inner.values() if (read := _reads(each, matmul, module)) is not None), None)
+    if first is None:
+        return None
+    found, waiting = set[str](), list(first)
+    while waiting:
+        each = inner[waiting.pop()]
+        if each.opcode == "parameter":
+            found.add(inst.operands[int(each.arguments)])
+        waiting += each.operands
+    return frozenset(found)
+
+
 def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator[tuple[Scope, Instruction, int, bool]]:
     """Every instruction at the top of a computation that runs, with how often; fusions are one instruction."""
     for inst in scope.computation.instructions.values():

@@ -14,11 +14,15 @@ from autoshard.plan import OperationPlan
 
 @dataclass(frozen=True)
 class Repeated:
-    """A line of the user's code whose matmuls compute more than was planned, in FLOPs per chip and step."""
+    """A line of the user's code whose matmuls compute more than was planned, in FLOPs per chip and step.
+
+    `again` are those of `compiled` that form a result which was there already.
+    """
 
     source: str
     planned: float
     compiled: float
+    again: float
 
 
 def planned_flops(operations: Sequence[OperationPlan]) -> dict[str, float]:
@@ -30,7 +34,9 @@ def planned_flops(operations: Sequence[OperationPlan]) -> dict[str, float]:
     return found
 
 
-def repeated(planned: Mapping[str, float], compiled: Mapping[str, float], tolerance: float) -> tuple[Repeated, ...]:
+def repeated(
+    planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float], tolerance: float
+) -> tuple[Repeated, ...]:
     """The lines that compute more than planned, the worst first; none where all of them together do not.
 
     Compilers turn some small matmuls into multiplications and sums, which are not counted: less than planned says nothing.
@@ -38,6 +44,6 @@ def repeated(planned: Mapping[str, float], compiled: Mapping[str, float], tolera
     total = sum(planned.values())
     if sum(compiled.values()) <= total * (1 + tolerance):
         return ()
-    more = [Repeated(source, planned.get(source, 0.0), flops) for source, flops in compiled.items()]
+    more = [Repeated(at, planned.get(at, 0.0), flops, again.get(at, 0.0)) for at, flops in compiled.items()]
     worst = sorted(more, key=lambda each: each.planned - each.compiled)
     return tuple(each for each in worst if each.compiled - each.planned > tolerance * total)

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from autoshard.hlo_costs import matmul_flops
+from autoshard._audit import _judge_work
+from autoshard.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.work import Repeated, repeated
 
 PLANNED = {"model.py:1": 100.0, "model.py:2": 100.0}
@@ -20,11 +21,11 @@ CASES = {
     "told apart by other lines": ({"model.py:3": 100.0, "model.py:2": 100.0}, ()),
     "one line twice": (
         {"model.py:1": 200.0, "model.py:2": 100.0},
-        (Repeated("model.py:1", 100.0, 200.0),),
+        (Repeated("model.py:1", 100.0, 200.0, 0.0),),
     ),
     "two lines, the worst first": (
         {"model.py:1": 200.0, "model.py:2": 400.0},
-        (Repeated("model.py:2", 100.0, 400.0), Repeated("model.py:1", 100.0, 200.0)),
+        (Repeated("model.py:2", 100.0, 400.0, 300.0), Repeated("model.py:1", 100.0, 200.0, 0.0)),
     ),
 }
 
@@ -32,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_lines_that_compute_more_than_planned(case: str) -> None:
     compiled, expected = CASES[case]
-    assert repeated(PLANNED, compiled, 0.01) == expected
+    assert repeated(PLANNED, compiled, {"model.py:2": 300.0}, 0.01) == expected
 
 
 def test_flops_by_the_users_line() -> None:
@@ -53,6 +54,60 @@ def test_flops_by_the_users_line() -> None:
         found.append(line)
     assert [flops for _, flops in found] == [2 * 64**3 / 8, 2 * 64**3]
     assert all(source.startswith("test_work.py:") for source, _ in found)
+
+
+# As libtpu writes a product that two fusions use: formed in each of them, here in one of them by a fusion within.
+TWICE = """\
+HloModule m
+
+%scores (q: bf16[8,16], k: bf16[16,32]) -> f32[8,32] {{
+  %q = bf16[8,16]{{1,0}} parameter(0)
+  %k = bf16[16,32]{{1,0}} parameter(1)
+  ROOT %inner = f32[8,32]{{1,0}} dot(%q, %k), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, \
+metadata={{op_name="jit(f)/dot_general" source_file="/home/user/model.py" source_line=7}}
+}}
+
+%largest (q.1: bf16[8,16], k.1: bf16[16,32], mask: pred[8,32]) -> f32[8,32] {{
+  %q.1 = bf16[8,16]{{1,0}} parameter(0)
+  %k.1 = bf16[16,32]{{1,0}} parameter(1)
+  %mask = pred[8,32]{{1,0}} parameter(2)
+  %found = f32[8,32]{{1,0}} fusion(%q.1, %k.1), kind=kOutput, calls=%scores
+  ROOT %kept = f32[8,32]{{1,0}} select(%mask, %found, %found)
+}}
+
+%exponential (q.2: bf16[8,16], k.2: bf16[16,32]) -> f32[8,32] {{
+  %q.2 = bf16[8,16]{{1,0}} parameter(0)
+  %k.2 = bf16[16,32]{{1,0}} parameter(1)
+  %same = f32[8,32]{{1,0}} dot(%q.2, %k.2), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, \
+metadata={{op_name="jit(f)/dot_general" source_file="/home/user/model.py" source_line=7}}
+  ROOT %e = f32[8,32]{{1,0}} exponential(%same)
+}}
+
+ENTRY %main (q.3: bf16[8,16], k.3: bf16[16,32], mask.1: pred[8,32], k.4: bf16[16,32]) -> f32[8,32] {{
+  %q.3 = bf16[8,16]{{1,0}} parameter(0)
+  %k.3 = bf16[16,32]{{1,0}} parameter(1)
+  %mask.1 = pred[8,32]{{1,0}} parameter(2)
+  %k.4 = bf16[16,32]{{1,0}} parameter(3)
+  %m = f32[8,32]{{1,0}} fusion(%q.3, %k.3, %mask.1), kind=kOutput, calls=%largest
+  %s = f32[8,32]{{1,0}} fusion(%q.3, {second}), kind=kOutput, calls=%exponential
+  ROOT %r = f32[8,32]{{1,0}} subtract(%s, %m)
+}}
+"""
+
+
+@pytest.mark.parametrize(("second", "again"), [("%k.3", {"model.py:7": 2.0 * 8 * 16 * 32}), ("%k.4", {})])
+def test_what_two_fusions_form_from_the_same_operands(second: str, again: dict[str, float]) -> None:
+    text = TWICE.format(second=second)
+    assert matmul_flops(text) == {"model.py:7": 2 * 2.0 * 8 * 16 * 32}
+    assert flops_formed_again(text) == again
+
+
+def test_a_product_formed_again_is_no_replicated_operand() -> None:
+    twice = {"model.py:1": 200.0, "model.py:2": 100.0}
+    (said,) = _judge_work(PLANNED, twice, {"model.py:1": 100.0})
+    assert (said.kind, said.counts) == ("computed again", False)
+    (said,) = _judge_work(PLANNED, twice, {"model.py:1": 50.0})
+    assert (said.kind, said.counts) == ("replicated", True)
 
 
 GEMM = """\
