@@ -18,8 +18,8 @@ partitioned as planned. Everything else that was planned is *missing*, everythin
 Shares are of the plan's time on the wire, with compiled collectives priced by the model that priced the planned ones.
 
 Matmuls are held against the plan by their FLOPs, line by line of the user's code: what computes more than planned had an
-operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is gathered for nothing but slices of it is called what the partitioner calls it, an
-involuntary full rematerialization.
+operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is
+gathered for nothing but slices of it is called what the partitioner calls it, an involuntary full rematerialization.
 """
 
 from __future__ import annotations
