@@ -146,12 +146,15 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Prints what is not faithful and a count per topology, and writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=TOPOLOGIES, metavar="TOPOLOGY", help="keep the others' rows")
+    parser.add_argument(
+        "--only", nargs="+", default=TOPOLOGIES, metavar="TOPOLOGY", help="keep the rows of others, and of other JAXs"
+    )
     chosen = parser.parse_args().only
     known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
     for name in chosen:
         found = rows_of(name)
-        known = [row for row in known if row["row"].split(" ")[0] != name] + found
+        here = (name, found[0]["jax"])
+        known = [row for row in known if (row["row"].split(" ")[0], row["jax"]) != here] + found
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         if found[0]["ours"] is None:
@@ -159,7 +162,8 @@ def main() -> None:
             continue
         planned = [row for row in found if row["reference"]]
         print(
-            f"{name}: {sum(row['ours'] for row in planned)} of {len(planned)} steps that may be planned compile as written"
+            f"{name}, jax {found[0]['jax']}: {sum(row['ours'] for row in planned)} of {len(planned)} steps that may be planned "
+            "compile as written"
         )
         for row in found:
             if row["reference"] != row["ours"]:
