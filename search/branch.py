@@ -157,6 +157,18 @@ class Branching:
         return found
 
     def _finish(self, lower: float) -> float:
+        """`_closed_by_cp_sat`, after which no pair stays banned that only this branch does without."""
+        banned = dict(self.dual.banned)
+        found = self._closed_by_cp_sat(lower)
+        self.dual.banned = banned
+        return found
+
+    def _ban_pairs(self, lower: float) -> None:
+        """Takes from CP-SAT the pairs that the price of memory excludes, before that is taken off."""
+        if np.isfinite(self.ascent.objective):
+            self.dual.ban_pairs(max(self.ascent.objective - lower, 0.0) + PRECISION * abs(lower))
+
+    def _closed_by_cp_sat(self, lower: float) -> float:
         """CP-SAT on one branch, the likeliest states first; returns the bound that is proven for it.
 
         A window of width $\\delta$ keeps the states whose choice alone lifts the bound $L$ by at most $\\delta$. No other
@@ -165,6 +177,7 @@ class Branching:
         """
         width = max(abs(lower), 1e-12) * _FIRST_WINDOW
         if self.dual.multipliers.any():
+            self._ban_pairs(lower)
             lower = self._unpriced()
             width = _WIDEST
         every = list(self.dual.keep)
