@@ -206,7 +206,9 @@ class _Run:
     cutoff: float
     start: Choice | None = None
 
-    def of(self, smaller: Reduction, fits: Callable[[_Found], bool], before: _Found | None = None) -> _Found:
+    def of(
+        self, smaller: Reduction, fits: Callable[[_Found], bool] = lambda _: True, before: _Found | None = None
+    ) -> _Found:
         """Lifts the bound and lowers the best plan, then branches if they have not met; when interrupted, ends with those.
 
         A plan that does not fit the whole problem is not worth branches. `before` is a relaxation: its bound holds here, too.

@@ -382,7 +382,8 @@ def test_the_command_solves_resumes_and_answers(tmp_path: Path):
     assert lines[0].startswith("decode: the cheapest at 1.00 ms or less is v5e:")
     assert lines[1].startswith("decode: the fastest on 4 chips is v5e:")
     assert lines[2].startswith("decode: the largest width is 1024 (the largest that the job asks for")
-    assert len([line for line in lines if line.endswith("×")]) == 8
+    assert lines[3].startswith("decode: weights bfloat16 is 1.")
+    assert len([line for line in lines if " × " in line]) == 8
 
 
 def test_another_job_finds_the_points_of_the_first(tmp_path: Path):

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.test_sweep import JOB, ROOT, job, written
 
 COMMAND = [sys.executable, "-c", "from autoshard.cli import main; main()", "sweep"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+Cluster = Callable[[], AbstractContextManager[engines.Engine]]
 MORE = JOB.replace("batch = [8, 64]", "batch = [8, 16, 32, 64, 128, 256]")
 
 
@@ -129,14 +132,14 @@ def troubled(tmp_path: Path, trouble: str) -> str:
     return text.replace('dtype = { of = "weights" }', arguments).replace("width = [256, 1024]", "width = 256")
 
 
-def test_a_worker_that_dies_costs_its_own_points_only(tmp_path: Path):
+def deadly(tmp_path: Path) -> str:
     """Of two widths the larger kills every worker that takes it."""
-    text = (
-        troubled(tmp_path, "die")
-        .replace('trouble = ["", "die"]', 'trouble = "die"')
-        .replace("width = 256", "width = [256, 512]")
-    )
-    found = swept(tmp_path, engines.processes(2), text)
+    text = troubled(tmp_path, "die").replace('trouble = ["", "die"]', 'trouble = "die"')
+    return text.replace("width = 256", "width = [256, 512]")
+
+
+def test_a_worker_that_dies_costs_its_own_points_only(tmp_path: Path):
+    found = swept(tmp_path, engines.processes(2), deadly(tmp_path))
     assert {(row.knobs["width"], row.outcome) for row in found} == {(256, SOLVED), (512, FAILED)}
     assert {row.why for row in found if row.outcome == FAILED} == {
         "The worker died: its process died, twice. Out of memory is the usual cause; fewer workers may do."
@@ -208,22 +211,45 @@ def test_one_and_two_processes_find_the_same(tmp_path: Path, alone: tuple[Row, .
         assert swept(tmp_path / str(workers), engines.processes(workers)) == alone
 
 
-def test_dask_finds_the_same(tmp_path: Path, alone: tuple[Row, ...]):
-    distributed = pytest.importorskip("distributed")
+@contextmanager
+def on_dask() -> Iterator[engines.Engine]:
+    distributed, dask = pytest.importorskip("distributed"), pytest.importorskip("dask")
     options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with distributed.LocalCluster(**options, env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}) as cluster:
-        assert swept(tmp_path, engines.dask(cluster.scheduler_address)) == alone
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        distributed.LocalCluster(**options, env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}) as cluster,
+    ):
+        yield engines.dask(cluster.scheduler_address)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_ray_finds_the_same(tmp_path: Path, alone: tuple[Row, ...]):
+@contextmanager
+def on_ray() -> Iterator[engines.Engine]:
     ray = pytest.importorskip("ray")
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
-        assert swept(tmp_path, engines.ray()) == alone
+        yield engines.ray()
     finally:
         ray.shutdown()
+
+
+CLUSTERS = pytest.mark.parametrize("cluster", [on_dask, on_ray], ids=["dask", "ray"])
+
+
+@CLUSTERS
+@pytest.mark.filterwarnings("ignore")
+def test_a_cluster_finds_the_same(tmp_path: Path, alone: tuple[Row, ...], cluster: Cluster):
+    with cluster() as engine:
+        assert swept(tmp_path, engine) == alone
+
+
+@CLUSTERS
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_of_a_cluster_that_dies_costs_its_own_points_only(tmp_path: Path, cluster: Cluster):
+    with cluster() as engine:
+        found = swept(tmp_path, engine, deadly(tmp_path))
+    assert {(row.knobs["width"], row.outcome) for row in found} == {(256, SOLVED), (512, FAILED)}
+    assert all("worker died" in row.why for row in found if row.outcome == FAILED)
 
 
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch):

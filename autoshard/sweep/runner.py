@@ -58,14 +58,15 @@ class Sweep:
     _ended: dict[str, Result] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Done]:
-        rest = iter(self.points)
+        first, rest = None, iter(self.points)
         for point in rest:  # what needs no search is there at once
-            first = self._settled(point)
-            if isinstance(first, Done):
-                yield first
-            else:
+            found = self._settled(point)
+            if isinstance(found, Done):
+                yield found
+            elif found is not None:
+                first = found
                 break
-        else:
+        if first is None:
             return
         settled: deque[Done] = deque()
         for task, outcome in self.engine(self._begun(self._tasks(first, rest, settled))):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import exp, log
+from textwrap import wrap
 
 from autoshard.sweep.advice import advice, cost_of, latency_of
 from autoshard.sweep.frontier import cheapest, fastest, frontier, gains, longest
@@ -90,7 +92,10 @@ def answer_longest(sweep: SweepResult, phase: str, knob: str) -> str:
     """The largest value of a knob that has a plan, in a sentence."""
     found = longest(sweep.of(phase), knob)
     if found is None:
-        return f"{phase}: {knob} is no number that its points vary."
+        numbers = dict.fromkeys(
+            key for row in sweep.of(phase) for key, value in row.knobs.items() if isinstance(value, int | float)
+        )
+        return f"{phase}: {knob} is no number that its plans differ in; {', '.join(numbers) or 'none'} would do."
     most = max(
         (row.knobs[knob] for row in sweep.rows if row.phase == phase and isinstance(row.knobs.get(knob), int | float)),
         key=float,
@@ -105,6 +110,15 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: str, second: s
     pairs = gains(sweep.of(phase), knob, first, second)
     if not pairs:
         return [f"{phase}: no two plans differ in {knob} {first} and {second} alone."]
+    ratios = [pair.latency for pair in pairs]
+    mean = exp(sum(map(log, ratios)) / len(ratios))
+    least, most = min(pairs, key=lambda pair: pair.latency), max(pairs, key=lambda pair: pair.latency)
+    held = sum(pair.second.peak_bytes for pair in pairs) / sum(pair.first.peak_bytes for pair in pairs)
+    words = (
+        f"{phase}: {knob} {second} is {mean:.2f} times as fast as {first}, and as cheap, over {len(pairs)} pairs of plans:"
+        f" {least.latency:.2f} at {least.second.name}, {most.latency:.2f} at {most.second.name}."
+        f" It takes {percent(held)} of the memory.{_only(sweep, phase, knob, first, second)}"
+    )
     rows = [
         (
             pair.second.topology,
@@ -112,11 +126,28 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: str, second: s
             time(pair.first.latency_seconds),
             time(pair.second.latency_seconds),
             f"{pair.latency:.2f} ×",
+            size(pair.first.peak_bytes),
+            size(pair.second.peak_bytes),
         )
         for pair in pairs
     ]
-    headers = ("topology", "point", first, second, "faster")
-    return [f"{phase}: {knob} {second} against {first}", *(f"  {x}" for x in table(headers, rows, "<~>>>", width - 2))]
+    headers = ("topology", "point", first, second, "faster", f"{first} a chip", f"{second} a chip")
+    return [
+        *wrap(words, width, break_on_hyphens=False),
+        *(f"  {x}" for x in table(headers, rows, "<~>>>>>", width - 2)),
+    ]
+
+
+def _only(sweep: SweepResult, phase: str, knob: str, first: str, second: str) -> str:
+    """How many points fit with the second value of a knob alone."""
+
+    def rest(row: Row) -> tuple:
+        return row.topology, tuple((key, value) for key, value in row.knobs.items() if key != knob)
+
+    rows = [row for row in sweep.rows if row.phase == phase]
+    full = {rest(row) for row in rows if row.knobs.get(knob) == first and row.outcome in (INFEASIBLE, PRUNED)}
+    gained = [row for row in rows if row.knobs.get(knob) == second and row.outcome == SOLVED and rest(row) in full]
+    return f" {len(gained)} points have a plan with {second} alone, such as {gained[0].name}." if gained else ""
 
 
 def _recommendations(sweep: SweepResult, width: int) -> Iterator[str]:
