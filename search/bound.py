@@ -270,7 +270,7 @@ class Dual:
             over = self.pair_excess(k) + ends > width
             if over.any():
                 banned = self.banned.get(k, np.zeros(self.problem.edges[k].matrix.shape, dtype=bool)).copy()
-                banned[self._window(k)] |= over
+                banned[edge.window] |= over
                 self.banned[k] = banned
         self.restrict(self.keep)
 
