@@ -198,7 +198,8 @@ def keras_forward(kind: str, tiny: bool = False) -> Workload:
         found.append(backbone(**sizes, dtype="float32" if tiny else "bfloat16"))
         return [variable.value for variable in found[-1].variables]
 
-    shapes = jax.eval_shape(build)  # Keras keeps its weights in objects: inside, they are never allocated
+    # Keras keeps its weights in objects, which must not be allocated at full size; what else it computes there is then lost.
+    shapes = jax.eval_shape(lambda arrays: arrays, build()) if tiny else jax.eval_shape(build)
     model = found[-1]
     params = {variable.path: shape for variable, shape in zip(model.variables, shapes, strict=True)}
 
