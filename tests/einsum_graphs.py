@@ -58,14 +58,20 @@ class Graph:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
-    """Two or three arguments of up to three dimensions and up to four nodes."""
+    """Two or three arguments of up to three dimensions and up to four nodes, no two alike: a compiler makes one of those."""
     letters = st.lists(st.sampled_from("abcde"), min_size=1, max_size=3, unique=True).map("".join)
     dims = [draw(letters) for _ in range(draw(st.integers(2, 3)))]
     arguments, nodes = tuple(dims), []
     for _ in range(draw(st.integers(1, 4))):
-        nodes.append(draw(_node(tuple(dims))))
-        dims.append(nodes[-1].dims)
+        node = draw(_node(tuple(dims)))
+        if not any(_alike(node, other) for other in nodes):
+            nodes.append(node)
+            dims.append(node.dims)
     return Graph(arguments, tuple(nodes))
+
+
+def _alike(a: Node, b: Node) -> bool:
+    return (a.kind, sorted(a.operands), a.dims) == (b.kind, sorted(b.operands), b.dims)
 
 
 @st.composite
@@ -112,6 +118,17 @@ def assert_as_planned(graph: Graph, mesh_shape: str, seed: int) -> None:
     assert differences(traced.program, topology, choice, compiled) == []
 
 
+def computed_alike(program: Any, choice: Any) -> list[int]:
+    """Per value the first one that the same operation makes of the same operands in the same pieces, as compilers see it."""
+    first: dict[Any, int] = {}
+    found = list(range(len(program.values)))
+    for i, op in enumerate(program.operations):
+        key = (op.primitive, tuple((found[use.value], use.dims) for use in op.inputs), op.factors, choice.strategies[i])
+        for use in op.outputs if op.inputs else ():
+            found[use.value] = first.setdefault((key, use.dims), use.value)
+    return found
+
+
 def differences(program: Any, topology: Any, choice: Any, compiled: Sequence[Any]) -> list[str]:
     """Compiled collectives that were not planned, and planned ones that were not compiled."""
     from autoshard.pairing import axes_of, matched
@@ -121,7 +138,8 @@ def differences(program: Any, topology: Any, choice: Any, compiled: Sequence[Any
     sent = collectives(program, topology, choice)
     planned = [PlannedCollective(each.kind, each.axes, each.bytes, each.count, each.seconds, "") for each in sent]
     own = [each for each in compiled if axes_of(each, topology)]
-    pairs = matched(planned, [each.value for each in sent], own, topology)
+    same = computed_alike(program, choice)
+    pairs = matched(planned, [same[each.value] for each in sent], own, topology)
     alone = [pair for pair in pairs if not (pair.planned and pair.compiled)]
     return [f"{'unplanned' if pair.compiled else 'missing'}: {(*pair.planned, *pair.compiled)}" for pair in alone]
 
