@@ -15,9 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "overhead.json"
 RUNS = 4
 DEVICES = 8
-LAYERS, PLANNED_LAYERS = 126, 3  # those of Llama 3 405B; first, middle, last
+LAYERS = 126  # those of Llama 3 405B
 IMPORT_SECONDS, INSERTION_SECONDS, CALL_RATIO = 0.3, 5.0, 1.0
 CALLS = 300
 
@@ -112,77 +110,11 @@ def unrolled(layers: int) -> Any:
 
 
 def write_deep_plan(path: str) -> None:
-    """A plan of 126 layers, laid out as the first, the middle and the last of three that are searched.
-
-    A search of all would do as well, but takes longer than what is measured here.
-    """
+    """The plan of all layers."""
     import autoshard
-    from autoshard import trees
-    from autoshard.trace import fingerprint, trace
-    from search.solution import Choice
 
-    small, large = unrolled(PLANNED_LAYERS), unrolled(LAYERS)
-    plan = autoshard.search(small.fn, *small.args, topology=f"cpu:{DEVICES}")
-    few, many = (trace(each.fn, *each.args) for each in (small, large))
-    a, b = few.program, many.program
-    rows = alike([signature(op) for op in a.operations], [signature(op) for op in b.operations])
-    values = {}
-    for i, op in enumerate(b.operations):
-        for use, old in zip(op.outputs, a.operations[rows[i]].outputs, strict=True):
-            if old.value in plan.choice.hubs:
-                values[use.value] = plan.choice.hubs[old.value]
-    sources = {at: k for k, at in enumerate(a.arguments)}
-    sinks = {at: k for k, at in enumerate(a.results)}
-    operations = tuple(replace(plan.operations[rows[i]], name=op.name) for i, op in enumerate(b.operations))
-    deep = replace(
-        plan,
-        fingerprint=fingerprint(b),
-        arguments=tuple(
-            replace(plan.arguments[sources[rows[at]]], path=path)
-            for at, path in zip(b.arguments, many.paths, strict=True)
-        ),
-        results=tuple(
-            replace(plan.results[sinks[rows[at]]], path=path)
-            for at, path in zip(b.results, many.result_paths, strict=True)
-        ),
-        in_tree=trees.describe(large.args),
-        out_tree=trees.describe(many.out_tree.unflatten([0] * len(b.results))),
-        operations=operations,
-        choice=Choice(tuple(plan.choice.strategies[row] for row in rows), values),
-    )
-    deep.save(path)
-
-
-def signature(op: Any) -> tuple[Any, ...]:
-    """What an operation has in common with those of other layers."""
-    name = "".join(sign for sign in op.name if not sign.isdigit())
-    return op.primitive, op.factors, tuple(use.dims for use in (*op.inputs, *op.outputs)), name
-
-
-def alike(few: list[Any], many: list[Any]) -> list[int]:
-    """For each operation of a deep model the one of a shallow one that stands in the same place of its layer."""
-    places: dict[Any, list[int]] = defaultdict(list)
-    for i, key in enumerate(few):
-        places[key].append(i)
-    counts: dict[Any, int] = defaultdict(int)
-    for key in many:
-        counts[key] += 1
-    seen: dict[Any, int] = defaultdict(int)
-    rows = []
-    for key in many:
-        at, here = seen[key], places[key]
-        seen[key] += 1
-        extra = counts[key] - len(here)
-        per_layer = extra // (LAYERS - PLANNED_LAYERS)
-        # The first layer and what comes before it, the last and what comes after it; between them the middle one.
-        first = len(here) - 2 * per_layer if per_layer else len(here)
-        if at < first:
-            rows.append(here[at])
-        elif at >= first + extra:
-            rows.append(here[at - extra])
-        else:
-            rows.append(here[first - per_layer + (at - first) % per_layer])
-    return rows
+    work = unrolled(LAYERS)
+    autoshard.search(work.fn, *work.args, topology=f"cpu:{DEVICES}", name=work.name).save(path)
 
 
 # --- the table

@@ -343,7 +343,7 @@ def rebound(program: Program, dimensions: Dimensions, sizes: Mapping[str, int]) 
                 f"{text(parsed(left))} and {text(parsed(right))} are one dimension of the program, but would be"
                 f" {evaluated(parsed(left), numbers):g} and {evaluated(parsed(right), numbers):g}"
             )
-    known: dict[str, int] = {}
+    known = {name: size for name, size in numbers.items() if size >= 0}  # a size may be a name alone
 
     def number(size: str) -> int:
         if size not in known:
@@ -364,8 +364,10 @@ def rebound(program: Program, dimensions: Dimensions, sizes: Mapping[str, int]) 
 
 def _whole(size: str, numbers: Mapping[str, int]) -> int:
     """The size as a whole number, exactly."""
-    table = {dimension(name): sympy.Integer(number) for name, number in numbers.items()}
-    found = parsed(size).xreplace(table)
+    if size.isdecimal():
+        return int(size)
+    names = {str(symbol) for symbol in parsed(size).free_symbols}
+    found = parsed(size).xreplace({dimension(name): sympy.Integer(numbers[name]) for name in names})
     if not found.is_Integer or found < 0:
         asked = ", ".join(f"{symbol} = {numbers[str(symbol)]}" for symbol in sorted(parsed(size).free_symbols, key=str))
         raise DimensionError(f"{text(parsed(size))} would be {found}, which is no size, with {asked}")
