@@ -26,6 +26,7 @@ from search.solution import Choice
 from search.solve import Proof
 
 if TYPE_CHECKING:
+    from autoshard.parallelism import Parallelism
     from search.formulas import Formulas
 
 
@@ -304,8 +305,8 @@ class Plan:
 
         return regimes(self)
 
-    def parallelism(self) -> Any:
-        """The kinds of parallelism that the plan amounts to, by axis: an `autoshard.parallelism.Parallelism`.
+    def parallelism(self) -> Parallelism:
+        """The kinds of parallelism that the plan amounts to, by axis.
 
             str(plan.parallelism())     # "fully sharded data parallel (ZeRO-3) over x, 4 ways; tensor parallel over y, 4 ways"
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autoshard.cli import common
+
+if TYPE_CHECKING:
+    from autoshard.plan import Plan
+    from autoshard.verification import Verification
 
 
 class Compiler(StrEnum):
@@ -62,11 +66,9 @@ def search(
 
     autoshard search examples/palm.py:decode --topology v4:4x4x4 --set batch=64 -o plan.json
     """
-    from autoshard.plan_file import dumps
     from autoshard.planning import search as search_plan
     from autoshard.targets import host_devices
     from autoshard.verification import verify as compile_best
-    from costmodels.topology_file import topology_toml
 
     with common.reported(verbose):
         common.writable(output, force)
@@ -99,13 +101,29 @@ def search(
                     plan, work.fn, *work.args, target=verify.value, k=top_k, time_limit=time_limit, progress=say
                 )
                 plan = verified.best
-        if verified is not None:
-            typer.echo(str(verified), err=json)
-            if calibration is not None:
-                calibration.write_text(topology_toml(verified.calibrated(), f"From compiled programs of {target}."))
-                typer.echo(f"Wrote {calibration}.", err=True)
-        if output is not None:
-            plan.save(output)
-        typer.echo(dumps(plan) if json else plan.explain(), nl=False)
-        if output is not None:
-            typer.echo(f"Wrote {output}.", err=True)
+        _show(plan, verified, target, output, calibration, json)
+
+
+def _show(
+    plan: Plan,
+    verified: Verification | None,
+    target: str,
+    output: Path | None,
+    calibration: Path | None,
+    json: bool,
+) -> None:
+    """Writes the files that were asked for, and says what was found: the answer alone on standard output."""
+    from autoshard.plan_file import dumps
+    from autoshard.whole_files import write_whole
+    from costmodels.topology_file import topology_toml
+
+    if verified is not None:
+        typer.echo(str(verified), err=json)
+        if calibration is not None:
+            write_whole(calibration, topology_toml(verified.calibrated(), f"From compiled programs of {target}."))
+            typer.echo(f"Wrote {calibration}.", err=True)
+    if output is not None:
+        plan.save(output)
+    typer.echo(dumps(plan) if json else plan.explain(), nl=False)
+    if output is not None:
+        typer.echo(f"Wrote {output}.", err=True)
