@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from autoshard.cli import app
+from autoshard.plan_file import load
+from autoshard.sweep import text
 from autoshard.sweep.bounds import bound_of, ruled_out
 from autoshard.sweep.frontier import cheapest, family, fastest, frontier, gains, longest, switches
 from autoshard.sweep.job import Job, JobError, job_of, line_of, load_job
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
-from autoshard.sweep.rows import Row, load_sweep, sweep_result
+from autoshard.sweep.rows import Row, SweepResult, load_sweep, sweep_result
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.shapes import shapes
 from autoshard.sweep.solving import solve, unpacked
@@ -92,6 +94,33 @@ def job(folder: Path, text: str = JOB) -> Job:
             "[together]\nphases = ['decode', 'chat']\n[vary]",
             "line 9: together.phases: there is no phase 'chat'",
         ),
+        (
+            "[vary]",
+            "[together]\nphases = ['decode']\n[vary]",
+            "line 9: together.phases: names decode, and only two or more",
+        ),
+        ('kinds = "v5e"', 'kinds = ["v5e", "v5x"]', "line 14: chips.kinds.1: there is no chip 'v5x' in the catalogue"),
+        ("counts = [4]", "counts = [4, 7]", "line 15: chips.counts.1: v5e comes in no slice of 7 chips"),
+        ("counts = [4]", "topologies = ['v5e:4x']", "line 15: chips.topologies.0: "),
+        ("counts = [4]", "topologies = ['mine.toml']", "line 15: chips.topologies.0: "),
+        (":network", ":netwrok", "line 5: phases.decode.target: "),
+        (
+            "dtype = {",
+            "type = {",
+            "line 6: phases.decode.arguments: network takes batch, width, dtype, trouble, sign: ",
+        ),
+        ("batch = [8, 64]", "batch = [8, 64]\ncontext = 7", "line 10: vary.context: nothing depends on it"),
+        ("v5e = 1.2", "v4 = 3.2, v5e = 1.2", "line 18: price.per_chip_hour.v4: the job has no chip v4; it has v5e"),
+        (
+            "counts = [4]",
+            'counts = [4]\ntopologies = ["v4:2x2x1"]',
+            "line 19: price.per_chip_hour: has no price of v4; all chips of the job need one, or none",
+        ),
+        (
+            "[price]",
+            "[constraints]\nseconds_to_first_token = 1\n[price]",
+            "line 18: constraints.seconds_to_first_token: is a limit of prefill, and no phase is one",
+        ),
     ],
 )
 def test_a_bad_job_file_is_refused_with_line_and_key(tmp_path: Path, line: str, with_this: str, says: str):
@@ -151,14 +180,16 @@ def test_every_shape_is_a_topology_of_so_many_chips(name: str, count: int):
 
 def test_a_count_that_comes_in_no_slice_is_refused(tmp_path: Path):
     with pytest.raises(JobError, match="v5e comes in no slice of 3 chips"):
-        topologies(job(tmp_path, JOB.replace("counts = [4]", "counts = [3]")))
+        topologies(replace(job(tmp_path), counts=(3,)))
 
 
 def test_a_phase_has_a_point_for_each_combination_of_what_it_reads(tmp_path: Path):
     every = list(points(job(tmp_path)))
     assert len(every) == len(set(map(str, every))) == 2 * 8  # v5e:4 and v5e:2x2
-    fewer = list(points(job(tmp_path, JOB.replace('dtype = { of = "weights" }', 'dtype = "float32"'))))
-    assert len(fewer) == 2 * 4
+    asked = job(tmp_path)
+    (phase,) = asked.phases
+    fewer = replace(phase, arguments={**phase.arguments, "dtype": "float32"})
+    assert len(list(points(replace(asked, phases=(fewer,))))) == 2 * 4
 
 
 def test_an_expression_that_is_no_whole_number_somewhere_spoils_that_point_only(tmp_path: Path):
@@ -311,6 +342,7 @@ def test_together_phases_share_one_layout(tmp_path: Path):
     found = done_rows(job(tmp_path, text))
     both = [row for row in found if row.phase == "prefill + decode"]
     assert [row.outcome for row in both] == [SOLVED] * 4
+    assert {(row.kind, row.handoff_seconds) for row in both} == {("request", 0.0)}
     alone = {(row.phase, row.topology, row.knobs["batch"]): row.seconds for row in found}
     for row in both:
         prefill, decode = (alone[(name, row.topology, row.knobs["batch"])] for name in ("prefill", "decode"))
@@ -322,7 +354,13 @@ def test_together_phases_share_one_layout(tmp_path: Path):
 
 
 def a_row(latency: float, cost: float, **other: Any) -> Row:
-    row = Row("decode", "decode", "v5e:4", "v5e", 4, {}, SOLVED, latency_seconds=latency, chip_seconds_per_token=cost)
+    numbers: dict[str, Any] = {
+        "latency_seconds": latency,
+        "chip_seconds_per_token": cost,
+        "peak_bytes": 1e9,
+        "budget_bytes": 2e9,
+    }
+    row = Row("decode", "decode", "v5e:4", "v5e", 4, {}, SOLVED, **numbers)
     return replace(row, **other)
 
 
@@ -349,6 +387,71 @@ def test_the_answers_of_a_few_rows():
     assert longest(rows, "context", 0.03) is small
     assert [gain.latency for gain in gains(rows, "weights", "bf16", "int8")] == [0.5]
     assert [each.changes for each in switches(frontier(rows))] == [("up: WS-1D → WG-X",)]
+
+
+def a_request(first: float, token: float, cost: float, **other: Any) -> Row:
+    seconds = {"fill": first, "decode": token}
+    kinds = {"fill": "prefill", "decode": "decode"}
+    row = a_row(
+        first + 64 * token, cost, kind="request", phase="fill + decode", phase_seconds=seconds, phase_kinds=kinds
+    )
+    return replace(row, **other)
+
+
+def test_limits_are_of_the_phases_that_are_laid_out_together():
+    """A request's own latency is that of prefill and all its tokens: no limit is a limit of that."""
+    quick, cheap, slow = a_request(3.0, 0.02, 0.2), a_request(1.0, 0.025, 0.3), a_request(0.5, 0.05, 0.1)
+    rows = (quick, cheap, slow)
+    assert cheapest(rows) is slow
+    assert cheapest(rows, 0.03) is quick
+    assert cheapest(rows, 0.03, 2.0) is cheap
+    assert cheapest(rows, None, 0.7) is slow
+    assert cheapest(rows, 0.01) is None
+    limits = {"seconds_per_token": 0.03, "seconds_to_first_token": 2.0}
+    sweep = SweepResult("s", rows, constraints=limits)
+    (answer,) = text.answers(sweep)
+    assert answer.row is cheap
+    assert answer.words.startswith(
+        "fill + decode: the cheapest at 30.0 ms a token or less and 2.00 s to the first token or less is v5e:4: "
+        "2.60 s a request (1.00 s to the first token, 25.0 ms a token), 300 chip-ms a token"
+    )
+    assert "no plan takes 10.0 ms a token or less; the nearest is v5e:4" in str(
+        text.answer_cheapest(sweep, "fill + decode", 0.01)
+    )
+    assert "Allowed are at most 30.0 ms a token, 2.00 s to the first token." in render(sweep)
+
+
+def test_a_limit_of_one_phase_is_none_of_another():
+    first = a_row(0.5, 0.1, kind="prefill", phase="prefill")
+    sweep = SweepResult("s", (first, a_row(0.02, 0.1)))
+    assert text.limits_of(sweep, "prefill", 0.03, 2.0) == (None, 2.0)
+    assert text.limits_of(sweep, "decode", 0.03, 2.0) == (0.03, None)
+    assert cheapest([first], None, 0.4) is None
+    assert cheapest([first], None, 0.6) is first
+
+
+def test_chips_of_several_kinds_without_prices_are_said_to_count_alike():
+    rows = (a_row(0.5, 0.1), a_row(0.5, 0.1, chip="v4"))
+    assert "a second of v5e and of v4 counts alike" in render(SweepResult("s", rows))
+    assert "alike" not in render(SweepResult("s", tuple(replace(row, price=1.0) for row in rows)))
+    assert "alike" not in render(SweepResult("s", rows[:1]))
+
+
+def test_the_longest_is_told_of_every_slice_and_within_limits():
+    rows = (
+        a_row(0.02, 0.1, knobs={"context": 2048}),
+        a_row(0.09, 0.1, knobs={"context": 8192}, topology="v5e:8", chips=8),
+        a_row(0.03, 0.1, knobs={"context": 4096}, topology="v5e:8", chips=8),
+        a_row(0.0, 0.0, knobs={"context": 16384}, outcome=INFEASIBLE),
+    )
+    sweep = SweepResult("s", rows)
+    longest_of_all, within = (str(text.answer_longest(sweep, "decode", "context", limit)) for limit in (None, 0.03))
+    assert longest_of_all.startswith("decode: the largest context is 8192: v5e:8, context 8192")
+    assert longest_of_all.endswith("By slice: 2048 on v5e:4, 8192 on v5e:8.")
+    assert within.startswith("decode: the largest context at 30.0 ms a token or less is 4096: v5e:8")
+    assert "no context from 2048 to 16384 has a plan at 1.00 ms" in str(
+        text.answer_longest(sweep, "decode", "context", 0.001)
+    )
 
 
 def test_a_family_has_no_axes():
@@ -379,11 +482,33 @@ def test_the_command_solves_resumes_and_answers(tmp_path: Path):
     answered = CliRunner().invoke(app, [*ask, "--gain", "weights:float32:bfloat16"])
     assert answered.exit_code == 0, answered.output
     lines = answered.stdout.splitlines()
-    assert lines[0].startswith("decode: the cheapest at 1.00 ms or less is v5e:")
-    assert lines[1].startswith("decode: the fastest on 4 chips is v5e:")
-    assert lines[2].startswith("decode: the largest width is 1024 (the largest that the job asks for")
+    assert lines[0].startswith("decode: the cheapest at 1.00 ms a token or less is v5e:")
+    assert lines[1].startswith("decode: the fastest on 4 chips at 1.00 ms a token or less is v5e:")
+    assert lines[2].startswith("decode: the largest width at 1.00 ms a token or less is 1024 (the largest that the job")
     assert lines[3].startswith("decode: weights bfloat16 is 1.")
     assert len([line for line in lines if " × " in line]) == 8
+
+
+def test_the_plan_of_an_answer_is_written(tmp_path: Path):
+    path = written(tmp_path, JOB.replace("[8, 64]", "8").replace("[256, 1024]", "256"))
+    assert CliRunner().invoke(app, ["sweep", str(path), "-o", str(tmp_path / "out"), "--workers", "0"]).exit_code == 0
+    ask = ["ask", str(tmp_path / "out" / "toy.json"), "--chips", "4", "--save", str(tmp_path / "plan.json")]
+    answered = CliRunner().invoke(app, ask)
+    assert answered.exit_code == 0, answered.output
+    plan = load(tmp_path / "plan.json")
+    row = fastest(load_sweep(tmp_path / "out" / "toy.json").rows, 4)
+    assert row is not None
+    assert (plan.topology.name, plan.estimate.seconds) == (row.topology, row.seconds)
+    assert "exists; --force" in CliRunner().invoke(app, ask).output
+    for flags, says in (
+        (["--under-ms", "1"], "--save takes one answer, and there are 2"),
+        (["--under-ms", "0"], "--under-ms 0 is no limit"),
+        (["--first-token-ms", "1"], "has only decode, which that is no limit of"),
+    ):
+        refused = CliRunner().invoke(app, [*(ask[:2] if "--first-token-ms" in flags else [*ask, "--force"]), *flags])
+        assert refused.exit_code == 2 and says in refused.output
+    (tmp_path / "out" / "points.sqlite").unlink()
+    assert "which is not there" in CliRunner().invoke(app, [*ask, "--force"]).output
 
 
 def test_another_job_finds_the_points_of_the_first(tmp_path: Path):

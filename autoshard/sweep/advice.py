@@ -8,12 +8,12 @@ from math import exp, log
 
 from autoshard.sweep.frontier import family, frontier, gains, switches
 from autoshard.sweep.job import Knob
-from autoshard.sweep.rows import Row, SweepResult
+from autoshard.sweep.rows import REQUEST, Row, SweepResult
 from autoshard.tables import percent, time
 
 _SWITCHES = 6
 """How many switches of layout are told, of one phase."""
-_LATENCY = {"decode": "a token", "prefill": "to the first token", "request": "a request"}
+_LATENCY = {"decode": "a token", "prefill": "to the first token", REQUEST: "a request"}
 
 
 def advice(sweep: SweepResult) -> list[str]:
@@ -37,14 +37,22 @@ def _advice_of(sweep: SweepResult, phase: str) -> Iterator[str]:
 
 
 def latency_of(row: Row) -> str:
-    """`24.5 ms a token`."""
-    return f"{time(row.latency_seconds)} {_LATENCY.get(row.kind, 'a step')}"
+    """`24.5 ms a token`; of a request its phases too."""
+    words = f"{time(row.latency_seconds)} {_LATENCY.get(row.kind, 'a step')}"
+    if row.kind != REQUEST:
+        return words
+    parts = [
+        f"{time(taken)} {_LATENCY[kind]}"
+        for kind in ("prefill", "decode")
+        if (taken := row.seconds_of(kind)) is not None
+    ]
+    return f"{words} ({', '.join(parts)})" if parts else words
 
 
 def cost_of(row: Row, currency: str) -> str:
-    """`0.031 chip-seconds a token (28 USD a million)`."""
+    """`31 chip-ms a token (28 USD a million)`."""
     price = "" if row.price is None else f" ({row.price:.3g} {currency} a million)"
-    return f"{row.chip_seconds_per_token:.3g} chip-seconds a token{price}"
+    return f"{1e3 * row.chip_seconds_per_token:.3g} chip-ms a token{price}"
 
 
 def _ends(rows: Sequence[Row], currency: str) -> Iterator[str]:

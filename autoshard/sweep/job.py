@@ -37,7 +37,7 @@ A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,10 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
     except ValidationError as error:
         faults = [(each["loc"], _said(each)) for each in error.errors()]
         raise JobError(_listed(where, text, faults)) from error
+    from autoshard.sweep.checks import faults_of
+
     job = _job(read, folder, name)
-    if faults := list(_faults(job)):
+    if faults := list(faults_of(job)):
         raise JobError(_listed(where, text, faults))
     return job
 
@@ -207,51 +209,7 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
         raise ValueError(f"{error.args[0]}; the job varies {', '.join(knobs)}") from error
 
 
-# --- What fits the schema and makes no sense
-
 Location = tuple[str | int, ...]
-
-
-def _faults(job: Job) -> Iterator[tuple[Location, str]]:
-    if not job.topologies and not (job.kinds and job.counts):
-        yield ("chips",), "names no topologies, and no kinds with counts; either would do"
-    sample = {key: values[0] for key, values in job.vary.items()}
-    for phase in job.phases:
-        yield from _phase_faults(job, phase, sample)
-    for name in job.together.phases if job.together else ():
-        if name not in [phase.name for phase in job.phases]:
-            yield (
-                ("together", "phases"),
-                f"there is no phase {name!r}; there are {', '.join(p.name for p in job.phases)}",
-            )
-        elif (fault := _unknown(job.together.repeats[name], sample)) if job.together else "":
-            yield ("together",), f"how often {name} runs is {fault}"
-
-
-def _phase_faults(job: Job, phase: Phase, sample: Mapping[str, Knob]) -> Iterator[tuple[Location, str]]:
-    at: Location = ("phases", phase.name)
-    if not phase.tokens:
-        yield at, "a phase that is neither prefill nor decode needs tokens, how many a step makes, such as 'batch'"
-    elif fault := _unknown(phase.tokens, sample):
-        yield (*at, "tokens"), f"the tokens of a step are {fault}"
-    for key, given in phase.arguments.items():
-        if isinstance(given, Mapping) and (fault := _unknown(given["of"], sample)):
-            yield (*at, "arguments", key), fault
-    file, _, name = phase.target.rpartition(":")
-    if not name.isidentifier() or not file.endswith(".py"):
-        yield (*at, "target"), f"{phase.target!r} is no FILE.py:NAME"
-    elif not (job.folder / file).is_file():
-        yield (*at, "target"), f"there is no file {job.folder / file}"
-
-
-def _unknown(expression: str, sample: Mapping[str, Knob]) -> str:
-    if expression in sample:
-        return ""
-    try:
-        number(expression, sample)
-    except ValueError as error:
-        return f"{expression!r}: {error}"
-    return ""
 
 
 # --- Lines

@@ -15,6 +15,8 @@ from autoshard.sweep.results import SOLVED, Result
 from autoshard.sweep.runner import Done
 
 VERSION = 1
+REQUEST = "request"
+"""The kind of a row whose phases are laid out together: the times of a whole request."""
 _HOUR = 3600.0
 
 
@@ -22,13 +24,15 @@ _HOUR = 3600.0
 class Row:
     """One point of a sweep.
 
-    - `seconds`: of one step; of one whole request (each phase as often as it runs) where phases are laid out together.
+    - `seconds`: of one step; of one whole request (each phase as often as it runs, and `handoff_seconds`) where phases are
+      laid out together.
     - `latency_seconds`: of a decode step, which is the latency per token; of a prefill, which is the time to first token; of
       a whole request otherwise.
     - `chip_seconds_per_token`: chips × seconds over the tokens that are made meanwhile, $nt/(BL)$ in Pope et al. 2022; `price`
       is the money per million tokens, None where the job names no price of the chip.
     - `mfu`: FLOPs of the program's matrix products (attention's too, padding of heads too) over the chips' peak.
-    - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each.
+    - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each;
+      `phase_kinds`: what each is.
     """
 
     phase: str
@@ -53,12 +57,23 @@ class Row:
     gap: float = 0.0
     layout: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    phase_kinds: Mapping[str, str] = field(default_factory=dict)
+    handoff_seconds: float = 0.0
 
     @property
     def name(self) -> str:
         """The point in words."""
         knobs = ", ".join(f"{key} {value}" for key, value in self.knobs.items())
         return f"{self.topology}{f', {knobs}' if knobs else ''}"
+
+    def seconds_of(self, kind: str) -> float | None:
+        """The longest step of a kind of phase, such as "decode"; None where there is none."""
+        if kind == self.kind:
+            return self.latency_seconds
+        named = {
+            key: self.phase_kinds.get(key, key) for key in self.phase_seconds
+        }  # a phase is of the kind it is called
+        return max((self.phase_seconds[key] for key, each in named.items() if each == kind), default=None)
 
     @property
     def headline(self) -> str:
@@ -114,7 +129,7 @@ def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
     if isinstance(point, Unmade):
         return Row(point.phase, "", point.topology, "", 0, dict(point.knobs), result.outcome, result.why)
     topology = point.topology
-    kind = point.runs[0].kind if len(point.runs) == 1 else "request"
+    kind = point.runs[0].kind if len(point.runs) == 1 else REQUEST
     row: dict[str, Any] = {
         "phase": point.phase,
         "kind": kind,
@@ -134,7 +149,7 @@ def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
 
 def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[str, Any]:
     pairs = [(run, result.phases[run.phase]) for run in point.runs]
-    seconds = sum(run.repeats * each.seconds for run, each in pairs)
+    seconds = sum(run.repeats * each.seconds for run, each in pairs) + result.handoff_seconds
     tokens = sum(run.repeats * run.tokens for run, _ in pairs)
     cost = point.topology.size * seconds / tokens if tokens else 0.0
     peak = pairs[0][1].peak_flops
@@ -147,11 +162,14 @@ def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[
         "mfu": sum(run.repeats * each.useful_flops for run, each in pairs) / (seconds * peak),
         "peak_bytes": max(each.peak_bytes for _, each in pairs),
         "budget_bytes": pairs[0][1].budget_bytes,
-        "collective_seconds": sum(run.repeats * each.collective_seconds for run, each in pairs),
+        "collective_seconds": sum(run.repeats * each.collective_seconds for run, each in pairs)
+        + result.handoff_seconds,
         "status": result.status,
         "gap": result.gap,
         "layout": {run.phase: dict(each.layout) for run, each in pairs},
         "phase_seconds": {run.phase: each.seconds for run, each in pairs},
+        "phase_kinds": {run.phase: run.kind for run, _ in pairs},
+        "handoff_seconds": result.handoff_seconds,
     }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from math import exp, log
+from dataclasses import dataclass
+from math import exp, isclose, log
 from textwrap import wrap
 
 from autoshard.sweep.advice import advice, cost_of, latency_of
-from autoshard.sweep.frontier import cheapest, fastest, frontier, gains, longest
+from autoshard.sweep.frontier import cheapest, excess, fastest, frontier, gains, is_number, keeps, longest
+from autoshard.sweep.job import Knob
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED
-from autoshard.sweep.rows import Row, SweepResult
+from autoshard.sweep.rows import REQUEST, Row, SweepResult
 from autoshard.tables import WIDTH, item, percent, size, table, time
 
 _LISTED = 8
@@ -32,6 +34,27 @@ def _summary(sweep: SweepResult) -> Iterator[str]:
     words = {INFEASIBLE: "do not fit", PRUNED: "ruled out by a lower bound", FAILED: "failed"}
     rest = "".join(f", {counts[key]} {word}" for key, word in words.items() if counts[key])
     yield f"{sweep.name}: {len(sweep.rows)} points, {counts[SOLVED]} with a plan ({proven}){rest}"
+    yield from (each for each in (limits_said(sweep), uncomparable(sweep)) if each)
+
+
+def limits_said(sweep: SweepResult) -> str:
+    """The job's constraints, in a sentence; empty if it has none."""
+    given = sweep.constraints
+    said = {
+        "seconds_per_token": lambda value: f"{time(value)} a token",
+        "seconds_to_first_token": lambda value: f"{time(value)} to the first token",
+        "memory_gib": lambda value: f"{value:g} GiB of each chip",
+    }
+    parts = [words(given[key]) for key, words in said.items() if given.get(key)]
+    return f"Allowed are at most {', '.join(parts)}." if parts else ""
+
+
+def uncomparable(sweep: SweepResult) -> str:
+    """What to know where chips of several kinds have no prices; empty otherwise."""
+    chips = list(dict.fromkeys(row.chip for row in sweep.solved))
+    if len(chips) < 2 or all(row.price is not None for row in sweep.solved):
+        return ""
+    return f"The job names no prices: a second of {' and of '.join(chips)} counts alike where costs are compared."
 
 
 _HEADERS = ("topology", "point", "latency", "chip-ms a token", "price", "MFU", "memory", "layout")
@@ -57,55 +80,125 @@ def _cells(row: Row, currency: str) -> tuple[str, ...]:
 def _answers(sweep: SweepResult, width: int) -> Iterator[str]:
     """What the job's constraints ask for."""
     lines = []
-    for phase in sweep.phases:
-        rows = sweep.of(phase)
-        key = {"decode": "seconds_per_token", "prefill": "seconds_to_first_token"}.get(rows[0].kind if rows else "", "")
-        if limit := sweep.constraints.get(key):
-            lines += item(answer_cheapest(sweep, phase, limit), width)
+    for answer in answers(sweep):
+        lines += item(answer.words, width)
     if lines:
         yield "Answers"
         yield from lines
 
 
-def answer_cheapest(sweep: SweepResult, phase: str, limit: float) -> str:
-    """The cheapest slice at a latency or less, in a sentence."""
-    found = cheapest(sweep.of(phase), limit)
+def _by_slice(rows: Sequence[Row], knob: str) -> str:
+    """The largest value of a knob on every slice, where it is not the same on all."""
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row.chips):
+        if is_number(row.knobs.get(knob)):
+            kept = best.setdefault(row.topology, row)
+            best[row.topology] = max(kept, row, key=lambda each: float(each.knobs[knob]))
+    if len({row.knobs[knob] for row in best.values()}) < 2:
+        return ""
+    return f" By slice: {', '.join(f'{row.knobs[knob]} on {name}' for name, row in best.items())}."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sentence, and the row that it is about; None where there is none."""
+
+    words: str
+    row: Row | None = None
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def answers(sweep: SweepResult) -> list[Answer]:
+    """The cheapest point of every phase within the job's constraints, in sentences."""
+    given = sweep.constraints
+    limits = given.get("seconds_per_token"), given.get("seconds_to_first_token")
+    return [
+        answer_cheapest(sweep, phase, *mine) for phase in sweep.phases if any(mine := limits_of(sweep, phase, *limits))
+    ]
+
+
+Limit = float | None
+
+
+def limits_of(sweep: SweepResult, phase: str, per_token: Limit, first_token: Limit) -> tuple[Limit, Limit]:
+    """Those of two limits that are limits of a phase: a token's of all but prefill, the first token's of prefill, and both
+    where phases are laid out together."""
+    kind = next((row.kind for row in sweep.rows if row.phase == phase and row.kind), "")
+    return None if kind == "prefill" else per_token, first_token if kind in ("prefill", REQUEST) else None
+
+
+def answer_cheapest(sweep: SweepResult, phase: str, per_token: Limit = None, first_token: Limit = None) -> Answer:
+    """The cheapest slice at a latency or less, in a sentence; the limits are those of `cheapest`."""
+    rows = sweep.of(phase)
+    found = cheapest(rows, per_token, first_token)
     if found is None:
-        near = min(sweep.of(phase), key=lambda row: row.latency_seconds, default=None)
-        nearest = f"; the fastest is {near.name} with {latency_of(near)}" if near else ""
-        return f"{phase}: no plan takes {time(limit)} or less{nearest}."
+        near = min(rows, key=lambda row: excess(row, per_token, first_token), default=None)
+        nearest = f"; the nearest is {near.name} with {latency_of(near)}" if near else ""
+        return Answer(f"{phase}: no plan takes {_limits(rows, per_token, first_token)}{nearest}.")
     words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}, {percent(found.mfu)} MFU"
-    return f"{phase}: the cheapest at {time(limit)} or less is {found.name}: {words}; {found.headline}."
-
-
-def answer_fastest(sweep: SweepResult, phase: str, chips: int) -> str:
-    """The fastest plan on so many chips, in a sentence."""
-    found = fastest(sweep.of(phase), chips)
-    if found is None:
-        counts = sorted({row.chips for row in sweep.of(phase)})
-        return f"{phase}: no plan is on {chips} chips; there are plans on {', '.join(map(str, counts)) or 'none'}."
-    words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}"
-    return f"{phase}: the fastest on {chips} chips is {found.name}: {words}; {found.headline}."
-
-
-def answer_longest(sweep: SweepResult, phase: str, knob: str) -> str:
-    """The largest value of a knob that has a plan, in a sentence."""
-    found = longest(sweep.of(phase), knob)
-    if found is None:
-        numbers = dict.fromkeys(
-            key for row in sweep.of(phase) for key, value in row.knobs.items() if isinstance(value, int | float)
-        )
-        return f"{phase}: {knob} is no number that its plans differ in; {', '.join(numbers) or 'none'} would do."
-    most = max(
-        (row.knobs[knob] for row in sweep.rows if row.phase == phase and isinstance(row.knobs.get(knob), int | float)),
-        key=float,
+    limits = _limits(rows, per_token, first_token)
+    return Answer(
+        f"{phase}: the cheapest{limits and f' at {limits}'} is {found.name}: {words}; {found.headline}.", found
     )
-    room = "" if most != found.knobs[knob] else " (the largest that the job asks for; larger ones may fit)"
+
+
+def _limits(rows: Sequence[Row], per_token: Limit, first_token: Limit) -> str:
+    """`30.0 ms a token or less and 2.00 s to the first token or less`."""
+    token = " a token" if any(row.kind in ("decode", REQUEST) for row in rows) else ""
+    parts = [f"{time(per_token)}{token} or less"] if per_token is not None else []
+    parts += [f"{time(first_token)} to the first token or less"] if first_token is not None else []
+    return " and ".join(parts)
+
+
+def answer_fastest(
+    sweep: SweepResult, phase: str, chips: int, per_token: Limit = None, first_token: Limit = None
+) -> Answer:
+    """The fastest plan on so many chips, in a sentence."""
+    rows = [row for row in sweep.of(phase) if keeps(row, per_token, first_token)]
+    limits = _limits(sweep.of(phase), per_token, first_token)
+    within = limits and f" at {limits}"
+    found = fastest(rows, chips)
+    if found is None:
+        counts = sorted({row.chips for row in rows})
+        return Answer(
+            f"{phase}: no plan{within} is on {chips} chips; there are plans on {', '.join(map(str, counts)) or 'none'}."
+        )
+    words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}"
+    return Answer(f"{phase}: the fastest on {chips} chips{within} is {found.name}: {words}; {found.headline}.", found)
+
+
+def answer_longest(
+    sweep: SweepResult, phase: str, knob: str, per_token: Limit = None, first_token: Limit = None
+) -> Answer:
+    """The largest value of a knob that has a plan, in a sentence."""
+    rows = [row for row in sweep.of(phase) if keeps(row, per_token, first_token)]
+    limits = _limits(sweep.of(phase), per_token, first_token)
+    within = limits and f" at {limits}"
+    asked = [row.knobs[knob] for row in sweep.rows if row.phase == phase and is_number(row.knobs.get(knob))]
+    if not asked:
+        numbers = dict.fromkeys(key for row in sweep.of(phase) for key, value in row.knobs.items() if is_number(value))
+        return Answer(
+            f"{phase}: {knob} is no number that its plans differ in; {', '.join(numbers) or 'none'} would do."
+        )
+    found = longest(rows, knob)
+    if found is None:
+        return Answer(f"{phase}: no {knob} from {min(asked, key=float)} to {max(asked, key=float)} has a plan{within}.")
+    room = (
+        ""
+        if float(found.knobs[knob]) < max(map(float, asked))
+        else " (the largest that the job asks for; larger ones may do)"
+    )
     held = f"{size(found.peak_bytes)} of {size(found.budget_bytes)} a chip"
-    return f"{phase}: the largest {knob} is {found.knobs[knob]}{room}: {found.name}, {held}, {latency_of(found)}."
+    return Answer(
+        f"{phase}: the largest {knob}{within} is {found.knobs[knob]}{room}: {found.name}, {held}, {latency_of(found)}."
+        f"{_by_slice(rows, knob)}",
+        found,
+    )
 
 
-def answer_gain(sweep: SweepResult, phase: str, knob: str, first: str, second: str, width: int = WIDTH) -> list[str]:
+def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob, width: int = WIDTH) -> list[str]:
     """What one value of a knob gains over another, pair by pair."""
     pairs = gains(sweep.of(phase), knob, first, second)
     if not pairs:
@@ -113,9 +206,10 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: str, second: s
     ratios = [pair.latency for pair in pairs]
     mean = exp(sum(map(log, ratios)) / len(ratios))
     least, most = min(pairs, key=lambda pair: pair.latency), max(pairs, key=lambda pair: pair.latency)
+    cheap = " and as cheap" if all(isclose(pair.latency, pair.cost) for pair in pairs) else ""
     held = sum(pair.second.peak_bytes for pair in pairs) / sum(pair.first.peak_bytes for pair in pairs)
     words = (
-        f"{phase}: {knob} {second} is {mean:.2f} times as fast as {first}, and as cheap, over {len(pairs)} pairs of plans:"
+        f"{phase}: {knob} {second} is {mean:.2f} times as fast{cheap} as {first} over {len(pairs)} pairs of plans:"
         f" {least.latency:.2f} at {least.second.name}, {most.latency:.2f} at {most.second.name}."
         f" It takes {percent(held)} of the memory.{_only(sweep, phase, knob, first, second)}"
     )
@@ -131,14 +225,14 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: str, second: s
         )
         for pair in pairs
     ]
-    headers = ("topology", "point", first, second, "faster", f"{first} a chip", f"{second} a chip")
+    headers = ("topology", "point", str(first), str(second), "faster", f"{first} a chip", f"{second} a chip")
     return [
         *wrap(words, width, break_on_hyphens=False),
         *(f"  {x}" for x in table(headers, rows, "<~>>>>>", width - 2)),
     ]
 
 
-def _only(sweep: SweepResult, phase: str, knob: str, first: str, second: str) -> str:
+def _only(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) -> str:
     """How many points fit with the second value of a knob alone."""
 
     def rest(row: Row) -> tuple:
