@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import autoshard
 from autoshard.cli import app
-from autoshard.plan import Plan
+from autoshard.plan import Baseline, Plan
 from autoshard.report import ReportError, write_report
 from autoshard.report.of_plan import data_of
 from autoshard.report.write import page
@@ -111,6 +111,14 @@ def test_the_page_of_a_plan_holds_the_plans_numbers(plan: Plan):
     assert spent == pytest.approx(plan.estimate.seconds - slices)
     assert sum(data["regimes"].values()) == pytest.approx(plan.estimate.seconds)
     assert "Symbols (formulas are of one chip)" in data["formulas"]
+    assert data["parallelism"] == str(plan.parallelism())
+    assert data["plain"] == []
+
+
+def test_the_page_of_a_plan_has_the_plain_layouts_that_it_was_compared_with(plan: Plan):
+    plain = (Baseline("megatron 1d", 2.5 * plan.estimate.seconds, 2.5 * plan.estimate.seconds),)
+    (found,) = embedded(page(replace(plan, baselines=plain)))["plain"]
+    assert (found["name"], found["margin"]) == ("megatron 1d", "2.50 times")
 
 
 def test_a_hostile_name_stays_text(plan: Plan):
@@ -144,6 +152,14 @@ def test_an_audit_of_something_else_is_refused(tmp_path: Path, plan: Plan, audit
 def test_a_plan_of_an_older_file_has_no_memory_and_no_formulas(plan: Plan):
     data = data_of(replace(plan, program=None, dimensions=None))
     assert (data["memory"]["points"], data["formulas"]) == ([], "")
+
+
+def test_the_page_of_a_sweep_answers_within_the_limits_of_its_job():
+    limits = {"seconds_per_token": 0.03, "seconds_to_first_token": None, "memory_gib": 14.0}
+    html = page(replace(small_sweep(), constraints=limits))
+    assert "Allowed are at most 30.0 ms a token, 14 GiB of each chip." in html
+    assert "decode: the cheapest at 30.0 ms a token or less is v5e:4x4, batch 16, weights int8" in html
+    assert "Within the job" not in page(small_sweep())
 
 
 def test_the_page_of_a_sweep_marks_the_frontier():

@@ -8,6 +8,7 @@ from autoshard.sweep.advice import advice_of
 from autoshard.sweep.frontier import chip_seconds, frontier, switches, wasted
 from autoshard.sweep.results import SOLVED
 from autoshard.sweep.rows import Row, SweepResult
+from autoshard.sweep.text import answers, limits_said, uncomparable
 
 _SERIES = 6
 """How many curves one chart has at most."""
@@ -25,6 +26,9 @@ def data_of(sweep: SweepResult) -> dict[str, Any]:
             {"name": "slices", "value": str(len({row.topology for row in solved})), "note": _span(solved)},
         ],
         "currency": sweep.currency,
+        "limits": limits_said(sweep),
+        "answers": [each.words for each in answers(sweep)],
+        "notes": [each for each in (uncomparable(sweep),) if each],
         "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
         "without": [
             {"phase": row.phase, "name": row.name, "outcome": row.outcome, "why": row.why}

@@ -58,6 +58,7 @@ table(byId("operations"), data.operations, [
   ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["waits for", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
   ["time", (o) => o.seconds, time, "number"], ["collectives", (o) => o.collectives, time, "number"], ["of the step", (o) => o.share, percent, "number"],
   ["next", (o) => o.next || null, null, "wide"], ["einsum", (o) => o.einsum], ["source", (o) => o.source]]);
+if (data.plain.length) table(byId("plain"), data.plain, [["layout", (b) => b.name], ["step", (b) => b.step, null, "number"], ["against this plan", (b) => b.margin, null, "wide"]]);
 table(byId("collectives"), data.collectives, [
   ["kind", (c) => c.kind], ["axes", (c) => c.axes], ["payload", (c) => c.bytes, bytes, "number"], ["runs", (c) => c.runs, three, "number"],
   ["time", (c) => c.seconds, time, "number"], ["array, for operation", (c) => c.where, null, "wide"]]);

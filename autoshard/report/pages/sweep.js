@@ -1,10 +1,19 @@
 
 const LATENCY = { decode: "latency per token", prefill: "time to first token" };
 const MEASURES = {
-  cost: { name: "chip-seconds per token", value: (p) => p.cost, best: (p) => p.best, log: true, tick: three },
+  cost: { name: "chip-ms per token", value: (p) => 1e3 * p.cost, best: (p) => p.best, log: true, tick: three },
   price: { name: `${data.currency} per million tokens`, value: (p) => p.price, best: (p) => p.best, log: true, tick: three },
   mfu: { name: "MFU", value: (p) => p.mfu, best: (p) => p.best_mfu, log: false, tick: (t) => Math.round(100 * t) + " %" },
 };
+
+// A layout in a few lines: the products that share a strategy together, the largest first.
+const keys = (op) => { const found = [...op.matchAll(/\['([^']+)'\]/g)].map((m) => m[1]); return (found.length > 1 ? found.slice(1) : found).join(".") || op; };
+function grouped(layout) {
+  const by = new Map();
+  for (const [op, strategy] of Object.entries(layout)) by.set(strategy, [...(by.get(strategy) || []), keys(op)]);
+  const some = (names) => names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
+  return [...by].slice(0, 5).map(([strategy, names]) => `${some(names)}: ${strategy}`);
+}
 
 data.phases.forEach((phase, index) => {
   const section = byId(`phase${index}`), find = (name) => section.querySelector(name);
@@ -13,10 +22,10 @@ data.phases.forEach((phase, index) => {
   const group = (p) => phase.series.map((key) => p.knobs[key]).join(", ");
   const groups = [...new Set(phase.points.map(group))];
   const colour = (p) => COLORS[groups.indexOf(group(p)) % COLORS.length];
-  const words = (p) => [p.name, `${time(p.latency)}, ${three(p.cost)} chip-s a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
+  const words = (p) => [p.name, `${time(p.latency)}, ${three(1e3 * p.cost)} chip-ms a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
     `${percent(p.mfu)} MFU, memory ${percent(p.memory)}, collectives ${percent(p.collectives)} of the time`,
     ...(Object.keys(p.phases).length > 1 ? Object.entries(p.phases).map(([n, s]) => `${n}: ${time(s)} a step`) : []),
-    ...Object.entries(p.layout).flatMap(([n, l]) => Object.entries(l).slice(0, 7).map(([op, s]) => `${Object.keys(p.layout).length > 1 ? n + " " : ""}${op.replace(/^params/, "").replace(/[\['\]]+/g, " ").trim()}: ${s}`)),
+    ...Object.entries(p.layout).flatMap(([n, l]) => grouped(l).map((line) => (Object.keys(p.layout).length > 1 ? `${n}: ` : "") + line)),
     p.proof === "OPTIMAL" ? "proven optimal" : `gap ${percent(p.gap)}`].join("\n");
 
   // The best points of one colour, as the curve of that colour.
