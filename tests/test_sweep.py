@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from autoshard.cli import app
 from autoshard.plan_file import load
 from autoshard.sweep import text
+from autoshard.sweep.advice import advice
 from autoshard.sweep.bounds import bound_of, ruled_out
-from autoshard.sweep.frontier import cheapest, family, fastest, frontier, gains, longest, switches
+from autoshard.sweep.frontier import cheapest, fastest, frontier, gains, longest, switches
 from autoshard.sweep.job import Job, JobError, job_of, line_of, load_job
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
-from autoshard.sweep.rows import Row, SweepResult, load_sweep, sweep_result
+from autoshard.sweep.rows import Row, SweepResult, family, load_sweep, sweep_result
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.shapes import shapes
 from autoshard.sweep.solving import solve, unpacked
@@ -120,6 +121,11 @@ def job(folder: Path, text: str = JOB) -> Job:
             "[price]",
             "[constraints]\nseconds_to_first_token = 1\n[price]",
             "line 18: constraints.seconds_to_first_token: is a limit of prefill, and no phase is one",
+        ),
+        (
+            "[price]",
+            "[frontier]\nper = 'size'\n[price]",
+            "line 18: frontier.per: size is not varied; batch, width, weights is",
         ),
     ],
 )
@@ -415,9 +421,8 @@ def test_limits_are_of_the_phases_that_are_laid_out_together():
         "fill + decode: the cheapest at 30.0 ms a token or less and 2.00 s to the first token or less is v5e:4: "
         "2.60 s a request (1.00 s to the first token, 25.0 ms a token), 300 chip-ms a token"
     )
-    assert "no plan takes 10.0 ms a token or less; the nearest is v5e:4" in str(
-        text.answer_cheapest(sweep, "fill + decode", 0.01)
-    )
+    (none,) = text.answer_cheapest(sweep, "fill + decode", 0.01)
+    assert "no plan takes 10.0 ms a token or less; the nearest is v5e:4" in none.words
     assert "Allowed are at most 30.0 ms a token, 2.00 s to the first token." in render(sweep)
 
 
@@ -428,6 +433,66 @@ def test_a_limit_of_one_phase_is_none_of_another():
     assert text.limits_of(sweep, "decode", 0.03, 2.0) == (0.03, None)
     assert cheapest([first], None, 0.4) is None
     assert cheapest([first], None, 0.6) is first
+
+
+def test_points_of_another_length_have_a_frontier_of_their_own():
+    """Else the short ones beat all others, which do more."""
+    rows = tuple(a_row(0.01 * n * batch, n / batch, knobs={"n": n, "batch": batch}) for n in (1, 4) for batch in (1, 2))
+    sweep = SweepResult("s", rows, constraints={"seconds_per_token": 0.015}, per=("n",))
+    assert [(part.name, part.rows) for part in sweep.parts("decode")] == [
+        ("decode, n 1", rows[:2]),
+        ("decode, n 4", rows[2:]),
+    ]
+    assert [answer.row for answer in text.answers(sweep)] == [rows[0], None]
+    assert [answer.row for answer in text.answer_fastest(sweep, "decode", 4)] == [rows[0], rows[2]]
+    words = render(sweep)
+    for said in (
+        "decode, n 1: the frontier of 2 plans",
+        "decode, n 4: the frontier of 2 plans",
+        "- decode, n 4: the cheapest",
+    ):
+        assert said in words
+    assert replace(sweep, per=()).parts("decode")[0].name == "decode"
+
+
+def test_where_all_chips_have_prices_cheap_is_money():
+    dear = a_row(0.01, 0.1, chip="v4", topology="v4:4", price=9.0)
+    slow = a_row(0.02, 0.2, price=3.0)
+    assert cheapest([dear, slow], 0.03) is slow
+    assert frontier([dear, slow]) == (dear, slow)
+    assert frontier([dear, replace(slow, price=None)]) == (dear,)
+    assert "2.0 times slower and 3 times cheaper" in (" ".join(advice(SweepResult("s", (dear, slow))))).replace(
+        "2 t", "2.0 t"
+    )
+
+
+def test_reasons_are_told_once_a_slice():
+    why = "Too large. At its fullest it holds:\n 3 GiB"
+    rows = tuple(a_row(1, 1, knobs={"batch": b, "size": s}, outcome=INFEASIBLE, why=why) for b in (1, 2) for s in "ab")
+    words = render(SweepResult("s", (*rows, a_row(1, 1, knobs={"batch": 1, "size": "c"}))))
+    assert words.count("No layout fits: decode on v5e:4 (4 points; of the first): Too large.\n") == 1
+    assert "At its fullest" not in words
+
+
+def test_a_frontier_names_every_layout_in_full():
+    long = "WS-2D: contracted over x, output over yz, as long as it may be " * 4
+    rows = tuple(
+        a_row(n, 1 / n, layout={"decode": {"params['up']": f"{long}{n % 2}"}}, knobs={"batch": n}) for n in (1, 2, 3)
+    )
+    lines = render(SweepResult("s", tuple(replace(row, status="OPTIMAL") for row in rows))).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("  v5e:4 ")] == ["A", "B", "A"]
+    assert sum("WS-2D" in line for line in lines if line.startswith(("  A ", "  B "))) == 2
+    assert "…" not in "".join(lines)
+
+
+def test_attention_is_no_product_by_a_weight():
+    layout = {"scores": "query-sharded over x", "params['up']": "WG-X: batch over x", "more": "head-sharded over y"}
+    row = a_row(1, 1, layout={"decode": layout})
+    assert row.headline == "WG-X: batch over x | attention query-sharded over x"
+    assert row.family == "WG-X with query-sharded"
+    both = replace(row, layout={"prefill": layout, "decode": {"params['up']": "WS-1D: output over y"}})
+    assert both.headline == "prefill WG-X: batch over x | attention query-sharded over x; decode WS-1D: output over y"
+    assert both.family == "prefill WG-X with query-sharded, decode WS-1D"
 
 
 def test_chips_of_several_kinds_without_prices_are_said_to_count_alike():
@@ -504,6 +569,9 @@ def test_the_plan_of_an_answer_is_written(tmp_path: Path):
         (["--under-ms", "1"], "--save takes one answer, and there are 2"),
         (["--under-ms", "0"], "--under-ms 0 is no limit"),
         (["--first-token-ms", "1"], "has only decode, which that is no limit of"),
+        (["--where", "weights=int4"], "No point has weights=int4; weights has bfloat16, float32"),
+        (["--where", "wieghts=int4"], "No point has wieghts=int4; there are batch, width, weights, topology, chip"),
+        (["--phase", "prefill"], "The sweep has no phase prefill; it has decode"),
     ):
         refused = CliRunner().invoke(app, [*(ask[:2] if "--first-token-ms" in flags else [*ask, "--force"]), *flags])
         assert refused.exit_code == 2 and says in refused.output

@@ -169,7 +169,10 @@ def ask(
     gain: Annotated[
         str | None, typer.Option(metavar="KNOB:A:B", help="What B gains over A, such as weights:bf16:int8.")
     ] = None,
-    phase: Annotated[str | None, typer.Option(help="Of this phase only.")] = None,
+    phase: Annotated[str | None, typer.Option(help='Of this phase only, such as decode or "prefill + decode".')] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KNOB=VALUE", help="Of these points only; may be repeated.")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan of the answer; one file a phase.")
     ] = None,
@@ -188,9 +191,9 @@ def ask(
     with common.reported(verbose):
         _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
         found = load_sweep(sweep)
-        phases = found.phases if phase is None else (phase,)
-        if phase is not None and phase not in found.phases:
-            raise common.Misuse(f"{sweep} has no phase {phase}; it has {', '.join(found.phases)}.")
+        for each in where or ():
+            found = _only(found, each)
+        phases = found.phases if phase is None else _phases(found, phase)
         parts = tuple(gain.split(":")) if gain is not None else ()
         if gain is not None and len(parts) != 3:
             raise common.Misuse(f"--gain {gain} is no KNOB:A:B, such as weights:bf16:int8.")
@@ -199,9 +202,9 @@ def ask(
         for name in phases:
             limits = text.limits_of(found, name, asked[0], asked[1])
             if any(limits):
-                answers.append(text.answer_cheapest(found, name, *limits))
+                answers += text.answer_cheapest(found, name, *limits)
             if chips is not None:
-                answers.append(text.answer_fastest(found, name, chips, *limits))
+                answers += text.answer_fastest(found, name, chips, *limits)
             if longest is not None:
                 answers.append(text.answer_longest(found, name, longest, *limits))
             if parts:
@@ -217,6 +220,34 @@ def ask(
 def _value_of(found: Any, knob: str, text: str) -> Any:
     """The value of a knob that is written so; the text itself if there is none."""
     return next((row.knobs[knob] for row in found.rows if str(row.knobs.get(knob)) == text), text)
+
+
+def _phases(found: Any, asked: str) -> tuple[str, ...]:
+    """The phase of this name, spaces aside."""
+    fitting = tuple(phase for phase in found.phases if phase.replace(" ", "") == asked.replace(" ", ""))
+    if not fitting:
+        raise common.Misuse(f"The sweep has no phase {asked}; it has {', '.join(found.phases)}.")
+    return fitting
+
+
+def _only(found: Any, pair: str) -> Any:
+    """The sweep with the points alone at which a knob (or `topology`, or `chip`) has a value."""
+    from dataclasses import replace
+
+    knob, sign, value = pair.partition("=")
+    if not sign:
+        raise common.Misuse(f"--where {pair} is no KNOB=VALUE, such as weights=int8.")
+
+    def of(row: Any) -> Any:
+        return getattr(row, knob) if knob in ("topology", "chip") else row.knobs.get(knob)
+
+    rows = tuple(row for row in found.rows if str(of(row)) == value)
+    if not rows:
+        there = dict.fromkeys(str(each) for row in found.rows if (each := of(row)) is not None)
+        knobs = dict.fromkeys(key for row in found.rows for key in row.knobs)
+        would = f"{knob} has {', '.join(there)}" if there else f"there are {', '.join([*knobs, 'topology', 'chip'])}"
+        raise common.Misuse(f"No point has {pair}; {would}.")
+    return replace(found, rows=rows)
 
 
 def _check_limits(limits: dict[str, float | None]) -> None:

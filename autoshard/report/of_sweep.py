@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from autoshard.sweep.advice import advice_of
-from autoshard.sweep.frontier import chip_seconds, frontier, switches, wasted
+from autoshard.sweep.frontier import frontier, switches, wasted
 from autoshard.sweep.results import SOLVED
-from autoshard.sweep.rows import Row, SweepResult
+from autoshard.sweep.rows import Part, Row, SweepResult
 from autoshard.sweep.text import answers, limits_said, uncomparable
 
 _SERIES = 6
@@ -45,26 +45,34 @@ def _span(rows: tuple[Row, ...]) -> str:
 
 def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     rows = sweep.of(phase)
-    best = {id(row) for row in frontier(rows, chip_seconds)}
-    best_mfu = {id(row) for row in frontier(rows, wasted)}
+    parts = sweep.parts(phase)
+    best = {id(row) for part in parts for row in frontier(part.rows)}
+    best_mfu = {id(row) for part in parts for row in frontier(part.rows, wasted)}
     return {
         "name": phase,
         "kind": rows[0].kind,
         "advice": advice_of(sweep, phase),
-        "ends": [_end("fastest", min(rows, key=lambda row: row.latency_seconds)), _end("cheapest", frontier(rows)[-1])],
-        "series": series_of(rows),
+        "ends": [_end(which, row, part.name) for part in parts for which, row in _ends(part)],
+        "series": series_of(rows, sweep.per),
         "priced": any(row.price is not None for row in rows),
         "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in rows],
         "switches": [
-            {"before": each.before.name, "after": each.after.name, "changes": list(each.changes)}
-            for each in switches(frontier(rows))
+            {"before": sweep.label(each.before), "after": sweep.label(each.after), "changes": list(each.changes)}
+            for part in parts
+            for each in switches(frontier(part.rows))
         ],
     }
 
 
-def _end(which: str, row: Row) -> dict[str, Any]:
+def _ends(part: Part) -> list[tuple[str, Row]]:
+    best = frontier(part.rows)
+    return [("fastest", best[0]), ("cheapest", best[-1])]
+
+
+def _end(which: str, row: Row, part: str) -> dict[str, Any]:
     """One end of a frontier, for the page's first table."""
     return {
+        "part": part,
         "which": which,
         "name": row.name,
         "latency": row.latency_seconds,
@@ -75,10 +83,10 @@ def _end(which: str, row: Row) -> dict[str, Any]:
     }
 
 
-def series_of(rows: tuple[Row, ...]) -> list[str]:
-    """The knobs of words and few values, by which points are coloured: such as model and dtype."""
-    knobs = dict.fromkeys(key for row in rows for key in row.knobs)
-    words = [key for key in knobs if any(isinstance(row.knobs.get(key), str) for row in rows)]
+def series_of(rows: tuple[Row, ...], per: tuple[str, ...] = ()) -> list[str]:
+    """The knobs by which points are coloured: those that part them, and those of words and few values, such as a dtype."""
+    knobs = dict.fromkeys([*per, *(key for row in rows for key in row.knobs)])
+    words = [key for key in knobs if key in per or any(isinstance(row.knobs.get(key), str) for row in rows)]
     several = [key for key in words if len({row.knobs.get(key) for row in rows}) > 1]
     while several and len({tuple(row.knobs.get(key) for key in several) for row in rows}) > _SERIES:
         several.pop()
@@ -89,6 +97,7 @@ def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:
     return {
         "name": row.name,
         "topology": row.topology,
+        "chip": row.chip,
         "chips": row.chips,
         "knobs": dict(row.knobs),
         "latency": row.latency_seconds,

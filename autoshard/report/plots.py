@@ -24,12 +24,12 @@ def save_frontier(sweep: SweepResult, path: str | PathLike[str]) -> None:
     figure = Figure(figsize=(width * max(len(phases), 1), height), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, phase in zip(figure.subplots(1, max(len(phases), 1), squeeze=False)[0], phases, strict=False):
-        _panel(axes, phase, sweep.of(phase))
+        _panel(axes, phase, sweep.of(phase), sweep.per)
     figure.savefig(path, dpi=150)
 
 
-def _panel(axes: Any, phase: str, rows: tuple[Row, ...]) -> None:
-    keys = series_of(rows)
+def _panel(axes: Any, phase: str, rows: tuple[Row, ...], per: tuple[str, ...]) -> None:
+    keys = series_of(rows, per)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(", ".join(str(row.knobs.get(key)) for key in keys), []).append(row)

@@ -132,6 +132,9 @@ def _unread(job: Job) -> Iterator[Fault]:
 
 
 def _limit_faults(job: Job) -> Iterator[Fault]:
+    for key in job.per:
+        if key not in job.vary:
+            yield ("frontier", "per"), f"{key} is not varied; {', '.join(job.vary) or 'nothing'} is"
     kinds = {phase.kind for phase in job.phases}
     for key, kind in (("seconds_per_token", "decode"), ("seconds_to_first_token", "prefill")):
         if getattr(job.constraints, key) is not None and kind not in kinds:

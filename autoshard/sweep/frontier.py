@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 from autoshard.sweep.job import Knob
-from autoshard.sweep.rows import REQUEST, Row
+from autoshard.sweep.rows import REQUEST, Row, family
 
 Cost = Callable[[Row], float]
 """What is to be small, such as `Row.chip_seconds_per_token` or minus the MFU."""
@@ -20,8 +21,13 @@ def chip_seconds(row: Row) -> float:
 
 
 def money(row: Row) -> float:
-    """Money per million tokens, or chip-seconds per token where there is no price."""
-    return row.chip_seconds_per_token if row.price is None else row.price
+    """Money per million tokens, infinite where there is no price."""
+    return inf if row.price is None else row.price
+
+
+def cost_among(rows: Iterable[Row]) -> Cost:
+    """What rows are compared by: money where all have a price (chips of two kinds have two), chip-seconds otherwise."""
+    return money if all(row.price is not None for row in rows) else chip_seconds
 
 
 def wasted(row: Row) -> float:
@@ -29,8 +35,13 @@ def wasted(row: Row) -> float:
     return -row.mfu
 
 
-def frontier(rows: Iterable[Row], cost: Cost = chip_seconds) -> tuple[Row, ...]:
-    """The rows that no other row beats in both latency and cost, the fastest first; of equal ones the first."""
+def frontier(rows: Iterable[Row], cost: Cost | None = None) -> tuple[Row, ...]:
+    """The rows that no other row beats in both latency and cost, the fastest first; of equal ones the first.
+
+    `cost` is `cost_among` the rows unless it is given.
+    """
+    rows = list(rows)
+    cost = cost or cost_among(rows)
     found: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.latency_seconds, cost(row))):
         if not found or cost(row) < cost(found[-1]):
@@ -59,14 +70,6 @@ def switches(rows: Sequence[Row]) -> tuple[Switch, ...]:
         if changes:
             found.append(Switch(before, after, changes))
     return tuple(found)
-
-
-def family(strategy: str) -> str:
-    """A strategy without its axes: "WG-XY", "batch-sharded, head-sharded"."""
-    head, colon, _ = strategy.partition(":")
-    if colon:
-        return head
-    return ", ".join(part.split(" over ")[0] for part in strategy.split(", "))
 
 
 def _changes(before: Row, after: Row) -> Iterator[str]:
@@ -102,7 +105,7 @@ def cheapest(
     rows: Iterable[Row],
     latency_seconds: float | None = None,
     first_token_seconds: float | None = None,
-    cost: Cost = money,
+    cost: Cost | None = None,
 ) -> Row | None:
     """The cheapest row at a latency or less.
 
@@ -111,8 +114,9 @@ def cheapest(
     - `latency_seconds`: of a step; where phases are laid out together, of a step of decode, a token.
     - `first_token_seconds`: of a step of prefill; rows without one keep to any.
     """
+    rows = list(rows)
     fitting = (row for row in rows if keeps(row, latency_seconds, first_token_seconds))
-    return min(fitting, key=cost, default=None)
+    return min(fitting, key=cost or cost_among(rows), default=None)
 
 
 def keeps(row: Row, latency_seconds: float | None, first_token_seconds: float | None) -> bool:

@@ -49,6 +49,8 @@ from costmodels.algebra import evaluated, parsed
 Knob = bool | int | float | str
 """One value of what a job varies."""
 
+_LENGTHS = ("input_length", "output_length")
+"""What is another workload, not another way to serve it, unless the job says otherwise: points of each have their frontier."""
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
 
 
@@ -94,7 +96,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep, as its file declares it."""
+    """A sweep, as its file declares it; there is a frontier for every value of what `per` names."""
 
     name: str
     phases: tuple[Phase, ...]
@@ -108,6 +110,7 @@ class Job:
     together: Together | None = None
     time_limit: float | None = None
     folder: Path = Path()
+    per: tuple[str, ...] = ()
 
     def phase(self, name: str) -> Phase:
         """The phase of this name."""
@@ -175,6 +178,9 @@ def _job(read: Any, folder: Path, name: str) -> Job:
         together=together,
         time_limit=read.search.time_limit,
         folder=folder,
+        per=tuple(each for each in _LENGTHS if each in read.vary)
+        if read.frontier.per is None
+        else tuple(read.frontier.per),
     )
 
 

@@ -77,25 +77,62 @@ class Row:
 
     @property
     def headline(self) -> str:
-        """The layout in a line: the largest matrix product of each phase and, where there is one, attention."""
-        return "; ".join(_headline(layout) for layout in self.layout.values())
+        """The layout in a line: the largest matrix product by a weight, and attention; phases by name if there are several."""
+        several = len(self.layout) > 1
+        lines = ((phase, " | ".join(_chosen(layout))) for phase, layout in self.layout.items())
+        return "; ".join(f"{phase} {line}" if several else line for phase, line in lines)
+
+    @property
+    def family(self) -> str:
+        """The same without axes, `WS-1D with batch-sharded`."""
+        several = len(self.layout) > 1
+        lines = ((phase, " with ".join(map(_bare, _chosen(layout)))) for phase, layout in self.layout.items())
+        return ", ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
 
-def _headline(layout: Mapping[str, str]) -> str:
-    weights = next(iter(layout.values()), "no matrix products")
-    sharded = [each for each in layout.values() if "-sharded" in each.split(":")[0]]
-    return f"{weights} | attention {sharded[0]}" if sharded and sharded[0] != weights else weights
+def _bare(chosen: str) -> str:
+    return family(chosen.removeprefix("attention "))
+
+
+def _chosen(layout: Mapping[str, str]) -> tuple[str, ...]:
+    """The strategy of the largest matrix product by a weight, and of the largest of attention."""
+    attention = next((each for each in layout.values() if _of_attention(each)), None)
+    weights = next((each for each in layout.values() if not _of_attention(each)), None)
+    if attention is None:
+        return (weights or "no matrix products",)
+    return (f"attention {attention}",) if weights is None else (weights, f"attention {attention}")
+
+
+def _of_attention(strategy: str) -> bool:
+    return "-sharded" in strategy.partition(":")[0]
+
+
+def family(strategy: str) -> str:
+    """A strategy without its axes: "WG-XY", "batch-sharded, head-sharded"."""
+    head, colon, _ = strategy.partition(":")
+    if colon:
+        return head
+    return ", ".join(part.split(" over ")[0] for part in strategy.split(", "))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The points of a phase that have a plan and do the same work: what a frontier is of."""
+
+    name: str
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A whole sweep: the job's name, its constraints and prices, and a row per point."""
+    """A whole sweep: the job's name, its constraints and prices, and a row per point; `per` as in `Job`."""
 
     name: str
     rows: tuple[Row, ...]
     currency: str = "USD"
     constraints: Mapping[str, float | None] = field(default_factory=dict)
     store: str = ""
+    per: tuple[str, ...] = ()
 
     @property
     def solved(self) -> tuple[Row, ...]:
@@ -111,6 +148,25 @@ class SweepResult:
         """The rows of one phase that have a plan."""
         return tuple(row for row in self.solved if row.phase == phase)
 
+    def parts(self, phase: str) -> tuple[Part, ...]:
+        """The rows of one phase that have a plan, apart by what `per` names; each part has its frontier."""
+        found: dict[str, list[Row]] = {}
+        for row in self.of(phase):
+            work = ", ".join(f"{key} {row.knobs[key]}" for key in self.per if key in row.knobs)
+            found.setdefault(work, []).append(row)
+        return tuple(Part(f"{phase}, {work}" if len(found) > 1 else phase, tuple(rows)) for work, rows in found.items())
+
+    def knobs_of(self, phase: str) -> tuple[str, ...]:
+        """What differs between the points of a phase, plan or not."""
+        rows = [row for row in self.rows if row.phase == phase]
+        keys = dict.fromkeys(key for row in rows for key in row.knobs)
+        return tuple(key for key in keys if len({row.knobs.get(key) for row in rows}) > 1)
+
+    def label(self, row: Row) -> str:
+        """A point in words, without what all points of its phase have alike."""
+        knobs = ", ".join(f"{key} {row.knobs[key]}" for key in self.knobs_of(row.phase) if key in row.knobs)
+        return f"{row.topology}{f', {knobs}' if knobs else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         return {"autoshard_sweep": VERSION} | asdict(self)
@@ -120,7 +176,7 @@ def sweep_result(job: Job, done: Iterable[Done], order: Sequence[Point | Unmade]
     """The rows of a sweep in the job's order, whatever the order in which they came."""
     found = {id(each.point): each for each in done}
     rows = tuple(row_of(found[id(point)], job.per_chip_hour) for point in order if id(point) in found)
-    return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store)
+    return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store, job.per)
 
 
 def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
@@ -183,6 +239,7 @@ def load_sweep(path: str | Path) -> SweepResult:
         version = data.pop("autoshard_sweep")
         if version > VERSION:
             raise AutoshardError(f"{path} is of a newer autoshard; this one reads versions up to {VERSION}.")
-        return SweepResult(**{**data, "rows": tuple(Row(**row) for row in data["rows"])})
+        rows, per = tuple(Row(**row) for row in data["rows"]), tuple(data.get("per", ()))
+        return SweepResult(**{**data, "rows": rows, "per": per})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AutoshardError(f"{path} is no sweep of autoshard: {error!r}.") from error

@@ -18,7 +18,8 @@ function grouped(layout) {
 data.phases.forEach((phase, index) => {
   const section = byId(`phase${index}`), find = (name) => section.querySelector(name);
   const measure = find(".measure"), every = find(".every");
-  for (const key of phase.priced ? ["cost", "price", "mfu"] : ["cost", "mfu"]) { const o = make("option", { value: key }); o.textContent = MEASURES[key].name; measure.append(o); }
+  const priced = new Set(phase.points.map((p) => p.chip)).size > 1 ? ["price", "cost", "mfu"] : ["cost", "price", "mfu"]; // chips of two kinds have one cost in money alone
+  for (const key of phase.priced ? priced : ["cost", "mfu"]) { const o = make("option", { value: key }); o.textContent = MEASURES[key].name; measure.append(o); }
   const group = (p) => phase.series.map((key) => p.knobs[key]).join(", ");
   const groups = [...new Set(phase.points.map(group))];
   const colour = (p) => COLORS[groups.indexOf(group(p)) % COLORS.length];
@@ -62,7 +63,7 @@ data.phases.forEach((phase, index) => {
     ["MFU", (p) => p.mfu, percent, "number"], ["memory", (p) => p.memory, percent, "number"], ["frontier", (p) => (p.best ? "yes" : ""), null, ""],
     ["layout", (p) => p.headline, null, "wide"]], { best: (p) => p.best });
 });
-const ends = data.phases.flatMap((phase) => phase.ends.map((end) => ({ phase: phase.name, ...end })));
-if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.phase], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms a token", (e) => 1e3 * e.cost, three, "number"],
+const ends = data.phases.flatMap((phase) => phase.ends);
+if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.part], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms a token", (e) => 1e3 * e.cost, three, "number"],
   ...(ends.some((e) => e.price !== null) ? [[`${data.currency} a million`, (e) => e.price, three, "number"]] : []), ["MFU", (e) => e.mfu, percent, "number"], ["layout", (e) => e.headline, null, "wide"]]);
 if (data.without.length) table(byId("without"), data.without, [["phase", (w) => w.phase], ["point", (w) => w.name, null, "name"], ["outcome", (w) => w.outcome], ["why", (w) => w.why, null, "wide"]]);
