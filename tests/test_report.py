@@ -23,6 +23,7 @@ from autoshard.cli import app
 from autoshard.plan import Baseline, Plan
 from autoshard.report import ReportError, write_report
 from autoshard.report.of_plan import data_of
+from autoshard.report.plots import _panel
 from autoshard.report.write import page
 from autoshard.sweep.results import FAILED, SOLVED
 from autoshard.sweep.rows import Row, SweepResult
@@ -177,6 +178,48 @@ def test_the_page_of_a_sweep_marks_the_frontier():
         "v5e:4x4, batch 256, weights int8",
     ]
     assert data["without"][0]["why"] == "no <such> thing"
+
+
+def two_kinds_of_chips() -> SweepResult:
+    """Dear chips that are fast, and chips that take more chip-seconds for less money; at two lengths."""
+    rows = []
+    for length in (128, 512):
+        for k, (chip, rate) in enumerate((("v4", 3.0), ("v5e", 0.5))):
+            seconds = length * 1e-4 * (1 + 2 * k)
+            numbers = {"seconds": seconds, "latency_seconds": seconds, "chip_seconds_per_token": seconds, "mfu": 0.1}
+            numbers |= {"price": rate * seconds, "peak_bytes": 1e9, "budget_bytes": 2e9}
+            rows.append(Row("decode", "decode", f"{chip}:4", chip, 4, {"length": length}, SOLVED, **numbers))
+    return SweepResult("two", tuple(rows), per=("length",))
+
+
+def test_the_page_of_a_sweep_over_lengths_has_a_frontier_for_each():
+    (phase,) = embedded(page(two_kinds_of_chips()))["phases"]
+    assert phase["series"] == ["length"]
+    assert [point["best"] for point in phase["points"]] == [True] * 4
+    assert [(end["part"], end["which"], end["name"]) for end in phase["ends"]] == [
+        (f"decode, length {length}", which, f"{chip}:4")
+        for length in (128, 512)
+        for which, chip in (("fastest", "v4"), ("cheapest", "v5e"))
+    ]
+
+
+def test_a_plot_is_of_money_where_chips_have_prices():
+    """Drawn against chip-seconds, a frontier of money would go up and down."""
+    from matplotlib.figure import Figure
+
+    for sweep, label, shown in (
+        (two_kinds_of_chips(), "cost, USD a million tokens", [3.0, 1.5]),
+        (
+            replace(two_kinds_of_chips(), rows=tuple(replace(r, price=None) for r in two_kinds_of_chips().rows)),
+            "ms",
+            [12.8],
+        ),
+    ):
+        axes = Figure().subplots()
+        _panel(axes, sweep, "decode")
+        assert label in axes.get_ylabel()
+        curves = {str(line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
+        assert curves["length 128"] == pytest.approx([y * (0.0128 if "USD" in label else 1) for y in shown])
 
 
 @pytest.mark.parametrize("ending", ["html", "png", "svg"])

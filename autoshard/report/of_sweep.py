@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from autoshard.sweep.advice import advice_of
@@ -52,10 +53,12 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
         "name": phase,
         "kind": rows[0].kind,
         "advice": advice_of(sweep, phase),
-        "ends": [_end(which, row, part.name) for part in parts for which, row in _ends(part)],
+        "ends": [
+            _end(which, row, part.name, sweep.label(row, in_part=True)) for part in parts for which, row in _ends(part)
+        ],
         "series": series_of(rows, sweep.per),
         "priced": any(row.price is not None for row in rows),
-        "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in rows],
+        "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in _best_first(rows, best)],
         "switches": [
             {"before": sweep.label(each.before), "after": sweep.label(each.after), "changes": list(each.changes)}
             for part in parts
@@ -64,17 +67,25 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     }
 
 
+def _best_first(rows: tuple[Row, ...], best: set[int]) -> list[Row]:
+    """The frontier, the fastest first, and then the rest as the job has them."""
+    chosen = sorted((row for row in rows if id(row) in best), key=lambda row: row.latency_seconds)
+    return [*chosen, *(row for row in rows if id(row) not in best)]
+
+
 def _ends(part: Part) -> list[tuple[str, Row]]:
     best = frontier(part.rows)
+    if len(best) == 1:
+        return [("fastest and cheapest", best[0])]
     return [("fastest", best[0]), ("cheapest", best[-1])]
 
 
-def _end(which: str, row: Row, part: str) -> dict[str, Any]:
+def _end(which: str, row: Row, part: str, name: str) -> dict[str, Any]:
     """One end of a frontier, for the page's first table."""
     return {
         "part": part,
         "which": which,
-        "name": row.name,
+        "name": name,
         "latency": row.latency_seconds,
         "cost": row.chip_seconds_per_token,
         "price": row.price,
@@ -91,6 +102,12 @@ def series_of(rows: tuple[Row, ...], per: tuple[str, ...] = ()) -> list[str]:
     while several and len({tuple(row.knobs.get(key) for key in several) for row in rows}) > _SERIES:
         several.pop()
     return several
+
+
+def series_name(row: Row, keys: Sequence[str]) -> str:
+    """The series of a row: words stand for themselves, numbers need their knob."""
+    values = ((key, row.knobs.get(key)) for key in keys)
+    return ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in values)
 
 
 def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def advice(sweep: SweepResult) -> list[str]:
 
 def advice_of(sweep: SweepResult, phase: str) -> list[str]:
     """The same of one phase, whose name is not repeated; empty if it has no plan."""
-    words = [f"{about}: {words}" if about else words for about, words in _said(sweep, phase)]
-    return [f"{each[0].upper()}{each[1:]}" for each in words]
+    words = [f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _said(sweep, phase)]
+    return [each.replace("by ", "By ", 1) if each.startswith("by ") else each for each in words]
 
 
 def _said(sweep: SweepResult, phase: str) -> Iterator[Said]:
@@ -65,10 +65,12 @@ def cost_of(row: Row, currency: str) -> str:
 def _ends(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
     best, cost = frontier(rows), cost_among(rows)
     first, last = best[0], best[-1]
-    yield f"the fastest is {sweep.label(first)}: {latency_of(first)} at {cost_of(first, sweep.currency)}, {first.headline}."
+    which = "fastest" if last is not first else "fastest and the cheapest"
+    words = f"{latency_of(first)} at {cost_of(first, sweep.currency)}, {first.headline}"
+    yield f"the {which} is {sweep.label(first, in_part=True)}: {words}."
     if last is not first:
         yield (
-            f"the cheapest is {sweep.label(last)}: {latency_of(last)} at {cost_of(last, sweep.currency)} and"
+            f"the cheapest is {sweep.label(last, in_part=True)}: {latency_of(last)} at {cost_of(last, sweep.currency)} and"
             f" {percent(last.mfu)} MFU, {last.headline}. It is {last.latency_seconds / first.latency_seconds:.3g} times"
             f" slower and {cost(first) / cost(last):.3g} times cheaper."
         )
@@ -82,7 +84,7 @@ def _steps(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
     for each in found[:_SWITCHES]:
         yield (
             f"along the frontier {each.before.family} gives way to {each.after.family}"
-            f" between {sweep.label(each.before)} and {sweep.label(each.after)}."
+            f" between {sweep.label(each.before, in_part=True)} and {sweep.label(each.after, in_part=True)}."
         )
     if len(found) > _SWITCHES:
         yield f"and {len(found) - _SWITCHES} switches more."
@@ -131,10 +133,13 @@ def _words(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
                 least, most = (pick(pairs, key=lambda pair: pair.latency) for pick in (min, max))
                 between = f", between {least.latency:.2f} and {most.latency:.2f} (most on {sweep.label(most.second)})"
                 spread = between if most.latency - least.latency > _SAME else ""
-                yield (
-                    f"{knob} {other} is {mean_gain(pairs):.2f} times as fast as {values[0]} over {len(pairs)} pairs of"
-                    f" points{spread}, and takes {held_part(pairs)} memory."
+                fast = (
+                    f"{mean_gain(pairs):.2f} times as fast as"
+                    if spread or abs(mean_gain(pairs) - 1) > _SAME
+                    else "as fast as"
                 )
+                over = f"over {len(pairs)} pairs of points{spread}"
+                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {held_said(pairs)}."
 
 
 _SAME = 0.005
@@ -146,7 +151,9 @@ def mean_gain(pairs: Sequence[Gain]) -> float:
     return exp(sum(log(pair.latency) for pair in pairs) / len(pairs))
 
 
-def held_part(pairs: Sequence[Gain]) -> str:
-    """What the second rows hold of what the first do: `81.9 % of the` or `2.35 times the`."""
+def held_said(pairs: Sequence[Gain]) -> str:
+    """What the second rows hold of what the first do: `81.9 % of the memory`, `2.35 times the memory`, `as much memory`."""
     part = sum(pair.second.peak_bytes for pair in pairs) / sum(pair.first.peak_bytes for pair in pairs)
-    return f"{percent(part)} of the" if part <= 1 else f"{part:.2f} times the"
+    if abs(part - 1) <= _SAME:
+        return "as much memory"
+    return f"{percent(part)} of the memory" if part < 1 else f"{part:.2f} times the memory"

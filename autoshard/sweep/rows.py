@@ -151,8 +151,9 @@ class SweepResult:
     def parts(self, phase: str) -> tuple[Part, ...]:
         """The rows of one phase that have a plan, apart by what `per` names; each part has its frontier."""
         found: dict[str, list[Row]] = {}
+        several = [key for key in self.per if key in self.knobs_of(phase)]
         for row in self.of(phase):
-            work = ", ".join(f"{key} {row.knobs[key]}" for key in self.per if key in row.knobs)
+            work = ", ".join(f"{key} {row.knobs[key]}" for key in several)
             found.setdefault(work, []).append(row)
         return tuple(Part(f"{phase}, {work}" if len(found) > 1 else phase, tuple(rows)) for work, rows in found.items())
 
@@ -162,9 +163,10 @@ class SweepResult:
         keys = dict.fromkeys(key for row in rows for key in row.knobs)
         return tuple(key for key in keys if len({row.knobs.get(key) for row in rows}) > 1)
 
-    def label(self, row: Row) -> str:
-        """A point in words, without what all points of its phase have alike."""
-        knobs = ", ".join(f"{key} {row.knobs[key]}" for key in self.knobs_of(row.phase) if key in row.knobs)
+    def label(self, row: Row, in_part: bool = False) -> str:
+        """A point in words, without what all points of its phase, or of its part, have alike."""
+        keys = [key for key in self.knobs_of(row.phase) if key in row.knobs and not (in_part and key in self.per)]
+        knobs = ", ".join(f"{key} {row.knobs[key]}" for key in keys)
         return f"{row.topology}{f', {knobs}' if knobs else ''}"
 
     def to_dict(self) -> dict[str, Any]:

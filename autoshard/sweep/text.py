@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import exp, isclose, log
 from textwrap import wrap
 
-from autoshard.sweep.advice import advice, cost_of, held_part, latency_of, mean_gain
+from autoshard.sweep.advice import advice, cost_of, held_said, latency_of, mean_gain
 from autoshard.sweep.frontier import cheapest, excess, fastest, frontier, gains, is_number, keeps, longest
 from autoshard.sweep.job import Knob
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED
@@ -70,9 +70,8 @@ def _frontier(sweep: SweepResult, phase: str, part: Part, width: int) -> Iterato
     yield f"{part.name}: the frontier of {len(part.rows)} plans{f', {alike}' if alike else ''}"
     letters = {line: _letter(i) for i, line in enumerate(dict.fromkeys(row.headline for row in best))}
     priced = any(row.price is not None for row in best)
-    headers = ["topology", *knobs, "latency"]
-    if best[0].kind == REQUEST:
-        headers += [f"{name}, a step" for name in best[0].phase_seconds]
+    together = best[0].kind == REQUEST
+    headers = ["topology", *knobs, *(["a request", *best[0].phase_seconds] if together else ["latency"])]
     headers += ["chip-ms a token", *[f"{sweep.currency} a million"] * priced, "MFU", "memory", "layout"]
     rows = [_cells(row, knobs, priced, letters) for row in best]
     align = "<" + "".join("<" if isinstance(best[0].knobs.get(key), str) else ">" for key in knobs)
@@ -167,11 +166,13 @@ def _answer_cheapest(sweep: SweepResult, part: Part, per_token: Limit, first_tok
     limits = _limits(part.rows, per_token, first_token)
     if found is None:
         near = min(part.rows, key=lambda row: excess(row, per_token, first_token), default=None)
-        nearest = f"; the nearest is {near.name} with {latency_of(near)}" if near else ""
+        nearest = f"; the nearest is {sweep.label(near, in_part=True)} with {latency_of(near)}" if near else ""
         return Answer(f"{part.name}: no plan takes {limits}{nearest}.")
     words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}, {percent(found.mfu)} MFU"
     within = limits and f" at {limits}"
-    return Answer(f"{part.name}: the cheapest{within} is {found.name}: {words}; {found.headline}.", found)
+    return Answer(
+        f"{part.name}: the cheapest{within} is {sweep.label(found, in_part=True)}: {words}; {found.headline}.", found
+    )
 
 
 def _limits(rows: Sequence[Row], per_token: Limit, first_token: Limit) -> str:
@@ -200,7 +201,8 @@ def _answer_fastest(sweep: SweepResult, part: Part, chips: int, per_token: Limit
         return Answer(f"{part.name}: no plan{within} is on {chips} chips; there are plans on {there}.")
     words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}"
     return Answer(
-        f"{part.name}: the fastest on {chips} chips{within} is {found.name}: {words}; {found.headline}.", found
+        f"{part.name}: the fastest on {chips} chips{within} is {sweep.label(found, in_part=True)}: {words}; {found.headline}.",
+        found,
     )
 
 
@@ -247,7 +249,7 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
         f"{phase}: {knob} {second} is {mean_gain(pairs):.2f} times as fast{' and as cheap' * alike} as {first}{cheap}, over"
         f" {len(pairs)} pairs of plans: {least.latency:.2f} at {sweep.label(least.second)},"
         f" {most.latency:.2f} at {sweep.label(most.second)}."
-        f" It takes {held_part(pairs)} memory.{_only(sweep, phase, knob, first, second)}"
+        f" It takes {held_said(pairs)}.{_only(sweep, phase, knob, first, second)}"
     )
     rows = [
         (

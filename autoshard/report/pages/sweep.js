@@ -1,5 +1,5 @@
 
-const LATENCY = { decode: "latency per token", prefill: "time to first token" };
+const LATENCY = { decode: "latency per token", prefill: "time to first token", request: "latency of a request" };
 const MEASURES = {
   cost: { name: "chip-ms per token", value: (p) => 1e3 * p.cost, best: (p) => p.best, log: true, tick: three },
   price: { name: `${data.currency} per million tokens`, value: (p) => p.price, best: (p) => p.best, log: true, tick: three },
@@ -20,7 +20,7 @@ data.phases.forEach((phase, index) => {
   const measure = find(".measure"), every = find(".every");
   const priced = new Set(phase.points.map((p) => p.chip)).size > 1 ? ["price", "cost", "mfu"] : ["cost", "price", "mfu"]; // chips of two kinds have one cost in money alone
   for (const key of phase.priced ? priced : ["cost", "mfu"]) { const o = make("option", { value: key }); o.textContent = MEASURES[key].name; measure.append(o); }
-  const group = (p) => phase.series.map((key) => p.knobs[key]).join(", ");
+  const group = (p) => phase.series.map((key) => (typeof p.knobs[key] === "string" ? p.knobs[key] : `${key} ${p.knobs[key]}`)).join(", ");
   const groups = [...new Set(phase.points.map(group))];
   const colour = (p) => COLORS[groups.indexOf(group(p)) % COLORS.length];
   const words = (p) => [p.name, `${time(p.latency)}, ${three(1e3 * p.cost)} chip-ms a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
