@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -186,7 +187,8 @@ def two_kinds_of_chips() -> SweepResult:
     for length in (128, 512):
         for k, (chip, rate) in enumerate((("v4", 3.0), ("v5e", 0.5))):
             seconds = length * 1e-4 * (1 + 2 * k)
-            numbers = {"seconds": seconds, "latency_seconds": seconds, "chip_seconds_per_token": seconds, "mfu": 0.1}
+            numbers: dict[str, Any] = {"seconds": seconds, "latency_seconds": seconds, "mfu": 0.1}
+            numbers["chip_seconds_per_token"] = seconds
             numbers |= {"price": rate * seconds, "peak_bytes": 1e9, "budget_bytes": 2e9}
             rows.append(Row("decode", "decode", f"{chip}:4", chip, 4, {"length": length}, SOLVED, **numbers))
     return SweepResult("two", tuple(rows), per=("length",))
@@ -218,7 +220,7 @@ def test_a_plot_is_of_money_where_chips_have_prices():
         axes = Figure().subplots()
         _panel(axes, sweep, "decode")
         assert label in axes.get_ylabel()
-        curves = {str(line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
+        curves = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.get_lines()}
         assert curves["length 128"] == pytest.approx([y * (0.0128 if "USD" in label else 1) for y in shown])
 
 

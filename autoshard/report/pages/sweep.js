@@ -21,7 +21,7 @@ data.phases.forEach((phase, index) => {
   const priced = new Set(phase.points.map((p) => p.chip)).size > 1 ? ["price", "cost", "mfu"] : ["cost", "price", "mfu"]; // chips of two kinds have one cost in money alone
   for (const key of phase.priced ? priced : ["cost", "mfu"]) { const o = make("option", { value: key }); o.textContent = MEASURES[key].name; measure.append(o); }
   const group = (p) => phase.series.map((key) => (typeof p.knobs[key] === "string" ? p.knobs[key] : `${key} ${p.knobs[key]}`)).join(", ");
-  const groups = [...new Set(phase.points.map(group))];
+  const groups = [...new Set(phase.points.map(group))].sort((a, b) => a.localeCompare(b, undefined, { numeric: true })); // of one colour in all phases
   const colour = (p) => COLORS[groups.indexOf(group(p)) % COLORS.length];
   const words = (p) => [p.name, `${time(p.latency)}, ${three(1e3 * p.cost)} chip-ms a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
     `${percent(p.mfu)} MFU, memory ${percent(p.memory)}, collectives ${percent(p.collectives)} of the time`,
@@ -54,7 +54,7 @@ data.phases.forEach((phase, index) => {
   measure.addEventListener("change", again); every.addEventListener("change", again);
   if (groups.length > 1) legend(find(".legend"), groups.map((g, i) => [COLORS[i % COLORS.length], g]));
 
-  const knobs = [...new Set(phase.points.flatMap((p) => Object.keys(p.knobs)))];
+  const knobs = [...new Set(phase.points.flatMap((p) => Object.keys(p.knobs)))].filter((key) => new Set(phase.points.map((p) => p.knobs[key])).size > 1);
   const split = Object.keys(phase.points[0].phases);
   table(find(".points"), phase.points, [
     ["topology", (p) => p.topology], ...knobs.map((key) => [key, (p) => p.knobs[key], null, typeof phase.points[0].knobs[key] === "number" ? "number" : ""]),
