@@ -83,13 +83,18 @@ def job(folder: Path, text: str = JOB) -> Job:
         (
             'of = "batch"',
             'of = "batches"',
-            "line 6: phases.decode.arguments.batch: 'batches': batches in batches have no",
+            "line 6: phases.decode.arguments.batch: 'batches': batches is no number that the job varies; it varies batch",
         ),
         ("network", "network-2", "line 5: phases.decode.target: "),
         ("sweep_target", "no_such_file", "line 5: phases.decode.target: there is no file"),
         ("[phases.decode]", "[phases.other]", "line 4: phases.other: a phase that is neither prefill nor decode needs"),
         ("v5e = 1.2", "v5e = -1", "line 18: price.per_chip_hour.v5e: input should be greater than 0, got -1"),
         ("width = [256, 1024]", "width = [256, 1024", "is no TOML: "),
+        (
+            "width = [256, 1024]",
+            "width = 256\nbatch = 3",
+            "is no TOML: Cannot overwrite a value (at line 11, column 10): batch = 3.",
+        ),
         (
             "[vary]",
             "[together]\nphases = ['decode', 'chat']\n[vary]",

@@ -36,6 +36,7 @@ A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,8 +128,16 @@ def load_job(path: str | Path) -> Job:
         text = path.read_text("utf-8")
         data = tomllib.loads(text)
     except ValueError as error:
-        raise JobError(f"{path} is no TOML: {error}.") from error
+        raise JobError(f"{path} is no TOML: {error}{_quoted(path, str(error))}.") from error
     return job_of(data, path.parent, path.stem, str(path), text)
+
+
+def _quoted(path: Path, error: str) -> str:
+    """The line that a complaint about TOML is of, which names no key."""
+    if (found := re.search(r"at line (\d+)", error)) is None:
+        return ""
+    lines = path.read_text("utf-8").splitlines()
+    return f": {lines[min(int(found[1]), len(lines)) - 1].strip()}"
 
 
 def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
@@ -212,7 +221,8 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
     try:
         return evaluated(parsed(expression), numbers)
     except KeyError as error:
-        raise ValueError(f"{error.args[0]}; the job varies {', '.join(knobs)}") from error
+        missing = error.args[0].partition(" in ")[0]
+        raise ValueError(f"{missing} is no number that the job varies; it varies {', '.join(knobs)}") from error
 
 
 Location = tuple[str | int, ...]
@@ -237,7 +247,9 @@ def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> st
     for location, message in faults:
         key = ".".join(str(part) for part in location if part not in _TAGS)
         line = line_of(text, location)
-        lines.append(f"{where}{f', line {line}' if line else ''}: {key}: {message}.")
+        lines.append(
+            f"{where}{f', line {line}' if line else ''}: {key}: {message}{'' if message.endswith('?') else '.'}"
+        )
     return "\n".join(dict.fromkeys(lines))
 
 
