@@ -315,6 +315,18 @@ def test_the_page_of_a_plan_works_in_a_browser(
 
 
 @pytest.mark.browser
+def test_a_group_of_chips_is_one_whatever_the_order_of_its_axes(
+    browser: Any, tmp_path: Path, plan: Plan, audit: dict[str, Any]
+):
+    one = {"kind": "all-to-all", "count": 2, "bytes": 64}
+    audit = audit | {"planned": [one | {"axes": ["y", "x"]}], "compiled": [one | {"axes": ["x", "y"]}]}
+    (tmp_path / "plan.html").write_text(page(plan, audit))
+    opened = Opened(browser, tmp_path / "plan.html", 1280)
+    assert opened.page.locator("#compared tbody tr").all_inner_texts() == ["all-to-all\txy\t2\t2\t128 B\t128 B"]
+    opened.page.close()
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_of_a_sweep_works_in_a_browser(browser: Any, tmp_path: Path, width: int):
     (tmp_path / "sweep.html").write_text(page(small_sweep()))
