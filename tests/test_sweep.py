@@ -490,6 +490,12 @@ def test_a_frontier_names_every_layout_in_full():
     assert "…" not in "".join(lines)
 
 
+def test_costs_have_no_exponents_that_people_must_read():
+    row = a_row(0.0104, 1.33, status="OPTIMAL")
+    words = render(SweepResult("s", (row, a_row(0.1, 0.0000338, status="OPTIMAL"))))
+    assert "1330 chip-ms a token" in words and "0.0338 chip-ms a token" in words and "e+" not in words
+
+
 def test_attention_is_no_product_by_a_weight():
     layout = {"scores": "query-sharded over x", "params['up']": "WG-X: batch over x", "more": "head-sharded over y"}
     row = a_row(1, 1, layout={"decode": layout})

@@ -212,7 +212,8 @@ def ask(
                 answers += [text.Answer(line) for line in text.answer_gain(found, name, parts[0], *values)]
         if any(asked) and not answers:
             raise common.Misuse(f"{sweep} has only {', '.join(phases)}, which that is no limit of.")
-        typer.echo("\n".join(each.words for each in answers) if answers else text.render(found), nl=bool(answers))
+        shown = "\n".join(each.words for each in answers) if answers else text.render(_of_phases(found, phases))
+        typer.echo(shown, nl=bool(answers))
         if save is not None:
             _save(found, sweep, [each.row for each in answers if each.row is not None], save, force)
 
@@ -228,6 +229,12 @@ def _phases(found: Any, asked: str) -> tuple[str, ...]:
     if not fitting:
         raise common.Misuse(f"The sweep has no phase {asked}; it has {', '.join(found.phases)}.")
     return fitting
+
+
+def _of_phases(found: Any, phases: tuple[str, ...]) -> Any:
+    from dataclasses import replace
+
+    return replace(found, rows=tuple(row for row in found.rows if row.phase in phases))
 
 
 def _only(found: Any, pair: str) -> Any:

@@ -9,7 +9,7 @@ from math import exp, log
 from autoshard.sweep.frontier import Gain, cost_among, frontier, gains, is_number, switches
 from autoshard.sweep.job import Knob
 from autoshard.sweep.rows import REQUEST, Row, SweepResult
-from autoshard.tables import percent, time
+from autoshard.tables import figure, percent, time
 
 _SWITCHES = 6
 """How many switches of layout are told, of one phase."""
@@ -58,8 +58,8 @@ def latency_of(row: Row) -> str:
 
 def cost_of(row: Row, currency: str) -> str:
     """`31 chip-ms a token (28 USD a million)`."""
-    price = "" if row.price is None else f" ({row.price:.3g} {currency} a million)"
-    return f"{1e3 * row.chip_seconds_per_token:.3g} chip-ms a token{price}"
+    price = "" if row.price is None else f" ({figure(row.price)} {currency} a million)"
+    return f"{figure(1e3 * row.chip_seconds_per_token)} chip-ms a token{price}"
 
 
 def _ends(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
@@ -71,8 +71,8 @@ def _ends(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
     if last is not first:
         yield (
             f"the cheapest is {sweep.label(last, in_part=True)}: {latency_of(last)} at {cost_of(last, sweep.currency)} and"
-            f" {percent(last.mfu)} MFU, {last.headline}. It is {last.latency_seconds / first.latency_seconds:.3g} times"
-            f" slower and {cost(first) / cost(last):.3g} times cheaper."
+            f" {percent(last.mfu)} MFU, {last.headline}. It is {figure(last.latency_seconds / first.latency_seconds)} times"
+            f" slower and {figure(cost(first) / cost(last))} times cheaper."
         )
 
 
@@ -87,7 +87,8 @@ def _steps(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
             f" between {sweep.label(each.before, in_part=True)} and {sweep.label(each.after, in_part=True)}."
         )
     if len(found) > _SWITCHES:
-        yield f"and {len(found) - _SWITCHES} switches more."
+        more = len(found) - _SWITCHES
+        yield f"and {more} switch{'es' if more > 1 else ''} more."
 
 
 def _layouts(rows: Sequence[Row]) -> Iterator[Said]:

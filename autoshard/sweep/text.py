@@ -13,7 +13,7 @@ from autoshard.sweep.frontier import cheapest, excess, fastest, frontier, gains,
 from autoshard.sweep.job import Knob
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED
 from autoshard.sweep.rows import REQUEST, Part, Row, SweepResult
-from autoshard.tables import WIDTH, item, percent, size, table, time
+from autoshard.tables import WIDTH, figure, item, percent, size, table, time
 
 _LISTED = 8
 """How many slices with points without a plan are named, for each reason."""
@@ -88,7 +88,7 @@ def _letter(i: int) -> str:
 
 
 def _cells(row: Row, knobs: Sequence[str], priced: bool, letters: Mapping[str, str]) -> tuple[str, ...]:
-    price = ("-" if row.price is None else f"{row.price:.3g}",) * priced
+    price = ("-" if row.price is None else figure(row.price),) * priced
     steps = map(time, row.phase_seconds.values()) if row.kind == REQUEST else ()
     unproven = "" if row.status == "OPTIMAL" else f" (gap {percent(row.gap)})"
     return (
@@ -96,7 +96,7 @@ def _cells(row: Row, knobs: Sequence[str], priced: bool, letters: Mapping[str, s
         *(str(row.knobs.get(key, "-")) for key in knobs),
         time(row.latency_seconds),
         *steps,
-        f"{1e3 * row.chip_seconds_per_token:.3g}",
+        figure(1e3 * row.chip_seconds_per_token),
         *price,
         percent(row.mfu),
         percent(row.peak_bytes / row.budget_bytes),
@@ -244,7 +244,7 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
     knobs = [key for key in sweep.knobs_of(phase) if key != knob]
     alike = all(isclose(pair.latency, pair.cost) for pair in pairs)
     costs = exp(sum(log(pair.cost) for pair in pairs) / len(pairs))
-    cheap = "" if alike else f", and {costs:.3g} times as cheap"
+    cheap = "" if alike else f", and {figure(costs)} times as cheap"
     words = (
         f"{phase}: {knob} {second} is {mean_gain(pairs):.2f} times as fast{' and as cheap' * alike} as {first}{cheap}, over"
         f" {len(pairs)} pairs of plans: {least.latency:.2f} at {sweep.label(least.second)},"
