@@ -460,6 +460,14 @@ def test_points_of_another_length_have_a_frontier_of_their_own():
     assert replace(sweep, per=()).parts("decode")[0].name == "decode"
 
 
+def test_numbers_that_make_no_tokens_are_other_work(tmp_path: Path):
+    assert job(tmp_path).per == ("width",)
+    assert job(tmp_path, JOB.replace("[price]", "[frontier]\nper = []\n[price]")).per == ()
+    lengths = JOB.replace("batch = [8, 64]", "batch = 8\ninput_length = 2").replace("decode", "prefill")
+    lengths = lengths.replace('batch = { of = "batch" }', 'batch = { of = "batch * input_length" }')
+    assert job(tmp_path, lengths).per == ("input_length", "width")
+
+
 def test_where_all_chips_have_prices_cheap_is_money():
     dear = a_row(0.01, 0.1, chip="v4", topology="v4:4", price=9.0)
     slow = a_row(0.02, 0.2, price=3.0)
@@ -558,10 +566,17 @@ def test_the_command_solves_resumes_and_answers(tmp_path: Path):
     answered = CliRunner().invoke(app, [*ask, "--gain", "weights:float32:bfloat16"])
     assert answered.exit_code == 0, answered.output
     lines = answered.stdout.splitlines()
-    assert lines[0].startswith("decode: the cheapest at 1.00 ms a token or less is v5e:")
-    assert lines[1].startswith("decode: the fastest on 4 chips at 1.00 ms a token or less is v5e:")
-    assert lines[2].startswith("decode: the largest width at 1.00 ms a token or less is 1024 (the largest that the job")
-    assert lines[3].startswith("decode: weights bfloat16 is 1.")
+    for count, start in enumerate(
+        (
+            "decode, width 256: the cheapest at 1.00 ms a token or less is v5e:",
+            "decode, width 1024: the cheapest at 1.00 ms a token or less is v5e:",
+            "decode, width 256: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
+            "decode, width 1024: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
+            "decode: the largest width at 1.00 ms a token or less is 1024 (the largest that the job",
+            "decode: weights bfloat16 is 1.",
+        )
+    ):
+        assert lines[count].startswith(start)
     assert len([line for line in lines if " × " in line]) == 8
 
 

@@ -51,7 +51,7 @@ Knob = bool | int | float | str
 """One value of what a job varies."""
 
 _LENGTHS = ("input_length", "output_length")
-"""What is another workload, not another way to serve it, unless the job says otherwise: points of each have their frontier."""
+"""What is other work, not another way to do it, although the first counts tokens."""
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
 
 
@@ -187,10 +187,15 @@ def _job(read: Any, folder: Path, name: str) -> Job:
         together=together,
         time_limit=read.search.time_limit,
         folder=folder,
-        per=tuple(each for each in _LENGTHS if each in read.vary)
-        if read.frontier.per is None
-        else tuple(read.frontier.per),
+        per=_other_work(phases, read.vary) if read.frontier.per is None else tuple(read.frontier.per),
     )
+
+
+def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> tuple[str, ...]:
+    """What changes how much a token takes: the lengths, and numbers that make no tokens, such as a width."""
+    makes_tokens = set(re.findall(r"\w+", " ".join(phase.tokens for phase in phases))) - set(_LENGTHS)
+    numbers = (key for key, values in vary.items() if all(type(value) in (int, float) for value in values))
+    return tuple(key for key in numbers if key not in makes_tokens)
 
 
 # --- Expressions
