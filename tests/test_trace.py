@@ -394,7 +394,7 @@ def test_a_fingerprint_does_not_know_where_a_loop_stands():
     text = "def looped(x):\n    return jax.lax.scan(lambda carry, _: (carry * 2, None), x, length=3)[0]\n"
     found = []
     for above in ("", "# A comment.\n" * 7):
-        names = {"jax": jax}
+        names: dict[str, Any] = {"jax": jax}
         exec(compile(above + text, "looped.py", "exec"), names)
         found.append(trace(names["looped"], jax.ShapeDtypeStruct((8,), "float32")).program)
     lines = [{region.name for region in program.regions} for program in found]
