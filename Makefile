@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-sweep browser-test docs wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-sweep browser-test screenshots docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -71,6 +71,9 @@ bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two wor
 browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
 	@mkdir -p $(SCREENSHOTS)
 	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
+
+screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken anew (needs Chromium)
+	PYTHONPATH=. $(BIN)/python docs/screenshots.py
 
 docs: $(VENV)/.docs  ## the documentation site, in site/, its notebooks run
 	$(BIN)/python -m mkdocs build --strict

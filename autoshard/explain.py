@@ -209,14 +209,15 @@ def _baselines(plan: Plan) -> Iterator[str]:
     if not plan.baselines:
         return
     yield "Plain layouts, each as good as its kind can be"
-    rows = [(each.name, *_margin(plan, each)) for each in plan.baselines]
+    rows = [(each.name, *margin(plan, each)) for each in plan.baselines]
     yield from _indented(table(("layout", "step", "against this plan"), rows, "<><"))
     best = min(plan.baselines, key=lambda each: each.seconds)
     if best.seconds <= plan.estimate.seconds * (1 + NOISE_PART):
         yield f"  The model does not tell margins below {percent(NOISE_PART)} apart: {best.name} will do."
 
 
-def _margin(plan: Plan, found: Baseline) -> tuple[str, str]:
+def margin(plan: Plan, found: Baseline) -> tuple[str, str]:
+    """What a plain layout takes, and how that compares with the plan: `1.59 ms`, `12.0 % slower`."""
     if not isfinite(found.seconds):
         return "-", found.why
     ours = plan.estimate.seconds

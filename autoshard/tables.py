@@ -61,6 +61,11 @@ def size(count: float) -> str:
     return f"{_short(count)} B"
 
 
+def figure(number: float) -> str:
+    """A number of no unit with three significant digits, thousands written out: `0.0338`, `1330`."""
+    return f"{number:.0f}" if 1000 <= abs(number) < 1e6 else f"{number:.3g}"
+
+
 def percent(share: float) -> str:
     """A share as percent: `0.4 %`."""
     return f"{100 * share:.1f} %"

@@ -86,7 +86,10 @@ def fingerprint(program: Program) -> str:
         digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region, costs)).encode())
         if op.pinned is not None:
             digest.update(repr(op.pinned).encode())
-    digest.update(repr((program.regions, program.results, program.donated)).encode())
+    regions = [
+        (region.kind, region.parent, region.count) for region in program.regions
+    ]  # names have the line they stand at
+    digest.update(repr((regions, program.results, program.donated)).encode())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ V vocabulary. `...` is `B` in decode and `B, T` in prefill.
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -136,11 +137,24 @@ def abstract_params(config: Config, weights: str = "bf16") -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), weights))
 
 
-def abstract_cache(config: Config, batch: int, context: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_cache(
+    config: Config, batch: int, context: int | None = None, cache: str = "bf16"
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a key-value cache for `context` tokens (`max_context` unless given)."""
     tokens = config.max_context if context is None else context
-    entry = jax.ShapeDtypeStruct((config.layers, batch, tokens, *config.kv_heads, config.d_head), jnp.bfloat16)
+    shape = (config.layers, batch, tokens, *config.kv_heads, config.d_head)
+    entry = jax.ShapeDtypeStruct(shape, cache_dtype(cache))
     return {"k": entry, "v": entry}
+
+
+def cache_dtype(cache: str) -> jnp.dtype:
+    """The type of keys and values in the cache; they are multiplied as bf16 whatever it is."""
+    if cache not in CACHES:
+        raise ValueError(f"The cache is one of {', '.join(CACHES)}, not {cache!r}.")
+    return jnp.dtype(CACHES[cache])
+
+
+CACHES = {"bf16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}
 
 
 # --- The model
@@ -161,7 +175,8 @@ def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) ->
         q, k, v = queries_keys_values(layer, normed, rotation, rotation)  # [B, H, D], 2 × [B, D] or [B, H, D]
         cache_k = write_token(cache_k, k, index, position)
         cache_v = write_token(cache_v, v, index, position)
-        attended = attend(q, read_layer(cache_k, index), read_layer(cache_v, index), visible)  # [B, H, D]
+        read_k, read_v = (read_layer(each, index).astype(q.dtype) for each in (cache_k, cache_v))
+        attended = attend(q, read_k, read_v, visible)  # [B, H, D]
         return (block_output(layer, x, normed, attended), cache_k, cache_v), None
 
     carry = (x, cache["k"], cache["v"])
@@ -169,14 +184,15 @@ def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) ->
     return logits(params, x), {"k": cache_k, "v": cache_v}
 
 
-def prefill_step(params: Params, tokens: Array) -> tuple[Array, Cache]:
-    """The logits `[B, V]` that follow the last of `tokens` `[B, T]`, and the cache of them all."""
+def prefill_step(params: Params, tokens: Array, cache: str | None = None) -> tuple[Array, Cache]:
+    """The logits `[B, V]` that follow the last of `tokens` `[B, T]`, and the cache of them all, in the activations' type
+    unless `cache` names another."""
     x = params["embedding"][tokens]  # [B, T, E]
     positions = jnp.arange(tokens.shape[1])
     cos, sin = rotary(positions, d_head_of(params), x.dtype)  # [T, D]
     per_head = (cos[:, None, :], sin[:, None, :])  # [T, 1, D]
     visible = positions[:, None, None] >= positions  # [T, 1, S]: causal
-    multihead = jax.tree.leaves(params["layers"]["wk"])[0].ndim > 3
+    multihead, kept = jax.tree.leaves(params["layers"]["wk"])[0].ndim > 3, cache_dtype(cache) if cache else x.dtype
 
     def layer_step(x, layer):
         normed = rms_norm(x, layer["scale"])  # [B, T, E]
@@ -185,7 +201,7 @@ def prefill_step(params: Params, tokens: Array) -> tuple[Array, Cache]:
             layer, normed, per_head, k_rotation
         )  # [B, T, H, D], 2 × [B, T, D] or [B, T, H, D]
         attended = attend(q, k, v, visible)  # [B, T, H, D]
-        return block_output(layer, x, normed, attended), (k, v)
+        return block_output(layer, x, normed, attended), (k.astype(kept), v.astype(kept))
 
     x, (cache_k, cache_v) = lax.scan(layer_step, x, params["layers"])
     return logits(params, x[:, -1]), {"k": cache_k, "v": cache_v}
@@ -194,7 +210,7 @@ def prefill_step(params: Params, tokens: Array) -> tuple[Array, Cache]:
 def write_token(cache: Array, new: Array, layer: Array, position: Array) -> Array:
     """`cache` `[L, B, S, ...]` with `new` `[B, ...]` at one layer and position."""
     at = (layer, 0, position, *[0] * (new.ndim - 1))
-    return lax.dynamic_update_slice(cache, new[None, :, None], at, allow_negative_indices=False)
+    return lax.dynamic_update_slice(cache, new[None, :, None].astype(cache.dtype), at, allow_negative_indices=False)
 
 
 def read_layer(cache: Array, layer: Array) -> Array:
@@ -286,21 +302,32 @@ def letters(weights: str, inputs: dict[str, str]) -> dict[str, str]:
 
 
 def decode(
-    size: str = "540b", batch: int = 64, context: int = 2048, weights: str = "bf16", layers: int | None = None
+    size: str = "540b",
+    batch: int = 64,
+    context: int = 2048,
+    weights: str = "bf16",
+    cache: str = "bf16",
+    layers: int | None = None,
 ) -> Workload:
     """One decode step: a token for each of `batch` sequences against a cache of `context` tokens, which is donated."""
     config = config_of(size, layers)
     tokens, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    args = (abstract_params(config, weights), abstract_cache(config, batch, context), tokens, position)
+    args = (abstract_params(config, weights), abstract_cache(config, batch, context, cache), tokens, position)
     dims = letters(weights, {"cache.*": "L B S D"})
     return Workload(decode_step, args, donate_argnums=(1,), name=f"palm-{size}-decode", dims=dims)
 
 
 def prefill(
-    size: str = "540b", batch: int = 1, length: int = 2048, weights: str = "bf16", layers: int | None = None
+    size: str = "540b",
+    batch: int = 1,
+    length: int = 2048,
+    weights: str = "bf16",
+    cache: str = "bf16",
+    layers: int | None = None,
 ) -> Workload:
     """Prefill: `batch` prompts of `length` tokens into a fresh cache."""
     config = config_of(size, layers)
     args = (abstract_params(config, weights), jax.ShapeDtypeStruct((batch, length), jnp.int32))
     dims = letters(weights, {"tokens": "B T"})
-    return Workload(prefill_step, args, name=f"palm-{size}-prefill", dims=dims)
+    step = prefill_step if cache == "bf16" else partial(prefill_step, cache=cache)
+    return Workload(step, args, name=f"palm-{size}-prefill", dims=dims)

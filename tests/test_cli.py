@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,11 @@ def test_verbose_errors_have_a_traceback() -> None:
 
 def test_a_command_without_arguments_shows_help() -> None:
     assert "Usage" in run().output
+
+
+def test_the_command_is_also_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["autoshard", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("autoshard", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("autoshard ")

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+import autoshard
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 
@@ -33,6 +35,16 @@ def test_every_picture_and_page_that_is_named_is_there():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} names {target}"
+
+
+def test_the_reference_has_every_public_name():
+    text = (DOCS / "reference" / "functions.md").read_text()
+    public = {
+        name
+        for name in dir(autoshard)
+        if not name.startswith("_") and not isinstance(getattr(autoshard, name), ModuleType)
+    }
+    assert public - {"TYPE_CHECKING", "Any"} == set(re.findall(r"^        - (\w+)$", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)

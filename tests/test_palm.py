@@ -104,6 +104,20 @@ def test_prefill_then_decode_equals_a_longer_prefill():
         assert (cache[name][:, :, 9:] == 7.0).all()
 
 
+def test_a_cache_of_eight_bits_is_half_as_large_and_nearly_as_good():
+    bf16, fp8 = (palm.abstract_cache(palm.SIZES["540b"], 64, 2048, cache)["k"] for cache in ("bf16", "fp8"))
+    assert fp8.size * fp8.dtype.itemsize * 2 == bf16.size * bf16.dtype.itemsize
+    work = palm.prefill("tiny", batch=2, length=7, cache="fp8")
+    params, tokens = palm.init_params(TINY, jax.random.key(0, impl="rbg")), tiny_tokens()
+    expected, _ = jax.jit(palm.prefill_step)(params, tokens[:, :8])
+    _, cache = jax.jit(work.fn)(params, tokens[:, :7])
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("float8_e4m3fn")}
+    logits, _ = jax.jit(palm.decode_step)(params, longer(cache, filler=0.0), tokens[:, 7], jnp.int32(7))
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="The cache is one of bf16, fp8, not 'int4'"):
+        palm.decode("tiny", cache="int4")
+
+
 @pytest.mark.parametrize("variant", [{}, {"multihead": True}, {"parallel": False}], ids=str)
 def test_decode_alone_equals_prefill(variant: dict[str, bool]):
     config, tokens = replace(TINY, **variant), tiny_tokens()

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import autoshard
 from autoshard.cli import app
-from autoshard.plan import Plan
+from autoshard.plan import Baseline, Plan
 from autoshard.report import ReportError, write_report
 from autoshard.report.of_plan import data_of
+from autoshard.report.plots import _panel
 from autoshard.report.write import page
 from autoshard.sweep.results import FAILED, SOLVED
 from autoshard.sweep.rows import Row, SweepResult
@@ -111,6 +113,14 @@ def test_the_page_of_a_plan_holds_the_plans_numbers(plan: Plan):
     assert spent == pytest.approx(plan.estimate.seconds - slices)
     assert sum(data["regimes"].values()) == pytest.approx(plan.estimate.seconds)
     assert "Symbols (formulas are of one chip)" in data["formulas"]
+    assert data["parallelism"] == str(plan.parallelism())
+    assert data["plain"] == []
+
+
+def test_the_page_of_a_plan_has_the_plain_layouts_that_it_was_compared_with(plan: Plan):
+    plain = (Baseline("megatron 1d", 2.5 * plan.estimate.seconds, 2.5 * plan.estimate.seconds),)
+    (found,) = embedded(page(replace(plan, baselines=plain)))["plain"]
+    assert (found["name"], found["margin"]) == ("megatron 1d", "2.50 times")
 
 
 def test_a_hostile_name_stays_text(plan: Plan):
@@ -146,6 +156,14 @@ def test_a_plan_of_an_older_file_has_no_memory_and_no_formulas(plan: Plan):
     assert (data["memory"]["points"], data["formulas"]) == ([], "")
 
 
+def test_the_page_of_a_sweep_answers_within_the_limits_of_its_job():
+    limits = {"seconds_per_token": 0.03, "seconds_to_first_token": None, "memory_gib": 14.0}
+    html = page(replace(small_sweep(), constraints=limits))
+    assert "Allowed are at most 30.0 ms a token, 14 GiB of each chip." in html
+    assert "decode: the cheapest at 30.0 ms a token or less is v5e:4x4, batch 16, weights int8" in html
+    assert "Within the job" not in page(small_sweep())
+
+
 def test_the_page_of_a_sweep_marks_the_frontier():
     sweep = small_sweep()
     data = embedded(page(sweep))
@@ -161,6 +179,49 @@ def test_the_page_of_a_sweep_marks_the_frontier():
         "v5e:4x4, batch 256, weights int8",
     ]
     assert data["without"][0]["why"] == "no <such> thing"
+
+
+def two_kinds_of_chips() -> SweepResult:
+    """Dear chips that are fast, and chips that take more chip-seconds for less money; at two lengths."""
+    rows = []
+    for length in (128, 512):
+        for k, (chip, rate) in enumerate((("v4", 3.0), ("v5e", 0.5))):
+            seconds = length * 1e-4 * (1 + 2 * k)
+            numbers: dict[str, Any] = {"seconds": seconds, "latency_seconds": seconds, "mfu": 0.1}
+            numbers["chip_seconds_per_token"] = seconds
+            numbers |= {"price": rate * seconds, "peak_bytes": 1e9, "budget_bytes": 2e9}
+            rows.append(Row("decode", "decode", f"{chip}:4", chip, 4, {"length": length}, SOLVED, **numbers))
+    return SweepResult("two", tuple(rows), per=("length",))
+
+
+def test_the_page_of_a_sweep_over_lengths_has_a_frontier_for_each():
+    (phase,) = embedded(page(two_kinds_of_chips()))["phases"]
+    assert phase["series"] == ["length"]
+    assert [point["best"] for point in phase["points"]] == [True] * 4
+    assert [(end["part"], end["which"], end["name"]) for end in phase["ends"]] == [
+        (f"decode, length {length}", which, f"{chip}:4")
+        for length in (128, 512)
+        for which, chip in (("fastest", "v4"), ("cheapest", "v5e"))
+    ]
+
+
+def test_a_plot_is_of_money_where_chips_have_prices():
+    """Drawn against chip-seconds, a frontier of money would go up and down."""
+    from matplotlib.figure import Figure
+
+    for sweep, label, shown in (
+        (two_kinds_of_chips(), "cost, USD a million tokens", [3.0, 1.5]),
+        (
+            replace(two_kinds_of_chips(), rows=tuple(replace(r, price=None) for r in two_kinds_of_chips().rows)),
+            "ms",
+            [12.8],
+        ),
+    ):
+        axes = Figure().subplots()
+        _panel(axes, sweep, "decode")
+        assert label in axes.get_ylabel()
+        curves = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.get_lines()}
+        assert curves["length 128"] == pytest.approx([y * (0.0128 if "USD" in label else 1) for y in shown])
 
 
 @pytest.mark.parametrize("ending", ["html", "png", "svg"])
@@ -251,6 +312,18 @@ def test_the_page_of_a_plan_works_in_a_browser(
     assert at.locator("details pre").is_visible()
     at.locator("summary").first.click()
     opened.close("plan")
+
+
+@pytest.mark.browser
+def test_a_group_of_chips_is_one_whatever_the_order_of_its_axes(
+    browser: Any, tmp_path: Path, plan: Plan, audit: dict[str, Any]
+):
+    one = {"kind": "all-to-all", "count": 2, "bytes": 64}
+    audit = audit | {"planned": [one | {"axes": ["y", "x"]}], "compiled": [one | {"axes": ["x", "y"]}]}
+    (tmp_path / "plan.html").write_text(page(plan, audit))
+    opened = Opened(browser, tmp_path / "plan.html", 1280)
+    assert opened.page.locator("#compared tbody tr").all_inner_texts() == ["all-to-all\txy\t2\t2\t128 B\t128 B"]
+    opened.page.close()
 
 
 @pytest.mark.browser

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from autoshard.cli import app
+from autoshard.plan_file import load
+from autoshard.sweep import text
+from autoshard.sweep.advice import advice
 from autoshard.sweep.bounds import bound_of, ruled_out
-from autoshard.sweep.frontier import cheapest, family, fastest, frontier, gains, longest, switches
+from autoshard.sweep.frontier import cheapest, fastest, frontier, gains, longest, switches
 from autoshard.sweep.job import Job, JobError, job_of, line_of, load_job
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
-from autoshard.sweep.rows import Row, load_sweep, sweep_result
+from autoshard.sweep.rows import Row, SweepResult, family, load_sweep, sweep_result
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.shapes import shapes
 from autoshard.sweep.solving import solve, unpacked
@@ -80,7 +83,7 @@ def job(folder: Path, text: str = JOB) -> Job:
         (
             'of = "batch"',
             'of = "batches"',
-            "line 6: phases.decode.arguments.batch: 'batches': batches in batches have no",
+            "line 6: phases.decode.arguments.batch: 'batches': batches is no number that the job varies; it varies batch",
         ),
         ("network", "network-2", "line 5: phases.decode.target: "),
         ("sweep_target", "no_such_file", "line 5: phases.decode.target: there is no file"),
@@ -88,9 +91,46 @@ def job(folder: Path, text: str = JOB) -> Job:
         ("v5e = 1.2", "v5e = -1", "line 18: price.per_chip_hour.v5e: input should be greater than 0, got -1"),
         ("width = [256, 1024]", "width = [256, 1024", "is no TOML: "),
         (
+            "width = [256, 1024]",
+            "width = 256\nbatch = 3",
+            "is no TOML: Cannot overwrite a value (at line 11, column 10): batch = 3.",
+        ),
+        (
             "[vary]",
             "[together]\nphases = ['decode', 'chat']\n[vary]",
             "line 9: together.phases: there is no phase 'chat'",
+        ),
+        (
+            "[vary]",
+            "[together]\nphases = ['decode']\n[vary]",
+            "line 9: together.phases: names decode, and only two or more",
+        ),
+        ('kinds = "v5e"', 'kinds = ["v5e", "v5x"]', "line 14: chips.kinds.1: there is no chip 'v5x' in the catalogue"),
+        ("counts = [4]", "counts = [4, 7]", "line 15: chips.counts.1: v5e comes in no slice of 7 chips"),
+        ("counts = [4]", "topologies = ['v5e:4x']", "line 15: chips.topologies.0: "),
+        ("counts = [4]", "topologies = ['mine.toml']", "line 15: chips.topologies.0: "),
+        (":network", ":netwrok", "line 5: phases.decode.target: "),
+        (
+            "dtype = {",
+            "type = {",
+            "line 6: phases.decode.arguments: network takes batch, width, dtype, trouble, sign: ",
+        ),
+        ("batch = [8, 64]", "batch = [8, 64]\ncontext = 7", "line 10: vary.context: nothing depends on it"),
+        ("v5e = 1.2", "v4 = 3.2, v5e = 1.2", "line 18: price.per_chip_hour.v4: the job has no chip v4; it has v5e"),
+        (
+            "counts = [4]",
+            'counts = [4]\ntopologies = ["v4:2x2x1"]',
+            "line 19: price.per_chip_hour: has no price of v4; all chips of the job need one, or none",
+        ),
+        (
+            "[price]",
+            "[constraints]\nseconds_to_first_token = 1\n[price]",
+            "line 18: constraints.seconds_to_first_token: is a limit of prefill, and no phase is one",
+        ),
+        (
+            "[price]",
+            "[frontier]\nper = 'size'\n[price]",
+            "line 18: frontier.per: size is not varied; batch, width, weights is",
         ),
     ],
 )
@@ -151,14 +191,16 @@ def test_every_shape_is_a_topology_of_so_many_chips(name: str, count: int):
 
 def test_a_count_that_comes_in_no_slice_is_refused(tmp_path: Path):
     with pytest.raises(JobError, match="v5e comes in no slice of 3 chips"):
-        topologies(job(tmp_path, JOB.replace("counts = [4]", "counts = [3]")))
+        topologies(replace(job(tmp_path), counts=(3,)))
 
 
 def test_a_phase_has_a_point_for_each_combination_of_what_it_reads(tmp_path: Path):
     every = list(points(job(tmp_path)))
     assert len(every) == len(set(map(str, every))) == 2 * 8  # v5e:4 and v5e:2x2
-    fewer = list(points(job(tmp_path, JOB.replace('dtype = { of = "weights" }', 'dtype = "float32"'))))
-    assert len(fewer) == 2 * 4
+    asked = job(tmp_path)
+    (phase,) = asked.phases
+    fewer = replace(phase, arguments={**phase.arguments, "dtype": "float32"})
+    assert len(list(points(replace(asked, phases=(fewer,))))) == 2 * 4
 
 
 def test_an_expression_that_is_no_whole_number_somewhere_spoils_that_point_only(tmp_path: Path):
@@ -311,6 +353,7 @@ def test_together_phases_share_one_layout(tmp_path: Path):
     found = done_rows(job(tmp_path, text))
     both = [row for row in found if row.phase == "prefill + decode"]
     assert [row.outcome for row in both] == [SOLVED] * 4
+    assert {(row.kind, row.handoff_seconds) for row in both} == {("request", 0.0)}
     alone = {(row.phase, row.topology, row.knobs["batch"]): row.seconds for row in found}
     for row in both:
         prefill, decode = (alone[(name, row.topology, row.knobs["batch"])] for name in ("prefill", "decode"))
@@ -322,7 +365,13 @@ def test_together_phases_share_one_layout(tmp_path: Path):
 
 
 def a_row(latency: float, cost: float, **other: Any) -> Row:
-    row = Row("decode", "decode", "v5e:4", "v5e", 4, {}, SOLVED, latency_seconds=latency, chip_seconds_per_token=cost)
+    numbers: dict[str, Any] = {
+        "latency_seconds": latency,
+        "chip_seconds_per_token": cost,
+        "peak_bytes": 1e9,
+        "budget_bytes": 2e9,
+    }
+    row = Row("decode", "decode", "v5e:4", "v5e", 4, {}, SOLVED, **numbers)
     return replace(row, **other)
 
 
@@ -349,6 +398,144 @@ def test_the_answers_of_a_few_rows():
     assert longest(rows, "context", 0.03) is small
     assert [gain.latency for gain in gains(rows, "weights", "bf16", "int8")] == [0.5]
     assert [each.changes for each in switches(frontier(rows))] == [("up: WS-1D → WG-X",)]
+
+
+def a_request(first: float, token: float, cost: float, **other: Any) -> Row:
+    seconds = {"fill": first, "decode": token}
+    kinds = {"fill": "prefill", "decode": "decode"}
+    row = a_row(
+        first + 64 * token, cost, kind="request", phase="fill + decode", phase_seconds=seconds, phase_kinds=kinds
+    )
+    return replace(row, **other)
+
+
+def test_limits_are_of_the_phases_that_are_laid_out_together():
+    """A request's own latency is that of prefill and all its tokens: no limit is a limit of that."""
+    quick, cheap, slow = a_request(3.0, 0.02, 0.2), a_request(1.0, 0.025, 0.3), a_request(0.5, 0.05, 0.1)
+    rows = (quick, cheap, slow)
+    assert cheapest(rows) is slow
+    assert cheapest(rows, 0.03) is quick
+    assert cheapest(rows, 0.03, 2.0) is cheap
+    assert cheapest(rows, None, 0.7) is slow
+    assert cheapest(rows, 0.01) is None
+    limits = {"seconds_per_token": 0.03, "seconds_to_first_token": 2.0}
+    sweep = SweepResult("s", rows, constraints=limits)
+    (answer,) = text.answers(sweep)
+    assert answer.row is cheap
+    assert answer.words.startswith(
+        "fill + decode: the cheapest at 30.0 ms a token or less and 2.00 s to the first token or less is v5e:4: "
+        "2.60 s a request (1.00 s to the first token, 25.0 ms a token), 300 chip-ms a token"
+    )
+    (none,) = text.answer_cheapest(sweep, "fill + decode", 0.01)
+    assert "no plan takes 10.0 ms a token or less; the nearest is v5e:4" in none.words
+    assert "Allowed are at most 30.0 ms a token, 2.00 s to the first token." in render(sweep)
+
+
+def test_a_limit_of_one_phase_is_none_of_another():
+    first = a_row(0.5, 0.1, kind="prefill", phase="prefill")
+    sweep = SweepResult("s", (first, a_row(0.02, 0.1)))
+    assert text.limits_of(sweep, "prefill", 0.03, 2.0) == (None, 2.0)
+    assert text.limits_of(sweep, "decode", 0.03, 2.0) == (0.03, None)
+    assert cheapest([first], None, 0.4) is None
+    assert cheapest([first], None, 0.6) is first
+
+
+def test_points_of_another_length_have_a_frontier_of_their_own():
+    """Else the short ones beat all others, which do more."""
+    rows = tuple(a_row(0.01 * n * batch, n / batch, knobs={"n": n, "batch": batch}) for n in (1, 4) for batch in (1, 2))
+    sweep = SweepResult("s", rows, constraints={"seconds_per_token": 0.015}, per=("n",))
+    assert [(part.name, part.rows) for part in sweep.parts("decode")] == [
+        ("decode, n 1", rows[:2]),
+        ("decode, n 4", rows[2:]),
+    ]
+    assert [answer.row for answer in text.answers(sweep)] == [rows[0], None]
+    assert [answer.row for answer in text.answer_fastest(sweep, "decode", 4)] == [rows[0], rows[2]]
+    words = render(sweep)
+    for said in (
+        "decode, n 1: the frontier of 2 plans",
+        "decode, n 4: the frontier of 2 plans",
+        "- decode, n 4: the cheapest",
+    ):
+        assert said in words
+    assert replace(sweep, per=()).parts("decode")[0].name == "decode"
+
+
+def test_numbers_that_make_no_tokens_are_other_work(tmp_path: Path):
+    assert job(tmp_path).per == ("width",)
+    assert job(tmp_path, JOB.replace("[price]", "[frontier]\nper = []\n[price]")).per == ()
+    lengths = JOB.replace("batch = [8, 64]", "batch = 8\ninput_length = 2").replace("decode", "prefill")
+    lengths = lengths.replace('batch = { of = "batch" }', 'batch = { of = "batch * input_length" }')
+    assert job(tmp_path, lengths).per == ("input_length", "width")
+
+
+def test_where_all_chips_have_prices_cheap_is_money():
+    dear = a_row(0.01, 0.1, chip="v4", topology="v4:4", price=9.0)
+    slow = a_row(0.02, 0.2, price=3.0)
+    assert cheapest([dear, slow], 0.03) is slow
+    assert frontier([dear, slow]) == (dear, slow)
+    assert frontier([dear, replace(slow, price=None)]) == (dear,)
+    assert "2.0 times slower and 3 times cheaper" in (" ".join(advice(SweepResult("s", (dear, slow))))).replace(
+        "2 t", "2.0 t"
+    )
+
+
+def test_reasons_are_told_once_a_slice():
+    why = "Too large. At its fullest it holds:\n 3 GiB"
+    rows = tuple(a_row(1, 1, knobs={"batch": b, "size": s}, outcome=INFEASIBLE, why=why) for b in (1, 2) for s in "ab")
+    words = render(SweepResult("s", (*rows, a_row(1, 1, knobs={"batch": 1, "size": "c"}))))
+    assert words.count("No layout fits: decode on v5e:4 (4 points; of the first): Too large.\n") == 1
+    assert "At its fullest" not in words
+
+
+def test_a_frontier_names_every_layout_in_full():
+    long = "WS-2D: contracted over x, output over yz, as long as it may be " * 4
+    rows = tuple(
+        a_row(n, 1 / n, layout={"decode": {"params['up']": f"{long}{n % 2}"}}, knobs={"batch": n}) for n in (1, 2, 3)
+    )
+    lines = render(SweepResult("s", tuple(replace(row, status="OPTIMAL") for row in rows))).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("  v5e:4 ")] == ["A", "B", "A"]
+    assert sum("WS-2D" in line for line in lines if line.startswith(("  A ", "  B "))) == 2
+    assert "…" not in "".join(lines)
+
+
+def test_costs_have_no_exponents_that_people_must_read():
+    row = a_row(0.0104, 1.33, status="OPTIMAL")
+    words = render(SweepResult("s", (row, a_row(0.1, 0.0000338, status="OPTIMAL"))))
+    assert "1330 chip-ms a token" in words and "0.0338 chip-ms a token" in words and "e+" not in words
+
+
+def test_attention_is_no_product_by_a_weight():
+    layout = {"scores": "query-sharded over x", "params['up']": "WG-X: batch over x", "more": "head-sharded over y"}
+    row = a_row(1, 1, layout={"decode": layout})
+    assert row.headline == "WG-X: batch over x | attention query-sharded over x"
+    assert row.family == "WG-X with query-sharded"
+    both = replace(row, layout={"prefill": layout, "decode": {"params['up']": "WS-1D: output over y"}})
+    assert both.headline == "prefill WG-X: batch over x | attention query-sharded over x; decode WS-1D: output over y"
+    assert both.family == "prefill WG-X with query-sharded, decode WS-1D"
+
+
+def test_chips_of_several_kinds_without_prices_are_said_to_count_alike():
+    rows = (a_row(0.5, 0.1), a_row(0.5, 0.1, chip="v4"))
+    assert "a second of v5e and of v4 counts alike" in render(SweepResult("s", rows))
+    assert "alike" not in render(SweepResult("s", tuple(replace(row, price=1.0) for row in rows)))
+    assert "alike" not in render(SweepResult("s", rows[:1]))
+
+
+def test_the_longest_is_told_of_every_slice_and_within_limits():
+    rows = (
+        a_row(0.02, 0.1, knobs={"context": 2048}),
+        a_row(0.09, 0.1, knobs={"context": 8192}, topology="v5e:8", chips=8),
+        a_row(0.03, 0.1, knobs={"context": 4096}, topology="v5e:8", chips=8),
+        a_row(0.0, 0.0, knobs={"context": 16384}, outcome=INFEASIBLE),
+    )
+    sweep = SweepResult("s", rows)
+    longest_of_all, within = (str(text.answer_longest(sweep, "decode", "context", limit)) for limit in (None, 0.03))
+    assert longest_of_all.startswith("decode: the largest context is 8192: v5e:8, context 8192")
+    assert longest_of_all.endswith("By slice: 2048 on v5e:4, 8192 on v5e:8.")
+    assert within.startswith("decode: the largest context at 30.0 ms a token or less is 4096: v5e:8")
+    assert "no context from 2048 to 16384 has a plan at 1.00 ms" in str(
+        text.answer_longest(sweep, "decode", "context", 0.001)
+    )
 
 
 def test_a_family_has_no_axes():
@@ -379,11 +566,43 @@ def test_the_command_solves_resumes_and_answers(tmp_path: Path):
     answered = CliRunner().invoke(app, [*ask, "--gain", "weights:float32:bfloat16"])
     assert answered.exit_code == 0, answered.output
     lines = answered.stdout.splitlines()
-    assert lines[0].startswith("decode: the cheapest at 1.00 ms or less is v5e:")
-    assert lines[1].startswith("decode: the fastest on 4 chips is v5e:")
-    assert lines[2].startswith("decode: the largest width is 1024 (the largest that the job asks for")
-    assert lines[3].startswith("decode: weights bfloat16 is 1.")
+    for count, start in enumerate(
+        (
+            "decode, width 256: the cheapest at 1.00 ms a token or less is v5e:",
+            "decode, width 1024: the cheapest at 1.00 ms a token or less is v5e:",
+            "decode, width 256: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
+            "decode, width 1024: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
+            "decode: the largest width at 1.00 ms a token or less is 1024 (the largest that the job",
+            "decode: weights bfloat16 is 1.",
+        )
+    ):
+        assert lines[count].startswith(start)
     assert len([line for line in lines if " × " in line]) == 8
+
+
+def test_the_plan_of_an_answer_is_written(tmp_path: Path):
+    path = written(tmp_path, JOB.replace("[8, 64]", "8").replace("[256, 1024]", "256"))
+    assert CliRunner().invoke(app, ["sweep", str(path), "-o", str(tmp_path / "out"), "--workers", "0"]).exit_code == 0
+    ask = ["ask", str(tmp_path / "out" / "toy.json"), "--chips", "4", "--save", str(tmp_path / "plan.json")]
+    answered = CliRunner().invoke(app, ask)
+    assert answered.exit_code == 0, answered.output
+    plan = load(tmp_path / "plan.json")
+    row = fastest(load_sweep(tmp_path / "out" / "toy.json").rows, 4)
+    assert row is not None
+    assert (plan.topology.name, plan.estimate.seconds) == (row.topology, row.seconds)
+    assert "exists; --force" in CliRunner().invoke(app, ask).output
+    for flags, says in (
+        (["--under-ms", "1"], "--save takes one answer, and there are 2"),
+        (["--under-ms", "0"], "--under-ms 0 is no limit"),
+        (["--first-token-ms", "1"], "has only decode, which that is no limit of"),
+        (["--where", "weights=int4"], "No point has weights=int4; weights has bfloat16, float32"),
+        (["--where", "wieghts=int4"], "No point has wieghts=int4; there are batch, width, weights, topology, chip"),
+        (["--phase", "prefill"], "The sweep has no phase prefill; it has decode"),
+    ):
+        refused = CliRunner().invoke(app, [*(ask[:2] if "--first-token-ms" in flags else [*ask, "--force"]), *flags])
+        assert refused.exit_code == 2 and says in refused.output
+    (tmp_path / "out" / "points.sqlite").unlink()
+    assert "which is not there" in CliRunner().invoke(app, [*ask, "--force"]).output
 
 
 def test_another_job_finds_the_points_of_the_first(tmp_path: Path):

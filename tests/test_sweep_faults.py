@@ -106,6 +106,31 @@ def test_killed_ten_times_and_resumed_nothing_is_lost_or_repeated(tmp_path: Path
             assert session == made_by or begun_at < made_at  # none was begun again once it was there
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the children of a process are read from /proc")
+def test_a_sweep_that_is_killed_leaves_no_workers_behind(tmp_path: Path):
+    command = [*COMMAND, str(written(tmp_path, MORE)), "-o", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while attempts(tmp_path / "out" / "points.sqlite") < 3 and process.poll() is None:
+        time.sleep(0.01)
+    threads = Path(f"/proc/{process.pid}/task").iterdir()
+    children = {child for thread in threads for child in (thread / "children").read_text().split()}
+    process.kill()
+    process.wait()
+    assert len(children) >= 2
+    end = time.monotonic() + 20
+    while left := [child for child in children if running(child)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+def running(process: str) -> bool:
+    """Whether a process is there and has not ended; nobody may be left to ask for its exit code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def attempts(store: Path) -> int:
     if not store.exists():
         return 0

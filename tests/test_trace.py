@@ -387,3 +387,16 @@ def test_a_donated_argument_is_paired_with_the_first_result_like_it() -> None:
         return x, {"k": cache["v"], "v": cache["k"] + x}, X
 
     assert trace(step, {"k": X, "v": X}, X, donate_argnums=(0,)).program.donated == ((0, 0), (1, 1))
+
+
+def test_a_fingerprint_does_not_know_where_a_loop_stands():
+    """Or a comment above the model would make every plan one of another function."""
+    text = "def looped(x):\n    return jax.lax.scan(lambda carry, _: (carry * 2, None), x, length=3)[0]\n"
+    found = []
+    for above in ("", "# A comment.\n" * 7):
+        names: dict[str, Any] = {"jax": jax}
+        exec(compile(above + text, "looped.py", "exec"), names)
+        found.append(trace(names["looped"], jax.ShapeDtypeStruct((8,), "float32")).program)
+    lines = [{region.name for region in program.regions} for program in found]
+    assert lines[0] != lines[1], "the names tell nothing of the lines"
+    assert fingerprint(found[0]) == fingerprint(found[1])

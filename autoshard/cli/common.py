@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -187,11 +187,23 @@ def workload(target: str, keywords: dict[str, Any]) -> Workload:
     """
     path, name = _split(target)
     with _on_path(path.parent.resolve()):
-        factory = _factory(_imported(path), path, name)
-        _check_keywords(factory, name, keywords)
-        found = _attempt(lambda: factory(**keywords), f"{name} in {path} failed")
+        make = factory(target, keywords)
+        found = _attempt(lambda: make(**keywords), f"{name} in {path} failed")
     if not isinstance(found, Workload):
         raise Misuse(f"{name} in {path} returned {type(found).__name__}; an autoshard.Workload(fn, args) would do.")
+    return found
+
+
+def factory(target: str, keywords: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """The function that `FILE.py:NAME` names; where keywords are given, one that takes them.
+
+    **Raises:** `Misuse`, as `workload` does.
+    """
+    path, name = _split(target)
+    with _on_path(path.parent.resolve()):
+        found = _factory(_imported(path), path, name)
+    if keywords is not None:
+        _check_keywords(found, name, keywords)
     return found
 
 
@@ -260,9 +272,9 @@ def _factory(module: ModuleType, path: Path, name: str) -> Callable[..., Any]:
     return found
 
 
-def _check_keywords(factory: Callable[..., Any], name: str, keywords: dict[str, Any]) -> None:
+def _check_keywords(found: Callable[..., Any], name: str, keywords: Mapping[str, Any]) -> None:
     try:
-        signature = inspect.signature(factory)
+        signature = inspect.signature(found)
     except (TypeError, ValueError):
         return
     try:

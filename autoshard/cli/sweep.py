@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
@@ -92,16 +93,36 @@ def _engine(workers: int | None, dask: str | None, ray: str | None) -> Any:
     return engines.processes(count) if count else engines.here
 
 
+_TELL_SECONDS = 60.0
+"""How often a log, where no bar can be drawn, is told how far a sweep is."""
+_SPEED_SECONDS = 3600.0
+"""Over what time the bar takes the mean of how long points take: some take minutes."""
+
+
 class _Bar:
-    def __init__(self, bar: Any, task: Any) -> None:
-        self.bar, self.task = bar, task
+    """A bar on a terminal, and now and then a line elsewhere."""
+
+    def __init__(self, bar: Any, task: Any, total: int) -> None:
+        self.bar, self.task, self.total = bar, task, total
+        self.ended = self.searched = 0
+        self.began = self.told = monotonic()
 
     def advanced(self, done: Any) -> Any:
         self.bar.advance(self.task)
+        self.ended += 1
+        self.searched += not done.known and done.result.wall_seconds > 0
+        now = monotonic()
+        if self.bar.disable and now - self.told >= _TELL_SECONDS:
+            self.told, left = now, (self.total - self.ended) * (now - self.began) / max(self.searched, 1)
+            self.say(f"{self.ended} of {self.total} points, {_minutes(left)} left at this pace.")
         return done
 
     def say(self, text: str) -> None:
         typer.echo(f"autoshard: {text}", err=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(round(seconds / 60), 1)} min"
 
 
 @contextmanager
@@ -125,8 +146,10 @@ def _progress(name: str, total: int) -> Any:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield _Bar(bar, bar.add_task(escape(name), total=total))
+    console = Console(stderr=True)
+    plain = not console.is_terminal
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_SECONDS, disable=plain) as bar:
+        yield _Bar(bar, bar.add_task(escape(name), total=total), total)
 
 
 def ask(
@@ -134,7 +157,10 @@ def ask(
         Path, typer.Argument(metavar="SWEEP.json", help="What autoshard sweep wrote.", exists=True, dir_okay=False)
     ],
     under_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="The cheapest slice at this latency or less.")
+        float | None, typer.Option(metavar="MS", help="The cheapest slice at so long a token, or less.")
+    ] = None,
+    first_token_ms: Annotated[
+        float | None, typer.Option(metavar="MS", help="The cheapest slice at so long to the first token, or less.")
     ] = None,
     chips: Annotated[int | None, typer.Option(metavar="COUNT", help="The fastest plan on so many chips.")] = None,
     longest: Annotated[
@@ -143,32 +169,120 @@ def ask(
     gain: Annotated[
         str | None, typer.Option(metavar="KNOB:A:B", help="What B gains over A, such as weights:bf16:int8.")
     ] = None,
-    phase: Annotated[str | None, typer.Option(help="Of this phase only.")] = None,
+    phase: Annotated[str | None, typer.Option(help='Of this phase only, such as decode or "prefill + decode".')] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KNOB=VALUE", help="Of these points only; may be repeated.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="Write the plan of the answer; one file a phase.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Answer a question from a finished sweep; without one, show it again.
+    """Answer questions from a finished sweep; without one, show it again.
 
     autoshard ask results/palm.json --under-ms 30
+
+    Limits hold for the questions beside them: --longest context --under-ms 30 is the longest at 30 ms a token.
     """
     from autoshard.sweep import text
     from autoshard.sweep.rows import load_sweep
 
     with common.reported(verbose):
+        _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
         found = load_sweep(sweep)
-        phases = found.phases if phase is None else (phase,)
-        if phase is not None and phase not in found.phases:
-            raise common.Misuse(f"{sweep} has no phase {phase}; it has {', '.join(found.phases)}.")
+        for each in where or ():
+            found = _only(found, each)
+        phases = found.phases if phase is None else _phases(found, phase)
         parts = tuple(gain.split(":")) if gain is not None else ()
         if gain is not None and len(parts) != 3:
             raise common.Misuse(f"--gain {gain} is no KNOB:A:B, such as weights:bf16:int8.")
-        lines: list[str] = []
+        asked = [None if each is None else each / 1e3 for each in (under_ms, first_token_ms)]
+        answers: list[text.Answer] = []
         for name in phases:
-            if under_ms is not None:
-                lines.append(text.answer_cheapest(found, name, under_ms / 1e3))
+            limits = text.limits_of(found, name, asked[0], asked[1])
+            if any(limits):
+                answers += text.answer_cheapest(found, name, *limits)
             if chips is not None:
-                lines.append(text.answer_fastest(found, name, chips))
+                answers += text.answer_fastest(found, name, chips, *limits)
             if longest is not None:
-                lines.append(text.answer_longest(found, name, longest))
+                answers.append(text.answer_longest(found, name, longest, *limits))
             if parts:
-                lines += text.answer_gain(found, name, parts[0], parts[1], parts[2])
-        typer.echo("\n".join(lines) if lines else text.render(found), nl=bool(lines))
+                values = [_value_of(found, parts[0], each) for each in parts[1:]]
+                answers += [text.Answer(line) for line in text.answer_gain(found, name, parts[0], *values)]
+        if any(asked) and not answers:
+            raise common.Misuse(f"{sweep} has only {', '.join(phases)}, which that is no limit of.")
+        shown = "\n".join(each.words for each in answers) if answers else text.render(_of_phases(found, phases))
+        typer.echo(shown, nl=bool(answers))
+        if save is not None:
+            _save(found, sweep, [each.row for each in answers if each.row is not None], save, force)
+
+
+def _value_of(found: Any, knob: str, text: str) -> Any:
+    """The value of a knob that is written so; the text itself if there is none."""
+    return next((row.knobs[knob] for row in found.rows if str(row.knobs.get(knob)) == text), text)
+
+
+def _phases(found: Any, asked: str) -> tuple[str, ...]:
+    """The phase of this name, spaces aside."""
+    fitting = tuple(phase for phase in found.phases if phase.replace(" ", "") == asked.replace(" ", ""))
+    if not fitting:
+        raise common.Misuse(f"The sweep has no phase {asked}; it has {', '.join(found.phases)}.")
+    return fitting
+
+
+def _of_phases(found: Any, phases: tuple[str, ...]) -> Any:
+    from dataclasses import replace
+
+    return replace(found, rows=tuple(row for row in found.rows if row.phase in phases))
+
+
+def _only(found: Any, pair: str) -> Any:
+    """The sweep with the points alone at which a knob (or `topology`, or `chip`) has a value."""
+    from dataclasses import replace
+
+    knob, sign, value = pair.partition("=")
+    if not sign:
+        raise common.Misuse(f"--where {pair} is no KNOB=VALUE, such as weights=int8.")
+
+    def of(row: Any) -> Any:
+        return getattr(row, knob) if knob in ("topology", "chip") else row.knobs.get(knob)
+
+    rows = tuple(row for row in found.rows if str(of(row)) == value)
+    if not rows:
+        there = dict.fromkeys(str(each) for row in found.rows if (each := of(row)) is not None)
+        knobs = dict.fromkeys(key for row in found.rows for key in row.knobs)
+        would = f"{knob} has {', '.join(there)}" if there else f"there are {', '.join([*knobs, 'topology', 'chip'])}"
+        raise common.Misuse(f"No point has {pair}; {would}.")
+    return replace(found, rows=rows)
+
+
+def _check_limits(limits: dict[str, float | None]) -> None:
+    for flag, given in limits.items():
+        if given is not None and not given > 0:
+            raise common.Misuse(f"{flag} {given:g} is no limit; a number above 0 would do.")
+
+
+def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) -> None:
+    """Writes the plans of the one row that was the answer."""
+    from autoshard.sweep.solving import unpacked
+    from autoshard.sweep.store import Store
+
+    if len(rows) != 1:
+        names = ", ".join(f"{row.phase} on {row.name}" for row in rows) or "none"
+        raise common.Misuse(f"--save takes one answer, and there are {len(rows)} ({names}); --phase picks one.")
+    (row,) = rows
+    stores = [Path(found.store), source.parent / Path(found.store).name]
+    store = next((each for each in stores if each.is_file()), None)
+    if not found.store or store is None:
+        raise common.Misuse(f"The plans of {source} are in {found.store or 'no store'}, which is not there.")
+    several = len(row.phase_seconds) > 1
+    with Store(store) as kept:
+        for phase in row.phase_seconds:
+            target = path.with_stem(f"{path.stem}-{phase}") if several else path
+            common.writable(target, force)
+            data = kept.plan(row.key, phase)
+            if data is None:
+                raise common.Misuse(f"{store} has no plan of {row.phase} on {row.name}; the sweep finds it again.")
+            unpacked(data).save(target)
+            typer.echo(f"Wrote {target}.", err=True)

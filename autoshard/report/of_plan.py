@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from autoshard.explain import short_name, spec_text
+from autoshard.explain import margin, short_name, spec_text
 from autoshard.plan import ArrayPlan, Plan
 from autoshard.regimes import regimes
 from autoshard.tables import percent, size, time
@@ -26,6 +26,11 @@ def data_of(plan: Plan, audit: Mapping[str, Any] | None = None) -> dict[str, Any
         "title": f"{plan.name} on {plan.topology.name}",
         "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
+        "parallelism": str(plan.parallelism()) if plan.program is not None else "",
+        "plain": [
+            dict(zip(("step", "margin"), margin(plan, each), strict=True)) | {"name": each.name}
+            for each in plan.baselines
+        ],
         "axes": [{"name": axis.name, "size": axis.size, "ring": axis.ring} for axis in plan.topology.axes],
         "drawn": min(plan.topology.size, _MOST_CHIPS),
         "arrays": _arrays(plan),

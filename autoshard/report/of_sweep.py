@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from autoshard.sweep.advice import advice_of
-from autoshard.sweep.frontier import chip_seconds, frontier, switches, wasted
+from autoshard.sweep.frontier import frontier, switches, wasted
 from autoshard.sweep.results import SOLVED
-from autoshard.sweep.rows import Row, SweepResult
+from autoshard.sweep.rows import Part, Row, SweepResult
+from autoshard.sweep.text import answers, limits_said, uncomparable
 
 _SERIES = 6
 """How many curves one chart has at most."""
@@ -25,6 +27,9 @@ def data_of(sweep: SweepResult) -> dict[str, Any]:
             {"name": "slices", "value": str(len({row.topology for row in solved})), "note": _span(solved)},
         ],
         "currency": sweep.currency,
+        "limits": limits_said(sweep),
+        "answers": [each.words for each in answers(sweep)],
+        "notes": [each for each in (uncomparable(sweep),) if each],
         "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
         "without": [
             {"phase": row.phase, "name": row.name, "outcome": row.outcome, "why": row.why}
@@ -41,28 +46,46 @@ def _span(rows: tuple[Row, ...]) -> str:
 
 def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     rows = sweep.of(phase)
-    best = {id(row) for row in frontier(rows, chip_seconds)}
-    best_mfu = {id(row) for row in frontier(rows, wasted)}
+    parts = sweep.parts(phase)
+    best = {id(row) for part in parts for row in frontier(part.rows)}
+    best_mfu = {id(row) for part in parts for row in frontier(part.rows, wasted)}
     return {
         "name": phase,
         "kind": rows[0].kind,
         "advice": advice_of(sweep, phase),
-        "ends": [_end("fastest", min(rows, key=lambda row: row.latency_seconds)), _end("cheapest", frontier(rows)[-1])],
-        "series": series_of(rows),
+        "ends": [
+            _end(which, row, part.name, sweep.label(row, in_part=True)) for part in parts for which, row in _ends(part)
+        ],
+        "series": series_of(rows, sweep.per),
         "priced": any(row.price is not None for row in rows),
-        "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in rows],
+        "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in _best_first(rows, best)],
         "switches": [
-            {"before": each.before.name, "after": each.after.name, "changes": list(each.changes)}
-            for each in switches(frontier(rows))
+            {"before": sweep.label(each.before), "after": sweep.label(each.after), "changes": list(each.changes)}
+            for part in parts
+            for each in switches(frontier(part.rows))
         ],
     }
 
 
-def _end(which: str, row: Row) -> dict[str, Any]:
+def _best_first(rows: tuple[Row, ...], best: set[int]) -> list[Row]:
+    """The frontier, the fastest first, and then the rest as the job has them."""
+    chosen = sorted((row for row in rows if id(row) in best), key=lambda row: row.latency_seconds)
+    return [*chosen, *(row for row in rows if id(row) not in best)]
+
+
+def _ends(part: Part) -> list[tuple[str, Row]]:
+    best = frontier(part.rows)
+    if len(best) == 1:
+        return [("fastest and cheapest", best[0])]
+    return [("fastest", best[0]), ("cheapest", best[-1])]
+
+
+def _end(which: str, row: Row, part: str, name: str) -> dict[str, Any]:
     """One end of a frontier, for the page's first table."""
     return {
+        "part": part,
         "which": which,
-        "name": row.name,
+        "name": name,
         "latency": row.latency_seconds,
         "cost": row.chip_seconds_per_token,
         "price": row.price,
@@ -71,20 +94,27 @@ def _end(which: str, row: Row) -> dict[str, Any]:
     }
 
 
-def series_of(rows: tuple[Row, ...]) -> list[str]:
-    """The knobs of words and few values, by which points are coloured: such as model and dtype."""
-    knobs = dict.fromkeys(key for row in rows for key in row.knobs)
-    words = [key for key in knobs if any(isinstance(row.knobs.get(key), str) for row in rows)]
+def series_of(rows: tuple[Row, ...], per: tuple[str, ...] = ()) -> list[str]:
+    """The knobs by which points are coloured: those that part them, and those of words and few values, such as a dtype."""
+    knobs = dict.fromkeys([*per, *(key for row in rows for key in row.knobs)])
+    words = [key for key in knobs if key in per or any(isinstance(row.knobs.get(key), str) for row in rows)]
     several = [key for key in words if len({row.knobs.get(key) for row in rows}) > 1]
     while several and len({tuple(row.knobs.get(key) for key in several) for row in rows}) > _SERIES:
         several.pop()
     return several
 
 
+def series_name(row: Row, keys: Sequence[str]) -> str:
+    """The series of a row: words stand for themselves, numbers need their knob."""
+    values = ((key, row.knobs.get(key)) for key in keys)
+    return ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in values)
+
+
 def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:
     return {
         "name": row.name,
         "topology": row.topology,
+        "chip": row.chip,
         "chips": row.chips,
         "knobs": dict(row.knobs),
         "latency": row.latency_seconds,

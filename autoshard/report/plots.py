@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from autoshard.report.of_sweep import series_of
-from autoshard.sweep.frontier import frontier
-from autoshard.sweep.rows import Row, SweepResult
+from autoshard.report.of_sweep import series_name, series_of
+from autoshard.sweep.frontier import cost_among, frontier, money
+from autoshard.sweep.rows import REQUEST, Row, SweepResult
 
 _PANEL_INCHES = (6.0, 4.6)
 _COLORS = ("#2a78b5", "#d5752a", "#3a8f4d", "#a34b9b", "#8d6a3f", "#5b6770")
@@ -24,24 +24,28 @@ def save_frontier(sweep: SweepResult, path: str | PathLike[str]) -> None:
     figure = Figure(figsize=(width * max(len(phases), 1), height), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, phase in zip(figure.subplots(1, max(len(phases), 1), squeeze=False)[0], phases, strict=False):
-        _panel(axes, phase, sweep.of(phase))
+        _panel(axes, sweep, phase)
     figure.savefig(path, dpi=150)
 
 
-def _panel(axes: Any, phase: str, rows: tuple[Row, ...]) -> None:
-    keys = series_of(rows)
+def _panel(axes: Any, sweep: SweepResult, phase: str) -> None:
+    rows = sweep.of(phase)
+    cost, keys = cost_among(rows), series_of(rows, sweep.per)
+    scale = 1.0 if cost is money else 1e3
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(", ".join(str(row.knobs.get(key)) for key in keys), []).append(row)
+        groups.setdefault(series_name(row, keys), []).append(row)
+
+    def places(some: Sequence[Row]) -> tuple[list[float], list[float]]:
+        return [1e3 * row.latency_seconds for row in some], [scale * cost(row) for row in some]
+
     for (name, group), color in zip(groups.items(), _COLORS, strict=False):
-        axes.plot(*_places(group), ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
-        axes.plot(*_places(frontier(group)), "-o", color=color, markersize=4, linewidth=1.4, label=name or "frontier")
-    kind = rows[0].kind
-    axes.set(xscale="log", yscale="log", title=phase, ylabel="cost, chip-ms a token")
-    axes.set_xlabel({"decode": "latency a token, ms", "prefill": "time to first token, ms"}.get(kind, "latency, ms"))
+        axes.plot(*places(group), ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
+        best = frontier(group, cost)
+        axes.plot(*places(best), "-o", color=color, markersize=4, linewidth=1.4, label=name or "frontier")
+    per = f"{sweep.currency} a million tokens" if cost is money else "chip-ms a token"
+    axes.set(xscale="log", yscale="log", title=phase, ylabel=f"cost, {per}")
+    kinds = {"decode": "latency a token, ms", "prefill": "time to first token, ms", REQUEST: "latency of a request, ms"}
+    axes.set_xlabel(kinds.get(rows[0].kind, "latency of a step, ms"))
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
     axes.legend(fontsize=8)
-
-
-def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    return [1e3 * row.latency_seconds for row in rows], [1e3 * row.chip_seconds_per_token for row in rows]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from threading import Thread
+from time import sleep
 from typing import Any, Protocol
 
 from autoshard.sweep.extras import needed
@@ -75,7 +77,8 @@ def _until_broken(tasks: Iterator[Any], workers: int, broken: list[Any]) -> Iter
     """Runs tasks until there are none, or a process dies: what ran then is put into `broken`."""
     from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor  # pyright: ignore
 
-    executor: Executor = ProcessPoolExecutor(max_workers=workers, env={"JAX_PLATFORMS": "cpu"})
+    options = {"initializer": leave_with, "initargs": (os.getpid(),), "env": {"JAX_PLATFORMS": "cpu"}}
+    executor: Executor = ProcessPoolExecutor(max_workers=workers, **options)
     running: dict[Future[Any], Any] = {}
     try:
         while not broken or running:
@@ -95,6 +98,20 @@ def _until_broken(tasks: Iterator[Any], workers: int, broken: list[Any]) -> Iter
                     yield task, error if error is not None else future.result()
     finally:
         executor.shutdown(wait=True, kill_workers=True)  # pyright: ignore[reportCallIssue]
+
+
+_LOOK_SECONDS = 1.0
+
+
+def leave_with(parent: int) -> None:
+    """Ends this process soon after its parent did: a sweep that is killed would leave its workers behind, for good."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 # --- Clusters

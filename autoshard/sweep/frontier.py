@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 from autoshard.sweep.job import Knob
-from autoshard.sweep.rows import Row
+from autoshard.sweep.rows import REQUEST, Row, family
 
 Cost = Callable[[Row], float]
 """What is to be small, such as `Row.chip_seconds_per_token` or minus the MFU."""
@@ -20,8 +21,13 @@ def chip_seconds(row: Row) -> float:
 
 
 def money(row: Row) -> float:
-    """Money per million tokens, or chip-seconds per token where there is no price."""
-    return row.chip_seconds_per_token if row.price is None else row.price
+    """Money per million tokens, infinite where there is no price."""
+    return inf if row.price is None else row.price
+
+
+def cost_among(rows: Iterable[Row]) -> Cost:
+    """What rows are compared by: money where all have a price (chips of two kinds have two), chip-seconds otherwise."""
+    return money if all(row.price is not None for row in rows) else chip_seconds
 
 
 def wasted(row: Row) -> float:
@@ -29,8 +35,13 @@ def wasted(row: Row) -> float:
     return -row.mfu
 
 
-def frontier(rows: Iterable[Row], cost: Cost = chip_seconds) -> tuple[Row, ...]:
-    """The rows that no other row beats in both latency and cost, the fastest first; of equal ones the first."""
+def frontier(rows: Iterable[Row], cost: Cost | None = None) -> tuple[Row, ...]:
+    """The rows that no other row beats in both latency and cost, the fastest first; of equal ones the first.
+
+    `cost` is `cost_among` the rows unless it is given.
+    """
+    rows = list(rows)
+    cost = cost or cost_among(rows)
     found: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.latency_seconds, cost(row))):
         if not found or cost(row) < cost(found[-1]):
@@ -59,14 +70,6 @@ def switches(rows: Sequence[Row]) -> tuple[Switch, ...]:
         if changes:
             found.append(Switch(before, after, changes))
     return tuple(found)
-
-
-def family(strategy: str) -> str:
-    """A strategy without its axes: "WG-XY", "batch-sharded, head-sharded"."""
-    head, colon, _ = strategy.partition(":")
-    if colon:
-        return head
-    return ", ".join(part.split(" over ")[0] for part in strategy.split(", "))
 
 
 def _changes(before: Row, after: Row) -> Iterator[str]:
@@ -98,9 +101,39 @@ def _last_keys(name: str) -> str:
 # --- Answers
 
 
-def cheapest(rows: Iterable[Row], latency_seconds: float, cost: Cost = money) -> Row | None:
-    """The cheapest row at a latency or less."""
-    return min((row for row in rows if row.latency_seconds <= latency_seconds), key=cost, default=None)
+def cheapest(
+    rows: Iterable[Row],
+    latency_seconds: float | None = None,
+    first_token_seconds: float | None = None,
+    cost: Cost | None = None,
+) -> Row | None:
+    """The cheapest row at a latency or less.
+
+    **Arguments:**
+
+    - `latency_seconds`: of a step; where phases are laid out together, of a step of decode, a token.
+    - `first_token_seconds`: of a step of prefill; rows without one keep to any.
+    """
+    rows = list(rows)
+    fitting = (row for row in rows if keeps(row, latency_seconds, first_token_seconds))
+    return min(fitting, key=cost or cost_among(rows), default=None)
+
+
+def keeps(row: Row, latency_seconds: float | None, first_token_seconds: float | None) -> bool:
+    """Whether a row keeps to limits, as `cheapest` means them."""
+    return excess(row, latency_seconds, first_token_seconds) <= 1.0
+
+
+def excess(row: Row, latency_seconds: float | None, first_token_seconds: float | None) -> float:
+    """What a row takes over what it may, by the limit that is worst for it; 0 without limits."""
+    each = (token_seconds(row), latency_seconds), (row.seconds_of("prefill"), first_token_seconds)
+    return max((taken / limit for taken, limit in each if taken is not None and limit is not None), default=0.0)
+
+
+def token_seconds(row: Row) -> float:
+    """A step; where phases are laid out together, the one of decode, if there is one: what a token takes."""
+    decode = row.seconds_of("decode") if row.kind == REQUEST else None
+    return row.latency_seconds if decode is None else decode
 
 
 def fastest(rows: Iterable[Row], chips: int) -> Row | None:
@@ -111,12 +144,13 @@ def fastest(rows: Iterable[Row], chips: int) -> Row | None:
 
 def longest(rows: Iterable[Row], knob: str, latency_seconds: float | None = None) -> Row | None:
     """The row with the largest value of a knob, such as the context, that has a plan; of equal ones the cheapest."""
-    fitting = [row for row in rows if _numeric(row.knobs.get(knob))]
+    fitting = [row for row in rows if is_number(row.knobs.get(knob))]
     fitting = [row for row in fitting if latency_seconds is None or row.latency_seconds <= latency_seconds]
     return max(fitting, key=lambda row: (row.knobs[knob], -row.chip_seconds_per_token), default=None)
 
 
-def _numeric(value: Knob | None) -> bool:
+def is_number(value: Knob | None) -> bool:
+    """Whether a knob's value has an order."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -131,6 +165,11 @@ class Gain:
     def latency(self) -> float:
         """How many times less the second's latency is."""
         return self.first.latency_seconds / self.second.latency_seconds
+
+    @property
+    def cost(self) -> float:
+        """How many times less a token of the second costs."""
+        return self.first.chip_seconds_per_token / self.second.chip_seconds_per_token
 
 
 def gains(rows: Iterable[Row], knob: str, first: Knob, second: Knob) -> tuple[Gain, ...]:

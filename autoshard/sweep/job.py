@@ -36,8 +36,9 @@ A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` 
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from costmodels.algebra import evaluated, parsed
 Knob = bool | int | float | str
 """One value of what a job varies."""
 
+_LENGTHS = ("input_length", "output_length")
+"""What is other work, not another way to do it, although the first counts tokens."""
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
 
 
@@ -94,7 +97,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep, as its file declares it."""
+    """A sweep, as its file declares it; there is a frontier for every value of what `per` names."""
 
     name: str
     phases: tuple[Phase, ...]
@@ -108,6 +111,7 @@ class Job:
     together: Together | None = None
     time_limit: float | None = None
     folder: Path = Path()
+    per: tuple[str, ...] = ()
 
     def phase(self, name: str) -> Phase:
         """The phase of this name."""
@@ -124,8 +128,16 @@ def load_job(path: str | Path) -> Job:
         text = path.read_text("utf-8")
         data = tomllib.loads(text)
     except ValueError as error:
-        raise JobError(f"{path} is no TOML: {error}.") from error
+        raise JobError(f"{path} is no TOML: {error}{_quoted(path, str(error))}.") from error
     return job_of(data, path.parent, path.stem, str(path), text)
+
+
+def _quoted(path: Path, error: str) -> str:
+    """The line that a complaint about TOML is of, which names no key."""
+    if (found := re.search(r"at line (\d+)", error)) is None:
+        return ""
+    lines = path.read_text("utf-8").splitlines()
+    return f": {lines[min(int(found[1]), len(lines)) - 1].strip()}"
 
 
 def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
@@ -143,8 +155,10 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
     except ValidationError as error:
         faults = [(each["loc"], _said(each)) for each in error.errors()]
         raise JobError(_listed(where, text, faults)) from error
+    from autoshard.sweep.checks import faults_of
+
     job = _job(read, folder, name)
-    if faults := list(_faults(job)):
+    if faults := list(faults_of(job)):
         raise JobError(_listed(where, text, faults))
     return job
 
@@ -173,7 +187,15 @@ def _job(read: Any, folder: Path, name: str) -> Job:
         together=together,
         time_limit=read.search.time_limit,
         folder=folder,
+        per=_other_work(phases, read.vary) if read.frontier.per is None else tuple(read.frontier.per),
     )
+
+
+def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> tuple[str, ...]:
+    """What changes how much a token takes: the lengths, and numbers that make no tokens, such as a width."""
+    makes_tokens = set(re.findall(r"\w+", " ".join(phase.tokens for phase in phases))) - set(_LENGTHS)
+    numbers = (key for key, values in vary.items() if all(type(value) in (int, float) for value in values))
+    return tuple(key for key in numbers if key not in makes_tokens)
 
 
 # --- Expressions
@@ -204,54 +226,11 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
     try:
         return evaluated(parsed(expression), numbers)
     except KeyError as error:
-        raise ValueError(f"{error.args[0]}; the job varies {', '.join(knobs)}") from error
+        missing = error.args[0].partition(" in ")[0]
+        raise ValueError(f"{missing} is no number that the job varies; it varies {', '.join(knobs)}") from error
 
-
-# --- What fits the schema and makes no sense
 
 Location = tuple[str | int, ...]
-
-
-def _faults(job: Job) -> Iterator[tuple[Location, str]]:
-    if not job.topologies and not (job.kinds and job.counts):
-        yield ("chips",), "names no topologies, and no kinds with counts; either would do"
-    sample = {key: values[0] for key, values in job.vary.items()}
-    for phase in job.phases:
-        yield from _phase_faults(job, phase, sample)
-    for name in job.together.phases if job.together else ():
-        if name not in [phase.name for phase in job.phases]:
-            yield (
-                ("together", "phases"),
-                f"there is no phase {name!r}; there are {', '.join(p.name for p in job.phases)}",
-            )
-        elif (fault := _unknown(job.together.repeats[name], sample)) if job.together else "":
-            yield ("together",), f"how often {name} runs is {fault}"
-
-
-def _phase_faults(job: Job, phase: Phase, sample: Mapping[str, Knob]) -> Iterator[tuple[Location, str]]:
-    at: Location = ("phases", phase.name)
-    if not phase.tokens:
-        yield at, "a phase that is neither prefill nor decode needs tokens, how many a step makes, such as 'batch'"
-    elif fault := _unknown(phase.tokens, sample):
-        yield (*at, "tokens"), f"the tokens of a step are {fault}"
-    for key, given in phase.arguments.items():
-        if isinstance(given, Mapping) and (fault := _unknown(given["of"], sample)):
-            yield (*at, "arguments", key), fault
-    file, _, name = phase.target.rpartition(":")
-    if not name.isidentifier() or not file.endswith(".py"):
-        yield (*at, "target"), f"{phase.target!r} is no FILE.py:NAME"
-    elif not (job.folder / file).is_file():
-        yield (*at, "target"), f"there is no file {job.folder / file}"
-
-
-def _unknown(expression: str, sample: Mapping[str, Knob]) -> str:
-    if expression in sample:
-        return ""
-    try:
-        number(expression, sample)
-    except ValueError as error:
-        return f"{expression!r}: {error}"
-    return ""
 
 
 # --- Lines
@@ -273,7 +252,9 @@ def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> st
     for location, message in faults:
         key = ".".join(str(part) for part in location if part not in _TAGS)
         line = line_of(text, location)
-        lines.append(f"{where}{f', line {line}' if line else ''}: {key}: {message}.")
+        lines.append(
+            f"{where}{f', line {line}' if line else ''}: {key}: {message}{'' if message.endswith('?') else '.'}"
+        )
     return "\n".join(dict.fromkeys(lines))
 
 

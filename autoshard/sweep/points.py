@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -100,7 +100,7 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     joint = job.together if len(names) > 1 else None
     phases = [job.phase(name) for name in names]
     if joint is None:
-        knobs = {key: value for key, value in knobs.items() if key in _read(phases[0], job)}
+        knobs = {key: value for key, value in knobs.items() if key in read_by(phases[0], job)}
     pairs = tuple(knobs.items())
     try:
         runs = tuple(
@@ -121,14 +121,28 @@ def _run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> R
     return Run(phase.name, phase.kind, target, arguments, number(phase.tokens, knobs), repeats)
 
 
-def _read(phase: Phase, job: Job) -> set[str]:
+def read_by(phase: Phase, job: Job) -> set[str]:
     """What a phase depends on, of what the job varies."""
     texts = [given["of"] for given in phase.arguments.values() if isinstance(given, Mapping)]
-    return {key for key in job.vary if any(key in _words(text) for text in [*texts, phase.tokens])}
+    return named_in([*texts, phase.tokens], job)
+
+
+def named_in(expressions: Iterable[str], job: Job) -> set[str]:
+    """What the job varies, of what expressions name."""
+    words = set[str]().union(*map(_words, expressions))
+    return {key for key in job.vary if key in words}
 
 
 def _words(text: str) -> set[str]:
-    return set("".join(sign if sign.isalnum() or sign == "_" else " " for sign in text).split())
+    return {text, *"".join(sign if sign.isalnum() or sign == "_" else " " for sign in text).split()}
+
+
+def topology_named(job: Job, name: str) -> Topology:
+    """A topology by what a job calls it: `CHIP:AxBxC`, or a TOML file from the job's folder.
+
+    **Raises:** `TopologyError`, `OSError`.
+    """
+    return topology_of(str(job.folder / name) if name.endswith(".toml") else name)
 
 
 def topologies(job: Job) -> tuple[Topology, ...]:
@@ -146,9 +160,7 @@ def topologies(job: Job) -> tuple[Topology, ...]:
             raise JobError(f"chips.counts: {kind} comes in no slice of {count} chips.")
         names += [f"{kind}:{'x'.join(map(str, sides))}" for sides in found]
     try:
-        return tuple(
-            topology_of(str(job.folder / name) if name.endswith(".toml") else name) for name in dict.fromkeys(names)
-        )
+        return tuple(topology_named(job, name) for name in dict.fromkeys(names))
     except TopologyError as error:
         raise JobError(f"chips.topologies: {error}") from error
 
@@ -199,5 +211,5 @@ def key(point: Point) -> str:
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
 
-_FORMAT = 1
+_FORMAT = 2
 """The version of what is stored of a result."""

@@ -42,6 +42,7 @@ class PhaseResult:
 class Result:
     """What became of a point; `phases` is empty where there is no plan, and `why` says why.
 
+    `handoff_seconds`: of phases that are laid out together, what changing the layout of what one hands to the next takes.
     `wall_seconds` and `plans` (compressed JSON by phase) are no part of what is compared.
     """
 
@@ -50,6 +51,7 @@ class Result:
     phases: Mapping[str, PhaseResult] = field(default_factory=dict)
     status: str = ""
     gap: float = 0.0
+    handoff_seconds: float = 0.0
     wall_seconds: float = field(default=0.0, compare=False)
     plans: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 

@@ -15,6 +15,8 @@ from autoshard.sweep.results import SOLVED, Result
 from autoshard.sweep.runner import Done
 
 VERSION = 1
+REQUEST = "request"
+"""The kind of a row whose phases are laid out together: the times of a whole request."""
 _HOUR = 3600.0
 
 
@@ -22,13 +24,15 @@ _HOUR = 3600.0
 class Row:
     """One point of a sweep.
 
-    - `seconds`: of one step; of one whole request (each phase as often as it runs) where phases are laid out together.
+    - `seconds`: of one step; of one whole request (each phase as often as it runs, and `handoff_seconds`) where phases are
+      laid out together.
     - `latency_seconds`: of a decode step, which is the latency per token; of a prefill, which is the time to first token; of
       a whole request otherwise.
     - `chip_seconds_per_token`: chips × seconds over the tokens that are made meanwhile, $nt/(BL)$ in Pope et al. 2022; `price`
       is the money per million tokens, None where the job names no price of the chip.
     - `mfu`: FLOPs of the program's matrix products (attention's too, padding of heads too) over the chips' peak.
-    - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each.
+    - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each;
+      `phase_kinds`: what each is.
     """
 
     phase: str
@@ -53,6 +57,8 @@ class Row:
     gap: float = 0.0
     layout: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    phase_kinds: Mapping[str, str] = field(default_factory=dict)
+    handoff_seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -60,27 +66,73 @@ class Row:
         knobs = ", ".join(f"{key} {value}" for key, value in self.knobs.items())
         return f"{self.topology}{f', {knobs}' if knobs else ''}"
 
+    def seconds_of(self, kind: str) -> float | None:
+        """The longest step of a kind of phase, such as "decode"; None where there is none."""
+        if kind == self.kind:
+            return self.latency_seconds
+        named = {
+            key: self.phase_kinds.get(key, key) for key in self.phase_seconds
+        }  # a phase is of the kind it is called
+        return max((self.phase_seconds[key] for key, each in named.items() if each == kind), default=None)
+
     @property
     def headline(self) -> str:
-        """The layout in a line: the largest matrix product of each phase and, where there is one, attention."""
-        return "; ".join(_headline(layout) for layout in self.layout.values())
+        """The layout in a line: the largest matrix product by a weight, and attention; phases by name if there are several."""
+        several = len(self.layout) > 1
+        lines = ((phase, " | ".join(_chosen(layout))) for phase, layout in self.layout.items())
+        return "; ".join(f"{phase} {line}" if several else line for phase, line in lines)
+
+    @property
+    def family(self) -> str:
+        """The same without axes, `WS-1D with batch-sharded`."""
+        several = len(self.layout) > 1
+        lines = ((phase, " with ".join(map(_bare, _chosen(layout)))) for phase, layout in self.layout.items())
+        return ", ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
 
-def _headline(layout: Mapping[str, str]) -> str:
-    weights = next(iter(layout.values()), "no matrix products")
-    sharded = [each for each in layout.values() if "-sharded" in each.split(":")[0]]
-    return f"{weights} | attention {sharded[0]}" if sharded and sharded[0] != weights else weights
+def _bare(chosen: str) -> str:
+    return family(chosen.removeprefix("attention "))
+
+
+def _chosen(layout: Mapping[str, str]) -> tuple[str, ...]:
+    """The strategy of the largest matrix product by a weight, and of the largest of attention."""
+    attention = next((each for each in layout.values() if _of_attention(each)), None)
+    weights = next((each for each in layout.values() if not _of_attention(each)), None)
+    if attention is None:
+        return (weights or "no matrix products",)
+    return (f"attention {attention}",) if weights is None else (weights, f"attention {attention}")
+
+
+def _of_attention(strategy: str) -> bool:
+    return "-sharded" in strategy.partition(":")[0]
+
+
+def family(strategy: str) -> str:
+    """A strategy without its axes: "WG-XY", "batch-sharded, head-sharded"."""
+    head, colon, _ = strategy.partition(":")
+    if colon:
+        return head
+    return ", ".join(part.split(" over ")[0] for part in strategy.split(", "))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The points of a phase that have a plan and do the same work: what a frontier is of."""
+
+    name: str
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A whole sweep: the job's name, its constraints and prices, and a row per point."""
+    """A whole sweep: the job's name, its constraints and prices, and a row per point; `per` as in `Job`."""
 
     name: str
     rows: tuple[Row, ...]
     currency: str = "USD"
     constraints: Mapping[str, float | None] = field(default_factory=dict)
     store: str = ""
+    per: tuple[str, ...] = ()
 
     @property
     def solved(self) -> tuple[Row, ...]:
@@ -96,6 +148,27 @@ class SweepResult:
         """The rows of one phase that have a plan."""
         return tuple(row for row in self.solved if row.phase == phase)
 
+    def parts(self, phase: str) -> tuple[Part, ...]:
+        """The rows of one phase that have a plan, apart by what `per` names; each part has its frontier."""
+        found: dict[str, list[Row]] = {}
+        several = [key for key in self.per if key in self.knobs_of(phase)]
+        for row in self.of(phase):
+            work = ", ".join(f"{key} {row.knobs[key]}" for key in several)
+            found.setdefault(work, []).append(row)
+        return tuple(Part(f"{phase}, {work}" if len(found) > 1 else phase, tuple(rows)) for work, rows in found.items())
+
+    def knobs_of(self, phase: str) -> tuple[str, ...]:
+        """What differs between the points of a phase, plan or not."""
+        rows = [row for row in self.rows if row.phase == phase]
+        keys = dict.fromkeys(key for row in rows for key in row.knobs)
+        return tuple(key for key in keys if len({row.knobs.get(key) for row in rows}) > 1)
+
+    def label(self, row: Row, in_part: bool = False) -> str:
+        """A point in words, without what all points of its phase, or of its part, have alike."""
+        keys = [key for key in self.knobs_of(row.phase) if key in row.knobs and not (in_part and key in self.per)]
+        knobs = ", ".join(f"{key} {row.knobs[key]}" for key in keys)
+        return f"{row.topology}{f', {knobs}' if knobs else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         return {"autoshard_sweep": VERSION} | asdict(self)
@@ -105,7 +178,7 @@ def sweep_result(job: Job, done: Iterable[Done], order: Sequence[Point | Unmade]
     """The rows of a sweep in the job's order, whatever the order in which they came."""
     found = {id(each.point): each for each in done}
     rows = tuple(row_of(found[id(point)], job.per_chip_hour) for point in order if id(point) in found)
-    return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store)
+    return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store, job.per)
 
 
 def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
@@ -114,7 +187,7 @@ def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
     if isinstance(point, Unmade):
         return Row(point.phase, "", point.topology, "", 0, dict(point.knobs), result.outcome, result.why)
     topology = point.topology
-    kind = point.runs[0].kind if len(point.runs) == 1 else "request"
+    kind = point.runs[0].kind if len(point.runs) == 1 else REQUEST
     row: dict[str, Any] = {
         "phase": point.phase,
         "kind": kind,
@@ -134,7 +207,7 @@ def row_of(done: Done, per_chip_hour: Mapping[str, float] | None = None) -> Row:
 
 def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[str, Any]:
     pairs = [(run, result.phases[run.phase]) for run in point.runs]
-    seconds = sum(run.repeats * each.seconds for run, each in pairs)
+    seconds = sum(run.repeats * each.seconds for run, each in pairs) + result.handoff_seconds
     tokens = sum(run.repeats * run.tokens for run, _ in pairs)
     cost = point.topology.size * seconds / tokens if tokens else 0.0
     peak = pairs[0][1].peak_flops
@@ -147,11 +220,14 @@ def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[
         "mfu": sum(run.repeats * each.useful_flops for run, each in pairs) / (seconds * peak),
         "peak_bytes": max(each.peak_bytes for _, each in pairs),
         "budget_bytes": pairs[0][1].budget_bytes,
-        "collective_seconds": sum(run.repeats * each.collective_seconds for run, each in pairs),
+        "collective_seconds": sum(run.repeats * each.collective_seconds for run, each in pairs)
+        + result.handoff_seconds,
         "status": result.status,
         "gap": result.gap,
         "layout": {run.phase: dict(each.layout) for run, each in pairs},
         "phase_seconds": {run.phase: each.seconds for run, each in pairs},
+        "phase_kinds": {run.phase: run.kind for run, _ in pairs},
+        "handoff_seconds": result.handoff_seconds,
     }
 
 
@@ -165,6 +241,7 @@ def load_sweep(path: str | Path) -> SweepResult:
         version = data.pop("autoshard_sweep")
         if version > VERSION:
             raise AutoshardError(f"{path} is of a newer autoshard; this one reads versions up to {VERSION}.")
-        return SweepResult(**{**data, "rows": tuple(Row(**row) for row in data["rows"])})
+        rows, per = tuple(Row(**row) for row in data["rows"]), tuple(data.get("per", ()))
+        return SweepResult(**{**data, "rows": rows, "per": per})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AutoshardError(f"{path} is no sweep of autoshard: {error!r}.") from error

@@ -64,6 +64,12 @@ class TogetherTable(_Table):
     repeats: dict[str, StrictStr | StrictInt] = {}
 
 
+class FrontierTable(_Table):
+    """`[frontier]`."""
+
+    per: Several[StrictStr] | None = None
+
+
 class SearchTable(_Table):
     """`[search]`."""
 
@@ -80,4 +86,5 @@ class JobFile(_Table):
     constraints: ConstraintsTable = ConstraintsTable()
     price: PriceTable | None = None
     together: TogetherTable | None = None
+    frontier: FrontierTable = FrontierTable()
     search: SearchTable = SearchTable()

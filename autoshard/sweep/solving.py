@@ -26,7 +26,7 @@ def solve(point: Point, expected: str = "") -> Result:
         if expected and key(point) != expected:
             why = "This worker reads another version of the target file, of autoshard or of JAX than the job's machine."
             return Result(FAILED, why)
-        plans = _plans(point)
+        plans, handoff_seconds = _plans(point)
     except InfeasibleError as error:
         return Result(INFEASIBLE, str(error), wall_seconds=time.monotonic() - started)
     except AutoshardError as error:
@@ -39,24 +39,28 @@ def solve(point: Point, expected: str = "") -> Result:
         phases={name: phase_result(plan) for name, plan in plans.items()},
         status="OPTIMAL" if all(proof.status == "OPTIMAL" for proof in proofs) else "FEASIBLE",
         gap=max(proof.gap for proof in proofs),
+        handoff_seconds=handoff_seconds,
         wall_seconds=time.monotonic() - started,
         plans={name: packed(plan) for name, plan in plans.items()},
     )
 
 
-def _plans(point: Point) -> dict[str, Plan]:
+def _plans(point: Point) -> tuple[dict[str, Plan], float]:
+    """The plan of each phase, and the seconds of the handoffs between them, as often as they happen."""
     if len(point.runs) == 1:
         (run,) = point.runs
-        return {run.phase: planned(traced(run), point.topology, options_of(point))}
+        return {run.phase: planned(traced(run), point.topology, options_of(point))}, 0.0
+    repeats = {run.phase: run.repeats for run in point.runs}
     found = search_phases(
         {run.phase: workload_of(run) for run in point.runs},
         shared=point.shared,
         topology=point.topology,
-        weights={run.phase: run.repeats for run in point.runs},
+        weights=repeats,
         reserve_bytes=point.reserve_bytes,
         time_limit=point.time_limit,
     )
-    return dict(found.plans)
+    makers = [phase for phase in repeats if any(result.startswith(f"{phase}.") for result, _ in found.handed)]
+    return dict(found.plans), found.handoff_seconds * max((repeats[phase] for phase in makers), default=1.0)
 
 
 def packed(plan: Plan) -> bytes:

@@ -58,6 +58,7 @@ table(byId("operations"), data.operations, [
   ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["waits for", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
   ["time", (o) => o.seconds, time, "number"], ["collectives", (o) => o.collectives, time, "number"], ["of the step", (o) => o.share, percent, "number"],
   ["next", (o) => o.next || null, null, "wide"], ["einsum", (o) => o.einsum], ["source", (o) => o.source]]);
+if (data.plain.length) table(byId("plain"), data.plain, [["layout", (b) => b.name], ["step", (b) => b.step, null, "number"], ["against this plan", (b) => b.margin, null, "wide"]]);
 table(byId("collectives"), data.collectives, [
   ["kind", (c) => c.kind], ["axes", (c) => c.axes], ["payload", (c) => c.bytes, bytes, "number"], ["runs", (c) => c.runs, three, "number"],
   ["time", (c) => c.seconds, time, "number"], ["array, for operation", (c) => c.where, null, "wide"]]);
@@ -129,9 +130,10 @@ if (data.audit) {
   table(byId("audit"), rows, [["one chip, one step", (r) => r.what], ["planned", (r) => shown(r, "planned"), null, "number"], ["compiled", (r) => shown(r, "compiled"), null, "number"],
     ["ratio", (r) => (r.compiled && r.planned ? r.compiled / r.planned : null), (x) => x.toFixed(4), "number"]]);
   const found = {};
+  const named = (axes) => [...data.axes.map((each) => each.name).filter((name) => axes.includes(name)), ...axes.filter((name) => !(name in sizes))].join(""); // a group of chips, in whatever order
   for (const side of ["planned", "compiled"]) for (const c of a[side] || []) {
-    const key = `${c.kind} ${(c.axes || []).join("")}`;
-    found[key] = found[key] || { kind: c.kind, axes: (c.axes || []).join(""), planned: 0, compiled: 0, planned_bytes: 0, compiled_bytes: 0 };
+    const axes = named(c.axes || []), key = `${c.kind} ${axes}`;
+    found[key] = found[key] || { kind: c.kind, axes, planned: 0, compiled: 0, planned_bytes: 0, compiled_bytes: 0 };
     found[key][side] += c.count; found[key][`${side}_bytes`] += c.count * c.bytes;
   }
   table(byId("compared"), Object.values(found), [["kind", (r) => r.kind], ["axes", (r) => r.axes], ["planned", (r) => r.planned, three, "number"], ["compiled", (r) => r.compiled, three, "number"],

@@ -1,22 +1,32 @@
 
-const LATENCY = { decode: "latency per token", prefill: "time to first token" };
+const LATENCY = { decode: "latency per token", prefill: "time to first token", request: "latency of a request" };
 const MEASURES = {
-  cost: { name: "chip-seconds per token", value: (p) => p.cost, best: (p) => p.best, log: true, tick: three },
+  cost: { name: "chip-ms per token", value: (p) => 1e3 * p.cost, best: (p) => p.best, log: true, tick: three },
   price: { name: `${data.currency} per million tokens`, value: (p) => p.price, best: (p) => p.best, log: true, tick: three },
   mfu: { name: "MFU", value: (p) => p.mfu, best: (p) => p.best_mfu, log: false, tick: (t) => Math.round(100 * t) + " %" },
 };
 
+// A layout in a few lines: the products that share a strategy together, the largest first.
+const keys = (op) => { const found = [...op.matchAll(/\['([^']+)'\]/g)].map((m) => m[1]); return (found.length > 1 ? found.slice(1) : found).join(".") || op; };
+function grouped(layout) {
+  const by = new Map();
+  for (const [op, strategy] of Object.entries(layout)) by.set(strategy, [...(by.get(strategy) || []), keys(op)]);
+  const some = (names) => names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
+  return [...by].slice(0, 5).map(([strategy, names]) => `${some(names)}: ${strategy}`);
+}
+
 data.phases.forEach((phase, index) => {
   const section = byId(`phase${index}`), find = (name) => section.querySelector(name);
   const measure = find(".measure"), every = find(".every");
-  for (const key of phase.priced ? ["cost", "price", "mfu"] : ["cost", "mfu"]) { const o = make("option", { value: key }); o.textContent = MEASURES[key].name; measure.append(o); }
-  const group = (p) => phase.series.map((key) => p.knobs[key]).join(", ");
-  const groups = [...new Set(phase.points.map(group))];
+  const priced = new Set(phase.points.map((p) => p.chip)).size > 1 ? ["price", "cost", "mfu"] : ["cost", "price", "mfu"]; // chips of two kinds have one cost in money alone
+  for (const key of phase.priced ? priced : ["cost", "mfu"]) { const o = make("option", { value: key }); o.textContent = MEASURES[key].name; measure.append(o); }
+  const group = (p) => phase.series.map((key) => (typeof p.knobs[key] === "string" ? p.knobs[key] : `${key} ${p.knobs[key]}`)).join(", ");
+  const groups = [...new Set(phase.points.map(group))].sort((a, b) => a.localeCompare(b, undefined, { numeric: true })); // of one colour in all phases
   const colour = (p) => COLORS[groups.indexOf(group(p)) % COLORS.length];
-  const words = (p) => [p.name, `${time(p.latency)}, ${three(p.cost)} chip-s a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
+  const words = (p) => [p.name, `${time(p.latency)}, ${three(1e3 * p.cost)} chip-ms a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
     `${percent(p.mfu)} MFU, memory ${percent(p.memory)}, collectives ${percent(p.collectives)} of the time`,
     ...(Object.keys(p.phases).length > 1 ? Object.entries(p.phases).map(([n, s]) => `${n}: ${time(s)} a step`) : []),
-    ...Object.entries(p.layout).flatMap(([n, l]) => Object.entries(l).slice(0, 7).map(([op, s]) => `${Object.keys(p.layout).length > 1 ? n + " " : ""}${op.replace(/^params/, "").replace(/[\['\]]+/g, " ").trim()}: ${s}`)),
+    ...Object.entries(p.layout).flatMap(([n, l]) => grouped(l).map((line) => (Object.keys(p.layout).length > 1 ? `${n}: ` : "") + line)),
     p.proof === "OPTIMAL" ? "proven optimal" : `gap ${percent(p.gap)}`].join("\n");
 
   // The best points of one colour, as the curve of that colour.
@@ -44,7 +54,7 @@ data.phases.forEach((phase, index) => {
   measure.addEventListener("change", again); every.addEventListener("change", again);
   if (groups.length > 1) legend(find(".legend"), groups.map((g, i) => [COLORS[i % COLORS.length], g]));
 
-  const knobs = [...new Set(phase.points.flatMap((p) => Object.keys(p.knobs)))];
+  const knobs = [...new Set(phase.points.flatMap((p) => Object.keys(p.knobs)))].filter((key) => new Set(phase.points.map((p) => p.knobs[key])).size > 1);
   const split = Object.keys(phase.points[0].phases);
   table(find(".points"), phase.points, [
     ["topology", (p) => p.topology], ...knobs.map((key) => [key, (p) => p.knobs[key], null, typeof phase.points[0].knobs[key] === "number" ? "number" : ""]),
@@ -53,7 +63,7 @@ data.phases.forEach((phase, index) => {
     ["MFU", (p) => p.mfu, percent, "number"], ["memory", (p) => p.memory, percent, "number"], ["frontier", (p) => (p.best ? "yes" : ""), null, ""],
     ["layout", (p) => p.headline, null, "wide"]], { best: (p) => p.best });
 });
-const ends = data.phases.flatMap((phase) => phase.ends.map((end) => ({ phase: phase.name, ...end })));
-if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.phase], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms a token", (e) => 1e3 * e.cost, three, "number"],
+const ends = data.phases.flatMap((phase) => phase.ends);
+if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.part], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms a token", (e) => 1e3 * e.cost, three, "number"],
   ...(ends.some((e) => e.price !== null) ? [[`${data.currency} a million`, (e) => e.price, three, "number"]] : []), ["MFU", (e) => e.mfu, percent, "number"], ["layout", (e) => e.headline, null, "wide"]]);
 if (data.without.length) table(byId("without"), data.without, [["phase", (w) => w.phase], ["point", (w) => w.name, null, "name"], ["outcome", (w) => w.outcome], ["why", (w) => w.why, null, "wide"]]);
