@@ -26,6 +26,7 @@ from autoshard.collectives import run_step
 from autoshard.rules import Rule
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
+from search.inside import gathers
 from search.layouts import Axes, Layout, local_shape
 from search.reshard import reshard_table
 from search.solution import Choice, kept, needed, produced
@@ -46,7 +47,11 @@ class _Pieces:
 
     rule: Rule
     strategy: Strategy
-    sizes: Mapping[str, int]
+    topology: Topology
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.topology.axis_sizes
 
     def size(self, factor: int) -> int:
         return self.rule.factors[factor].size // prod(self.sizes[axis] for axis in self.strategy.splits[factor])
@@ -58,6 +63,13 @@ class _Pieces:
 
     def is_split(self, factor: int) -> bool:
         return bool(self.strategy.splits[factor])
+
+    def gathered(self, factor: int, piece: Any) -> Any:
+        row = lax.optimization_barrier(lax.reshape(piece, (1, piece.size)))
+        for step in gathers(self.strategy.splits[factor], self.topology):
+            row = run_step(step, row, self.sizes)
+        # Without the barriers the TPU compiler (libtpu 0.0.42) takes few numbers as lanes, and makes an all-reduce of it.
+        return lax.reshape(lax.optimization_barrier(row), (row.shape[0], *piece.shape))
 
 
 class _Scope:
@@ -137,7 +149,7 @@ class Runner:
         op = self.program.operations[step.operation]
         layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
         operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts)) for a in step.operands]
-        results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.sizes), operands)
+        results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.topology), operands)
         for value, piece in zip(step.results, results, strict=True):
             scope.put(value, _reduced_inside(step.rule, strategy, piece))
 

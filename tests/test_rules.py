@@ -355,11 +355,11 @@ convert_element_type         [a,b] -> [a,b]
 copy                         [a,b] -> [a,b] linear=[[0]]
 cos                          [a,b] -> [a,b]
 cosh                         [a,b] -> [a,b]
-cumlogsumexp                 [a,b] -> [a,b] whole={b}
-cummax                       [a,b] -> [a,b] whole={b}
-cummin                       [a,b] -> [a,b] whole={b}
-cumprod                      [a,b] -> [a,b] whole={b}
-cumsum                       [a,b] -> [a,b] whole={b} linear=[[0]]
+cumlogsumexp                 [a,b] -> [a,b] gathered={b}
+cummax                       [a,b] -> [a,b] gathered={b}
+cummin                       [a,b] -> [a,b] gathered={b}
+cumprod                      [a,b] -> [a,b] gathered={b}
+cumsum                       [a,b] -> [a,b] gathered={b} linear=[[0]]
 device_put                   [a,b] -> [a,b] linear=[[0]]
 device_put                   [a,b],[c] -> [a,b],[c]
 digamma                      [a,b] -> [a,b]
@@ -446,21 +446,21 @@ random_wrap                  [a,b] -> [c] whole={a,b,c}
 real                         [a,b] -> [a,b] linear=[[0]]
 reduce                       [a,b],[] -> [a] whole={b}
 reduce_and                   [a,b] -> [] and={a,b}
-reduce_and                   [a,b] -> [b] whole={a}
+reduce_and                   [a,b] -> [b] gathered={a}
 reduce_max                   [a,b,c] -> [a,c] max={b}
 reduce_max                   [a,b] -> [b] max={a}
 reduce_min                   [a,b,c] -> [a,c] min={b}
 reduce_or                    [a,b] -> [] or={a,b}
-reduce_or                    [a,b] -> [b] whole={a}
+reduce_or                    [a,b] -> [b] gathered={a}
 reduce_precision             [a,b] -> [a,b] linear=[[0]]
-reduce_prod                  [a,b,c] -> [a,c] whole={b}
+reduce_prod                  [a,b,c] -> [a,c] gathered={b}
 reduce_sum                   [a,b,c] -> [a,c] sum={b} linear=[[0]]
 reduce_sum                   [a,b] -> [b] sum={a} linear=[[0]]
 reduce_window                [a,b],[] -> [a,c] whole={b,c}
 reduce_window_max            [a,b] -> [a,c] whole={b,c}
 reduce_window_min            [a,b] -> [c,b] whole={a,c}
 reduce_window_sum            [a,b] -> [a,c] whole={b,c} linear=[[0]]
-reduce_xor                   [a,b] -> [b] whole={a}
+reduce_xor                   [a,b] -> [b] gathered={a}
 regularized_incomplete_beta  [a,b],[a,b],[a,b] -> [a,b]
 rem                          [a,b],[a,b] -> [a,b]
 reshape                      [a,b,c] -> [a,bc] linear=[[0]]
@@ -516,7 +516,7 @@ tan                          [a,b] -> [a,b]
 tanh                         [a,b] -> [a,b]
 threefry2x32                 [a],[a],[a],[a] -> [a],[a]
 tile                         [a,b] -> [ca,db] linear=[[0]]
-top_k                        [a,b] -> [a,c],[a,c] whole={b,c}
+top_k                        [a,b] -> [a,c],[a,c] gathered={b} whole={c}
 transpose                    [a,b,c] -> [c,a,b] linear=[[0]]
 unstack                      [a,b] -> [b],[b] whole={a} linear=[[0]]
 with_memory_space_constraint [a,b] -> [a,b] linear=[[0]]
