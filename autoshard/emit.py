@@ -291,7 +291,29 @@ def _closed(kind: str, piece: Any, axes: Axes) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
     """The maximum or minimum over chips; JAX has no derivative of `pmax`, so it is given here."""
-    return lax.pmax(piece, axes) if kind == "max" else lax.pmin(piece, axes)
+    over_chips = partial(lax.pmax if kind == "max" else lax.pmin, axis_name=axes)
+    if not jnp.issubdtype(piece.dtype, np.floating):
+        return over_chips(piece)
+    return lax.platform_dependent(piece, tpu=over_chips, default=partial(_with_nans, kind, over_chips))
+
+
+def _with_nans(kind: str, over_chips: Callable[..., Any], piece: Any) -> Any:
+    """The extreme of floats as that of integers in the same order, beyond which lies what is no number.
+
+    The all-reduces of hosts (jaxlib 0.10: the first chip's number stays unless another's compares greater) and of GPUs (fmax)
+    lose a NaN, which JAX's own reductions keep. 16-bit floats take 32 bits, which hosts send of them anyway.
+    """
+    wide = piece if piece.dtype.itemsize >= 4 else piece.astype(np.float32)
+    integer = np.dtype(f"int{8 * wide.dtype.itemsize}")
+    least, most = (np.asarray(bound, integer) for bound in (np.iinfo(integer).min, np.iinfo(integer).max))
+    zero = np.zeros((), integer)
+
+    def turned(bits: Any) -> Any:
+        return jnp.where(bits < zero, bits ^ most, bits)  # of negative floats the greater bits are the smaller number
+
+    place = turned(lax.bitcast_convert_type(wide, integer))
+    found = over_chips(jnp.where(jnp.isnan(wide), most if kind == "max" else least, place))
+    return lax.bitcast_convert_type(turned(found), wide.dtype).astype(piece.dtype)
 
 
 @_extreme.defjvp

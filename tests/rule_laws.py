@@ -236,7 +236,7 @@ def _unlike(draw: Any, shape: Sequence[int]) -> np.ndarray:
     return found.astype(np.float32 if kind == "few" else kind)
 
 
-def _running(draw: Any) -> Call:
+def running(draw: Any) -> Call:
     """A running reduction along any dimension, either way."""
     shape = _shape(draw)
     at, reverse = draw(st.integers(0, len(shape) - 1)), draw(st.booleans())
@@ -245,7 +245,7 @@ def _running(draw: Any) -> Call:
     return Call(name, lambda x: getattr(lax, name)(x, axis=at, reverse=reverse), (x,))
 
 
-def _best(draw: Any) -> Call:
+def best(draw: Any) -> Call:
     """The best few of a dimension, mostly so few that every piece has as many."""
     shape = list(_shape(draw))
     at = draw(st.integers(0, len(shape) - 1))
@@ -254,7 +254,7 @@ def _best(draw: Any) -> Call:
     return Call("top_k", lambda x: lax.top_k(x, k, axis=at), (_unlike(draw, shape),))
 
 
-def _reduced_again(draw: Any) -> Call:
+def reduced_again(draw: Any) -> Call:
     """Reductions for which there is no collective."""
     shape = _shape(draw)
     axes, bits = _some(draw, len(shape)), draw(st.booleans())
@@ -303,9 +303,9 @@ MOVING = (
     _update,
     _pad,
     _along,
-    _running,
-    _best,
-    _reduced_again,
+    running,
+    best,
+    reduced_again,
     _take,
     _take_along,
     _scatter,
