@@ -71,6 +71,14 @@ class _Pieces:
         # Without the barriers the TPU compiler (libtpu 0.0.42) takes few numbers as lanes, and makes an all-reduce of it.
         return lax.reshape(lax.optimization_barrier(row), (row.shape[0], *piece.shape))
 
+    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        if all(sender == receiver for sender, receiver in pairs):
+            return piece
+        axes, in_order = self.strategy.splits[factor], tuple(a for a in self.sizes if a in self.strategy.splits[factor])
+        numbers = np.arange(prod(self.sizes[axis] for axis in axes)).reshape([self.sizes[axis] for axis in axes])
+        place = np.argsort(np.transpose(numbers, [axes.index(axis) for axis in in_order]).ravel())
+        return lax.ppermute(piece, in_order, [(int(place[a]), int(place[b])) for a, b in pairs])
+
 
 class _Scope:
     """The arrays of one block: per value, its pieces in each layout made so far."""

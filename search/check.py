@@ -17,7 +17,7 @@ from costmodels.collectives import seconds_on
 from costmodels.operations import stays
 from costmodels.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.topology import Topology
-from search.inside import gathers
+from search.inside import exchange_axes, gathers
 from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, copy_life, region_ends
 from search.reshard import Step, emittable, permuted_axes, steps_from
@@ -148,7 +148,24 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
             value = op.outputs[0].value
             local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
             total += float(seconds_on(topology, "all-reduce", axes, local))
-    return (total + _gathered_seconds(program, topology, choice, i)) * program.multiplicity(op.region)
+    total += _gathered_seconds(program, topology, choice, i) + _exchanged_seconds(program, topology, choice, i)
+    return total * program.multiplicity(op.region)
+
+
+def _exchanged_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
+    """Seconds of the permutations within one run of an operation: of a part's piece, which is an operand's or a result's."""
+    op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
+    total = 0.0
+    for f, (factor, axes) in enumerate(zip(op.factors, splits, strict=True)):
+        if factor.kind == "exchanged" and axes:
+            sides = (op.inputs, op.outputs) if (f,) in op.inputs[0].dims else (op.outputs, op.inputs)
+            local = [
+                op.factors[k].size / prod(sizes[axis] for axis in splits[k]) for dim in sides[0][0].dims for k in dim
+            ]
+            sent = program.values[sides[0][0].value].itemsize * prod(local)
+            for moved in exchange_axes(len(sides[0]), axes, topology):
+                total += float(seconds_on(topology, "collective-permute", moved, sent))
+    return total
 
 
 def _gathered_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:

@@ -195,7 +195,7 @@ def _steps(
             yield formula(step.kind, step.axes, move.value, part, move.operation, move.region, product)
     for i, op in enumerate(program.operations):
         for each in closing(op, choice.strategies[i], topology):
-            part = pieces(each.copies) / pieces(each.layout.axes)
+            part = pieces(each.copies) / pieces(each.layout.axes) / each.parts
             if each.thinned:
                 part *= pieces(choice.strategies[i].splits[each.factor]) / dimensions.factor(i, each.factor)
             yield formula(each.kind, each.axes, op.outputs[each.result].value, part, i, op.region)

@@ -220,7 +220,6 @@ def _along(draw: Any) -> Call:
         ("sort", lambda x: lax.sort(x, dimension=at)),
         ("rev", lambda x: lax.rev(x, (at,))),
         ("argmax", lambda x: lax.argmax(x > 0, at, jnp.int32)),
-        ("split", lambda x: lax.split(x, (x.shape[at] // 2, x.shape[at] - x.shape[at] // 2), at)),
     ]
     name, fn = draw(st.sampled_from(choices))
     return Call(name, fn, (_floats(draw, shape),))
@@ -243,6 +242,17 @@ def running(draw: Any) -> Call:
     name = draw(st.sampled_from(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"]))
     x = _floats(draw, shape) if name == "cumlogsumexp" else _unlike(draw, shape)
     return Call(name, lambda x: getattr(lax, name)(x, axis=at, reverse=reverse), (x,))
+
+
+def parts(draw: Any) -> Call:
+    """Parts of one size, mostly, joined or taken apart."""
+    shape, count = list(_shape(draw)), draw(st.integers(2, 6))
+    at, uneven = draw(st.integers(0, len(shape) - 1)), draw(st.integers(0, 4)) == 0
+    sizes = [shape[at] + (uneven and i == 0) for i in range(count)]
+    each = [_floats(draw, [*shape[:at], n, *shape[at + 1 :]]) for n in sizes]
+    if draw(st.booleans()):
+        return Call("concatenate", lambda *xs: lax.concatenate(xs, at), tuple(each))
+    return Call("split", lambda x: lax.split(x, sizes, at), (np.concatenate(each, at),))
 
 
 def best(draw: Any) -> Call:
@@ -303,6 +313,7 @@ MOVING = (
     _update,
     _pad,
     _along,
+    parts,
     running,
     best,
     reduced_again,
@@ -345,6 +356,11 @@ class _Chip:
             found = lax.all_gather(found, axis, axis=0, tiled=False)
         return jnp.reshape(found, (-1, *piece.shape))
 
+    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        senders = np.array([sender for sender, _ in sorted(pairs, key=lambda pair: pair[1])])
+        own = self.start(factor) // self.size(factor)
+        return self.gathered(factor, piece)[jnp.asarray(senders)[own]]
+
 
 def _number(axes: Sequence[str], place: dict[str, Any]) -> Any:
     at = jnp.int32(0)
@@ -377,7 +393,7 @@ def chip_by_chip(equation: Equation, strategy: Strategy) -> list[np.ndarray]:
     places = [dict(zip(SIZES, coordinates, strict=True)) for coordinates in product(*map(range, SIZES.values()))]
     pieces = [[_piece(s, layout, place) for s, layout in zip(shares, layouts, strict=True)] for place in places]
     numbered = [{axis: np.int32(i) for axis, i in place.items()} for place in places]
-    every = _together if any(factor.kind == "gathered" for factor in op.factors) else _one_by_one
+    every = _together if any(factor.kind in ("gathered", "exchanged") for factor in op.factors) else _one_by_one
     results = every(run, numbered, pieces)
     found = {tuple(place.values()): result for place, result in zip(places, results, strict=True)}
     return [_assembled(op, strategy, step, k, found) for k in range(len(op.outputs))]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from layout_strategies import assert_equal, cpu_topology, mesh_of, op_steps, problem_of, quick, random_states, traced_on
-from rule_laws import Call, best, calls, reduced_again, running
+from rule_laws import Call, best, calls, parts, reduced_again, running
 
 import autoshard
 from autoshard import hlo
@@ -32,39 +32,42 @@ from search.strategies import Strategy, strategy_space
 S = jax.ShapeDtypeStruct
 
 
-@settings(max_examples=12, deadline=None)
-@given(call=st.sampled_from([running, best, reduced_again]).flatmap(calls), seed=st.integers(0, 2**16))
+@settings(max_examples=16, deadline=None)
+@given(call=st.sampled_from([running, best, parts, reduced_again]).flatmap(calls), seed=st.integers(0, 2**16))
 def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
-    topology, (x,) = cpu_topology("2x2x2"), call.operands
-    fn = lambda x: call.fn(x * np.asarray(1, x.dtype))  # noqa: E731
-    traced = traced_on(topology, fn, x)
+    topology, args = cpu_topology("2x2x2"), call.operands
+    fn = lambda *xs: call.fn(*(x * np.asarray(1, x.dtype) for x in xs))  # noqa: E731
+    traced = traced_on(topology, fn, *args)
     at = next((step.operation for step in op_steps(traced.block) if step.eqn.primitive.name == call.primitive), None)
     assume(at is not None)
     assert at is not None
     problem = problem_of(traced, topology)
     node = problem.of_operation[at]
-    split = [s for s, each in enumerate(problem.nodes[node].states) if _along(traced.program.operations[at], each)]
+    states = enumerate(problem.nodes[node].states)
+    split = [s for s, each in states if _along(traced.program.operations[at], each) and not any(each.carried)]
     assume(split)
     rng = np.random.default_rng(seed)
     states = random_states(problem, rng, {node: int(rng.choice(split))})
     assert states is not None
     choice = choice_of(problem, states)
     mesh = mesh_of(topology)
-    flat = [jnp.asarray(x), *traced.constants]
+    flat = [*map(jnp.asarray, args), *traced.constants]
     run = jax.jit(emitted(traced, choice, topology, mesh), compiler_options=quick()).lower(*flat).compile()
-    assert_equal(run(*flat), jax.jit(fn)(x))
+    assert_equal(run(*flat), jax.jit(fn)(*args))
     assert (
         differences(traced.program, topology, choice, hlo.collectives(run.as_text() or "", topology.axis_sizes)) == []
     )
     checked = check(traced.program, topology, choice)
     assert checked.faults == ()
     assert checked.seconds == pytest.approx(problem.objective(states), rel=1e-9)
-    formulas = formulas_of(traced.program, autoshard.trace_symbolic(fn, x).dimensions, topology, choice)
+    formulas = formulas_of(traced.program, autoshard.trace_symbolic(fn, *args).dimensions, topology, choice)
     assert formulas.at(formulas.total.seconds) == pytest.approx(checked.seconds, rel=1e-9)
 
 
 def _along(op: Operation, strategy: Any) -> bool:
-    return any(axes and f.kind == "gathered" for f, axes in zip(op.factors, strategy.splits, strict=True))
+    return any(
+        axes and f.kind in ("gathered", "exchanged") for f, axes in zip(op.factors, strategy.splits, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

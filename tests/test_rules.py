@@ -131,6 +131,7 @@ EXAMPLES = [
     Example("clamp", lax.clamp, F84, F84, F84),
     Example("clz", lax.clz, I84),
     Example("concatenate", lambda x, y: lax.concatenate((x, y), 1), F84, F(8, 2)),
+    Example("concatenate", lambda x, y: lax.concatenate((x, y), 1), F84, F84),
     Example("conj", lax.conj, C(8, 4)),
     Example(
         "conv_general_dilated",
@@ -302,6 +303,7 @@ EXAMPLES = [
     Example("sort", lambda x: lax.sort(x, dimension=1), F84),
     Example("sort", lambda x, y: lax.sort((x, y), dimension=0, num_keys=1), F84, I84),
     Example("split", lambda x: lax.split(x, (2, 6), 1), F48),
+    Example("split", lambda x: lax.split(x, (4, 4, 4), 1), F(4, 12)),
     Example("squeeze", lambda x: lax.squeeze(x, (1,)), F(4, 1, 8)),
     Example("stack", lambda x, y: jnp.stack((x, y), 1), F84, F84),
     Example("threefry2x32", lambda a, b, c, d: jex.threefry2x32_p.bind(a, b, c, d), U(8), U(8), U(8), U(8)),
@@ -346,6 +348,7 @@ clamp                        [a,b],[a,b],[a,b] -> [a,b]
 clz                          [a,b] -> [a,b]
 complex                      [a,b],[a,b] -> [a,b] linear=[[0, 1]]
 concatenate                  [a,b],[a,c] -> [a,d] whole={b,c,d} linear=[[0, 1]]
+concatenate                  [a,b],[a,b] -> [a,bc] exchanged={b} whole={c} linear=[[0, 1]]
 conj                         [a,b] -> [a,b] linear=[[0]]
 conv_general_dilated         [ab,cd,e,f],[cag,d,h,i] -> [b,cag,j,k] sum={d} whole={e,f,h,i,j,k}
 conv_general_dilated         [ab,cd,e],[caf,d,g] -> [b,caf,h] sum={d} whole={e,g,h}
@@ -506,6 +509,7 @@ slice                        [a,b] -> [a,1] whole={b} linear=[[0]]
 sort                         [a,b] -> [a,b] whole={b}
 sort                         [a,b],[a,b] -> [a,b],[a,b] whole={a}
 split                        [a,b] -> [a,c],[a,d] whole={b,c,d} linear=[[0]]
+split                        [a,bc] -> [a,b],[a,b],[a,b] exchanged={b} whole={c} linear=[[0]]
 sqrt                         [a,b] -> [a,b]
 square                       [a,b] -> [a,b]
 squeeze                      [a,1,b] -> [a,b] linear=[[0]]

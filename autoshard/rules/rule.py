@@ -42,6 +42,10 @@ class Pieces(Protocol):
         """
         ...
 
+    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        """The piece that another chip along an `exchanged` factor sends; `pairs` say who sends to whom."""
+        ...
+
 
 Local = Callable[..., Sequence[Any]]
 """`local(eqn, rule, pieces, *operands) -> results`, all on one chip's pieces."""
