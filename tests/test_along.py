@@ -13,7 +13,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from layout_strategies import assert_equal, cpu_topology, mesh_of, op_steps, problem_of, quick, random_states, traced_on
+from layout_strategies import (
+    assert_equal,
+    assert_layouts_do_not_matter,
+    cpu_topology,
+    mesh_of,
+    op_steps,
+    problem_of,
+    quick,
+    random_states,
+    traced_on,
+)
 from rule_laws import Call, best, calls, parts, reduced_again, running
 
 import autoshard
@@ -62,6 +72,25 @@ def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
     assert checked.seconds == pytest.approx(problem.objective(states), rel=1e-9)
     formulas = formulas_of(traced.program, autoshard.trace_symbolic(fn, *args).dimensions, topology, choice)
     assert formulas.at(formulas.total.seconds) == pytest.approx(checked.seconds, rel=1e-9)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 6])
+def test_parts_are_exchanged_over_axes_in_any_order(parts: int) -> None:
+    """On eight chips, where who sends to whom is not who gets from whom."""
+    joined = lambda xs: lax.concatenate([x * 2 for x in xs], 0)  # noqa: E731
+    apart = lambda x: lax.split(x * 2, [16] * parts, 0)  # noqa: E731
+    x = jnp.arange(16.0 * parts)
+    for fn, arg in ((joined, list(apart(x))), (apart, x)):
+        topology, traced = cpu_topology("2x2x2"), trace(fn, arg)
+        operations = traced.program.operations
+
+        def zxy(operation: int, strategy: Strategy, operations: Any = operations) -> bool:
+            pairs = zip(operations[operation].factors, strategy.splits, strict=True)
+            return all(axes == ("z", "x", "y") for factor, axes in pairs if factor.kind == "exchanged")
+
+        choice = search(traced.program, topology, allow=zxy).choice
+        planned = jax.jit(emitted(traced, choice, topology, mesh_of(topology)))(*jax.tree.leaves(arg))
+        assert_equal(planned, fn(arg))
 
 
 def _along(op: Operation, strategy: Any) -> bool:
@@ -125,6 +154,22 @@ def test_the_best_of_a_split_vocabulary_are_found_without_gathering_logits() -> 
     assert plan.in_specs[1][0] is not None, "the vocabulary is split"
 
 
+def test_words_are_chosen_in_a_loop_whatever_the_layout() -> None:
+    """Greedy in one, of the three likeliest in the other: each word depends on the one before."""
+
+    def written(table: Array, mixing: Array, first: Array) -> Any:
+        def step(word: Array, _: None) -> tuple[Array, Any]:
+            scores = jnp.tanh(table[word] @ mixing) @ table.T
+            best, words = lax.top_k(scores, 3)
+            return jnp.argmax(scores, -1).astype(word.dtype), (best, words, jnp.cumsum(jax.nn.softmax(best, -1), -1))
+
+        return lax.scan(step, first, None, length=4)
+
+    rng = np.random.default_rng(0)
+    table, mixing = (jnp.asarray(rng.integers(-4, 5, shape), jnp.float32) for shape in ((16, 8), (8, 8)))
+    assert_layouts_do_not_matter(written, table, mixing, jnp.asarray([3, 5]), count=4)
+
+
 def _spread(x: Any) -> Any:
     return autoshard.pin(x, PartitionSpec(None, ("x", "y")))
 
@@ -145,4 +190,21 @@ def test_the_tpu_compiler_leaves_the_gathers_as_they_are(fn: Any, gathered: list
     sent = [(each.kind, each.bytes) for each in plan.estimate.collectives]
     assert sent == [("all-gather", 16 * 3 * 4 * k) for k in gathered]
     audit = autoshard.audit(plan, fn, x, target="tpu")
+    assert [each for each in audit.differences if each.kind != "peak memory"] == []
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("parts", [2, 5])
+def test_the_tpu_compiler_leaves_exchanges_as_they_are(parts: int) -> None:
+    """Two parts: all blocks move along both axes. Five: those of the first and the last round along one."""
+
+    def fused(x: Array, w: Array) -> Any:
+        return [_spread(part) for part in jnp.split(x @ w, parts, -1)]
+
+    args = (S((64, 4096), jnp.bfloat16), S((4096, 4096 * parts), jnp.bfloat16))
+    plan = autoshard.search(fused, *args, topology="v5e:4x4")
+    axes = ["xy", "xy"] if parts == 2 else ["x", "xy", "xy", "xy", "x"]
+    sent = [(each.kind, "".join(each.axes), each.bytes) for each in plan.estimate.collectives]
+    assert sent == [("collective-permute", each, 64 * 4096 * 2 / 16) for each in axes]
+    audit = autoshard.audit(plan, fused, *args, target="tpu")
     assert [each for each in audit.differences if each.kind != "peak memory"] == []
