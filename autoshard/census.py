@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,7 +168,12 @@ def _row(primitive: str, exact: bool, group: list[tuple[Operation, _Cost]]) -> C
 
 
 def _keeps_whole(op: Operation) -> bool:
-    return any(factor.kind == "whole" and factor.size > 1 for factor in op.factors)
+    """Whether an array has a dimension of more than one element that cannot be split at all."""
+    dims = (dim for use in (*op.inputs, *op.outputs) for dim in use.dims)
+    return any(
+        all(factor.kind == "whole" for factor in dim) and prod(factor.size for factor in dim) > 1
+        for dim in (tuple(op.factors[i] for i in each) for each in dims)
+    )
 
 
 def summary(found: Census) -> str:

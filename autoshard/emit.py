@@ -26,6 +26,7 @@ from autoshard.collectives import run_step
 from autoshard.rules import Rule
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
+from search.inside import gathers
 from search.layouts import Axes, Layout, local_shape
 from search.reshard import reshard_table
 from search.solution import Choice, kept, needed, produced
@@ -46,7 +47,11 @@ class _Pieces:
 
     rule: Rule
     strategy: Strategy
-    sizes: Mapping[str, int]
+    topology: Topology
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.topology.axis_sizes
 
     def size(self, factor: int) -> int:
         return self.rule.factors[factor].size // prod(self.sizes[axis] for axis in self.strategy.splits[factor])
@@ -58,6 +63,21 @@ class _Pieces:
 
     def is_split(self, factor: int) -> bool:
         return bool(self.strategy.splits[factor])
+
+    def gathered(self, factor: int, piece: Any) -> Any:
+        row = lax.optimization_barrier(lax.reshape(piece, (1, piece.size)))
+        for step in gathers(self.strategy.splits[factor], self.topology):
+            row = run_step(step, row, self.sizes)
+        # Without the barriers the TPU compiler (libtpu 0.0.42) takes few numbers as lanes, and makes an all-reduce of it.
+        return lax.reshape(lax.optimization_barrier(row), (row.shape[0], *piece.shape))
+
+    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        if all(sender == receiver for sender, receiver in pairs):
+            return piece
+        axes, in_order = self.strategy.splits[factor], tuple(a for a in self.sizes if a in self.strategy.splits[factor])
+        numbers = np.arange(prod(self.sizes[axis] for axis in axes)).reshape([self.sizes[axis] for axis in axes])
+        place = np.argsort(np.transpose(numbers, [axes.index(axis) for axis in in_order]).ravel())
+        return lax.ppermute(piece, in_order, [(int(place[a]), int(place[b])) for a, b in pairs])
 
 
 class _Scope:
@@ -137,7 +157,7 @@ class Runner:
         op = self.program.operations[step.operation]
         layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
         operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts)) for a in step.operands]
-        results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.sizes), operands)
+        results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.topology), operands)
         for value, piece in zip(step.results, results, strict=True):
             scope.put(value, _reduced_inside(step.rule, strategy, piece))
 
@@ -279,7 +299,29 @@ def _closed(kind: str, piece: Any, axes: Axes) -> Any:
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
     """The maximum or minimum over chips; JAX has no derivative of `pmax`, so it is given here."""
-    return lax.pmax(piece, axes) if kind == "max" else lax.pmin(piece, axes)
+    over_chips = partial(lax.pmax if kind == "max" else lax.pmin, axis_name=axes)
+    if not jnp.issubdtype(piece.dtype, np.floating):
+        return over_chips(piece)
+    return lax.platform_dependent(piece, tpu=over_chips, default=partial(_with_nans, kind, over_chips))
+
+
+def _with_nans(kind: str, over_chips: Callable[..., Any], piece: Any) -> Any:
+    """The extreme of floats as that of integers in the same order, beyond which lies what is no number.
+
+    The all-reduces of hosts (jaxlib 0.10: the first chip's number stays unless another's compares greater) and of GPUs (fmax)
+    lose a NaN, which JAX's own reductions keep. 16-bit floats take 32 bits, which hosts send of them anyway.
+    """
+    wide = piece if piece.dtype.itemsize >= 4 else piece.astype(np.float32)
+    integer = np.dtype(f"int{8 * wide.dtype.itemsize}")
+    least, most = (np.asarray(bound, integer) for bound in (np.iinfo(integer).min, np.iinfo(integer).max))
+    zero = np.zeros((), integer)
+
+    def turned(bits: Any) -> Any:
+        return jnp.where(bits < zero, bits ^ most, bits)  # of negative floats the greater bits are the smaller number
+
+    place = turned(lax.bitcast_convert_type(wide, integer))
+    found = over_chips(jnp.where(jnp.isnan(wide), most if kind == "max" else least, place))
+    return lax.bitcast_convert_type(turned(found), wide.dtype).astype(piece.dtype)
 
 
 @_extreme.defjvp

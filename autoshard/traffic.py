@@ -103,6 +103,9 @@ class _Depths:
 
 
 def _reduces(op: Operation, result: Use) -> bool:
+    """Whether a chain ends here: elements are summed up, cut out, or put together of several arrays."""
+    if any(factor.kind == "exchanged" for factor in op.factors):
+        return True
     kept = {factor for dim in result.dims for factor in dim}
     return any(factor not in kept for use in op.inputs for dim in use.dims for factor in dim)
 

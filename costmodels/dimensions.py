@@ -183,6 +183,8 @@ class _Flow:
                     self._union(node, parts[0])
                 elif len(parts) > 1:
                     self.rules.append(_Sum(node, parts, product=True))
+                    if op.factors[dim[0]].kind == "exchanged":  # how many parts there are is the program's own number
+                        self.settle(parts[1], sympy.Integer(self.numbers[parts[1]]))
         self.rules += [
             _Sum(self.factors[i] + whole, tuple(self.factors[i] + part for part in parts), False, offset)
             for whole, parts, offset in _joined(op)

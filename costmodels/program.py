@@ -18,11 +18,13 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "whole"]
+FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "exchanged", "whole"]
 """What splitting a factor does.
 
 `parallel` splits the result; `sum` leaves a partial sum; `max`, `min`, `and`, `or` are reduced across the split within the
-operation, by an all-reduce; `whole` cannot be split.
+operation, by an all-reduce; `gathered` splits the result, if that has the factor, and what chips must know of one another's
+pieces is all-gathered within the operation; `exchanged` splits the result, whose pieces lie on other chips than the
+operand's: permutations within the operation move them; `whole` cannot be split.
 """
 
 OpClass = Literal["matmul", "fused", "memory", "boundary", "source", "sink"]
@@ -37,6 +39,7 @@ Pinned = tuple[tuple[str, ...] | None, ...]
 """Per dimension the mesh axes that split it, because the user says so; `None` where the dimension is free."""
 
 REDUCED_INSIDE = ("max", "min", "and", "or")
+CLOSED_INSIDE = (*REDUCED_INSIDE, "gathered", "exchanged")
 
 
 @dataclass(frozen=True)

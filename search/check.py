@@ -17,6 +17,7 @@ from costmodels.collectives import seconds_on
 from costmodels.operations import stays
 from costmodels.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.topology import Topology
+from search.inside import exchange_axes, gathers
 from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, copy_life, region_ends
 from search.reshard import Step, emittable, permuted_axes, steps_from
@@ -70,6 +71,8 @@ def _faults(program: Program, topology: Topology, choice: Choice):
         for factor, split in zip(op.factors, strategy.splits, strict=True):
             if factor.size % prod(sizes[axis] for axis in split) or (split and factor.kind == "whole"):
                 yield f"{op.name}: a factor of size {factor.size} ({factor.kind}) cannot be split over {split}"
+            if factor.kind == "gathered" and split and factor.size < _made(op) * prod(sizes[axis] for axis in split):
+                yield f"{op.name}: a piece of {factor.size} over {split} has fewer elements than the {_made(op)} of the result"
     for value, layout in choice.hubs.items():
         if not divides(program.values[value].shape, layout, sizes):
             yield f"{program.values[value].name}: {layout} does not divide {program.values[value].shape}"
@@ -78,6 +81,12 @@ def _faults(program: Program, topology: Topology, choice: Choice):
         taken = needed(program, choice, program.results[result], 0)
         if given != taken:
             yield f"donated argument {argument} has {given}, its result {taken}"
+
+
+def _made(op: Operation) -> int:
+    """How many elements the results have along factors that no operand has."""
+    given = {i for use in op.inputs for dim in use.dims for i in dim}
+    return prod(op.factors[i].size for i in {i for use in op.outputs for dim in use.dims for i in dim} - given)
 
 
 def _operation_seconds(program: Program, topology: Topology, op: Operation, splits) -> tuple[float, float, float]:
@@ -138,7 +147,41 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
         if factor.kind in REDUCED_INSIDE and axes:
             value = op.outputs[0].value
             local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
-            total += float(seconds_on(topology, "all-reduce", axes, local)) * program.multiplicity(op.region)
+            total += float(seconds_on(topology, "all-reduce", axes, local))
+    total += _gathered_seconds(program, topology, choice, i) + _exchanged_seconds(program, topology, choice, i)
+    return total * program.multiplicity(op.region)
+
+
+def _exchanged_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
+    """Seconds of the permutations within one run of an operation: of a part's piece, which is an operand's or a result's."""
+    op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
+    total = 0.0
+    for f, (factor, axes) in enumerate(zip(op.factors, splits, strict=True)):
+        if factor.kind == "exchanged" and axes:
+            sides = (op.inputs, op.outputs) if (f,) in op.inputs[0].dims else (op.outputs, op.inputs)
+            local = [
+                op.factors[k].size / prod(sizes[axis] for axis in splits[k]) for dim in sides[0][0].dims for k in dim
+            ]
+            sent = program.values[sides[0][0].value].itemsize * prod(local)
+            for moved in exchange_axes(len(sides[0]), axes, topology):
+                total += float(seconds_on(topology, "collective-permute", moved, sent))
+    return total
+
+
+def _gathered_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
+    """Seconds of the all-gathers within one run of an operation: of every result, or of one element of it along the factor."""
+    op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
+    pieces = [prod(sizes[axis] for axis in split) for split in splits]
+    total = 0.0
+    for f, (factor, axes) in enumerate(zip(op.factors, splits, strict=True)):
+        if factor.kind != "gathered":
+            continue
+        for use in op.outputs:
+            others = [k for dim in use.dims for k in dim if k != f]
+            sent = program.values[use.value].itemsize * prod(op.factors[k].size / pieces[k] for k in others)
+            for step in gathers(axes, topology) if axes else ():
+                sent *= prod(sizes[axis] for axis in step.axes)
+                total += float(seconds_on(topology, step.kind, step.axes, sent))
     return total
 
 

@@ -25,11 +25,12 @@ from costmodels.algebra import (
 )
 from costmodels.dimensions import Dimensions
 from costmodels.operations import flops, hbm_bytes, on_chip_symbol, padded_flops, shards_symbol, size_symbol
-from costmodels.program import REDUCED_INSIDE, Operation, Program
+from costmodels.program import Operation, Program
 from costmodels.symbolic import sympy
 from costmodels.topology import Topology
-from search.layouts import Axes, Layout
-from search.solution import Choice, moves, produced, products_behind, steps
+from search.inside import closing
+from search.layouts import Axes
+from search.solution import Choice, moves, products_behind, steps
 
 _ZERO = sympy.Integer(0)
 
@@ -177,10 +178,10 @@ def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int,
 def _steps(
     program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, operations: Sequence[Cost]
 ) -> Iterator[StepFormula]:
-    """Every step of every change of layout, and the all-reduces within operations."""
+    """Every step of every change of layout, and the collectives within operations."""
 
-    def formula(kind: str, axes: Axes, value: int, of: Layout, operation: int, region: int, product: int | None = None):
-        payload = array_bytes(program, dimensions, value) / pieces(of.axes)
+    def formula(kind: str, axes: Axes, value: int, part: Expr, operation: int, region: int, product: int | None = None):
+        payload = array_bytes(program, dimensions, value) * part
         sent, seconds = volume(kind, axes, payload), collective_seconds(kind, axes, payload, topology)
         if product is not None:
             seconds -= _hidden(kind, axes, payload, topology, operations[product])
@@ -190,13 +191,14 @@ def _steps(
     for move in moves(program, choice):
         path = steps(program, topology, move)
         for step, product in zip(path, products_behind(program, topology, choice, move, path), strict=True):
-            of, operation = step.payload_layout, move.operation
-            yield formula(step.kind, step.axes, move.value, of, operation, move.region, product)
+            part = 1 / pieces(step.payload_layout.axes)
+            yield formula(step.kind, step.axes, move.value, part, move.operation, move.region, product)
     for i, op in enumerate(program.operations):
-        for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
-            if factor.kind in REDUCED_INSIDE and axes:
-                value = op.outputs[0].value
-                yield formula("all-reduce", axes, value, produced(program, choice, value), i, op.region)
+        for each in closing(op, choice.strategies[i], topology):
+            part = pieces(each.copies) / pieces(each.layout.axes) / each.parts
+            if each.thinned:
+                part *= pieces(choice.strategies[i].splits[each.factor]) / dimensions.factor(i, each.factor)
+            yield formula(each.kind, each.axes, op.outputs[each.result].value, part, i, op.region)
 
 
 def _hidden(kind: str, axes: Axes, payload: Expr, topology: Topology, product: Cost) -> Expr:

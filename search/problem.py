@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from costmodels.operations import hbm_traffic
-from costmodels.program import Operation, Pinned, Program
+from costmodels.program import CLOSED_INSIDE, Operation, Pinned, Program
 from costmodels.topology import Topology
 from search.folding import unfolded
 from search.layouts import Layout
@@ -222,7 +222,7 @@ class _Builder:
         runs: dict[tuple, float] = {}
         first: dict[tuple, Operation] = {}
         for node, op in zip(self.of_operation, self.program.operations, strict=True):
-            if op.flops_per_point or op.traffic:
+            if op.flops_per_point or op.traffic or any(factor.kind in CLOSED_INSIDE for factor in op.factors):
                 key = (node, hbm_traffic(self.program, op))
                 runs[key] = runs.get(key, 0.0) + self.program.multiplicity(op.region)
                 first.setdefault(key, op)

@@ -10,7 +10,8 @@ import numpy as np
 
 from costmodels.program import Program
 from costmodels.topology import Topology
-from search.layouts import Axes, Layout, shards
+from search.inside import closing, payload
+from search.layouts import Axes, Layout
 from search.looped import LOOPED_KINDS
 from search.problem import Problem
 from search.reshard import Step, reshard_table, step_seconds, wire_seconds
@@ -155,9 +156,9 @@ def _neighbours(program: Program, choice: Choice, move: Move) -> tuple[tuple[int
 
 def hidden_of(program: Program, topology: Topology, choice: Choice, move: Move, step: Step, product: int) -> float:
     """Seconds that hide of all runs of a collective behind the product that it is looped with."""
-    payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
+    sent = step.payload(program.values[move.value].bytes, topology.axis_sizes)
     part = 1 - 1 / prod(topology.axis_sizes[axis] for axis in step.axes)
-    wire = float(wire_seconds(step.kind, step.axes, payload, topology))
+    wire = float(wire_seconds(step.kind, step.axes, sent, topology))
     pieces = [[prod(topology.axis_sizes[axis] for axis in axes) for axes in choice.strategies[product].splits]]
     done = product_seconds(program, program.operations[product], np.array(pieces, dtype=float), topology)
     return min(wire, part * float(done[0])) * program.multiplicity(move.region)
@@ -196,22 +197,19 @@ def collectives(program: Program, topology: Topology, choice: Choice) -> tuple[C
         for step, product in zip(path, behind, strict=True):
             if step.kind == "slice":
                 continue
-            payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
-            seconds = float(step_seconds(step.kind, step.axes, payload, topology)) * count
+            sent = step.payload(program.values[move.value].bytes, topology.axis_sizes)
+            seconds = float(step_seconds(step.kind, step.axes, sent, topology)) * count
             hidden = 0.0 if product is None else hidden_of(program, topology, choice, move, step, product)
             place = (move.value, move.operation, move.operand)
-            found.append(Collective(step.kind, step.axes, payload, count, seconds - hidden, *place, hidden))
+            found.append(Collective(step.kind, step.axes, sent, count, seconds - hidden, *place, hidden))
     return (*found, *_inside(program, topology, choice))
 
 
 def _inside(program: Program, topology: Topology, choice: Choice) -> Iterator[Collective]:
-    """The all-reduces that run within operations."""
+    """The collectives that run within operations."""
     for i, op in enumerate(program.operations):
-        for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
-            if factor.kind in ("max", "min", "and", "or") and axes:
-                value = op.outputs[0].value
-                layout = output_layout(op.signature, choice.strategies[i], 0)
-                payload = program.values[value].bytes / shards(layout, topology.axis_sizes)
-                count = program.multiplicity(op.region)
-                seconds = float(step_seconds("all-reduce", axes, payload, topology)) * count
-                yield Collective("all-reduce", axes, payload, count, seconds, value, i)
+        for each in closing(op, choice.strategies[i], topology):
+            sent = payload(program, op, choice.strategies[i], each, topology)
+            count = program.multiplicity(op.region)
+            seconds = float(step_seconds(each.kind, each.axes, sent, topology)) * count
+            yield Collective(each.kind, each.axes, sent, count, seconds, op.outputs[each.result].value, i)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from costmodels.program import REDUCED_INSIDE, Factor, Operation
+from costmodels.program import Factor, Operation
 from search.layouts import Axes, Layout, assignments
 
 Sizes = tuple[tuple[str, int], ...]
@@ -42,15 +42,13 @@ class StrategySpace:
     """Every strategy of an operation with the layouts it forces.
 
     `inputs[k][s]` is the layout that operand `k` must have under strategy `s`, `outputs[k][s]` the one that result `k` comes
-    in; `shards` (`[strategies, factors]`) the number of pieces of each factor; `inside[s]` the axes of the reductions that
-    run within the operation, with the factor they belong to.
+    in; `shards` (`[strategies, factors]`) the number of pieces of each factor.
     """
 
     strategies: tuple[Strategy, ...]
     inputs: tuple[tuple[Layout, ...], ...]
     outputs: tuple[tuple[Layout, ...], ...]
     shards: np.ndarray
-    inside: tuple[tuple[tuple[int, Axes], ...], ...]
 
 
 def strategy_space(operation: Operation, sizes: Sizes, looped: bool = False) -> StrategySpace:
@@ -81,7 +79,6 @@ def _looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
         tuple(tuple(layouts[s] for s in at) for layouts in plain.inputs),
         tuple(tuple(layouts[s] for s in at) for layouts in plain.outputs),
         plain.shards[at],
-        tuple(plain.inside[s] for s in at),
     )
 
 
@@ -89,6 +86,7 @@ def _looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
 def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
     factors, inputs, outputs, linear, _ = signature
     table = dict(sizes)
+    least = fewest_gathered(factors, inputs, outputs)
     free = [i for i, factor in enumerate(factors) if factor.kind != "whole" and factor.size > 1]
     axes = [axis for axis, size in sizes if size > 1]
     found: list[Strategy] = []
@@ -96,7 +94,7 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
         splits: list[Axes] = [()] * len(factors)
         for i, chosen in zip(free, ordered, strict=True):
             splits[i] = chosen
-        if _legal(factors, (*inputs, *outputs), splits, table):
+        if _legal(factors, (*inputs, *outputs), splits, table, least):
             found.append(Strategy(tuple(splits), carried))
     counts = np.array([[prod(table[a] for a in split) for split in s.splits] for s in found], dtype=float)
     return StrategySpace(
@@ -104,14 +102,24 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
         tuple(tuple(input_layout(signature, s, k) for s in found) for k in range(len(inputs))),
         tuple(tuple(output_layout(signature, s, k) for s in found) for k in range(len(outputs))),
         counts.reshape(len(found), len(factors)),
-        tuple(_inside(factors, s) for s in found),
     )
 
 
-def _legal(factors: Sequence[Factor], uses: Sequence, splits: Sequence[Axes], table: dict[str, int]) -> bool:
-    """Every factor divides, and a compound dimension is cut into contiguous pieces."""
+def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequence) -> int:
+    """The fewest elements that a piece of a gathered factor may have: as many as the results make of it, such as the best k."""
+    given = {i for dims in inputs for dim in dims for i in dim}
+    made = {i for dims in outputs for dim in dims for i in dim} - given
+    return prod(factors[i].size for i in made)
+
+
+def _legal(
+    factors: Sequence[Factor], uses: Sequence, splits: Sequence[Axes], table: dict[str, int], least: int
+) -> bool:
+    """Every factor divides, a compound dimension is cut into contiguous pieces, and gathered pieces are large enough."""
     counts = [prod(table[axis] for axis in split) for split in splits]
     if any(factor.size % count for factor, count in zip(factors, counts, strict=True)):
+        return False
+    if any(f.kind == "gathered" and n > 1 and f.size // n < least for f, n in zip(factors, counts, strict=True)):
         return False
     return all(_contiguous(factors, dim, counts) for dims in uses for dim in dims if len(dim) > 1)
 
@@ -143,8 +151,3 @@ def output_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
     summed = [axis for f, axes in zip(factors, strategy.splits, strict=True) if f.kind == "sum" for axis in axes]
     carried = [axis for axes in strategy.carried for axis in axes]
     return Layout(_dims(outputs[k], strategy), tuple(sorted(summed + carried)))
-
-
-def _inside(factors: Sequence[Factor], strategy: Strategy) -> tuple[tuple[int, Axes], ...]:
-    pairs = enumerate(zip(factors, strategy.splits, strict=True))
-    return tuple((i, axes) for i, (factor, axes) in pairs if factor.kind in REDUCED_INSIDE and axes)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from costmodels.operations import price
-from costmodels.program import Operation, Program
+from costmodels.program import CLOSED_INSIDE, Operation, Program
 from costmodels.topology import Topology
+from search.inside import closing, payload
 from search.packing import repacked
 from search.reshard import step_seconds
 from search.strategies import StrategySpace
@@ -16,7 +17,7 @@ _TIE = 1e-10
 
 
 def strategy_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
-    """Seconds of one run under every strategy, with the all-reduces that run within the operation."""
+    """Seconds of one run under every strategy, with the collectives that run within the operation."""
     cost = price(program, op, space.shards, topology.chip).seconds
     cost = cost + inside_seconds(program, op, space, topology)
     return cost * (1 + _TIE * repacked(op, space.shards)) if op.op_class == "matmul" else cost
@@ -34,18 +35,11 @@ def product_seconds(program: Program, op: Operation, shards: np.ndarray, topolog
 
 
 def inside_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
-    """Seconds of the all-reduces that run within an operation (the maximum over a split dimension)."""
+    """Seconds of the collectives that run within an operation (the maximum over a split dimension)."""
     found = np.zeros(len(space.strategies))
-    for s, reductions in enumerate(space.inside):
-        for _, axes in reductions:
-            found[s] += step_seconds("all-reduce", axes, inside_payload(program, op, space, s, topology), topology)
+    if all(factor.kind not in CLOSED_INSIDE for factor in op.factors):
+        return found
+    for s, strategy in enumerate(space.strategies):
+        for each in closing(op, strategy, topology):
+            found[s] += step_seconds(each.kind, each.axes, payload(program, op, strategy, each, topology), topology)
     return found
-
-
-def inside_payload(program: Program, op: Operation, space: StrategySpace, s: int, topology: Topology) -> float:
-    """Bytes of the operand of an all-reduce within an operation: its result on one chip."""
-    value = program.values[op.outputs[0].value]
-    pieces = 1
-    for axis in space.outputs[0][s].axes:
-        pieces *= topology.axis_sizes[axis]
-    return value.bytes / pieces

@@ -217,16 +217,60 @@ def _along(draw: Any) -> Call:
     shape = _shape(draw)
     at = draw(st.integers(0, len(shape) - 1))
     choices: list[tuple[str, Callable[..., Any]]] = [
-        ("cumsum", lambda x: lax.cumsum(x, axis=at)),
-        ("cummax", lambda x: lax.cummax(x, axis=at, reverse=True)),
         ("sort", lambda x: lax.sort(x, dimension=at)),
         ("rev", lambda x: lax.rev(x, (at,))),
         ("argmax", lambda x: lax.argmax(x > 0, at, jnp.int32)),
-        ("split", lambda x: lax.split(x, (x.shape[at] // 2, x.shape[at] - x.shape[at] // 2), at)),
-        ("top_k", lambda x: lax.top_k(x, max(1, x.shape[-1] // 2))),
     ]
     name, fn = draw(st.sampled_from(choices))
     return Call(name, fn, (_floats(draw, shape),))
+
+
+def _unlike(draw: Any, shape: Sequence[int]) -> np.ndarray:
+    """Floats or integers with many ties; now and then floats that are no numbers, infinite or negative zeros."""
+    kind = draw(st.sampled_from(("few", "special", "int32", "int8")))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    found = rng.integers(-2, 3, shape)
+    if kind == "special":
+        return rng.choice(np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0], np.float32), shape)
+    return found.astype(np.float32 if kind == "few" else kind)
+
+
+def running(draw: Any) -> Call:
+    """A running reduction along any dimension, either way."""
+    shape = _shape(draw)
+    at, reverse = draw(st.integers(0, len(shape) - 1)), draw(st.booleans())
+    name = draw(st.sampled_from(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"]))
+    x = _floats(draw, shape) if name == "cumlogsumexp" else _unlike(draw, shape)
+    return Call(name, lambda x: getattr(lax, name)(x, axis=at, reverse=reverse), (x,))
+
+
+def parts(draw: Any) -> Call:
+    """Parts of one size, mostly, joined or taken apart."""
+    shape, count = list(_shape(draw)), draw(st.integers(2, 6))
+    at, uneven = draw(st.integers(0, len(shape) - 1)), draw(st.integers(0, 4)) == 0
+    sizes = [shape[at] + (uneven and i == 0) for i in range(count)]
+    each = [_floats(draw, [*shape[:at], n, *shape[at + 1 :]]) for n in sizes]
+    if draw(st.booleans()):
+        return Call("concatenate", lambda *xs: lax.concatenate(xs, at), tuple(each))
+    return Call("split", lambda x: lax.split(x, sizes, at), (np.concatenate(each, at),))
+
+
+def best(draw: Any) -> Call:
+    """The best few of a dimension, mostly so few that every piece has as many."""
+    shape = list(_shape(draw))
+    at = draw(st.integers(0, len(shape) - 1))
+    shape[at] *= 4
+    k = min(shape[at], draw(st.integers(1, 6)))
+    return Call("top_k", lambda x: lax.top_k(x, k, axis=at), (_unlike(draw, shape),))
+
+
+def reduced_again(draw: Any) -> Call:
+    """Reductions for which there is no collective."""
+    shape = _shape(draw)
+    axes, bits = _some(draw, len(shape)), draw(st.booleans())
+    name = draw(st.sampled_from(["reduce_and", "reduce_or", "reduce_xor"])) if bits else "reduce_prod"
+    x = _integers(draw, shape, -9, 9) if bits else _unlike(draw, shape)
+    return Call(name, lambda x: getattr(lax, name)(x, axes=axes), (x,))
 
 
 _MODES = st.sampled_from(["clip", "fill"])
@@ -263,7 +307,21 @@ def _ragged(draw: Any) -> Call:
 
 
 ORACLE = (_binary, _select, _unary, _reduction, _transpose, _reshape, _broadcast, _squeeze, _dot, _concatenate)
-MOVING = (_slice, _dynamic_slice, _update, _pad, _along, _take, _take_along, _scatter, _ragged)
+MOVING = (
+    _slice,
+    _dynamic_slice,
+    _update,
+    _pad,
+    _along,
+    parts,
+    running,
+    best,
+    reduced_again,
+    _take,
+    _take_along,
+    _scatter,
+    _ragged,
+)
 
 
 @st.composite
@@ -292,6 +350,17 @@ class _Chip:
     def is_split(self, factor: int) -> bool:
         return bool(self.strategy.splits[factor])
 
+    def gathered(self, factor: int, piece: Any) -> Any:
+        found = piece
+        for axis in reversed(self.strategy.splits[factor]):
+            found = lax.all_gather(found, axis, axis=0, tiled=False)
+        return jnp.reshape(found, (-1, *piece.shape))
+
+    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        senders = np.array([sender for sender, _ in sorted(pairs, key=lambda pair: pair[1])])
+        own = self.start(factor) // self.size(factor)
+        return self.gathered(factor, piece)[jnp.asarray(senders)[own]]
+
 
 def _number(axes: Sequence[str], place: dict[str, Any]) -> Any:
     at = jnp.int32(0)
@@ -316,17 +385,35 @@ def chip_by_chip(equation: Equation, strategy: Strategy) -> list[np.ndarray]:
     layouts = [input_layout(op.signature, strategy, k) for k in range(len(op.inputs))]
     shares = [_shares(each, layout.partial) for each, layout in zip(equation.operands, layouts, strict=True)]
 
-    @jax.jit
     def run(place: dict[str, Any], operands: list[Any]) -> list[Any]:
+        operands = list(operands)
         full = [a.value if isinstance(a, Literal) else operands.pop(0) for a in step.operands]
         return list(run_locally(step.eqn, step.rule, _Chip(step.rule, strategy, place), full))  # pyright: ignore[reportArgumentType]
 
-    found: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for coordinates in product(*map(range, SIZES.values())):
-        place = dict(zip(SIZES, coordinates, strict=True))
-        pieces = [_piece(share, layout, place) for share, layout in zip(shares, layouts, strict=True)]
-        found[coordinates] = [np.asarray(each) for each in run({a: np.int32(i) for a, i in place.items()}, pieces)]
+    places = [dict(zip(SIZES, coordinates, strict=True)) for coordinates in product(*map(range, SIZES.values()))]
+    pieces = [[_piece(s, layout, place) for s, layout in zip(shares, layouts, strict=True)] for place in places]
+    numbered = [{axis: np.int32(i) for axis, i in place.items()} for place in places]
+    every = _together if any(factor.kind in ("gathered", "exchanged") for factor in op.factors) else _one_by_one
+    results = every(run, numbered, pieces)
+    found = {tuple(place.values()): result for place, result in zip(places, results, strict=True)}
     return [_assembled(op, strategy, step, k, found) for k in range(len(op.outputs))]
+
+
+def _one_by_one(run: Callable[..., Any], places: list[Any], pieces: list[Any]) -> list[list[np.ndarray]]:
+    compiled = jax.jit(run)
+    return [[np.asarray(each) for each in compiled(*chip)] for chip in zip(places, pieces, strict=True)]
+
+
+def _together(run: Callable[..., Any], places: list[Any], pieces: list[Any]) -> list[list[np.ndarray]]:
+    """All chips at once, as a batch along every mesh axis: they may gather one another's pieces."""
+    for axis in reversed(SIZES):
+        run = jax.vmap(run, axis_name=axis)
+    counts = tuple(SIZES.values())
+    stacked = jax.tree.map(
+        lambda *each: np.stack(each).reshape(*counts, *each[0].shape), *zip(places, pieces, strict=True)
+    )
+    found = [np.asarray(each).reshape(-1, *each.shape[len(counts) :]) for each in jax.jit(run)(*stacked)]
+    return [[each[i] for each in found] for i in range(len(places))]
 
 
 def _shares(value: np.ndarray, partial: Sequence[str]) -> dict[tuple[int, ...], np.ndarray]:

@@ -63,7 +63,7 @@ def test_a_factor_has_the_name_of_every_dimension_it_is() -> None:
             [(4, 8)],
             {"x": "B F"},
             "split",
-            ("B", "F", "F/2", "F/2"),
+            ("B", "F/2", "2"),
         ),
         (lambda x: jnp.pad(x, ((0, 0), (1, 2))), [(4, 8)], {"x": "B S"}, "pad", ("B", "S", "S + 3")),
         (lambda x: x + jnp.arange(x.shape[1], dtype=x.dtype), [(4, 8)], {"x": "B S"}, "iota", ("S",)),

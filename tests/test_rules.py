@@ -131,6 +131,7 @@ EXAMPLES = [
     Example("clamp", lax.clamp, F84, F84, F84),
     Example("clz", lax.clz, I84),
     Example("concatenate", lambda x, y: lax.concatenate((x, y), 1), F84, F(8, 2)),
+    Example("concatenate", lambda x, y: lax.concatenate((x, y), 1), F84, F84),
     Example("conj", lax.conj, C(8, 4)),
     Example(
         "conv_general_dilated",
@@ -302,6 +303,7 @@ EXAMPLES = [
     Example("sort", lambda x: lax.sort(x, dimension=1), F84),
     Example("sort", lambda x, y: lax.sort((x, y), dimension=0, num_keys=1), F84, I84),
     Example("split", lambda x: lax.split(x, (2, 6), 1), F48),
+    Example("split", lambda x: lax.split(x, (4, 4, 4), 1), F(4, 12)),
     Example("squeeze", lambda x: lax.squeeze(x, (1,)), F(4, 1, 8)),
     Example("stack", lambda x, y: jnp.stack((x, y), 1), F84, F84),
     Example("threefry2x32", lambda a, b, c, d: jex.threefry2x32_p.bind(a, b, c, d), U(8), U(8), U(8), U(8)),
@@ -346,6 +348,7 @@ clamp                        [a,b],[a,b],[a,b] -> [a,b]
 clz                          [a,b] -> [a,b]
 complex                      [a,b],[a,b] -> [a,b] linear=[[0, 1]]
 concatenate                  [a,b],[a,c] -> [a,d] whole={b,c,d} linear=[[0, 1]]
+concatenate                  [a,b],[a,b] -> [a,bc] exchanged={b} whole={c} linear=[[0, 1]]
 conj                         [a,b] -> [a,b] linear=[[0]]
 conv_general_dilated         [ab,cd,e,f],[cag,d,h,i] -> [b,cag,j,k] sum={d} whole={e,f,h,i,j,k}
 conv_general_dilated         [ab,cd,e],[caf,d,g] -> [b,caf,h] sum={d} whole={e,g,h}
@@ -355,11 +358,11 @@ convert_element_type         [a,b] -> [a,b]
 copy                         [a,b] -> [a,b] linear=[[0]]
 cos                          [a,b] -> [a,b]
 cosh                         [a,b] -> [a,b]
-cumlogsumexp                 [a,b] -> [a,b] whole={b}
-cummax                       [a,b] -> [a,b] whole={b}
-cummin                       [a,b] -> [a,b] whole={b}
-cumprod                      [a,b] -> [a,b] whole={b}
-cumsum                       [a,b] -> [a,b] whole={b} linear=[[0]]
+cumlogsumexp                 [a,b] -> [a,b] gathered={b}
+cummax                       [a,b] -> [a,b] gathered={b}
+cummin                       [a,b] -> [a,b] gathered={b}
+cumprod                      [a,b] -> [a,b] gathered={b}
+cumsum                       [a,b] -> [a,b] gathered={b} linear=[[0]]
 device_put                   [a,b] -> [a,b] linear=[[0]]
 device_put                   [a,b],[c] -> [a,b],[c]
 digamma                      [a,b] -> [a,b]
@@ -446,21 +449,21 @@ random_wrap                  [a,b] -> [c] whole={a,b,c}
 real                         [a,b] -> [a,b] linear=[[0]]
 reduce                       [a,b],[] -> [a] whole={b}
 reduce_and                   [a,b] -> [] and={a,b}
-reduce_and                   [a,b] -> [b] whole={a}
+reduce_and                   [a,b] -> [b] gathered={a}
 reduce_max                   [a,b,c] -> [a,c] max={b}
 reduce_max                   [a,b] -> [b] max={a}
 reduce_min                   [a,b,c] -> [a,c] min={b}
 reduce_or                    [a,b] -> [] or={a,b}
-reduce_or                    [a,b] -> [b] whole={a}
+reduce_or                    [a,b] -> [b] gathered={a}
 reduce_precision             [a,b] -> [a,b] linear=[[0]]
-reduce_prod                  [a,b,c] -> [a,c] whole={b}
+reduce_prod                  [a,b,c] -> [a,c] gathered={b}
 reduce_sum                   [a,b,c] -> [a,c] sum={b} linear=[[0]]
 reduce_sum                   [a,b] -> [b] sum={a} linear=[[0]]
 reduce_window                [a,b],[] -> [a,c] whole={b,c}
 reduce_window_max            [a,b] -> [a,c] whole={b,c}
 reduce_window_min            [a,b] -> [c,b] whole={a,c}
 reduce_window_sum            [a,b] -> [a,c] whole={b,c} linear=[[0]]
-reduce_xor                   [a,b] -> [b] whole={a}
+reduce_xor                   [a,b] -> [b] gathered={a}
 regularized_incomplete_beta  [a,b],[a,b],[a,b] -> [a,b]
 rem                          [a,b],[a,b] -> [a,b]
 reshape                      [a,b,c] -> [a,bc] linear=[[0]]
@@ -506,6 +509,7 @@ slice                        [a,b] -> [a,1] whole={b} linear=[[0]]
 sort                         [a,b] -> [a,b] whole={b}
 sort                         [a,b],[a,b] -> [a,b],[a,b] whole={a}
 split                        [a,b] -> [a,c],[a,d] whole={b,c,d} linear=[[0]]
+split                        [a,bc] -> [a,b],[a,b],[a,b] exchanged={b} whole={c} linear=[[0]]
 sqrt                         [a,b] -> [a,b]
 square                       [a,b] -> [a,b]
 squeeze                      [a,1,b] -> [a,b] linear=[[0]]
@@ -516,7 +520,7 @@ tan                          [a,b] -> [a,b]
 tanh                         [a,b] -> [a,b]
 threefry2x32                 [a],[a],[a],[a] -> [a],[a]
 tile                         [a,b] -> [ca,db] linear=[[0]]
-top_k                        [a,b] -> [a,c],[a,c] whole={b,c}
+top_k                        [a,b] -> [a,c],[a,c] gathered={b} whole={c}
 transpose                    [a,b,c] -> [c,a,b] linear=[[0]]
 unstack                      [a,b] -> [b],[b] whole={a} linear=[[0]]
 with_memory_space_constraint [a,b] -> [a,b] linear=[[0]]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autoshard.rules.rule import Factors, Rule, register
+import jax.numpy as jnp
+from jax import lax
+
+from autoshard.rules.rule import Factors, Pieces, Rule, register
+from costmodels.program import FactorKind
 
 
 @register("dot_general")
@@ -60,19 +64,41 @@ def reduce_min(inputs, outputs, *, axes, **_):
 
 @register("reduce_and")
 def reduce_and(inputs, outputs, *, axes, **_):
-    """A conjunction, as `reduce_max`; that of integers is bit by bit, for which there is no all-reduce."""
-    return _reduce(inputs, outputs, axes, "and" if inputs[0].dtype == bool else "whole")
+    """A conjunction, as `reduce_max`; that of integers is bit by bit, as `reduce_prod`."""
+    return _reduce(inputs, outputs, axes, "and") if inputs[0].dtype == bool else _reduce_again(inputs, outputs, axes)
 
 
 @register("reduce_or")
 def reduce_or(inputs, outputs, *, axes, **_):
     """A disjunction, as `reduce_and`."""
-    return _reduce(inputs, outputs, axes, "or" if inputs[0].dtype == bool else "whole")
+    return _reduce(inputs, outputs, axes, "or") if inputs[0].dtype == bool else _reduce_again(inputs, outputs, axes)
 
 
-@register("argmax", "argmin", "reduce_prod", "reduce_xor")
-def reduce_whole(inputs, outputs, *, axes, **_):
-    """Reductions whose dimension stays whole."""
+@register("reduce_prod", "reduce_xor")
+def reduce_prod(inputs, outputs, *, axes, **_):
+    """A product over a split dimension, for which there is no all-reduce: those of the pieces are gathered and multiplied."""
+    return _reduce_again(inputs, outputs, axes)
+
+
+def _reduce_again(inputs, outputs, axes):
+    return replace(_reduce(inputs, outputs, axes, "gathered"), local=_local_reduce_again)
+
+
+def _local_reduce_again(eqn, rule: Rule, pieces: Pieces, operand):
+    found = eqn.primitive.bind(operand, **eqn.params)
+    for factor in _gathered(rule, pieces):
+        found = eqn.primitive.bind(pieces.gathered(factor, found), **{**eqn.params, "axes": (0,)})
+    return [found]
+
+
+def _gathered(rule: Rule, pieces: Pieces) -> list[int]:
+    """The split factors along which pieces must know of one another."""
+    return [i for i, factor in enumerate(rule.factors) if factor.kind == "gathered" and pieces.is_split(i)]
+
+
+@register("argmax", "argmin")
+def arg_whole(inputs, outputs, *, axes, **_):
+    """The place of an extreme; the dimension stays whole where the tracer does not take the operation apart (`expanded`)."""
     return _reduce(inputs, outputs, axes, "whole")
 
 
@@ -84,21 +110,40 @@ def reduce_by(inputs, outputs, *, dimensions, **_):
     return replace(rule, inputs=(*rule.inputs, *((),) * count))
 
 
+_JOINED = {"cumsum": lax.add, "cumprod": lax.mul, "cummax": lax.max, "cummin": lax.min, "cumlogsumexp": jnp.logaddexp}
+"""What joins the reduction of all before a piece to the running reduction of the piece."""
+
+
 def _cumulative(inputs, axis, linear=()):
     factors = Factors()
-    dims = factors.each(inputs[0].shape, whole=[axis])
-    return Rule(factors.done(), (dims,), (dims,), linear)
+    kinds: list[FactorKind] = ["gathered" if i == axis else "parallel" for i in range(inputs[0].ndim)]
+    dims = tuple((factors.new(n, kind),) for n, kind in zip(inputs[0].shape, kinds, strict=True))
+    return Rule(factors.done(), (dims,), (dims,), linear, local=_local_cumulative)
+
+
+def _local_cumulative(eqn, rule: Rule, pieces: Pieces, operand):
+    """Runs along the own piece; the totals of the pieces are gathered, and what is before the piece is joined to it."""
+    found, axis, reverse = eqn.primitive.bind(operand, **eqn.params), eqn.params["axis"], eqn.params["reverse"]
+    for factor in _gathered(rule, pieces):
+        total = lax.index_in_dim(found, 0 if reverse else -1, axis, keepdims=False)
+        totals = eqn.primitive.bind(pieces.gathered(factor, total), **{**eqn.params, "axis": 0})
+        before = pieces.start(factor) // pieces.size(factor) + (1 if reverse else -1)
+        there = (before >= 0) & (before < len(totals))
+        ahead = lax.dynamic_index_in_dim(totals, jnp.clip(before, 0, len(totals) - 1), keepdims=False)
+        joined = _JOINED[eqn.primitive.name](found, jnp.broadcast_to(jnp.expand_dims(ahead, axis), found.shape))
+        found = jnp.where(there, joined, found)
+    return [found]
 
 
 @register("cumprod", "cummax", "cummin", "cumlogsumexp")
 def cumulative(inputs, outputs, *, axis, **_):
-    """Running reductions: the dimension they run along stays whole."""
+    """`[a,b] -> [a,b] gathered={b}`: running reductions; the totals of the pieces of a split dimension are gathered."""
     return _cumulative(inputs, axis)
 
 
 @register("cumsum")
 def cumsum(inputs, outputs, *, axis, **_):
-    """A running sum is linear; the dimension it runs along stays whole."""
+    """`[a,b] -> [a,b] gathered={b}`: as `cumprod`, and linear."""
     return _cumulative(inputs, axis, (frozenset({0}),))
 
 
@@ -111,24 +156,50 @@ def sort(inputs, outputs, *, dimension, **_):
     return Rule(factors.done(), sides, sides, op_class="memory", traffic=(0, -1))
 
 
-def _top(inputs, outputs, axis):
+def _top(inputs, outputs, axis, kind: FactorKind, local=None):
     factors = Factors()
     axis %= len(inputs[0].shape)
-    dims = factors.each(inputs[0].shape, whole=[axis])
+    kinds: list[FactorKind] = [kind if i == axis else "parallel" for i in range(inputs[0].ndim)]
+    dims = tuple((factors.new(n, kind),) for n, kind in zip(inputs[0].shape, kinds, strict=True))
     chosen = (factors.new(outputs[0].shape[axis], "whole"),)
     kept = (*dims[:axis], chosen, *dims[axis + 1 :])
     return Rule(
-        factors.done(), (dims,), (kept,) * len(outputs), op_class="memory", traffic=(0, -1), flops_per_point=0.0
+        factors.done(),
+        (dims,),
+        (kept,) * len(outputs),
+        op_class="memory",
+        traffic=(0, -1),
+        flops_per_point=0.0,
+        local=local,
     )
 
 
 @register("top_k")
 def top_k(inputs, outputs, *, axis=-1, **_):
-    """The searched dimension stays whole; the others pass."""
-    return _top(inputs, outputs, axis)
+    """`[a,b] -> [a,k],[a,k] gathered={b}`: the best of each piece, with their places, are gathered."""
+    return _top(inputs, outputs, axis, "gathered", _local_top_k)
+
+
+def _local_top_k(eqn, rule: Rule, pieces: Pieces, operand):
+    """Of equal ones the first come first, in a piece and among pieces, so that the first of all do."""
+    axis = eqn.params.get("axis", -1) % operand.ndim
+    values, places = eqn.primitive.bind(operand, **eqn.params)
+    for factor in _gathered(rule, pieces):
+        places = places + pieces.start(factor).astype(places.dtype)
+        every, at = (_in_a_row(pieces.gathered(factor, each), axis) for each in (values, places))
+        values, best = eqn.primitive.bind(every, **eqn.params)
+        places = jnp.take_along_axis(at, best, axis)
+    return [values, places]
+
+
+def _in_a_row(stacked, axis: int):
+    """Arrays behind one another in a leading dimension, joined along `axis`."""
+    moved = jnp.moveaxis(stacked, 0, axis)
+    shape = moved.shape
+    return jnp.reshape(moved, (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
 
 
 @register("approx_top_k")
 def approx_top_k(inputs, outputs, *, reduction_dimension, **_):
-    """As `top_k`."""
-    return _top(inputs, outputs, reduction_dimension)
+    """As `top_k`, but the searched dimension stays whole: which are found depends on all of it."""
+    return _top(inputs, outputs, reduction_dimension, "whole")

@@ -35,6 +35,17 @@ class Pieces(Protocol):
         """Whether any mesh axis splits the factor."""
         ...
 
+    def gathered(self, factor: int, piece: Any) -> Any:
+        """The pieces of all chips along a `gathered` factor, behind one another in a new leading dimension.
+
+        To be called once per result, with what is priced: the result's piece, or one element of it along the factor.
+        """
+        ...
+
+    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
+        """The piece that another chip along an `exchanged` factor sends; `pairs` say who sends to whom."""
+        ...
+
 
 Local = Callable[..., Sequence[Any]]
 """`local(eqn, rule, pieces, *operands) -> results`, all on one chip's pieces."""
