@@ -28,7 +28,12 @@ _SWEEPS = 6
 
 
 def combined(
-    dual: Dual, rows: tuple[Row, ...], seen: Sequence[np.ndarray], best: np.ndarray, objective: float, deadline: float
+    dual: Dual,
+    rows: tuple[Row, ...],
+    seen: Sequence[np.ndarray],
+    best: np.ndarray | None,
+    objective: float,
+    deadline: float,
 ) -> np.ndarray:
     """The best plan that can be put together from the plans seen, or the last of these; the dual is left as it was.
 
