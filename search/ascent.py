@@ -26,8 +26,10 @@ _RAISE = 1.3
 """By what factor."""
 _LITTLE = 1e-5
 """The part of the bound that a turn lifts it by when it is said to stall."""
+_LITTLE_OF_OPEN = 3e-3
+"""The part of what is open that is little, too."""
 _FEW = 1e-3
-"""The part of the surviving states that is struck out by a turn that stalls, at most."""
+"""The part of the surviving states that is struck out by such a turn, at most."""
 _LITTLE_TO_PRICE = 3e-4
 """The same while memory overflows, so that another price of it will lift the bound more."""
 _FLAT = 1e-4
@@ -173,8 +175,9 @@ class Ascent:
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
             little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
-            few = struck <= _FEW * sum(map(len, self.dual.keep))
-            stalled = stalled + 1 if lower - before < little * abs(lower) and few else 0
+            open_ = self.objective - lower if np.isfinite(self.objective) else 0.0
+            flat = lower - before < max(little * abs(lower), _LITTLE_OF_OPEN * open_)
+            stalled = stalled + 1 if flat and struck <= _FEW * sum(map(len, self.dual.keep)) else 0
             if self.closed or self.late or stalled >= 2:
                 break
         return self.attempt(decode(self.dual, thorough=False)) if over is None else over

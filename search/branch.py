@@ -10,6 +10,7 @@ import numpy as np
 
 from search.ascent import Ascent
 from search.bound import Snapshot
+from search.incumbent import decode
 from search.probing import Probing, Split
 from search.problem import FORBIDDEN
 from search.repricing import settled
@@ -28,6 +29,10 @@ PRECISION = 1e-6
 """The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
 _REPRICING = 1.5
 """By what factor the price of memory changes where a branch tries another."""
+_LITTLE = 0.01
+"""The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
+_FEW = 0.01
+"""The part of the surviving states that is struck out then, at most."""
 _SMALL = 20_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 
@@ -82,6 +87,8 @@ class Branching:
 
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
+        if not self.dual.multipliers.any():
+            self.ascent.attempt(decode(self.dual))
         bracket = settled(self.ascent)
         return self._probing.split(bracket) if self._is_open(self._refine()) else None
 
@@ -105,7 +112,12 @@ class Branching:
             struck = self.dual.exclude(self.ascent.objective) if np.isfinite(self.ascent.objective) else 0
             if self.dual.emptied:
                 return self.ascent.objective
-            if lower - before < 1e-4 * abs(lower) and not struck:
+            least = (
+                _LITTLE * (self.ascent.objective - lower)
+                if np.isfinite(self.ascent.objective)
+                else _LITTLE * abs(lower)
+            )
+            if lower - before < least and struck <= _FEW * sum(map(len, self.dual.keep)):
                 break
         return lower
 

@@ -1,9 +1,10 @@
 """Which decision to branch on, and which need no branch.
 
-A side of a decision whose bound reaches the best plan, when it is tried for a moment, is dropped: the other is taken for good.
-Of what is left, the choice that a price of memory cannot make is branched on: where a plan that is too large and one that
-fits cost alike at the best price, the array on whose bytes they differ most. Without such a pair it is strong branching
-(Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995).
+A side of a decision whose bound reaches the best plan, when it is tried for a moment, is dropped: the other is taken for good
+(as in strong branching: Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995). Of what is left, the choice that
+a price of memory cannot make is branched on: where a plan that is too large and one that fits cost alike at the best price,
+the array on whose bytes they differ most. Without such a pair it is the array on which memory's price hangs most, or else the
+node with the most bytes around it.
 """
 
 from __future__ import annotations
@@ -31,15 +32,13 @@ _ROUNDS = 4
 class Split:
     """One node's surviving states in two: the side on which the relaxed plan is, and the other.
 
-    `contested` are the seconds, at memory's price, by which plans at the best price differ here; `rise` those by which the
-    bound rises on the one side and the other, multiplied.
+    `contested` are the seconds, at memory's price, by which plans at the best price differ here.
     """
 
     node: int
     near: np.ndarray
     far: np.ndarray
     contested: float = 0.0
-    rise: float = 0.0
 
 
 class Probing:
@@ -63,10 +62,7 @@ class Probing:
             self.dual.exclude(self.ascent.objective)
             if self.dual.emptied:
                 return None
-        contested = max(found, key=lambda split: split.contested, default=None)
-        if contested is None or contested.contested > 0:
-            return contested
-        return max(map(self._measured, found), key=lambda split: split.rise)
+        return max(found, key=lambda split: split.contested, default=None)  # the first, if none is contested
 
     def _dropped(self, split: Split) -> bool:
         """Whether the far side cannot hold a better plan; the near one is then kept alone."""
@@ -83,12 +79,6 @@ class Probing:
         with self.dual.held(node, side):
             self.dual.sweep()
             return self.dual.bound()
-
-    def _measured(self, split: Split) -> Split:
-        lower = self.dual.bound()
-        least = 1e-6 * abs(lower)
-        near, far = (max(self._bound_of(split.node, side) - lower, least) for side in (split.near, split.far))
-        return Split(split.node, split.near, split.far, rise=near * far)
 
     def _splits(self, bracket: Bracket) -> list[Split]:
         """One split of each node that may be branched on."""
