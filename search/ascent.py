@@ -9,6 +9,7 @@ import numpy as np
 
 from search.bound import Dual
 from search.incumbent import decode, improve, overflow
+from search.kernel import combined
 from search.memory import Row, together
 from search.problem import FORBIDDEN, Node, Problem
 from search.symmetry import representatives
@@ -25,14 +26,22 @@ _RAISE = 1.3
 """By what factor."""
 _LITTLE = 1e-5
 """The part of the bound that a turn lifts it by when it is said to stall."""
+_LITTLE_OF_OPEN = 3e-3
+"""The part of what is open that is little, too."""
+_FEW = 1e-3
+"""The part of the surviving states that is struck out by such a turn, at most."""
 _LITTLE_TO_PRICE = 3e-4
 """The same while memory overflows, so that another price of it will lift the bound more."""
 _FLAT = 1e-4
 """The part of the bound within which both sides of a row's best price lie when it is good enough."""
+_FLAT_OF_OPEN = 0.02
+"""The same, as a part of what is open."""
 _NEAR = 0.03
 """With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
 _READING = 3
 """And in every how many turns they are."""
+_MUCH = 1e-3
+"""The part of the best plan that is open when it is worth putting others together."""
 _BISECTIONS = 14
 """Trials for one row's price."""
 _SETTLING = 4
@@ -44,8 +53,8 @@ class Ascent:
 
     `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
     overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best bound that
-    was found without branching. Only plans below `cutoff` seconds are looked for. At `deadline`, of the monotonic clock, it
-    ends with what it has.
+    was found without branching. `seen` are the plans that were looked at, fitting or not. Only plans below `cutoff` seconds are
+    looked for. At `deadline`, of the monotonic clock, it ends with what it has.
     """
 
     def __init__(
@@ -66,7 +75,8 @@ class Ascent:
         self.bound = -np.inf
         self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
         self.prices = np.zeros(len(rows))
-        self._given = False
+        self.seen: dict[bytes, np.ndarray] = {}
+        self._given = self._combined = False
         if symmetric:
             self._hold_symmetry()
 
@@ -103,6 +113,10 @@ class Ascent:
         """Whether time is up."""
         return time.monotonic() > self.deadline
 
+    def look(self, states: np.ndarray) -> None:
+        """Remembers a plan, whether it fits or not: parts of it may be right."""
+        self.seen[states.tobytes()] = states
+
     def offer(self, states: np.ndarray, value: float) -> None:
         """Keeps a plan that fits if it is better than the best so far."""
         if value < min(self.objective, FORBIDDEN / 2):
@@ -112,20 +126,40 @@ class Ascent:
         """Whether a bound is so near the best plan that what is read off the dual may well be better."""
         return lower >= self.objective * (1 - _NEAR)
 
-    def run(self) -> None:
-        """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow."""
+    def run(self, prices: np.ndarray | None = None) -> None:
+        """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow.
+
+        With `prices` that were good for a problem much like this one, from those.
+        """
         self.dual.propagate()
         if not self.fits:
             self.attempt(np.array([keep[0] for keep in self.dual.keep]))
             return
+        if prices is not None and prices.any():
+            self.dual.reprice(prices)
+            self.prices = prices
+            self._given = self.best is not None
         over = self.lift(self.rounds)
         self._given = False
         for _ in range(_PRICED_ROWS):
             unpriced = np.where(self.dual.multipliers > 0, -np.inf, over)
             if self.closed or self.late or unpriced.max(initial=-np.inf) <= 0:
-                return
+                break
             over = self._price_row(int(np.argmax(unpriced)), over)
             self.prices = self.dual.multipliers.copy()
+            self._combine()
+        self._combine()
+
+    def _combine(self) -> None:
+        """Once, where a price of memory leaves much open: puts the plans seen together to better ones."""
+        if self._combined or self.closed or self.late or not self.dual.multipliers.any():
+            return
+        if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
+            return
+        self._combined = True
+        before = self.objective
+        self.attempt(combined(self.dual, self.rows, tuple(self.seen.values()), self.best, before, self.deadline))
+        self.say(f"put together from {len(self.seen)} plans: best {self.objective:.6e} s")
 
     def lift(self, rounds: int) -> np.ndarray:
         """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
@@ -141,7 +175,9 @@ class Ascent:
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
             little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
-            stalled = stalled + 1 if lower - before < little * abs(lower) and not struck else 0
+            open_ = self.objective - lower if np.isfinite(self.objective) else 0.0
+            flat = lower - before < max(little * abs(lower), _LITTLE_OF_OPEN * open_)
+            stalled = stalled + 1 if flat and struck <= _FEW * sum(map(len, self.dual.keep)) else 0
             if self.closed or self.late or stalled >= 2:
                 break
         return self.attempt(decode(self.dual, thorough=False)) if over is None else over
@@ -170,8 +206,10 @@ class Ascent:
             below, above = (found, above) if over[row] > 0 else (below, found)
             beside = over if over[row] <= 0 else beside
             trial = 4 * low if not np.isfinite(high) else high / 8 if low == 0 else float(np.sqrt(low * high))
-            flat = best[0] - min(below, above) < _FLAT * abs(best[0])
-            if (low > 0 and high < 1.1 * low) or flat:
+            open_ = self.objective - best[0] if np.isfinite(self.objective) else 0.0
+            flat = best[0] - min(below, above) < max(_FLAT * abs(best[0]), _FLAT_OF_OPEN * open_)
+            worse = base.any() and best[1] is base  # beside the price of another row, this one's has little to add
+            if (low > 0 and high < 1.1 * low) or flat or worse:
                 break
         self.dual.reprice(best[1])
         return np.maximum(self.lift(rounds=4), beside)
@@ -196,6 +234,8 @@ class Ascent:
     def _first_price(self, over: float) -> float:
         """The price of a byte at which the dual's tangent, of slope `over`, reaches the best plan: it turns before."""
         most = 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
+        if self.dual.multipliers.any():
+            most = self.dual.multipliers.max() / 4
         lower = self.dual.bound()
         rise = self.objective - lower if np.isfinite(self.objective) else abs(lower)
         return min(rise / over, most) if rise > 0 and over > 0 else most
@@ -210,6 +250,7 @@ class Ascent:
         relaxed = None
         for limits, price in ((self.rows, self.dual.multipliers), ((self._together,), everywhere)):
             improved = improve(self.problem, limits, states, price)
+            self.look(improved)
             over = overflow(self.problem, self.rows, improved)
             relaxed = over if relaxed is None else relaxed
             worst = float(over.max(initial=-np.inf))
@@ -233,6 +274,7 @@ class Ascent:
                 return
             price = np.where(over > 0, np.maximum(price * _RAISE, least), price)
             states = improve(self.problem, self.rows, states, price)
+            self.look(states)
             if self.problem.objective(states) >= self.objective:
                 return
 

@@ -14,7 +14,9 @@ Memory rows enter by Lagrange multipliers $\\lambda_r \\ge 0$: $\\lambda_r (b_r(
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -136,6 +138,27 @@ class Dual:
         self.keep = list(keep)
         self._rebuild()
 
+    def narrow(self, node: int, states: np.ndarray) -> None:
+        """Keeps only these states of one node; its edges alone are looked up anew."""
+        kept = np.isin(self.keep[node], states, assume_unique=True)
+        self.keep[node], self.theta[node] = self.keep[node][kept], self.theta[node][kept]
+        for k in self.problem.incident[node]:
+            edge = self.edges[k]
+            left = edge.left[kept] if edge.a == node else edge.left
+            right = edge.right[kept] if edge.b == node else edge.right
+            self.edges[k] = DualEdge(self.problem.edges[k], edge.extra, left, right, self.keep)
+
+    @contextmanager
+    def held(self, node: int, states: np.ndarray) -> Iterator[None]:
+        """For a while, keeps only these states of one node; then all is as it was."""
+        before = self.keep, self.theta, self.edges
+        self.keep, self.theta, self.edges = list(self.keep), list(self.theta), [copy(edge) for edge in self.edges]
+        try:
+            self.narrow(node, states)
+            yield
+        finally:
+            self.keep, self.theta, self.edges = before
+
     def snapshot(self) -> Snapshot:
         """The messages and surviving states, to come back to."""
         self._store()
@@ -145,6 +168,7 @@ class Dual:
 
     def load(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot."""
+        self.emptied = False
         self.multipliers = snapshot.multipliers
         self._left = [v.copy() for v in snapshot.left]
         self._right = [v.copy() for v in snapshot.right]
@@ -161,7 +185,10 @@ class Dual:
         self._pass(self.order[::-1], forward=False)
 
     def _pass(self, order: Sequence[int], forward: bool) -> None:
+        decided = [len(keep) == 1 for keep in self.keep]
         for i in order:
+            if decided[i]:
+                continue
             theta = self.theta[i]
             ahead, behind = [], 0
             for k in self.problem.incident[i]:
@@ -170,6 +197,8 @@ class Dual:
                 edge.move(i, found)
                 theta = theta + found
                 other = edge.b if edge.a == i else edge.a
+                if decided[other]:
+                    continue  # all that such an edge can say is said
                 if (self.rank[other] > self.rank[i]) == forward:
                     ahead.append(edge)
                 else:
@@ -197,11 +226,14 @@ class Dual:
 
     def excess(self) -> list[np.ndarray]:
         """Per node and surviving state: by how much the bound rises if the state is chosen."""
-        found = [theta - theta.min() for theta in self.theta]
-        for edge in self.edges:
-            for end in (edge.a, edge.b):
-                minima = edge.minima(end)
-                found[end] = found[end] + (minima - minima.min())
+        return [self.excess_of(i) for i in range(len(self.theta))]
+
+    def excess_of(self, node: int) -> np.ndarray:
+        """For each surviving state of one node: by how much the bound rises if it is chosen."""
+        found = self.theta[node] - self.theta[node].min()
+        for k in self.problem.incident[node]:
+            minima = self.edges[k].minima(node)
+            found = found + (minima - minima.min())
         return found
 
     def pair_excess(self, k: int) -> np.ndarray:
@@ -210,6 +242,14 @@ class Dual:
         left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
         table = edge.table() + left[:, None] + right
         return table - table.min()
+
+    def overfull(self) -> bool:
+        """Whether the least bytes of what survives already overflow a row that has a price."""
+        return any(
+            sum(float(vector[self.keep[i]].min()) for i, vector in row.nodes) > self.problem.budget_bytes
+            for row, multiplier in zip(self.rows, self.multipliers, strict=True)
+            if multiplier > 0
+        )
 
     def propagate(self) -> None:
         """Strikes out what cannot fit: a state or pair whose bytes, beside the least of all others, overflow a row."""

@@ -10,8 +10,10 @@ import numpy as np
 
 from search.ascent import Ascent
 from search.bound import Snapshot
-from search.incumbent import decode, overflow
+from search.incumbent import decode
+from search.probing import Probing, Split
 from search.problem import FORBIDDEN
+from search.repricing import settled
 from search.symmetry import surroundings
 
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ PRECISION = 1e-6
 """The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
 _REPRICING = 1.5
 """By what factor the price of memory changes where a branch tries another."""
-_WORTH = 0.01
-"""The part of what is open by which memory must lift the bound for a branch to be about it."""
+_LITTLE = 0.01
+"""The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
+_FEW = 0.01
+"""The part of the surviving states that is struck out then, at most."""
 _SMALL = 20_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 
@@ -36,15 +40,15 @@ _SMALL = 20_000
 class Branching:
     """Closes a stalled ascent.
 
-    A branch holds one heavily used layout to its likeliest state, or to all others; each side is swept anew, and dropped
-    when its bound reaches the best plan known. Depth first, the likeliest side first. `unproven` is the least bound of what
-    the limits, or an interruption, left undecided.
+    A branch holds one heavily used layout to some of its states (`search.probing`); each side is swept anew, at prices of its
+    own (`search.repricing`), and dropped when its bound reaches the best plan known. Depth first, the side of the relaxed plan
+    first. `unproven` is the least bound of what the limits, or an interruption, left undecided.
     """
 
     def __init__(self, ascent: Ascent, deterministic_seconds: float) -> None:
         self.ascent, self.dual = ascent, ascent.dual
         self.deterministic_seconds = deterministic_seconds
-        self.weights = [surroundings(ascent.problem, i) for i in range(len(ascent.problem.nodes))]
+        self._probing = Probing(ascent, [surroundings(ascent.problem, i) for i in range(len(ascent.problem.nodes))])
         self.branches = self.booleans = 0
         self.unproven = np.inf
 
@@ -73,14 +77,24 @@ class Branching:
         lower = self._refine()
         rest = len(open_) - 1
         self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, {self.dual.pairs()} pairs")
-        sides: list[Snapshot] = []
-        if not self.ascent.reached(lower) and lower < FORBIDDEN / 2:
-            node = self._branching_node()
-            if self.dual.pairs() <= _SMALL or node is None:
-                self.unproven = min(self.unproven, self._finish(lower))
-            else:
-                sides = self._split(node)
-        open_[-1:] = sides
+        split = None
+        if self._is_open(lower) and self.dual.pairs() > _SMALL:
+            split = self._undecided()
+            lower = max(lower, self.dual.bound())
+        if split is None and self._is_open(lower):
+            self.unproven = min(self.unproven, self._finish(lower))
+        open_[-1:] = [] if split is None else self._sides(split)
+
+    def _undecided(self) -> Split | None:
+        """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
+        if not self.dual.multipliers.any():
+            self.ascent.attempt(decode(self.dual))
+        bracket = settled(self.ascent)
+        return self._probing.split(bracket) if self._is_open(self._refine()) else None
+
+    def _is_open(self, lower: float) -> bool:
+        """Whether a branch with this bound may hold a better plan."""
+        return not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.dual.emptied
 
     def _bound_of(self, snapshot: Snapshot) -> float:
         self.dual.load(snapshot)
@@ -88,7 +102,7 @@ class Branching:
 
     def _refine(self) -> float:
         """Sweeps one branch until its bound stalls, reaches the best plan, or says that nothing fits; returns the bound."""
-        lower = self.dual.bound()
+        lower = FORBIDDEN if self.dual.overfull() else self.dual.bound()
         while not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.ascent.late:
             self.dual.sweep()
             self.dual.sweep()
@@ -98,61 +112,21 @@ class Branching:
             struck = self.dual.exclude(self.ascent.objective) if np.isfinite(self.ascent.objective) else 0
             if self.dual.emptied:
                 return self.ascent.objective
-            if lower - before < 1e-4 * abs(lower) and not struck and not self._improved():
-                if not self._repriced(lower):
-                    break
-                lower = self.dual.bound()
+            least = (
+                _LITTLE * (self.ascent.objective - lower)
+                if np.isfinite(self.ascent.objective)
+                else _LITTLE * abs(lower)
+            )
+            if lower - before < least and struck <= _FEW * sum(map(len, self.dual.keep)):
+                break
         return lower
 
-    def _improved(self) -> bool:
-        """Reads a plan off the dual, and says whether it is the best so far."""
-        before = self.ascent.objective
-        self.ascent.attempt(decode(self.dual))
-        return self.ascent.objective < before
-
-    def _repriced(self, lower: float) -> bool:
-        """Tries another price of memory for this branch; keeps it, and says so, if the bound rises."""
-        before = self.dual.multipliers
-        if not before.any():
-            return False
-        snapshot = self.dual.snapshot()
-        over = overflow(self.dual.problem, self.ascent.rows, decode(self.dual))[before > 0].max()
-        self.dual.reprice(before * (_REPRICING if over > 0 else 1 / _REPRICING))
-        self.dual.sweep()
-        self.dual.sweep()
-        if self.dual.bound() > lower + 1e-4 * abs(lower):
-            return True
-        self.dual.load(snapshot)
-        return False
-
-    def _branching_node(self) -> int | None:
-        """The undecided node on which the price of memory hangs most, or else with the most bytes around it.
-
-        Memory counts where it can lift the bound by some of what is open: arrays too small for that are not what is undecided.
-        """
-        undecided = [i for i, keep in enumerate(self.dual.keep) if len(keep) > 1]
-        spread = self._spread()
-        return max(undecided, key=lambda i: (spread.get(i, 0.0), self.weights[i], -i), default=None)
-
-    def _spread(self) -> dict[int, float]:
-        """By how much the price of the bytes differs between a node's states, where that is worth a branch."""
-        open_ = self.ascent.objective - self.dual.bound()
-        least = _WORTH * open_ if np.isfinite(open_) else 0.0
-        found = {i: float(np.ptp(held)) for i, held in self.dual.priced_bytes().items()}
-        return {i: spread for i, spread in found.items() if spread > least}
-
-    def _split(self, node: int) -> list[Snapshot]:
-        """Two branches, the one to look at first last: lean and bulky states, or the likeliest and all others."""
-        keep = self.dual.keep[node]
-        held = self.dual.priced_bytes().get(node, np.zeros(len(keep)))
-        first = keep == decode(self.dual)[node]
-        if node in self._spread():
-            lean = held <= (held.min() + held.max()) / 2
-            first = lean if lean[first].all() else ~lean
+    def _sides(self, split: Split) -> list[Snapshot]:
+        """Two branches, the one to look at first last."""
         found = []
-        for side in (keep[~first], keep[first]):
+        for side in (split.far, split.near):
             snapshot = self.dual.snapshot()
-            snapshot.keep[node] = side
+            snapshot.keep[split.node] = side
             found.append(snapshot)
         return found
 

@@ -49,7 +49,7 @@ class DualEdge:
         self.a, self.b = edge.a, edge.b
         self.rows, self.columns = Groups(edge.rows[keep[edge.a]]), Groups(edge.columns[keep[edge.b]])
         self.left, self.right = left, right
-        self._weight, self._matrix, self._extra = edge.weight, edge.matrix, extra
+        self._weight, self._matrix, self.extra = edge.weight, edge.matrix, extra
         self._all_columns = len(self.columns.unique) == edge.matrix.shape[1]
         self._kept = self._looked_up(0, len(self.rows.unique)) if self.size <= _KEPT else None
 
@@ -76,7 +76,7 @@ class DualEdge:
         if self._kept is not None:
             return self._kept[:, q]
         at = self.rows.unique, self.columns.unique[q]
-        return sum((extra[at] for extra in self._extra), self._weight * self._matrix[at])
+        return sum((extra[at] for extra in self.extra), self._weight * self._matrix[at])
 
     def _part(self, first: int, last: int) -> np.ndarray:
         return self._looked_up(first, last) if self._kept is None else self._kept[first:last]
@@ -85,7 +85,7 @@ class DualEdge:
         rows, columns = self.rows.unique[first:last], self.columns.unique
         part = self._matrix[rows]
         part = self._weight * (part if self._all_columns else part.take(columns, axis=1))
-        for extra in self._extra:
+        for extra in self.extra:
             part = part + extra[rows[:, None], columns]
         return part
 

@@ -133,7 +133,7 @@ def solve(
     slack: float,
     deterministic_seconds: float,
     wall_seconds: float,
-    first_only: bool = False,
+    gap: float = 0.0,
 ) -> Answer:
     """Closes what is left of the problem with one deterministic worker.
 
@@ -141,6 +141,7 @@ def solve(
 
     - `slack`: seconds by which the best known solution exceeds the bound; what lies above cannot improve it.
     - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an answer that is overdue is left.
+    - `gap`: the part of the excess over the bound within which a plan is good enough.
     """
     built = _Model(dual, rows, slack)
     unit = built.objective()
@@ -155,7 +156,7 @@ def solve(
     solver.parameters.max_time_in_seconds = wall_seconds
     solver.parameters.max_memory_in_mb = _MEGABYTES
     solver.parameters.catch_sigint_signal = False
-    solver.parameters.stop_after_first_solution = first_only
+    solver.parameters.relative_gap_limit = gap
     problem = built.model.validate()
     if problem:
         raise ValueError(f"the CP-SAT model is invalid: {problem}")

@@ -7,9 +7,9 @@ $$\\theta_{ik}(x_i, x_k) = \\min_{x_j} \\theta_{ij}(x_i, x_j) + \\theta_j(x_j) +
 takes its place. Chains of elementwise operations become one edge between the matmuls at their ends, so that a bound need
 not creep along them and a better layout for a whole chain is one step away.
 
-Memory is what a node or an edge may not lose: only what holds a small part of a chip is eliminated, and counts in the rows
-with the least bytes that it can hold. So the smaller problem is a relaxation in its rows and exact in its costs; an optimum of
-it that fits the whole rows is one of the whole problem.
+Memory is what a node or an edge may not lose: only that is eliminated on which a small part of a chip hangs, and it counts in
+the rows with the least bytes that it can hold. So the smaller problem is a relaxation in its rows and exact in its costs; an
+optimum of it that fits the whole rows is one of the whole problem.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from search.memory import Row, Rows
 from search.problem import FORBIDDEN, Edge, Problem
 
-SMALL_PARTS = (0.01, 0.001)
+SMALL_PARTS = (0.01, 0.001, 0.0001)
 """The parts of the budget up to which an array counts as small: the next where the plan of the one before does not fit."""
 _PAIRS = 60_000
 """The most pairs of layouts that a new edge may price."""
@@ -187,14 +187,16 @@ def _small(groups: list[int], states: int) -> bool:
 
 
 def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[int]:
-    """The nodes that must stay: they hold much memory, or are the end of a change of layout that does."""
+    """The nodes that must stay: on them hangs much memory, or they are the end of a change of layout on which it does."""
     large = small_part * problem.budget_bytes
-    found: set[int] = set()
-    for row in rows:
-        found |= {i for i, vector in row.nodes if vector.max() > large}
-        for k, table in row.edges:
-            if k < len(problem.edges) and table.max() > large:
-                found |= {problem.edges[k].a, problem.edges[k].b}
+    nodes = {(i, id(vector)): (i, vector) for row in rows for i, vector in row.nodes}
+    edges = {
+        (k, id(table)): (problem.edges[k], table) for row in rows for k, table in row.edges if k < len(problem.edges)
+    }
+    found = {i for i, vector in nodes.values() if np.ptp(vector) > large}
+    for edge, table in edges.values():
+        if table.max() > large:
+            found |= {edge.a, edge.b}
     return found
 
 

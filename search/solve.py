@@ -194,6 +194,11 @@ class _Found:
         found = self.ascent.leanest[1] if self.ascent.best is None else self.ascent.best
         return self.smaller.expanded(np.zeros(len(self.smaller.kept), dtype=int) if found is None else found)
 
+    @property
+    def seen(self) -> list[np.ndarray]:
+        """The states of the whole problem in every plan looked at."""
+        return [self.smaller.expanded(states) for states in self.ascent.seen.values()]
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -225,8 +230,10 @@ class _Run:
         try:
             if before is not None:
                 ascent.bound = before.ascent.bound
+                for states in before.seen:
+                    ascent.look(states[list(smaller.kept)])
                 ascent.attempt(before.states[list(smaller.kept)])
-            ascent.run()
+            ascent.run(None if before is None else before.ascent.prices)
             if (
                 ascent.fits
                 and not ascent.closed

@@ -1,0 +1,109 @@
+"""Branches, the prices of memory in them, and what is dropped without one: nothing that is best may be lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_search import TOPOLOGIES, programs
+
+from costmodels.topology import Topology
+from search import branch
+from search.ascent import Ascent
+from search.bound import Dual
+from search.branch import Branching
+from search.incumbent import overflow
+from search.kernel import combined
+from search.memory import rows
+from search.model import solve
+from search.problem import FORBIDDEN, Problem, build
+from search.repricing import settled
+
+ROUNDING = 2e-9
+"""Seconds by which a sum changes when it is formed anew beside the price of the impossible."""
+
+
+def tight(program, topology: Topology, part: float) -> Problem:
+    """The problem where a part of all arrays' bytes is a chip's memory."""
+    return build(program, topology, part * sum(value.bytes for value in program.values))
+
+
+def begun(problem: Problem) -> Ascent:
+    """A search that has looked at few plans, with a price on memory that is only about right."""
+    ascent = Ascent(problem, rows(problem), 1, lambda _: None, symmetric=False)
+    ascent.run()
+    return ascent
+
+
+def least(problem: Problem) -> float:
+    """The optimum, by CP-SAT alone; infinite where nothing fits."""
+    dual = Dual(problem, rows(problem), [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes])
+    answer = solve(dual, rows(problem), None, FORBIDDEN / 100, 60.0, 60.0)
+    return np.inf if answer.status == "INFEASIBLE" else answer.value
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
+def test_branches_alone_find_the_optimum(program, topology, part):
+    """Without CP-SAT's help but for what is decided, branching comes to CP-SAT's optimum, or proves that nothing fits."""
+    problem = tight(program, topology, part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "_SMALL", 0)
+        ascent = begun(problem)
+        if ascent.fits and not ascent.closed:
+            Branching(ascent, 60.0).run()
+    best = least(problem)
+    assert ascent.objective == pytest.approx(best, rel=1e-5)
+    if np.isfinite(best):
+        assert ascent.bound == pytest.approx(best, rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
+def test_holding_a_node_is_a_restriction_for_a_while(program, topology, part, random):
+    """While a node is held the bound is that of the restricted problem; afterwards everything is as it was."""
+    dual = begun(tight(program, topology, part)).dual
+    node = random.randrange(len(dual.keep))
+    side = np.array(sorted(random.sample(dual.keep[node].tolist(), random.randint(1, len(dual.keep[node])))))
+    before, theta = dual.bound(), [each.copy() for each in dual.theta]
+    with dual.held(node, side):
+        held = dual.bound()
+        dual.sweep()
+    assert dual.bound() == before
+    assert all((a == b).all() for a, b in zip(theta, dual.theta, strict=True))
+    assert held >= before - ROUNDING
+    dual.restrict([side if i == node else keep for i, keep in enumerate(dual.keep)])
+    assert dual.bound() == pytest.approx(held, abs=ROUNDING)
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
+def test_prices_are_settled_between_plans_that_fit_and_plans_that_do_not(program, topology, part):
+    """The bound does not sink; of two plans one overflows and one does not; no plan costs less than the bound."""
+    problem = tight(program, topology, part)
+    ascent = begun(problem)
+    if not ascent.fits:
+        return
+    before = ascent.dual.bound()
+    bracket = settled(ascent)
+    assert ascent.dual.bound() >= before - ROUNDING
+    assert ascent.dual.bound() <= least(problem) + ROUNDING
+    for plan, fits in ((bracket.lean, True), (bracket.bulky, False)):
+        assert plan is None or bool(overflow(problem, ascent.rows, plan).max(initial=-np.inf) <= 0) == fits
+
+
+@settings(max_examples=20, deadline=None)
+@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
+def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, part):
+    """What is put together from the plans seen is a plan that fits, or one of those seen."""
+    problem = tight(program, topology, part)
+    ascent = begun(problem)
+    seen = tuple(ascent.seen.values())
+    if not ascent.fits or not seen:
+        return
+    before = ascent.dual.bound()
+    found = combined(ascent.dual, ascent.rows, seen, ascent.best, ascent.objective, np.inf)
+    assert ascent.dual.bound() == pytest.approx(before, abs=ROUNDING)
+    if not any((found == states).all() for states in seen):
+        assert (overflow(problem, ascent.rows, found) <= 0).all()
