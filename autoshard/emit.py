@@ -302,14 +302,17 @@ def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
     over_chips = partial(lax.pmax if kind == "max" else lax.pmin, axis_name=axes)
     if not jnp.issubdtype(piece.dtype, np.floating):
         return over_chips(piece)
-    return lax.platform_dependent(piece, tpu=over_chips, default=partial(_with_nans, kind, over_chips))
+    with_nans = partial(_with_nans, kind, over_chips)
+    other = over_chips if piece.dtype.itemsize < 4 else with_nans
+    return lax.platform_dependent(piece, tpu=over_chips, cpu=with_nans, default=other)
 
 
 def _with_nans(kind: str, over_chips: Callable[..., Any], piece: Any) -> Any:
     """The extreme of floats as that of integers in the same order, beyond which lies what is no number.
 
     The all-reduces of hosts (jaxlib 0.10: the first chip's number stays unless another's compares greater) and of GPUs (fmax)
-    lose a NaN, which JAX's own reductions keep. 16-bit floats take 32 bits, which hosts send of them anyway.
+    lose a NaN, which JAX's own reductions keep. 16-bit floats take 32 bits, which hosts send of them anyway; GPUs do not, and
+    may lose a NaN there.
     """
     wide = piece if piece.dtype.itemsize >= 4 else piece.astype(np.float32)
     integer = np.dtype(f"int{8 * wide.dtype.itemsize}")

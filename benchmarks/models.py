@@ -203,6 +203,11 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['row']:48s} {size} {row['ours']:6.1f} {row['cpu_seconds']:6.1f} {found} {word}"
 
 
+def _known() -> dict[str, dict[str, Any]]:
+    """The rows in the file, by name."""
+    return {row["row"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -214,7 +219,7 @@ def main() -> None:
     if options.row:
         print(json.dumps(measured(*json.loads(options.row))))
         return
-    known = {row["row"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    known = _known()
     head = "row", "equations", "exact %", "folds", "classes", "s", "CPU s", "gap", "step ms", "GiB", "audit"
     print("{:46s} {:>9s} {:>7s} {:22s} {:>6s} {:>6s} {:>6s} {:>7s} {:>10s} {:>7s} {}".format(*head))
     order = [(model, phase, where) for model, phase in cases() for where in SLICES]
@@ -222,7 +227,7 @@ def main() -> None:
         if options.only not in _name(model, phase, where) or where not in options.slices.split(","):
             continue
         row = (together if options.together else isolated)(model, phase, where, options.audit)
-        known[row["row"]] = row
+        known = {**_known(), row["row"]: row}  # another run may write beside this one
         print(_line(row), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         rows = [known[name] for name in (_name(*key) for key in order) if name in known]
