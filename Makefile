@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-sweep browser-test screenshots docs wheel clean
+.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -64,6 +64,9 @@ bench-peers: $(VENV)/.tpu $(PEER_VENV)/.jax  ## our plans against XLA AutoShardi
 
 frontier: $(VENV)/.core $(VENV)/.test  ## PaLM's latency against cost as in Pope et al. 2022: a table, and benchmarks/results/frontier.json
 	$(BIN)/python benchmarks/frontier.py $(ARGS)
+
+bench-large: $(VENV)/.tpu  ## a hundred thousand equations traced, folded, solved and emitted: a table, and benchmarks/results/large_trace.json
+	$(BIN)/python benchmarks/large_trace.py $(ARGS)
 
 bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two workers, on Dask and on Ray: a table, and benchmarks/results/sweep_scaling.json
 	$(BIN)/python benchmarks/sweep_scaling.py $(ARGS)
