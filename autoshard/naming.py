@@ -21,13 +21,29 @@ heads and head sizes are output factors of weights further up, batch and positio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Literal, TypeVar
 
 from costmodels.program import Operation, Program, Use
 from costmodels.topology import Topology
 from search.layouts import Layout
 from search.solution import Choice, needed, produced
+
+T = TypeVar("T")
+
+
+def _once(judged: Callable[[Program, int], T]) -> Callable[[Program, int], T]:
+    """Judges each operation of a program once: what it comes to does not depend on its layout."""
+
+    @wraps(judged)
+    def known(program: Program, i: int) -> T:
+        key = judged.__name__, i
+        if key not in program.memo:
+            program.memo[key] = judged(program, i)
+        return program.memo[key]
+
+    return known
 
 
 def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) -> str:
@@ -128,6 +144,7 @@ def _dimensions(op: Operation) -> list[str]:
 # --- Matmuls by a weight
 
 
+@_once
 def weight_operand(program: Program, i: int) -> int | None:
     """Which operand of a matmul is a weight; None where both are activations.
 
@@ -166,6 +183,7 @@ def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     return produced(program, choice, value)
 
 
+@_once
 def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
     """What a product is, and what each of its factors is to it.
 
@@ -207,6 +225,7 @@ def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
 # --- Contractions of two activations
 
 
+@_once
 def _attention_roles(program: Program, i: int) -> list[str]:
     """Heads come from weights, positions do not. What both operands have and no weight gave is the batch."""
     op, origins = program.operations[i], _Origins(program)

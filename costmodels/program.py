@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "exchanged", "whole"]
 """What splitting a factor does.
@@ -173,6 +173,11 @@ class Program:
             count *= self.regions[region].count
             region = self.regions[region].parent
         return count
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was worked out about it, by whoever did; a program never changes."""
+        return {}
 
     @cached_property
     def producers(self) -> dict[int, tuple[int, int]]:

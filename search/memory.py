@@ -208,6 +208,12 @@ class _Term:
 
 def rows(problem: Problem) -> Rows:
     """The rows that can bind: one per point at which no more lives at any other point."""
+    if "rows" not in problem.memo:
+        problem.memo["rows"] = _rows(problem)
+    return problem.memo["rows"]
+
+
+def _rows(problem: Problem) -> Rows:
     terms = [*_buffer_terms(problem), *_copy_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []
@@ -249,9 +255,11 @@ def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> t
 
 def _undominated(counts: np.ndarray) -> list[int]:
     """The rows of counts that no other row reaches in every kind, in order."""
-    kept: list[int] = []
+    narrow = counts.astype(np.uint16) if counts.max(initial=0) <= np.iinfo(np.uint16).max else counts
+    larger, kept = np.empty_like(narrow), []
     for i in np.argsort(-counts.sum(axis=1, dtype=np.int64), kind="stable").tolist():
-        if not (counts[kept] >= counts[i]).all(axis=1).any():
+        if not (larger[: len(kept)] >= narrow[i]).all(axis=1).any():
+            larger[len(kept)] = narrow[i]
             kept.append(i)
     return sorted(kept)
 
