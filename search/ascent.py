@@ -39,7 +39,7 @@ _FLAT_OF_OPEN = 0.02
 _NEAR = 0.03
 """With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
 _READING = 3
-"""And in every how many turns they are."""
+"""In every how many turns they are; without a plan to start from, in how many they are read in more than one way."""
 _MUCH = 1e-3
 """The part of the best plan that is open when it is worth putting others together."""
 _BISECTIONS = 14
@@ -171,7 +171,7 @@ class Ascent:
             before, lower = lower, self.dual.bound()
             self.bound = max(self.bound, lower)
             if not self._given or (turn % _READING == 0 and self._near(lower) and not self.closed):
-                over = self.attempt(decode(self.dual))
+                over = self.attempt(decode(self.dual, thorough=turn % _READING == 0))
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
             little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
