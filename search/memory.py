@@ -254,13 +254,19 @@ def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> t
 
 
 def _undominated(counts: np.ndarray) -> list[int]:
-    """The rows of counts that no other row reaches in every kind, in order."""
-    narrow = counts.astype(np.uint16) if counts.max(initial=0) <= np.iinfo(np.uint16).max else counts
-    larger, kept = np.empty_like(narrow), []
+    """The rows of counts that no other row reaches in every kind, in order.
+
+    Only rows that hold the rarest of its kinds can reach a row: few, as what lives briefly is rare.
+    """
+    holders: list[list[int]] = [[] for _ in range(counts.shape[1])]
+    kept: list[int] = []
     for i in np.argsort(-counts.sum(axis=1, dtype=np.int64), kind="stable").tolist():
-        if not (larger[: len(kept)] >= narrow[i]).all(axis=1).any():
-            larger[len(kept)] = narrow[i]
+        kinds = np.flatnonzero(counts[i])
+        likely = min((holders[kind] for kind in kinds), key=len, default=kept)
+        if not (counts[np.ix_(likely, kinds)] >= counts[i, kinds]).all(axis=1).any():
             kept.append(i)
+            for kind in kinds:
+                holders[kind].append(i)
     return sorted(kept)
 
 
