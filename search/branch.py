@@ -33,7 +33,7 @@ _LITTLE = 0.01
 """The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
 _FEW = 0.01
 """The part of the surviving states that is struck out then, at most."""
-_SMALL = 20_000
+_SMALL = 6_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 
 
@@ -82,8 +82,20 @@ class Branching:
             split = self._undecided()
             lower = max(lower, self.dual.bound())
         if split is None and self._is_open(lower):
-            self.unproven = min(self.unproven, self._finish(lower))
+            split = self._finished(lower)
         open_[-1:] = [] if split is None else self._sides(split)
+
+    def _finished(self, lower: float) -> Split | None:
+        """Closes a branch by CP-SAT; what to branch on if its answer is too coarse, as it is where costs differ widely."""
+        before = self.dual.snapshot()
+        proven = self._finish(lower)
+        if not self._precise(proven) and not self.ascent.late:
+            self.dual.load(before)
+            split = self._undecided()
+            if split is not None or not self._is_open(self.dual.bound()):
+                return split
+        self.unproven = min(self.unproven, proven)
+        return None
 
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
