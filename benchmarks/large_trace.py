@@ -31,7 +31,7 @@ from search.folding import folds
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "large_trace.json"
 EQUATIONS = 100_000
-LAYERS = 371
+LAYERS = 400
 TOPOLOGY = "v5p:8x8x8"
 
 
