@@ -276,15 +276,37 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
     """How many rounds a `while` takes, and whether that is certain.
 
     From `known_trip_count` where the compiler wrote it; else from the condition `i < n` with the
-    start and the step of `i`: $\\lceil (n - i_0) / \\mathrm{step} \\rceil$.
+    start and the step of `i`: $\\lceil (n - i_0) / \\mathrm{step} \\rceil$. Beside other conditions it
+    is the most that it takes.
     """
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known[1]), True
     condition = Scope(module.computations[loop.attribute("condition")], loop, scope)
+    tests = _conjuncts(condition.computation.root, condition, module)
+    for test, where in tests:
+        if (found := _rounds(test, where, condition, loop, scope, module)) is not None:
+            rounds, certain = found
+            return rounds, certain and len(tests) == 1
+    return 1, False
+
+
+def _conjuncts(name: str, scope: Scope, module: Module) -> list[tuple[Instruction, Scope]]:
+    """What must all hold for a condition to hold, each with the place where it is."""
+    test, _, where = follow(name, scope, module)
+    if test is None:
+        return []
+    if test.opcode != "and":
+        return [(test, where)]
+    return [each for operand in test.operands for each in _conjuncts(operand, where, module)]
+
+
+def _rounds(
+    test: Instruction, where: Scope, condition: Scope, loop: Instruction, scope: Scope, module: Module
+) -> tuple[int, bool] | None:
+    """How many rounds a comparison of a counter with a constant allows, and whether that is certain."""
+    if test.opcode != "compare":
+        return None
     body = Scope(module.computations[loop.attribute("body")], loop, scope)
-    test, _, where = follow(condition.computation.root, condition, module)
-    if test is None or test.opcode != "compare":
-        return 1, False
     left, right = test.operands
     direction = test.attribute("direction")
     counter, index, at = follow(left, where, module)
@@ -296,7 +318,7 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
         counter, index, at = follow(left, where, module)
     bound = _constant(right, where, module)
     if bound is None or index is None:
-        return 1, False
+        return None
     start = _constant(loop.operands[0], scope, module, index)
     step = _step(index, body, module)
     if start is None or not step:

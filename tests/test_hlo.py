@@ -359,6 +359,9 @@ def loop(extra: str, bound: str = "%n = s32[] constant(118)", compare: str = "co
     )
 
 
+WITHIN = """%n = s32[] constant(118)
+          %within = pred[] compare(%i.1, %n), direction=LT
+          %live = pred[] custom-call()"""
 LENGTHS = [
     (loop(', backend_config={"known_trip_count":{"n":"5"}}'), 5, True),
     (loop(', backend_config="{\\"known_trip_count\\":{\\"n\\":\\"6\\"}}"'), 6, True),
@@ -370,6 +373,8 @@ LENGTHS = [
     (loop("", "%n = s32[] get-tuple-element(%carry.1), index=2"), 7, True),  # carried unchanged
     (loop("", "%n = s32[] parameter(1)"), 1, False),
     (loop("", compare="and(%i.1, %n)"), 1, False),
+    (loop("", WITHIN, compare="and(%live, %within)"), 118, False),  # it may end before its counter does
+    (loop("", WITHIN, compare="and(%within, %live)"), 118, False),
     (loop("").replace("add(%i, %step)", "multiply(%i, %step)"), 118, False),
     (loop("").replace("%step = s32[] constant(1)", "%step = s32[] constant(4)"), 30, True),
     (loop("").replace("%start = s32[] constant(0)", "%start = s32[] constant(18)"), 100, True),
