@@ -95,7 +95,7 @@ class Probing:
                 keep = self.dual.keep[node]
                 likeliest = keep == relaxed[node]
                 found.append(Split(node, keep[likeliest], keep[~likeliest]))
-        return found
+        return [split for split in found if len(split.near) and len(split.far)]  # bytes may differ by rounding alone
 
     def _by_bytes(
         self, node: int, relaxed: np.ndarray, held: np.ndarray, between: float, contested: float = 0.0
