@@ -263,7 +263,8 @@ def _undominated(counts: np.ndarray) -> list[int]:
     for i in np.argsort(-counts.sum(axis=1, dtype=np.int64), kind="stable").tolist():
         kinds = np.flatnonzero(counts[i])
         likely = min((holders[kind] for kind in kinds), key=len, default=kept)
-        if not (counts[np.ix_(likely, kinds)] >= counts[i, kinds]).all(axis=1).any():
+        held = counts[np.array(likely, dtype=np.intp)[:, None], kinds]
+        if not (held >= counts[i, kinds]).all(axis=1).any():
             kept.append(i)
             for kind in kinds:
                 holders[kind].append(i)
