@@ -106,15 +106,10 @@ class _Layouts:
                 self.attention[i] = roles
 
     def _products(self) -> Iterator[tuple[int, tuple[str, int, list[str]]]]:
-        """Every product with its roles; like products of one source line are alike."""
-        known: dict[object, tuple[str, int, list[str]]] = {}
+        """Every product with its roles."""
         for i, op in self.program.matmuls():
-            if not is_product(op) and op.primitive != "ragged_dot_general":
-                continue
-            key = (op.source, op.signature, tuple(bool(self._origin(use.value)) for use in op.inputs))
-            if key not in known:
-                known[key] = product_roles(self.program, i)
-            yield i, known[key]
+            if is_product(op) or op.primitive == "ragged_dot_general":
+                yield i, product_roles(self.program, i)
 
     def _origin(self, value: int) -> str:
         return self.program.values[value].origin

@@ -82,6 +82,7 @@ class Ascent:
 
     def begin_with(self, states: np.ndarray) -> None:
         """Starts from a plan: if it fits, fewer are read off the dual while its bound is far away."""
+        self.look(states)
         if (overflow(self.problem, self.rows, states) <= 0).all():
             self.offer(states, self.problem.objective(states))
         self._given = self.best is not None

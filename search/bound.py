@@ -32,12 +32,13 @@ from search.problem import FORBIDDEN, Problem
 
 @dataclass
 class Snapshot:
-    """What a dual can be restored from."""
+    """What a dual can be restored from; `least` is what its plans are known to cost at least, if anything is."""
 
     multipliers: np.ndarray
     left: list[np.ndarray]
     right: list[np.ndarray]
     keep: list[np.ndarray]
+    least: float = -np.inf
 
 
 @dataclass(frozen=True, eq=False)

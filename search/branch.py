@@ -27,8 +27,6 @@ _WIDEST = FORBIDDEN / 100
 """The widest window, in seconds: what lies beyond costs as much as the impossible."""
 PRECISION = 1e-6
 """The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
-_REPRICING = 1.5
-"""By what factor the price of memory changes where a branch tries another."""
 _LITTLE = 0.01
 """The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
 _FEW = 0.01
@@ -74,7 +72,7 @@ class Branching:
         """Closes the last branch, or leaves its two sides in its place."""
         self.dual.load(open_[-1])
         self.branches += 1
-        lower = self._refine()
+        lower = max(open_[-1].least, self._refine())
         rest = len(open_) - 1
         self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, {self.dual.pairs()} pairs")
         split = None
@@ -82,20 +80,23 @@ class Branching:
             split = self._undecided()
             lower = max(lower, self.dual.bound())
         if split is None and self._is_open(lower):
-            split = self._finished(lower)
-        open_[-1:] = [] if split is None else self._sides(split)
+            lower, split = self._finished(lower)
+        open_[-1:] = [] if split is None else self._sides(split, lower)
 
-    def _finished(self, lower: float) -> Split | None:
-        """Closes a branch by CP-SAT; what to branch on if its answer is too coarse, as it is where costs differ widely."""
+    def _finished(self, lower: float) -> tuple[float, Split | None]:
+        """Closes a branch by CP-SAT; returns the bound that is proven for it, and what to branch on if that is too coarse.
+
+        It is so where costs differ widely.
+        """
         before = self.dual.snapshot()
         proven = self._finish(lower)
         if not self._precise(proven) and not self.ascent.late:
             self.dual.load(before)
             split = self._undecided()
             if split is not None or not self._is_open(self.dual.bound()):
-                return split
+                return max(lower, proven), split
         self.unproven = min(self.unproven, proven)
-        return None
+        return proven, None
 
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
@@ -110,7 +111,7 @@ class Branching:
 
     def _bound_of(self, snapshot: Snapshot) -> float:
         self.dual.load(snapshot)
-        return self.dual.bound()
+        return max(snapshot.least, self.dual.bound())
 
     def _refine(self) -> float:
         """Sweeps one branch until its bound stalls, reaches the best plan, or says that nothing fits; returns the bound."""
@@ -133,12 +134,12 @@ class Branching:
                 break
         return lower
 
-    def _sides(self, split: Split) -> list[Snapshot]:
-        """Two branches, the one to look at first last."""
+    def _sides(self, split: Split, least: float) -> list[Snapshot]:
+        """Two branches of one that costs at least so much, the one to look at first last."""
         found = []
         for side in (split.far, split.near):
             snapshot = self.dual.snapshot()
-            snapshot.keep[split.node] = side
+            snapshot.keep[split.node], snapshot.least = side, least
             found.append(snapshot)
         return found
 
