@@ -8,18 +8,18 @@ from collections.abc import Callable
 import numpy as np
 
 from search.bound import Dual
-from search.incumbent import decode, improve, overflow
+from search.incumbent import decode, improve
 from search.kernel import combined
 from search.memory import Row, together
+from search.mixture import Pool, Seen
 from search.problem import FORBIDDEN, Node, Problem
+from search.repricing import settled
 from search.symmetry import representatives
 
 Say = Callable[[str], None]
 
 TOLERANCE = 1e-9
 """Relative difference between bound and plan that counts as none."""
-_PRICED_ROWS = 3
-"""How many memory rows are priced, one after the other."""
 _REPAIRS = 8
 """How often the prices of overflowing rows are raised to make a plan fit."""
 _RAISE = 1.3
@@ -32,18 +32,16 @@ _FEW = 1e-3
 """The part of the surviving states that is struck out by such a turn, at most."""
 _LITTLE_TO_PRICE = 3e-4
 """The same while memory overflows, so that another price of it will lift the bound more."""
-_FLAT = 1e-4
-"""The part of the bound within which both sides of a row's best price lie when it is good enough."""
-_FLAT_OF_OPEN = 0.02
-"""The same, as a part of what is open."""
 _NEAR = 0.03
 """With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
 _READING = 3
 """In every how many turns they are; without a plan to start from, in how many they are read in more than one way."""
 _MUCH = 1e-3
 """The part of the best plan that is open when it is worth putting others together."""
-_BISECTIONS = 14
-"""Trials for one row's price."""
+_NEW = 24
+"""How many plans must be new to put them together again."""
+_TRIALS = 14
+"""Trials for the prices of memory."""
 _SETTLING = 4
 """How often, at most, the bound is lifted for one trial."""
 
@@ -53,8 +51,8 @@ class Ascent:
 
     `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
     overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best bound that
-    was found without branching. `seen` are the plans that were looked at, fitting or not. Only plans below `cutoff` seconds are
-    looked for. At `deadline`, of the monotonic clock, it ends with what it has.
+    was found without branching. `pool` holds the plans that were looked at, fitting or not. Only plans below `cutoff` seconds
+    are looked for. At `deadline`, of the monotonic clock, it ends with what it has.
     """
 
     def __init__(
@@ -75,16 +73,14 @@ class Ascent:
         self.bound = -np.inf
         self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
         self.prices = np.zeros(len(rows))
-        self.seen: dict[bytes, np.ndarray] = {}
-        self._given = self._combined = False
+        self.pool = Pool(problem, rows)
+        self._given, self._combined = False, 0
         if symmetric:
             self._hold_symmetry()
 
     def begin_with(self, states: np.ndarray) -> None:
         """Starts from a plan: if it fits, fewer are read off the dual while its bound is far away."""
         self.look(states)
-        if (overflow(self.problem, self.rows, states) <= 0).all():
-            self.offer(states, self.problem.objective(states))
         self._given = self.best is not None
 
     def _hold_symmetry(self) -> None:
@@ -114,9 +110,12 @@ class Ascent:
         """Whether time is up."""
         return time.monotonic() > self.deadline
 
-    def look(self, states: np.ndarray) -> None:
-        """Remembers a plan, whether it fits or not: parts of it may be right."""
-        self.seen[states.tobytes()] = states
+    def look(self, states: np.ndarray) -> Seen:
+        """Remembers a plan, and keeps it if it fits and is better than the best so far."""
+        seen = self.pool.add(states)
+        if seen.fits:
+            self.offer(seen.states, seen.seconds)
+        return seen
 
     def offer(self, states: np.ndarray, value: float) -> None:
         """Keeps a plan that fits if it is better than the best so far."""
@@ -142,37 +141,36 @@ class Ascent:
             self._given = self.best is not None
         over = self.lift(self.rounds)
         self._given = False
-        for _ in range(_PRICED_ROWS):
-            unpriced = np.where(self.dual.multipliers > 0, -np.inf, over)
-            if self.closed or self.late or unpriced.max(initial=-np.inf) <= 0:
-                break
-            over = self._price_row(int(np.argmax(unpriced)), over)
+        if over.max(initial=0.0) > 0 or self.dual.multipliers.any():
+            settled(self, over, self._settle, _TRIALS)
             self.prices = self.dual.multipliers.copy()
-            self._combine()
-        self._combine()
+            self.combine()
+            self.lift(rounds=4)
 
-    def _combine(self) -> None:
-        """Once, where a price of memory leaves much open: puts the plans seen together to better ones."""
-        if self._combined or self.closed or self.late or not self.dual.multipliers.any():
+    def combine(self) -> None:
+        """Puts the plans seen together to better ones, where a price of memory leaves much open and enough of them are new."""
+        if self.closed or self.late or not self.dual.multipliers.any() or len(self.pool) < self._combined + _NEW:
             return
         if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
             return
-        self._combined = True
         before = self.objective
-        self.attempt(combined(self.dual, self.rows, tuple(self.seen.values()), self.best, before, self.deadline))
-        self.say(f"put together from {len(self.seen)} plans: best {self.objective:.6e} s")
+        self.attempt(combined(self.dual, self.rows, self.pool.states, self.best, before, self.deadline))
+        self._combined = len(self.pool)
+        self.say(f"put together from {len(self.pool)} plans: best {self.objective:.6e} s")
 
     def lift(self, rounds: int) -> np.ndarray:
         """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
-        stalled, lower = 0, -np.inf
+        stalled, idle, lower = 0, 0, -np.inf
         over = None
         for turn in range(rounds):
             for _ in range(3):
                 self.dual.sweep()
             before, lower = lower, self.dual.bound()
             self.bound = max(self.bound, lower)
-            if not self._given or (turn % _READING == 0 and self._near(lower) and not self.closed):
+            if self._reads(turn, idle, lower):
+                best = self.objective
                 over = self.attempt(decode(self.dual, thorough=turn % _READING == 0))
+                idle = idle + 1 if self.objective == best and self.best is not None else 0
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
             little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
@@ -183,37 +181,11 @@ class Ascent:
                 break
         return self.attempt(decode(self.dual, thorough=False)) if over is None else over
 
-    def _price_row(self, row: int, over: np.ndarray) -> np.ndarray:
-        """Finds the multiplier of one row at which the relaxed solution begins to fit, by bisection on a concave dual.
-
-        Returns by how much rows overflow: at the best bound, or where this row fits and others do not.
-        """
-        beside = np.full(len(self.rows), -np.inf)
-        base = self.dual.multipliers.copy()
-        low, high = float(base[row]), np.inf
-        best = (self.dual.bound(), base)
-        trial = low + self._first_price(float(over[row]))
-        below = above = -np.inf
-        for _ in range(_BISECTIONS):
-            multipliers = base.copy()
-            multipliers[row] = trial
-            self.dual.reprice(multipliers)
-            over = self._settle()
-            if self.closed or self.late:
-                return over
-            found = self.dual.bound()
-            best = max(best, (found, multipliers), key=lambda pair: pair[0])
-            low, high = (trial, high) if over[row] > 0 else (low, trial)
-            below, above = (found, above) if over[row] > 0 else (below, found)
-            beside = over if over[row] <= 0 else beside
-            trial = 4 * low if not np.isfinite(high) else high / 8 if low == 0 else float(np.sqrt(low * high))
-            open_ = self.objective - best[0] if np.isfinite(self.objective) else 0.0
-            flat = best[0] - min(below, above) < max(_FLAT * abs(best[0]), _FLAT_OF_OPEN * open_)
-            worse = base.any() and best[1] is base  # beside the price of another row, this one's has little to add
-            if (low > 0 and high < 1.1 * low) or flat or worse:
-                break
-        self.dual.reprice(best[1])
-        return np.maximum(self.lift(rounds=4), beside)
+    def _reads(self, turn: int, idle: int, lower: float) -> bool:
+        """Whether a plan is read off the dual in this turn: less often where one is given, or the last ones gave nothing."""
+        if not self._given and idle < _READING:
+            return True
+        return turn % _READING == 0 and not self.closed and (not self._given or self._near(lower))
 
     def _settle(self) -> np.ndarray:
         """As `lift`, for one trial of a price: one incumbent and one exclusion, once the bound has risen."""
@@ -232,15 +204,6 @@ class Ascent:
         )
         return over
 
-    def _first_price(self, over: float) -> float:
-        """The price of a byte at which the dual's tangent, of slope `over`, reaches the best plan: it turns before."""
-        most = 1.0 / min(axis.bytes_per_second for axis in self.problem.topology.axes)
-        if self.dual.multipliers.any():
-            most = self.dual.multipliers.max() / 4
-        lower = self.dual.bound()
-        rise = self.objective - lower if np.isfinite(self.objective) else abs(lower)
-        return min(rise / over, most) if rise > 0 and over > 0 else most
-
     def attempt(self, states: np.ndarray) -> np.ndarray:
         """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each row.
 
@@ -250,33 +213,26 @@ class Ascent:
         everywhere = np.array([max(steep, 1e-9) / self.problem.budget_bytes])
         relaxed = None
         for limits, price in ((self.rows, self.dual.multipliers), ((self._together,), everywhere)):
-            improved = improve(self.problem, limits, states, price)
-            self.look(improved)
-            over = overflow(self.problem, self.rows, improved)
-            relaxed = over if relaxed is None else relaxed
-            worst = float(over.max(initial=-np.inf))
-            value = self.problem.objective(improved)
-            if worst < self.leanest[0] and value < FORBIDDEN / 2:
-                self.leanest = worst, improved
-            if worst <= 0:
-                self.offer(improved, value)
+            improved = self.look(improve(self.problem, limits, states, price))
+            relaxed = improved.over if relaxed is None else relaxed
+            worst = float(improved.over.max(initial=-np.inf))
+            if worst < self.leanest[0] and improved.seconds < FORBIDDEN / 2:
+                self.leanest = worst, improved.states
+            if improved.fits:
                 break
-            if limits is self.rows and price.any() and value < self.objective:
+            if limits is self.rows and price.any() and improved.seconds < self.objective:
                 self._repair(improved, price)
         return relaxed
 
-    def _repair(self, states: np.ndarray, price: np.ndarray) -> None:
+    def _repair(self, plan: Seen, price: np.ndarray) -> None:
         """Raises the price of the rows that overflow until they fit, and keeps what comes out if it is better."""
         least = float(price.max())
         for _ in range(_REPAIRS):
-            over = overflow(self.problem, self.rows, states)
-            if float(over.max()) <= 0:
-                self.offer(states, self.problem.objective(states))
+            if plan.fits:
                 return
-            price = np.where(over > 0, np.maximum(price * _RAISE, least), price)
-            states = improve(self.problem, self.rows, states, price)
-            self.look(states)
-            if self.problem.objective(states) >= self.objective:
+            price = np.where(plan.over > 0, np.maximum(price * _RAISE, least), price)
+            plan = self.look(improve(self.problem, self.rows, plan.states, price))
+            if plan.seconds >= self.objective:
                 return
 
 

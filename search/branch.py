@@ -31,8 +31,12 @@ _LITTLE = 0.01
 """The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
 _FEW = 0.01
 """The part of the surviving states that is struck out then, at most."""
-_SMALL = 6_000
+_TRIALS = 8
+"""Trials for the prices of memory in one branch."""
+_SMALL = 10_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
+_LARGE, _CLOSE = 200_000, 1e-3
+"""The same where so small a part of the best plan is open."""
 
 
 class Branching:
@@ -76,12 +80,16 @@ class Branching:
         rest = len(open_) - 1
         self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, {self.dual.pairs()} pairs")
         split = None
-        if self._is_open(lower) and self.dual.pairs() > _SMALL:
+        if self._is_open(lower) and self.dual.pairs() > self._small(lower):
             split = self._undecided()
             lower = max(lower, self.dual.bound())
         if split is None and self._is_open(lower):
             lower, split = self._finished(lower)
         open_[-1:] = [] if split is None else self._sides(split, lower)
+
+    def _small(self, lower: float) -> int:
+        """How many pairs a branch with this bound may have to go to CP-SAT."""
+        return _LARGE if self.ascent.objective - lower < _CLOSE * self.ascent.objective else _SMALL
 
     def _finished(self, lower: float) -> tuple[float, Split | None]:
         """Closes a branch by CP-SAT; returns the bound that is proven for it, and what to branch on if that is too coarse.
@@ -100,10 +108,19 @@ class Branching:
 
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
-        if not self.dual.multipliers.any():
-            self.ascent.attempt(decode(self.dual))
-        bracket = settled(self.ascent)
-        return self._probing.split(bracket) if self._is_open(self._refine()) else None
+        mixture = settled(self.ascent, self._relaxed(), self._tried, _TRIALS)
+        self.ascent.attempt(decode(self.dual))
+        self.ascent.combine()
+        return self._probing.split(mixture) if self._is_open(self._refine()) else None
+
+    def _tried(self) -> np.ndarray:
+        """Lifts a branch's bound a little, at new prices of memory; returns by how much the relaxed plan overflows."""
+        self.dual.sweep()
+        self.dual.sweep()
+        return self._relaxed()
+
+    def _relaxed(self) -> np.ndarray:
+        return self.ascent.look(decode(self.dual, thorough=False)).over
 
     def _is_open(self, lower: float) -> bool:
         """Whether a branch with this bound may hold a better plan."""

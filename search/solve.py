@@ -197,7 +197,7 @@ class _Found:
     @property
     def seen(self) -> list[np.ndarray]:
         """The states of the whole problem in every plan looked at."""
-        return [self.smaller.expanded(states) for states in self.ascent.seen.values()]
+        return [self.smaller.expanded(states) for states in self.ascent.pool.states]
 
 
 @dataclass(frozen=True)

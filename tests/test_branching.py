@@ -13,7 +13,7 @@ from search import branch
 from search.ascent import Ascent
 from search.bound import Dual
 from search.branch import Branching
-from search.incumbent import overflow
+from search.incumbent import decode, overflow
 from search.kernel import combined
 from search.memory import rows
 from search.model import solve
@@ -50,6 +50,7 @@ def test_branches_alone_find_the_optimum(program, topology, part):
     problem = tight(program, topology, part)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(branch, "_SMALL", 0)
+        patch.setattr(branch, "_LARGE", 0)
         ascent = begun(problem)
         if ascent.fits and not ascent.closed:
             Branching(ascent, 60.0).run()
@@ -79,18 +80,49 @@ def test_holding_a_node_is_a_restriction_for_a_while(program, topology, part, ra
 
 @settings(max_examples=30, deadline=None)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
-def test_prices_are_settled_between_plans_that_fit_and_plans_that_do_not(program, topology, part):
-    """The bound does not sink; of two plans one overflows and one does not; no plan costs less than the bound."""
+def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
+    """The bound does not sink, and stays below every plan; each trial is made at prices that the plans seen tell."""
     problem = tight(program, topology, part)
     ascent = begun(problem)
     if not ascent.fits:
         return
-    before = ascent.dual.bound()
-    bracket = settled(ascent)
-    assert ascent.dual.bound() >= before - ROUNDING - 1e-9 * abs(before)
-    assert ascent.dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
-    for plan, fits in ((bracket.lean, True), (bracket.bulky, False)):
-        assert plan is None or bool(overflow(problem, ascent.rows, plan).max(initial=-np.inf) <= 0) == fits
+    dual, before = ascent.dual, ascent.dual.bound()
+
+    def trial() -> np.ndarray:
+        dual.sweep()
+        return ascent.look(decode(dual)).over
+
+    mixture = settled(ascent, ascent.look(decode(dual)).over, trial, 6)
+    assert dual.bound() >= before - ROUNDING - 1e-9 * abs(before)
+    assert dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
+    assert mixture is None or mixture.weights.sum() <= 1 + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
+def test_no_prices_prove_more_of_the_plans_seen_than_a_mixture_of_them_costs(program, topology, part, random):
+    """At its prices the least of the plans seen costs what the mixture does, or what is enough; at no others more."""
+    problem = tight(program, topology, part)
+    ascent = begun(problem)
+    keep = [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes]
+    for _ in range(8):
+        ascent.pool.add(np.array([random.choice(states.tolist()) for states in keep]))
+    plans = [ascent.pool.add(states) for states in ascent.pool.states]
+    plans = [plan for plan in plans if plan.seconds < FORBIDDEN / 2]
+    enough = random.choice([np.inf, ascent.objective, 0.5 * min(plan.seconds for plan in plans)])
+    mixture = ascent.pool.mixture(keep, enough)
+    if mixture is None:
+        assert enough == np.inf and not any(plan.fits for plan in plans)
+        return
+
+    def proven(prices: np.ndarray) -> float:
+        return min(enough, *(plan.seconds + float(prices @ plan.over) for plan in plans), np.inf)
+
+    assert proven(mixture.prices) == pytest.approx(mixture.seconds, rel=1e-5)
+    for _ in range(8):
+        prices = mixture.prices * np.array([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in mixture.prices])
+        prices = prices + random.choice([0.0, 1e-12, 1e-9]) * (np.arange(len(prices)) == random.randrange(len(prices)))
+        assert proven(prices) <= mixture.seconds * (1 + 1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -99,7 +131,7 @@ def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, 
     """What is put together from the plans seen is a plan that fits, or one of those seen."""
     problem = tight(program, topology, part)
     ascent = begun(problem)
-    seen = tuple(ascent.seen.values())
+    seen = tuple(ascent.pool.states)
     if not ascent.fits or not seen:
         return
     before = ascent.dual.bound()
