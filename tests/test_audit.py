@@ -336,6 +336,26 @@ def test_arguments_that_are_gathered_behind_matmuls_are_not_copied_ahead_of_all(
 
 
 @pytest.mark.tpu
+def test_what_fits_is_not_computed_again() -> None:
+    """The compiler counts the result of 512 MiB all the time, and would gather twice to make room for it."""
+    rows = 8192
+
+    def fn(table: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gathered = autoshard.pin(jnp.tanh(x), PartitionSpec())
+        mixed = gathered * autoshard.pin(jnp.tanh(gathered @ up) @ down, PartitionSpec())
+        few = mixed[:, :8] + table[0, :8]
+        return few, jnp.broadcast_to(few[:, :1], (rows, 4 * rows))
+
+    shapes = ((904_000, rows), (rows, rows), (rows, 2 * rows), (2 * rows, rows))
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    pins = {"x": PartitionSpec(("x", "y")), **dict.fromkeys(("table", "up", "down"), PartitionSpec())}
+    plan = autoshard.search(fn, *args, topology="v5e:2x2", pins=pins)
+    found = audit(plan, fn, *args, target="tpu")
+    assert found.ok, str(found)
+    assert found.unplanned_bytes() == 0
+
+
+@pytest.mark.tpu
 def test_a_program_that_does_not_fit_is_refused_by_the_compiler() -> None:
     topology = parse_topology("v5e:2x2")
     roomy = replace(topology, chip=topology.chip.override({"usable_hbm_bytes": 1e15}, "a wish"))
