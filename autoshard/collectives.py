@@ -9,9 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 
 from search.layouts import Axes, Layout
 from search.reshard import Step
+
+_TILED = 2
+"""Dimensions that lie in tiles in a TPU's memory: the last ones."""
 
 
 def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
@@ -37,8 +42,9 @@ def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
 def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
     """A reduce-scatter in a form that the TPU compiler leaves as it is (measured with libtpu 0.0.42).
 
-    Beside dimensions of size 1 it would make an all-reduce of it. Rows of a matrix are scattered as the leading dimension of
-    a view `[chips, rows / chips, columns]`: scattered in place they would be padded, and realigned by permutations.
+    Beside dimensions of size 1 it would make an all-reduce of it; so it would of a dimension that is neither the first nor one
+    of a tile's two, which goes first in memory, therefore. Rows of a matrix are scattered as the leading dimension of a view
+    `[chips, rows / chips, columns]`: scattered in place they would be padded, and realigned by permutations.
     """
     kept = [i for i, n in enumerate(piece.shape) if n > 1 or i == dim]
     at = kept.index(dim)
@@ -47,6 +53,9 @@ def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
         rows, columns = squeezed.shape
         view = lax.reshape(squeezed, (chips, rows // chips, columns))
         scattered = lax.psum_scatter(view, axes, scatter_dimension=0, tiled=False)
+    elif 0 < at < squeezed.ndim - _TILED:
+        first = with_layout_constraint(jnp.moveaxis(squeezed, at, 0), MemoryLayout(tuple(range(squeezed.ndim))))
+        scattered = jnp.moveaxis(lax.psum_scatter(first, axes, scatter_dimension=0, tiled=True), 0, at)
     else:
         scattered = lax.psum_scatter(squeezed, axes, scatter_dimension=at, tiled=True)
     sizes = dict(zip(kept, scattered.shape, strict=True))

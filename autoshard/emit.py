@@ -93,14 +93,17 @@ class _Scope:
         made, home = produced(runner.program, runner.choice, value), kept(runner.program, runner.choice, value)
         self.arrays[value] = {home: runner.reshard(value, piece, made, home)}
 
-    def get(self, atom: Atom, layout: Layout) -> Any:
-        """A value's piece in the layout that a use needs; a literal as it is."""
+    def get(self, atom: Atom, layout: Layout, hidden: bool = False) -> Any:
+        """A value's piece in the layout that a use needs, which a matmul may hide; a literal as it is."""
         if isinstance(atom, Literal):
             return atom.value
         found = self.arrays[atom]
         if layout not in found:
             home = next(iter(found))
-            found[layout] = self.runner.reshard(atom, found[home], home, layout)
+            piece = found[home]
+            if hidden and home != layout and atom in self.runner.copied:
+                piece = _made_anew(piece)
+            found[layout] = self.runner.reshard(atom, piece, home, layout)
         return found[layout]
 
 
@@ -111,6 +114,8 @@ class Runner:
         self.traced, self.choice, self.topology = traced, choice, topology
         self.program: Program = traced.program
         self.sizes = topology.axis_sizes
+        values = (*traced.argument_values, *traced.constant_values)
+        self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
 
     def __call__(self, *pieces: Any) -> list[Any]:
         """Flat arguments and constants in their planned layouts to flat results in theirs."""
@@ -156,7 +161,8 @@ class Runner:
         strategy = self.choice.strategies[step.operation]
         op = self.program.operations[step.operation]
         layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
-        operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts)) for a in step.operands]
+        hidden = op.op_class == "matmul" and self.program.matmul_before[step.operation] >= 0
+        operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts), hidden) for a in step.operands]
         results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.topology), operands)
         for value, piece in zip(step.results, results, strict=True):
             scope.put(value, _reduced_inside(step.rule, strategy, piece))
@@ -259,6 +265,17 @@ class Runner:
         results = lax.switch(selector, [branch(k) for k in range(len(step.blocks))], entering)
         for (_, value), piece in zip(step.joins, results, strict=True):
             scope.put(value, piece)
+
+
+def _made_anew(piece: Any) -> Any:
+    """An argument's piece as the result of an operation, right where it is needed.
+
+    Of an argument that a collective takes while a matmul runs, the TPU compiler (libtpu 0.0.42) makes a copy. It makes those of
+    all layers before anything else, and keeps each until it is used. A result needs no copy. So the piece is selected by a
+    condition that is true, which the compiler does not look through.
+    """
+    true = lax.optimization_barrier(jnp.bool_(True))
+    return lax.select(jnp.broadcast_to(true, piece.shape), piece, jnp.zeros_like(piece))
 
 
 def _as_written(eqn: Any) -> AbstractContextManager[None]:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 _NAMED = 8
 """How many differences an error lists."""
 
+_NEARLY_FULL = 0.9
+"""The part of a chip's memory from which on a plan is taken to fill it."""
+
+_COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
+"""The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
+
 
 def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would."""
@@ -151,6 +157,21 @@ def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
         return arrays
     rows = (*plan.arguments, *plan.constants)
     return [reshard(array, spec_of(row.layout)) for array, row in zip(arrays, rows, strict=True)]
+
+
+# --- the compiler
+
+
+def compiler_options(plan: Plan, mesh: Mesh) -> dict[str, str]:
+    """What the TPU compiler is told about a plan that nearly fills the memory; nothing in all other cases.
+
+    From 95 % of the memory on, which a plan may fill, the compiler (libtpu 0.0.42) computes things again to hold fewer of them:
+    gathers, too, which are then sent twice. It counts its code and all results all the time, and so begins before the memory
+    is full. It is to do so only for what would not fit at all.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    full = plan.estimate.peak_bytes > _NEARLY_FULL * plan.topology.chip.usable_hbm_bytes
+    return {_COMPUTED_AGAIN: "100"} if on_tpu and full else {}
 
 
 # --- meshes

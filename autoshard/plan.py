@@ -230,7 +230,9 @@ class Plan:
 
         Without a `mesh` it runs on the one of `jax.set_mesh` if there is one, else on `make_mesh()`. A plan from a file does
         not know custom pytree nodes; where the arguments or results have some, their placement is left to the arrays
-        themselves and to the compiler, which takes it from the plan inside the function.
+        themselves and to the compiler, which takes it from the plan inside the function. On TPUs whose memory the plan nearly
+        fills, the compiler is told not to compute things again before it is full; JAX wants such options outermost, so
+        within another `jax.jit` there take `apply`.
         """
         mesh = mesh or self._mesh_at_hand()
         shardings = {}
@@ -239,7 +241,9 @@ class Plan:
             shardings["in_shardings"] = ins
         if self.treedefs or trees.unknown_class(self.out_tree) is None:
             shardings["out_shardings"] = outs
-        return jax.jit(execution.bound(self, fn, mesh), donate_argnums=self.donate_argnums, **shardings)
+        options = execution.compiler_options(self, mesh) or None
+        run = execution.bound(self, fn, mesh)
+        return jax.jit(run, donate_argnums=self.donate_argnums, compiler_options=options, **shardings)
 
     def _mesh_at_hand(self) -> Mesh:
         return execution.mesh_in_context(self) or self.make_mesh()

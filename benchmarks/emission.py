@@ -24,12 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "emission.json"
 TOPOLOGIES = ("cpu:2x2x2", "v5e:4x4", "v4:4x4x4", "v4:2x2x2", "h100:8")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-SHAPES = {  # one chip's piece before the step: many rows, a decode batch, few rows, few rows behind the first dimension
+SHAPES = {
+    # One chip's piece before the step: many rows, a decode batch, few rows, few rows behind the first dimension, a dimension
+    # between the first and those of a tile.
     "prefill": ((1024, 8192), 0),
     "columns": ((1024, 8192), 1),
     "decode": ((64, 4096), 1),
     "few rows": ((4, 4096), 1),
     "heads": ((64, 2, 128), 0),
+    "experts": ((2, 64, 64, 512), 1),
 }
 
 

@@ -113,9 +113,10 @@ multiple of 512 bytes of lanes where it scatters these. Measured as above, 8 KiB
 less, or with one dimension only, it compiles to an all-reduce and a slice. Behind a minor dimension of less than 128 lanes
 the compiler may well lay out the scattered dimension as lanes, and the same holds for it.
 
-One more is measured and planned all the same: over two axes of two chips each (v4 2x2x2), of 8 MiB or more, rows are scattered
-with padding and a few of them (72 KiB of 16 MiB) then moved to their owners. Two scatters, one after the other, would be exact
-and take up to twice as long; audits list what is sent more.
+Two more are measured and planned all the same. Over two axes of two chips each (v4 2x2x2), of 8 MiB or more, rows are scattered
+with padding and a few of them (72 KiB of 16 MiB) then moved to their owners; so may a dimension be that is neither the first
+nor one of the two minor ones (12 KiB of 8 MiB). Two scatters, one after the other, or blocks that are copied into their order
+before, would be exact and take up to twice as long; audits list what is sent more.
 """
 
 

@@ -9,6 +9,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard import Workload, hlo
@@ -308,6 +309,50 @@ def test_palm_540b_decode_is_what_the_tpu_compiler_makes_of_it() -> None:
     for planned_bytes, compiled_bytes in found.wire_bytes().values():
         assert compiled_bytes == pytest.approx(planned_bytes, rel=0.01)
     assert found.compute_seconds
+
+
+@pytest.mark.tpu
+def test_arguments_that_are_gathered_behind_matmuls_are_not_copied_ahead_of_all() -> None:
+    """Six layers of weights: copies of their pieces would take a tenth of the peak."""
+    layers, width, inner = 6, 8192, 28672
+
+    def stack(x: jax.Array, ups: list[jax.Array], downs: list[jax.Array]) -> jax.Array:
+        for up, down in zip(ups, downs, strict=True):
+            hidden = autoshard.pin(x @ up, PartitionSpec("y", "x"))
+            x = autoshard.pin(hidden @ down, PartitionSpec("y", "x"))
+        return x
+
+    def weights(*shape: int) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * layers
+
+    args = (jax.ShapeDtypeStruct((16384, width), jnp.bfloat16), weights(width, inner), weights(inner, width))
+    pins = {"ups.*": PartitionSpec(None, "x"), "downs.*": PartitionSpec(("x", "y"))}
+    plan = autoshard.search(stack, *args, topology="v5e:4x4", pins=pins)
+    assert {("all-gather", ("y",))} <= {(each.kind, each.axes) for each in plan.estimate.collectives}
+    found = audit(plan, stack, *args, target="tpu")
+    assert found.ok, str(found)
+    hidden = [each for each in found.collectives if "async" in each.spelling]
+    assert len(hidden) >= layers - 2, "the compiler still gathers them while matmuls run"
+
+
+@pytest.mark.tpu
+def test_what_fits_is_not_computed_again() -> None:
+    """The compiler counts the result of 512 MiB all the time, and would gather twice to make room for it."""
+    rows = 8192
+
+    def fn(table: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gathered = autoshard.pin(jnp.tanh(x), PartitionSpec())
+        mixed = gathered * autoshard.pin(jnp.tanh(gathered @ up) @ down, PartitionSpec())
+        few = mixed[:, :8] + table[0, :8]
+        return few, jnp.broadcast_to(few[:, :1], (rows, 4 * rows))
+
+    shapes = ((904_000, rows), (rows, rows), (rows, 2 * rows), (2 * rows, rows))
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    pins = {"x": PartitionSpec(("x", "y")), **dict.fromkeys(("table", "up", "down"), PartitionSpec())}
+    plan = autoshard.search(fn, *args, topology="v5e:2x2", pins=pins)
+    found = audit(plan, fn, *args, target="tpu")
+    assert found.ok, str(found)
+    assert found.unplanned_bytes() == 0
 
 
 @pytest.mark.tpu

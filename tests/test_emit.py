@@ -74,7 +74,9 @@ def table_of(shape: tuple[int, ...], mesh_shape: str) -> ReshardTable:
     return reshard_table(shape, 4.0, cpu_topology(mesh_shape), partial=True)
 
 
-@pytest.mark.parametrize(("mesh_shape", "shape"), [("2x2x2", (8, 8, 8)), ("4x2", (8, 8)), ("2x3", (6, 12))])
+@pytest.mark.parametrize(
+    ("mesh_shape", "shape"), [("2x2x2", (8, 8, 8)), ("4x2", (8, 8)), ("2x3", (6, 12)), ("2x2", (2, 4, 3, 2))]
+)
 def test_every_step_leads_from_its_source_to_its_target(mesh_shape: str, shape: tuple[int, ...]) -> None:
     steps = table_of(shape, mesh_shape).graph.steps
     for at in range(0, len(steps), 500):

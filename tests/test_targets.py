@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from autoshard import search
+from autoshard.collectives import run_step
 from autoshard.errors import AutoshardError
 from autoshard.gpu_targets import ARCHITECTURES, target_config
 from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
@@ -254,6 +255,27 @@ def test_however_the_tpu_scatters_it_is_accounted_for(torus, shape, dimension, a
         assert first.kind == "reduce-scatter", "the search takes it for one"
     assert all(each.spelling == "reduce-scatter realignment" for each in others)
     assert sum(each.bytes for each in others) < 0.1 * first.bytes
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("shape", "dimension"), [((2, 64, 80, 1024), 1), ((2, 2, 64, 16, 256), 2), ((16, 64, 16, 512), 0)]
+)
+@pytest.mark.parametrize("axes", [("x",), ("x", "y")], ids="".join)
+def test_dimensions_before_a_tile_are_scattered_as_planned(shape, dimension, axes):
+    topology = parse_topology("v4:4x4x4")
+    mesh = mesh_of(tpu_devices("v4:4x4x4", (4, 4, 4), "v4"), TORUS)
+    none = ((),) * len(shape)
+    step = Step("reduce-scatter", axes, Layout(none, axes), scattered(len(shape), dimension, axes), -1, dimension)
+    assert emittable(step, shape, 2, topology)
+
+    def products(v, w):
+        return run_step(step, jnp.einsum("...k,kn->...n", v, w), TORUS)
+
+    mapped = jax.shard_map(products, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    given = [jax.ShapeDtypeStruct(of, jnp.bfloat16) for of in ((*shape[:-1], 128), (128, shape[-1]))]
+    found = collectives(jax.jit(mapped).lower(*given).compile().as_text() or "", TORUS)
+    assert [(each.kind, each.axes, each.bytes) for each in found] == [("reduce-scatter", axes, 2 * math.prod(shape))]
 
 
 @pytest.mark.tpu
