@@ -1,7 +1,7 @@
 """Peak memory as linear rows: at every point of the program, the bytes of what lives there.
 
 An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends. Arrays
-that share memory (a donated argument and its result, a loop's carry, an update in place) are one buffer. What a compiler
+that share memory (a donated argument and its result, a loop's carry, an update in place, a view) are one buffer. What a compiler
 keeps inside a fused kernel takes no memory: results of fused operations count only where an unfused operation, a loop
 or the caller needs them. A change of layout holds the old and the new array at once.
 """
@@ -22,19 +22,9 @@ from search.copies import Copies
 from search.layouts import Layout, shards
 from search.problem import Problem
 from search.reshard import ReshardTable
+from search.views import IN_PLACE, views
 
 T = TypeVar("T", np.ndarray, Copies)
-
-IN_PLACE = (
-    "dynamic_update_slice",
-    "scatter",
-    "scatter-add",
-    "scatter-sub",
-    "scatter-mul",
-    "scatter-min",
-    "scatter-max",
-)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -92,8 +82,10 @@ class Buffer:
 def buffers(program: Program) -> tuple[Buffer, ...]:
     """Every buffer that takes memory, with its life."""
     groups = _Groups(program)
-    last = last_uses(program)
+    last, shown = last_uses(program), views(program)
     for i, op in enumerate(program.operations):
+        if i in shown:
+            groups.join(op.inputs[0].value, op.outputs[0].value)
         if op.primitive == "loop_constant" or (op.primitive in IN_PLACE and last[op.inputs[0].value] <= i):
             groups.join(op.inputs[0].value, op.outputs[0].value)
         if op.primitive == "loop_carry":
@@ -162,8 +154,11 @@ def last_uses(program: Program) -> dict[int, int]:
 
 
 def _until(program: Program, operation: int, ends: dict[int, int]) -> int:
-    """Until when an operand of this operation is needed."""
+    """Until when an operand of this operation is needed: if that shows it in another shape, until nothing reads the view."""
     op = program.operations[operation]
+    if operation in views(program):
+        users = program.consumers.get(op.outputs[0].value, ())
+        return max((_until(program, at, ends) for at, _ in users), default=operation)
     inner = [use.region for use in op.outputs if use.region != op.region]
     if op.op_class == "boundary" and inner:
         return max(ends.get(region, operation) for region in inner)
@@ -176,11 +171,19 @@ def _takes_memory(program: Program, members: list[int]) -> bool:
 
 def _materialised(program: Program, value: int) -> bool:
     made_by = program.operations[program.producers[value][0]]
-    if made_by.primitive == "loop_slice":
+    if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
         return False
-    if made_by.op_class != "fused":
-        return True
-    return any(program.operations[at].op_class != "fused" for at, _ in program.consumers.get(value, ()))
+    return made_by.op_class != "fused" or _leaves_kernel(program, value)
+
+
+def _leaves_kernel(program: Program, value: int) -> bool:
+    """Whether an unfused operation, a loop or the caller needs a value, as it is or as a view."""
+    return any(
+        _leaves_kernel(program, program.operations[at].outputs[0].value)
+        if at in views(program)
+        else program.operations[at].op_class != "fused"
+        for at, _ in program.consumers.get(value, ())
+    )
 
 
 def _buffer(program: Program, members: list[int], last: dict[int, int]) -> Buffer:
