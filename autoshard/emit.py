@@ -24,12 +24,13 @@ from jax.sharding import PartitionSpec
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.collectives import run_step
 from autoshard.rules import Rule
+from autoshard.waiting import waits
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
 from search.inside import gathers
 from search.layouts import Axes, Layout, local_shape
 from search.reshard import reshard_table
-from search.solution import Choice, kept, needed, produced
+from search.solution import Choice, collectives, kept, needed, produced
 from search.strategies import Strategy
 
 
@@ -103,6 +104,10 @@ class _Scope:
             found[layout] = self.runner.reshard(atom, found[home], home, layout)
         return found[layout]
 
+    def kept(self, value: int) -> Any:
+        """A value's piece in the layout that it is kept in."""
+        return next(iter(self.arrays[value].values()))
+
 
 class Runner:
     """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
@@ -111,6 +116,7 @@ class Runner:
         self.traced, self.choice, self.topology = traced, choice, topology
         self.program: Program = traced.program
         self.sizes = topology.axis_sizes
+        self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
         """Flat arguments and constants in their planned layouts to flat results in theirs."""
@@ -156,7 +162,10 @@ class Runner:
         strategy = self.choice.strategies[step.operation]
         op = self.program.operations[step.operation]
         layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
-        operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts)) for a in step.operands]
+        awaited = scope.kept(self.waits[step.operation]) if step.operation in self.waits else None
+        operands = [
+            a.value if isinstance(a, Literal) else _after(awaited, scope.get(a, next(layouts))) for a in step.operands
+        ]
         results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.topology), operands)
         for value, piece in zip(step.results, results, strict=True):
             scope.put(value, _reduced_inside(step.rule, strategy, piece))
@@ -278,6 +287,13 @@ def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) 
         return rule.local(eqn, rule, pieces, *operands)
     results = eqn.primitive.bind(*operands, **eqn.params)
     return results if eqn.primitive.multiple_results else [results]
+
+
+def _after(awaited: Any, piece: Any) -> Any:
+    """A piece that is there once another is; as it is where it awaits nothing."""
+    if awaited is None or jnp.issubdtype(piece.dtype, jax.dtypes.extended):
+        return piece
+    return lax.optimization_barrier((piece, awaited))[0]
 
 
 def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:

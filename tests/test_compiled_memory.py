@@ -1,0 +1,130 @@
+"""Peak memory of small programs is what the TPU compiler says it is: one program per rule of the memory model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_plan import well_linked
+
+import autoshard
+from autoshard.emit import emitted
+from autoshard.trace import trace
+from autoshard.waiting import waits
+from search.views import views
+
+S = jax.ShapeDtypeStruct
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+
+class Case(NamedTuple):
+    """A function with its arguments, and those that are donated."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+
+
+def tied(table: Any, tokens: Any) -> Any:
+    """The words' vectors, and their products with a vector: seen from the other side, the table is no second array."""
+    return jnp.tanh(table[tokens]) @ table.T
+
+
+def in_heads(weights: Any, x: Any) -> Any:
+    """Weights that are given for all heads, and used for each."""
+    return jnp.einsum("bd,dhe->bhe", x, weights.reshape(2048, 16, 128))
+
+
+CASES = {
+    "transposed": Case(tied, (S((32000, 1024), bf16), S((64,), jnp.int32))),
+    "in heads": Case(in_heads, (S((2048, 2048), bf16), S((64, 2048), bf16))),
+}
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", CASES)
+def test_the_planned_peak_is_the_compiled_one(name: str) -> None:
+    case = CASES[name]
+    plan = autoshard.search(case.fn, *case.args, topology="v5e:2x2", donate_argnums=case.donated)
+    found = autoshard.audit(plan, case.fn, *case.args, target="tpu")
+    assert found.peak_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.05)
+
+
+# --- views
+
+
+def shown(fn: Callable[..., Any], *args: Any) -> list[str]:
+    program = trace(fn, *args).program
+    return [program.operations[i].primitive for i in sorted(views(program))]
+
+
+def test_what_is_only_read_is_a_view() -> None:
+    x, w = S((8, 16), f32), S((16, 8), f32)
+    assert shown(lambda x, w: x.T.reshape(8, 16) @ w, x, w) == ["transpose", "reshape"]
+    assert shown(lambda x, w: x.T, x, w) == []  # leaves the program
+    assert shown(lambda x, w: x.T.astype(bf16) @ x.astype(bf16), x, w) == ["transpose"]
+    assert shown(lambda x, w: jnp.broadcast_to(x[:, None], (8, 2, 16)) @ w, x, w) == ["broadcast_in_dim"]
+    assert shown(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, c: c @ (x @ w), x.reshape(16, 8)), x, w) == []
+    assert shown(lambda x, w: x.T.at[0].set(1.0) @ x, x, w) == []  # is written into
+
+
+# --- what waits
+
+
+def layers(params: Any, x: Any) -> Any:
+    for up, down in params:
+        x = jnp.tanh(x @ up.astype(bf16)) @ down.astype(bf16)
+    return x
+
+
+WEIGHTS = [(S((2048, 8192), f32), S((8192, 2048), f32))] * 2
+X = S((8, 2048), bf16)
+
+
+def test_conversions_wait_for_what_they_are_multiplied_with() -> None:
+    program = trace(layers, WEIGHTS, X).program
+    found = waits(program)
+    products = [op for _, op in program.matmuls()][1:]  # the first is ready when its weight is
+    assert [program.operations[i].primitive for i in found] == ["convert_element_type"] * len(products)
+    for product, (first, awaited) in zip(products, sorted(found.items()), strict=True):
+        assert program.operations[first].outputs[0].value == product.inputs[1].value
+        assert awaited == product.inputs[0].value
+
+
+def test_what_cannot_wait_does_not() -> None:
+    def all_at_first(weight: Any, x: Any) -> Any:
+        converted = weight.astype(bf16)
+        return jnp.tanh(x) @ converted
+
+    assert waits(trace(all_at_first, S((8, 8), f32), S((8, 8), bf16)).program) == {}
+    assert waits(trace(lambda w, v: w.astype(bf16) @ v.astype(bf16), *[S((8, 8), f32)] * 2).program) == {}
+
+
+def test_conversions_wait_only_where_something_is_sent() -> None:
+    for topology, count in (("v5e:2x2", 3), ("v5e:1x1", 0)):
+        plan = autoshard.search(layers, WEIGHTS, X, topology=topology)
+        assert bool(plan.estimate.collectives) == bool(count)
+        mesh = jax.sharding.AbstractMesh(tuple(plan.topology.axis_sizes.values()), tuple(plan.topology.axis_sizes))
+        run = emitted(trace(layers, WEIGHTS, X), plan.choice, plan.topology, mesh)
+        text = str(jax.make_jaxpr(run)(*jax.tree_util.tree_leaves(WEIGHTS), X))
+        assert text.count("optimization_barrier") == count
+
+
+def test_what_waits_is_computed_and_differentiated_as_written() -> None:
+    random = np.random.default_rng(0)
+    weights = [(random.normal(size=(16, 64)) / 4, random.normal(size=(64, 16)) / 8) for _ in range(2)]
+    weights = jax.tree_util.tree_map(lambda a: jnp.asarray(a, f32), weights)
+    x = jnp.asarray(random.normal(size=(8, 16)), bf16)
+    plan = autoshard.search(layers, weights, x, topology=well_linked("cpu:2x4"))
+    assert plan.estimate.collectives
+    for fn in (layers, jax.grad(lambda weights, x: layers(weights, x).sum().astype(f32))):
+        planned = (
+            plan.apply(layers) if fn is layers else jax.grad(lambda w, x: plan.apply(layers)(w, x).sum().astype(f32))
+        )
+        found, right = (jax.tree_util.tree_leaves(each(weights, x)) for each in (planned, fn))
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.1, atol=0.1)
