@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.collectives import run_step
 from autoshard.rules import Rule
+from autoshard.tiling import as_an_argument
 from autoshard.waiting import waits
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
@@ -32,6 +33,7 @@ from search.layouts import Axes, Layout, local_shape
 from search.reshard import reshard_table
 from search.solution import Choice, collectives, kept, needed, produced
 from search.strategies import Strategy
+from search.views import IN_PLACE
 
 
 def spec_of(layout: Layout) -> PartitionSpec:
@@ -206,10 +208,12 @@ class Runner:
         )
 
     def _going_round(self, boundary: Boundary, scope: _Scope) -> Any:
-        piece = scope.get(boundary.inner_next, self._layout(boundary, False))
-        if isinstance(boundary.inner_next, Literal):
+        after: Any = boundary.inner_next
+        piece = scope.get(after, self._layout(boundary, False))
+        if isinstance(after, Literal):
             return jnp.asarray(piece, self.program.values[boundary.inner].dtype)
-        return piece
+        made_by = self.program.operations[self.program.producers[after][0]]
+        return as_an_argument(piece) if made_by.primitive in IN_PLACE else piece
 
     def _loop(self, step: LoopStep, scope: _Scope) -> None:
         held = self._entering(step.constants, scope)

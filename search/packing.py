@@ -69,9 +69,18 @@ def laid_out_anew(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
     sums, keeps = [i for i in dims if summed[i]], [i for i in dims if not summed[i]]
     if len(dims) < 3 or not sums or not keeps:
         return False
-    *_, rows, lanes = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
+    *_, rows, lanes = least_padded(sizes)
     matrix = {max(sums, key=lambda i: (sizes[i], -i)), max(keeps, key=lambda i: (sizes[i], i))}
     return {rows, lanes} != matrix or sizes[rows] % _ROWS != 0
+
+
+def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
+    """The order in which an argument's dimensions lie in memory, the last along the lanes: the first that pads least."""
+    dims = [i for i, size in enumerate(sizes) if size > 1]
+    if len(dims) < 2:
+        return tuple(range(len(sizes)))
+    best = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
+    return (*(i for i, size in enumerate(sizes) if size <= 1), *best)
 
 
 def _orders(dims: list[int]) -> list[list[int]]:
