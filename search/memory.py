@@ -22,6 +22,7 @@ from search.copies import Copies
 from search.layouts import Layout, shards
 from search.problem import Problem
 from search.reshard import ReshardTable
+from search.results import copied_bytes
 from search.views import IN_PLACE, views
 
 T = TypeVar("T", np.ndarray, Copies)
@@ -218,7 +219,7 @@ def rows(problem: Problem) -> Rows:
 
 
 def _rows(problem: Problem) -> Rows:
-    terms = [*_buffer_terms(problem), *_copy_terms(problem)]
+    terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []
     for term in terms:
@@ -354,6 +355,17 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
                 yield _Term(("edge", k), "edge", k, first, last, held)
             else:
                 yield _Term(("loop", k), "node", edge.a, first, last, held[edge.rows, edge.columns])
+
+
+def _result_terms(problem: Problem) -> Iterator[_Term]:
+    """A result that is laid out anew is held twice meanwhile."""
+    for at in problem.program.results:
+        if problem.program.operations[at].inputs:
+            node = problem.of_operation[at]
+            needed = problem.spaces[node].inputs[0]
+            held = np.array([copied_bytes(problem.program, problem.topology, at, found) for found in needed])
+            if held.any():
+                yield _Term(("result", at), "node", node, at, at, held)
 
 
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:

@@ -27,6 +27,8 @@ _ROWS, _LANES = 8, 128
 """A tile: the sublanes and lanes of a TPU's vector register."""
 _PART_TILES = (1, 2, 4)
 """Fewer rows than a tile's that are stored without padding."""
+_LANE_BYTES = 4
+"""What a lane holds of one row or, of a smaller type, of several."""
 
 
 def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
@@ -81,6 +83,22 @@ def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
         return tuple(range(len(sizes)))
     best = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
     return (*(i for i, size in enumerate(sizes) if size <= 1), *best)
+
+
+def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
+    """The dimensions along the rows and the lanes of an argument's tiles: of the pairs that pad it least the last ones."""
+    backwards = range(len(sizes))[::-1]
+    pairs = [(rows, lanes) for lanes in backwards for rows in backwards if rows != lanes]
+    return min(pairs, key=lambda pair: _stored(sizes[pair[0]], sizes[pair[1]], itemsize), default=(*backwards,))
+
+
+def _stored(rows: int, lanes: int, itemsize: float) -> float:
+    """How often tiles hold the bytes that are in them; a few rows are stored as a power of 2, small types several to one."""
+    if rows <= max(_PART_TILES):
+        stored = next(n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES)
+    else:
+        stored = ceil(rows / _ROWS) * _ROWS
+    return stored * ceil(lanes / _LANES) * _LANES / max(rows * lanes, 1)
 
 
 def _orders(dims: list[int]) -> list[list[int]]:

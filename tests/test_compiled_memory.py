@@ -17,6 +17,7 @@ from autoshard.emit import emitted
 from autoshard.invariant import split
 from autoshard.trace import trace
 from autoshard.waiting import waits
+from search.packing import argument_tile
 from search.views import views
 
 S = jax.ShapeDtypeStruct
@@ -64,7 +65,14 @@ def cache_in_a_loop(prompt: Any, x: Any) -> Any:
     return lax.while_loop(lambda state: state[0] < 500, attend, (64, x, cache))[1]
 
 
+def logits(x: Any, weights: Any) -> Any:
+    """An argument of [4, 1024, 50257] has the 4 and the 1024 in its tiles: so the product is copied for the result."""
+    return x @ weights
+
+
 CASES = {
+    "odd vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50257), f32))),
+    "even vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50304), f32))),
     "converted in a loop": Case(converted_in_a_loop, (*[S((8192, 8192), f32)] * 2, S((16, 8192), bf16))),
     "cache in a loop": Case(cache_in_a_loop, (S((64, 64, 25, 64), bf16), S((64, 25, 64), bf16))),
     "transposed": Case(tied, (S((32000, 1024), bf16), S((64,), jnp.int32))),
@@ -79,6 +87,32 @@ def test_the_planned_peak_is_the_compiled_one(name: str) -> None:
     plan = autoshard.search(case.fn, *case.args, topology="v5e:1x1", donate_argnums=case.donated)
     found = autoshard.audit(plan, case.fn, *case.args, target="tpu")
     assert found.peak_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.05)
+
+
+TILES = {
+    ((4, 512, 10001), 4): {0, 1},
+    ((3, 512, 10001), 4): {1, 2},
+    ((16, 128, 10001), 4): {0, 1},
+    ((1, 4, 512, 10001), 4): {1, 2},
+    ((4, 512, 10001), 2): {0, 1},
+    ((3, 512, 10001), 2): {1, 2},
+    ((16, 1024, 3210), 2): {0, 1},
+    ((8, 128, 32000), 4): {1, 2},
+    ((64, 1, 32000), 4): {1, 2},
+    ((64, 1, 32000), 2): {0, 2},
+    ((1, 1024, 50257), 2): {1, 2},
+    ((1, 1024, 50257), 4): {0, 1},
+    ((2, 100, 32000), 4): {0, 2},
+    ((1024, 50257), 4): {0, 1},
+    ((7,), 4): {0},
+    ((), 4): set(),
+}
+
+
+@pytest.mark.parametrize(("shape", "itemsize"), TILES)
+def test_the_tiles_of_an_argument_are_those_of_libtpu(shape: tuple[int, ...], itemsize: int) -> None:
+    """What libtpu 0.0.42 prints for results of these shapes."""
+    assert set(argument_tile(shape, itemsize)) == TILES[shape, itemsize]
 
 
 # --- views
