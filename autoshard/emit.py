@@ -235,9 +235,7 @@ class Runner:
             return after, [inner.get(b.inner_next, self._layout(b, False)) for b in step.stacks]
 
         stacks = self._entering(step.slices, scope)
-        carry, piled = lax.scan(
-            body, carry, stacks, length=params["length"], reverse=params["reverse"], unroll=params.get("unroll", 1)
-        )
+        carry, piled = lax.scan(body, carry, stacks, length=params["length"], reverse=params["reverse"])
         return [*carry, *piled]
 
     def _while(self, step: LoopStep, test: Block, held: list[Any], carry: list[Any]) -> list[Any]:

@@ -278,6 +278,11 @@ class Tracer:
 
     def _scan(self, eqn, operands, region, steps) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
+        if params.get("unroll", 1) not in (1, False):
+            self.warnings.append(
+                f"scan at {self._where(eqn)}: planned and run round by round, without its unroll={params['unroll']}, which"
+                " would hold the slices of many rounds at once"
+            )
         body = params["jaxpr"].jaxpr
         n_const, n_carry = scan_counts(params)
         variables = body.invars

@@ -65,12 +65,24 @@ def cache_in_a_loop(prompt: Any, x: Any) -> Any:
     return lax.while_loop(lambda state: state[0] < 500, attend, (64, x, cache))[1]
 
 
+def unrolled(stacks: Any, x: Any) -> Any:
+    """Rounds one after the other would each have their slices, and many be cut out ahead."""
+
+    def layer(x: Any, weights: Any) -> tuple[Any, None]:
+        up, down = weights
+        heads = jnp.tanh(jnp.einsum("bd,dhe->bhe", x, up))
+        return x + jnp.einsum("bhe,hed->bd", heads, down), None
+
+    return lax.scan(layer, x, stacks, unroll=len(stacks[0]))[0]
+
+
 def logits(x: Any, weights: Any) -> Any:
     """An argument of [4, 1024, 50257] has the 4 and the 1024 in its tiles: so the product is copied for the result."""
     return x @ weights
 
 
 CASES = {
+    "unrolled": Case(unrolled, ((S((8, 2048, 16, 128), bf16), S((8, 16, 128, 2048), bf16)), S((256, 2048), bf16))),
     "odd vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50257), f32))),
     "even vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50304), f32))),
     "converted in a loop": Case(converted_in_a_loop, (*[S((8192, 8192), f32)] * 2, S((16, 8192), bf16))),
@@ -227,3 +239,10 @@ def test_loops_compute_what_they_are_written_to() -> None:
         np.testing.assert_allclose(found, right, rtol=1e-2, atol=1e-2)
     once = [op for op in plan.operations if op.primitive in ("exp", "sin")]
     assert len(once) == 2 and all(op.count == 1 for op in once)
+
+
+def test_a_loop_without_its_unrolling_says_so() -> None:
+    stacks, x = (S((4, 8, 2, 4), bf16), S((4, 2, 4, 8), bf16)), S((8, 8), bf16)
+    plan = autoshard.search(unrolled, stacks, x, topology="cpu:8")
+    (warning,) = (each for each in plan.warnings if "unroll" in each)
+    assert "round by round, without its unroll=4" in warning
