@@ -181,7 +181,9 @@ def test_conversions_wait_only_where_something_is_sent() -> None:
     for topology, count in (("v5e:2x2", 3), ("v5e:1x1", 0)):
         plan = autoshard.search(layers, WEIGHTS, X, topology=topology)
         assert bool(plan.estimate.collectives) == bool(count)
-        mesh = jax.sharding.AbstractMesh(tuple(plan.topology.axis_sizes.values()), tuple(plan.topology.axis_sizes))
+        sizes = plan.topology.axis_sizes
+        automatic = (jax.sharding.AxisType.Auto,) * len(sizes)
+        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
         run = emitted(trace(layers, WEIGHTS, X), plan.choice, plan.topology, mesh)
         text = str(jax.make_jaxpr(run)(*jax.tree_util.tree_leaves(WEIGHTS), X))
         assert text.count("optimization_barrier") == count
