@@ -24,13 +24,16 @@ from jax.sharding import PartitionSpec
 from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.collectives import run_step
 from autoshard.rules import Rule
+from autoshard.tiling import as_an_argument
+from autoshard.waiting import waits
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
 from search.inside import gathers
 from search.layouts import Axes, Layout, local_shape
 from search.reshard import reshard_table
-from search.solution import Choice, kept, needed, produced
+from search.solution import Choice, collectives, kept, needed, produced
 from search.strategies import Strategy
+from search.views import IN_PLACE
 
 
 def spec_of(layout: Layout) -> PartitionSpec:
@@ -106,6 +109,10 @@ class _Scope:
             found[layout] = self.runner.reshard(atom, piece, home, layout)
         return found[layout]
 
+    def kept(self, value: int) -> Any:
+        """A value's piece in the layout that it is kept in."""
+        return next(iter(self.arrays[value].values()))
+
 
 class Runner:
     """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
@@ -116,6 +123,7 @@ class Runner:
         self.sizes = topology.axis_sizes
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
+        self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
         """Flat arguments and constants in their planned layouts to flat results in theirs."""
@@ -162,7 +170,11 @@ class Runner:
         op = self.program.operations[step.operation]
         layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
         hidden = op.op_class == "matmul" and self.program.matmul_before[step.operation] >= 0
-        operands = [a.value if isinstance(a, Literal) else scope.get(a, next(layouts), hidden) for a in step.operands]
+        awaited = scope.kept(self.waits[step.operation]) if step.operation in self.waits else None
+        operands = [
+            a.value if isinstance(a, Literal) else _after(awaited, scope.get(a, next(layouts), hidden))
+            for a in step.operands
+        ]
         results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.topology), operands)
         for value, piece in zip(step.results, results, strict=True):
             scope.put(value, _reduced_inside(step.rule, strategy, piece))
@@ -203,10 +215,12 @@ class Runner:
         )
 
     def _going_round(self, boundary: Boundary, scope: _Scope) -> Any:
-        piece = scope.get(boundary.inner_next, self._layout(boundary, False))
-        if isinstance(boundary.inner_next, Literal):
+        after: Any = boundary.inner_next
+        piece = scope.get(after, self._layout(boundary, False))
+        if isinstance(after, Literal):
             return jnp.asarray(piece, self.program.values[boundary.inner].dtype)
-        return piece
+        made_by = self.program.operations[self.program.producers[after][0]]
+        return as_an_argument(piece) if made_by.primitive in IN_PLACE else piece
 
     def _loop(self, step: LoopStep, scope: _Scope) -> None:
         held = self._entering(step.constants, scope)
@@ -228,9 +242,7 @@ class Runner:
             return after, [inner.get(b.inner_next, self._layout(b, False)) for b in step.stacks]
 
         stacks = self._entering(step.slices, scope)
-        carry, piled = lax.scan(
-            body, carry, stacks, length=params["length"], reverse=params["reverse"], unroll=params.get("unroll", 1)
-        )
+        carry, piled = lax.scan(body, carry, stacks, length=params["length"], reverse=params["reverse"])
         return [*carry, *piled]
 
     def _while(self, step: LoopStep, test: Block, held: list[Any], carry: list[Any]) -> list[Any]:
@@ -295,6 +307,13 @@ def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) 
         return rule.local(eqn, rule, pieces, *operands)
     results = eqn.primitive.bind(*operands, **eqn.params)
     return results if eqn.primitive.multiple_results else [results]
+
+
+def _after(awaited: Any, piece: Any) -> Any:
+    """A piece that is there once another is; as it is where it awaits nothing."""
+    if awaited is None or jnp.issubdtype(piece.dtype, jax.dtypes.extended):
+        return piece
+    return lax.optimization_barrier((piece, awaited))[0]
 
 
 def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from autoshard.trips import MIRRORED, NEGATED, rounds_until
+
 # `%name = shape opcode(`: a shape holds no ` word(`, so the shortest match ends at the opcode.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -275,54 +277,73 @@ def _step(index: int, body: Scope, module: Module) -> int | None:
 def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bool]:
     """How many rounds a `while` takes, and whether that is certain.
 
-    From `known_trip_count` where the compiler wrote it; else from the condition `i < n` with the
-    start and the step of `i`: $\\lceil (n - i_0) / \\mathrm{step} \\rceil$. Beside other conditions it
-    is the most that it takes.
+    From `known_trip_count` where the compiler wrote it; else from a comparison in the condition of `i + c` with `n`, and the
+    start and the step of `i`: for `<` $\\lceil (n - c - i_0) / \\mathrm{step} \\rceil$. Beside other conditions it is the most
+    that it takes.
     """
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known[1]), True
     condition = Scope(module.computations[loop.attribute("condition")], loop, scope)
-    tests = _conjuncts(condition.computation.root, condition, module)
-    for test, where in tests:
-        if (found := _rounds(test, where, condition, loop, scope, module)) is not None:
-            rounds, certain = found
-            return rounds, certain and len(tests) == 1
-    return 1, False
+    tests = list(_terms(condition.computation.root, condition, module, True))
+    found = [_rounds(*test, condition, loop, scope, module) for test in tests]
+    known = [each for each in found if each is not None]
+    rounds, certain = min(known, key=lambda each: (not each[1], each[0]), default=(1, False))
+    return rounds, certain and len(tests) == 1
 
 
-def _conjuncts(name: str, scope: Scope, module: Module) -> list[tuple[Instruction, Scope]]:
-    """What must all hold for a condition to hold, each with the place where it is."""
+def _terms(name: str, scope: Scope, module: Module, holds: bool) -> Iterator[tuple[Instruction | None, Scope, bool]]:
+    """What must all hold for a condition to be `holds`: each with where it is, and whether it must be true or false."""
     test, _, where = follow(name, scope, module)
-    if test is None:
-        return []
-    if test.opcode != "and":
-        return [(test, where)]
-    return [each for operand in test.operands for each in _conjuncts(operand, where, module)]
+    if test is not None and test.opcode == ("and" if holds else "or"):
+        for operand in test.operands:
+            yield from _terms(operand, where, module, holds)
+    elif test is not None and test.opcode == "not":
+        yield from _terms(test.operands[0], where, module, not holds)
+    else:
+        yield test, where, holds
 
 
 def _rounds(
-    test: Instruction, where: Scope, condition: Scope, loop: Instruction, scope: Scope, module: Module
+    test: Instruction | None,
+    where: Scope,
+    holds: bool,
+    condition: Scope,
+    loop: Instruction,
+    scope: Scope,
+    module: Module,
 ) -> tuple[int, bool] | None:
     """How many rounds a comparison of a counter with a constant allows, and whether that is certain."""
-    if test.opcode != "compare":
+    if test is None or test.opcode != "compare":
         return None
     body = Scope(module.computations[loop.attribute("body")], loop, scope)
+    how = test.attribute("direction").lower()
+    how = how if holds else NEGATED[how]
     left, right = test.operands
-    direction = test.attribute("direction")
-    counter, index, at = follow(left, where, module)
-    if not (
-        counter and counter.opcode == "parameter" and at.computation is condition.computation and index is not None
-    ):
-        left, right = right, left
-        direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
-        counter, index, at = follow(left, where, module)
-    bound = _constant(right, where, module)
-    if bound is None or index is None:
-        return None
-    start = _constant(loop.operands[0], scope, module, index)
-    step = _step(index, body, module)
-    if start is None or not step:
-        return max(bound, 1), False
-    distance = (bound - start) / step
-    inclusive = direction in ("LE", "GE")
-    return max(math.floor(distance) + 1 if inclusive else math.ceil(distance), 0), True
+    for side, end, way in ((left, right, how), (right, left, MIRRORED[how])):
+        index, offset = _counter(side, where, condition, module)
+        bound = _constant(end, where, module)
+        if index is None or bound is None:
+            continue
+        bound -= offset
+        start, step = _constant(loop.operands[0], scope, module, index), _step(index, body, module)
+        if start is None or not step:
+            return max(bound, 1), False
+        count = rounds_until(way, start, step, bound)
+        return None if count is None else (count, True)
+    return None
+
+
+def _counter(name: str, scope: Scope, condition: Scope, module: Module) -> tuple[int | None, int]:
+    """Which carried value a side of a comparison is, None if it is none; and the constant that is added to it."""
+    found, index, at = follow(name, scope, module)
+    if found is None:
+        return None, 0
+    if found.opcode in ("add", "subtract"):
+        for counter, other in (found.operands, found.operands[::-1]):
+            change = _constant(other, at, module)
+            index, offset = _counter(counter, at, condition, module) if change is not None else (None, 0)
+            if change is not None and index is not None and (found.opcode == "add" or counter == found.operands[0]):
+                return index, offset + (change if found.opcode == "add" else -change)
+        return None, 0
+    carried = found.opcode == "parameter" and at.computation is condition.computation
+    return (index if carried else None), 0

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from autoshard.blocks import Literal, Traced
-from autoshard.captured import closed_over
+from autoshard.captured import closed_over, first_alike
 from autoshard.errors import TraceError
 from autoshard.tracer import Tracer
 from autoshard.traffic import with_traffic
@@ -43,11 +43,9 @@ def trace(
     result_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in out_named)
     tracer = Tracer(strict)
     argument_values = [tracer.source(var.aval, path) for var, path in zip(closed.jaxpr.invars, paths, strict=True)]
-    constant_values = [tracer.source(var.aval, f"constant {i}") for i, var in enumerate(closed.jaxpr.constvars)]
-    env = dict(zip((*closed.jaxpr.invars, *closed.jaxpr.constvars), (*argument_values, *constant_values), strict=True))
-    tracer.held[0] = {id(array): value for array, value in zip(closed.consts, constant_values, strict=True)}
-    inside = [array for array in closed_over(closed.jaxpr) if id(array) not in tracer.held[0]]
-    constant_values += [tracer.hold(array, f"constant {len(closed.consts) + i}") for i, array in enumerate(inside)]
+    constants, constant_values = _held(tracer, closed)
+    held = [tracer.held[0][id(array)] for array in closed.consts]
+    env = dict(zip((*closed.jaxpr.invars, *closed.jaxpr.constvars), (*argument_values, *held), strict=True))
     block = tracer.block(closed.jaxpr, env, 0)
     results = [tracer.sink(atom, path) for atom, path in zip(block.outputs, result_paths, strict=True)]
     donated = _donations(args, donate_argnums, closed.jaxpr.invars, block.outputs, tracer.values)
@@ -67,13 +65,23 @@ def trace(
         block,
         tuple(argument_values),
         tuple(constant_values),
-        (*closed.consts, *inside),
+        tuple(constants),
         in_tree,
         out_tree,
         paths,
         result_paths,
         block.outputs,
     )
+
+
+def _held(tracer: Tracer, closed: Any) -> tuple[list[Any], list[int]]:
+    """The arrays that a function and its parts close over, those alike once, and their values; the tracer knows them all."""
+    arrays = list({id(array): array for array in (*closed.consts, *closed_over(closed.jaxpr))}.values())
+    first = first_alike(arrays)
+    kept = list(dict.fromkeys(first))
+    values = {at: tracer.hold(arrays[at], f"constant {k}") for k, at in enumerate(kept)}
+    tracer.held[0] = {id(array): values[at] for array, at in zip(arrays, first, strict=True)}
+    return [arrays[at] for at in kept], list(values.values())
 
 
 def fingerprint(program: Program) -> str:

@@ -17,6 +17,7 @@ from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopSte
 from autoshard.captured import closed_over
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.expanded import expandable, expanded
+from autoshard.invariant import split, used
 from autoshard.jaxprs import (
     CALLS,
     INLINED,
@@ -148,9 +149,9 @@ class Tracer:
         if name == "optimization_barrier":
             return operands
         if name == "scan":
-            step, results = self._scan(eqn, operands, region)
+            step, results = self._scan(eqn, operands, region, steps)
         elif name == "while":
-            step, results = self._while(eqn, operands, region)
+            step, results = self._while(eqn, operands, region, steps)
         elif name == "cond":
             step, results = self._cond(eqn, operands, region)
         else:
@@ -259,23 +260,43 @@ class Tracer:
         op = self._identity(stacked.name, primitive, [(atom, outer)], [(value, inner)], outer, lead=lead)
         return Boundary(op, atom, value)
 
-    def _scan(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
+    def _before(self, body: Any, known: dict[Any, Atom], region: int, steps: list) -> tuple[Any, dict[Any, Atom]]:
+        """Walks what a loop's body makes of what stays the same: the rest of the body, and what enters it, `known` included."""
+        found = split(body, known)
+        if not found.before:
+            return body, known
+        env = dict(known)
+        for eqn in found.before:
+            results = self._equation(eqn, tuple(_read(env, atom) for atom in eqn.invars), region, steps)
+            env.update(zip(eqn.outvars, results, strict=True))
+        read, idle = used(found.rest), {v for eqn in found.before for v in eqn.invars if not isinstance(v, jex.Literal)}
+        return found.rest, {v: env[v] for v in (*known, *found.entering) if v in read or v not in idle}
+
+    def _entering(self, fixed: dict[Any, Atom], outer: int, inner: int) -> dict[Any, Boundary]:
+        """Brings what stays the same in every round into a loop."""
+        return {v: self._enter(atom, v.aval, outer, inner, "loop_constant") for v, atom in fixed.items()}
+
+    def _scan(self, eqn, operands, region, steps) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
+        if params.get("unroll", 1) not in (1, False):
+            self.warnings.append(
+                f"scan at {self._where(eqn)}: planned and run round by round, without its unroll={params['unroll']}, which"
+                " would hold the slices of many rounds at once"
+            )
         body = params["jaxpr"].jaxpr
-        inner = self.region("loop", region, params["length"], f"scan ({self._where(eqn)})")
         n_const, n_carry = scan_counts(params)
         variables = body.invars
-        constants = [
-            self._enter(atom, var.aval, region, inner, "loop_constant")
-            for atom, var in zip(operands[:n_const], variables[:n_const], strict=True)
-        ]
+        body, fixed = self._before(body, dict(zip(variables[:n_const], operands[:n_const], strict=True)), region, steps)
+        inner = self.region("loop", region, params["length"], f"scan ({self._where(eqn)})")
+        entered = self._entering(fixed, region, inner)
         carries = [self._carry_in(var, inner) for var in variables[n_const : n_const + n_carry]]
         slices = [
             self._enter(atom, var.aval, region, inner, "loop_slice", sliced=True)
             for atom, var in zip(operands[n_const + n_carry :], variables[n_const + n_carry :], strict=True)
         ]
-        env = dict(zip(variables, (_inner(b) for b in (*constants, *carries, *slices)), strict=True))
-        constants += self._enter_held([params["jaxpr"]], region, inner, "loop_constant")
+        env = {v: _inner(b) for v, b in entered.items()}
+        env.update(zip(variables[n_const:], (_inner(b) for b in (*carries, *slices)), strict=True))
+        constants = [*entered.values(), *self._enter_held([params["jaxpr"]], region, inner, "loop_constant")]
         env.update(zip(body.constvars, (self.constant(c, inner) for c in params["jaxpr"].consts), strict=True))
         block = self.block(body, env, inner)
         inits = operands[n_const : n_const + n_carry]
@@ -313,36 +334,35 @@ class Tracer:
         op = self._identity(name, "loop_stack", inputs, [(result, outer)], outer, lead=(-1,), traffic=(-1,))
         return Boundary(op, inner_next=atom, outer_result=result)
 
-    def _while(self, eqn, operands, region) -> tuple[LoopStep, list[Atom]]:
+    def _while(self, eqn, operands, region, steps) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
         where = self._where(eqn)
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-        inner = self.region("loop", region, self._rounds(params, operands, where), f"while ({where})")
+        rounds = self._rounds(params, operands, where)
         closed = params["cond_jaxpr"], params["body_jaxpr"]
         if closed[0].out_avals[0].shape:
             closed = unbatched(*closed, n_cond, n_body)
             operands, n_body = (*operands[:n_cond], *operands), n_cond + n_body
         condition, body = (each.jaxpr for each in closed)
-        held = [*condition.invars[:n_cond], *body.invars[:n_body]]
-        constants = [
-            self._enter(atom, var.aval, region, inner, "loop_constant")
-            for atom, var in zip(operands[: n_cond + n_body], held, strict=True)
-        ]
+        fixed = dict(zip(body.invars[:n_body], operands[n_cond : n_cond + n_body], strict=True))
+        body, fixed = self._before(body, fixed, region, steps)
+        inner = self.region("loop", region, rounds, f"while ({where})")
+        tested = self._entering(dict(zip(condition.invars[:n_cond], operands[:n_cond], strict=True)), region, inner)
+        entered = self._entering(fixed, region, inner)
         carries = [self._carry_in(var, inner) for var in body.invars[n_body:]]
-        inside = [_inner(b) for b in constants]
         going = [_inner(b) for b in carries]
-        constants += self._enter_held(closed, region, inner, "loop_constant")
+        constants = [*tested.values(), *entered.values(), *self._enter_held(closed, region, inner, "loop_constant")]
         known = {
             var: self.constant(c, inner)
             for each in closed
             for var, c in zip(each.jaxpr.constvars, each.consts, strict=True)
         }
-        env = known | dict(zip(condition.invars, [*inside[:n_cond], *going], strict=True))
-        test = self.block(condition, env, inner)
+        known.update((v, _inner(b)) for v, b in (*tested.items(), *entered.items()))
+        test = self.block(condition, known | dict(zip(condition.invars[n_cond:], going, strict=True)), inner)
         self._identity(
             "condition", "while_condition", [(a, inner) for a in test.outputs if not isinstance(a, Literal)], [], inner
         )
-        block = self.block(body, known | dict(zip(body.invars, [*inside[n_cond:], *going], strict=True)), inner)
+        block = self.block(body, known | dict(zip(body.invars[n_body:], going, strict=True)), inner)
         carries = [
             self._carry_out(boundary, init, after, region, inner)
             for boundary, init, after in zip(carries, operands[n_cond + n_body :], block.outputs, strict=True)

@@ -16,8 +16,10 @@ from jax.extend import core as jex
 
 from autoshard.jaxprs import CALLS, INLINED
 
-_MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
-_NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
+"""Per comparison that with its sides exchanged."""
+NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+"""Per comparison that which holds when it does not."""
 _SAME = ("convert_element_type", "copy", "stop_gradient", "squeeze", "reshape", "broadcast_in_dim", "name")
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
@@ -109,23 +111,28 @@ def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable
     terms = list(_terms(known, test.outvars[0], True))
     found: list[Rounds] = []
     for name, left, right in (each for each in terms if each is not None):
-        for how, counter, end in ((name, left, right), (_MIRRORED[name], right, left)):
+        for how, counter, end in ((name, left, right), (MIRRORED[name], right, left)):
             at = place.get(counter, -1) - n_test if not isinstance(counter, jex.Literal) else -1
             if at < 0 or (limit := number(end)) is None or (start := initial(at)) is None:
                 continue
             step = step_of(at)
-            count = _count(how, start, step, limit) if step else None
+            count = rounds_until(how, start, step, limit) if step else None
             if count is not None and step:
                 found.append(Rounds(count, start, step, limit, len(terms) == 1))
     return min(found, key=lambda each: each.count, default=None)
 
 
-def _count(how: str, start: int, step: int, end: int) -> int | None:
-    """How often the counter may move until `counter HOW end` no longer holds; `None` if that never happens."""
+def rounds_until(how: str, start: int, step: int, end: int) -> int | None:
+    """How often a counter may move until `counter HOW end` no longer holds; `None` if that never happens.
+
+    **Arguments:**
+
+    - `how`: "lt", "le", "gt", "ge", "eq" or "ne"; `start`, `step`: the counter's first value and what each move adds to it.
+    """
     if not getattr(operator, how)(start, end):
         return 0
     if step < 0:
-        how, start, step, end = _MIRRORED[how], -start, -step, -end
+        how, start, step, end = MIRRORED[how], -start, -step, -end
     if how in ("lt", "le"):
         return -((start - end) // step) if how == "lt" else (end - start) // step + 1
     if how == "eq":
@@ -142,9 +149,9 @@ def _terms(known: dict[Any, Any], atom: Any, holds: bool) -> Iterator[tuple[str,
             yield from _terms(known, _seen(known, each), holds)
     elif isinstance(made, _Made) and name == "not":
         yield from _terms(known, _seen(known, made.operands[0]), not holds)
-    elif isinstance(made, _Made) and name in _NEGATED:
+    elif isinstance(made, _Made) and name in NEGATED:
         left, right = (_seen(known, each) for each in made.operands)
-        yield (name if holds else _NEGATED[name]), left, right
+        yield (name if holds else NEGATED[name]), left, right
     else:
         yield None
 

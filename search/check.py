@@ -21,6 +21,7 @@ from search.inside import exchange_axes, gathers
 from search.layouts import Layout, divides, layouts, shards
 from search.memory import buffers, copy_life, region_ends
 from search.reshard import Step, emittable, permuted_axes, steps_from
+from search.results import copied_bytes
 from search.solution import Choice, Move, kept, moves, needed, produced, products_behind, steps
 
 
@@ -276,4 +277,7 @@ def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[fl
             hold(at, at, total / shards(move.source, sizes))
         else:
             hold(*copy_life(program, move.value, move.operation, ends), total / shards(move.target, sizes))
+    for at in program.results:
+        if program.operations[at].inputs:
+            hold(at, at, copied_bytes(program, topology, at, needed(program, choice, at, 0)))
     return list(accumulate(changes[:-1]))

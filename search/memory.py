@@ -1,9 +1,9 @@
 """Peak memory as linear rows: at every point of the program, the bytes of what lives there.
 
 An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends. Arrays
-that share memory (a donated argument and its result, a loop's carry, an update in place) are one buffer. What a compiler
-keeps inside a fused kernel takes no memory: results of fused operations count only where an unfused operation, a loop
-or the caller needs them. A change of layout holds the old and the new array at once.
+that share memory (a donated argument and its result, a loop's carry, an update in place, a view) are one buffer. What a
+compiler keeps inside a fused kernel takes no memory: results of fused operations count only where an unfused operation, a
+loop or the caller needs them. A change of layout holds the old and the new array at once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,10 @@ from search.copies import Copies
 from search.layouts import Layout, shards
 from search.problem import Problem
 from search.reshard import ReshardTable
+from search.results import copied_bytes
+from search.views import IN_PLACE, views
 
 T = TypeVar("T", np.ndarray, Copies)
-
-IN_PLACE = (
-    "dynamic_update_slice",
-    "scatter",
-    "scatter-add",
-    "scatter-sub",
-    "scatter-mul",
-    "scatter-min",
-    "scatter-max",
-)
 
 
 @dataclass(frozen=True)
@@ -92,8 +84,10 @@ class Buffer:
 def buffers(program: Program) -> tuple[Buffer, ...]:
     """Every buffer that takes memory, with its life."""
     groups = _Groups(program)
-    last = last_uses(program)
+    last, shown = last_uses(program), views(program)
     for i, op in enumerate(program.operations):
+        if i in shown:
+            groups.join(op.inputs[0].value, op.outputs[0].value)
         if op.primitive == "loop_constant" or (op.primitive in IN_PLACE and last[op.inputs[0].value] <= i):
             groups.join(op.inputs[0].value, op.outputs[0].value)
         if op.primitive == "loop_carry":
@@ -162,8 +156,11 @@ def last_uses(program: Program) -> dict[int, int]:
 
 
 def _until(program: Program, operation: int, ends: dict[int, int]) -> int:
-    """Until when an operand of this operation is needed."""
+    """Until when an operand of this operation is needed: if that shows it in another shape, until nothing reads the view."""
     op = program.operations[operation]
+    if operation in views(program):
+        users = program.consumers.get(op.outputs[0].value, ())
+        return max((_until(program, at, ends) for at, _ in users), default=operation)
     inner = [use.region for use in op.outputs if use.region != op.region]
     if op.op_class == "boundary" and inner:
         return max(ends.get(region, operation) for region in inner)
@@ -176,11 +173,19 @@ def _takes_memory(program: Program, members: list[int]) -> bool:
 
 def _materialised(program: Program, value: int) -> bool:
     made_by = program.operations[program.producers[value][0]]
-    if made_by.primitive == "loop_slice":
+    if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
         return False
-    if made_by.op_class != "fused":
-        return True
-    return any(program.operations[at].op_class != "fused" for at, _ in program.consumers.get(value, ()))
+    return made_by.op_class != "fused" or _leaves_kernel(program, value)
+
+
+def _leaves_kernel(program: Program, value: int) -> bool:
+    """Whether an unfused operation, a loop or the caller needs a value, as it is or as a view."""
+    return any(
+        _leaves_kernel(program, program.operations[at].outputs[0].value)
+        if at in views(program)
+        else program.operations[at].op_class != "fused"
+        for at, _ in program.consumers.get(value, ())
+    )
 
 
 def _buffer(program: Program, members: list[int], last: dict[int, int]) -> Buffer:
@@ -214,7 +219,7 @@ def rows(problem: Problem) -> Rows:
 
 
 def _rows(problem: Problem) -> Rows:
-    terms = [*_buffer_terms(problem), *_copy_terms(problem)]
+    terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []
     for term in terms:
@@ -350,6 +355,17 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
                 yield _Term(("edge", k), "edge", k, first, last, held)
             else:
                 yield _Term(("loop", k), "node", edge.a, first, last, held[edge.rows, edge.columns])
+
+
+def _result_terms(problem: Problem) -> Iterator[_Term]:
+    """A result that is laid out anew is held twice meanwhile."""
+    for at in problem.program.results:
+        if problem.program.operations[at].inputs:
+            node = problem.of_operation[at]
+            needed = problem.spaces[node].inputs[0]
+            held = np.array([copied_bytes(problem.program, problem.topology, at, found) for found in needed])
+            if held.any():
+                yield _Term(("result", at), "node", node, at, at, held)
 
 
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:

@@ -27,6 +27,8 @@ _ROWS, _LANES = 8, 128
 """A tile: the sublanes and lanes of a TPU's vector register."""
 _PART_TILES = (1, 2, 4)
 """Fewer rows than a tile's that are stored without padding."""
+_LANE_BYTES = 4
+"""What a lane holds of one row or, of a smaller type, of several."""
 
 
 def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
@@ -69,9 +71,34 @@ def laid_out_anew(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
     sums, keeps = [i for i in dims if summed[i]], [i for i in dims if not summed[i]]
     if len(dims) < 3 or not sums or not keeps:
         return False
-    *_, rows, lanes = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
+    *_, rows, lanes = least_padded(sizes)
     matrix = {max(sums, key=lambda i: (sizes[i], -i)), max(keeps, key=lambda i: (sizes[i], i))}
     return {rows, lanes} != matrix or sizes[rows] % _ROWS != 0
+
+
+def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
+    """The order in which an argument's dimensions lie in memory, the last along the lanes: the first that pads least."""
+    dims = [i for i, size in enumerate(sizes) if size > 1]
+    if len(dims) < 2:
+        return tuple(range(len(sizes)))
+    best = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
+    return (*(i for i, size in enumerate(sizes) if size <= 1), *best)
+
+
+def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
+    """The dimensions along the rows and the lanes of an argument's tiles: of the pairs that pad it least the last ones."""
+    backwards = range(len(sizes))[::-1]
+    pairs = [(rows, lanes) for lanes in backwards for rows in backwards if rows != lanes]
+    return min(pairs, key=lambda pair: _stored(sizes[pair[0]], sizes[pair[1]], itemsize), default=(*backwards,))
+
+
+def _stored(rows: int, lanes: int, itemsize: float) -> float:
+    """How often tiles hold the bytes that are in them; a few rows are stored as a power of 2, small types several to one."""
+    if rows <= max(_PART_TILES):
+        stored = next(n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES)
+    else:
+        stored = ceil(rows / _ROWS) * _ROWS
+    return stored * ceil(lanes / _LANES) * _LANES / max(rows * lanes, 1)
 
 
 def _orders(dims: list[int]) -> list[list[int]]:

@@ -362,6 +362,12 @@ def loop(extra: str, bound: str = "%n = s32[] constant(118)", compare: str = "co
 WITHIN = """%n = s32[] constant(118)
           %within = pred[] compare(%i.1, %n), direction=LT
           %live = pred[] custom-call()"""
+ENDED = """%n = s32[] constant(118)
+          %offset = s32[] constant(65)
+          %sum = s32[] add(%offset, %i.1)
+          %last = pred[] compare(%sum, %n), direction=EQ
+          %other = pred[] custom-call()
+          %ended = pred[] or(%last, %other)"""
 LENGTHS = [
     (loop(', backend_config={"known_trip_count":{"n":"5"}}'), 5, True),
     (loop(', backend_config="{\\"known_trip_count\\":{\\"n\\":\\"6\\"}}"'), 6, True),
@@ -375,6 +381,21 @@ LENGTHS = [
     (loop("", compare="and(%i.1, %n)"), 1, False),
     (loop("", WITHIN, compare="and(%live, %within)"), 118, False),  # it may end before its counter does
     (loop("", WITHIN, compare="and(%within, %live)"), 118, False),
+    (loop("", ENDED, compare="not(%ended)"), 53, False),  # not (i + 65 == 118 or done)
+    (loop("", ENDED.replace("EQ", "GT"), compare="not(%ended)"), 54, False),
+    (loop("", ENDED.replace("EQ", "LT"), compare="not(%ended)"), 0, False),
+    (loop("", ENDED, compare="and(%ended, %other)"), 1, False),
+    (loop("", ENDED, compare="not(%last)"), 53, True),
+    (loop("", ENDED.replace("add(%offset, %i.1)", "subtract(%i.1, %offset)"), compare="not(%last)"), 183, True),
+    (loop("", ENDED.replace("add(%offset, %i.1)", "subtract(%offset, %i.1)"), compare="not(%last)"), 1, False),
+    (loop("", compare="compare(%i.1, %n), direction=EQ"), 0, True),
+    (
+        loop("", compare="compare(%i.1, %n), direction=NE").replace(
+            "%step = s32[] constant(1)", "%step = s32[] constant(4)"
+        ),
+        1,
+        False,
+    ),
     (loop("").replace("add(%i, %step)", "multiply(%i, %step)"), 118, False),
     (loop("").replace("%step = s32[] constant(1)", "%step = s32[] constant(4)"), 30, True),
     (loop("").replace("%start = s32[] constant(0)", "%start = s32[] constant(18)"), 100, True),

@@ -202,6 +202,24 @@ def test_closed_over_arrays_are_planned_too() -> None:
     assert_close(jax.grad(through)(2 * weights), jnp.ones((16, 16)))  # what was traced before holds no tracer
 
 
+def test_closed_over_arrays_that_are_alike_are_one() -> None:
+    """As for compilers; but what is one number throughout may yet become something else."""
+    tables = [jnp.arange(256.0).reshape(16, 16) for _ in range(3)]
+    tables[2] = tables[2].at[15, 15].set(-1.0)
+    biases = [jnp.ones(16) for _ in range(2)]
+
+    def fn(x: jax.Array) -> jax.Array:
+        for table in (*tables, np.asarray(tables[0])):
+            x = x @ table / 1e3
+        return jax.jit(lambda x: x * jnp.asarray(tables[1]))(x) + biases[0] + biases[1]
+
+    plan = autoshard.search(fn, jnp.ones((1, 16)), topology="cpu:8")
+    assert [constant.shape for constant in plan.constants] == [(16, 16), (16, 16), (16,), (16,)]
+    assert_close(plan.apply(fn)(jnp.ones((1, 16))), fn(jnp.ones((1, 16))))
+    traced = jax.make_jaxpr(lambda x: plan.apply(fn)(x))(jnp.ones((1, 16)))
+    assert len(traced.consts) == 4
+
+
 @jax.custom_vjp
 def clipped(x: jax.Array) -> jax.Array:
     return x
