@@ -38,6 +38,8 @@ from costmodels.chips import Chip
 from costmodels.program import Operation, Program
 from costmodels.symbolic import sympy
 
+_CAST = "convert_element_type"
+
 Array = np.ndarray
 
 
@@ -142,10 +144,11 @@ def stays(program: Program, value: int) -> bool:
 
 
 def _made_by(program: Program, value: int) -> Operation | None:
-    """What makes the array that a value is a view of; None where the program does not say."""
+    """What makes the array that a value is a view or a cast of; None where the program does not say."""
     while value in program.producers:
         op = program.operations[program.producers[value][0]]
-        if op.op_class != "fused" or op.flops_per_point or not op.inputs:
+        shows = not op.flops_per_point or op.primitive == _CAST
+        if op.op_class != "fused" or not shows or not op.inputs:
             return op
         value = op.inputs[0].value
     return None

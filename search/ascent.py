@@ -12,8 +12,8 @@ from search.incumbent import decode, improve
 from search.kernel import combined
 from search.memory import Row, together
 from search.mixture import Pool, Seen
+from search.pricing import settled
 from search.problem import FORBIDDEN, Node, Problem
-from search.repricing import settled
 from search.symmetry import representatives
 
 Say = Callable[[str], None]
@@ -148,8 +148,9 @@ class Ascent:
             self.lift(rounds=4)
 
     def combine(self) -> None:
-        """Puts the plans seen together to better ones, where a price of memory leaves much open and enough of them are new."""
-        if self.closed or self.late or not self.dual.multipliers.any() or len(self.pool) < self._combined + _NEW:
+        """Puts the plans seen together to better ones, where a price of memory leaves much open and many of them are new."""
+        new = len(self.pool) - self._combined
+        if self.closed or self.late or not self.dual.multipliers.any() or (self._combined and new < _NEW):
             return
         if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
             return

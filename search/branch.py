@@ -13,7 +13,7 @@ from search.bound import Snapshot
 from search.incumbent import decode
 from search.probing import Probing, Split
 from search.problem import FORBIDDEN
-from search.repricing import settled
+from search.repricing import bracketed
 from search.symmetry import surroundings
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ _LITTLE = 0.01
 """The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
 _FEW = 0.01
 """The part of the surviving states that is struck out then, at most."""
-_TRIALS = 8
-"""Trials for the prices of memory in one branch."""
 _SMALL = 10_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 _LARGE, _CLOSE = 200_000, 1e-3
@@ -108,19 +106,11 @@ class Branching:
 
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
-        mixture = settled(self.ascent, self._relaxed(), self._tried, _TRIALS)
-        self.ascent.attempt(decode(self.dual))
+        if not self.dual.multipliers.any():
+            self.ascent.attempt(decode(self.dual))
+        bracket = bracketed(self.ascent)
         self.ascent.combine()
-        return self._probing.split(mixture) if self._is_open(self._refine()) else None
-
-    def _tried(self) -> np.ndarray:
-        """Lifts a branch's bound a little, at new prices of memory; returns by how much the relaxed plan overflows."""
-        self.dual.sweep()
-        self.dual.sweep()
-        return self._relaxed()
-
-    def _relaxed(self) -> np.ndarray:
-        return self.ascent.look(decode(self.dual, thorough=False)).over
+        return self._probing.split(bracket) if self._is_open(self._refine()) else None
 
     def _is_open(self, lower: float) -> bool:
         """Whether a branch with this bound may hold a better plan."""

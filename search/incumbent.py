@@ -181,7 +181,7 @@ def _given(edge, node: int, other: int) -> np.ndarray:
 def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray) -> np.ndarray:
     """Changes one node at a time to its best state until none improves; `penalty` is seconds per byte of each row."""
     states = states.copy()
-    priced = [(Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
+    priced = [(_Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
     for _ in range(20):
         changed = False
         for i in range(len(problem.nodes)):
@@ -207,8 +207,8 @@ def _conditional(problem: Problem, states: np.ndarray, i: int) -> np.ndarray:
     return cost
 
 
-class Held:
-    """What a row of memory counts, by node."""
+class _Held:
+    """What a row counts, by node."""
 
     def __init__(self, problem: Problem, row: Row) -> None:
         self.problem = problem
@@ -217,10 +217,6 @@ class Held:
         for k, table in row.edges:
             self.edges.setdefault(problem.edges[k].a, []).append((k, table))
             self.edges.setdefault(problem.edges[k].b, []).append((k, table))
-
-    def counts(self, i: int) -> bool:
-        """Whether it counts any bytes of a node, or of copies beside it."""
-        return i in self.nodes or i in self.edges
 
     def given(self, states: np.ndarray, i: int) -> np.ndarray:
         """Bytes that depend on a node, for each of its states, all others being as they are."""

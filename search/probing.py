@@ -2,8 +2,8 @@
 
 A side of a decision whose bound reaches the best plan, when it is tried for a moment, is dropped: the other is taken for good
 (as in strong branching: Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995). Of what is left, the choice that
-a price of memory cannot make is branched on: where the plans whose mixture is best are at odds, the array on whose
-bytes they differ most. Without such a mixture it is the array on which memory's price hangs most, or else the
+a price of memory cannot make is branched on: where a plan that is too large and one that fits cost alike at the best price,
+the array on whose bytes they differ most. Without such a pair it is the array on which memory's price hangs most, or else the
 node with the most bytes around it.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.ascent import Ascent
-from search.incumbent import Held, decode
-from search.mixture import Mixture
+from search.incumbent import decode
+from search.repricing import Bracket
 
 _WORTH = 0.01
 """The part of what is open by which memory must lift the bound for a branch to be about it."""
@@ -32,7 +32,7 @@ _ROUNDS = 4
 class Split:
     """One node's surviving states in two: the side on which the relaxed plan is, and the other.
 
-    `contested` are the seconds, at memory's price, by which the plans of the best mixture are from their mean here.
+    `contested` are the seconds, at memory's price, by which plans at the best price differ here.
     """
 
     node: int
@@ -41,26 +41,17 @@ class Split:
     contested: float = 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class _Contested:
-    """What plans are at odds about: what states of a node hold, in seconds at memory's price; their mean, how far from it."""
-
-    held: np.ndarray
-    mean: float
-    apart: float
-
-
 class Probing:
     """Looks for the decision to branch on, and drops what cannot be better than the best plan."""
 
     def __init__(self, ascent: Ascent, weights: Sequence[float]) -> None:
         self.ascent, self.dual, self.weights = ascent, ascent.dual, weights
 
-    def split(self, mixture: Mixture | None) -> Split | None:
+    def split(self, bracket: Bracket) -> Split | None:
         """The decision to branch on, once no more sides can be dropped; `None` if none is left, or needed any more."""
         found: list[Split] = []
         for _ in range(_ROUNDS):
-            splits = self._splits(mixture)
+            splits = self._splits(bracket)
             found = [split for split in splits if not self._dropped(split)]
             if len(found) == len(splits):
                 break
@@ -89,12 +80,12 @@ class Probing:
             self.dual.sweep()
             return self.dual.bound()
 
-    def _splits(self, mixture: Mixture | None) -> list[Split]:
+    def _splits(self, bracket: Bracket) -> list[Split]:
         """One split of each node that may be branched on."""
         relaxed = decode(self.dual, thorough=False)
         held = self.dual.priced_bytes()
-        contested = self._contested(mixture)
-        found = [self._by_bytes(i, relaxed, each.held, each.mean, each.apart) for i, each in contested.items()]
+        contested = self._contested(bracket, held)
+        found = [self._by_bytes(i, relaxed, held[i], between, apart) for i, (apart, between) in contested.items()]
         for node in self._candidates(held):
             if node in contested:
                 continue
@@ -115,27 +106,15 @@ class Probing:
         near = lean if lean[keep == relaxed[node]].all() else ~lean
         return Split(node, keep[near], keep[~near], contested)
 
-    def _contested(self, mixture: Mixture | None) -> dict[int, _Contested]:
-        """The nodes where the plans of a mixture hold other bytes, all others being as they are in these plans on average."""
-        if mixture is None or len(mixture.plans) < 2:
+    def _contested(self, bracket: Bracket, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
+        """Where the plans of a bracket hold other bytes: by how much, at memory's price, and what lies between."""
+        if bracket.bulky is None or bracket.lean is None:
             return {}
-        prices = self.dual.multipliers
-        priced = [(Held(self.dual.problem, self.dual.rows[r]), prices[r]) for r in np.flatnonzero(prices).tolist()]
-        weights = mixture.weights / mixture.weights.sum()
-        states = np.array([plan.states for plan in mixture.plans])
         found = {}
-        for i in np.flatnonzero(np.ptp(states, axis=0)).tolist():
-            beside = [
-                part * price * held.given(plan.states, i)
-                for plan, part in zip(mixture.plans, weights, strict=True)
-                for held, price in priced
-                if held.counts(i)
-            ]
-            held = np.sum(beside, axis=0) if beside else np.zeros(1)
-            if np.ptp(held) > 0 and np.ptp(held[states[:, i]]) > 0 and np.isin(states[:, i], self.dual.keep[i]).all():
-                mean = float(weights @ held[states[:, i]])
-                apart = float(weights @ abs(held[states[:, i]] - mean))
-                found[i] = _Contested(held[self.dual.keep[i]], mean, apart)
+        for i, bytes_of in held.items():
+            at = [bytes_of[self.dual.keep[i] == states[i]] for states in (bracket.bulky, bracket.lean)]
+            if at[0].size and at[1].size and at[0][0] != at[1][0]:
+                found[i] = abs(float(at[0][0] - at[1][0])), float(at[0][0] + at[1][0]) / 2
         return found
 
     def _candidates(self, held: dict[int, np.ndarray]) -> list[int]:

@@ -1,94 +1,78 @@
-"""The price of memory: moved to where the bound is highest, as far as the plans seen tell, until they tell no better.
+"""The price of memory in a branch: moved to where the bound is highest, between plans that are too large and too slow.
 
-The bound is concave in the prices of all rows. Each trial shows a plan that is best at its prices, and the plans seen say where
-to try next (`search.mixture`); it is tried half way there, as the far end is often far too high or too low (the smoothing of
-Wentges, "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
+The bound is concave in the price. Where it is highest, plans that overflow a chip and plans that leave it room cost alike;
+in what they differ is what the bound cannot decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
+from search.ascent import Ascent
 from search.bound import Snapshot
-from search.mixture import Mixture
+from search.incumbent import decode
 
-if TYPE_CHECKING:
-    from search.ascent import Ascent
-
-_PART = 0.5
-"""How far each trial goes from the best prices known to those that the plans seen tell."""
-_FLAT = 1e-4
-"""The part of the bound by which it may still rise, at most, when prices are good enough."""
-_FLAT_OF_OPEN = 0.02
-"""The same, as a part of what is open."""
-_FEEBLE, _PATIENCE = 0.1, 3
-"""After how many trials in turn it ends that lift the bound by less than this part of that."""
-_GROWTH = 4.0
-"""By what factor a price rises while no plan that fits is known."""
-
-Trial = Callable[[], np.ndarray]
-"""Lifts the bound at the dual's prices; returns by how much the relaxed plan overflows each row."""
+_STEP = 1.5
+"""By what factor a price changes at first; by its root whenever the direction turns."""
+_STEPS = 8
+"""How often it is changed, at most."""
+_LITTLE = 0.01
+"""The part of what is open by which the bound must rise to go on, once plans on both sides are known."""
+_FINE = 1.02
+"""The factor below which it is left."""
 
 
-def settled(ascent: Ascent, over: np.ndarray, trial: Trial, trials: int) -> Mixture | None:
-    """Moves the dual's prices to where its bound is highest, and says between which plans that is, if any are known.
+@dataclass
+class Bracket:
+    """Relaxed plans at about the best price: one that overflows a chip, and one that fits. Either may be missing."""
 
-    **Arguments:**
+    bulky: np.ndarray | None = None
+    lean: np.ndarray | None = None
 
-    - `over`: bytes by which the relaxed plan overflows each row at the present prices.
-    """
-    dual = ascent.dual
+    @property
+    def known(self) -> bool:
+        """Whether both plans are."""
+        return self.bulky is not None and self.lean is not None
+
+
+def bracketed(ascent: Ascent) -> Bracket:
+    """Moves the dual's prices to where its bound is highest, and says between which plans that is."""
+    dual, bracket = ascent.dual, Bracket()
     best: tuple[float, Snapshot] = (dual.bound(), dual.snapshot())
-    mixture, told, feeble = None, np.inf, 0
-    for _ in range(trials):
-        mixture = ascent.pool.mixture(dual.keep, ascent.objective)
-        open_ = ascent.objective - best[0] if np.isfinite(ascent.objective) else 0.0
-        little = max(_FLAT * abs(best[0]), _FLAT_OF_OPEN * open_)
-        if ascent.reached(best[0]) or ascent.late or (mixture and mixture.seconds - best[0] < little):
-            break
-        if mixture is None and over.max(initial=0.0) <= 0:
-            break
-        if mixture is None:
-            prices = _higher(ascent, over)
+    step, before = _STEP, 0
+    for _ in range(_STEPS):
+        states = decode(dual, thorough=False)
+        over = ascent.look(states).over
+        way = 1 if over.max(initial=-np.inf) > 0 else -1
+        if way > 0:
+            bracket.bulky = states
         else:
-            part = _PART if mixture.seconds < told else 1.0
-            prices = best[1].multipliers + part * (mixture.prices - best[1].multipliers)
-            told = mixture.seconds
-        dual.reprice(prices)
-        over = trial()
-        if dual.emptied:
-            return None
-        rise = dual.bound() - best[0]
+            bracket.lean = states
+        if before * way < 0:
+            step = float(np.sqrt(step))
+        if step < _FINE or not dual.multipliers.any():
+            break
+        before = way
+        dual.reprice(_moved(dual.multipliers, over, step))
+        dual.sweep()
+        dual.sweep()
+        lower = dual.bound()
+        rise = lower - best[0]
         if rise > 0:
-            best = dual.bound(), dual.snapshot()
-        feeble = feeble + 1 if mixture is not None and rise < _FEEBLE * little else 0
-        if feeble == _PATIENCE:
-            break  # the plan that would say more is not among those that are read off the dual
+            best = lower, dual.snapshot()
+        if ascent.reached(lower) or (bracket.known and rise < _LITTLE * (ascent.objective - lower)):
+            break
     if dual.bound() < best[0]:
-        left = dual.keep
         dual.load(best[1])
-        dual.restrict([np.intersect1d(a, b, assume_unique=True) for a, b in zip(dual.keep, left, strict=True)])
-    return mixture
+    return bracket
 
 
-def _higher(ascent: Ascent, over: np.ndarray) -> np.ndarray:
-    """Prices under which the rows that overflow may not: higher ones, or a first one for that which overflows most."""
-    prices = ascent.dual.multipliers.copy()
-    priced = (over > 0) & (prices > 0)
-    if priced.any():
-        prices[priced] *= _GROWTH
-    else:
-        row = int(np.argmax(over))
-        prices[row] = _first(ascent, float(over[row]))
-    return prices
-
-
-def _first(ascent: Ascent, over: float) -> float:
-    """The price of a byte at which the dual's tangent, of slope `over`, reaches the best plan: it turns before."""
-    most = 1.0 / min(axis.bytes_per_second for axis in ascent.problem.topology.axes)
-    lower = ascent.dual.bound()
-    rise = ascent.objective - lower if np.isfinite(ascent.objective) else abs(lower)
-    return min(rise / over, most) if rise > 0 else most
+def _moved(prices: np.ndarray, over: np.ndarray, step: float) -> np.ndarray:
+    """Higher prices of rows that overflow, lower ones of rows that do not."""
+    moved = np.where(over > 0, prices * step, prices / step)
+    fresh = (over > 0) & (prices == 0)
+    if fresh.any() and not ((over > 0) & (prices > 0)).any():
+        moved[int(np.argmax(np.where(fresh, over, -np.inf)))] = prices.max() * (step - 1)
+    return moved

@@ -17,8 +17,9 @@ from search.incumbent import decode, overflow
 from search.kernel import combined
 from search.memory import rows
 from search.model import solve
+from search.pricing import settled
 from search.problem import FORBIDDEN, Problem, build
-from search.repricing import settled
+from search.repricing import bracketed
 
 ROUNDING = 2e-9
 """Seconds by which a sum changes when it is formed anew beside the price of the impossible."""
@@ -96,6 +97,22 @@ def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     assert dual.bound() >= before - ROUNDING - 1e-9 * abs(before)
     assert dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
     assert mixture is None or mixture.weights.sum() <= 1 + 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
+def test_prices_in_a_branch_lie_between_plans_that_fit_and_plans_that_do_not(program, topology, part):
+    """The bound does not sink; of two plans one overflows and one does not; no plan costs less than the bound."""
+    problem = tight(program, topology, part)
+    ascent = begun(problem)
+    if not ascent.fits:
+        return
+    before = ascent.dual.bound()
+    bracket = bracketed(ascent)
+    assert ascent.dual.bound() >= before - ROUNDING - 1e-9 * abs(before)
+    assert ascent.dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
+    for plan, fits in ((bracket.lean, True), (bracket.bulky, False)):
+        assert plan is None or bool(overflow(problem, ascent.rows, plan).max(initial=-np.inf) <= 0) == fits
 
 
 @settings(max_examples=60, deadline=None)

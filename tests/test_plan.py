@@ -442,3 +442,13 @@ def test_auto_names_the_devices_at_hand(given: list[Any], name: str) -> None:
 def test_devices_that_are_no_topology_are_refused(given: list[Any], message: str) -> None:
     with pytest.raises(autoshard.TopologyError, match=message):
         name_of(given)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_weights_that_are_cast_for_a_product_are_read_as_they_are_stored(dtype: str) -> None:
+    """However small: a cast makes nothing that could have stayed on the chip."""
+    weight, x = jax.ShapeDtypeStruct((1600, 1600), dtype), jax.ShapeDtypeStruct((8, 1600), jnp.bfloat16)
+    plan = autoshard.search(lambda w, x: x @ w.astype(x.dtype), weight, x, topology="v5e:1x1")
+    chip = plan.topology.chip
+    assert chip.on_chip_bytes > weight.size * 4
+    assert plan.proof.objective_seconds >= weight.size * weight.dtype.itemsize / chip.hbm_bytes_per_second
