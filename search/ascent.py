@@ -11,7 +11,7 @@ from search.bound import Dual
 from search.incumbent import decode, improve
 from search.kernel import combined
 from search.memory import Row, together
-from search.mixture import Pool, Seen
+from search.pool import Pool, Seen
 from search.pricing import settled
 from search.problem import FORBIDDEN, Node, Problem
 from search.symmetry import representatives

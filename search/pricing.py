@@ -1,7 +1,7 @@
 """The price of memory: moved to where the bound is highest, as far as the plans seen tell, until they tell no better.
 
 The bound is concave in the prices of all rows. Each trial shows a plan that is best at its prices, and the plans seen say where
-to try next (`search.mixture`); it is tried half way there, as the far end is often far too high or too low (the smoothing of
+to try next (`search.pool`); it is tried half way there, as the far end is often far too high or too low (the smoothing of
 Wentges, "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
 """
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from search.bound import Snapshot
-from search.mixture import Mixture
 
 if TYPE_CHECKING:
     from search.ascent import Ascent
@@ -33,8 +32,8 @@ Trial = Callable[[], np.ndarray]
 """Lifts the bound at the dual's prices; returns by how much the relaxed plan overflows each row."""
 
 
-def settled(ascent: Ascent, over: np.ndarray, trial: Trial, trials: int) -> Mixture | None:
-    """Moves the dual's prices to where its bound is highest, and says between which plans that is, if any are known.
+def settled(ascent: Ascent, over: np.ndarray, trial: Trial, trials: int) -> None:
+    """Moves the dual's prices to where its bound is highest.
 
     **Arguments:**
 
@@ -42,36 +41,35 @@ def settled(ascent: Ascent, over: np.ndarray, trial: Trial, trials: int) -> Mixt
     """
     dual = ascent.dual
     best: tuple[float, Snapshot] = (dual.bound(), dual.snapshot())
-    mixture, told, feeble = None, np.inf, 0
+    before, feeble = np.inf, 0
     for _ in range(trials):
-        mixture = ascent.pool.mixture(dual.keep, ascent.objective)
+        told = ascent.pool.best_prices(dual.keep, ascent.objective)
         open_ = ascent.objective - best[0] if np.isfinite(ascent.objective) else 0.0
         little = max(_FLAT * abs(best[0]), _FLAT_OF_OPEN * open_)
-        if ascent.reached(best[0]) or ascent.late or (mixture and mixture.seconds - best[0] < little):
+        if ascent.reached(best[0]) or ascent.late or (told and told.seconds - best[0] < little):
             break
-        if mixture is None and over.max(initial=0.0) <= 0:
+        if told is None and over.max(initial=0.0) <= 0:
             break
-        if mixture is None:
+        if told is None:
             prices = _higher(ascent, over)
         else:
-            part = _PART if mixture.seconds < told else 1.0
-            prices = best[1].multipliers + part * (mixture.prices - best[1].multipliers)
-            told = mixture.seconds
+            part = _PART if told.seconds < before else 1.0
+            prices = best[1].multipliers + part * (told.prices - best[1].multipliers)
+            before = told.seconds
         dual.reprice(prices)
         over = trial()
         if dual.emptied:
-            return None
+            return
         rise = dual.bound() - best[0]
         if rise > 0:
             best = dual.bound(), dual.snapshot()
-        feeble = feeble + 1 if mixture is not None and rise < _FEEBLE * little else 0
+        feeble = feeble + 1 if told is not None and rise < _FEEBLE * little else 0
         if feeble == _PATIENCE:
             break  # the plan that would say more is not among those that are read off the dual
     if dual.bound() < best[0]:
         left = dual.keep
         dual.load(best[1])
         dual.restrict([np.intersect1d(a, b, assume_unique=True) for a, b in zip(dual.keep, left, strict=True)])
-    return mixture
 
 
 def _higher(ascent: Ascent, over: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 At prices $\\lambda \\ge 0$ of the bytes by which rows overflow, a plan of $c_k$ seconds that is $g_k$ bytes over costs
 $c_k + \\lambda g_k$. What is proven at those prices is the least of it over all plans. Over the plans seen it is a function
 that lies above, and is highest where a linear programme says: the master problem of Dantzig and Wolfe ("Decomposition principle
-for linear programs", 1960), or Kelley's cutting planes. Its dual solution is a mixture of plans that fits on average.
+for linear programs", 1960), or Kelley's cutting planes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import numpy as np
 from search.incumbent import overflow
 from search.memory import Row
 from search.problem import FORBIDDEN, Problem
-
-_WEIGHT = 1e-6
-"""The weight below which a plan has no part in a mixture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +33,11 @@ class Seen:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
-    """Plans with weights that add up to 1: no price of memory proves more `seconds` than they cost on average.
-
-    `prices` are the rows' that prove so much of the plans seen, in seconds per byte. Where no mixture of them fits, a plan that
-    was not among them has the rest of the weight.
-    """
+class BestPrices:
+    """The rows' prices, in seconds per byte, that prove most of the plans seen, and the seconds that they prove."""
 
     prices: np.ndarray
     seconds: float
-    plans: tuple[Seen, ...]
-    weights: np.ndarray
 
 
 class Pool:
@@ -73,7 +64,7 @@ class Pool:
         """The states of every plan, in the order in which they were seen."""
         return [plan.states for plan in self._plans.values()]
 
-    def mixture(self, keep: Sequence[np.ndarray], most: float) -> Mixture | None:
+    def best_prices(self, keep: Sequence[np.ndarray], most: float) -> BestPrices | None:
         """The best prices as far as the possible plans of these states tell; `None` if they tell nothing.
 
         **Arguments:**
@@ -96,7 +87,7 @@ class Pool:
         return [plans[k] for k in np.flatnonzero(inside).tolist()]
 
 
-def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Mixture | None:
+def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> BestPrices | None:
     """Solves the master problem in seconds of about 1 and in budgets of memory."""
     from ortools.linear_solver import pywraplp  # most runs do without
 
@@ -109,18 +100,14 @@ def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Mixture | 
     prices = [solver.NumVar(0.0, solver.infinity(), "") for _ in rows]
     highest = (most - least) / unit if np.isfinite(most) else solver.infinity()
     proven = solver.NumVar(-solver.infinity(), highest, "")
-    cuts = []
     for plan, beyond in zip(plans, over[:, rows] / budget_bytes, strict=True):
         cut = solver.Constraint(-solver.infinity(), (plan.seconds - least) / unit)
         cut.SetCoefficient(proven, 1.0)
         for price, part in zip(prices, beyond, strict=True):
             cut.SetCoefficient(price, -float(part))
-        cuts.append(cut)
     solver.Maximize(proven)
     if solver.Solve() != pywraplp.Solver.OPTIMAL:
         return None
     found = np.zeros(over.shape[1])
     found[rows] = [max(price.solution_value(), 0.0) * unit / budget_bytes for price in prices]
-    weights = np.array([cut.dual_value() for cut in cuts])
-    part = np.flatnonzero(weights > _WEIGHT)
-    return Mixture(found, proven.solution_value() * unit + least, tuple(plans[k] for k in part.tolist()), weights[part])
+    return BestPrices(found, proven.solution_value() * unit + least)
