@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from costmodels.operations import CAST
 from costmodels.program import Operation, Program, Use
-
-_CAST = "convert_element_type"
 
 
 def with_traffic(program: Program) -> Program:
@@ -49,7 +48,7 @@ def _is_view(program: Program, op: Operation) -> bool:
     """Whether an operation only shows its operand: a view, or a cast of what other operations use."""
     if op.op_class != "fused" or not op.inputs:
         return False
-    return not op.flops_per_point or (op.primitive == _CAST and not _returned(program, op.outputs[0].value))
+    return not op.flops_per_point or (op.primitive == CAST and not _returned(program, op.outputs[0].value))
 
 
 def _returned(program: Program, value: int) -> bool:
@@ -128,7 +127,7 @@ def _width_written(program: Program, value: int) -> float:
     """The widest that any use wants it, seen through casts."""
     users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
     own = program.values[value].itemsize
-    casts = [op for op in users if op.primitive == _CAST and _is_view(program, op)]
+    casts = [op for op in users if op.primitive == CAST and _is_view(program, op)]
     if not users or len(casts) < len(users):
         return own
     return min(own, max(program.values[op.outputs[0].value].itemsize for op in casts))

@@ -16,9 +16,10 @@ from search.views import views
 def waits(program: Program) -> dict[int, int]:
     """Per operation that makes something of arguments for a product, the product's other operand, if that is made before."""
     given, made = _of_arguments(program)
+    known = given | made
     found: dict[int, int] = {}
     for at, op in program.matmuls():
-        others = [use.value for use in op.inputs if use.value not in given | made]
+        others = [use.value for use in op.inputs if use.value not in known]
         for first in (each for use in op.inputs if use.value in made for each in _firsts(program, use.value, given)):
             value = next((value for value in others if program.producers[value][0] < first), None)
             if value is not None and _together(program, first, at, value):
@@ -40,14 +41,16 @@ def _of_arguments(program: Program) -> tuple[set[int], set[int]]:
 
 
 def _firsts(program: Program, value: int, given: set[int]) -> Iterator[int]:
-    """The operations with which the making of a value begins."""
-    at = program.producers[value][0]
-    operands = [use.value for use in program.operations[at].inputs]
-    if any(operand in given for operand in operands):
-        yield at
-    for operand in operands:
-        if operand not in given:
-            yield from _firsts(program, operand, given)
+    """The operations with which the making of a value begins, each once: what is used twice is not looked at twice."""
+    open_, seen = [value], {value}
+    while open_:
+        at = program.producers[open_.pop()][0]
+        operands = [use.value for use in program.operations[at].inputs]
+        if any(operand in given for operand in operands):
+            yield at
+        fresh = [operand for operand in operands if operand not in given and operand not in seen]
+        seen.update(fresh)
+        open_.extend(fresh)
 
 
 def _together(program: Program, first: int, product: int, value: int) -> bool:

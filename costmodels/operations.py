@@ -38,7 +38,8 @@ from costmodels.chips import Chip
 from costmodels.program import Operation, Program
 from costmodels.symbolic import sympy
 
-_CAST = "convert_element_type"
+CAST = "convert_element_type"
+"""The primitive that changes a type: it moves nothing of its own."""
 
 Array = np.ndarray
 
@@ -147,7 +148,7 @@ def _made_by(program: Program, value: int) -> Operation | None:
     """What makes the array that a value is a view or a cast of; None where the program does not say."""
     while value in program.producers:
         op = program.operations[program.producers[value][0]]
-        shows = not op.flops_per_point or op.primitive == _CAST
+        shows = not op.flops_per_point or op.primitive == CAST
         if op.op_class != "fused" or not shows or not op.inputs:
             return op
         value = op.inputs[0].value

@@ -13,6 +13,7 @@ from jax import lax
 from test_plan import well_linked
 
 import autoshard
+from autoshard import waiting
 from autoshard.emit import emitted
 from autoshard.invariant import split
 from autoshard.trace import trace
@@ -248,3 +249,16 @@ def test_a_loop_without_its_unrolling_says_so() -> None:
     plan = autoshard.search(unrolled, stacks, x, topology="cpu:8")
     (warning,) = (each for each in plan.warnings if "unroll" in each)
     assert "round by round, without its unroll=4" in warning
+
+
+def test_what_makes_a_weight_is_looked_at_once_however_often_it_is_used() -> None:
+    def product(weight, x):
+        for _ in range(12):
+            weight = 2 * weight + 3 * weight
+        return jnp.tanh(x @ x) @ weight
+
+    square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    program = trace(product, square, square).program
+    (_, last) = (op for _, op in program.matmuls())
+    given = {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
+    assert len(list(waiting._firsts(program, last.inputs[1].value, given))) == 2
