@@ -15,13 +15,14 @@ arguments and results, and all that an optimizer does to each layer's parameters
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from costmodels.program import Operation, Program
+from search.refinement import refine
 
 _PERIODS = 24
 """How many of the commonest distances between like operations are tried as periods."""
@@ -196,16 +197,24 @@ def _share_alike(program: Program, found: list[int], repeated: set[int]) -> None
     colours = _first_colours(program, found, repeated)
     donor = {program.results[b]: program.arguments[a] for a, b in program.donated}
     partner = donor | {argument: result for result, argument in donor.items()}
-    count = 0
-    while len(set(colours)) > count:
-        count = len(set(colours))
-        ids: dict[tuple, int] = {}
-        renewed = [(i, _seen_from(program, colours, i, partner.get(i))) for i in apart]
-        for i, sight in renewed:
-            colours[i] = ids.setdefault((colours[i], sight), len(program.operations) + len(ids))
+    refine(colours, apart, lambda i: _seen_from(program, colours, i, partner.get(i)), _seers(program, apart, partner))
     first: dict[int, int] = {}
     for i in apart:
         found[i] = first.setdefault(colours[i], i)
+
+
+def _seers(program: Program, apart: Sequence[int], partner: Mapping[int, int]) -> Mapping[int, set[int]]:
+    """Per operation the others in whose `_seen_from` its colour is."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for i in apart:
+        op = program.operations[i]
+        seen = {program.producers[use.value][0] for use in op.inputs}
+        for use in op.outputs:
+            if program.values[use.value].shape:
+                seen.update(at for at, _ in program.consumers.get(use.value, ()))
+        for other in (*seen, *((partner[i],) if i in partner else ())):
+            found[other].add(i)
+    return found
 
 
 def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:

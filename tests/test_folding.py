@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from autoshard.trace import trace
 from costmodels.program import Program
 from search.folding import classes, folds
+from search.refinement import refine
 
 WIDTH, LAYERS = 8, 12
 
@@ -108,3 +109,30 @@ def test_what_is_used_otherwise_is_not_alike() -> None:
     sizes = class_sizes(program)
     assert {sizes["head['up']"], sizes["head['down']"]} == {1}
     assert sizes["layers[3]['up']"] == LAYERS
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
+    """First colours of a few vertices, and per vertex which others it sees."""
+    count = draw(st.integers(1, 12))
+    vertices = st.integers(0, count - 1)
+    colours = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
+    return colours, draw(st.lists(st.lists(vertices, max_size=3), min_size=count, max_size=count))
+
+
+@given(graph=graphs(), fixed=st.sets(st.integers(0, 11), max_size=3))
+def test_refined_colours_are_those_of_whole_rounds(graph: tuple[list[int], list[list[int]]], fixed: set[int]) -> None:
+    """Looking again only at who sees a new colour parts the vertices as looking at all of them in every round does."""
+    colours, seen = graph
+    members = [i for i in range(len(colours)) if i not in fixed]
+    slow = [(colour, i in fixed) for i, colour in enumerate(colours)]
+    for _ in colours:
+        slow = [(each, () if i in fixed else tuple(slow[j] for j in seen[i])) for i, each in enumerate(slow)]
+        names = {each: k for k, each in enumerate(dict.fromkeys(slow))}
+        slow = [(names[each], i in fixed) for i, each in enumerate(slow)]
+    fast = [2 * colour + (i in fixed) for i, colour in enumerate(colours)]
+    seers = {i: {j for j in members if i in seen[j]} for i in range(len(colours))}
+    refine(fast, members, lambda i: tuple(fast[j] for j in seen[i]), seers)
+    for i in members:
+        for j in members:
+            assert (fast[i] == fast[j]) == (slow[i] == slow[j])
