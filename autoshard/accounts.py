@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from math import prod
 
 import numpy as np
 
-from autoshard.alternatives import runner_up
+from autoshard.alternatives import Alternatives
 from autoshard.blocks import Literal, Traced
 from autoshard.naming import strategy_name
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
@@ -17,7 +17,7 @@ from costmodels.program import Operation, Program
 from costmodels.regimes import regime
 from costmodels.topology import Topology
 from search.layouts import replicated, shards
-from search.memory import Row, rows
+from search.memory import rows
 from search.problem import Problem
 from search.solution import Choice, Collective, collectives, needed, produced, states_of
 from search.solve import Solution
@@ -75,7 +75,6 @@ def result_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
 def estimate(solution: Solution) -> Estimate:
     """What a step costs, by the independent checker, with its collectives in program order."""
     problem, check = solution.problem, solution.check
-    found = collectives(problem.program, problem.topology, solution.choice)
     return Estimate(
         check.seconds,
         check.compute_seconds,
@@ -93,7 +92,7 @@ def estimate(solution: Solution) -> Estimate:
                 float(each.seconds),
                 _where(problem.program, each),
             )
-            for each in found
+            for each in solution.collectives
         ),
     )
 
@@ -113,14 +112,14 @@ def _where(program: Program, collective: Collective) -> str:
 def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     """Every operation of the program, in its numbering; those that only carry arrays along cost nothing."""
     problem, choice = solution.problem, solution.choice
-    wire = _collective_seconds(problem.program, problem.topology, choice)
-    states, limits = states_of(problem, choice), rows(problem)
+    wire = _collective_seconds(problem.program, solution.collectives)
+    others = Alternatives(problem, rows(problem), states_of(problem, choice))
     copies: dict[tuple, OperationPlan] = {}
     found = []
     for i, op in enumerate(problem.program.operations):
         like = (problem.of_operation[i], hbm_traffic(problem.program, op))
         if like not in copies:
-            copies[like] = _operation(problem, choice, i, states, limits)
+            copies[like] = _operation(problem, choice, i, others)
         found.append(_of_this(copies[like], op, wire[i], problem.topology))
     return tuple(found)
 
@@ -132,16 +131,16 @@ def _of_this(copy: OperationPlan, op: Operation, wire: float, topology: Topology
     return replace(copy, name=op.name, source=op.source, collective_seconds=wire, regime=bound)
 
 
-def _collective_seconds(program: Program, topology: Topology, choice: Choice) -> list[float]:
+def _collective_seconds(program: Program, planned: Iterable[Collective]) -> list[float]:
     """Per operation the collectives of its operands and those inside it; a result that moves when it is made is its own."""
     found = [0.0] * len(program.operations)
-    for each in collectives(program, topology, choice):
+    for each in planned:
         at = each.operation if each.operation >= 0 else program.producers[each.value][0]
         found[at] += float(each.seconds)
     return found
 
 
-def _operation(problem: Problem, choice: Choice, i: int, states: np.ndarray, limits: tuple[Row, ...]) -> OperationPlan:
+def _operation(problem: Problem, choice: Choice, i: int, others: Alternatives) -> OperationPlan:
     """The account of one operation, without its changes of layout."""
     program, topology = problem.program, problem.topology
     op, strategy = program.operations[i], choice.strategies[i]
@@ -160,7 +159,7 @@ def _operation(problem: Problem, choice: Choice, i: int, states: np.ndarray, lim
         **totals,
         collective_seconds=0.0,
         regime="",
-        runner_up=runner_up(problem, limits, states, i) if matmul else "",
+        runner_up=others.runner_up(i) if matmul else "",
         matmul=matmul,
         sizes=tuple(factor.size for factor in op.factors),
     )
@@ -180,7 +179,7 @@ def repriced(
     program: Program, topology: Topology, choice: Choice, planned: Sequence[OperationPlan]
 ) -> tuple[OperationPlan, ...]:
     """Planned operations with what they cost in another program or on another topology, planned as they were."""
-    wire = _collective_seconds(program, topology, choice)
+    wire = _collective_seconds(program, collectives(program, topology, choice))
     return tuple(
         replace(op, **_totals(program, topology, choice, i), collective_seconds=wire[i]) for i, op in enumerate(planned)
     )
@@ -253,9 +252,7 @@ def _assumed(topology: Topology) -> Iterator[str]:
 
 
 def _looped(solution: Solution) -> Iterator[str]:
-    problem = solution.problem
-    found = collectives(problem.program, problem.topology, solution.choice)
-    hidden = sum(each.hidden_seconds for each in found)
+    hidden = sum(each.hidden_seconds for each in solution.collectives)
     if hidden:
         yield (
             f"{hidden * 1e3:.4g} ms of collectives are priced as hidden by looped einsums. The program that is emitted does not"

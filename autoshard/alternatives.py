@@ -7,6 +7,7 @@ and those around them, until none improves. So it is a price that can be had, an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from autoshard.naming import strategy_name
 from autoshard.tables import size, time
 from search.incumbent import improve, overflow
 from search.memory import Row, together
-from search.problem import FORBIDDEN, Problem, allowing
+from search.problem import FORBIDDEN, Problem
 from search.solution import choice_of
 
 _TRIED = 4
@@ -25,98 +26,95 @@ _ROUNDS = 10
 """How often all operations adapt, at most."""
 
 
-def runner_up(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, operation: int) -> str:
-    """The cheapest other strategy of an operation by name, and what the step would cost more under it, at most.
+class Alternatives:
+    """What the operations of one plan could have done instead."""
 
-    "WS-2D: contracted over x, output over yz: at most 13.5 ms more"
-    """
-    name = _name(problem, states, operation)
-    found = [plan for plan in _others(problem, limits, states, operation) if _name(problem, plan, operation) != name]
-    if not found:
-        return ""
-    best = min(found, key=lambda plan: (_over(problem, limits, plan) > 0, problem.objective(plan)))
-    if (over := _over(problem, limits, best)) > 0:
-        return f"{_name(problem, best, operation)}: {size(over)} too large, as found"
-    rise = max(problem.objective(best) - problem.objective(states), 0.0)
-    return f"{_name(problem, best, operation)}: at most {time(rise)} more"
+    def __init__(self, problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> None:
+        self.problem, self.limits, self.states = problem, limits, states
 
+    @cached_property
+    def _everywhere(self) -> Row:
+        return together(self.limits)
 
-def _name(problem: Problem, states: np.ndarray, operation: int) -> str:
-    return strategy_name(problem.program, problem.topology, choice_of(problem, states), operation)
+    def runner_up(self, operation: int) -> str:
+        """The cheapest other strategy of an operation by name, and what the step would cost more under it, at most.
 
+        "WS-2D: contracted over x, output over yz: at most 13.5 ms more"
+        """
+        name = self._name(self.states, operation)
+        found = [plan for plan in self.others(operation) if self._name(plan, operation) != name]
+        if not found:
+            return ""
+        best = min(found, key=lambda plan: (self._over(plan) > 0, self.problem.objective(plan)))
+        if (over := self._over(best)) > 0:
+            return f"{self._name(best, operation)}: {size(over)} too large, as found"
+        rise = max(self.problem.objective(best) - self.problem.objective(self.states), 0.0)
+        return f"{self._name(best, operation)}: at most {time(rise)} more"
 
-def _others(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, operation: int) -> Iterator[np.ndarray]:
-    """Plans around the likeliest strategies of other names."""
-    node = problem.of_operation[operation]
-    cost, replies = _with_neighbours(problem, states, node)
-    names = {_name(problem, states, operation)}
-    for state in np.argsort(cost, kind="stable"):
-        if cost[state] >= FORBIDDEN / 2 or len(names) > _TRIED:
-            return
-        changed = states.copy()
-        changed[node] = state
-        for neighbour, best in replies.items():
-            changed[neighbour] = best[state]
-        if _name(problem, changed, operation) in names:
-            continue
-        names.add(_name(problem, changed, operation))
-        squeezed = _squeezed(problem, limits, changed, operation)
-        yield _adapted(problem, limits, states, squeezed, node)
+    def _name(self, states: np.ndarray, operation: int) -> str:
+        return strategy_name(self.problem.program, self.problem.topology, choice_of(self.problem, states), operation)
 
+    def others(self, operation: int) -> Iterator[np.ndarray]:
+        """Plans around the likeliest strategies of other names."""
+        node = self.problem.of_operation[operation]
+        cost, replies = _with_neighbours(self.problem, self.states, node)
+        names = {self._name(self.states, operation)}
+        for state in np.argsort(cost, kind="stable"):
+            if cost[state] >= FORBIDDEN / 2 or len(names) > _TRIED:
+                return
+            changed = self.states.copy()
+            changed[node] = state
+            for neighbour, best in replies.items():
+                changed[neighbour] = best[state]
+            if (name := self._name(changed, operation)) not in names:
+                names.add(name)
+                yield self._adapted(self._squeezed(changed, node), node)
 
-def _squeezed(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, operation: int) -> np.ndarray:
-    """The same states if they fit, else others with the same strategy of one operation, chosen at a steep price on memory."""
-    if _over(problem, limits, states) <= 0:
+    def _squeezed(self, states: np.ndarray, held: int) -> np.ndarray:
+        """The same states if they fit, else others of all nodes but one, chosen at a steep price on memory."""
+        if self._over(states) <= 0:
+            return states
+        steep = _STEEP * self.problem.objective(states) / self.problem.budget_bytes
+        return improve(self.problem, (self._everywhere,), states, np.array([steep]), held)
+
+    def _adapted(self, states: np.ndarray, held: int) -> np.ndarray:
+        """Changes one node at a time, all but one, to its best state that takes no more memory than there is, or was taken.
+
+        Only the neighbours of what is not as it was before have reason to change, then theirs.
+        """
+        states, most = states.copy(), max(self._over(states), 0.0)
+        stirred = _around(self.problem, np.flatnonzero(states != self.states).tolist())
+        for _ in range(_ROUNDS):
+            changed = []
+            for i in sorted(stirred - {held}):
+                now = states[i]
+                most = self._improved(states, i, most)
+                changed += [i] if states[i] != now else []
+            if not changed:
+                break
+            stirred = _around(self.problem, changed)
         return states
-    node = problem.of_operation[operation]
-    strategy = problem.nodes[node].states[states[node]]
-    held = allowing(problem, lambda at, other: at != operation or other == strategy)
-    steep = _STEEP * problem.objective(states) / problem.budget_bytes
-    return improve(held, (together(limits),), states, np.array([steep]))
 
+    def _improved(self, states: np.ndarray, node: int, most: float) -> float:
+        """Gives one node its best state, in place; returns by how many bytes memory may be exceeded from then on."""
+        cost, now = _apart_from(self.problem, states, node, -1), states[node]
+        better = np.flatnonzero(cost < cost[now] * (1 - 1e-12))
+        for state in better[np.argsort(cost[better], kind="stable")][:_TRIED]:
+            states[node] = state
+            if (over := self._over(states)) <= most:
+                return max(over, 0.0)
+        states[node] = now
+        return most
 
-def _adapted(
-    problem: Problem, limits: tuple[Row, ...], before: np.ndarray, states: np.ndarray, held: int
-) -> np.ndarray:
-    """Changes one node at a time, all but one, to its best state that takes no more memory than there is, or than was taken.
-
-    Only the neighbours of what is not as it was before have reason to change, then theirs.
-    """
-    states, most = states.copy(), max(_over(problem, limits, states), 0.0)
-    stirred = _around(problem, np.flatnonzero(states != before).tolist())
-    for _ in range(_ROUNDS):
-        changed = []
-        for i in sorted(stirred - {held}):
-            now = states[i]
-            most = _improved(problem, limits, states, i, most)
-            changed += [i] if states[i] != now else []
-        if not changed:
-            break
-        stirred = _around(problem, changed)
-    return states
+    def _over(self, states: np.ndarray) -> float:
+        """By how many bytes the fullest point exceeds the budget."""
+        return float(overflow(self.problem, self.limits, states).max(initial=-1.0))
 
 
 def _around(problem: Problem, nodes: list[int]) -> set[int]:
     """Nodes and their neighbours."""
     edges = [problem.edges[k] for i in nodes for k in problem.incident[i]]
     return {*nodes, *(edge.a for edge in edges), *(edge.b for edge in edges)}
-
-
-def _improved(problem: Problem, limits: tuple[Row, ...], states: np.ndarray, node: int, most: float) -> float:
-    """Gives one node its best state, in place; returns by how many bytes memory may be exceeded from then on."""
-    cost, now = _apart_from(problem, states, node, -1), states[node]
-    better = np.flatnonzero(cost < cost[now] * (1 - 1e-12))
-    for state in better[np.argsort(cost[better], kind="stable")][:_TRIED]:
-        states[node] = state
-        if (over := _over(problem, limits, states)) <= most:
-            return max(over, 0.0)
-    states[node] = now
-    return most
-
-
-def _over(problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> float:
-    """By how many bytes the fullest point exceeds the budget."""
-    return float(overflow(problem, limits, states).max(initial=-1.0))
 
 
 def _with_neighbours(problem: Problem, states: np.ndarray, node: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:

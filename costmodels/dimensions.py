@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from heapq import heappop, heappush
 from itertools import combinations
 from math import prod
 from typing import NamedTuple
@@ -149,8 +150,16 @@ class _Flow:
         self.known: dict[int, Expr] = {}
         self.relations: dict[tuple[str, str], None] = {}
         self.rules: list[_Sum] = []
+        self.open: dict[int, _Sum] = {}
+        self.stirred: set[int] = set()
+        self.about: dict[int, list[int]] = {}
         for i, op in enumerate(program.operations):
             self._join(i, op)
+        self.open = dict(enumerate(self.rules))
+        self.stirred = set(self.open)
+        for at, rule in self.open.items():
+            for root in {self.root(node) for node in (rule.whole, *rule.parts)}:
+                self.about.setdefault(root, []).append(at)
 
     def _number(self, rows: Iterable[Sequence[int]]) -> list[int]:
         starts = []
@@ -202,18 +211,28 @@ class _Flow:
         root = self.root(node)
         if root not in self.known:
             self.known[root] = size
+            self.stirred.update(at for at in self.about.get(root, ()) if at in self.open)
         elif self.known[root] != size and sympy.expand(self.known[root] - size) != 0:
             self.relations[str(self.known[root]), str(size)] = None
 
     def propagate(self) -> None:
-        """Works out what products and sums leave open, until there is nothing more to be had."""
-        open_rules = self.rules
-        while True:
-            left = [rule for rule in open_rules if not self._apply(rule)]
-            if len(left) == len(open_rules):
-                self.rules = left
-                return
-            open_rules = left
+        """Works out what products and sums leave open, until there is nothing more to be had.
+
+        In rounds over the rules in order, of which only those are asked again that anything new is known about.
+        """
+        while self.stirred:
+            ahead, asked = sorted(self.stirred), self.stirred
+            self.stirred = set()
+            while ahead:
+                at = heappop(ahead)
+                asked.discard(at)
+                if self._apply(self.open[at]):
+                    del self.open[at]
+                later = {other for other in self.stirred if other > at}
+                self.stirred -= later | {at}
+                for other in later - asked:
+                    heappush(ahead, other)
+                asked |= later
 
     def _apply(self, rule: _Sum) -> bool:
         """Whether a rule has said all it can."""
@@ -266,8 +285,8 @@ class _Flow:
 
     def finish(self) -> None:
         """What is left: of a cut dimension all parts but the last are the program's own numbers, and so is all else."""
-        while self.rules:
-            rule = next((rule for rule in self.rules if not self.unknown(rule.whole)), None)
+        while self.open:
+            rule = next((rule for rule in self.open.values() if not self.unknown(rule.whole)), None)
             if rule is None:
                 break
             first = next(part for part in rule.parts if self.unknown(part))
@@ -275,12 +294,12 @@ class _Flow:
             count = sum(self.unknown(part) for part in rule.parts)
             self.settle(first, self._rest(rule) / count if alike else sympy.Integer(self.numbers[first]))
             self.propagate()
-        wholes = {self.root(rule.whole) for rule in self.rules}
+        wholes = {self.root(rule.whole) for rule in self.open.values()}
         for left in (False, True):
             for node in range(len(self.numbers)):
                 root = self.root(node)
                 if root not in self.known and (left or root not in wholes):
-                    self.known[root] = sympy.Integer(self.numbers[root])
+                    self.settle(root, sympy.Integer(self.numbers[root]))
             self.propagate()
 
     def found(self) -> Dimensions:

@@ -42,7 +42,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ban:
+class Ban:
     """What banned pairs of layouts cost, indexed as the matrix would be that it stands for."""
 
     pairs: np.ndarray
@@ -61,7 +61,7 @@ class Dual:
         self.problem, self.rows = problem, rows
         self.keep = list(keep) if keep is not None else [np.arange(len(node.states)) for node in problem.nodes]
         self.multipliers = np.zeros(len(rows))
-        self.banned: dict[int, np.ndarray] = {}
+        self.banned: dict[int, Ban] = {}
         self.fits = True
         self.emptied = False
         self._left = [np.zeros(len(problem.nodes[e.a].states)) for e in problem.edges]
@@ -69,6 +69,8 @@ class Dual:
         self.order = sorted(range(len(problem.nodes)), key=self._place)
         self.rank = np.empty(len(self.order), dtype=int)
         self.rank[self.order] = np.arange(len(self.order))
+        self._priced: tuple[np.ndarray, dict[int, np.ndarray], dict[int, list[Any]]] = (np.zeros(len(rows)), {}, {})
+        self.edges: list[DualEdge] = []
         self._rebuild()
 
     def _place(self, i: int) -> tuple[float, int]:
@@ -80,33 +82,46 @@ class Dual:
         )
 
     def _rebuild(self) -> None:
-        """Recomputes potentials from the messages, the surviving states and the multipliers."""
+        """Recomputes potentials from the messages, the surviving states and the multipliers; what they leave alone stays."""
         extra_nodes, extra_edges = self._priced_rows()
-        for k, banned in self.banned.items():
-            extra_edges.setdefault(k, []).append(_Ban(banned))
-        self.edges = [
-            DualEdge(
-                e, extra_edges.get(k, ()), self._left[k][self.keep[e.a]], self._right[k][self.keep[e.b]], self.keep
-            )
-            for k, e in enumerate(self.problem.edges)
-        ]
+        edges, made = [], []
+        for k, e in enumerate(self.problem.edges):
+            extra = (*extra_edges.get(k, ()), *((self.banned[k],) if k in self.banned else ()))
+            left, right = self._left[k][self.keep[e.a]], self._right[k][self.keep[e.b]]
+            if self.edges and self.edges[k].has(extra, self.keep):
+                edges.append(self.edges[k].after(left, right))
+            else:
+                edges.append(DualEdge(e, extra, left, right, self.keep))
+                made.append(k)
+        self.edges = edges
         self.theta = []
         for i, node in enumerate(self.problem.nodes):
             theta = node.cost + extra_nodes.get(i, 0.0)
             for k in self.problem.incident[i]:
                 theta = theta + (self._left[k] if self.problem.edges[k].a == i else self._right[k])
             self.theta.append(theta[self.keep[i]])
+        self._settle(made)
+
+    def _settle(self, edges: Sequence[int]) -> None:
+        """Empties the separable edges among these into their ends; sweeps then leave them out."""
+        for k in edges:
+            if (edge := self.edges[k]).separable:
+                for node in (edge.a, edge.b):
+                    self.theta[node] = self.theta[node] + edge.take(node)
 
     def _priced_rows(self) -> tuple[dict[int, np.ndarray], dict[int, list[Any]]]:
-        nodes: dict[int, np.ndarray] = {}
-        edges: dict[int, list[Any]] = {}
-        for row, multiplier in zip(self.rows, self.multipliers, strict=True):
-            if multiplier > 0:
-                for i, vector in row.nodes:
-                    nodes[i] = nodes.get(i, 0.0) + multiplier * vector
-                for k, table in row.edges:
-                    edges.setdefault(k, []).append(multiplier * table)
-        return nodes, edges
+        """Per node and edge the price of its bytes; the same objects as long as the multipliers are the same."""
+        if not np.array_equal(self._priced[0], self.multipliers):
+            nodes: dict[int, np.ndarray] = {}
+            edges: dict[int, list[Any]] = {}
+            for row, multiplier in zip(self.rows, self.multipliers, strict=True):
+                if multiplier > 0:
+                    for i, vector in row.nodes:
+                        nodes[i] = nodes.get(i, 0.0) + multiplier * vector
+                    for k, table in row.edges:
+                        edges.setdefault(k, []).append(multiplier * table)
+            self._priced = self.multipliers.copy(), nodes, edges
+        return self._priced[1:]
 
     def priced_bytes(self) -> dict[int, np.ndarray]:
         """Per node and surviving state the bytes it holds at priced points, times their price; of copies the least."""
@@ -134,7 +149,7 @@ class Dual:
         self._rebuild()
 
     def restrict(self, keep: Sequence[np.ndarray]) -> None:
-        """Keeps only these states."""
+        """Keeps only these states; whoever wants the others back takes a snapshot before, as what is left moves costs."""
         self._store()
         self.keep = list(keep)
         self._rebuild()
@@ -148,6 +163,7 @@ class Dual:
             left = edge.left[kept] if edge.a == node else edge.left
             right = edge.right[kept] if edge.b == node else edge.right
             self.edges[k] = DualEdge(self.problem.edges[k], edge.extra, left, right, self.keep)
+        self._settle(self.problem.incident[node])
 
     @contextmanager
     def held(self, node: int, states: np.ndarray) -> Iterator[None]:
@@ -186,36 +202,32 @@ class Dual:
         self._pass(self.order[::-1], forward=False)
 
     def _pass(self, order: Sequence[int], forward: bool) -> None:
-        decided = [len(keep) == 1 for keep in self.keep]
         for i in order:
-            if decided[i]:
-                continue
             theta = self.theta[i]
             ahead, behind = [], 0
-            for k in self.problem.incident[i]:
-                edge = self.edges[k]
-                found = edge.minima(i)
-                edge.move(i, found)
-                theta = theta + found
+            for edge in self.undecided(i):
+                theta = theta + edge.take(i)
                 other = edge.b if edge.a == i else edge.a
-                if decided[other]:
-                    continue  # all that such an edge can say is said
                 if (self.rank[other] > self.rank[i]) == forward:
                     ahead.append(edge)
                 else:
                     behind += 1
             if ahead:
                 share = theta / max(len(ahead), behind)
+                least = float(share.min())
                 for edge in ahead:
-                    edge.move(i, -share)
+                    edge.give(i, share, least)
                 theta = theta - share * len(ahead)
             self.theta[i] = theta
+
+    def undecided(self, node: int) -> list[DualEdge]:
+        """The edges of a node that have anything left to say: at both of their ends several layouts survive."""
+        return [edge for k in self.problem.incident[node] if not (edge := self.edges[k]).separable]
 
     def bound(self) -> float:
         """The lower bound, in seconds."""
         constant = -float(self.multipliers.sum()) * self.problem.budget_bytes
-        nodes = sum(float(theta.min()) for theta in self.theta)
-        return constant + nodes + sum(float(edge.minima(edge.a).min()) for edge in self.edges)
+        return constant + sum(float(theta.min()) for theta in self.theta) + sum(edge.least for edge in self.edges)
 
     def objective(self, states: np.ndarray) -> float:
         """Seconds of one step under a choice of states, and the price of the bytes over the budget, or under it."""
@@ -232,9 +244,8 @@ class Dual:
     def excess_of(self, node: int) -> np.ndarray:
         """For each surviving state of one node: by how much the bound rises if it is chosen."""
         found = self.theta[node] - self.theta[node].min()
-        for k in self.problem.incident[node]:
-            minima = self.edges[k].minima(node)
-            found = found + (minima - minima.min())
+        for edge in self.undecided(node):
+            found = found + (edge.minima(node) - edge.least)
         return found
 
     def pair_excess(self, k: int) -> np.ndarray:
@@ -291,17 +302,22 @@ class Dual:
     def _held(self, k: int, table: Copies) -> np.ndarray:
         """Bytes of an edge's surviving pairs; those already banned count for nothing."""
         window = self.edges[k].window
-        return np.where(self.banned[k][window], np.inf, table[window]) if k in self.banned else table[window]
+        return np.where(self.banned[k].pairs[window], np.inf, table[window]) if k in self.banned else table[window]
 
     def _ban(self, k: int, table: Copies, room: float) -> int:
         held = self._held(k, table)
         over = np.isfinite(held) & (held - held.min() > room)
         if not over.any():
             return 0
-        banned = self.banned.setdefault(k, np.zeros(table.shape, dtype=bool))
-        rows, columns = np.nonzero(over)
-        banned[self.edges[k].rows.unique[rows], self.edges[k].columns.unique[columns]] = True
+        self._forbid(k, over)
         return int(over.sum())
+
+    def _forbid(self, k: int, over: np.ndarray) -> None:
+        """Bans these of an edge's surviving pairs, beside those that are."""
+        shape = self.problem.edges[k].matrix.shape
+        banned = self.banned[k].pairs.copy() if k in self.banned else np.zeros(shape, dtype=bool)
+        banned[self.edges[k].window] |= over
+        self.banned[k] = Ban(banned)
 
     def ban_pairs(self, width: float) -> None:
         """Strikes out every pair of layouts whose choice alone lifts the bound by more than `width` seconds."""
@@ -310,9 +326,7 @@ class Dual:
             ends = edge.rows.minimum(a - a.min())[:, None] + edge.columns.minimum(b - b.min())
             over = self.pair_excess(k) + ends > width
             if over.any():
-                banned = self.banned.get(k, np.zeros(self.problem.edges[k].matrix.shape, dtype=bool)).copy()
-                banned[edge.window] |= over
-                self.banned[k] = banned
+                self._forbid(k, over)
         self.restrict(self.keep)
 
     def exclude(self, incumbent: float) -> int:
@@ -331,4 +345,5 @@ class Dual:
 
     def within(self, width: float) -> list[np.ndarray]:
         """Per node the states whose choice alone lifts the bound by at most `width` seconds."""
-        return [keep[excess <= width] for keep, excess in zip(self.keep, self.excess(), strict=True)]
+        near = [excess <= width for excess in self.excess()]
+        return [keep if each.all() else keep[each] for keep, each in zip(self.keep, near, strict=True)]

@@ -174,7 +174,7 @@ class Branching:
             self._ban_pairs(lower)
             lower = self._unpriced()
             width = _WIDEST
-        every = list(self.dual.keep)
+        every = self.dual.snapshot()
         while not self.ascent.reached(lower):
             room = min(max(self.ascent.objective - lower, 0.0), _WIDEST)
             width = min(width, room)
@@ -193,9 +193,9 @@ class Branching:
         best = self.ascent.objective
         return np.isfinite(best) and best - proven <= PRECISION * best
 
-    def _proven_within(self, every: list[np.ndarray], lower: float, width: float) -> tuple[float, bool]:
+    def _proven_within(self, every: Snapshot, lower: float, width: float) -> tuple[float, bool]:
         """A bound on all plans of a window, infinite if it holds none, and whether CP-SAT came to an end."""
-        self.dual.restrict(every)
+        self.dual.load(every)
         likely = self.dual.within(width)
         if not all(len(keep) for keep in likely):
             return np.inf, True

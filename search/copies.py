@@ -30,6 +30,10 @@ class Copies:
         p, q = at
         return np.where(self.rows[p] != self.columns[q], self.before[p] + self.after[q], 0.0)
 
+    def at(self, p: int, q: int) -> float:
+        """One entry; much faster than an array of one."""
+        return self.before.item(p) + self.after.item(q) if self.rows.item(p) != self.columns.item(q) else 0.0
+
     def __add__(self, other: Copies) -> Copies:
         return Copies(self.before + other.before, self.after + other.after, self.rows, self.columns)
 

@@ -10,6 +10,7 @@ import numpy as np
 from search.bound import Dual
 from search.copies import Copies
 from search.memory import Row, Rows
+from search.messages import DualEdge
 from search.problem import Problem
 
 _FORESTS = 4
@@ -81,8 +82,7 @@ def _greedy(dual: Dual, order: Sequence[int], alike: float) -> np.ndarray:
     local = np.full(len(problem.nodes), -1)
     for i in order:
         cost = dual.theta[i].copy()
-        for k in problem.incident[i]:
-            edge = dual.edges[k]
+        for edge in dual.undecided(i):
             other = edge.b if edge.a == i else edge.a
             cost += edge.minima(i) if local[other] < 0 else _given(edge, i, local[other])
         local[i] = int(np.argmax(cost <= cost.min() + alike))
@@ -98,15 +98,14 @@ class _Forest:
     def __init__(self, dual: Dual, order: np.ndarray) -> None:
         self.dual = dual
         self.tree = np.full(len(order), -1)  # per node its tree, -1 outside
-        self.links: dict[int, dict[int, list[int]]] = {}  # node -> neighbour in its tree -> edges
+        self.links: dict[int, dict[int, list[DualEdge]]] = {}  # node -> neighbour in its tree -> edges
         for i in order.tolist():
             self._join(i)
 
     def _join(self, i: int) -> None:
-        near: dict[int, list[int]] = {}
-        for k in self.dual.problem.incident[i]:
-            edge = self.dual.edges[k]
-            near.setdefault(edge.b if edge.a == i else edge.a, []).append(k)
+        near: dict[int, list[DualEdge]] = {}
+        for edge in self.dual.undecided(i):
+            near.setdefault(edge.b if edge.a == i else edge.a, []).append(edge)
         inside = {other: edges for other, edges in near.items() if self.tree[other] >= 0}
         trees = [self.tree[other] for other in inside]
         if len(set(trees)) < len(trees):
@@ -140,15 +139,13 @@ class _Forest:
         for i in order:
             total = cost[i]
             if parent[i] >= 0:
-                edges = [self.dual.edges[k] for k in self.links[i][parent[i]]]
-                total = total + sum(_given(edge, i, int(found[parent[i]])) for edge in edges)
+                total = total + sum(_given(edge, i, int(found[parent[i]])) for edge in self.links[i][parent[i]])
             found[i] = int(np.argmin(total))
 
     def _outside(self, i: int, local: np.ndarray) -> np.ndarray:
         """The cost of each state of a node beside the states of the nodes that are not in its tree."""
         cost = self.dual.theta[i]
-        for k in self.dual.problem.incident[i]:
-            edge = self.dual.edges[k]
+        for edge in self.dual.undecided(i):
             other = edge.b if edge.a == i else edge.a
             if other not in self.links[i]:
                 cost = cost + _given(edge, i, local[other])
@@ -156,38 +153,47 @@ class _Forest:
 
     def _reply(self, i: int, parent: int, cost: np.ndarray) -> np.ndarray:
         """For each state of the parent, the least cost of a node and all below it."""
-        edges = [self.dual.edges[k] for k in self.links[i][parent]]
+        edges = self.links[i][parent]
         if len(edges) > 1:
             return (sum(_pairs(edge, i) for edge in edges) + cost[:, None]).min(axis=0)
         edge = edges[0]
         if i == edge.a:
-            return edge.least_over_rows(cost - edge.left)[edge.columns.group] - edge.right
-        return edge.least_over_columns(cost - edge.right)[edge.rows.group] - edge.left
+            return edge.least_over_rows(edge.left - cost)[edge.columns.group] - edge.right
+        return edge.least_over_columns(edge.right - cost)[edge.rows.group] - edge.left
 
 
-def _pairs(edge, node: int) -> np.ndarray:
+def _pairs(edge: DualEdge, node: int) -> np.ndarray:
     """The cost of every pair of states, those of `node` first."""
     found = edge.table()[np.ix_(edge.rows.group, edge.columns.group)] - edge.left[:, None] - edge.right
     return found if node == edge.a else found.T
 
 
-def _given(edge, node: int, other: int) -> np.ndarray:
+def _given(edge: DualEdge, node: int, other: int) -> np.ndarray:
     """The cost of each state of one end, the other end's state being fixed."""
     if node == edge.a:
         return edge.column(edge.columns.group[other])[edge.rows.group] - edge.left - edge.right[other]
     return edge.row(edge.rows.group[other])[edge.columns.group] - edge.left[other] - edge.right
 
 
-def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """Changes one node at a time to its best state until none improves; `penalty` is seconds per byte of each row."""
+def improve(
+    problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray, held: int = -1
+) -> np.ndarray:
+    """Changes one node at a time, all but one that is held, to its best state until none improves.
+
+    **Arguments:**
+
+    - `penalty`: seconds per byte of each row.
+    """
     states = states.copy()
     priced = [(_Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
     for _ in range(20):
         changed = False
         for i in range(len(problem.nodes)):
+            if i == held:
+                continue
             cost = _conditional(problem, states, i)
-            for held, rate in priced:
-                cost = cost + rate * held.given(states, i)
+            for row, rate in priced:
+                cost = cost + rate * row.given(states, i)
             best = int(np.argmin(cost))
             if cost[best] < cost[states[i]] - 1e-15:
                 states[i], changed = best, True

@@ -47,8 +47,8 @@ class Rows(tuple[Row, ...]):
     def bytes(self, problem: Problem, states: np.ndarray) -> np.ndarray:
         """Per row the bytes alive under a choice of states."""
         nodes, edges, found, start = self._ledger
-        at, to = problem.ends(states)
-        held = [vector[states[i]] for i, vector in nodes] + [table[at[k], to[k]] for k, table in edges]
+        at, to = (places.tolist() for places in problem.ends(states))
+        held = [vector[states[i]] for i, vector in nodes] + [table.at(at[k], to[k]) for k, table in edges]
         return np.add.reduceat(np.array([*held, 0.0])[found], start)
 
     @cached_property

@@ -64,7 +64,7 @@ class Collective:
 def choice_of(problem: Problem, states: np.ndarray) -> Choice:
     """Reads the plan off the chosen states."""
     chosen = [node.states[s] for node, s in zip(problem.nodes, states, strict=True)]
-    strategies = tuple(chosen[node] for node in problem.of_operation)
+    strategies = tuple(map(chosen.__getitem__, problem.of_operation))
     return Choice(strategies, {value: chosen[node] for value, node in problem.of_hub.items()})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from search.incumbent import overflow
 from search.memory import rows
 from search.problem import Problem, allowing, build
 from search.reduction import SMALL_PARTS, Reduction, reduced
-from search.solution import Choice, choice_of
+from search.solution import Choice, Collective, choice_of, collectives
 from search.start import starting_states
 from search.strategies import Strategy
 from search.symmetry import tidied
@@ -88,6 +89,11 @@ class Solution:
     choice: Choice
     proof: Proof
     check: Check
+
+    @cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """What the plan sends, in the program's order."""
+        return tuple(collectives(self.problem.program, self.problem.topology, self.choice))
 
 
 class NoPlan(Exception):

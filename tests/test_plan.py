@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard import alternatives
+from autoshard.alternatives import Alternatives
 from autoshard.devices import name_of
 from autoshard.trace import trace
 from costmodels.topology import Topology, parse_topology
@@ -330,12 +330,12 @@ def test_the_price_of_another_strategy_is_that_of_a_plan_and_no_bound_from_below
     topology = parse_topology("cpu:2x2")
     program = trace(fn, *args).program
     solution = solve(program, topology)
-    problem, limits = solution.problem, rows(solution.problem)
-    states = states_of(problem, solution.choice)
+    problem, states = solution.problem, states_of(solution.problem, solution.choice)
+    alternatives = Alternatives(problem, rows(problem), states)
     assert problem.objective(states) == pytest.approx(solution.proof.objective_seconds)
     for operation, _ in program.matmuls():
         node = problem.of_operation[operation]
-        for plan in alternatives._others(problem, limits, states, operation):
+        for plan in alternatives.others(operation):
             held = problem.nodes[node].states[plan[node]]
             best = solve(program, topology, allow=lambda at, other: at != operation or other == held)  # noqa: B023
             tolerance = 1e-9 * problem.objective(plan)
