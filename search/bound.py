@@ -14,7 +14,7 @@ Memory rows enter by Lagrange multipliers $\\lambda_r \\ge 0$: $\\lambda_r (b_r(
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -155,15 +155,20 @@ class Dual:
         self._rebuild()
 
     def narrow(self, node: int, states: np.ndarray) -> None:
-        """Keeps only these states of one node; its edges alone are looked up anew."""
-        kept = np.isin(self.keep[node], states, assume_unique=True)
-        self.keep[node], self.theta[node] = self.keep[node][kept], self.theta[node][kept]
-        for k in self.problem.incident[node]:
+        """Keeps only these states of one node."""
+        self._strike({node: np.isin(self.keep[node], states, assume_unique=True)})
+
+    def _strike(self, kept: Mapping[int, np.ndarray]) -> None:
+        """Keeps, of some nodes, only the surviving states that a mask says; their edges alone are looked up anew."""
+        for i, mask in kept.items():
+            self.keep[i], self.theta[i] = self.keep[i][mask], self.theta[i][mask]
+        touched = sorted({k for i in kept for k in self.problem.incident[i]})
+        for k in touched:
             edge = self.edges[k]
-            left = edge.left[kept] if edge.a == node else edge.left
-            right = edge.right[kept] if edge.b == node else edge.right
+            left = edge.left[kept[edge.a]] if edge.a in kept else edge.left
+            right = edge.right[kept[edge.b]] if edge.b in kept else edge.right
             self.edges[k] = DualEdge(self.problem.edges[k], edge.extra, left, right, self.keep)
-        self._settle(self.problem.incident[node])
+        self._settle(touched)
 
     @contextmanager
     def held(self, node: int, states: np.ndarray) -> Iterator[None]:
@@ -334,16 +339,15 @@ class Dual:
 
         Where a node has no state left, no solution here is better: `emptied` becomes true, and nothing is struck out.
         """
-        kept = self.within(max(incumbent - self.bound(), 0.0) + 1e-9 * abs(incumbent))
-        self.emptied = not all(len(keep) for keep in kept)
+        width = max(incumbent - self.bound(), 0.0) + 1e-9 * abs(incumbent)
+        kept = [excess <= width for excess in self.excess()]
+        self.emptied = not all(mask.any() for mask in kept)
         if self.emptied:
             return 0
-        struck = sum(len(keep) for keep in self.keep) - sum(len(keep) for keep in kept)
-        if struck:
-            self.restrict(kept)
-        return struck
+        struck = {i: mask for i, mask in enumerate(kept) if not mask.all()}
+        self._strike(struck)
+        return sum(len(mask) - int(mask.sum()) for mask in struck.values())
 
     def within(self, width: float) -> list[np.ndarray]:
         """Per node the states whose choice alone lifts the bound by at most `width` seconds."""
-        near = [excess <= width for excess in self.excess()]
-        return [keep if each.all() else keep[each] for keep, each in zip(self.keep, near, strict=True)]
+        return [keep[excess <= width] for keep, excess in zip(self.keep, self.excess(), strict=True)]

@@ -31,6 +31,8 @@ _LITTLE = 0.01
 """The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
 _FEW = 0.01
 """The part of the surviving states that is struck out then, at most."""
+_MUCH = 0.5
+"""The part of what is open in another branch by which the bound of one must be higher to be looked at after it."""
 _SMALL = 10_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 _LARGE, _CLOSE = 200_000, 1e-3
@@ -42,7 +44,8 @@ class Branching:
 
     A branch holds one heavily used layout to some of its states (`search.probing`); each side is swept anew, at prices of its
     own (`search.repricing`), and dropped when its bound reaches the best plan known. Depth first, the side of the relaxed plan
-    first. `unproven` is the least bound of what the limits, or an interruption, left undecided.
+    first, unless another branch promises much better plans. `unproven` is the least bound of what the limits, or an interruption,
+    left undecided.
     """
 
     def __init__(self, ascent: Ascent, deterministic_seconds: float) -> None:
@@ -77,6 +80,12 @@ class Branching:
         lower = max(open_[-1].least, self._refine())
         rest = len(open_) - 1
         self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, {self.dual.pairs()} pairs")
+        first = self._more_promising(open_, lower)
+        if self._is_open(lower) and first is not None:
+            later = self.dual.snapshot()
+            later.least = lower
+            open_[-1:] = [later, open_.pop(first)]
+            return
         split = None
         if self._is_open(lower) and self.dual.pairs() > self._small(lower):
             split = self._undecided()
@@ -84,6 +93,14 @@ class Branching:
         if split is None and self._is_open(lower):
             lower, split = self._finished(lower)
         open_[-1:] = [] if split is None else self._sides(split, lower)
+
+    def _more_promising(self, open_: Sequence[Snapshot], lower: float) -> int | None:
+        """Which open branch promises much better plans than the last one can hold; a good plan may close that unopened."""
+        if len(open_) < 2 or not np.isfinite(self.ascent.objective):
+            return None
+        first = min(range(len(open_) - 1), key=lambda at: open_[at].least)
+        promised = open_[first].least
+        return first if lower - promised > _MUCH * (self.ascent.objective - promised) else None
 
     def _small(self, lower: float) -> int:
         """How many pairs a branch with this bound may have to go to CP-SAT."""
