@@ -56,7 +56,8 @@ def _symbols(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
     yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm, a matmul, in whole tiles, o_op more;"
     yield "  the longer here is shown, and roundings that do nothing here are left out"
     if found.numbers["m_chip"]:
-        yield "  an array of at most m_chip bytes stays on the chip between two operations, and is left out of HBM bytes here"
+        yield "  an array of at most m_chip bytes stays on the chip between two operations (what a loop carries shares that),"
+        yield "  and is left out of HBM bytes here"
     yield f"  largest terms come first; small ones that make up less than {percent(_LEFT_OUT)} are counted, not shown"
     for left, right in found.dimensions.relations:
         yield f"  {left.replace('*', '·')} = {right.replace('*', '·')} in this program"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from autoshard.hlo_text import Instruction, Module, Scope, parse, shape_bytes, trip_count, tuple_parts
 
 _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
+_ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,<= ]*\](?:\{[^{}]*\})?")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _FREE = (
@@ -206,7 +207,8 @@ def _moved(inst: Instruction, scope: Scope, module: Module) -> float:
     if opcode in _FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in _COLLECTIVES:
         return 0.0
     if opcode in ("copy-start", "slice-start"):
-        written = inst.shape.removeprefix("(").split(", ")[0]
+        # `copy-start` gives (result, operand, context), `slice-start` ((operand), result, context).
+        written = _ARRAY_AND_LAYOUT.findall(inst.shape)[1 if opcode == "slice-start" else 0]
         source = scope.operand(inst.operands[0])
         read = shape_bytes(written) if source is not None and _in_hbm(source.shape) else 0
         return _in_hbm(written) + read

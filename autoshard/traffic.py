@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from costmodels.operations import CAST
+from costmodels.on_chip import CAST
 from costmodels.program import Operation, Program, Use
 
 

@@ -22,24 +22,23 @@ matrix stream. (That is what the cycles say which libtpu estimates for products 
 rows the time does not fall below that of about $t/2$, and between multiples of $t$ it grows in proportion.)
 
 A chip with a large memory of its own keeps in it what one operation makes and the next uses: an array of at most $m$ bytes
-that is the result of arithmetic, and neither leaves its region nor goes round a loop, passes through no HBM. ($m$ is
-`on_chip_bytes`, 0 unless the chip says otherwise. The TPU compiler does so on v4 and v5e.)
+that is the result of arithmetic, and does not leave its region, passes through no HBM; $k$ arrays that go round a loop share
+the room, $k$ times the bytes of each are then at most $m$ (`costmodels.on_chip`). ($m$ is `on_chip_bytes`, 0 unless the chip
+says otherwise. The TPU compiler does so on v4, v5e and v6e.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
 
 from costmodels.chips import Chip
+from costmodels.on_chip import sharers
 from costmodels.program import Operation, Program
 from costmodels.symbolic import sympy
-
-CAST = "convert_element_type"
-"""The primitive that changes a type: it moves nothing of its own."""
 
 Array = np.ndarray
 
@@ -125,45 +124,17 @@ def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sy
         use = operation.use(index)
         size = use.stored_itemsize or program.values[use.value].itemsize
         moved = _number(size) * _points(_flat(use.dims))
-        if keeps and stays(program, use.value):
-            moved = sympy.Piecewise((moved, moved > on_chip_symbol()), (sympy.Integer(0), True), evaluate=False)
+        if keeps and (count := sharers(program, use.value)):
+            large = count * moved > on_chip_symbol()
+            moved = sympy.Piecewise((moved, large), (sympy.Integer(0), True), evaluate=False)
         terms.append(moved)
     return sympy.Add(*terms)
 
 
-def hbm_traffic(program: Program, operation: Operation) -> tuple[tuple[int, float, bool], ...]:
-    """What copies of an operation may differ in: per use in `traffic` the bytes of a stored element, and whether it stays."""
+def hbm_traffic(program: Program, operation: Operation) -> tuple[tuple[int, float, int], ...]:
+    """What copies of an operation may differ in: per use in `traffic` the bytes of a stored element, and its `sharers`."""
     uses = ((index, operation.use(index)) for index in operation.traffic)
-    return tuple((index, use.stored_itemsize, stays(program, use.value)) for index, use in uses)
-
-
-def stays(program: Program, value: int) -> bool:
-    """Whether an array may stay on the chip: arithmetic makes it, and it neither leaves its region nor joins a larger array."""
-    made, users = _made_by(program, value), [op.op_class for op in _users(program, value)]
-    chained = ("matmul", "fused")
-    return made is not None and made.op_class in chained and bool(users) and all(each in chained for each in users)
-
-
-def _made_by(program: Program, value: int) -> Operation | None:
-    """What makes the array that a value is a view or a cast of; None where the program does not say."""
-    while value in program.producers:
-        op = program.operations[program.producers[value][0]]
-        shows = not op.flops_per_point or op.primitive == CAST
-        if op.op_class != "fused" or not shows or not op.inputs:
-            return op
-        value = op.inputs[0].value
-    return None
-
-
-def _users(program: Program, value: int) -> Iterator[Operation]:
-    """What uses a value, or a view of it."""
-    for at, _ in program.consumers.get(value, ()):
-        op = program.operations[at]
-        if op.op_class == "fused" and not op.flops_per_point:
-            for use in op.outputs:
-                yield from _users(program, use.value)
-        else:
-            yield op
+    return tuple((index, use.stored_itemsize, sharers(program, use.value)) for index, use in uses)
 
 
 def _flat(dims: Sequence[Sequence[int]]) -> list[int]:

@@ -14,7 +14,7 @@ from itertools import accumulate, count
 from math import ceil, prod
 
 from costmodels.collectives import seconds_on
-from costmodels.operations import stays
+from costmodels.on_chip import sharers
 from costmodels.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.topology import Topology
 from search.inside import exchange_axes, gathers
@@ -102,7 +102,7 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
     for use in map(op.use, op.traffic):
         each = use.stored_itemsize or program.values[use.value].itemsize
         bytes_ = each * prod(local[i] for dim in use.dims for i in dim)
-        moved += 0.0 if bytes_ <= chip.on_chip_bytes and stays(program, use.value) else bytes_
+        moved += 0.0 if 0 < sharers(program, use.value) * bytes_ <= chip.on_chip_bytes else bytes_
     memory = moved / chip.reached_hbm_bytes_per_second
     if op.op_class != "matmul":
         work = op.flops_per_point * prod(local) / chip.vector_flops_per_second

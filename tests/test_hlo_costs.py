@@ -95,3 +95,17 @@ def test_loops_multiply(layers: int) -> None:
     found = compiled_costs(jax.jit(step).lower(*shapes).compile().as_text() or "")
     assert found.flops == layers * 2 * 8 * 128 * 128
     assert found.hbm_bytes >= layers * 4 * 128 * 128
+
+
+@pytest.mark.parametrize(("where", "times"), [("", 2), ("S(1)", 1)])
+def test_a_started_slice_moves_the_slice(where: str, times: int) -> None:
+    """`slice-start` names its operand, the slice and its own state: the slice is read, and written where that is in HBM."""
+    text = f"""HloModule sliced, is_scheduled=true
+
+ENTRY %main (x: f32[64,128]) -> f32[8,128] {{
+  %x = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  %s = ((f32[64,128]{{1,0:T(8,128)}}), f32[8,128]{{1,0:T(8,128){where}}}, s32[]{{:S(2)}}) slice-start(%x)
+  ROOT %d = f32[8,128]{{1,0:T(8,128){where}}} slice-done(%s)
+}}
+"""
+    assert compiled_costs(text).hbm_bytes == times * 8 * 128 * 4
