@@ -25,23 +25,25 @@ def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
     If not `thorough`, in one way alone.
     """
     found: list[tuple[float, np.ndarray]] = []
+    forests: list[_Forest] = []
     if not thorough:
-        return _improved(dual, _greedy(dual, dual.order, 0.0))
+        return _improved(dual, _greedy(dual, dual.order, 0.0), forests)
     bound = dual.bound()
     for order in (dual.order, _grown(dual), dual.order[::-1]):
         for alike in (0.0, _ALIKE * abs(bound)):
-            states = _improved(dual, _greedy(dual, order, alike))
+            states = _improved(dual, _greedy(dual, order, alike), forests)
             found.append((dual.objective(states), states))
             if found[-1][0] <= bound * (1 + _ALIKE):
                 return states
     return min(found, key=lambda each: each[0])[1]
 
 
-def _improved(dual: Dual, local: np.ndarray) -> np.ndarray:
-    """States after the forests, numbered as in the problem."""
-    draws = np.random.default_rng(0)
-    for _ in range(_FORESTS):
-        improved = _Forest(dual, draws.permutation(len(local))).best(local)
+def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarray:
+    """States after the forests, numbered as in the problem; the forests are drawn as they are needed, and left for others."""
+    for which in range(_FORESTS):
+        if which == len(forests):
+            forests.append(_Forest(dual, np.random.default_rng(which).permutation(len(local))))
+        improved = forests[which].best(local)
         if (improved == local).all():
             break
         local = improved
@@ -92,7 +94,8 @@ def _greedy(dual: Dual, order: Sequence[int], alike: float) -> np.ndarray:
 class _Forest:
     """Nodes whose edges among each other form no cycle: given all others, their best states are found exactly.
 
-    Nodes join in a given order unless they would close a cycle; several edges between two nodes count as one.
+    Nodes join in a given order unless they would close a cycle; several edges between two nodes count as one. Those without an
+    edge that has anything to say are as good as they can be.
     """
 
     def __init__(self, dual: Dual, order: np.ndarray) -> None:
@@ -106,6 +109,8 @@ class _Forest:
         near: dict[int, list[DualEdge]] = {}
         for edge in self.dual.undecided(i):
             near.setdefault(edge.b if edge.a == i else edge.a, []).append(edge)
+        if not near:
+            return
         inside = {other: edges for other, edges in near.items() if self.tree[other] >= 0}
         trees = [self.tree[other] for other in inside]
         if len(set(trees)) < len(trees):

@@ -63,6 +63,7 @@ class DualEdge:
         self._all_columns = len(self.columns.unique) == edge.matrix.shape[1]
         self._kept = self._looked_up(0, len(self.rows.unique)) if self.size <= _KEPT else None
         self._least: float | None = None
+        self._strength: float | None = None
         self.separable = len(self.rows.unique) == 1 or len(self.columns.unique) == 1
 
     def has(self, extra: Sequence[Any], keep: Sequence[np.ndarray]) -> bool:
@@ -172,8 +173,8 @@ class DualEdge:
     @property
     def strength(self) -> float:
         """By how much the median pair costs more than the best; of a large table, of as many rows as are compared at once."""
-        if self._kept is not None:
-            return float(np.median(self._kept) - self._kept.min())
-        every = max(1, self.size // _CHUNK)
-        some = np.concatenate([self.row(p) for p in range(0, len(self.rows.unique), every)])
-        return float(np.median(some) - some.min())
+        if self._strength is None:
+            every = 1 if self._kept is not None else max(1, self.size // _CHUNK)
+            some = np.concatenate([self.row(p) for p in range(0, len(self.rows.unique), every)])
+            self._strength = float(np.median(some) - some.min())
+        return self._strength
