@@ -74,10 +74,21 @@ class BranchStep:
 
 
 @dataclass(frozen=True)
+class BarrierStep:
+    """What is made of these values from here on is not what was made of them before: an `optimization_barrier`."""
+
+    eqn: Any
+    values: tuple[int, ...]
+
+
+Step = OpStep | LoopStep | BranchStep | BarrierStep
+
+
+@dataclass(frozen=True)
 class Block:
     """Steps in program order, and the values the block ends with."""
 
-    steps: tuple[OpStep | LoopStep | BranchStep, ...]
+    steps: tuple[Step, ...]
     outputs: tuple[Atom, ...]
 
 

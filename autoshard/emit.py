@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
-from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
+from autoshard.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.collectives import run_step
 from autoshard.rules import Rule
 from autoshard.tiling import as_an_argument
@@ -113,6 +113,13 @@ class _Scope:
         """A value's piece in the layout that it is kept in."""
         return next(iter(self.arrays[value].values()))
 
+    def keep_apart(self, step: BarrierStep) -> None:
+        """Lets what comes be made of values that the compiler takes for others, and are there together."""
+        homes = {value: next(iter(self.arrays[value])) for value in step.values}
+        plain = [v for v in homes if not jnp.issubdtype(self.kept(v).dtype, jax.dtypes.extended)]
+        for value, piece in zip(plain, lax.optimization_barrier([self.kept(v) for v in plain]), strict=True):
+            self.arrays[value] = {homes[value]: piece}
+
 
 class Runner:
     """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
@@ -137,7 +144,21 @@ class Runner:
     def _result(self, scope: _Scope, k: int, atom: Atom) -> Any:
         if isinstance(atom, Literal):
             return jnp.asarray(atom.value)
-        return scope.get(atom, needed(self.program, self.choice, self.program.results[k], 0))
+        layout = needed(self.program, self.choice, self.program.results[k], 0)
+        piece = scope.get(atom, layout)
+        overwrites = any(result == k for _, result in self.program.donated)
+        return _made_anew(piece) if overwrites and self._sent(atom, layout) else piece
+
+    def _sent(self, value: int, layout: Layout) -> bool:
+        """Whether a result is what a collective made, which the TPU compiler (libtpu 0.0.42) does not put where results are.
+
+        It copies it when all is done, and the argument that it is to overwrite before anything begins, and holds all those.
+        """
+        if self.topology.chip.kind != "tpu" or 0 in self.program.values[value].shape:
+            return False
+        made, home = (each(self.program, self.choice, value) for each in (produced, kept))
+        steps = [*self._path(value, made, home), *self._path(value, home, layout)]
+        return bool(steps) and steps[-1].kind != "slice"
 
     def reshard(self, value: int, piece: Any, source: Layout, target: Layout) -> Any:
         """Runs the planned collectives of a change of layout."""
@@ -146,11 +167,18 @@ class Runner:
         array = self.program.values[value]
         if 0 in array.shape:  # JAX does not lower a gather of nothing
             return jnp.zeros(local_shape(array.shape, target, self.sizes), piece.dtype)
-        table = reshard_table(array.shape, array.itemsize, self.topology, bool(source.partial or target.partial))
         with jax.named_scope(f"{source}->{target}"):
-            for step in table.path(source, target):
+            for step in self._path(value, source, target):
                 piece = run_step(step, piece, self.sizes)
         return piece
+
+    def _path(self, value: int, source: Layout, target: Layout) -> Sequence[Any]:
+        """The steps of a change of layout."""
+        if source == target:
+            return ()
+        array = self.program.values[value]
+        table = reshard_table(array.shape, array.itemsize, self.topology, bool(source.partial or target.partial))
+        return table.path(source, target)
 
     def block(self, block: Block, scope: _Scope) -> None:
         """Runs a block's steps in order."""
@@ -160,8 +188,10 @@ class Runner:
                     self._operation(step, scope)
                 elif isinstance(step, LoopStep):
                     self._loop(step, scope)
-                else:
+                elif isinstance(step, BranchStep):
                     self._branch(step, scope)
+                else:
+                    scope.keep_apart(step)
 
     # --- operations ---------------------------------------------------------------------------------------------
 

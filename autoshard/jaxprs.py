@@ -31,6 +31,12 @@ def needed(jaxpr: Any) -> list[Any]:
     return kept[::-1]
 
 
+def computed_again(eqn: Any) -> bool:
+    """Whether a call computes what was computed before, and is to do so: a `jax.checkpoint` on the way back."""
+    kept_apart = eqn.params.get("prevent_cse", False)  # one answer for all operands, or one for each
+    return bool(eqn.params.get("differentiated")) and (any(kept_apart) if isinstance(kept_apart, tuple) else kept_apart)
+
+
 def scan_counts(params: Any) -> tuple[int, int]:
     """How many operands of a scan are constants and how many carries; JAX 0.12 says it by the operands' tree."""
     if "num_consts" in params:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 from autoshard.hlo import CompiledCollective
@@ -20,6 +19,8 @@ Axes = tuple[str, ...]
 
 _ALIKE = 0.005
 """Relative difference between byte counts that padding may make."""
+_GRAIN = _ALIKE / 16
+"""Relative difference below which sums of byte counts are taken for one while they are added up."""
 _MOST_TOGETHER = 4
 """How many collectives are looked for in one, where the compiled program does not say how many it combined."""
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -186,12 +187,40 @@ class _Pairing:
 
 
 def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
+    """At most so many lots whose bytes are those of another: all, or of those the nearest to it the fewest; none if none do."""
     fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
-    return list(next((group for group in _groups(fitting, most) if _alike(_sum(group), whole.bytes)), ()))
+    if fitting and len(fitting) <= most and _alike(_sum(fitting), whole.bytes):
+        return fitting
+    groups = (group for group in _groups(fitting, most, whole.bytes) if _alike(_sum(group), whole.bytes))
+    return min(groups, key=lambda group: (abs(_sum(group) - whole.bytes), len(group)), default=[])
 
 
-def _groups(lots: Sequence[_Lot], most: int) -> Iterator[tuple[_Lot, ...]]:
-    return (group for size in range(1, most + 1) for group in combinations(lots, size))
+def _groups(lots: Sequence[_Lot], most: int, target: float) -> Iterator[list[_Lot]]:
+    """Groups of lots up to a number of bytes, of those with about the same sum the smallest.
+
+    Lots of the same bytes are as good as each other, and sums much nearer to each other than what is alike are one: so that
+    hundreds of lots that a compiler combined are not tried in all their combinations.
+    """
+    kinds: dict[float, list[_Lot]] = {}
+    for lot in lots:
+        kinds.setdefault(lot.bytes, []).append(lot)
+    grain = _GRAIN * target or 1.0
+    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # the sum, and how many of each kind
+    for bytes, alike in sorted(kinds.items(), reverse=True):
+        grown: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for total, counts in found.values():
+            room = int((target * (1 + _ALIKE) - total) // bytes) if bytes else 0
+            for n in range(min(len(alike), most - sum(counts), room) + 1):
+                each = total + n * bytes, (*counts, n)
+                known = grown.setdefault(round(each[0] / grain), each)
+                if sum(each[1]) < sum(known[1]):
+                    grown[round(each[0] / grain)] = each
+        found = grown
+    order = [kinds[bytes] for bytes in sorted(kinds, reverse=True)]
+    for _, counts in found.values():
+        group = [lot for alike, n in zip(order, counts, strict=True) for lot in alike[:n]]
+        if group:
+            yield group
 
 
 def _sum(group: Sequence[_Lot]) -> float:

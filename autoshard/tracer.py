@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from autoshard.blocks import Atom, Block, Boundary, BranchStep, Literal, LoopStep, OpStep
+from autoshard.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Step
 from autoshard.captured import closed_over
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.expanded import expandable, expanded
@@ -22,6 +22,7 @@ from autoshard.jaxprs import (
     CALLS,
     INLINED,
     KERNELS,
+    computed_again,
     is_held,
     needed,
     scan_counts,
@@ -48,6 +49,7 @@ class Tracer:
         self.warnings: list[str] = []
         self.held: dict[int, dict[int, Atom]] = {0: {}}
         self.caller = ""
+        self.read: set[int] = set()
         self.scalars = Scalars(lambda atom: atom.value)
 
     # --- values and boundary operations -------------------------------------------------------------------------
@@ -130,7 +132,7 @@ class Tracer:
 
     def block(self, jaxpr: Any, env: dict[Any, Atom], region: int) -> Block:
         """Walks the equations that the outputs or effects need."""
-        steps: list[OpStep | LoopStep | BranchStep] = []
+        steps: list[Step] = []
         for eqn in needed(jaxpr):
             operands = tuple(_read(env, atom) for atom in eqn.invars)
             results = self._equation(eqn, operands, region, steps)
@@ -141,13 +143,18 @@ class Tracer:
         name = eqn.primitive.name
         if name in CALLS:
             inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
+            given = _values(operands)
+            if computed_again(eqn) and not self.read.isdisjoint(given):  # else nothing was made of them to be kept
+                steps.append(BarrierStep(eqn, given))
             return self._call(eqn, inner, operands, region, steps)
         if name == "shard_map":
             return self._mapped(eqn, operands, region, steps)
         if expandable(eqn):
             return self._call(eqn, expanded(eqn), operands, region, steps)
         if name == "optimization_barrier":
+            steps.append(BarrierStep(eqn, _values(operands)))
             return operands
+        self.read.update(_values(operands))
         if name == "scan":
             step, results = self._scan(eqn, operands, region, steps)
         elif name == "while":
@@ -419,6 +426,11 @@ class Tracer:
             joins.append((self._identity(f"cond ({where})", "branch_join", inputs, [(result, region)], region), result))
         step = BranchStep(eqn, selector, select, tuple(entries), tuple(blocks), tuple(joins))
         return step, [result for _, result in joins]
+
+
+def _values(atoms: Sequence[Atom]) -> tuple[int, ...]:
+    """Those of the atoms that are values, once each."""
+    return tuple(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))
 
 
 def _called(eqn: Any) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from costmodels.program import Program
 from search.copies import Copies
+from search.inlined import is_inlined
 from search.layouts import Layout, shards
 from search.problem import Problem
 from search.reshard import ReshardTable
@@ -175,7 +176,7 @@ def _materialised(program: Program, value: int) -> bool:
     made_by = program.operations[program.producers[value][0]]
     if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
         return False
-    return made_by.op_class != "fused" or _leaves_kernel(program, value)
+    return not is_inlined(program, program.producers[value][0]) or _leaves_kernel(program, value)
 
 
 def _leaves_kernel(program: Program, value: int) -> bool:
@@ -183,7 +184,7 @@ def _leaves_kernel(program: Program, value: int) -> bool:
     return any(
         _leaves_kernel(program, program.operations[at].outputs[0].value)
         if at in views(program)
-        else program.operations[at].op_class != "fused"
+        else not is_inlined(program, at)
         for at, _ in program.consumers.get(value, ())
     )
 

@@ -9,12 +9,15 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard import Workload, hlo
 from autoshard._audit import Audit, AuditError, Target, audit, compare
 from autoshard.hlo import CompiledCollective
+from autoshard.pairing import paired
 from autoshard.plan import Plan, PlannedCollective
 from costmodels.collectives import seconds
 from costmodels.topology import Topology, parse_topology
@@ -187,6 +190,25 @@ def test_repetitions_are_what_stays_without_a_partner(monkeypatch: pytest.Monkey
     assert [d.kind for d in compared(monkeypatch, *work, arrays=[(5, ""), (5, ""), (6, "")]).differences] == [
         "same plan at lower cost"
     ]
+
+
+def test_hundreds_in_one_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = [*[p(AR, "xyz", 32 * KIB) for _ in range(32)], *[p(AR, "xyz", 8 * KIB) for _ in range(162)]]
+    compiled = [c(AR, "xyz", 2320 * KIB, 1, "combined 194")]
+    found = compared(monkeypatch, [BIG, *planned], [c(AR, "xyz", 4096 * KIB, 10), *compiled])
+    assert [d.kind for d in found.differences] == ["same plan at lower cost"]
+    other = compared(monkeypatch, [BIG, p(AR, "xyz", 999 * KIB), *planned], [c(AR, "xyz", 4096 * KIB, 10), *compiled])
+    assert sorted(d.kind for d in other.differences) == ["missing", "same plan at lower cost"]
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=2, max_size=9), st.data())
+def test_those_that_were_combined_are_found_among_others(sizes: list[int], data: st.DataObject) -> None:
+    chosen = data.draw(st.sets(st.sampled_from(range(len(sizes))), min_size=2))
+    whole = sum(sizes[i] for i in chosen)
+    planned, combined = [p(AR, "x", size) for size in sizes], c(AR, "x", whole, 1, f"combined {len(chosen)}")
+    (pair,) = [pair for pair in paired(planned, [combined], V4) if pair.compiled]
+    assert sum(each.bytes for each in pair.planned) == pytest.approx(whole, rel=0.005)
+    assert len(pair.planned) <= len(chosen)
 
 
 def test_a_full_rematerialization_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:

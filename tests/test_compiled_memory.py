@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec
 from test_plan import well_linked
 
 import autoshard
-from autoshard import waiting
+from autoshard import targets, waiting
+from autoshard.blocks import BarrierStep
 from autoshard.emit import emitted
 from autoshard.invariant import split
 from autoshard.trace import trace
@@ -82,7 +85,18 @@ def logits(x: Any, weights: Any) -> Any:
     return x @ weights
 
 
+def right_words(x: Any, weights: Any, words: Any) -> Any:
+    """The gradient of one logit in each row is a comparison in the kernel that adds it to the others' gradients."""
+
+    def loss(weights: Any) -> Any:
+        logits = jnp.einsum("bte,ev->btv", x, weights, preferred_element_type=f32)
+        return (jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, words[..., None], -1)[..., 0]).mean()
+
+    return jax.grad(loss)(weights)
+
+
 CASES = {
+    "right words": Case(right_words, (S((4, 1024, 128), bf16), S((128, 32000), bf16), S((4, 1024), jnp.int32))),
     "unrolled": Case(unrolled, ((S((8, 2048, 16, 128), bf16), S((8, 16, 128, 2048), bf16)), S((256, 2048), bf16))),
     "odd vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50257), f32))),
     "even vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50304), f32))),
@@ -204,6 +218,92 @@ def test_what_waits_is_computed_and_differentiated_as_written() -> None:
         found, right = (jax.tree_util.tree_leaves(each(weights, x)) for each in (planned, fn))
         for one, other in zip(found, right, strict=True):
             np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.1, atol=0.1)
+
+
+# --- what is computed again, and what is overwritten
+
+
+def computed_again(weights: Any, x: Any) -> Any:
+    """What a `jax.checkpoint` computes on the way back is not what was computed before: that is not kept."""
+
+    @jax.checkpoint
+    def block(x: Any, up: Any) -> Any:
+        return x + jnp.tanh(x @ up) @ up.T
+
+    def loss(weights: Any) -> Any:
+        y = x
+        for up in weights:
+            y = block(y, up)
+        return jnp.sum(y.astype(f32) ** 2)
+
+    return jax.grad(loss)(weights)
+
+
+def gathered_results(weights: Any, moments: Any, x: Any) -> Any:
+    """New weights, gathered from the chips that keep their moments: the old ones are overwritten, not copied."""
+    for weight in weights:
+        x = x + jnp.tanh(x @ weight)
+    scale = jnp.mean(x.astype(f32))
+    return [(w.astype(f32) - scale * m).astype(bf16) for w, m in zip(weights, moments, strict=True)], moments
+
+
+@pytest.mark.tpu
+def test_what_is_to_be_computed_again_is() -> None:
+    args = ([S((512, 512), bf16)] * 4, S((1024, 512), bf16))
+    plan = autoshard.search(computed_again, *args, topology="v5e:1x1")
+    found = autoshard.audit(plan, computed_again, *args, target="tpu")
+    assert found.flops == pytest.approx(found.planned_flops)
+
+
+def barriers(fn: Callable[..., Any], *args: Any) -> list[int]:
+    """Of how many values the barriers of a function are, loops included."""
+    return [len(step.values) for step in steps_of(trace(fn, *args).block) if isinstance(step, BarrierStep)]
+
+
+def steps_of(block: Any) -> Iterator[Any]:
+    for step in block.steps:
+        yield step
+        yield from steps_of(step.body) if hasattr(step, "body") else ()
+
+
+def test_only_what_was_read_before_is_kept_apart() -> None:
+    x, w = S((8, 8), f32), S((8, 8), f32)
+
+    def block(x: Any, w: Any) -> Any:
+        return jnp.tanh(jnp.sin(x) @ w)
+
+    def scanned(x: Any, w: Any) -> Any:
+        return lax.scan(lambda x, w: (jax.checkpoint(block)(x, w), None), x, jnp.stack([w, w]))[0].sum()
+
+    again = jax.value_and_grad(lambda x, w: jax.checkpoint(block)(x, w).sum(), argnums=(0, 1))
+    assert barriers(again, x, w) == [3]  # with the result's gradient
+    assert barriers(jax.grad(lambda x, w: jax.checkpoint(block)(x, w).sum()), x, w) == []  # the result is not needed
+    assert barriers(lambda x, w: jax.checkpoint(block)(x, w), x, w) == []  # nothing is computed again
+    shared = jax.value_and_grad(lambda x, w: jax.checkpoint(block, prevent_cse=False)(x, w).sum())
+    assert barriers(shared, x, w) == []
+    assert barriers(jax.value_and_grad(scanned), x, w) == []  # of a round, nothing was made before
+    assert barriers(lambda x, w: lax.optimization_barrier((x, w))[0] @ w, x, w) == [2]
+
+
+def test_what_is_kept_apart_is_computed_as_written() -> None:
+    random = np.random.default_rng(2)
+    weights = [jnp.asarray(random.normal(size=(16, 16)) / 4, f32) for _ in range(3)]
+    x = jnp.asarray(random.normal(size=(32, 16)), f32)
+    plan = autoshard.search(computed_again, weights, x, topology=well_linked("cpu:2x4"))
+    for found, right in zip(plan.apply(computed_again)(weights, x), computed_again(weights, x), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.tpu
+def test_what_gathered_results_overwrite_is_not_copied() -> None:
+    args = ([S((2048, 2048), bf16)] * 4, [S((2048, 2048), f32)] * 4, S((4096, 2048), bf16))
+    pins = {"weights.*": PartitionSpec(), "moments.*": PartitionSpec(("x", "y"))}
+    plan = autoshard.search(gathered_results, *args, topology="v5e:2x2", donate_argnums=(0, 1), pins=pins)
+    assert [each.bytes for each in plan.estimate.collectives if each.kind == "all-gather"] == [2048 * 2048 * 2] * 4
+    where = plan.topology
+    mesh = targets.mesh_of(targets.tpu_devices(where.name, where.shape, where.chip.name), where.axis_sizes)
+    text = plan.jit(gathered_results, mesh=mesh).lower(*args).compile().as_text()
+    assert not re.search(r" = bf16\[2048,2048\]\S* copy\(", text)
 
 
 # --- what stays the same in every round of a loop
