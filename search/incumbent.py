@@ -15,6 +15,8 @@ from search.problem import Problem
 
 _FORESTS = 4
 """How many forests are drawn, at most, to improve what was read off a dual."""
+_ROUNDS = 20
+"""How often all states are improved one at a time, at most."""
 _ALIKE = 1e-7
 """The part of the bound by which states may differ and still cost alike."""
 
@@ -191,20 +193,25 @@ def improve(
     """
     states = states.copy()
     priced = [(_Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
-    for _ in range(20):
-        changed = False
-        for i in range(len(problem.nodes)):
-            if i == held:
-                continue
+    doubtful = set(range(len(problem.nodes))) - {held}
+    for _ in range(_ROUNDS):
+        changed = set()
+        for i in sorted(doubtful):
             cost = _conditional(problem, states, i)
             for row, rate in priced:
                 cost = cost + rate * row.given(states, i)
             best = int(np.argmin(cost))
             if cost[best] < cost[states[i]] - 1e-15:
-                states[i], changed = best, True
+                states[i] = best
+                changed.add(i)
         if not changed:
             break
+        doubtful = {end for i in changed for k in problem.incident[i] for end in _ends(problem, k)} - {held}
     return states
+
+
+def _ends(problem: Problem, k: int) -> tuple[int, int]:
+    return problem.edges[k].a, problem.edges[k].b
 
 
 def _conditional(problem: Problem, states: np.ndarray, i: int) -> np.ndarray:
