@@ -44,8 +44,8 @@ class Branching:
 
     A branch holds one heavily used layout to some of its states (`search.probing`); each side is swept anew, at prices of its
     own (`search.repricing`), and dropped when its bound reaches the best plan known. Depth first, the side of the relaxed plan
-    first, unless another branch promises much better plans. `unproven` is the least bound of what the limits, or an interruption,
-    left undecided.
+    first, unless another branch promises much better plans. `unproven` is the least bound of what the limits, or an
+    interruption, left undecided.
     """
 
     def __init__(self, ascent: Ascent, deterministic_seconds: float) -> None:
