@@ -133,8 +133,8 @@ class Audit:
     def saved_bytes(self) -> dict[Axes, float]:
         """Per set of mesh axes: what the compiled program sends less for the same plan, per chip and step.
 
-        Such as an array that is gathered once for two uses. On host devices, which widen 16-bit floats and have no
-        reduce-scatter, this is what they send more, and negative.
+        Such as an array that is gathered once for two uses, or as the bfloat16 that a matmul reads of float32. On host
+        devices, which widen 16-bit floats and have no reduce-scatter, this is what they send more, and negative.
         """
         found: dict[Axes, float] = {}
         for pair in self.pairs:
@@ -275,7 +275,8 @@ def compare(
     rows = [(p, *of) for p, of in zip(estimate.collectives, known, strict=True) if axes_of(p, topology)]
     planned = [p for p, _, _ in rows]
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
-    pairs = matched(planned, [value for _, value, _ in rows], compiled, topology, widths)
+    narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]
+    pairs = matched(planned, [value for _, value, _ in rows], compiled, topology, widths, narrow)
     spent = sum(seconds_of(c, topology) * c.count for c in compiled)
     wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
     differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]

@@ -28,6 +28,13 @@ _SPELLINGS = (*((kind, kind) for kind in _KINDS), ("reduce-scatter", "all-reduce
 """Planned kinds with the kinds that they may be compiled to, the most literal first."""
 
 
+_MOVES = ("all-gather", "all-to-all", "collective-permute")
+"""Kinds that change no number."""
+_HALF = ("bf16", "f16")
+_NARROWER = 0.75
+"""The part of its bytes below which a collective must have been sent in a narrower type."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
@@ -43,13 +50,14 @@ def matched(
     compiled: Sequence[CompiledCollective],
     topology: Topology,
     widths: Sequence[float] = (),
+    narrow: Sequence[bool] = (),
 ) -> tuple[Pair, ...]:
     """Pairs all planned with all compiled collectives, knowing that what one array is sent for twice may be sent once.
 
     **Arguments:**
 
     - `arrays`: the number of the array that each planned collective sends.
-    - `widths`: as of `paired`.
+    - `widths`, `narrow`: as of `paired`.
     """
     times: Counter[tuple[Any, ...]] = Counter()
     again = []
@@ -58,8 +66,13 @@ def matched(
         again.append(times[alike])
         times[alike] += 1
     order = sorted(range(len(planned)), key=lambda i: again[i])  # so that repetitions are what stays without a partner
-    widths = widths or [1.0] * len(planned)
-    pairs = paired([planned[i] for i in order], compiled, topology, [widths[i] for i in order])
+    pairs = paired(
+        [planned[i] for i in order],
+        compiled,
+        topology,
+        [widths[i] for i in order] if widths else (),
+        [narrow[i] for i in order] if narrow else (),
+    )
     return shared(pairs, {id(each): array for each, array in zip(planned, arrays, strict=True)})
 
 
@@ -68,23 +81,29 @@ def paired(
     compiled: Sequence[CompiledCollective],
     topology: Topology,
     widths: Sequence[float] = (),
+    narrow: Sequence[bool] = (),
 ) -> tuple[Pair, ...]:
     """Pairs all planned with all compiled collectives; those that have no partner come last, alone.
 
     **Arguments:**
 
     - `widths`: by which factor the numbers of each planned collective are wider when they are sent; 1 by default.
+    - `narrow`: whether the compiler may send its numbers with half as many bits, where whoever uses them reads no more.
     """
     widths = widths or [1.0] * len(planned)
     lots = [
         _Lot(p, p.kind, axes_of(p, topology), p.bytes * w, int(p.count)) for p, w in zip(planned, widths, strict=True)
     ]
     found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
-    pairing = _Pairing(lots, found)
+    pairing = _Pairing(lots, found, [])
     pairing.run()
     for lot in lots:
         lot.bytes = float(lot.of.bytes)  # what was not widened after all
     pairing.run()
+    halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in _MOVES]
+    for lot in halves:
+        lot.bytes = lot.of.bytes / 2
+    _Pairing(halves, [lot for lot in found if lot.of.dtype in _HALF], pairing.pairs).run()
     alone = [Pair((lot.of,), (), lot.left) for lot in lots if lot.left]
     return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
 
@@ -117,8 +136,11 @@ def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topolo
 
 
 def literal(pair: Pair) -> bool:
-    """Whether every planned collective of a pair is compiled to one of its kind."""
-    return {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(pair.compiled)
+    """Whether every planned collective of a pair is compiled to one of its kind, of no narrower numbers."""
+    kinds = {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(
+        pair.compiled
+    )
+    return kinds and sum(c.bytes for c in pair.compiled) > _NARROWER * sum(p.bytes for p in pair.planned)
 
 
 @dataclass(eq=False)
@@ -133,9 +155,8 @@ class _Lot:
 
 
 class _Pairing:
-    def __init__(self, planned: list[_Lot], compiled: list[_Lot]) -> None:
-        self.planned, self.compiled = planned, compiled
-        self.pairs: list[Pair] = []
+    def __init__(self, planned: list[_Lot], compiled: list[_Lot], pairs: list[Pair]) -> None:
+        self.planned, self.compiled, self.pairs = planned, compiled, pairs
 
     def run(self) -> None:
         """All passes over what has no partner yet."""

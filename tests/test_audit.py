@@ -211,6 +211,15 @@ def test_those_that_were_combined_are_found_among_others(sizes: list[int], data:
     assert len(pair.planned) <= len(chosen)
 
 
+@pytest.mark.parametrize("dtype, kind", (("bf16", ["same plan at lower cost"]), ("f32", ["missing", "unplanned"])))
+def test_what_a_matmul_reads_as_bfloat16_may_be_sent_as_such(monkeypatch: pytest.MonkeyPatch, dtype, kind) -> None:
+    """Half of the planned bytes are the same plan if they are those of the narrower type."""
+    compiled = [replace(c(AG, "x", 4096 * KIB), dtype=dtype)]
+    found = compared(monkeypatch, [p(AG, "x", 8192 * KIB)], compiled, arrays=[(1, "float32")])
+    assert sorted(d.kind for d in found.differences) == kind
+    assert found.saved_bytes().get(("x",), 0.0) == (4096 * KIB * 3 / 4 if dtype == "bf16" else 0.0)
+
+
 def test_a_full_rematerialization_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = compared(monkeypatch, [], [c(AG, "x", 64, only_sliced=True)]).differences
     assert found.text == (
