@@ -25,10 +25,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "emission.json"
 TOPOLOGIES = ("cpu:2x2x2", "v5e:4x4", "v4:4x4x4", "v4:2x2x2", "h100:8")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 SHAPES = {
-    # One chip's piece before the step: many rows, a decode batch, few rows, few rows behind the first dimension, a dimension
-    # between the first and those of a tile.
+    # One chip's piece before the step: many rows, rows that no block divides, a decode batch, few rows, few rows behind the
+    # first dimension, a dimension between the first and those of a tile.
     "prefill": ((1024, 8192), 0),
     "columns": ((1024, 8192), 1),
+    "odd rows": ((50257, 4096), 1),
     "decode": ((64, 4096), 1),
     "few rows": ((4, 4096), 1),
     "heads": ((64, 2, 128), 0),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from layout_strategies import (
     assert_layouts_do_not_matter,
     blocks,
@@ -25,6 +25,7 @@ from layout_strategies import (
 )
 from models import Block, arguments, function
 
+from autoshard import hlo, targets
 from autoshard.collectives import run_step
 from autoshard.emit import emitted, spec_of
 from autoshard.trace import trace
@@ -94,6 +95,39 @@ def test_every_path_is_a_chain_of_steps() -> None:
                 ends = [(a.target, b.source) for a, b in pairwise(path)]
                 assert all(a == b for a, b in ends)
                 assert (path[0].source, path[-1].target) == (source, target) if path else source == target
+
+
+ODD_ROWS = (8 * 521, 512)
+"""A prime number of tiles of 8 rows: the TPU compiler finds no blocks of them."""
+TO_COLUMNS = Step("reduce-scatter", ("x",), Layout(((), ()), ("x",)), Layout(((), ("x",))), target_dim=1)
+
+
+def test_columns_of_odd_rows_are_scattered_as_others() -> None:
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    chips = np.random.default_rng(0).integers(-9, 9, (2, *ODD_ROWS)).astype(np.float32)
+    run = jax.shard_map(
+        lambda piece: run_step(TO_COLUMNS, piece[0], {"x": 2}),
+        mesh=mesh,
+        in_specs=PartitionSpec("x"),
+        out_specs=PartitionSpec(None, "x"),
+    )
+    assert (np.asarray(run(chips)) == chips.sum(axis=0)).all()
+
+
+@pytest.mark.tpu
+def test_columns_of_odd_rows_are_scattered_by_the_tpu_compiler() -> None:
+    devices = targets.tpu_devices("v5e:2x2", (2, 2), "v5e")
+    mesh = targets.mesh_of(devices, {"x": 2, "y": 2})
+    run = jax.shard_map(
+        lambda piece: run_step(TO_COLUMNS, jnp.tanh(piece), {"x": 2, "y": 2}),
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(None, "x"),
+        check_vma=False,
+    )
+    text = jax.jit(run).lower(jax.ShapeDtypeStruct(ODD_ROWS, jnp.bfloat16)).compile().as_text() or ""
+    (found,) = hlo.collectives(text, {"x": 2, "y": 2})
+    assert found.kind == "reduce-scatter"
 
 
 @given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
