@@ -17,6 +17,7 @@ from autoshard.devices import topology_of
 from autoshard.dimensions import Names, named, symbols_of
 from autoshard.errors import AutoshardError
 from autoshard.execution import abstract
+from autoshard.garbage import seldom_collected
 from autoshard.infeasible import conflict, explained
 from autoshard.pins import PinError, Pins, unpinned, with_pins
 from autoshard.plan import Plan
@@ -119,6 +120,7 @@ def search(
     return planned(traced_for(fn, args, options), where, options)
 
 
+@seldom_collected()
 def traced_for(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> Target:
     """The function as a program, traced with arguments of these shapes and types.
 
@@ -141,6 +143,7 @@ def traced_for(fn: Callable[..., Any], args: Sequence[Any], options: Options) ->
     )
 
 
+@seldom_collected()
 def planned(target: Target, topology: Topology, options: Options) -> Plan:
     """Searches, and turns what was found into a plan in the user's words.
 

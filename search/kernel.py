@@ -88,6 +88,15 @@ def _chosen(dual: Dual, seen: Sequence[np.ndarray], width: float) -> list[np.nda
 def _pairs(dual: Dual, chosen: Sequence[np.ndarray]) -> int:
     """Pairs of layouts that chosen states leave open, over all edges."""
     return sum(
-        len(np.unique(edge.rows[chosen[edge.a]])) * len(np.unique(edge.columns[chosen[edge.b]])) - 1
+        _count(edge.rows[chosen[edge.a]], edge.matrix.shape[0])
+        * _count(edge.columns[chosen[edge.b]], edge.matrix.shape[1])
+        - 1
         for edge in dual.problem.edges
     )
+
+
+def _count(layouts: np.ndarray, of: int) -> int:
+    """How many of so many layouts there are among these."""
+    found = np.zeros(of, dtype=bool)
+    found[layouts] = True
+    return int(np.count_nonzero(found))

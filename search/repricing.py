@@ -16,7 +16,7 @@ from search.incumbent import decode
 
 _STEP = 1.5
 """By what factor a price changes at first; by its root whenever the direction turns."""
-_STEPS = 8
+_STEPS = 6
 """How often it is changed, at most."""
 _LITTLE = 0.01
 """The part of what is open by which the bound must rise to go on, once plans on both sides are known."""

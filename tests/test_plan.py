@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import autoshard
 from autoshard.alternatives import Alternatives
 from autoshard.devices import name_of
+from autoshard.garbage import seldom_collected
 from autoshard.trace import trace
 from costmodels.topology import Topology, parse_topology
 from examples import palm
@@ -452,3 +454,17 @@ def test_weights_that_are_cast_for_a_product_are_read_as_they_are_stored(dtype: 
     chip = plan.topology.chip
     assert chip.on_chip_bytes > weight.size * 4
     assert plan.proof.objective_seconds >= weight.size * weight.dtype.itemsize / chip.hbm_bytes_per_second
+
+
+def test_the_collector_of_garbage_is_as_before_after_planning() -> None:
+    """Also when planning fails, and with another plan made inside."""
+    before = gc.get_threshold()
+    with pytest.raises(ZeroDivisionError), seldom_collected():
+        with seldom_collected():
+            pass
+        assert gc.get_threshold() != before
+        raise ZeroDivisionError
+    assert gc.get_threshold() == before
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    autoshard.search(lambda x: x @ x, x, topology="cpu:2")
+    assert gc.get_threshold() == before
