@@ -219,9 +219,8 @@ class Dual:
                     behind += 1
             if ahead:
                 share = theta / max(len(ahead), behind)
-                least = float(share.min())
                 for edge in ahead:
-                    edge.give(i, share, least)
+                    edge.give(i, share)
                 theta = theta - share * len(ahead)
             self.theta[i] = theta
 

@@ -155,13 +155,13 @@ class DualEdge:
         self._least = 0.0
         return found
 
-    def give(self, node: int, cost: np.ndarray, least: float) -> None:
-        """Adds a cost, `least` at its least, to each state of an end from which all was taken."""
+    def give(self, node: int, cost: np.ndarray) -> None:
+        """Adds a cost to each state of an end."""
         if node == self.a:
             self.left = self.left - cost
         else:
             self.right = self.right - cost
-        self._least = least
+        self._least = None
 
     @property
     def least(self) -> float:

@@ -79,6 +79,61 @@ def test_holding_a_node_is_a_restriction_for_a_while(program, topology, part, ra
     assert dual.bound() == pytest.approx(held, rel=1e-9, abs=ROUNDING)
 
 
+def moved(dual: Dual, how: str, random) -> None:
+    """One of the things that happen to a dual in a search."""
+    i = random.randrange(len(dual.keep))
+    half = dual.keep[i][: max(1, len(dual.keep[i]) // 2)]
+    match how:
+        case "sweep":
+            dual.sweep()
+        case "reprice":
+            dual.reprice(np.array([random.random() * 1e-9 for _ in dual.rows]))
+        case "narrow":
+            dual.narrow(i, half)
+        case "restrict":
+            dual.restrict([half if k == i else keep for k, keep in enumerate(dual.keep)])
+        case "hold":
+            with dual.held(i, half):
+                dual.sweep()
+        case "exclude":
+            dual.exclude(dual.bound() + random.random() * abs(dual.bound()))
+        case "come back":
+            before = dual.snapshot()
+            dual.narrow(i, half)
+            dual.sweep()
+            dual.load(before)
+
+
+MOVES = ("sweep", "reprice", "narrow", "restrict", "hold", "exclude", "come back")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    programs(),
+    st.sampled_from(TOPOLOGIES[:3]),
+    st.lists(st.sampled_from(MOVES), max_size=8),
+    st.randoms(use_true_random=False),
+)
+def test_whatever_is_moved_plans_cost_what_they_did(program, topology, moves, random):
+    """The potentials of a plan add up to its cost, and its bound is the sum of their least, also where edges are left out."""
+    problem = tight(program, topology, 1.0)
+    dual = Dual(problem, rows(problem), [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes])
+    for how in moves:
+        moved(dual, how, random)
+    places = [random.randrange(len(keep)) for keep in dual.keep]
+    constant = -dual.multipliers.sum() * problem.budget_bytes
+    ends = [(edge, edge.rows.group[places[edge.a]], edge.columns.group[places[edge.b]]) for edge in dual.edges]
+    paid = sum(theta[place] for theta, place in zip(dual.theta, places, strict=True))
+    paid += sum(e.table()[p, q] - e.left[places[e.a]] - e.right[places[e.b]] for e, p, q in ends)
+    states = np.array([keep[place] for keep, place in zip(dual.keep, places, strict=True)])
+    assert constant + paid == pytest.approx(dual.objective(states), rel=1e-9, abs=ROUNDING)
+    least_of = [
+        float((e.table()[e.rows.group][:, e.columns.group] - e.left[:, None] - e.right).min()) for e in dual.edges
+    ]
+    summed = constant + sum(float(theta.min()) for theta in dual.theta) + sum(least_of)
+    assert dual.bound() == pytest.approx(summed, rel=1e-9, abs=ROUNDING)
+
+
 @settings(max_examples=30, deadline=None)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
