@@ -23,6 +23,7 @@ from autoshard.hlo_text import (
     Scope,
     follow,
     parse,
+    parts_bytes,
     shape_bytes,
     shape_dtype,
     trip_count,
@@ -68,6 +69,7 @@ class CompiledCollective:
     - `reduction`: "add", "max", ... of a reduce-scatter or all-reduce.
     - `count_known`: False where a loop's length could not be read, and `count` is a guess: its bound, or once.
     - `groups`: the replica groups or source-target pairs as the program spells them.
+    - `parts`: the bytes of each array where it combines several.
     - `only_sliced`: an all-gather of which the program uses nothing but slices: a change of layout that the partitioner
       knew no other way for (it warns of an "involuntary full rematerialization").
     """
@@ -85,6 +87,7 @@ class CompiledCollective:
     dtype: str = ""
     groups: str = ""
     only_sliced: bool = False
+    parts: tuple[int, ...] = ()
 
 
 def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollective, ...]:
@@ -177,7 +180,7 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
     written = inst.opcode.removesuffix("-start")
     kind = "reduce-scatter" if _is_scatter_fusion(scope) and written == "all-reduce" else _KINDS[written]
     groups = found[2] if (found := _GROUPS.search(inst.structure)) else "{}"
-    shape = _measured_shape(inst, scope, kind)
+    shape, spelling = _measured_shape(inst, scope, kind), _spelling(site, kind, module)
     return CompiledCollective(
         kind=kind,
         axes=_axes(groups, kind == "collective-permute", mesh),
@@ -186,12 +189,13 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
         op_name=_annotation(site, module, _op_name),
         source=_annotation(site, module, module.source),
         asynchronous=any(each.endswith("-start") for each in _opcodes(site)),
-        spelling=_spelling(site, kind, module),
+        spelling=spelling,
         reduction=_reduction(inst, module),
         count_known=site.count_known,
         dtype=shape_dtype(shape),
         groups=groups,
         only_sliced=kind == "all-gather" and _only_sliced(inst.name, scope, module),
+        parts=parts_bytes(shape) if spelling.startswith("combined") else (),
     )
 
 

@@ -190,6 +190,11 @@ def shape_bytes(shape: str) -> int:
     return (bits + 7) // 8
 
 
+def parts_bytes(shape: str) -> tuple[int, ...]:
+    """The bytes of each array of a shape."""
+    return tuple(shape_bytes(found[0]) for found in _ARRAY.finditer(shape))
+
+
 def shape_dtype(shape: str) -> str:
     """The element type of an array shape, or of the first array of a tuple."""
     found = _ARRAY.search(shape)

@@ -210,10 +210,24 @@ class _Pairing:
 def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
     """At most so many lots whose bytes are those of another: all, or of those the nearest to it the fewest; none if none do."""
     fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
+    if one_by_one := _part_by_part(whole, fitting):
+        return one_by_one
     if fitting and len(fitting) <= most and _alike(_sum(fitting), whole.bytes):
         return fitting
     groups = (group for group in _groups(fitting, most, whole.bytes) if _alike(_sum(group), whole.bytes))
     return min(groups, key=lambda group: (abs(_sum(group) - whole.bytes), len(group)), default=[])
+
+
+def _part_by_part(whole: _Lot, lots: Sequence[_Lot]) -> list[_Lot]:
+    """A lot for each array that a compiled collective says it combines; none if any lacks one."""
+    parts = whole.of.parts if isinstance(whole.of, CompiledCollective) else ()
+    left, found = list(lots), []
+    for part in sorted(parts, reverse=True):
+        at = next((k for k, lot in enumerate(left) if _alike(lot.bytes, part)), None)
+        if at is None:
+            return []
+        found.append(left.pop(at))
+    return found
 
 
 def _groups(lots: Sequence[_Lot], most: int, target: float) -> Iterator[list[_Lot]]:

@@ -211,6 +211,17 @@ def test_those_that_were_combined_are_found_among_others(sizes: list[int], data:
     assert len(pair.planned) <= len(chosen)
 
 
+def test_what_a_compiled_collective_combines_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice 6 KiB are as much as three times 4: which were combined stands in the program."""
+    planned = [p(AR, "x", size * KIB) for size in (6, 6, 4, 4, 4)]
+    whole = 12 * KIB
+    threes, twos = c(AR, "x", whole, 1, "combined 3"), c(AR, "x", whole, 1, "combined 2")
+    guessed = compared(monkeypatch, planned, [threes, twos])
+    assert "missing" in {d.kind for d in guessed.differences}
+    said = [replace(threes, parts=(4 * KIB,) * 3), replace(twos, parts=(6 * KIB,) * 2)]
+    assert {d.kind for d in compared(monkeypatch, planned, said).differences} == {"same plan at lower cost"}
+
+
 @pytest.mark.parametrize("dtype, kind", (("bf16", ["same plan at lower cost"]), ("f32", ["missing", "unplanned"])))
 def test_what_a_matmul_reads_as_bfloat16_may_be_sent_as_such(monkeypatch: pytest.MonkeyPatch, dtype, kind) -> None:
     """Half of the planned bytes are the same plan if they are those of the narrower type."""
