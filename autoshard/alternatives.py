@@ -83,7 +83,7 @@ class Alternatives:
         Only the neighbours of what is not as it was before have reason to change, then theirs.
         """
         states, most = states.copy(), max(self._over(states), 0.0)
-        stirred = _around(self.problem, np.flatnonzero(states != self.states).tolist())
+        stirred = self.problem.around(np.flatnonzero(states != self.states).tolist())
         for _ in range(_ROUNDS):
             changed = []
             for i in sorted(stirred - {held}):
@@ -92,7 +92,7 @@ class Alternatives:
                 changed += [i] if states[i] != now else []
             if not changed:
                 break
-            stirred = _around(self.problem, changed)
+            stirred = self.problem.around(changed)
         return states
 
     def _improved(self, states: np.ndarray, node: int, most: float) -> float:
@@ -109,12 +109,6 @@ class Alternatives:
     def _over(self, states: np.ndarray) -> float:
         """By how many bytes the fullest point exceeds the budget."""
         return float(overflow(self.problem, self.limits, states).max(initial=-1.0))
-
-
-def _around(problem: Problem, nodes: list[int]) -> set[int]:
-    """Nodes and their neighbours."""
-    edges = [problem.edges[k] for i in nodes for k in problem.incident[i]]
-    return {*nodes, *(edge.a for edge in edges), *(edge.b for edge in edges)}
 
 
 def _with_neighbours(problem: Problem, states: np.ndarray, node: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:

@@ -66,8 +66,9 @@ def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
         scattered = jnp.moveaxis(lax.psum_scatter(first, axes, scatter_dimension=0, tiled=True), 0, at)
     elif squeezed.ndim == 2:
         rows, columns = squeezed.shape
-        padded = lax.pad(squeezed, np.zeros((), squeezed.dtype), ((0, _odd_rows(rows, columns // chips), 0), (0, 0, 0)))
-        scattered = lax.psum_scatter(padded, axes, scatter_dimension=1, tiled=True)[:rows]
+        if more := _odd_rows(rows, columns // chips):
+            squeezed = lax.pad(squeezed, np.zeros((), squeezed.dtype), ((0, more, 0), (0, 0, 0)))
+        scattered = lax.slice_in_dim(lax.psum_scatter(squeezed, axes, scatter_dimension=1, tiled=True), 0, rows)
     else:
         scattered = lax.psum_scatter(squeezed, axes, scatter_dimension=at, tiled=True)
     sizes = dict(zip(kept, scattered.shape, strict=True))

@@ -8,6 +8,7 @@ from os import PathLike
 
 from autoshard.devices import topology_of
 from autoshard.errors import AutoshardError
+from autoshard.garbage import seldom_collected
 from autoshard.infeasible import explained
 from autoshard.pins import dotted
 from autoshard.plan import Plan
@@ -68,6 +69,7 @@ class PhasePlans(Mapping[str, Plan]):
         return "\n".join(lines) + "\n"
 
 
+@seldom_collected()
 def search_phases(
     workloads: Mapping[str, Workload],
     *,

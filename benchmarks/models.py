@@ -6,7 +6,8 @@
 
 A row is a model, a phase and a slice of chips: equations of the trace, the share of the estimated time under exact rules,
 the folds that were found (copies × operations of one), seconds from trace to plan, the gap of the proof, and what the audit
-of the compiled program says. Each row runs in a process of its own (with `--together` all in one, which is quicker).
+of the compiled program says, judged as `benchmarks/audits.py` does. Each row runs in a process of its own (with `--together`
+all in one, which is quicker).
 """
 
 from __future__ import annotations
@@ -32,9 +33,6 @@ TARGET_SECONDS = 30.0
 clock on a machine that does nothing else: nothing here runs in parallel. Both are in the table."""
 TIME_LIMIT = 120.0
 """Seconds after which a search is cut off, with the gap that is left."""
-WIRE, PEAK, UNPLANNED = 0.02, 0.05, 0.01
-"""Bounds of the audit, judged as `benchmarks/audits.py` does: bytes on the wire per set of axes beside what is planned less
-what the compiler saved, peak memory, and the share of the planned bytes that is sent and was not planned."""
 
 
 def cases() -> dict[tuple[str, str], tuple[str, Callable[..., Any]]]:
@@ -139,10 +137,8 @@ def _audit(plan: Any, work: Any) -> dict[str, Any]:
     except autoshard.AutoshardError as error:
         return {"ok": None, "why": str(error)[:300]}
     found = judged(audit)
-    limits = {"wire": WIRE, "unplanned": UNPLANNED, "peak": PEAK}
-    reached = {"wire": found["ours"], "unplanned": found["unplanned"], "peak": abs((found["peak_ratio"] or 0.0) - 1)}
     return {
-        "ok": all(reached[name] <= limit for name, limit in limits.items()),
+        "ok": not found["misses"],
         "wire": {row["axes"]: round(row["ratio"], 4) for row in found["wire"]},
         "saved_share": round(_share_saved(found["wire"]), 4),
         "unplanned_share": round(found["unplanned"], 4),

@@ -15,8 +15,9 @@ arguments and results, and all that an optimizer does to each layer's parameters
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -197,24 +198,19 @@ def _share_alike(program: Program, found: list[int], repeated: set[int]) -> None
     colours = _first_colours(program, found, repeated)
     donor = {program.results[b]: program.arguments[a] for a, b in program.donated}
     partner = donor | {argument: result for result, argument in donor.items()}
-    refine(colours, apart, lambda i: _seen_from(program, colours, i, partner.get(i)), _seers(program, apart, partner))
+    around = {i: _around(program, i, partner.get(i)) for i in apart}
+    seers: dict[int, set[int]] = defaultdict(set)
+    for i, groups in around.items():
+        for other, _ in itertools.chain.from_iterable(groups):
+            seers[other].add(i)
+
+    def sight(i: int) -> tuple:
+        return tuple(tuple(sorted((colours[other], k) for other, k in group)) for group in around[i])
+
+    refine(colours, apart, sight, seers)
     first: dict[int, int] = {}
     for i in apart:
         found[i] = first.setdefault(colours[i], i)
-
-
-def _seers(program: Program, apart: Sequence[int], partner: Mapping[int, int]) -> Mapping[int, set[int]]:
-    """Per operation the others in whose `_seen_from` its colour is."""
-    found: dict[int, set[int]] = defaultdict(set)
-    for i in apart:
-        op = program.operations[i]
-        seen = {program.producers[use.value][0] for use in op.inputs}
-        for use in op.outputs:
-            if program.values[use.value].shape:
-                seen.update(at for at, _ in program.consumers.get(use.value, ()))
-        for other in (*seen, *((partner[i],) if i in partner else ())):
-            found[other].add(i)
-    return found
 
 
 def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
@@ -231,16 +227,12 @@ def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -
     ]
 
 
-def _seen_from(program: Program, colours: Sequence[int], i: int, partner: int | None) -> tuple:
-    """The colours around an operation: of its operands, of its results' users, and of what shares its donated memory."""
+def _around(program: Program, i: int, partner: int | None) -> list[list[tuple[int, int]]]:
+    """What an operation sees, in groups without order: each operand's maker, each result's users, who shares donated memory."""
     op = program.operations[i]
-    made = tuple((colours[at], k) for at, k in (program.producers[use.value] for use in op.inputs))
-    users = tuple(
-        tuple(sorted((colours[at], k) for at, k in program.consumers.get(use.value, ())))
-        for use in op.outputs
-        if program.values[use.value].shape
-    )
-    return made, users, -1 if partner is None else colours[partner]
+    made = [[program.producers[use.value]] for use in op.inputs]
+    users = [list(program.consumers.get(use.value, ())) for use in op.outputs if program.values[use.value].shape]
+    return [*made, *users, [] if partner is None else [(partner, 0)]]
 
 
 def _reached(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:

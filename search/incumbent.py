@@ -206,12 +206,8 @@ def improve(
                 changed.add(i)
         if not changed:
             break
-        doubtful = {end for i in changed for k in problem.incident[i] for end in _ends(problem, k)} - {held}
+        doubtful = problem.around(changed) - {held}
     return states
-
-
-def _ends(problem: Problem, k: int) -> tuple[int, int]:
-    return problem.edges[k].a, problem.edges[k].b
 
 
 def _conditional(problem: Problem, states: np.ndarray, i: int) -> np.ndarray:

@@ -13,7 +13,7 @@ depth does not enter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -106,6 +106,11 @@ class Problem:
             found[edge.a].append(k)
             found[edge.b].append(k)
         return tuple(tuple(edges) for edges in found)
+
+    def around(self, nodes: Collection[int]) -> set[int]:
+        """Nodes and their neighbours."""
+        edges = [self.edges[k] for i in nodes for k in self.incident[i]]
+        return {*nodes, *(edge.a for edge in edges), *(edge.b for edge in edges)}
 
     def ends(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Per edge the row and the column of its table that a choice of states comes to."""
