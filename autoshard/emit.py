@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,13 +22,15 @@ from jax.sharding import PartitionSpec
 
 from autoshard.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.collectives import run_step
+from autoshard.extremes import over_chips
 from autoshard.rules import Rule
+from autoshard.sums import resting
 from autoshard.tiling import as_an_argument
 from autoshard.waiting import waits
 from costmodels.program import REDUCED_INSIDE, Program
 from costmodels.topology import Topology
 from search.inside import gathers
-from search.layouts import Axes, Layout, local_shape
+from search.layouts import Layout, local_shape
 from search.reshard import reshard_table
 from search.solution import Choice, collectives, kept, needed, produced
 from search.strategies import Strategy
@@ -94,7 +95,8 @@ class _Scope:
         """Keeps a produced value, changing it to the layout that it is kept in."""
         runner = self.runner
         made, home = produced(runner.program, runner.choice, value), kept(runner.program, runner.choice, value)
-        self.arrays[value] = {home: runner.reshard(value, piece, made, home)}
+        piece = runner.reshard(value, piece, made, home)
+        self.arrays[value] = {home: lax.optimization_barrier(piece) if value in runner.resting else piece}
 
     def get(self, atom: Atom, layout: Layout, hidden: bool = False) -> Any:
         """A value's piece in the layout that a use needs, which a matmul may hide; a literal as it is."""
@@ -130,6 +132,7 @@ class Runner:
         self.sizes = topology.axis_sizes
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
+        self.resting = resting(traced.program) if topology.chip.kind == "tpu" else frozenset()
         self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
@@ -350,56 +353,8 @@ def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
     """The all-reduce that a split maximum, minimum, conjunction or disjunction runs within its operation."""
     for factor, axes in zip(rule.factors, strategy.splits, strict=True):
         if axes and factor.kind in REDUCED_INSIDE:
-            piece = _closed(factor.kind, piece, axes)
+            piece = over_chips(factor.kind, piece, axes)
     return piece
-
-
-def _closed(kind: str, piece: Any, axes: Axes) -> Any:
-    if kind in ("max", "min"):
-        return _extreme(piece, kind, axes)
-    as_integers = piece.astype(np.int32)
-    reduced = lax.pmin(as_integers, axes) if kind == "and" else lax.pmax(as_integers, axes)
-    return reduced.astype(piece.dtype)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
-    """The maximum or minimum over chips; JAX has no derivative of `pmax`, so it is given here."""
-    over_chips = partial(lax.pmax if kind == "max" else lax.pmin, axis_name=axes)
-    if not jnp.issubdtype(piece.dtype, np.floating):
-        return over_chips(piece)
-    with_nans = partial(_with_nans, kind, over_chips)
-    other = over_chips if piece.dtype.itemsize < 4 else with_nans
-    return lax.platform_dependent(piece, tpu=over_chips, cpu=with_nans, default=other)
-
-
-def _with_nans(kind: str, over_chips: Callable[..., Any], piece: Any) -> Any:
-    """The extreme of floats as that of integers in the same order, beyond which lies what is no number.
-
-    The all-reduces of hosts (jaxlib 0.10: the first chip's number stays unless another's compares greater) and of GPUs (fmax)
-    lose a NaN, which JAX's own reductions keep. 16-bit floats take 32 bits, which hosts send of them anyway; GPUs do not, and
-    may lose a NaN there.
-    """
-    wide = piece if piece.dtype.itemsize >= 4 else piece.astype(np.float32)
-    integer = np.dtype(f"int{8 * wide.dtype.itemsize}")
-    least, most = (np.asarray(bound, integer) for bound in (np.iinfo(integer).min, np.iinfo(integer).max))
-    zero = np.zeros((), integer)
-
-    def turned(bits: Any) -> Any:
-        return jnp.where(bits < zero, bits ^ most, bits)  # of negative floats the greater bits are the smaller number
-
-    place = turned(lax.bitcast_convert_type(wide, integer))
-    found = over_chips(jnp.where(jnp.isnan(wide), most if kind == "max" else least, place))
-    return lax.bitcast_convert_type(turned(found), wide.dtype).astype(piece.dtype)
-
-
-@_extreme.defjvp
-def _extreme_jvp(kind: str, axes: Axes, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    """The tangent is that of the chips that hold the extreme, shared among them."""
-    (piece,), (tangent,) = primals, tangents
-    whole = _extreme(piece, kind, axes)
-    held = (piece == whole).astype(tangent.dtype)
-    return whole, lax.psum(tangent * held, axes) / lax.psum(held, axes)
 
 
 def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Callable[..., list[Any]]:

@@ -19,8 +19,10 @@ from autoshard import targets, waiting
 from autoshard.blocks import BarrierStep
 from autoshard.emit import emitted
 from autoshard.invariant import split
+from autoshard.sums import resting
 from autoshard.trace import trace
 from autoshard.waiting import waits
+from examples import llama
 from search.packing import argument_tile
 from search.views import views
 
@@ -95,7 +97,11 @@ def right_words(x: Any, weights: Any, words: Any) -> Any:
     return jax.grad(loss)(weights)
 
 
+RESIDUAL = llama.Config(layers=12, d_model=4096, d_ff=1024, heads=4, kv_heads=1, vocab=2048)
+"""An unrolled model whose layers add to one sum: what it ends with is not to be a sum of its own of all that they added."""
+
 CASES = {
+    "residual": Case(llama.prefill_step, (llama.abstract_params(RESIDUAL, unrolled=True), S((1, 1024), jnp.int32))),
     "right words": Case(right_words, (S((4, 1024, 128), bf16), S((128, 32000), bf16), S((4, 1024), jnp.int32))),
     "unrolled": Case(unrolled, ((S((8, 2048, 16, 128), bf16), S((8, 16, 128, 2048), bf16)), S((256, 2048), bf16))),
     "odd vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50257), f32))),
@@ -160,6 +166,15 @@ def test_what_is_only_read_is_a_view() -> None:
     assert shown(lambda x, w: x.T.at[0].set(1.0) @ x, x, w) == []  # is written into
 
 
+def emitted_barriers(plan: autoshard.Plan, fn: Callable[..., Any], *args: Any) -> int:
+    """How many barriers the planned program of a function has."""
+    sizes = plan.topology.axis_sizes
+    automatic = (jax.sharding.AxisType.Auto,) * len(sizes)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
+    run = emitted(trace(fn, *args), plan.choice, plan.topology, mesh)
+    return str(jax.make_jaxpr(run)(*jax.tree_util.tree_leaves(args))).count("optimization_barrier")
+
+
 # --- what waits
 
 
@@ -196,12 +211,7 @@ def test_conversions_wait_only_where_something_is_sent() -> None:
     for topology, count in (("v5e:2x2", 3), ("v5e:1x1", 0)):
         plan = autoshard.search(layers, WEIGHTS, X, topology=topology)
         assert bool(plan.estimate.collectives) == bool(count)
-        sizes = plan.topology.axis_sizes
-        automatic = (jax.sharding.AxisType.Auto,) * len(sizes)
-        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
-        run = emitted(trace(layers, WEIGHTS, X), plan.choice, plan.topology, mesh)
-        text = str(jax.make_jaxpr(run)(*jax.tree_util.tree_leaves(WEIGHTS), X))
-        assert text.count("optimization_barrier") == count
+        assert emitted_barriers(plan, layers, WEIGHTS, X) == count
 
 
 def test_what_waits_is_computed_and_differentiated_as_written() -> None:
@@ -218,6 +228,50 @@ def test_what_waits_is_computed_and_differentiated_as_written() -> None:
         found, right = (jax.tree_util.tree_leaves(each(weights, x)) for each in (planned, fn))
         for one, other in zip(found, right, strict=True):
             np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.1, atol=0.1)
+
+
+# --- where long sums rest
+
+
+def summed(terms: Any, x: Any) -> Any:
+    for term in terms:
+        x = (x + term).reshape(2, 8) if x.ndim == 1 else (x.reshape(16) - term)
+    return x
+
+
+def rests(fn: Callable[..., Any], *args: Any) -> list[int]:
+    """At which of its additions a function's sum rests, the first being 1."""
+    program = trace(fn, *args).program
+    added = [op.outputs[0].value for op in program.operations if op.primitive in ("add", "sub", "add_any")]
+    return [k for k, value in enumerate(added, 1) if value in resting(program)]
+
+
+def test_long_sums_of_short_numbers_rest() -> None:
+    assert rests(summed, [S((16,), bf16)] * 26, S((16,), bf16)) == [8, 16, 24]
+    assert rests(summed, [S((16,), jnp.float16)] * 9, S((16,), jnp.float16)) == [8]
+    assert rests(summed, [S((16,), bf16)] * 7, S((16,), bf16)) == []
+    for wide in (f32, jnp.int16):
+        assert rests(summed, [S((16,), wide)] * 26, S((16,), wide)) == []
+
+
+def test_sums_that_something_parts_do_not_add_up() -> None:
+    def parted(terms: Any, x: Any) -> Any:
+        for term in terms:
+            x = jnp.tanh(x + term)
+        return x
+
+    def looped(terms: Any, x: Any) -> Any:
+        return lax.scan(lambda x, term: (x + term, None), x, terms)[0]
+
+    assert rests(parted, [S((16,), bf16)] * 26, S((16,), bf16)) == []
+    assert rests(looped, S((26, 16), bf16), S((16,), bf16)) == []
+
+
+def test_sums_rest_in_programs_for_tpus() -> None:
+    args = ([S((16,), bf16)] * 17, S((16,), bf16))
+    for topology, count in (("v5e:2x2", 2), ("cpu:2x2", 0)):
+        plan = autoshard.search(summed, *args, topology=topology)
+        assert emitted_barriers(plan, summed, *args) == count
 
 
 # --- what is computed again, and what is overwritten
