@@ -24,63 +24,26 @@ gathered for nothing but slices of it is called what the partitioner calls it, a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-from autoshard import execution, hlo, targets
+from autoshard import execution, hlo, targets, verdict
 from autoshard.errors import AutoshardError
 from autoshard.hlo import CompiledCollective
 from autoshard.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.pairing import Axes, Pair, axes_of, literal, matched
 from autoshard.plan import Plan, PlannedCollective
-from autoshard.tables import size
-from autoshard.work import planned_flops, repeated
-from costmodels.collectives import seconds_on, wire_bytes
+from autoshard.verdict import Difference, Target, seconds_of, sent_bytes
+from autoshard.work import planned_flops
 from costmodels.topology import Topology
 from search.solution import collectives as solution_collectives
-
-NOTICEABLE = 0.01
-"""The share of the plan's time on the wire above which a difference counts."""
-HIGHER_COST = 0.02
-"""The share of the plan's time on the wire by which one difference may make the same plan dearer."""
-MEMORY_TOLERANCE = 0.05
-"""By how much of the planned peak the compiled one may differ."""
-
-Target = Literal["host", "tpu", "gpu"]
-Kind = Literal[
-    "same plan at lower cost",
-    "same plan",
-    "same plan at higher cost",
-    "missing",
-    "unplanned",
-    "replicated",
-    "computed again",
-    "peak memory",
-]
 
 
 class AuditError(AutoshardError):
     """A plan could not be compiled for the target that it was to be audited on; the compiler's error is chained."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One way in which the compiled program is not word for word the plan.
-
-    `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part
-    of the plan's time on the wire, of the planned peak or of the planned FLOPs, that is at stake. `counts` says whether
-    the audit fails by it.
-    """
-
-    kind: Kind
-    text: str
-    bytes: float
-    share: float
-    counts: bool
 
 
 @dataclass(frozen=True)
@@ -125,7 +88,7 @@ class Audit:
         found: dict[Axes, tuple[float, float]] = {}
         for side, each in [*((0, p) for p in self.planned), *((1, c) for c in self.collectives)]:
             axes = axes_of(each, self.topology)
-            sent = _sent(each, self.topology) * each.count
+            sent = sent_bytes(each, self.topology) * each.count
             planned, compiled = found.get(axes, (0.0, 0.0))
             found[axes] = (planned + sent, compiled) if side == 0 else (planned, compiled + sent)
         return dict(sorted(found.items(), key=lambda item: -max(item[1])))
@@ -140,8 +103,8 @@ class Audit:
         for pair in self.pairs:
             if not (pair.planned and pair.compiled):
                 continue
-            less = sum(_sent(p, self.topology) for p in pair.planned) - sum(
-                _sent(c, self.topology) for c in pair.compiled
+            less = sum(sent_bytes(p, self.topology) for p in pair.planned) - sum(
+                sent_bytes(c, self.topology) for c in pair.compiled
             )
             alike = literal(pair) and self.target != "host"
             if not alike and (less > 0 or self.target == "host"):
@@ -152,7 +115,7 @@ class Audit:
     def unplanned_bytes(self) -> float:
         """What one chip sends in one step in collectives that do no planned one's work."""
         alone = (pair for pair in self.pairs if not pair.planned)
-        return sum(_sent(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
+        return sum(sent_bytes(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
@@ -279,11 +242,10 @@ def compare(
     pairs = matched(planned, [value for _, value, _ in rows], compiled, topology, widths, narrow)
     spent = sum(seconds_of(c, topology) * c.count for c in compiled)
     wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
-    differences = [d for pair in pairs if (d := _judge(pair, topology, target, wire)) is not None]
-    differences += _judge_widening(pairs, topology, wire) if target == "host" else ()
-    differences += _judge_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
+    differences = verdict.of_collectives(pairs, topology, target, wire)
+    differences += verdict.of_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
     due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
-    differences += _judge_work(due, done, flops_formed_again(text) if text else {})
+    differences += verdict.of_work(due, done, flops_formed_again(text) if text else {})
     cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
     return Audit(
         target,
@@ -305,98 +267,3 @@ def compare(
 
 _WIDENED = ("bfloat16", "float16")
 """Types that the host compiler sends as float32."""
-
-
-def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
-    """What one execution of a compiled collective costs under the plan's model."""
-    axes = axes_of(collective, topology)
-    return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
-
-
-def _along(axes: Axes, topology: Topology):
-    return tuple(topology.axis(name) for name in axes)
-
-
-# --- Judging
-
-
-def _judge(pair: Pair, topology: Topology, target: Target, wire_seconds: float) -> Difference | None:
-    """What a pair says about the compiled program; None when it says that all is as planned."""
-    planned = sum(p.seconds / p.count * pair.count for p in pair.planned)
-    compiled = sum(seconds_of(c, topology) * pair.count for c in pair.compiled)
-    more = sum(_sent(c, topology) for c in pair.compiled) - sum(_sent(p, topology) for p in pair.planned)
-    share, bytes = abs(compiled - planned) / wire_seconds, more * pair.count
-    noticeable = share > NOTICEABLE
-    if not pair.compiled:
-        text = f"{_described(pair.planned, topology, pair.count)}, {pair.planned[0].where}: not in the compiled program"
-        return Difference("missing", text, bytes, share, noticeable)
-    if not pair.planned:
-        text = f"{_described(pair.compiled, topology, pair.count)}{_place(pair.compiled[0])}: not in the plan"
-        if any(each.only_sliced for each in pair.compiled):
-            text += ", and only slices of it are used (an involuntary full rematerialization)"
-        return Difference("unplanned", text, bytes, share, noticeable)
-    if literal(pair):
-        return None
-    text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
-    if compiled < planned * (1 - 1e-9):
-        return Difference("same plan at lower cost", text, bytes, share, False)
-    if target == "host" or not compiled > planned * (1 + 1e-9):
-        return Difference("same plan", text, bytes, share, False)
-    return Difference("same plan at higher cost", text, bytes, share, share > HIGHER_COST)
-
-
-def _judge_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Difference]:
-    """Host devices send 16-bit floats as 32-bit ones: one difference for all."""
-    runs, more, seconds = 0, 0.0, 0.0
-    for pair in pairs:
-        bytes = sum(c.bytes for c in pair.compiled) - sum(p.bytes for p in pair.planned)
-        if (
-            pair.planned
-            and pair.compiled
-            and {c.kind for c in pair.compiled} == {p.kind for p in pair.planned}
-            and bytes
-        ):
-            runs += pair.count * len(pair.compiled)
-            more += pair.count * bytes
-            seconds += pair.count * sum(seconds_of(c, topology) for c in pair.compiled)
-            seconds -= pair.count * sum(p.seconds / p.count for p in pair.planned)
-    if runs:
-        text = f"host devices have no 16-bit collectives: {runs} runs send float32 instead"
-        yield Difference("same plan", text, more, abs(seconds) / wire_seconds, False)
-
-
-def _judge_work(
-    planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float]
-) -> Iterator[Difference]:
-    total = max(sum(planned.values()), 1.0)
-    for each in repeated(planned, compiled, again, NOTICEABLE):
-        times = f"{each.compiled / each.planned:.2f} times the planned" if each.planned else "unplanned"
-        text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs"
-        share = (each.compiled - each.planned) / total
-        if each.compiled - each.again <= each.planned + NOTICEABLE * total:
-            yield Difference("computed again", f"{text}: once for each fusion that uses them", 0.0, share, False)
-        else:
-            yield Difference("replicated", f"{text}: an operand is replicated", 0.0, share, True)
-
-
-def _judge_memory(planned: float, compiled: float) -> Iterator[Difference]:
-    share = (compiled - planned) / planned
-    if abs(share) > MEMORY_TOLERANCE:
-        text = f"the compiled program needs {compiled / planned:.3f} times the planned peak"
-        yield Difference("peak memory", text, compiled - planned, abs(share), True)
-
-
-def _sent(each: PlannedCollective | CompiledCollective, topology: Topology) -> float:
-    return float(wire_bytes(each.kind, _along(axes_of(each, topology), topology), float(each.bytes)))
-
-
-def _described(group: Sequence[PlannedCollective | CompiledCollective], topology: Topology, count: int) -> str:
-    """Such as `2 reduce-scatters over x of 2 KiB × 118`."""
-    alike = Counter((each.kind, "".join(axes_of(each, topology)), size(each.bytes)) for each in group)
-    parts = [f"{f'{n} {kind}s' if n > 1 else kind} over {axes} of {of}" for (kind, axes, of), n in alike.items()]
-    return " and ".join(parts) + (f" × {count}" if count > 1 else "")
-
-
-def _place(compiled: CompiledCollective) -> str:
-    found = compiled.source or compiled.op_name.rpartition("shard_map/")[2]
-    return f", {found}" if found else ""

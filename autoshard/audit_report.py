@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from autoshard._audit import Audit, Difference
+from autoshard._audit import Audit
+from autoshard.alike import shared_name, unnumbered
 from autoshard.hlo import CompiledCollective
 from autoshard.pairing import Pair, axes_of
 from autoshard.plan import PlannedCollective
 from autoshard.tables import WIDTH, item, percent, size, table, time
+from autoshard.verdict import Difference
 
 
 def render(audit: Audit, width: int = WIDTH) -> str:
@@ -33,25 +35,31 @@ def _collectives(audit: Audit, width: int) -> Iterator[str]:
     if not audit.pairs:
         yield "  none planned, none compiled"
         return
-    rows = [_row(audit, pair) for pair in audit.pairs]
     headers = ("planned", "axes", "payload", "runs", "compiled", "payload", "runs", "planned for")
-    yield from _indented(table(headers, rows, "<<>>~>>~", width - 2))
+    yield from _indented(table(headers, _rows(audit), "<<>>~>>~", width - 2))
 
 
-def _row(audit: Audit, pair: Pair) -> tuple[str, ...]:
-    left, right = _side(pair.planned), [_spelled(each) for each in pair.compiled]
-    compiled = " + ".join(dict.fromkeys(right)) or "nothing"
-    axes = "".join(axes_of((*pair.planned, *pair.compiled)[0], audit.topology))
-    where = pair.planned[0].where if pair.planned else ""
-    many = f" and {len(pair.planned) - 1} more" if len(pair.planned) > 1 else ""
+def _rows(audit: Audit) -> list[tuple[str, ...]]:
+    """A row for each kind of pair: those of an unrolled model's layers, planned and compiled alike, are one."""
+    groups: dict[tuple[str, ...], list[Pair]] = {}
+    for pair in audit.pairs:
+        groups.setdefault(tuple(map(unnumbered, _row(audit, [pair]))), []).append(pair)
+    return [_row(audit, alike) for alike in groups.values()]
+
+
+def _row(audit: Audit, alike: Sequence[Pair]) -> tuple[str, ...]:
+    planned, found = alike[0].planned, alike[0].compiled
+    runs = str(sum(pair.count for pair in alike))
+    where = shared_name(pair.planned[0].where for pair in alike) if planned else ""
+    many = f" and {len(planned) - 1} more" if len(planned) > 1 else ""
     return (
-        left or "nothing",
-        axes,
-        _payload(pair.planned),
-        str(pair.count) if pair.planned else "",
-        compiled,
-        _payload(pair.compiled),
-        str(pair.count) if pair.compiled else "",
+        _side(planned) or "nothing",
+        "".join(axes_of((*planned, *found)[0], audit.topology)),
+        _payload(planned),
+        runs if planned else "",
+        " + ".join(dict.fromkeys(map(_spelled, found))) or "nothing",
+        _payload(found),
+        runs if found else "",
         where + many,
     )
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoshard.alike import unnumbered
 from autoshard.emit import spec_of
-from autoshard.explain import short_name, unnumbered
+from autoshard.explain import short_name
 from autoshard.plan import ArrayPlan, OperationPlan, Plan
 from autoshard.tables import WIDTH, percent, size, table, time
 
@@ -122,7 +123,7 @@ class Difference:
         if self.arrays:
             yield "Arrays"
             rows = [(each.path, str(each.count), each.before or "-", each.after or "-") for each in self.arrays]
-            yield from _indented(table(("array", "alike", "before", "after"), rows, "~>~~", width - 2))
+            yield from _indented(table(("array", "alike", "before", "after"), rows, "/>~~", width - 2))
 
 
 def diff(before: Plan, after: Plan) -> Difference:

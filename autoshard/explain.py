@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
+from autoshard.alike import shared_name, unnumbered
 from autoshard.baselines import NOISE_PART
 from autoshard.emit import spec_of
 from autoshard.plan import ArrayPlan, Baseline, OperationPlan, Plan, PlannedCollective
@@ -28,7 +29,7 @@ _ROUNDED = 6
 def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
     """The whole plan as plain text tables.
 
-    Layers of an unrolled model that are planned alike are one row, with `[*]` for what numbers them.
+    Layers of an unrolled model that are planned alike are one row, with a star for what numbers them.
 
     **Arguments:**
 
@@ -131,7 +132,7 @@ def _matmuls(plan: Plan, symbolic: bool, width: int) -> Iterator[str]:
 
 
 _OPERATION_HEADERS = ("operation", "einsum", "strategy", "runs", "time", "bound by", "collectives")
-_OPERATION_ALIGNMENT = "~<~>><>"
+_OPERATION_ALIGNMENT = "/<~>><>"
 
 
 def _operation_row(op: OperationPlan) -> tuple[str, ...]:
@@ -180,22 +181,15 @@ def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPl
         each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
         groups.setdefault((name, op.einsum, op.sizes, op.strategy, op.splits, each), []).append(op)
     return [
-        first
-        if not others
-        else replace(
-            first,
-            name=unnumbered(first.name),
-            count=sum(op.count for op in (first, *others)),
-            seconds=sum(op.seconds for op in (first, *others)),
-            collective_seconds=sum(op.collective_seconds for op in (first, *others)),
+        replace(
+            group[0],
+            name=shared_name(op.name for op in group),
+            count=sum(op.count for op in group),
+            seconds=sum(op.seconds for op in group),
+            collective_seconds=sum(op.collective_seconds for op in group),
         )
-        for first, *others in groups.values()
+        for group in groups.values()
     ]
-
-
-def unnumbered(name: str) -> str:
-    """`params['layers'][3]['wq']` with `[*]` for the number."""
-    return re.sub(r"\[\d+\]", "[*]", name)
 
 
 def _rounded(number: float) -> str:
@@ -254,9 +248,9 @@ def _collectives(plan: Plan, width: int) -> Iterator[str]:
             size(group[0].bytes),
             f"{sum(c.count for c in group):g}",
             time(sum(c.seconds for c in group)),
-            where,
+            shared_name(c.where for c in group),
         )
-        for (kind, axes, _, where), group in groups.items()
+        for (kind, axes, *_), group in groups.items()
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
     yield from _indented(table(headers, rows, "<<>>>~", width - 2))
@@ -292,8 +286,8 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
         key = (unnumbered(array.path), array.shape, array.dtype, array.layout, array.donated)
         groups.setdefault(key, []).append(array)
     rows = []
-    for (path, shape, dtype, layout, donated), group in groups.items():
-        name = path if len(group) > 1 else group[0].path
+    for (_, shape, dtype, layout, donated), group in groups.items():
+        name = shared_name(array.path for array in group)
         held = sum(array.bytes_per_chip for array in group)
         many = f" × {len(group)}" if len(group) > 1 else ""
         typed = f"{dtype}[{','.join(map(str, shape))}]{many}{', donated' if donated else ''}"
@@ -301,7 +295,7 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
     total = sum(array.bytes_per_chip for array in arrays)
     headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"
-    yield from _indented(table(headers, rows, "~~<>", width - 2))
+    yield from _indented(table(headers, rows, "/~<>", width - 2))
 
 
 # --- What stands behind the numbers

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
-from autoshard.explain import short_name, unnumbered
+from autoshard.alike import unnumbered
+from autoshard.explain import short_name
 from autoshard.plan import OperationPlan, Plan
 from autoshard.tables import WIDTH, percent, table, time
 from costmodels.collectives import seconds as collective_seconds
@@ -145,7 +146,7 @@ def _rendered(found: Regimes, width: int) -> Iterator[str]:
         "of roofline",
     )
     yield ""
-    yield from (f"  {line}" for line in table(headers, rows, "~<>>>>>>>", width - 2))
+    yield from (f"  {line}" for line in table(headers, rows, "/<>>>>>>>", width - 2))
     rest = [work for work in found.works if work not in listed]
     if rest:
         yield f"  {len(rest)} more, {time(sum(work.total_seconds for work in rest))} together"

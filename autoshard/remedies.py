@@ -375,7 +375,7 @@ def _rendered(found: Remedies, width: int) -> Iterator[str]:
             for work, under in found.operations
         ]
         yield from (
-            f"  {line}" for line in table(("operation", "bound by", "takes", "would take"), rows, "~<>~", width - 2)
+            f"  {line}" for line in table(("operation", "bound by", "takes", "would take"), rows, "/<>~", width - 2)
         )
 
 

@@ -19,11 +19,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str, wid
 
     **Arguments:**
 
-    - `align`: one sign per column: `<` left, `>` right, `~` left and cut short where the table would be too wide.
+    - `align`: one sign per column: `<` left, `>` right, `~` left and cut short where the table would be too wide,
+      `/` left and cut short in its middle, as paths are that begin alike and end with what they name.
     """
     cells = [tuple(headers), *map(tuple, rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(headers))]
-    flexible = [k for k, sign in enumerate(align) if sign == "~"]
+    flexible = [k for k, sign in enumerate(align) if sign in "~/"]
     while (excess := sum(widths) + 2 * (len(widths) - 1) - width) > 0 and flexible:
         longest = max(flexible, key=lambda k: widths[k])
         if widths[longest] <= _NARROWEST:
@@ -35,8 +36,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str, wid
 
 def _cell(text: str, width: int, sign: str) -> str:
     if len(text) > width:
-        text = text[: width - 1] + "…"
-    return f"{text:{'<' if sign == '~' else sign}{width}}"
+        head = width - 1 if sign != "/" else (width - 1) // 3
+        text = f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+    return f"{text:{'<' if sign in '~/' else sign}{width}}"
 
 
 def item(text: str, width: int = WIDTH) -> list[str]:

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard import Workload, hlo
-from autoshard._audit import Audit, AuditError, Target, audit, compare
+from autoshard._audit import Audit, AuditError, audit, compare
 from autoshard.hlo import CompiledCollective
 from autoshard.pairing import paired
 from autoshard.plan import Plan, PlannedCollective
+from autoshard.verdict import Target
 from costmodels.collectives import seconds
 from costmodels.topology import Topology, parse_topology
 from examples import palm
@@ -256,6 +257,30 @@ def test_bytes_on_the_wire_that_are_saved_or_unplanned(monkeypatch: pytest.Monke
 def test_peak_memory_within_five_percent(peak: float, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert [d.kind for d in compared(monkeypatch, [], [], "tpu", peak=peak).differences] == kinds
     assert not compared(monkeypatch, [], [], "host", peak=peak).differences
+
+
+def layers(count: int, of: str) -> list[PlannedCollective]:
+    """What each layer of an unrolled model sends, at a place of its own."""
+    each = p(AR, "x", 4096 * KIB)
+    return [replace(each, where=f"params['h']['{i}']['{of}']") for i in range(count)]
+
+
+def test_what_is_little_in_one_layer_is_much_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = [c(AR, "x", 4096 * KIB) for _ in range(200)]
+    for more, count in ((1, False), (50, True)):
+        found = compared(monkeypatch, layers(200, "up"), [*planned, *[c(AG, "y", 8 * KIB * 8)] * more])
+        (said,) = found.differences
+        assert (said.kind, said.counts, found.ok) == ("unplanned", count, not count)
+        assert said.text.startswith("50 times: all-gather over y of 64 KiB") == (more > 1)
+
+
+def test_layers_alike_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compared(monkeypatch, [*layers(3, "up"), *layers(2, "down")], [c(AR, "x", 4096 * KIB)] * 4)
+    assert [line.split() for line in str(found).splitlines()[5:8]] == [
+        "all-reduce x 4 MiB 3 all-reduce 4 MiB 3 params['h']['*']['up']".split(),
+        "all-reduce x 4 MiB 1 all-reduce 4 MiB 1 params['h']['0']['down']".split(),
+        "all-reduce x 4 MiB 1 nothing params['h']['1']['down']".split(),
+    ]
 
 
 def test_the_report_puts_planned_beside_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

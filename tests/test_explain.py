@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
+from autoshard.alike import shared_name, unnumbered
 from autoshard.explain import render, spec_text
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, Plan, PlannedCollective
 from autoshard.tables import percent, size, table, time
@@ -233,6 +234,31 @@ def test_sizes(number: float, text: str) -> None:
 
 def test_shares() -> None:
     assert percent(0.0123) == "1.2 %"
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (["params['h']['0']['w']", "params['h']['11']['w']"], "params['h']['*']['w']"),
+        (["add [3]['w1'] (a_2.py:10)", "add [4]['w1'] (a_2.py:10)"], "add [*]['w1'] (a_2.py:10)"),
+        (["['mlp_3/~/linear_0']", "['mlp_4/~/linear_0']"], "['mlp_*/~/linear_0']"),
+        (["[0][1]", "[0][2]", "[0][1]"], "[0][*]"),
+        (["[0][1]"], "[0][1]"),
+    ],
+)
+def test_layers_share_a_name(names: list[str], shared: str) -> None:
+    assert len(set(map(unnumbered, names))) == 1
+    assert shared_name(names) == shared
+
+
+@pytest.mark.parametrize(("one", "other"), [("['w1']", "['w2']"), ("(a.py:1)", "(a.py:2)"), ("[0]['w']", "[0]['v']")])
+def test_other_things_share_none(one: str, other: str) -> None:
+    assert unnumbered(one) != unnumbered(other)
+
+
+def test_paths_are_cut_in_the_middle() -> None:
+    lines = table(("path", "bytes"), [("params['layers'][*]['attention']['wq']", "1")], "/>", width=36)
+    assert lines[2] == "params['l…['attention']['wq']      1"
 
 
 def test_only_flexible_columns_are_cut_short() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autoshard.explain import short_name, unnumbered
+from autoshard.alike import unnumbered
+from autoshard.explain import short_name
 from autoshard.plan import Plan
 
 SOLVED, INFEASIBLE, PRUNED, FAILED = "solved", "infeasible", "pruned", "failed"
