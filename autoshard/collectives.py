@@ -20,10 +20,11 @@ _TILED = 2
 _TILE_ROWS = 8
 """Rows of a tile."""
 _BLOCK = (2**16, 2**18)
-"""Elements of the blocks of rows in which the TPU compiler (libtpu 0.0.42, v5e) scatters columns: the least, a safe most."""
+"""Elements of the blocks of rows in which the TPU compiler (libtpu 0.0.42, v5e, v5p, v4) scatters columns: more than the first
+(two chips; four take as many, too), and a safe most."""
 _TILE_COLUMNS = 128
 """Columns of a tile; less than two whole tiles it does not scatter."""
-_FEW_ROWS = 0.004
+FEW_ROWS = 0.004
 """The part by which rows may be padded: less than audits call alike."""
 
 
@@ -82,11 +83,11 @@ def _odd_rows(rows: int, columns: int) -> int:
     takes, as none does 6283 = 61 · 103, it makes an all-reduce, which sends twice as much. None if it needed many.
     """
     tiles = -(-rows // _TILE_ROWS)
-    least, most = -(-_BLOCK[0] // (_TILE_ROWS * columns)), _BLOCK[1] // (_TILE_ROWS * columns)
+    least, most = _BLOCK[0] // (_TILE_ROWS * columns) + 1, _BLOCK[1] // (_TILE_ROWS * columns)
     if tiles <= most or columns % _TILE_COLUMNS or columns < 2 * _TILE_COLUMNS:
         return 0
     blocks = range(least, most + 1)
-    more = next((n for n in range(int(tiles * _FEW_ROWS) + 1) if any((tiles + n) % block == 0 for block in blocks)), 0)
+    more = next((n for n in range(int(tiles * FEW_ROWS) + 1) if any((tiles + n) % block == 0 for block in blocks)), 0)
     return (tiles + more) * _TILE_ROWS - rows if more else 0
 
 
