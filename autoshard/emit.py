@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from autoshard.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from autoshard.collectives import run_step
 from autoshard.extremes import over_chips
+from autoshard.products import product
 from autoshard.rules import Rule
 from autoshard.sums import resting
 from autoshard.tiling import as_an_argument
@@ -56,6 +57,10 @@ class _Pieces:
     @property
     def sizes(self) -> Mapping[str, int]:
         return self.topology.axis_sizes
+
+    @property
+    def on_tpu(self) -> bool:
+        return self.topology.chip.kind == "tpu"
 
     def size(self, factor: int) -> int:
         return self.rule.factors[factor].size // prod(self.sizes[axis] for axis in self.strategy.splits[factor])
@@ -338,6 +343,8 @@ def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) 
     """Runs one equation on local pieces: as it is, or by its rule's `local` function."""
     if rule.local is not None:
         return rule.local(eqn, rule, pieces, *operands)
+    if eqn.primitive.name == "dot_general" and pieces.on_tpu:
+        return [product(eqn, *operands)]
     results = eqn.primitive.bind(*operands, **eqn.params)
     return results if eqn.primitive.multiple_results else [results]
 

@@ -1,10 +1,10 @@
 """What a compiled program computes and moves, read from its HLO text: FLOPs of matmuls, bytes through HBM.
 
 Loops multiply, which the compiler's own `cost_analysis` leaves out. A convolution, as which a TPU runs its matmuls, counts
-the products that it really forms, without those with padding. An instruction at the top of a computation reads its
-operands and writes its results; where its layout says `S(1)` and the like, an array lies in on-chip memory and costs no
-traffic. A fusion that only takes a slice of an operand reads the slice, and one that updates a slice in place writes it.
-What collectives read and write is left out, as it is in a plan.
+the products that it really forms, without those with padding or with a planned program's rows of zeros. An instruction at
+the top of a computation reads its operands and writes its results; where its layout says `S(1)` and the like, an array lies
+in on-chip memory and costs no traffic. A fusion that only takes a slice of an operand reads the slice, and one that updates
+a slice in place writes it. What collectives read and write is left out, as it is in a plan.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autoshard.hlo_text import Instruction, Module, Scope, parse, shape_bytes, trip_count, tuple_parts
+from autoshard.products import ROW_OF_ZEROS
 
 _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
 _ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,<= ]*\](?:\{[^{}]*\})?")
@@ -164,7 +165,10 @@ def _convolution_flops(inst: Instruction, scope: Scope) -> float:
     for at in (label for label in labels[3] if label.isdigit()):
         across = (image[labels[1].index(at)], kernel[labels[2].index(at)], result[labels[3].index(at)])
         total *= _products(*across, _window(inst, int(at)))
-    return total
+    rows = min(result[labels[3].index(label)] for label in "bf")
+    return (
+        total / 2 if rows == 2 and f"/{ROW_OF_ZEROS}/" in inst.attributes else total
+    )  # the compiler may leave out the zeros
 
 
 def _window(inst: Instruction, dimension: int) -> dict[str, list[int]]:

@@ -340,6 +340,7 @@ class _Chip:
     rule: Any
     strategy: Strategy
     place: dict[str, Any]
+    on_tpu = True
 
     def size(self, factor: int) -> int:
         return self.rule.factors[factor].size // prod(SIZES[axis] for axis in self.strategy.splits[factor])
