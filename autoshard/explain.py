@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from math import isfinite
-from typing import Any
 
-from autoshard.alike import shared_name, unnumbered
+from autoshard.alike import arrays_alike, collectives_alike, operations_alike, type_of
 from autoshard.baselines import NOISE_PART
 from autoshard.emit import spec_of
 from autoshard.plan import ArrayPlan, Baseline, OperationPlan, Plan, PlannedCollective
@@ -22,8 +20,6 @@ _MENTIONED = 0.005
 """The share of the step above which an operation that is no matmul is listed."""
 _EQUAL = 1e-4
 """The relative difference within which a plain layout is this plan."""
-_ROUNDED = 6
-"""Significant digits within which two costs are the same."""
 
 
 def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
@@ -116,7 +112,7 @@ def _axis(axis: Axis) -> str:
 
 
 def _matmuls(plan: Plan, symbolic: bool, width: int) -> Iterator[str]:
-    found = _grouped_operations(op for op in plan.operations if op.matmul)
+    found = operations_alike(op for op in plan.operations if op.matmul)
     if not found:
         return
     rows = [_operation_row(op) for op in found]
@@ -158,7 +154,7 @@ def _formula(op: OperationPlan) -> str:
 
 def _others(plan: Plan, width: int) -> Iterator[str]:
     fused = (op for op in plan.operations if not op.matmul)
-    spent = _grouped_operations(op for op in fused if op.seconds + op.collective_seconds > 0)
+    spent = operations_alike(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
         return
     listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
@@ -171,29 +167,6 @@ def _others(plan: Plan, width: int) -> Iterator[str]:
         seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
         each = f"each below {percent(_MENTIONED)} of the step"
         yield f"  {len(rest)} more, {each}: {time(seconds)}, collectives {time(wire)}"
-
-
-def _grouped_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
-    """Operations that are planned alike as one, with the sums of their runs and times."""
-    groups: dict[Any, list[OperationPlan]] = {}
-    for op in operations:
-        name = unnumbered(op.name)
-        each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
-        groups.setdefault((name, op.einsum, op.sizes, op.strategy, op.splits, each), []).append(op)
-    return [
-        replace(
-            group[0],
-            name=shared_name(op.name for op in group),
-            count=sum(op.count for op in group),
-            seconds=sum(op.seconds for op in group),
-            collective_seconds=sum(op.collective_seconds for op in group),
-        )
-        for group in groups.values()
-    ]
-
-
-def _rounded(number: float) -> str:
-    return f"{number:.{_ROUNDED}g}"
 
 
 # --- Plain layouts
@@ -237,20 +210,9 @@ def _collectives(plan: Plan, width: int) -> Iterator[str]:
     if not found:
         yield "  none: no array changes its layout"
         return
-    groups: dict[tuple, list[PlannedCollective]] = {}
-    for each in found:
-        key = (each.kind, _mesh_order(each.axes, plan), _rounded(each.bytes), unnumbered(each.where))
-        groups.setdefault(key, []).append(each)
     rows = [
-        (
-            kind,
-            axes,
-            size(group[0].bytes),
-            f"{sum(c.count for c in group):g}",
-            time(sum(c.seconds for c in group)),
-            shared_name(c.where for c in group),
-        )
-        for (kind, axes, *_), group in groups.items()
+        (each.kind, _mesh_order(each.axes, plan), size(each.bytes), f"{each.count:g}", time(each.seconds), each.where)
+        for each in collectives_alike(found)
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
     yield from _indented(table(headers, rows, "<<>>>~", width - 2))
@@ -281,17 +243,10 @@ def spec_text(layout: Layout) -> str:
 def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
     if not arrays:
         return
-    groups: dict[tuple, list[ArrayPlan]] = {}
-    for array in arrays:
-        key = (unnumbered(array.path), array.shape, array.dtype, array.layout, array.donated)
-        groups.setdefault(key, []).append(array)
-    rows = []
-    for (_, shape, dtype, layout, donated), group in groups.items():
-        name = shared_name(array.path for array in group)
-        held = sum(array.bytes_per_chip for array in group)
-        many = f" × {len(group)}" if len(group) > 1 else ""
-        typed = f"{dtype}[{','.join(map(str, shape))}]{many}{', donated' if donated else ''}"
-        rows.append((name, typed, spec_text(layout), size(held)))
+    rows = [
+        (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
+        for array, count in arrays_alike(arrays)
+    ]
     total = sum(array.bytes_per_chip for array in arrays)
     headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from autoshard.alike import arrays_alike, collectives_alike, operations_alike, type_of
 from autoshard.explain import margin, short_name, spec_text
 from autoshard.plan import ArrayPlan, Plan
 from autoshard.regimes import regimes
@@ -79,17 +80,17 @@ def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _arrays(plan: Plan) -> list[dict[str, Any]]:
-    every = [*((a, "argument") for a in plan.arguments), *((a, "constant") for a in plan.constants)]
-    every += [(a, "result") for a in plan.results]
-    largest = sorted(every, key=lambda pair: -pair[0].bytes_per_chip)[:_MOST_ARRAYS]
-    return [_array(array, role) for array, role in largest]
+    roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
+    every = [(array, count, role) for role, arrays in roles.items() for array, count in arrays_alike(arrays)]
+    largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
+    return [_array(*found) for found in largest]
 
 
-def _array(array: ArrayPlan, role: str) -> dict[str, Any]:
+def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
     return {
         "path": array.path,
-        "role": role + (", donated" if array.donated else ""),
-        "type": f"{array.dtype}[{','.join(map(str, array.shape))}]",
+        "role": role,
+        "type": type_of(array, count),
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
@@ -98,7 +99,7 @@ def _array(array: ArrayPlan, role: str) -> dict[str, Any]:
 
 
 def _operations(plan: Plan) -> list[dict[str, Any]]:
-    spent = [op for op in plan.operations if op.seconds + op.collective_seconds > 0]
+    spent = operations_alike(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
     return [
         {
             "name": short_name(op),
@@ -127,7 +128,7 @@ def _collectives(plan: Plan) -> list[dict[str, Any]]:
             "seconds": each.seconds,
             "where": each.where,
         }
-        for each in sorted(plan.estimate.collectives, key=lambda each: -each.seconds)
+        for each in sorted(collectives_alike(plan.estimate.collectives), key=lambda each: -each.seconds)
     ]
 
 
