@@ -198,11 +198,9 @@ def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
     if weight is not None:
         shared = set.intersection(*(set(_factors(use.dims)) for use in op.inputs))
         roles = weight_roles(op, weight)
-        return (
-            "weight",
-            weight,
-            ["experts" if f in shared and role == "output" else role for f, role in enumerate(roles)],
-        )
+        if op.primitive != "conv_general_dilated":
+            roles = ["experts" if f in shared and role == "output" else role for f, role in enumerate(roles)]
+        return "weight", weight, roles
     left = _factors(op.outputs[0].dims)
     if left and all(origins.given_by_weight(i, factor) for factor in left):
         return "gradient", -1, []
@@ -247,16 +245,28 @@ class _Origins:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self._known: dict[int, int | None] = program.memo.setdefault("weights", {})
         self._judged: set[int] = set()
+        self._awaited: set[int] = set()
 
     def weight(self, i: int) -> int | None:
-        """The operand of a matmul that is a weight. A matmul that is being judged already (in a loop) has none."""
+        """The operand of a matmul that is a weight. A matmul that is being judged already (in a loop) has none.
+
+        What was judged without such is known from then on: of a hundred products, each leads to all before it.
+        """
+        if i in self._known:
+            return self._known[i]
         if i in self._judged:
+            self._awaited.add(i)
             return None
         self._judged.add(i)
         found = [k for k in (1, 0) if self._is_weight(i, k)]
         self._judged.discard(i)
-        return min(found, key=lambda k: self._uses(i, k), default=None)
+        self._awaited.discard(i)
+        weight = min(found, key=lambda k: self._uses(i, k), default=None)
+        if not self._awaited:
+            self._known[i] = weight
+        return weight
 
     def _uses(self, i: int, k: int) -> int:
         """How many operations use the argument an operand is a view of: inputs feed several matmuls, weights one."""
@@ -266,6 +276,8 @@ class _Origins:
         op = self.program.operations[i]
         if not self.program.values[op.inputs[k].value].origin:
             return False
+        if op.primitive == "conv_general_dilated":  # what it shares with the image are groups of features
+            return k == 1
         mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
         shared = [f for f in mine & others if op.factors[f].kind != "sum"]
         # Experts are shared too, but they come from a router's weight, or from counting them as one-hot arrays do.

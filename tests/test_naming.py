@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from autoshard.naming import strategy_name, weight_operand
+from autoshard.naming import _Origins, product_roles, strategy_name, weight_operand
 from autoshard.trace import trace
 from costmodels.program import Program
 from costmodels.topology import parse_topology
@@ -201,3 +201,46 @@ def test_partial_sums_that_pass_through_are_said() -> None:
     strategies[op] = Strategy(strategies[op].splits, (("x", "z"),))
     said = strategy_name(program, MESH, Choice(tuple(strategies), {}), op)
     assert said == "dimension 0 over y, partial sums over xz"
+
+
+def images(kernels, images):
+    for kernel in kernels:
+        dims = ("NHWC", "HWIO", "NHWC")
+        images = jax.nn.relu(lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=dims))
+    return images
+
+
+def test_each_product_of_a_deep_network_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+    one = _Origins._is_weight
+    monkeypatch.setattr(_Origins, "_is_weight", lambda self, i, k: judged.append((i, k)) or one(self, i, k))
+    program = trace(one_by_one, [of(4, 8, 8)] * 12, of(4, 8)).program
+    assert {weight_operand(program, i) for i, _ in program.matmuls()} == {None}
+    assert len(judged) == len(set(judged)) == 2 * 12
+
+
+def one_by_one(matrices, x):
+    """Every product shares the batch, which leads to all products before it: one after the other they are 2^n paths."""
+    for matrix in matrices:
+        x = jnp.einsum("bd,bde->be", x, matrix)
+    return x
+
+
+def test_a_kernel_is_the_weight_of_a_convolution() -> None:
+    program = trace(images, [of(3, 3, 8, 8)] * 2, of(8, 16, 16, 8)).program
+    for i, op in program.matmuls():
+        assert weight_operand(program, i) == 1
+        batch = op.inputs[0].dims[0][-1]  # after groups of the batch
+        splits = " ".join("xyz" if factor == batch else "-" for factor in range(len(op.factors)))
+        assert strategy_name(program, MESH, choice(program, i, splits, {}), i) == "data parallel: batch over xyz"
+
+
+def test_groups_of_a_convolution_are_no_experts() -> None:
+    def grouped(kernel, images):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=4)
+
+    program = trace(grouped, of(3, 3, 2, 8), of(8, 16, 16, 8)).program
+    ((i, _),) = program.matmuls()
+    kind, operand, roles = product_roles(program, i)
+    assert (kind, operand) == ("weight", 1) and "experts" not in roles
