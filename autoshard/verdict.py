@@ -78,16 +78,21 @@ def of_collectives(pairs: Sequence[Pair], topology: Topology, target: Target, wi
     - `wire_seconds`: what the plan spends on the wire.
     """
     found = [d for pair in pairs if (d := _of_pair(pair, topology, target, wire_seconds)) is not None]
-    return [*_together(found), *(_of_widening(pairs, topology, wire_seconds) if target == "host" else ())]
+    sent = sum(sent_bytes(each, topology) * pair.count for pair in pairs for each in pair.planned)
+    return [*_together(found, sent), *(_of_widening(pairs, topology, wire_seconds) if target == "host" else ())]
 
 
-def _together(found: Iterable[Difference]) -> Iterator[Difference]:
-    """Those that are alike as one; each counts where all of its kind reach the limit."""
+def _together(found: Iterable[Difference], planned_bytes: float) -> Iterator[Difference]:
+    """Those that are alike as one; each counts where all of its kind reach the limit.
+
+    What is missing has to reach it in bytes, too: compilers add up numbers before they send them, each alone all latency.
+    """
     groups: dict[tuple[str, str], list[Difference]] = {}
     shares: dict[str, float] = {}
     for each in found:
         groups.setdefault((each.kind, unnumbered(each.text)), []).append(each)
-        shares[each.kind] = shares.get(each.kind, 0.0) + each.share
+        share = min(each.share, -each.bytes / planned_bytes) if each.kind == "missing" else each.share
+        shares[each.kind] = shares.get(each.kind, 0.0) + share
     for (kind, _), alike in groups.items():
         times = f"{len(alike)} times: " if len(alike) > 1 else ""
         yield replace(

@@ -274,6 +274,14 @@ def test_what_is_little_in_one_layer_is_much_in_all(monkeypatch: pytest.MonkeyPa
         assert said.text.startswith("50 times: all-gather over y of 64 KiB") == (more > 1)
 
 
+def test_numbers_may_be_added_up_before_they_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = [p(AR, "x", 64 * KIB), *(p(AR, "x", 4) for _ in range(16))]
+    found = compared(monkeypatch, planned, [c(AR, "x", 64 * KIB), c(AR, "x", 4)])
+    (said,) = found.differences
+    assert said.kind == "missing" and said.share > 0.5 and found.ok
+    assert not compared(monkeypatch, planned, [c(AR, "x", 4)] * 16).ok
+
+
 def test_layers_alike_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compared(monkeypatch, [*layers(3, "up"), *layers(2, "down")], [c(AR, "x", 4096 * KIB)] * 4)
     assert [line.split() for line in str(found).splitlines()[5:8]] == [

@@ -72,6 +72,11 @@ def draw(spec: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:
     return jnp.asarray(rng.integers(0, 2 if spec.dtype == bool else 8, spec.shape), spec.dtype)
 
 
+def _definite(x: jax.Array) -> jax.Array:
+    """Matrices that have all decompositions."""
+    return x @ jnp.swapaxes(x, -1, -2) + jnp.eye(x.shape[-1], dtype=x.dtype)
+
+
 def _absent(name: str) -> Callable[..., Any] | None:
     """A function that only newer versions of JAX have."""
     return getattr(lax, name, None)
@@ -292,6 +297,27 @@ EXAMPLES = [
     Example("select_and_scatter_add", jax.grad(lambda x: (_max_pool(x) * 2).sum()), F48),
     Example("select_n", lax.select_n, B84, F84, F84),
     Example("select_n", lax.select_n, B(), F84, F84),
+    Example("cholesky", lambda x: lax.linalg.cholesky(_definite(x)), F(8, 4, 4)),
+    Example("eig", lambda x: lax.linalg.eig(x)[0], F(8, 3, 3)),
+    Example("eigh", lambda x: lax.linalg.eigh(_definite(x)), F(8, 4, 4)),
+    Example("fft", lambda x: jnp.fft.irfft(jnp.abs(jnp.fft.rfft(x))), F(8, 8)),
+    Example("fft", lambda x: jnp.fft.fft2(x), C(8, 4, 4)),
+    Example("hessenberg", lambda x: lax.linalg.hessenberg(x), F(8, 4, 4)),
+    Example("householder_product", lambda x, t: lax.linalg.householder_product(x, t), F(8, 4, 2), F(8, 2)),
+    Example("lu", lambda x: lax.linalg.lu(_definite(x)), F(8, 4, 4)),
+    Example("qr", lambda x: lax.linalg.qr(x, full_matrices=False), F(8, 4, 2)),
+    Example("schur", lambda x: lax.linalg.schur(_definite(x)), F(8, 4, 4)),
+    Example("svd", lambda x: lax.linalg.svd(x, full_matrices=False), F(8, 4, 2)),
+    Example(
+        "triangular_solve",
+        lambda a, b: lax.linalg.triangular_solve(_definite(a), b, left_side=True),
+        F(8, 4, 4),
+        F(8, 4, 2),
+    ),
+    Example("tridiagonal", lambda x: lax.linalg.tridiagonal(_definite(x)), F(8, 4, 4)),
+    Example(
+        "tridiagonal_solve", lambda a, b, c, x: lax.linalg.tridiagonal_solve(a, b + 2, c, x), *[F(8, 4)] * 3, F(8, 4, 2)
+    ),
     Example("shard_map_layout", None, F84),
     Example("sharding_constraint", lambda x: lax.with_sharding_constraint(x, _on_one_chip(AxisType.Auto)), F84),
     Example("shift_left", lax.shift_left, I84, I84),
@@ -343,6 +369,7 @@ broadcast_in_dim             [1,a] -> [b,a] linear=[[0]]
 broadcast_in_dim             [] -> [a,b] linear=[[0]]
 cbrt                         [a,b] -> [a,b]
 ceil                         [a,b] -> [a,b]
+cholesky                     [a,b,c] -> [a,d,e] whole={b,c,d,e}
 clamp                        [],[a,b],[] -> [a,b]
 clamp                        [a,b],[a,b],[a,b] -> [a,b]
 clz                          [a,b] -> [a,b]
@@ -377,6 +404,8 @@ dynamic_slice                [a,b,c],[],[],[] -> [d,e,1] sum={b,c} whole={a,d,e}
 dynamic_slice                [a,b],[],[] -> [a,1] whole={b} linear=[[0]]
 dynamic_update_slice         [a,b,c],[a,d,1],[],[],[] -> [a,b,c] whole={d}
 dynamic_update_slice         [a,b,c],[d,e,1],[],[],[] -> [a,b,c] whole={d,e}
+eig                          [a,b,c] -> [a,d],[a,e,f],[a,g,h] whole={b,c,d,e,f,g,h}
+eigh                         [a,b,c] -> [a,d,e],[a,f] whole={b,c,d,e,f}
 empty                         -> [a,b]
 empty2                        -> [a,b]
 eq                           [a,b],[a,b] -> [a,b]
@@ -387,6 +416,8 @@ erfc                         [a,b] -> [a,b]
 exp                          [a,b] -> [a,b]
 exp2                         [a,b] -> [a,b]
 expm1                        [a,b] -> [a,b]
+fft                          [a,b] -> [a,c] whole={b,c} linear=[[0]]
+fft                          [a,b,c] -> [a,d,e] whole={b,c,d,e} linear=[[0]]
 floor                        [a,b] -> [a,b]
 gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d}
 gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d} linear=[[0]]
@@ -399,6 +430,8 @@ gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d}
 gather                       [a,b,c],[d,e] -> [d,a,f] sum={b} whole={c,e,f}
 ge                           [a,b],[a,b] -> [a,b]
 gt                           [a,b],[a,b] -> [a,b]
+hessenberg                   [a,b,c] -> [a,d,e],[a,f] whole={b,c,d,e,f}
+householder_product          [a,b,c],[a,d] -> [a,e,f] whole={b,c,d,e,f}
 igamma                       [a,b],[a,b] -> [a,b]
 igamma_grad_a                [a,b],[a,b] -> [a,b]
 igammac                      [a,b],[a,b] -> [a,b]
@@ -417,6 +450,7 @@ log2                         [a,b] -> [a,b]
 logistic                     [a,b] -> [a,b]
 lt                           [a,b],[a,b] -> [a,b]
 lt_to                        [a,b],[a,b] -> [a,b]
+lu                           [a,b,c] -> [a,d,e],[a,f],[a,g] whole={b,c,d,e,f,g}
 max                          [a,b],[a,b] -> [a,b]
 min                          [a,b],[a,b] -> [a,b]
 mul                          [a,b],[a,b] -> [a,b] linear=[[0], [1]]
@@ -435,6 +469,7 @@ polygamma                    [a,b],[a,b] -> [a,b]
 population_count             [a,b] -> [a,b]
 pow                          [a,b],[a,b] -> [a,b]
 pvary                        [a,b] -> [a,b] linear=[[0]]
+qr                           [a,b,c] -> [a,d,e],[a,f,g] whole={b,c,d,e,f,g}
 ragged_dot_general           [a,b],[c,b,d],[e] -> [a,d] sum={b,c} whole={e} linear=[[0], [1]]
 ragged_dot_general           [a,b,c],[a,d,c,e],[a,f] -> [a,b,e] sum={c} whole={d,f} linear=[[0], [1]]
 ragged_dot_general           [a,b],[a,c],[d] -> [e,b,c] sum={a} whole={d} linear=[[0], [1]]
@@ -491,6 +526,7 @@ scatter-min                  [a,b],[c,d],[c,b] -> [a,b] whole={c,d}
 scatter-mul                  [a,b],[c,d],[c,b] -> [a,b] whole={c,d}
 scatter-mul                  [a,b],[c],[b] -> [a,b] whole={c}
 scatter-sub                  [a,b],[c,d],[c,b] -> [a,b] sum={c} whole={d} linear=[[0, 2]]
+schur                        [a,b,c] -> [a,d,e],[a,f,g] whole={b,c,d,e,f,g}
 select_and_gather_add        [a,b],[a,b] -> [a,c] whole={b,c}
 select_and_scatter_add       [a,b],[a,c] -> [a,c] whole={b,c} linear=[[0]]
 select_n                     [a,b],[a,b],[a,b] -> [a,b] linear=[[1, 2]]
@@ -516,12 +552,16 @@ squeeze                      [a,1,b] -> [a,b] linear=[[0]]
 stack                        [a,b],[a,b] -> [a,c,b] whole={c} linear=[[0, 1]]
 stop_gradient                [a,b] -> [a,b] linear=[[0]]
 sub                          [a,b],[a,b] -> [a,b] linear=[[0, 1]]
+svd                          [a,b,c] -> [a,d],[a,e,f],[a,g,h] whole={b,c,d,e,f,g,h}
 tan                          [a,b] -> [a,b]
 tanh                         [a,b] -> [a,b]
 threefry2x32                 [a],[a],[a],[a] -> [a],[a]
 tile                         [a,b] -> [ca,db] linear=[[0]]
 top_k                        [a,b] -> [a,c],[a,c] gathered={b} whole={c}
 transpose                    [a,b,c] -> [c,a,b] linear=[[0]]
+triangular_solve             [a,b,c],[a,d,e] -> [a,f,g] whole={b,c,d,e,f,g} linear=[[1]]
+tridiagonal                  [a,b,c] -> [a,d,e],[a,f],[a,g],[a,h] whole={b,c,d,e,f,g,h}
+tridiagonal_solve            [a,b],[a,c],[a,d],[a,e,f] -> [a,g,h] whole={b,c,d,e,f,g,h} linear=[[3]]
 unstack                      [a,b] -> [b],[b] whole={a} linear=[[0]]
 with_memory_space_constraint [a,b] -> [a,b] linear=[[0]]
 xor                          [a,b],[a,b] -> [a,b]

@@ -3,6 +3,7 @@
 from autoshard.rules import contract as contract
 from autoshard.rules import elementwise as elementwise
 from autoshard.rules import indexing as indexing
+from autoshard.rules import linalg as linalg
 from autoshard.rules import parts as parts
 from autoshard.rules import ragged as ragged
 from autoshard.rules import random as random
