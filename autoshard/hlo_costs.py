@@ -135,14 +135,28 @@ def _matmuls(inst: Instruction, scope: Scope, module: Module) -> Iterator[tuple[
         for each in inner.computation.instructions.values():
             yield from _matmuls(each, inner, module)
     elif inst.opcode == "dot":
-        left = scope.operand(inst.operands[0])
-        summed = _numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", inst.structure))
-        sizes = _sizes(left.shape) if left else []
-        yield inst, 2.0 * math.prod(_sizes(inst.shape)) * math.prod(sizes[i] for i in summed)
+        yield inst, _dot_flops(inst, scope)
     elif inst.opcode == "convolution":
         yield inst, _convolution_flops(inst, scope)
     elif inst.opcode == "custom-call" and "$gemm" in inst.structure:
         yield inst, _gemm_flops(inst, scope)
+
+
+def _dot_flops(inst: Instruction, scope: Scope) -> float:
+    left = scope.operand(inst.operands[0])
+    sizes, made = _sizes(left.shape) if left else [], math.prod(_sizes(inst.shape))
+    summed, batch = (
+        math.prod(sizes[i] for i in _numbers(re.search(rf"lhs_{dims}_dims=\{{([\d,]*)\}}", inst.structure)))
+        for dims in ("contracting", "batch")
+    )
+    rows = math.prod(sizes) // max(summed * batch, 1)
+    columns = made // max(rows * batch, 1)
+    return 2.0 * made * summed * _needed(inst, min(rows, columns))
+
+
+def _needed(inst: Instruction, rows: int) -> float:
+    """The part of a matmul that its program needs: half where one of two rows is of zeros, which a compiler may leave out."""
+    return 0.5 if rows == 2 and f"/{ROW_OF_ZEROS}/" in inst.attributes else 1.0
 
 
 def _gemm_flops(inst: Instruction, scope: Scope) -> float:
@@ -165,10 +179,7 @@ def _convolution_flops(inst: Instruction, scope: Scope) -> float:
     for at in (label for label in labels[3] if label.isdigit()):
         across = (image[labels[1].index(at)], kernel[labels[2].index(at)], result[labels[3].index(at)])
         total *= _products(*across, _window(inst, int(at)))
-    rows = min(result[labels[3].index(label)] for label in "bf")
-    return (
-        total / 2 if rows == 2 and f"/{ROW_OF_ZEROS}/" in inst.attributes else total
-    )  # the compiler may leave out the zeros
+    return total * _needed(inst, min(result[labels[3].index(label)] for label in "bf"))
 
 
 def _window(inst: Instruction, dimension: int) -> dict[str, list[int]]:

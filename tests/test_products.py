@@ -101,6 +101,14 @@ def test_the_tpu_compiler_makes_matmuls_of_vectors(fn: Any, shapes: list[tuple[i
     assert found.compute_seconds < 1.2 * plan.estimate.seconds
 
 
+@pytest.mark.parametrize(("fn", "shapes"), [(in_heads, [(1, 64), (64, 4, 32)]), (jnp.matmul, [(1, 64), (64, 64)])])
+def test_rows_of_zeros_are_no_work_on_host_devices_either(fn: Any, shapes: list[tuple[int, ...]]) -> None:
+    args = [S(shape, f32) for shape in shapes]
+    plan = autoshard.search(fn, *args, topology="v5e:2x2")
+    found = autoshard.audit(plan, fn, *args, target="host")
+    assert found.ok and found.flops == found.planned_flops, str(found)
+
+
 def test_programs_for_others_have_none() -> None:
     args = [S((1, 64), f32), S((64, 64), f32)]
     plan = autoshard.search(jnp.matmul, *args, topology="cpu:2x2")
