@@ -79,7 +79,7 @@ def of_collectives(pairs: Sequence[Pair], topology: Topology, target: Target, wi
     """
     found = [d for pair in pairs if (d := _of_pair(pair, topology, target, wire_seconds)) is not None]
     sent = sum(sent_bytes(each, topology) * pair.count for pair in pairs for each in pair.planned)
-    return [*_together(found, sent), *(_of_widening(pairs, topology, wire_seconds) if target == "host" else ())]
+    return [*_together(found, sent or 1.0), *(_of_widening(pairs, topology, wire_seconds) if target == "host" else ())]
 
 
 def _together(found: Iterable[Difference], planned_bytes: float) -> Iterator[Difference]:

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "models.json"
 sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there
-ZOO = ("models_own", "models_huggingface", "models_frameworks")
+ZOO = ("models_own", "models_huggingface", "models_beyond", "models_frameworks")
 SLICES = ("v5e:4x4", "v5p:2x2x4")
 TARGET_SECONDS = 30.0
 """What a row may take from trace to plan; `reference` of every row. Judged by seconds of processor time, which are those of the

@@ -16,7 +16,7 @@ import pytest
 
 import autoshard
 from autoshard import Workload
-from benchmarks import models_frameworks, models_huggingface, models_own
+from benchmarks import models_beyond, models_frameworks, models_huggingface, models_own
 
 NEEDS = {
     "equinox": "equinox",
@@ -39,12 +39,14 @@ FAST = (
 def zoo() -> list[Any]:
     """Every model and phase, once per structure: larger sizes of one model have the same tiny one."""
     found = []
-    for module in (models_own, models_huggingface, models_frameworks):
+    for module in (models_own, models_huggingface, models_beyond, models_frameworks):
         for (model, phase), build in module.cases().items():
             name = f"{model} {phase}"
             if "70b" in name or "405b" in name:
                 continue
-            library = "transformers" if module is models_huggingface else NEEDS.get(model.partition(" ")[0])
+            library = (
+                "transformers" if module in (models_huggingface, models_beyond) else NEEDS.get(model.partition(" ")[0])
+            )
             library = "optax" if library is None and "train" in phase else library
             missing = library is not None and importlib.util.find_spec(library) is None
             marks = [pytest.mark.skipif(missing, reason=f"{library} is not installed (make models-test)")]
@@ -57,17 +59,18 @@ def filled(work: Workload) -> tuple[Any, ...]:
     """Arguments of the workload's shapes: small numbers, tokens and positions that are all in range."""
     numbers = np.random.default_rng(0)
 
-    def array(leaf: Any) -> Any:
+    def array(path: Any, leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):
             return leaf
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             drawn = 0.1 * numbers.standard_normal(leaf.shape) if leaf.shape else 0.1  # an epsilon may not be negative
+            drawn = abs(drawn) if jax.tree_util.keystr(path).endswith("['var']") else drawn  # nor a running variance
             return jnp.asarray(drawn, leaf.dtype)
         if leaf.dtype == bool:
             return jnp.ones(leaf.shape, bool)
         return jnp.asarray(numbers.integers(1, 4, leaf.shape), leaf.dtype)
 
-    return jax.tree.map(array, work.args)
+    return jax.tree_util.tree_map_with_path(array, work.args)
 
 
 def positive(state: Any) -> Any:
