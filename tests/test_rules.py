@@ -305,6 +305,7 @@ EXAMPLES = [
     Example("hessenberg", lambda x: lax.linalg.hessenberg(x), F(8, 4, 4)),
     Example("householder_product", lambda x, t: lax.linalg.householder_product(x, t), F(8, 4, 2), F(8, 2)),
     Example("lu", lambda x: lax.linalg.lu(_definite(x)), F(8, 4, 4)),
+    Example("lu_pivots_to_permutation", lambda x: lax.linalg.lu_pivots_to_permutation(x % 4, 6), I84),
     Example("qr", lambda x: lax.linalg.qr(x, full_matrices=False), F(8, 4, 2)),
     Example("schur", lambda x: lax.linalg.schur(_definite(x)), F(8, 4, 4)),
     Example("svd", lambda x: lax.linalg.svd(x, full_matrices=False), F(8, 4, 2)),
@@ -451,6 +452,7 @@ logistic                     [a,b] -> [a,b]
 lt                           [a,b],[a,b] -> [a,b]
 lt_to                        [a,b],[a,b] -> [a,b]
 lu                           [a,b,c] -> [a,d,e],[a,f],[a,g] whole={b,c,d,e,f,g}
+lu_pivots_to_permutation     [a,b] -> [a,c] whole={b,c}
 max                          [a,b],[a,b] -> [a,b]
 min                          [a,b],[a,b] -> [a,b]
 mul                          [a,b],[a,b] -> [a,b] linear=[[0], [1]]

@@ -79,6 +79,12 @@ def triangular_solve(inputs, outputs, **_):
     return _batched(inputs, outputs, 2, float(prod(inputs[1].shape[-2:]) * inputs[0].shape[-1]), linear=[1])
 
 
+@register("lu_pivots_to_permutation")
+def lu_pivots_to_permutation(inputs, outputs, **_):
+    """`[a,b] -> [a,c] whole={b,c}`."""
+    return _batched(inputs, outputs, 1, 0.0)
+
+
 @register("tridiagonal_solve")
 def tridiagonal_solve(inputs, outputs, **_):
     """Three diagonals `[a,b]` and right-hand sides `[a,c,d]`: about $8 n$ for each of these."""
