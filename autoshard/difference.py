@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoshard.alike import unnumbered
+from autoshard.alike import shared_name, unnumbered
 from autoshard.emit import spec_of
 from autoshard.explain import short_name
 from autoshard.plan import ArrayPlan, OperationPlan, Plan
@@ -135,37 +135,42 @@ def diff(before: Plan, after: Plan) -> Difference:
 
 
 def _operations(before: Plan, after: Plan) -> list[OperationDifference]:
-    groups: dict[tuple[str, bool, str, str], list[tuple[float, float]]] = {}
+    groups: dict[tuple[str, bool, str, str], list[tuple[str, float, float]]] = {}
     for a, b in _paired([_named(op) for op in before.operations], [_named(op) for op in after.operations]):
         one, other = (plan.operations[i] if i is not None else None for plan, i in ((before, a), (after, b)))
         named = one or other
         if named is None or not (_seconds(one) or _seconds(other)):
             continue
-        key = (
-            unnumbered(short_name(named)),
-            named.matmul,
-            one.strategy if one else "",
-            other.strategy if other else "",
-        )
-        groups.setdefault(key, []).append((_seconds(one), _seconds(other)))
+        name = short_name(named)
+        key = (unnumbered(name), named.matmul, one.strategy if one else "", other.strategy if other else "")
+        groups.setdefault(key, []).append((name, _seconds(one), _seconds(other)))
     found = [
-        OperationDifference(name, len(costs), a, b, sum(x for x, _ in costs), sum(y for _, y in costs), matmul)
-        for (name, matmul, a, b), costs in groups.items()
+        OperationDifference(
+            shared_name(name for name, *_ in alike),
+            len(alike),
+            a,
+            b,
+            sum(x for _, x, _ in alike),
+            sum(y for *_, y in alike),
+            matmul,
+        )
+        for (_, matmul, a, b), alike in groups.items()
     ]
     found = [each for each in found if each.before != each.after or each.before_seconds != each.after_seconds]
     return sorted(found, key=lambda each: -abs(each.seconds))
 
 
 def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
-    groups: Counter[tuple[str, str, str]] = Counter()
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for kind in ("arguments", "constants", "results"):
         ones, others = getattr(before, kind), getattr(after, kind)
         for a, b in _paired([array.path for array in ones], [array.path for array in others]):
             one, other = (ones[a] if a is not None else None), (others[b] if b is not None else None)
             if _spec(one) != _spec(other):
                 named = one or other
-                groups[unnumbered(named.path if named else ""), _spec(one), _spec(other)] += 1
-    return [ArrayDifference(path, count, one, other) for (path, one, other), count in groups.items()]
+                path = named.path if named else ""
+                groups.setdefault((unnumbered(path), _spec(one), _spec(other)), []).append(path)
+    return [ArrayDifference(shared_name(paths), len(paths), one, other) for (_, one, other), paths in groups.items()]
 
 
 def _paired(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int | None, int | None]]:

@@ -246,26 +246,24 @@ class _Origins:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._known: dict[int, int | None] = program.memo.setdefault("weights", {})
-        self._judged: set[int] = set()
-        self._awaited: set[int] = set()
+        self._assumed: dict[int, int | None] = {}
 
     def weight(self, i: int) -> int | None:
         """The operand of a matmul that is a weight. A matmul that is being judged already (in a loop) has none.
 
-        What was judged without such is known from then on: of a hundred products, each leads to all before it.
+        Each of a hundred products leads to all before it: so what one judgement finds of others holds until it ends.
         """
         if i in self._known:
             return self._known[i]
-        if i in self._judged:
-            self._awaited.add(i)
-            return None
-        self._judged.add(i)
+        if i in self._assumed:
+            return self._assumed[i]
+        outermost = not self._assumed
+        self._assumed[i] = None
         found = [k for k in (1, 0) if self._is_weight(i, k)]
-        self._judged.discard(i)
-        self._awaited.discard(i)
-        weight = min(found, key=lambda k: self._uses(i, k), default=None)
-        if not self._awaited:
+        weight = self._assumed[i] = min(found, key=lambda k: self._uses(i, k), default=None)
+        if outermost:
             self._known[i] = weight
+            self._assumed.clear()
         return weight
 
     def _uses(self, i: int, k: int) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from math import isfinite
+from operator import add
 from typing import Any
 
-from autoshard.alike import unnumbered
+from autoshard.alike import shared_name, unnumbered
 from autoshard.explain import short_name
 from autoshard.plan import OperationPlan, Plan
 from autoshard.tables import WIDTH, percent, table, time
@@ -93,14 +95,14 @@ def _slices(plan: Plan) -> Iterator[Work]:
 
 def alike_summed(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
     """The operations that cost something, those of unrolled layers that do the same in the same layout as one."""
-    groups: dict[tuple, Work] = {}
+    groups: dict[tuple, list[OperationPlan]] = {}
     for op in operations:
-        if op.seconds + op.collective_seconds == 0:
-            continue
-        work = work_of(op)
-        alike = (unnumbered(op.name), op.einsum, op.sizes, op.splits)
-        groups[alike] = groups[alike] + work if alike in groups else work
-    return groups
+        if op.seconds + op.collective_seconds:
+            groups.setdefault((unnumbered(op.name), op.einsum, op.sizes, op.splits), []).append(op)
+    return {
+        key: replace(reduce(add, map(work_of, alike)), name=shared_name(map(short_name, alike)))
+        for key, alike in groups.items()
+    }
 
 
 def work_of(op: OperationPlan) -> Work:
@@ -109,7 +111,7 @@ def work_of(op: OperationPlan) -> Work:
     if overhead < _NOTHING * op.seconds:  # what is left of a subtraction
         overhead = 0.0
     return Work(
-        unnumbered(short_name(op)),
+        short_name(op),
         op.flops,
         op.bytes,
         op.compute_seconds,

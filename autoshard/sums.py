@@ -17,6 +17,8 @@ _ADDITIONS = frozenset({"add", "add_any", "sub"})
 _RENAMING = frozenset({"reshape", "transpose", "squeeze"})
 """Primitives that show a sum in another shape."""
 
+_IN_A_SUM = _ADDITIONS | _RENAMING
+
 _TERMS = 8
 """So many additions, at most, from one barrier to the next."""
 
@@ -26,7 +28,7 @@ def resting(program: Program) -> frozenset[int]:
     additions: dict[int, int] = {}
     found: set[int] = set()
     for op in program.operations:
-        if op.primitive not in _ADDITIONS | _RENAMING or not _short(program, op.outputs[0].value):
+        if op.primitive not in _IN_A_SUM or not _short(program, op.outputs[0].value):
             continue
         value = op.outputs[0].value
         additions[value] = max((additions.get(use.value, 0) for use in op.inputs), default=0)

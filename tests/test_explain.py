@@ -12,6 +12,8 @@ import autoshard
 from autoshard.alike import shared_name, unnumbered
 from autoshard.explain import render, spec_text
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, Plan, PlannedCollective
+from autoshard.regimes import regimes
+from autoshard.sweep.results import _layout
 from autoshard.tables import percent, size, table, time
 from costmodels.topology import parse_topology
 from search.layouts import Layout
@@ -269,3 +271,18 @@ def test_only_flexible_columns_are_cut_short() -> None:
         "wq    a long place in t…",
         "w     b",
     ]
+
+
+def test_numbers_that_tell_things_apart_are_kept() -> None:
+    """Two weights of one layer, which differ in what they do, are no layers alike in any table."""
+
+    def gated(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return (x @ params["wi_0"]) * (x @ params["wi_1"])[:, :1]
+
+    shapes = {"x": (64, 512), "wi_0": (512, 1024), "wi_1": (512, 2048)}
+    x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes.values())
+    plan = autoshard.search(gated, dict(zip(("wi_0", "wi_1"), weights, strict=True)), x, topology="v5e:2x2")
+    both = {"params['wi_0']", "params['wi_1']"}
+    assert set(_layout(plan)) == both
+    assert both <= {work.name for work in regimes(plan).works}
+    assert all(name in render(plan) for name in both)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autoshard.alike import unnumbered
+from autoshard.alike import operations_alike
 from autoshard.explain import short_name
 from autoshard.plan import Plan
 
@@ -94,11 +94,10 @@ def phase_result(plan: Plan) -> PhaseResult:
 def _layout(plan: Plan) -> dict[str, str]:
     """Strategy by matrix product, the products with most FLOPs first; those of like layers are one."""
     found: dict[str, tuple[float, str]] = {}
-    for op in plan.operations:
-        if op.matmul:
-            name = unnumbered(short_name(op))
-            done = found.get(name, (0.0, ""))[0] + op.count * _size(op.sizes)
-            found[name] = (done, op.strategy)
+    for op in operations_alike(op for op in plan.operations if op.matmul):
+        name = short_name(op)
+        done = found.get(name, (0.0, ""))[0] + op.count * _size(op.sizes)
+        found[name] = (done, op.strategy)
     return {name: strategy for name, (_, strategy) in sorted(found.items(), key=lambda item: (-item[1][0], item[0]))}
 
 
