@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from autoshard.census import Census as Census
-from autoshard.census import census as census
+from autoshard.annotating.pins import PinError as PinError
+from autoshard.annotating.pins import pin as pin
+from autoshard.comparing.diff import Difference as Difference
+from autoshard.comparing.diff import diff as diff
+from autoshard.comparing.what_if import Remedies as Remedies
+from autoshard.comparing.what_if import remedies as remedies
 from autoshard.decorator import autoshard as autoshard
-from autoshard.difference import Difference as Difference
-from autoshard.difference import diff as diff
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import ExportError as ExportError
 from autoshard.errors import InfeasibleError as InfeasibleError
@@ -14,44 +16,42 @@ from autoshard.errors import PlanMismatchError as PlanMismatchError
 from autoshard.errors import TopologyError as TopologyError
 from autoshard.errors import TraceError as TraceError
 from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
-from autoshard.pins import PinError as PinError
-from autoshard.pins import pin as pin
+from autoshard.explaining.rule_coverage import Census as Census
+from autoshard.explaining.rule_coverage import census as census
+from autoshard.pipeline import search as search
 from autoshard.plan import Plan as Plan
-from autoshard.plan_file import load as load
-from autoshard.planning import search as search
-from autoshard.remedies import Remedies as Remedies
-from autoshard.remedies import remedies as remedies
+from autoshard.planning.plan_file import load as load
 from autoshard.rules.einsum import RuleError as RuleError
 from autoshard.rules.registered import rule as rule
 from autoshard.workload import Workload as Workload
 
 if TYPE_CHECKING:
-    from autoshard._audit import Audit as Audit
-    from autoshard._audit import audit as audit
-    from autoshard.calibration import Calibration as Calibration
-    from autoshard.calibration import calibrate as calibrate
+    from autoshard.auditing.audit import Audit as Audit
+    from autoshard.auditing.audit import audit as audit
+    from autoshard.calibrating.calibration import Calibration as Calibration
+    from autoshard.calibrating.calibration import calibrate as calibrate
+    from autoshard.comparing.other_plans import best_plans as best_plans
+    from autoshard.comparing.other_plans import why_not as why_not
+    from autoshard.comparing.verify import Verification as Verification
+    from autoshard.comparing.verify import verify as verify
     from autoshard.phases import PhasePlans as PhasePlans
     from autoshard.phases import search_phases as search_phases
     from autoshard.symbolic import SymbolicTrace as SymbolicTrace
     from autoshard.symbolic import trace_symbolic as trace_symbolic
-    from autoshard.variants import best_plans as best_plans
-    from autoshard.variants import why_not as why_not
-    from autoshard.verification import Verification as Verification
-    from autoshard.verification import verify as verify
 
 _AT_FIRST_USE = {
-    "Audit": "autoshard._audit",
-    "audit": "autoshard._audit",
-    "Calibration": "autoshard.calibration",
-    "calibrate": "autoshard.calibration",
+    "Audit": "autoshard.auditing.audit",
+    "audit": "autoshard.auditing.audit",
+    "Calibration": "autoshard.calibrating.calibration",
+    "calibrate": "autoshard.calibrating.calibration",
     "PhasePlans": "autoshard.phases",
     "search_phases": "autoshard.phases",
     "SymbolicTrace": "autoshard.symbolic",
     "trace_symbolic": "autoshard.symbolic",
-    "best_plans": "autoshard.variants",
-    "why_not": "autoshard.variants",
-    "Verification": "autoshard.verification",
-    "verify": "autoshard.verification",
+    "best_plans": "autoshard.comparing.other_plans",
+    "why_not": "autoshard.comparing.other_plans",
+    "Verification": "autoshard.comparing.verify",
+    "verify": "autoshard.comparing.verify",
 }
 """What few runs need, by the module that it is in; the others are there at once."""
 

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from autoshard import trees
-from autoshard.cache import cached, default_directory, key_of
-from autoshard.devices import topology_of
-from autoshard.execution import abstract
+from autoshard.emitting.attached import topology_of
+from autoshard.emitting.bind import abstract
+from autoshard.pipeline import Options, planned, traced_for
 from autoshard.plan import Plan
-from autoshard.planning import Options, planned, traced_for
-from autoshard.processes import agreed
-from costmodels.topology import Topology
+from autoshard.planning.multihost import agreed
+from autoshard.planning.plan_cache import cached, default_directory, key_of
+from autoshard.tracing import pytrees
+from costmodels.machine.topology import Topology
 
 
 def autoshard(
@@ -59,10 +59,10 @@ def autoshard(
 
     @functools.wraps(fn)
     def sharded(*args: Any, **keywords: Any) -> Any:
-        return planner.run(trees.positional(fn, args, keywords))
+        return planner.run(pytrees.positional(fn, args, keywords))
 
     def plan_for(*args: Any, **keywords: Any) -> Plan:
-        return planner.bound(trees.positional(fn, args, keywords)).plan
+        return planner.bound(pytrees.positional(fn, args, keywords)).plan
 
     sharded.plan_for = plan_for  # pyright: ignore[reportAttributeAccessIssue]
     return sharded

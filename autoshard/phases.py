@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from autoshard.devices import topology_of
+from autoshard._util.collector import seldom_collected
+from autoshard._util.tables import time
+from autoshard.annotating.pins import dotted
+from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
-from autoshard.garbage import seldom_collected
-from autoshard.infeasible import explained
-from autoshard.pins import dotted
+from autoshard.pipeline import Options, Target, plan_of, traced_for
 from autoshard.plan import Plan
-from autoshard.planning import Options, Target, plan_of, traced_for
-from autoshard.tables import time
+from autoshard.planning.infeasibility import explained
 from autoshard.workload import Workload
-from costmodels.topology import Topology
+from costmodels.machine.topology import Topology
 from search.phases import Phases, Place, TooSlow
 from search.phases import search_phases as solve
 from search.solve import NoPlan, Proof

@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from autoshard import execution, targets, trees
-from autoshard.emit import spec_of
+from autoshard.emitting import bind, targets
+from autoshard.emitting.program import spec_of
 from autoshard.errors import ExportError, TopologyError
+from autoshard.tracing import pytrees
 from costmodels.dimensions import Dimensions
-from costmodels.program import Program
-from costmodels.topology import Topology
-from search.layouts import Layout
-from search.solution import Choice
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+from search.answer.assignment import Choice
+from search.formulation.layouts import Layout
 from search.solve import Proof
 
 if TYPE_CHECKING:
-    from autoshard.parallelism import Parallelism
-    from search.formulas import Formulas
+    from autoshard.explaining.formulas import Formulas
+    from autoshard.naming.parallelism import Parallelism
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Plan:
 
     def shardings(self, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
         """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes."""
-        execution.check_mesh(self, mesh)
+        bind.check_mesh(self, mesh)
 
         def placed(arrays: Sequence[ArrayPlan]) -> list[NamedSharding]:
             return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
@@ -185,14 +186,14 @@ class Plan:
         return (
             jax.tree_util.tree_unflatten(self.treedefs[0], leaves)
             if self.treedefs
-            else trees.rebuild(self.in_tree, leaves)
+            else pytrees.rebuild(self.in_tree, leaves)
         )
 
     def _results_like(self, leaves: list[Any]) -> Any:
         return (
             jax.tree_util.tree_unflatten(self.treedefs[1], leaves)
             if self.treedefs
-            else trees.rebuild(self.out_tree, leaves)
+            else pytrees.rebuild(self.out_tree, leaves)
         )
 
     # --- execution -----------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class Plan:
         **Raises:** when called, `PlanMismatchError` if the plan is not for this function and these arguments, `TopologyError`
         if the mesh has not the plan's axes.
         """
-        return execution.bound(self, fn, None)
+        return bind.bound(self, fn, None)
 
     def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
         """`jax.jit` of `fn` as planned, with the plan's shardings of arguments and results and its donations.
@@ -237,16 +238,16 @@ class Plan:
         mesh = mesh or self._mesh_at_hand()
         shardings = {}
         ins, outs = self.shardings(mesh)
-        if self.treedefs or trees.unknown_class(self.in_tree) is None:
+        if self.treedefs or pytrees.unknown_class(self.in_tree) is None:
             shardings["in_shardings"] = ins
-        if self.treedefs or trees.unknown_class(self.out_tree) is None:
+        if self.treedefs or pytrees.unknown_class(self.out_tree) is None:
             shardings["out_shardings"] = outs
-        options = execution.compiler_options(self, mesh) or None
-        run = execution.bound(self, fn, mesh)
+        options = bind.compiler_options(self, mesh) or None
+        run = bind.bound(self, fn, mesh)
         return jax.jit(run, donate_argnums=self.donate_argnums, compiler_options=options, **shardings)
 
     def _mesh_at_hand(self) -> Mesh:
-        return execution.mesh_in_context(self) or self.make_mesh()
+        return bind.mesh_in_context(self) or self.make_mesh()
 
     def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
         """The arguments as `jax.ShapeDtypeStruct`s that know where they lie: what Orbax restores a checkpoint into.
@@ -267,7 +268,7 @@ class Plan:
 
         at = None if argument is None else position(self, argument)
         mesh = mesh or self._mesh_at_hand()
-        execution.check_mesh(self, mesh)
+        bind.check_mesh(self, mesh)
         found = self._arguments_like(
             [
                 jax.ShapeDtypeStruct(
@@ -285,7 +286,7 @@ class Plan:
 
     def explain(self, symbolic: bool = False) -> str:
         """The plan as text: every matmul with its strategy, cost, regime and runner-up; `symbolic` adds formulas."""
-        from autoshard.explain import render
+        from autoshard.explaining.explain import render
 
         return render(self, symbolic=symbolic)
 
@@ -299,13 +300,13 @@ class Plan:
 
         **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
         """
-        from autoshard.explain_symbolic import formulas
+        from autoshard.explaining.formula_sections import formulas
 
         return formulas(self)
 
     def regimes(self) -> Any:
         """What every operation and the whole step wait for: an `autoshard.regimes.Regimes`, which prints as a table."""
-        from autoshard.regimes import regimes
+        from autoshard.explaining.bottlenecks import regimes
 
         return regimes(self)
 
@@ -316,7 +317,7 @@ class Plan:
 
         **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
         """
-        from autoshard.parallelism import parallelism
+        from autoshard.naming.parallelism import parallelism
 
         if self.program is None:
             raise ValueError(f"The plan {self.name!r} does not hold its program: it is from an older file. Plan anew.")
@@ -324,7 +325,7 @@ class Plan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
-        from autoshard.plan_file import save
+        from autoshard.planning.plan_file import save
 
         save(self, path)
 
@@ -356,8 +357,8 @@ class Plan:
         """
         from pathlib import Path
 
+        from autoshard._util.files import write_whole
         from autoshard.export import export
-        from autoshard.whole_files import write_whole
 
         text = export(self, format, argument, names, axes)
         if path is not None:

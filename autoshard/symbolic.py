@@ -15,17 +15,17 @@ from typing import Any
 
 import jax
 
-from autoshard.blocks import Traced
-from autoshard.devices import topology_of
-from autoshard.dimensions import Names, named, primes, with_numbers
+from autoshard.annotating.dimension_names import Names, named, primes, with_numbers
+from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError, TraceError
+from autoshard.pipeline import Options, Target, planned, traced_for
 from autoshard.plan import Plan
-from autoshard.planning import Options, Target, planned, traced_for
-from autoshard.trace import fingerprint
-from costmodels.algebra import evaluated, parsed
+from autoshard.tracing.blocks import Traced
+from autoshard.tracing.trace import fingerprint
 from costmodels.dimensions import DimensionError, Dimensions, rebound
-from costmodels.program import Program
-from costmodels.topology import Topology
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+from costmodels.symbols import evaluated, parsed
 
 
 @dataclass(frozen=True)

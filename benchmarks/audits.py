@@ -98,7 +98,7 @@ def audited(case: Case, keep: Path | None = None) -> dict[str, Any]:
     if case.target == "host":
         import jax
 
-        from costmodels.topology import parse_topology
+        from costmodels.machine.topology import parse_topology
 
         jax.config.update("jax_num_cpu_devices", parse_topology(case.topology).size)
     workload = getattr(importlib.import_module(f"examples.{case.model}"), case.phase)(**case.sizes)

@@ -56,7 +56,7 @@ def rows(calibration: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     from autoshard import calibrate
-    from autoshard.step_timing import checked
+    from autoshard.calibrating.step_check import checked
     from examples import palm
 
     found = calibrate(sys.argv[1] if len(sys.argv) > 1 else "cpu:8")

@@ -15,10 +15,10 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import autoshard
-from autoshard import execution
+from autoshard.emitting import bind
 from benchmarks.hand_layouts import argument_specs, constrained, hand_layouts, sizes_of
 from benchmarks.judge import judge
-from costmodels.topology import Topology
+from costmodels.machine.topology import Topology
 
 _GIB, _MIB = 2**30, 2**20
 _SHOWN = 8
@@ -77,7 +77,7 @@ class Bench:
 
     def ours(self, name: str, plan: autoshard.Plan, spent: dict[str, float]) -> dict[str, Any]:
         """Our plan, emitted."""
-        row = self._compiled(name, execution.bound(plan, self.workload.fn, self.mesh), *plan.shardings(self.mesh))
+        row = self._compiled(name, bind.bound(plan, self.workload.fn, self.mesh), *plan.shardings(self.mesh))
         estimate = plan.estimate
         return {
             **row,

@@ -64,8 +64,8 @@ def cases(topology: Any) -> Iterator[Written]:
 
 def step_of(case: Written, sizes: Mapping[str, int]) -> Any:
     """The step between layouts; a permutation turns the order of the axes round."""
-    from search.layouts import Layout
-    from search.reshard import Step, permuted_axes
+    from search.formulation.layouts import Layout
+    from search.formulation.reshard import Step, permuted_axes
 
     rank, at, other = len(case.shape), case.dim, (case.dim + 1) % len(case.shape)
 
@@ -92,9 +92,9 @@ def measured(case: Written, topology: Any, mesh: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
 
-    from autoshard import hlo
-    from autoshard.collectives import FEW_ROWS, run_step
-    from search.reshard import emittable
+    from autoshard.auditing import hlo_collectives
+    from autoshard.emitting.reshard_steps import FEW_ROWS, run_step
+    from search.formulation.reshard import emittable
 
     sizes = topology.axis_sizes
     step = step_of(case, sizes)
@@ -108,7 +108,7 @@ def measured(case: Written, topology: Any, mesh: Any) -> dict[str, Any]:
     dtype = jnp.float32 if topology.chip.kind == "cpu" else jnp.bfloat16
     given = jax.ShapeDtypeStruct((topology.size, *case.shape), dtype)
     text = jax.jit(mapped).lower(given).compile().as_text() or ""
-    found = [each for each in hlo.collectives(text, sizes) if each.axes]
+    found = [each for each in hlo_collectives.collectives(text, sizes) if each.axes]
     payload = step.payload(dtype.dtype.itemsize * prod(shape), sizes)
     wanted = (step.kind, frozenset(step.axes))
     faithful = [(each.kind, frozenset(each.axes or ())) for each in found] == [wanted]
@@ -131,8 +131,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     """All steps on one topology; why there are none, where its compiler is not installed."""
     import jax
 
-    from autoshard import targets
-    from costmodels.topology import parse_topology
+    from autoshard.emitting import targets
+    from costmodels.machine.topology import parse_topology
 
     topology = parse_topology(name)
     jax.config.update("jax_num_cpu_devices", max(8, topology.size if topology.chip.kind == "cpu" else 8))

@@ -21,13 +21,13 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from benchmarks.pope2022 import FIGURE, MACHINE, OVERLAP, TABLES, Row, as_in_the_paper, solved
-from costmodels.chips import Chip, chip, chip_from_dict
-from costmodels.collectives import seconds_on
+from costmodels.machine.chips import Chip, chip, chip_from_dict
+from costmodels.machine.collectives import seconds_on
+from costmodels.machine.topology import Topology
 from costmodels.operations import evaluate, hbm_bytes, padded_flops
-from costmodels.program import Program
-from costmodels.topology import Topology
-from search.reshard import Step, wire_seconds
-from search.solution import Choice, Move, moves, products_behind, steps
+from costmodels.program.program import Program
+from search.answer.assignment import Choice, Move, moves, products_behind, steps
+from search.formulation.reshard import Step, wire_seconds
 from search.solve import Solution
 
 ROUNDS = 2

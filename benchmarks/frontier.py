@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from autoshard.sweep import engines
-from autoshard.sweep.frontier import frontier, switches
+from autoshard.sweep.analysis.frontier import frontier, switches
+from autoshard.sweep.analysis.rows import Row, SweepResult, row_of
 from autoshard.sweep.points import Point, Run
 from autoshard.sweep.results import SOLVED
-from autoshard.sweep.rows import Row, SweepResult, row_of
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.store import Store
 from benchmarks import pope2022

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from costmodels.topology import Topology
+from costmodels.machine.topology import Topology
 
 Splits = Mapping[str, tuple[str, ...]]
 

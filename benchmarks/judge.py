@@ -28,11 +28,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
-from autoshard import hlo
-from autoshard.hlo_text import Module, Scope, parse, shape_bytes, trip_count, tuple_parts
-from costmodels.collectives import seconds as collective_seconds
-from costmodels.collectives import wire_bytes
-from costmodels.topology import Axis, Topology
+from autoshard.auditing import hlo_collectives
+from autoshard.auditing.hlo_parser import Module, Scope, parse, shape_bytes, trip_count, tuple_parts
+from costmodels.machine.collectives import seconds as collective_seconds
+from costmodels.machine.collectives import wire_bytes
+from costmodels.machine.topology import Axis, Topology
 
 _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 """A memory space other than HBM in a shape's layout."""
@@ -92,10 +92,10 @@ def judge(text: str, topology: Topology) -> Verdict:
 
     **Raises:** `ValueError` when the text is no compiled program, or holds no estimates.
     """
-    cycles, clock = hlo.estimated_cycles(text), topology.chip.clock_hertz
+    cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
     if cycles is None or not clock:
         raise ValueError("The program carries no estimated cycles: only the TPU compiler writes them.")
-    found = hlo.collectives(text, topology.axis_sizes)
+    found = hlo_collectives.collectives(text, topology.axis_sizes)
     sent = tuple(each for each in (priced(one, topology) for one in found) if each.axes)
     wire = sum(each.seconds for each in sent)
     hideable = min(sum(each.seconds for each in sent if each.asynchronous), cycles / clock)
@@ -119,9 +119,9 @@ def judge(text: str, topology: Topology) -> Verdict:
 # --- collectives
 
 
-def priced(collective: hlo.CompiledCollective, topology: Topology) -> Sent:
+def priced(collective: hlo_collectives.CompiledCollective, topology: Topology) -> Sent:
     """What all runs of a compiled collective cost; one among no chips has no axes."""
-    members = hlo.groups_of(collective.groups, topology.size)
+    members = hlo_collectives.groups_of(collective.groups, topology.size)
     varying = tuple(axis for i, axis in enumerate(topology.axes) if _differ(members, i, topology))
     if collective.kind == "collective-permute":
         once, moved = _permute(members, collective.bytes, topology)

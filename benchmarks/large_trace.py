@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 import autoshard
-from autoshard import targets
+from autoshard.emitting import targets
 from benchmarks.models import equations
 from examples import llama
-from search.folding import folds
+from search.formulation.layer_folding import folds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "large_trace.json"

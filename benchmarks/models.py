@@ -61,7 +61,7 @@ def equations(jaxpr: Any) -> int:
 def measured(model: str, phase: str, topology: str, with_audit: bool) -> dict[str, Any]:
     """One row, in this process."""
     import autoshard
-    from search.folding import classes, folds
+    from search.formulation.layer_folding import classes, folds
 
     _, build = cases()[model, phase]
     work = build()
@@ -109,7 +109,7 @@ def _check_room(work: Any, topology: str) -> None:
     """
     import jax
 
-    from costmodels.topology import parse_topology
+    from costmodels.machine.topology import parse_topology
 
     where = parse_topology(topology)
     room = where.size * where.chip.usable_hbm_bytes

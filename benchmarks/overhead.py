@@ -59,8 +59,8 @@ def calls() -> dict[str, float]:
     import jax.numpy as jnp
 
     import autoshard
-    from autoshard.emit import emitted
-    from autoshard.execution import traced_as
+    from autoshard.emitting.bind import traced_as
+    from autoshard.emitting.program import emitted
     from examples import llama
 
     work = llama.decode(size="tiny", batch=8, context=16)

@@ -78,9 +78,9 @@ CASES = (
 
 def contest(case: Case, layouts: str, peer_python: str, keep: Path | None, ours_only: bool) -> Iterator[dict[str, Any]]:
     """Every contestant's row, as it is done."""
-    from autoshard import targets
+    from autoshard.emitting import targets
     from benchmarks import contestants
-    from costmodels.topology import parse_topology
+    from costmodels.machine.topology import parse_topology
 
     topology = parse_topology(case.topology)
     mesh = targets.mesh_of(targets.tpu_devices(topology.name, topology.shape, topology.chip.name), topology.axis_sizes)
@@ -109,7 +109,7 @@ def autosharded(case: Case, bench: Any, peer_python: str) -> Iterator[dict[str, 
 
 def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python: str) -> dict[str, Any]:
     """What the peer's process wrote, or why it wrote nothing."""
-    from autoshard import targets
+    from autoshard.emitting import targets
 
     name, options = targets.described_as(topology.name, topology.shape, topology.chip.name)
     task = {

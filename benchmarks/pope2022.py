@@ -13,17 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from autoshard.blocks import Traced
-from autoshard.naming import strategy_name, weight_operand
-from autoshard.trace import trace
+from autoshard.naming.strategy_names import strategy_name, weight_operand
+from autoshard.tracing.blocks import Traced
+from autoshard.tracing.trace import trace
 from autoshard.workload import Workload
-from costmodels.chips import Chip, chip, chip_from_dict
-from costmodels.pricing import LOOPED, Overlap, Pricing
-from costmodels.topology import Topology, topology_of_chip
+from costmodels.machine.chips import Chip, chip, chip_from_dict
+from costmodels.machine.conventions import LOOPED, Overlap, Pricing
+from costmodels.machine.topology import Topology, topology_of_chip
 from examples import palm
-from search.solution import Choice
+from search.answer.assignment import Choice
+from search.formulation.strategies import Strategy
 from search.solve import Limits, Solution, search
-from search.strategies import Strategy
 
 MACHINE = Path(__file__).parent / "pope2022_machine.json"
 MESHES = {8: (2, 2, 2), 16: (2, 4, 2), 32: (4, 2, 4), 64: (4, 4, 4), 128: (8, 4, 4)}

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from costmodels.chips import Torus, chip
-from costmodels.collectives import seconds_on
-from costmodels.topology import Topology, parse_topology
+from costmodels.machine.chips import Torus, chip
+from costmodels.machine.collectives import seconds_on
+from costmodels.machine.topology import Topology, parse_topology
 from examples import llama
 
 WITHIN = 0.02

@@ -28,9 +28,9 @@ def crossover_rows() -> list[dict[str, Any]]:
 
 
 def _rows(gated: bool) -> list[dict[str, Any]]:
-    from autoshard.crossovers import blocks, crossovers
-    from costmodels.algebra import text
-    from costmodels.topology import parse_topology
+    from autoshard.explaining.crossovers import blocks, crossovers
+    from costmodels.machine.topology import parse_topology
+    from costmodels.symbols import text
 
     (block,) = blocks(*traced(gated))
     found = {(each.below, each.above): each for each in crossovers(block, parse_topology("v4:4x4x4"))}

@@ -26,9 +26,9 @@ from benchmarks.pope2022 import (
     solved,
     topology,
 )
-from costmodels.chips import chip
-from costmodels.pricing import LOOPED, Overlap
-from costmodels.program import Program
+from costmodels.machine.chips import chip
+from costmodels.machine.conventions import LOOPED, Overlap
+from costmodels.program.program import Program
 from examples import palm
 from search.solve import Solution
 
@@ -47,7 +47,7 @@ def cache_bytes_of_a_token(size: str, batch: int) -> float:
 
 
 def _decode_program(size: str, batch: int, context: int) -> Program:
-    from autoshard.trace import trace
+    from autoshard.tracing.trace import trace
 
     work = palm.decode(size, batch=batch, context=context)
     return trace(work.fn, *work.args, donate_argnums=work.donate_argnums).program
@@ -59,7 +59,7 @@ def _caches(program: Program) -> list[int]:
 
 def shards(size: str, batch: int, by: str) -> int:
     """Into how many pieces 64 chips can cut the cache of a traced program: by its heads, its batch, or not at all."""
-    from search.strategies import strategy_space
+    from search.formulation.strategies import strategy_space
 
     if by == "none":
         return 1

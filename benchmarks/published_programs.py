@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import autoshard
-from autoshard import targets
-from autoshard.hlo_costs import CompiledCosts, compiled_costs
+from autoshard.auditing.hlo_costs import CompiledCosts, compiled_costs
+from autoshard.emitting import targets
 from autoshard.plan import Plan
 from examples import llama, palm
 

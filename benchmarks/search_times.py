@@ -106,8 +106,8 @@ def measured(case: Case) -> dict[str, Any]:
         weights = {phase: weight for phase, weight, _ in case.phases}
         proof = search_phases(works, shared="params", weights=weights, topology=case.topology).proof
     else:
-        from autoshard.trace import trace
-        from costmodels.topology import parse_topology
+        from autoshard.tracing.trace import trace
+        from costmodels.machine.topology import parse_topology
         from search.solve import search
 
         (work,) = works.values()

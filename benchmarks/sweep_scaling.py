@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from autoshard.devices import topology_of
+from autoshard.emitting.attached import topology_of
 from autoshard.sweep import engines
 from autoshard.sweep.extras import MissingExtra, needed
 from autoshard.sweep.points import Point, Run

@@ -16,9 +16,9 @@ from itertools import combinations
 from math import prod
 from typing import NamedTuple
 
-from costmodels.algebra import Expr, dimension, evaluated, parsed, text
-from costmodels.program import Operation, Program
-from costmodels.symbolic import sympy
+from costmodels.machine.lazy_sympy import sympy
+from costmodels.program.program import Operation, Program
+from costmodels.symbols import Expr, dimension, evaluated, parsed, text
 
 
 class DimensionError(ValueError):

@@ -25,11 +25,11 @@ from itertools import combinations
 
 import numpy as np
 
-from costmodels.chips import Chip, Constant, Switch, Torus
-from costmodels.collectives import seconds as collective_seconds
+from costmodels.machine.chips import Chip, Constant, Switch, Torus
+from costmodels.machine.collectives import seconds as collective_seconds
+from costmodels.machine.topology import Axis, Topology, as_its_chip_has_it
 from costmodels.operations import price
-from costmodels.program import Factor, Operation, Program, Use, Value
-from costmodels.topology import Axis, Topology, as_its_chip_has_it
+from costmodels.program.program import Factor, Operation, Program, Use, Value
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FAST = 1e30

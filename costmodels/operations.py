@@ -35,10 +35,10 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from costmodels.chips import Chip
-from costmodels.on_chip import sharers
-from costmodels.program import Operation, Program
-from costmodels.symbolic import sympy
+from costmodels.machine.chips import Chip
+from costmodels.machine.lazy_sympy import sympy
+from costmodels.program.on_chip import sharers
+from costmodels.program.program import Operation, Program
 
 Array = np.ndarray
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import autoshard
 from autoshard.report.write import page
-from autoshard.sweep.rows import load_sweep
+from autoshard.sweep.analysis.rows import load_sweep
 from examples import palm
 
 DOCS = Path(__file__).resolve().parent

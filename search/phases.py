@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
 
-from costmodels.phases import Span, join
-from costmodels.program import Program
-from costmodels.topology import Topology
-from search.ascent import Say
-from search.branch import PRECISION
-from search.check import check
-from search.folding import classes
-from search.problem import build
-from search.solution import Choice, collectives
+from costmodels.machine.topology import Topology
+from costmodels.program.joined import Span, join
+from costmodels.program.program import Program
+from search.answer.assignment import Choice, collectives
+from search.answer.check import check
+from search.cpsat.branching import PRECISION
+from search.formulation.layer_folding import classes
+from search.formulation.problem import build
+from search.presolve.ascent import Say
 from search.solve import DEFAULTS, Limits, Proof, Solution, search
 
 Place = tuple[int, int]

@@ -12,21 +12,21 @@ from functools import cached_property
 
 import numpy as np
 
-from costmodels.program import Program
-from costmodels.topology import Topology
-from search.ascent import TOLERANCE, Ascent, Say
-from search.branch import PRECISION, Branching
-from search.check import Check, check
-from search.folding import classes as folded
-from search.folding import tied, unfolded
-from search.incumbent import overflow
-from search.memory import rows
-from search.problem import Problem, allowing, build
-from search.reduction import SMALL_PARTS, Reduction, reduced
-from search.solution import Choice, Collective, choice_of, collectives
-from search.start import starting_states
-from search.strategies import Strategy
-from search.symmetry import tidied
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+from search.answer.assignment import Choice, Collective, choice_of, collectives
+from search.answer.check import Check, check
+from search.cpsat.branching import PRECISION, Branching
+from search.formulation.layer_folding import classes as folded
+from search.formulation.layer_folding import tied, unfolded
+from search.formulation.problem import Problem, allowing, build
+from search.formulation.strategies import Strategy
+from search.memory.constraints import rows
+from search.presolve.ascent import TOLERANCE, Ascent, Say
+from search.presolve.elimination import SMALL_PARTS, Reduction, reduced
+from search.presolve.primal import overflow
+from search.presolve.symmetry import tidied
+from search.presolve.warm_start import starting_states
 
 RESERVE_PART = 0.05
 """The part of each chip's memory that is left free by default: what a compiler may need beyond the plan."""

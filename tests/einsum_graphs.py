@@ -101,9 +101,9 @@ def assert_as_planned(graph: Graph, mesh_shape: str, seed: int) -> None:
     """Runs a graph under one random choice of layouts: results equal to the bit, and nothing on the wire but the plan."""
     from layout_strategies import cpu_topology, mesh_of, problem_of, quick, random_choices
 
-    from autoshard import hlo
-    from autoshard.emit import emitted
-    from autoshard.trace import trace
+    from autoshard.auditing import hlo_collectives
+    from autoshard.emitting.program import emitted
+    from autoshard.tracing.trace import trace
 
     topology, arguments = cpu_topology(mesh_shape), arguments_of(graph)
     traced = trace(graph, *arguments)
@@ -114,7 +114,7 @@ def assert_as_planned(graph: Graph, mesh_shape: str, seed: int) -> None:
     run = program.lower(*flat).compile()
     for found, expected in zip(run(*flat), jax.tree.leaves(graph(*arguments)), strict=True):
         np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
-    compiled = hlo.collectives(run.as_text() or "", topology.axis_sizes)
+    compiled = hlo_collectives.collectives(run.as_text() or "", topology.axis_sizes)
     assert differences(traced.program, topology, choice, compiled) == []
 
 
@@ -131,9 +131,9 @@ def computed_alike(program: Any, choice: Any) -> list[int]:
 
 def differences(program: Any, topology: Any, choice: Any, compiled: Sequence[Any]) -> list[str]:
     """Compiled collectives that were not planned, and planned ones that were not compiled."""
-    from autoshard.pairing import axes_of, matched
+    from autoshard.auditing.matching import axes_of, matched
     from autoshard.plan import PlannedCollective
-    from search.solution import collectives
+    from search.answer.assignment import collectives
 
     sent = collectives(program, topology, choice)
     planned = [PlannedCollective(each.kind, each.axes, each.bytes, each.count, each.seconds, "") for each in sent]

@@ -23,14 +23,14 @@ import numpy as np
 from hypothesis import strategies as st
 from models import Block
 
-from autoshard.blocks import Block as StepBlock
-from autoshard.blocks import BranchStep, LoopStep, OpStep, Traced
-from autoshard.emit import emitted
-from autoshard.pins import with_pins
-from autoshard.trace import trace
-from costmodels.topology import Topology, parse_topology
-from search.problem import FORBIDDEN, Edge, Problem, build
-from search.solution import Choice, choice_of
+from autoshard.annotating.pins import with_pins
+from autoshard.emitting.program import emitted
+from autoshard.tracing.blocks import Block as StepBlock
+from autoshard.tracing.blocks import BranchStep, LoopStep, OpStep, Traced
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import Topology, parse_topology
+from search.answer.assignment import Choice, choice_of
+from search.formulation.problem import FORBIDDEN, Edge, Problem, build
 
 FEASIBLE = FORBIDDEN / 10
 """Seconds: what costs more is impossible."""

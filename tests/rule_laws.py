@@ -23,13 +23,13 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from layout_strategies import op_steps
 
-from autoshard.blocks import Literal, OpStep
-from autoshard.emit import run_locally, spec_of
+from autoshard.emitting.program import run_locally, spec_of
 from autoshard.rules.rule import local_shape
-from autoshard.trace import trace
-from costmodels.program import REDUCED_INSIDE, Operation
-from search.layouts import Layout
-from search.strategies import Strategy, input_layout, output_layout, strategy_space
+from autoshard.tracing.blocks import Literal, OpStep
+from autoshard.tracing.trace import trace
+from costmodels.program.program import REDUCED_INSIDE, Operation
+from search.formulation.layouts import Layout
+from search.formulation.strategies import Strategy, input_layout, output_layout, strategy_space
 
 SIZES = {"x": 2, "y": 2, "z": 2}
 Data = st.DataObject

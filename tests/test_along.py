@@ -27,17 +27,17 @@ from layout_strategies import (
 from rule_laws import Call, best, calls, parts, reduced_again, running
 
 import autoshard
-from autoshard import hlo
-from autoshard.emit import emitted
-from autoshard.trace import trace
-from costmodels.program import Operation
-from costmodels.topology import parse_topology
-from search.check import check
-from search.formulas import formulas_of
-from search.inside import closing, payload
-from search.solution import choice_of
+from autoshard.auditing import hlo_collectives
+from autoshard.emitting.program import emitted
+from autoshard.explaining.formulas import formulas_of
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import parse_topology
+from costmodels.program.program import Operation
+from search.answer.assignment import choice_of
+from search.answer.check import check
+from search.formulation.intra_op import closing, payload
+from search.formulation.strategies import Strategy, strategy_space
 from search.solve import search
-from search.strategies import Strategy, strategy_space
 
 S = jax.ShapeDtypeStruct
 
@@ -64,9 +64,8 @@ def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
     flat = [*map(jnp.asarray, args), *traced.constants]
     run = jax.jit(emitted(traced, choice, topology, mesh), compiler_options=quick()).lower(*flat).compile()
     assert_equal(run(*flat), jax.jit(fn)(*args))
-    assert (
-        differences(traced.program, topology, choice, hlo.collectives(run.as_text() or "", topology.axis_sizes)) == []
-    )
+    compiled = hlo_collectives.collectives(run.as_text() or "", topology.axis_sizes)
+    assert differences(traced.program, topology, choice, compiled) == []
     checked = check(traced.program, topology, choice)
     assert checked.faults == ()
     assert checked.seconds == pytest.approx(problem.objective(states), rel=1e-9)

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 import autoshard
-from autoshard import Workload, hlo
-from autoshard._audit import Audit, AuditError, audit, compare
-from autoshard.hlo import CompiledCollective
-from autoshard.pairing import paired
+from autoshard import Workload
+from autoshard.auditing import hlo_collectives
+from autoshard.auditing.audit import Audit, AuditError, audit, compare
+from autoshard.auditing.findings import Target
+from autoshard.auditing.hlo_collectives import CompiledCollective
+from autoshard.auditing.matching import paired
 from autoshard.plan import Plan, PlannedCollective
-from autoshard.verdict import Target
-from costmodels.collectives import seconds
-from costmodels.topology import Topology, parse_topology
+from costmodels.machine.collectives import seconds
+from costmodels.machine.topology import Topology, parse_topology
 from examples import palm
 
 V4 = parse_topology("v4:4x4x4")
@@ -69,7 +70,7 @@ def c(kind: str, axes: str | None, bytes: int, count: int = 1, spelling: str = "
 
 
 def compared(monkeypatch, planned, compiled, target: Target = "tpu", arrays=(), peak: float | None = None) -> Audit:
-    monkeypatch.setattr(hlo, "collectives", lambda text, axes: tuple(compiled))
+    monkeypatch.setattr(hlo_collectives, "collectives", lambda text, axes: tuple(compiled))
     nothing = plan_of_nothing()
     estimate = replace(nothing.estimate, collectives=tuple(planned), peak_bytes=100.0)
     return compare(replace(nothing, estimate=estimate), "", target, peak, arrays)

@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import TOPOLOGIES, programs
 
-from costmodels.topology import Topology
-from search import branch
-from search.ascent import Ascent
-from search.bound import Dual
-from search.branch import Branching
-from search.incumbent import decode, overflow
-from search.kernel import combined
-from search.memory import rows
-from search.model import solve
-from search.pricing import settled
-from search.problem import FORBIDDEN, Problem, build
-from search.repricing import bracketed
+from costmodels.machine.topology import Topology
+from search.cpsat import branching
+from search.cpsat.branching import Branching
+from search.cpsat.kernel import combined
+from search.cpsat.model import solve
+from search.formulation.problem import FORBIDDEN, Problem, build
+from search.memory.constraints import rows
+from search.presolve.ascent import Ascent
+from search.presolve.dual import Dual
+from search.presolve.pricing import settled
+from search.presolve.primal import decode, overflow
+from search.presolve.repricing import bracketed
 
 ROUNDING = 2e-9
 """Seconds by which a sum changes when it is formed anew beside the price of the impossible."""
@@ -50,8 +50,8 @@ def test_branches_alone_find_the_optimum(program, topology, part):
     """Without CP-SAT's help but for what is decided, branching comes to CP-SAT's optimum, or proves that nothing fits."""
     problem = tight(program, topology, part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_SMALL", 0)
-        patch.setattr(branch, "_LARGE", 0)
+        patch.setattr(branching, "_SMALL", 0)
+        patch.setattr(branching, "_LARGE", 0)
         ascent = begun(problem)
         if ascent.fits and not ascent.closed:
             Branching(ascent, 60.0).run()

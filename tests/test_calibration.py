@@ -12,13 +12,13 @@ from strategies import topologies
 from typer.testing import CliRunner
 
 import autoshard
+from autoshard.calibrating.microbenchmarks import QUICK, Ranges, cases
+from autoshard.calibrating.timing import HASTE
 from autoshard.cli import app
-from autoshard.microbenchmarks import QUICK, Ranges, cases
-from autoshard.timing import HASTE
-from costmodels.chips import Constant
 from costmodels.fitting import COLLECTIVES
-from costmodels.topology import Topology, parse_topology
-from costmodels.topology_file import topology_toml
+from costmodels.machine.chips import Constant
+from costmodels.machine.topology import Topology, parse_topology
+from costmodels.machine.topology_file import topology_toml
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,7 +98,7 @@ def test_a_topology_file_reads_back_as_it_was(topology: Topology, status, value:
     import tempfile
     from dataclasses import replace
 
-    from costmodels.topology import as_its_chip_has_it
+    from costmodels.machine.topology import as_its_chip_has_it
 
     chip = topology.chip.override({"hbm_bytes_per_second": Constant(value, source, status)}, "elsewhere")
     first, *rest = topology.axes

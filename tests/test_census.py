@@ -13,8 +13,8 @@ from jax import lax
 from test_cli import PALM, TINY, refused, run
 
 import autoshard
-from autoshard.census import census_of, planned_census
-from autoshard.trace import trace
+from autoshard.explaining.rule_coverage import census_of, planned_census
+from autoshard.tracing.trace import trace
 
 X = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from strategies import chips
 
-from costmodels.chips import (
+from costmodels.machine.chips import (
     Chip,
     ChipFormatError,
     Constant,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from autoshard import load
 from autoshard.cli import app
-from costmodels.pricing import Pricing
+from costmodels.machine.conventions import Pricing
 
 ROOT = Path(__file__).parents[1]
 PALM = f"{ROOT / 'examples' / 'palm.py'}:decode"

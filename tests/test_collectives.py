@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import axes, axis_sets, links, renamed, topologies
 
-from costmodels.collectives import bytes_symbol, expression, seconds, values, wire_bytes
-from costmodels.topology import Axis, parse_topology
+from costmodels.machine.collectives import bytes_symbol, expression, seconds, values, wire_bytes
+from costmodels.machine.topology import Axis, parse_topology
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 kinds = st.sampled_from(KINDS)

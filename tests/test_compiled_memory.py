@@ -15,16 +15,17 @@ from jax.sharding import PartitionSpec
 from test_plan import well_linked
 
 import autoshard
-from autoshard import targets, waiting
-from autoshard.blocks import BarrierStep
-from autoshard.emit import emitted
-from autoshard.invariant import split
-from autoshard.sums import resting
-from autoshard.trace import trace
-from autoshard.waiting import waits
+from autoshard.emitting import targets
+from autoshard.emitting.program import emitted
+from autoshard.emitting.tpu_workarounds import conversion_barriers
+from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
+from autoshard.emitting.tpu_workarounds.residual_barriers import resting
+from autoshard.tracing.blocks import BarrierStep
+from autoshard.tracing.loop_invariants import split
+from autoshard.tracing.trace import trace
 from examples import llama
-from search.packing import argument_tile
-from search.views import views
+from search.formulation.tpu_tiles import argument_tile
+from search.memory.views import views
 
 S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -415,4 +416,4 @@ def test_what_makes_a_weight_is_looked_at_once_however_often_it_is_used() -> Non
     program = trace(product, square, square).program
     (_, last) = (op for _, op in program.matmuls())
     given = {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
-    assert len(list(waiting._firsts(program, last.inputs[1].value, given))) == 2
+    assert len(list(conversion_barriers._firsts(program, last.inputs[1].value, given))) == 2

@@ -18,7 +18,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 import autoshard
-from autoshard import cache, decorator
+from autoshard import decorator
+from autoshard.planning import plan_cache
 from tests.test_plan import assert_close, well_linked
 
 REPOSITORY = Path(__file__).parents[1]
@@ -65,13 +66,13 @@ def test_a_decorated_function_plans_once_per_shape(tmp_path, searches) -> None:
 
 def test_it_decorates_with_and_without_options(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cache, "default_directory", cache.default_directory)
+    monkeypatch.setattr(plan_cache, "default_directory", plan_cache.default_directory)
     plain = autoshard.autoshard(step)
     optioned = autoshard.autoshard(topology="cpu:2x2", name="other", cache_dir=tmp_path / "here")(step)
     assert plain.plan_for(*arguments()).topology.name == "cpu:8"
     assert (optioned.plan_for(*arguments()).name, optioned.plan_for(*arguments()).topology.name) == ("other", "cpu:2x2")
     assert len(files(tmp_path / "here")) == 1
-    assert str(cache.default_directory()).startswith(str(tmp_path)) == sys.platform.startswith("linux")
+    assert str(plan_cache.default_directory()).startswith(str(tmp_path)) == sys.platform.startswith("linux")
 
 
 def test_arguments_are_placed_wherever_they_are(tmp_path) -> None:

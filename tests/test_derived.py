@@ -16,17 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard.breakdown import breakdown
-from autoshard.crossovers import Block, blocks, crossovers, sent, volumes, written
+from autoshard.explaining.crossovers import Block, blocks, crossovers, sent, volumes, written
+from autoshard.explaining.formulas import array_bytes
+from autoshard.explaining.model_shares import breakdown
+from autoshard.explaining.named_layouts import Split, families, least_steps, moved, pinned, total_volume
 from benchmarks.published_crossovers import crossover_rows
-from costmodels.algebra import axis_size, dimension, evaluated
-from costmodels.program import Operation
-from costmodels.symbolic import sympy
-from costmodels.topology import parse_topology
+from costmodels.machine.lazy_sympy import sympy
+from costmodels.machine.topology import parse_topology
+from costmodels.program.program import Operation
+from costmodels.symbols import axis_size, dimension, evaluated
 from examples import palm
-from search.families import Split, families, least_steps, moved, pinned, total_volume
-from search.formulas import array_bytes
-from search.layouts import Layout
+from search.formulation.layouts import Layout
 
 B, L, E, F, H, D, S, G, Q, V, N = (dimension(name) for name in ("B", "L", "E", "F", "H", "D", "S", "G", "Q", "V", "N"))
 X, Y, Z = (axis_size(name) for name in "xyz")

@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard.dimensions import dotted, named
+from autoshard.annotating.dimension_names import dotted, named
 from autoshard.errors import AutoshardError
-from autoshard.trace import trace
-from costmodels.algebra import dimension, evaluated, largest_terms, parsed, resolved, text
-from costmodels.symbolic import sympy
+from autoshard.tracing.trace import trace
+from costmodels.machine.lazy_sympy import sympy
+from costmodels.symbols import dimension, evaluated, largest_terms, parsed, resolved, text
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:

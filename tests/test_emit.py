@@ -25,16 +25,17 @@ from layout_strategies import (
 )
 from models import Block, arguments, function
 
-from autoshard import hlo, targets
-from autoshard.collectives import run_step
-from autoshard.emit import emitted, spec_of
-from autoshard.trace import trace
-from costmodels.topology import parse_topology
-from search.layouts import Layout
-from search.reshard import ReshardTable, Step, reshard_table
-from search.shortest import FORBIDDEN
+from autoshard.auditing import hlo_collectives
+from autoshard.emitting import targets
+from autoshard.emitting.program import emitted, spec_of
+from autoshard.emitting.reshard_steps import run_step
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import parse_topology
+from search.formulation.all_pairs import FORBIDDEN
+from search.formulation.layouts import Layout
+from search.formulation.reshard import ReshardTable, Step, reshard_table
+from search.formulation.strategies import Strategy
 from search.solve import search
-from search.strategies import Strategy
 
 SHARES = {1: (1,), 2: (3, -2), 3: (5, -1, -3), 4: (2, -3, 5, -3)}
 """The share that each position along an axis holds of a partial sum; each row adds up to 1."""
@@ -126,7 +127,7 @@ def test_columns_of_odd_rows_are_scattered_by_the_tpu_compiler() -> None:
         check_vma=False,
     )
     text = jax.jit(run).lower(jax.ShapeDtypeStruct(ODD_ROWS, jnp.bfloat16)).compile().as_text() or ""
-    (found,) = hlo.collectives(text, {"x": 2, "y": 2})
+    (found,) = hlo_collectives.collectives(text, {"x": 2, "y": 2})
     assert found.kind == "reduce-scatter"
 
 

@@ -13,7 +13,7 @@ from jax.extend.core import jaxpr_as_fun
 from layout_strategies import assert_layouts_do_not_matter
 
 import autoshard
-from autoshard.expanded import expandable, expanded
+from autoshard.tracing.decompositions import expandable, expanded
 
 WORDS = st.sampled_from((0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan))
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from autoshard.alike import shared_name, unnumbered
-from autoshard.explain import render, spec_text
+from autoshard._util.tables import percent, size, table, time
+from autoshard.explaining.bottlenecks import regimes
+from autoshard.explaining.explain import render, spec_text
+from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.plan import ArrayPlan, Estimate, OperationPlan, Plan, PlannedCollective
-from autoshard.regimes import regimes
 from autoshard.sweep.results import _layout
-from autoshard.tables import percent, size, table, time
-from costmodels.topology import parse_topology
-from search.layouts import Layout
-from search.solution import Choice
+from costmodels.machine.topology import parse_topology
+from search.answer.assignment import Choice
+from search.formulation.layouts import Layout
 from search.solve import Proof
 
 GIB = 2.0**30

@@ -21,7 +21,7 @@ import autoshard
 from autoshard.errors import ExportError
 from autoshard.export.arrays import Leaf
 from autoshard.export.rules import rules_for, spec_at
-from search.layouts import Layout
+from search.formulation.layouts import Layout
 from tests.test_cli import refused, run
 from tests.test_plan import assert_close, palm_decode, planned_block, well_linked
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 import autoshard
-from costmodels.topology import parse_topology
+from costmodels.machine.topology import parse_topology
 from examples import palm
 from tests.test_plan import assert_close, planned_block, well_linked
 
@@ -194,7 +194,7 @@ def test_assumed_constants_and_primitives_without_a_rule_are_said() -> None:
 
 def test_a_search_that_runs_out_of_time_says_what_is_left() -> None:
     plan, _, _ = planned_block()
-    from autoshard.accounts import _unproven
+    from autoshard.planning.records_of import _unproven
 
     class Stopped:
         proof = replace(plan.proof, status="FEASIBLE", objective_seconds=0.02, bound_seconds=0.019, gap=0.05)

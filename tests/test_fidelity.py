@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec
 from layout_strategies import cpu_topology, mesh_of, quick
 from test_emit import pieces
 
-from autoshard.collectives import run_step
-from autoshard.hlo import collectives
-from autoshard.pairing import matched
+from autoshard.auditing.hlo_collectives import collectives
+from autoshard.auditing.matching import matched
+from autoshard.emitting.reshard_steps import run_step
 from autoshard.plan import PlannedCollective
-from search.layouts import Layout
-from search.reshard import ReshardTable, reshard_table
-from search.shortest import FORBIDDEN
+from search.formulation.all_pairs import FORBIDDEN
+from search.formulation.layouts import Layout
+from search.formulation.reshard import ReshardTable, reshard_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

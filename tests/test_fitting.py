@@ -17,7 +17,7 @@ from costmodels.fitting import (
     relative_least_squares,
     residuals,
 )
-from costmodels.topology import Topology, parse_topology
+from costmodels.machine.topology import Topology, parse_topology
 
 TOPOLOGIES = ("cpu:8", "cpu:2x4", "v5e:4x4", "v4:4x4x4", "h100:8", "h100:2x8")
 POSITIVE = st.floats(0.5, 2.0)
@@ -50,7 +50,7 @@ def changed(topology: Topology, by: list[float]) -> Topology:
 
 
 def _axes(topology: Topology, chip):
-    from costmodels.topology import as_its_chip_has_it
+    from costmodels.machine.topology import as_its_chip_has_it
 
     return as_its_chip_has_it(replace(topology, chip=chip)).axes
 

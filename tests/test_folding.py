@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoshard.trace import trace
-from costmodels.program import Program
-from search.folding import classes, folds
-from search.refinement import refine
+from autoshard.tracing.trace import trace
+from costmodels.program.program import Program
+from search.formulation.colour_refinement import refine
+from search.formulation.layer_folding import classes, folds
 
 WIDTH, LAYERS = 8, 12
 

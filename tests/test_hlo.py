@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
-from autoshard.hlo_text import parse, shape_bytes
+from autoshard.auditing.hlo_collectives import CompiledCollective, collectives, estimated_cycles
+from autoshard.auditing.hlo_parser import parse, shape_bytes
 
 CUBE = {"x": 2, "y": 2, "z": 2}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from autoshard.hlo_costs import compiled_costs
+from autoshard.auditing.hlo_costs import compiled_costs
 
 # As libtpu writes a matmul: a convolution in a fusion, its weights cut out of the stack of layers by a fusion within.
 LAYERS = """\

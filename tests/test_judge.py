@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from autoshard import targets
-from autoshard.hlo import CompiledCollective
+from autoshard.auditing.hlo_collectives import CompiledCollective
+from autoshard.emitting import targets
 from benchmarks.hand_layouts import argument_specs, hand_layouts, sizes_of
 from benchmarks.judge import judge, priced
 from benchmarks.peers import CASES, NOT_PEERS, summary, verdicts
-from costmodels.collectives import seconds, wire_bytes
-from costmodels.topology import parse_topology
+from costmodels.machine.collectives import seconds, wire_bytes
+from costmodels.machine.topology import parse_topology
 from examples import llama, palm
 
 CUBE = parse_topology("v4:4x4x4")

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from autoshard import plan_file, whole_files
-from autoshard.cache import cached
+from autoshard._util import files
 from autoshard.errors import PlanMismatchError
-from autoshard.plan_file import dumps, loads
+from autoshard.planning import plan_file
+from autoshard.planning.plan_cache import cached
+from autoshard.planning.plan_file import dumps, loads
 from tests.test_plan import planned_block
 from tests.test_plan_file import small_plan
 
@@ -79,7 +80,7 @@ def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytes
     planned_block()[0].save(file)
     left = int(script(KILLED, file, tmp_path / "cache"))
     assert left > 0, "no writer was killed while it wrote"
-    monkeypatch.setattr(whole_files, "_STALE_SECONDS", -1.0)
+    monkeypatch.setattr(files, "_STALE_SECONDS", -1.0)
     small_plan().save(file)
     cached(tmp_path / "cache", "new", small_plan)
     assert not list(tmp_path.rglob(".*"))
@@ -130,7 +131,7 @@ def refusing(number: int) -> Any:
 def test_a_disk_that_cannot_be_written_keeps_what_it_has(tmp_path: Path, monkeypatch, number: int) -> None:
     plan, path = small_plan(), tmp_path / "plan.json"
     path.write_text("as it was")
-    monkeypatch.setattr(whole_files, "open", refusing(number), raising=False)
+    monkeypatch.setattr(files, "open", refusing(number), raising=False)
     with pytest.raises(OSError, match=os.strerror(number)):
         plan.save(path)
     with pytest.raises(OSError, match=os.strerror(number)):

@@ -14,14 +14,14 @@ from layout_strategies import random_states
 from test_search import TOPOLOGIES, brute_force, programs
 
 import autoshard
-from costmodels.pricing import Pricing
-from costmodels.topology import Topology, parse_topology
-from search.check import check
-from search.problem import build
-from search.renaming import renamed, renamings
-from search.reshard import reshard_table
-from search.shortest import FORBIDDEN
-from search.solution import Choice, choice_of, collectives, looped
+from costmodels.machine.conventions import Pricing
+from costmodels.machine.topology import Topology, parse_topology
+from search.answer.assignment import Choice, choice_of, collectives, looped
+from search.answer.check import check
+from search.formulation.all_pairs import FORBIDDEN
+from search.formulation.axis_renaming import renamed, renamings
+from search.formulation.problem import build
+from search.formulation.reshard import reshard_table
 from search.solve import Limits, NoPlan, search
 
 

@@ -15,7 +15,7 @@ from layout_strategies import assert_layouts_do_not_matter
 
 import autoshard
 from autoshard.errors import TraceError
-from autoshard.trace import trace
+from autoshard.tracing.trace import trace
 
 X = jnp.arange(64.0).reshape(8, 8) / 64
 W = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)

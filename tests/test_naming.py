@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from autoshard.naming import _Origins, product_roles, strategy_name, weight_operand
-from autoshard.trace import trace
-from costmodels.program import Program
-from costmodels.topology import parse_topology
-from search.solution import Choice
-from search.strategies import Strategy
+from autoshard.naming.strategy_names import _Origins, product_roles, strategy_name, weight_operand
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import parse_topology
+from costmodels.program.program import Program
+from search.answer.assignment import Choice
+from search.formulation.strategies import Strategy
 
 MESH = parse_topology("v4:4x4x4")
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from jax import lax
 
 import autoshard
-from autoshard import targets
-from autoshard.hlo_costs import compiled_costs
-from autoshard.sweep.bounds import bound_of
-from autoshard.trace import trace
-from costmodels.chips import chip
-from costmodels.on_chip import sharers
+from autoshard.auditing.hlo_costs import compiled_costs
+from autoshard.emitting import targets
+from autoshard.sweep.lower_bounds import bound_of
+from autoshard.tracing.trace import trace
+from costmodels.machine.chips import chip
+from costmodels.machine.topology import parse_topology
 from costmodels.operations import price
-from costmodels.program import Program
-from costmodels.topology import parse_topology
+from costmodels.program.on_chip import sharers
+from costmodels.program.program import Program
 from search.solve import Limits, search
 
 S = jax.ShapeDtypeStruct

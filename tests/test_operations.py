@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.chips import Chip, catalogue, chip
+from costmodels.machine.chips import Chip, catalogue, chip
 from costmodels.operations import (
     evaluate,
     flops,
@@ -21,7 +21,7 @@ from costmodels.operations import (
     size_symbol,
     tile_symbol,
 )
-from costmodels.program import Factor, Operation, Program, Use, Value
+from costmodels.program.program import Factor, Operation, Program, Use, Value
 
 SIZES = (1, 2, 8, 48, 64, 96, 128, 160, 512, 1152, 4096)
 LETTERS = "bmnk"

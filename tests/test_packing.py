@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.packing import laid_out_anew
+from search.formulation.tpu_tiles import laid_out_anew
 
 WIDE = 4096
 CASES = [(1, 512), (2, 256), (4, 128), (8, 64), (16, 32), (32, 16), (64, 8), (12, 64), (64, 64), (20, 16), (10, 100)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from autoshard.blocks import Traced
-from autoshard.trace import trace
-from costmodels.topology import Topology, parse_topology
+from autoshard.tracing.blocks import Traced
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import Topology, parse_topology
 from examples import palm
+from search.formulation.strategies import Strategy
 from search.solve import Limits, NoPlan, Solution, search
-from search.strategies import Strategy
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_prefill_moves_weights_at_the_larger_batch(slice_):
 
 
 def _gathers_weights(found: Solution):
-    from search.solution import collectives
+    from search.answer.assignment import collectives
 
     program = found.problem.program
     for step in collectives(program, found.problem.topology, found.choice):

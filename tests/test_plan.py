@@ -19,14 +19,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.alternatives import Alternatives
-from autoshard.devices import name_of
-from autoshard.garbage import seldom_collected
-from autoshard.trace import trace
-from costmodels.topology import Topology, parse_topology
+from autoshard._util.collector import seldom_collected
+from autoshard.emitting.attached import name_of
+from autoshard.planning.runner_up import Alternatives
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import Topology, parse_topology
 from examples import palm
-from search.memory import rows
-from search.solution import states_of
+from search.answer.assignment import states_of
+from search.memory.constraints import rows
 from search.solve import search as solve
 from tests import models
 

@@ -17,10 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard import plan_file, trees
 from autoshard.errors import PlanMismatchError
-from autoshard.plan_file import dumps, loads
-from search.layouts import Layout
+from autoshard.planning import plan_file
+from autoshard.planning.plan_file import dumps, loads
+from autoshard.tracing import pytrees
+from search.formulation.layouts import Layout
 from tests import strategies
 from tests.test_plan import planned_block
 
@@ -95,7 +96,7 @@ def test_partial_sums_and_odd_numbers_round_trip() -> None:
 Point = namedtuple("Point", "b a")
 
 
-def pytrees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def random_pytrees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     keys = st.text(max_size=3)
 
     def nodes(children: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -112,26 +113,26 @@ def pytrees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.recursive(leaves, nodes, max_leaves=8)
 
 
-@given(pytrees(st.integers(0, 99)))
+@given(random_pytrees(st.integers(0, 99)))
 def test_a_tree_of_standard_containers_is_rebuilt(tree: Any) -> None:
-    data = json.loads(json.dumps(trees.describe(tree)))
-    assert trees.checked(data) == trees.describe(tree)
-    assert trees.unknown_class(data) is None
-    rebuilt = trees.rebuild(data, jax.tree.leaves(tree))
+    data = json.loads(json.dumps(pytrees.describe(tree)))
+    assert pytrees.checked(data) == pytrees.describe(tree)
+    assert pytrees.unknown_class(data) is None
+    rebuilt = pytrees.rebuild(data, jax.tree.leaves(tree))
     assert rebuilt == tree and jax.tree.structure(rebuilt) == jax.tree.structure(tree)
 
 
 def test_a_namedtuple_that_nobody_imported_comes_back_as_a_dict() -> None:
     data = {"namedtuple": "a.module.that.is.not:Point", "fields": {"b": "*", "a": None}}
-    assert trees.rebuild(trees.checked(data), [7]) == {"b": 7, "a": None}
-    assert trees.unknown_class([data][0]) == "a.module.that.is.not:Point"
-    renamed = trees.describe(Point(1, 2)) | {"fields": {"other": "*"}}
-    assert trees.rebuild(renamed, [7]) == {"other": 7}
+    assert pytrees.rebuild(pytrees.checked(data), [7]) == {"b": 7, "a": None}
+    assert pytrees.unknown_class([data][0]) == "a.module.that.is.not:Point"
+    renamed = pytrees.describe(Point(1, 2)) | {"fields": {"other": "*"}}
+    assert pytrees.rebuild(renamed, [7]) == {"other": 7}
 
 
 def test_a_file_names_no_class_but_a_namedtuple() -> None:
     data = {"namedtuple": "os:system", "fields": {"command": "*"}}
-    assert trees.rebuild(trees.checked(data), ["true"]) == {"command": "true"}
+    assert pytrees.rebuild(pytrees.checked(data), ["true"]) == {"command": "true"}
 
 
 # --- the file

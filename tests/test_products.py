@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import autoshard
-from autoshard.products import ROW_OF_ZEROS, product
+from autoshard.emitting.tpu_workarounds.vector_matmul import ROW_OF_ZEROS, product
 
 S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32

@@ -15,18 +15,18 @@ from jax.sharding import PartitionSpec as P
 from test_cli import PALM, TINY, run
 
 import autoshard
-from autoshard.infeasible import doubled as twice_the_chips
-from autoshard.regimes import regimes
-from autoshard.remedies import batch_of, state_values, weight_values
-from autoshard.roofline import draw, save_roofline
-from autoshard.trace import trace
-from costmodels.collectives import seconds_on
-from costmodels.pricing import Pricing
-from costmodels.regimes import REGIMES, Work, divided, regime
-from costmodels.topology import as_its_chip_has_it, parse_topology
-from costmodels.transformations import NotDoubled, doubled, with_itemsize
+from autoshard.comparing.what_if import batch_of, state_values, weight_values
+from autoshard.explaining.bottlenecks import regimes
+from autoshard.explaining.roofline import draw, save_roofline
+from autoshard.planning.infeasibility import doubled as twice_the_chips
+from autoshard.tracing.trace import trace
+from costmodels.bottlenecks import REGIMES, Work, divided, regime
+from costmodels.machine.collectives import seconds_on
+from costmodels.machine.conventions import Pricing
+from costmodels.machine.topology import as_its_chip_has_it, parse_topology
+from costmodels.program.what_if import NotDoubled, doubled, with_itemsize
 from examples import palm
-from search.check import check
+from search.answer.check import check
 
 SECONDS = st.floats(0, 10, allow_subnormal=False)
 

@@ -26,8 +26,8 @@ from autoshard.report import ReportError, write_report
 from autoshard.report.of_plan import data_of
 from autoshard.report.plots import _panel
 from autoshard.report.write import page
+from autoshard.sweep.analysis.rows import Row, SweepResult
 from autoshard.sweep.results import FAILED, SOLVED
-from autoshard.sweep.rows import Row, SweepResult
 from tests.sweep_target import feed_forward
 
 

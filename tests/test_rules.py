@@ -17,11 +17,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned, traced_on
 
-from autoshard.blocks import OpStep
-from autoshard.pins import pin
+from autoshard.annotating.pins import pin
 from autoshard.rules.rule import REGISTRY, rule_for
-from autoshard.trace import trace
-from search.solution import Choice
+from autoshard.tracing.blocks import OpStep
+from autoshard.tracing.trace import trace
+from search.answer.assignment import Choice
 
 
 class Example:

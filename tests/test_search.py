@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_strategies import random_states
 
-from costmodels.program import Factor, OpClass, Operation, Program, Region, Use, Value
-from costmodels.topology import parse_topology
-from search.ascent import Ascent
-from search.bound import Dual
-from search.branch import Branching
-from search.incumbent import overflow
-from search.memory import rows
-from search.model import solve
-from search.problem import FORBIDDEN, Problem, build
-from search.renaming import renamed, renamings
-from search.solution import choice_of
+from costmodels.machine.topology import parse_topology
+from costmodels.program.program import Factor, OpClass, Operation, Program, Region, Use, Value
+from search.answer.assignment import choice_of
+from search.cpsat.branching import Branching
+from search.cpsat.model import solve
+from search.formulation.axis_renaming import renamed, renamings
+from search.formulation.problem import FORBIDDEN, Problem, build
+from search.memory.constraints import rows
+from search.presolve.ascent import Ascent
+from search.presolve.dual import Dual
+from search.presolve.primal import overflow
 from search.solve import Limits, NoPlan, search
 
 SIZES = (4, 6, 8, 64)

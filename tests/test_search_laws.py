@@ -10,18 +10,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from costmodels.program import Factor, OpClass, Operation, Program, Use, Value
-from costmodels.topology import Topology, parse_topology
-from search.folding import classes
-from search.incumbent import overflow
-from search.memory import rows
+from costmodels.machine.topology import Topology, parse_topology
+from costmodels.program.program import Factor, OpClass, Operation, Program, Use, Value
+from search.answer.assignment import states_of
+from search.formulation.layer_folding import classes
+from search.formulation.problem import FORBIDDEN, Problem, build
+from search.k_best import _Parts, ranked
+from search.memory.constraints import rows
 from search.phases import TooSlow, search_phases
-from search.problem import FORBIDDEN, Problem, build
-from search.ranking import _Parts, ranked
-from search.reduction import Reduction
-from search.solution import states_of
+from search.presolve.elimination import Reduction
+from search.presolve.primal import overflow
+from search.presolve.symmetry import renamed
 from search.solve import DEFAULTS, Limits, NoPlan, _Run, search
-from search.symmetry import renamed
 from tests.test_search import TOPOLOGIES, programs
 
 SIZES = (4, 6, 8, 64)

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import topologies
 
-from costmodels.topology import parse_topology
-from search.copies import Copies
-from search.reshard import reshard_table
-from search.shortest import FORBIDDEN, Edges, all_pairs
+from costmodels.machine.topology import parse_topology
+from search.formulation.all_pairs import FORBIDDEN, Edges, all_pairs
+from search.formulation.reshard import reshard_table
+from search.memory.reshard_buffers import Copies
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 4, 8, 12, 64, 1024]), min_size=0, max_size=3).map(tuple)
 

@@ -14,23 +14,23 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from autoshard.cli import app
-from autoshard.plan_file import load
-from autoshard.sweep import text
-from autoshard.sweep.advice import advice
-from autoshard.sweep.bounds import bound_of, ruled_out
-from autoshard.sweep.frontier import cheapest, fastest, frontier, gains, longest, switches
+from autoshard.planning.plan_file import load
+from autoshard.sweep.analysis import answers
+from autoshard.sweep.analysis.advice import advice
+from autoshard.sweep.analysis.answers import render
+from autoshard.sweep.analysis.frontier import cheapest, fastest, frontier, gains, longest, switches
+from autoshard.sweep.analysis.rows import Row, SweepResult, family, load_sweep, sweep_result
 from autoshard.sweep.job import Job, JobError, job_of, line_of, load_job
+from autoshard.sweep.lower_bounds import bound_of, ruled_out
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
-from autoshard.sweep.rows import Row, SweepResult, family, load_sweep, sweep_result
 from autoshard.sweep.runner import Sweep
-from autoshard.sweep.shapes import shapes
-from autoshard.sweep.solving import solve, unpacked
+from autoshard.sweep.slice_shapes import shapes
 from autoshard.sweep.store import Store
-from autoshard.sweep.text import render
-from autoshard.trace import trace
-from costmodels.chips import chip
-from costmodels.topology import parse_topology
+from autoshard.sweep.worker import solve, unpacked
+from autoshard.tracing.trace import trace
+from costmodels.machine.chips import chip
+from costmodels.machine.topology import parse_topology
 from tests.layout_strategies import blocks
 from tests.models import Block, arguments, function
 from tests.sweep_target import network
@@ -420,13 +420,13 @@ def test_limits_are_of_the_phases_that_are_laid_out_together():
     assert cheapest(rows, 0.01) is None
     limits = {"seconds_per_token": 0.03, "seconds_to_first_token": 2.0}
     sweep = SweepResult("s", rows, constraints=limits)
-    (answer,) = text.answers(sweep)
+    (answer,) = answers.answers(sweep)
     assert answer.row is cheap
     assert answer.words.startswith(
         "fill + decode: the cheapest at 30.0 ms a token or less and 2.00 s to the first token or less is v5e:4: "
         "2.60 s a request (1.00 s to the first token, 25.0 ms a token), 300 chip-ms a token"
     )
-    (none,) = text.answer_cheapest(sweep, "fill + decode", 0.01)
+    (none,) = answers.answer_cheapest(sweep, "fill + decode", 0.01)
     assert "no plan takes 10.0 ms a token or less; the nearest is v5e:4" in none.words
     assert "Allowed are at most 30.0 ms a token, 2.00 s to the first token." in render(sweep)
 
@@ -434,8 +434,8 @@ def test_limits_are_of_the_phases_that_are_laid_out_together():
 def test_a_limit_of_one_phase_is_none_of_another():
     first = a_row(0.5, 0.1, kind="prefill", phase="prefill")
     sweep = SweepResult("s", (first, a_row(0.02, 0.1)))
-    assert text.limits_of(sweep, "prefill", 0.03, 2.0) == (None, 2.0)
-    assert text.limits_of(sweep, "decode", 0.03, 2.0) == (0.03, None)
+    assert answers.limits_of(sweep, "prefill", 0.03, 2.0) == (None, 2.0)
+    assert answers.limits_of(sweep, "decode", 0.03, 2.0) == (0.03, None)
     assert cheapest([first], None, 0.4) is None
     assert cheapest([first], None, 0.6) is first
 
@@ -448,8 +448,8 @@ def test_points_of_another_length_have_a_frontier_of_their_own():
         ("decode, n 1", rows[:2]),
         ("decode, n 4", rows[2:]),
     ]
-    assert [answer.row for answer in text.answers(sweep)] == [rows[0], None]
-    assert [answer.row for answer in text.answer_fastest(sweep, "decode", 4)] == [rows[0], rows[2]]
+    assert [answer.row for answer in answers.answers(sweep)] == [rows[0], None]
+    assert [answer.row for answer in answers.answer_fastest(sweep, "decode", 4)] == [rows[0], rows[2]]
     words = render(sweep)
     for said in (
         "decode, n 1: the frontier of 2 plans",
@@ -529,12 +529,12 @@ def test_the_longest_is_told_of_every_slice_and_within_limits():
         a_row(0.0, 0.0, knobs={"context": 16384}, outcome=INFEASIBLE),
     )
     sweep = SweepResult("s", rows)
-    longest_of_all, within = (str(text.answer_longest(sweep, "decode", "context", limit)) for limit in (None, 0.03))
+    longest_of_all, within = (str(answers.answer_longest(sweep, "decode", "context", limit)) for limit in (None, 0.03))
     assert longest_of_all.startswith("decode: the largest context is 8192: v5e:8, context 8192")
     assert longest_of_all.endswith("By slice: 2048 on v5e:4, 8192 on v5e:8.")
     assert within.startswith("decode: the largest context at 30.0 ms a token or less is 4096: v5e:8")
     assert "no context from 2048 to 16384 has a plan at 1.00 ms" in str(
-        text.answer_longest(sweep, "decode", "context", 0.001)
+        answers.answer_longest(sweep, "decode", "context", 0.001)
     )
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from autoshard.sweep import engines
+from autoshard.sweep.analysis.rows import Row, sweep_result
 from autoshard.sweep.extras import MissingExtra, needed
 from autoshard.sweep.points import points
 from autoshard.sweep.results import FAILED, SOLVED, Result
-from autoshard.sweep.rows import Row, sweep_result
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.store import Store, StoreError
 from tests.test_sweep import JOB, ROOT, job, written

@@ -13,21 +13,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard.dimensions import named
+from autoshard.annotating.dimension_names import named
 from autoshard.errors import AutoshardError
-from autoshard.explain_symbolic import formulas
-from autoshard.plan_file import dumps, loads
-from autoshard.trace import fingerprint
-from autoshard.trace import trace as plainly_traced
-from costmodels.algebra import collective_seconds, dimension, evaluated, rates, volume
-from costmodels.collectives import seconds_on, wire_bytes
+from autoshard.explaining.formula_sections import formulas
+from autoshard.explaining.formulas import formulas_of
+from autoshard.planning.plan_file import dumps, loads
+from autoshard.tracing.trace import fingerprint
+from autoshard.tracing.trace import trace as plainly_traced
 from costmodels.dimensions import rebound
+from costmodels.machine.collectives import seconds_on, wire_bytes
+from costmodels.machine.conventions import Pricing
+from costmodels.machine.topology import Topology, parse_topology
 from costmodels.operations import price
-from costmodels.pricing import Pricing
-from costmodels.topology import Topology, parse_topology
+from costmodels.symbols import collective_seconds, dimension, evaluated, rates, volume
 from examples import palm
-from search.check import check
-from search.formulas import formulas_of
+from search.answer.check import check
 from search.solve import search
 from tests.models import Block, arguments, function
 from tests.strategies import axis_sets, topologies

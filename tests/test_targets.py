@@ -18,16 +18,16 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from autoshard import search
-from autoshard.collectives import run_step
+from autoshard.auditing.hlo_collectives import CompiledCollective, collectives, estimated_cycles
+from autoshard.emitting.gpu_targets import ARCHITECTURES, target_config
+from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting.targets import TargetError, gpu_devices, has_cuda, host_devices, mesh_of, tpu_devices
 from autoshard.errors import AutoshardError
-from autoshard.gpu_targets import ARCHITECTURES, target_config
-from autoshard.hlo import CompiledCollective, collectives, estimated_cycles
-from autoshard.targets import TargetError, gpu_devices, has_cuda, host_devices, mesh_of, tpu_devices
-from costmodels.chips import catalogue
-from costmodels.topology import parse_topology
+from costmodels.machine.chips import catalogue
+from costmodels.machine.topology import parse_topology
 from examples import palm
-from search.layouts import Layout
-from search.reshard import Step, emittable
+from search.formulation.layouts import Layout
+from search.formulation.reshard import Step, emittable
 
 TORUS = {"x": 4, "y": 4, "z": 4}
 

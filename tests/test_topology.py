@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from strategies import topologies, topology_strings
 
-from costmodels.chips import ChipFormatError, UnknownChipError, chip
-from costmodels.topology import (
+from costmodels.machine.chips import ChipFormatError, UnknownChipError, chip
+from costmodels.machine.topology import (
     Axis,
     Topology,
     TopologyFormatError,
@@ -17,7 +17,7 @@ from costmodels.topology import (
     parse_topology,
     topology_from_dict,
 )
-from costmodels.topology_file import topology_toml
+from costmodels.machine.topology_file import topology_toml
 
 
 @given(topology_strings())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import Array, lax
 from layout_strategies import assert_layouts_do_not_matter
 
-from autoshard.trace import trace
+from autoshard.tracing.trace import trace
 
 X = jnp.arange(16.0).reshape(4, 4) / 16
 

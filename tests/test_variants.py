@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.baselines import FAMILIES
-from autoshard.plan_file import dumps, loads
-from autoshard.verification import Candidate, Verification
+from autoshard.comparing.verify import Candidate, Verification
+from autoshard.planning.baselines import FAMILIES
+from autoshard.planning.plan_file import dumps, loads
 from examples import palm
 from tests.test_cli import PALM, ROOT, TINY, refused, run
 

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from autoshard import verdict
-from autoshard.hlo_costs import flops_formed_again, matmul_flops
-from autoshard.work import Repeated, repeated
+from autoshard.auditing import findings
+from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
+from autoshard.auditing.redundant_work import Repeated, repeated
 
 PLANNED = {"model.py:1": 100.0, "model.py:2": 100.0}
 
@@ -104,9 +104,9 @@ def test_what_two_fusions_form_from_the_same_operands(second: str, again: dict[s
 
 def test_a_product_formed_again_is_no_replicated_operand() -> None:
     twice = {"model.py:1": 200.0, "model.py:2": 100.0}
-    (said,) = verdict.of_work(PLANNED, twice, {"model.py:1": 100.0})
+    (said,) = findings.of_work(PLANNED, twice, {"model.py:1": 100.0})
     assert (said.kind, said.counts) == ("computed again", False)
-    (said,) = verdict.of_work(PLANNED, twice, {"model.py:1": 50.0})
+    (said,) = findings.of_work(PLANNED, twice, {"model.py:1": 50.0})
     assert (said.kind, said.counts) == ("replicated", True)
 
 

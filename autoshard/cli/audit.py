@@ -36,9 +36,9 @@ def audit(
     """
     from json import dumps
 
-    from autoshard import targets
-    from autoshard._audit import audit as audit_plan
-    from autoshard.plan_file import load
+    from autoshard.auditing.audit import audit as audit_plan
+    from autoshard.emitting import targets
+    from autoshard.planning.plan_file import load
 
     with common.reported(verbose):
         found = load(plan)

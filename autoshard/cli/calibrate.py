@@ -37,12 +37,12 @@ def calibrate(
     """
     from json import dumps
 
-    from autoshard import targets
-    from autoshard.calibration import calibrate as measure
-    from autoshard.devices import topology_of
-    from autoshard.microbenchmarks import QUICK, Ranges
-    from autoshard.step_timing import checked
-    from autoshard.timing import HASTE, Patience
+    from autoshard.calibrating.calibration import calibrate as measure
+    from autoshard.calibrating.microbenchmarks import QUICK, Ranges
+    from autoshard.calibrating.step_check import checked
+    from autoshard.calibrating.timing import HASTE, Patience
+    from autoshard.emitting import targets
+    from autoshard.emitting.attached import topology_of
 
     with common.reported(verbose):
         common.writable(output, force)

@@ -8,10 +8,10 @@ from typing import Annotated, get_args
 
 import typer
 
+from autoshard._util.tables import table
 from autoshard.cli import common
-from autoshard.tables import table
-from costmodels.chips import Bus, Chip, Status, Switch, Torus, UnknownChipError, catalogue
-from costmodels.chips import chip as chip_named
+from costmodels.machine.chips import Bus, Chip, Status, Switch, Torus, UnknownChipError, catalogue
+from costmodels.machine.chips import chip as chip_named
 
 
 def chips(

@@ -18,8 +18,8 @@ import typer
 
 from autoshard.errors import AutoshardError
 from autoshard.workload import Workload
-from costmodels.pricing import PricingError, pricing_from_dict
-from costmodels.topology import Topology
+from costmodels.machine.conventions import PricingError, pricing_from_dict
+from costmodels.machine.topology import Topology
 
 Target = Annotated[
     str,
@@ -119,7 +119,7 @@ def priced(topology: str, bandwidth: str | None, overlap: str | None) -> Topolog
 
     **Raises:** `TopologyError`; `Misuse` for conventions that there are not.
     """
-    from autoshard.devices import topology_of
+    from autoshard.emitting.attached import topology_of
 
     part = None if overlap is None else _value(overlap)  # a number, or a word
     asked = {key: value for key, value in (("bandwidth", bandwidth), ("overlap", part)) if value is not None}
@@ -149,7 +149,7 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 def pins(texts: Sequence[str] | None) -> dict[str, Any] | None:
     """`["params.*.wq=None,x,yz"]` as pins of arguments."""
-    from autoshard.pins import parsed
+    from autoshard.annotating.pins import parsed
 
     return dict(map(parsed, texts)) if texts else None
 

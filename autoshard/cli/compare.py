@@ -22,8 +22,8 @@ def diff(
     verbose: common.Verbose = False,
 ) -> None:
     """Compare two plans: step, operations that differ and what each costs, arrays that lie otherwise."""
-    from autoshard.difference import diff as compare
-    from autoshard.plan_file import load
+    from autoshard.comparing.diff import diff as compare
+    from autoshard.planning.plan_file import load
 
     with common.reported(verbose):
         found = compare(load(before), load(after))
@@ -47,12 +47,12 @@ def why_not(
     autoshard why-not plan.json "Megatron 1D"
     autoshard why-not plan.json --pin "params.*.wq=None,x,yz"
     """
-    from autoshard.plan_file import load
-    from autoshard.variants import why_not as compare
+    from autoshard.comparing.other_plans import why_not as compare
+    from autoshard.planning.plan_file import load
 
     with common.reported(verbose):
         if not family and not pin and memory is None:
-            from autoshard.baselines import FAMILIES
+            from autoshard.planning.baselines import FAMILIES
 
             raise common.Misuse(f"Why not what? Name a layout ({', '.join(FAMILIES)}), or give --pin or --memory.")
         with common.progress(f"Searching another layout for {plan}", verbose) as say:
@@ -72,10 +72,10 @@ def best(
     verbose: common.Verbose = False,
 ) -> None:
     """The k best plans that split some matmul otherwise, each against the best."""
-    from autoshard.difference import diff as compare
-    from autoshard.plan_file import load
-    from autoshard.tables import time as in_words
-    from autoshard.variants import best_plans
+    from autoshard._util.tables import time as in_words
+    from autoshard.comparing.diff import diff as compare
+    from autoshard.comparing.other_plans import best_plans
+    from autoshard.planning.plan_file import load
 
     with common.reported(verbose):
         with common.progress(f"Searching the {count} best plans", verbose) as say:

@@ -10,9 +10,9 @@ import typer
 from autoshard.cli import common
 
 if TYPE_CHECKING:
+    from autoshard.comparing.what_if import Remedies
+    from autoshard.explaining.bottlenecks import Regimes
     from autoshard.plan import Plan
-    from autoshard.regimes import Regimes
-    from autoshard.remedies import Remedies
 
 
 def explain(
@@ -37,8 +37,8 @@ def explain(
     verbose: common.Verbose = False,
 ) -> None:
     """Print a plan: every matmul with its strategy, arrays, collectives, memory, proof, warnings."""
-    from autoshard.explain import render
-    from autoshard.plan_file import load
+    from autoshard.explaining.explain import render
+    from autoshard.planning.plan_file import load
 
     with common.reported(verbose):
         if remedies and target is None:
@@ -59,7 +59,7 @@ def explain(
 def _remedies(
     plan: Plan, target: str, sizes: list[str] | None, time_limit: float | None, say: Callable[[str], None]
 ) -> Remedies:
-    from autoshard.remedies import remedies
+    from autoshard.comparing.what_if import remedies
 
     work = common.workload(target, common.settings(sizes))
     return remedies(plan, work.fn, *work.args, resolve=time_limit != 0, time_limit=time_limit or None, progress=say)

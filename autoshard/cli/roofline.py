@@ -25,8 +25,8 @@ def roofline(
 
     autoshard roofline prefill.json decode.json -o roofline.png
     """
-    from autoshard.plan_file import load
-    from autoshard.roofline import save_roofline
+    from autoshard.explaining.roofline import save_roofline
+    from autoshard.planning.plan_file import load
 
     with common.reported(verbose):
         common.writable(output, force)

@@ -11,8 +11,8 @@ import typer
 from autoshard.cli import common
 
 if TYPE_CHECKING:
+    from autoshard.comparing.verify import Verification
     from autoshard.plan import Plan
-    from autoshard.verification import Verification
 
 
 class Compiler(StrEnum):
@@ -66,9 +66,9 @@ def search(
 
     autoshard search examples/palm.py:decode --topology v4:4x4x4 --set batch=64 -o plan.json
     """
-    from autoshard.planning import search as search_plan
-    from autoshard.targets import host_devices
-    from autoshard.verification import verify as compile_best
+    from autoshard.comparing.verify import verify as compile_best
+    from autoshard.emitting.targets import host_devices
+    from autoshard.pipeline import search as search_plan
 
     with common.reported(verbose):
         common.writable(output, force)
@@ -113,9 +113,9 @@ def _show(
     json: bool,
 ) -> None:
     """Writes the files that were asked for, and says what was found: the answer alone on standard output."""
-    from autoshard.plan_file import dumps
-    from autoshard.whole_files import write_whole
-    from costmodels.topology_file import topology_toml
+    from autoshard._util.files import write_whole
+    from autoshard.planning.plan_file import dumps
+    from costmodels.machine.topology_file import topology_toml
 
     if verified is not None:
         typer.echo(str(verified), err=json)

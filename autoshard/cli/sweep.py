@@ -38,13 +38,13 @@ def sweep(
     """
     from json import dumps
 
+    from autoshard.sweep.analysis.answers import render
+    from autoshard.sweep.analysis.rows import sweep_result
     from autoshard.sweep.job import load_job
     from autoshard.sweep.points import points
     from autoshard.sweep.results import FAILED
-    from autoshard.sweep.rows import sweep_result
     from autoshard.sweep.runner import Sweep
     from autoshard.sweep.store import Store
-    from autoshard.sweep.text import render
 
     with common.reported(verbose):
         if dask is not None and ray is not None:
@@ -74,7 +74,7 @@ def _closing(run: Any, done: list[Any], path: Path) -> None:
 def _write(path: Path, data: Any) -> None:
     from json import dumps
 
-    from autoshard.whole_files import write_whole
+    from autoshard._util.files import write_whole
 
     try:
         write_whole(path, dumps(data, indent=1) + "\n")
@@ -185,8 +185,8 @@ def ask(
 
     Limits hold for the questions beside them: --longest context --under-ms 30 is the longest at 30 ms a token.
     """
-    from autoshard.sweep import text
-    from autoshard.sweep.rows import load_sweep
+    from autoshard.sweep.analysis import answers
+    from autoshard.sweep.analysis.rows import load_sweep
 
     with common.reported(verbose):
         _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
@@ -198,24 +198,24 @@ def ask(
         if gain is not None and len(parts) != 3:
             raise common.Misuse(f"--gain {gain} is no KNOB:A:B, such as weights:bf16:int8.")
         asked = [None if each is None else each / 1e3 for each in (under_ms, first_token_ms)]
-        answers: list[text.Answer] = []
+        given: list[answers.Answer] = []
         for name in phases:
-            limits = text.limits_of(found, name, asked[0], asked[1])
+            limits = answers.limits_of(found, name, asked[0], asked[1])
             if any(limits):
-                answers += text.answer_cheapest(found, name, *limits)
+                given += answers.answer_cheapest(found, name, *limits)
             if chips is not None:
-                answers += text.answer_fastest(found, name, chips, *limits)
+                given += answers.answer_fastest(found, name, chips, *limits)
             if longest is not None:
-                answers.append(text.answer_longest(found, name, longest, *limits))
+                given.append(answers.answer_longest(found, name, longest, *limits))
             if parts:
                 values = [_value_of(found, parts[0], each) for each in parts[1:]]
-                answers += [text.Answer(line) for line in text.answer_gain(found, name, parts[0], *values)]
-        if any(asked) and not answers:
+                given += [answers.Answer(line) for line in answers.answer_gain(found, name, parts[0], *values)]
+        if any(asked) and not given:
             raise common.Misuse(f"{sweep} has only {', '.join(phases)}, which that is no limit of.")
-        shown = "\n".join(each.words for each in answers) if answers else text.render(_of_phases(found, phases))
-        typer.echo(shown, nl=bool(answers))
+        shown = "\n".join(each.words for each in given) if given else answers.render(_of_phases(found, phases))
+        typer.echo(shown, nl=bool(given))
         if save is not None:
-            _save(found, sweep, [each.row for each in answers if each.row is not None], save, force)
+            _save(found, sweep, [each.row for each in given if each.row is not None], save, force)
 
 
 def _value_of(found: Any, knob: str, text: str) -> Any:
@@ -265,8 +265,8 @@ def _check_limits(limits: dict[str, float | None]) -> None:
 
 def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) -> None:
     """Writes the plans of the one row that was the answer."""
-    from autoshard.sweep.solving import unpacked
     from autoshard.sweep.store import Store
+    from autoshard.sweep.worker import unpacked
 
     if len(rows) != 1:
         names = ", ".join(f"{row.phase} on {row.name}" for row in rows) or "none"

@@ -25,10 +25,10 @@ def trace(
 
     autoshard trace --census examples/palm.py:decode --set batch=64
     """
-    from autoshard.census import census_of, summary
-    from autoshard.trace import trace as traced
-    from costmodels.chips import UnknownChipError
-    from costmodels.chips import chip as chip_named
+    from autoshard.explaining.rule_coverage import census_of, summary
+    from autoshard.tracing.trace import trace as traced
+    from costmodels.machine.chips import UnknownChipError
+    from costmodels.machine.chips import chip as chip_named
 
     with common.reported(verbose):
         try:

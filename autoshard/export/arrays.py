@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autoshard import trees
 from autoshard.errors import ExportError
-from search.layouts import Layout
+from autoshard.tracing import pytrees
+from search.formulation.layouts import Layout
 
 if TYPE_CHECKING:
     from autoshard.plan import Plan
@@ -51,7 +51,7 @@ def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
     **Raises:** `ExportError` when there is no such argument.
     """
     chosen = None if argument is None else position(plan, argument)
-    names, paths = heads(plan), trees.paths(plan.in_tree)
+    names, paths = heads(plan), pytrees.paths(plan.in_tree)
     return tuple(
         Leaf(names[int(keys[0])], keys[1:], array.shape, entries(array.layout, axes))
         for keys, array in zip(paths, plan.arguments, strict=True)
@@ -62,7 +62,7 @@ def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
 def heads(plan: Plan) -> list[str]:
     """The names of the arguments; those of `*args` are numbered, and one without arrays is called by its position."""
     found: dict[int, str] = {}
-    for keys, array in zip(trees.paths(plan.in_tree), plan.arguments, strict=True):
+    for keys, array in zip(pytrees.paths(plan.in_tree), plan.arguments, strict=True):
         name = re.match(r"\w*", array.path)
         found.setdefault(int(keys[0]), name[0] if name and name[0] else "argument")
     count, shared, seen = len(plan.in_tree["tuple"]), Counter(found.values()), Counter[str]()

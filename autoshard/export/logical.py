@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from autoshard import trees
 from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, Leaf, heads, leaves, mesh_axes, position
 from autoshard.export.python import literal, sequence
 from autoshard.export.specs import module, nested
+from autoshard.tracing import pytrees
 
 if TYPE_CHECKING:
     from autoshard.plan import Plan
@@ -172,7 +172,7 @@ def _by_tree(plan: Plan, argument: str | int | None, names: Any) -> list[Any]:
     tree = plan.in_tree if argument is None else plan.in_tree["tuple"][position(plan, argument)]
     found = jax.tree_util.tree_flatten_with_path(names, is_leaf=_is_leaf)[0]
     given = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in found]
-    planned = trees.paths(tree)
+    planned = pytrees.paths(tree)
     if given != planned:
         missing = ["/".join(path) for path in planned if path not in given]
         extra = ["/".join(path) for path in given if path not in planned]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoshard import trees
 from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, entries, heads, leaves, mesh_axes, position
 from autoshard.export.python import Group, Source, assigned, literal, sequence
+from autoshard.tracing import pytrees
 
 if TYPE_CHECKING:
     from autoshard.plan import Plan
@@ -59,7 +59,7 @@ def _import_order(line: str) -> list[str]:
     return line.split()[1].split(".")
 
 
-def nested(data: trees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
+def nested(data: pytrees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
     """A structure of `autoshard.trees` with these leaves, as source; adds to `imports` what it needs.
 
     **Raises:** `ExportError` where `rebuild` would make a dict of a node.
@@ -67,10 +67,10 @@ def nested(data: trees.Data, leaves: Sequence[Source], imports: set[str], what: 
     return _nested(data, iter(leaves), imports, what)
 
 
-def _nested(data: trees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
+def _nested(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
     if data is None:
         return "None"
-    if data == trees.LEAF:
+    if data == pytrees.LEAF:
         return next(leaves)
 
     def pairs(content: Any) -> tuple[tuple[str, Source], ...]:
@@ -87,7 +87,7 @@ def _nested(data: trees.Data, leaves: Iterator[Source], imports: set[str], what:
             imports.add("from collections import OrderedDict")
             return Group("OrderedDict({", pairs(data[kind]), "})")
         case "namedtuple":
-            if trees.namedtuple_class(data) is None:  # a file may name anything, and the source would call it
+            if pytrees.namedtuple_class(data) is None:  # a file may name anything, and the source would call it
                 raise ExportError(_unwritable(data[kind], what))
             name = _imported(data[kind], imports, what)
             fields = data["fields"].items()

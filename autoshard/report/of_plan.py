@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from autoshard.alike import arrays_alike, collectives_alike, operations_alike, type_of
-from autoshard.explain import margin, short_name, spec_text
+from autoshard._util.tables import percent, size, time
+from autoshard.explaining.bottlenecks import regimes
+from autoshard.explaining.explain import margin, short_name, spec_text
+from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
 from autoshard.plan import ArrayPlan, Plan
-from autoshard.regimes import regimes
-from autoshard.tables import percent, size, time
-from costmodels.regimes import Work
-from search.check import alive_bytes
+from costmodels.bottlenecks import Work
+from search.answer.check import alive_bytes
 
 _MOST_CHIPS = 1024
 """How many chips are drawn."""
@@ -167,6 +167,6 @@ def _roofline(plan: Plan, dots: list[dict[str, Any]]) -> dict[str, Any]:
 def _formulas(plan: Plan) -> str:
     if plan.program is None:
         return ""
-    from autoshard.explain_symbolic import sections
+    from autoshard.explaining.formula_sections import sections
 
     return "\n\n".join("\n".join(section) for section in sections(plan))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from autoshard.sweep.advice import advice_of
-from autoshard.sweep.frontier import frontier, switches, wasted
+from autoshard.sweep.analysis.advice import advice_of
+from autoshard.sweep.analysis.answers import answers, limits_said, uncomparable
+from autoshard.sweep.analysis.frontier import frontier, switches, wasted
+from autoshard.sweep.analysis.rows import Part, Row, SweepResult
 from autoshard.sweep.results import SOLVED
-from autoshard.sweep.rows import Part, Row, SweepResult
-from autoshard.sweep.text import answers, limits_said, uncomparable
 
 _SERIES = 6
 """How many curves one chart has at most."""

@@ -7,8 +7,8 @@ from os import PathLike
 from typing import Any
 
 from autoshard.report.of_sweep import series_name, series_of
-from autoshard.sweep.frontier import cost_among, frontier, money
-from autoshard.sweep.rows import REQUEST, Row, SweepResult
+from autoshard.sweep.analysis.frontier import cost_among, frontier, money
+from autoshard.sweep.analysis.rows import REQUEST, Row, SweepResult
 
 _PANEL_INCHES = (6.0, 4.6)
 _COLORS = ("#2a78b5", "#d5752a", "#3a8f4d", "#a34b9b", "#8d6a3f", "#5b6770")

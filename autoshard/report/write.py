@@ -8,12 +8,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from autoshard._util.files import write_whole
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
-from autoshard.plan_file import load
+from autoshard.planning.plan_file import load
+from autoshard.sweep.analysis.rows import SweepResult, load_sweep
 from autoshard.sweep.extras import needed
-from autoshard.sweep.rows import SweepResult, load_sweep
-from autoshard.whole_files import write_whole
 
 _PAGES = Path(__file__).parent / "pages"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -87,7 +87,7 @@ def _audit(path: str | PathLike[str], plan: Plan | SweepResult) -> Mapping[str, 
 def _picture(found: Plan | SweepResult, output: Path) -> None:
     needed("matplotlib")
     if isinstance(found, Plan):
-        from autoshard.roofline import save_roofline
+        from autoshard.explaining.roofline import save_roofline
 
         save_roofline([found], output)
     else:

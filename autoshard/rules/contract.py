@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autoshard.rules.rule import Factors, Pieces, Rule, register
-from costmodels.program import FactorKind
+from costmodels.program.program import FactorKind
 
 
 @register("dot_general")

@@ -10,7 +10,7 @@ from typing import get_args
 
 from autoshard.errors import AutoshardError
 from autoshard.rules.rule import Dims, Rule
-from costmodels.program import Factor, FactorKind
+from costmodels.program.program import Factor, FactorKind
 
 Names = tuple[tuple[str, ...], ...]
 """Per dimension its names, major to minor; none for a dimension of size 1 that has none."""

@@ -15,7 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
 from autoshard.rules.shape import cut_dims, element, shifted_by, single_elements, windowed
-from costmodels.program import FactorKind
+from costmodels.program.program import FactorKind
 
 # --- Slices at a traced start
 

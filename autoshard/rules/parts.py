@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 
 from autoshard.rules.rule import Dims, Factors, Pieces, Rule, register
-from costmodels.program import FactorKind
-from search.inside import Sent, exchange
+from costmodels.program.program import FactorKind
+from search.formulation.intra_op import Sent, exchange
 
 _FIRST = (frozenset({0}),)
 

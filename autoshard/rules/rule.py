@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from costmodels.program import Factor, FactorKind, OpClass
+from costmodels.program.program import Factor, FactorKind, OpClass
 
 Dims = tuple[tuple[int, ...], ...]
 

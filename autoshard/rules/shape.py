@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from autoshard.rules.rule import Dims, Factors, Pieces, Rule, local_shape, register, summable, whole_rule
-from costmodels.program import FactorKind
+from costmodels.program.program import FactorKind
 
 _FIRST = (frozenset({0}),)
 

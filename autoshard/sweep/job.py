@@ -45,7 +45,7 @@ from typing import Any
 
 from autoshard.errors import AutoshardError
 from autoshard.sweep.extras import needed
-from costmodels.algebra import evaluated, parsed
+from costmodels.symbols import evaluated, parsed
 
 Knob = bool | int | float | str
 """One value of what a job varies."""
@@ -155,7 +155,7 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
     except ValidationError as error:
         faults = [(each["loc"], _said(each)) for each in error.errors()]
         raise JobError(_listed(where, text, faults)) from error
-    from autoshard.sweep.checks import faults_of
+    from autoshard.sweep.validation import faults_of
 
     job = _job(read, folder, name)
     if faults := list(faults_of(job)):

@@ -10,15 +10,15 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from autoshard.cache import key_of
-from autoshard.devices import topology_of
+from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
-from autoshard.planning import Options, Target, traced_for
+from autoshard.pipeline import Options, Target, traced_for
+from autoshard.planning.plan_cache import key_of
 from autoshard.sweep.job import Job, JobError, Knob, Phase, number
-from autoshard.sweep.shapes import shapes
+from autoshard.sweep.slice_shapes import shapes
 from autoshard.workload import Workload
-from costmodels.chips import UnknownChipError, chip
-from costmodels.topology import Topology
+from costmodels.machine.chips import UnknownChipError, chip
+from costmodels.machine.topology import Topology
 
 Pairs = tuple[tuple[str, Knob], ...]
 """A mapping that can be hashed and compared."""

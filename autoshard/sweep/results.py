@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autoshard.alike import operations_alike
-from autoshard.explain import short_name
+from autoshard.explaining.explain import short_name
+from autoshard.explaining.layer_groups import operations_alike
 from autoshard.plan import Plan
 
 SOLVED, INFEASIBLE, PRUNED, FAILED = "solved", "infeasible", "pruned", "failed"

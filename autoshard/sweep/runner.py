@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoshard.errors import AutoshardError
-from autoshard.sweep.bounds import ruled_out
 from autoshard.sweep.engines import Engine, WorkerDied, here
 from autoshard.sweep.job import Constraints
+from autoshard.sweep.lower_bounds import ruled_out
 from autoshard.sweep.points import Point, Unmade, key
 from autoshard.sweep.results import FAILED, PRUNED, Result
-from autoshard.sweep.solving import solve
 from autoshard.sweep.store import Store, StoreError
+from autoshard.sweep.worker import solve
 
 Said = Callable[[str], None]
 

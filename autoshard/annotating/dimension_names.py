@@ -1,0 +1,181 @@
+"""The user's names for dimensions: by argument path, by size, or from `jax.export.symbolic_shape`.
+
+Names are given as a mapping. A key is an argument's path, its dotted form or the end of it, with one word per dimension
+(`_` leaves one without a name, a number stays a number, and `2*F` is a size of its own); or it is a name, with the size
+that it stands for wherever an argument has that size and no other name:
+
+```python
+dims = {"tokens": "B", "params['embedding']": "V E", "layers.wi_gate": "N E F", "layers.*.wq": "E H D"}
+dims = {"B": 64, "E": 18432, "F": 73728}
+```
+
+Dimensions without a name are called after the first argument that has them: `wi_gate_2` is the last of `wi_gate`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+
+from autoshard.errors import AutoshardError
+from costmodels.dimensions import DimensionError, Dimensions, Given, dimensions_of
+from costmodels.machine.topology import AXIS_NAMES
+from costmodels.program.program import Program
+from costmodels.symbols import Expr, dimension, evaluated, parsed
+
+Names = Mapping[str, str | int]
+Shape = Sequence[Any]
+
+_RESERVED = tuple(name.upper() for name in AXIS_NAMES)
+
+
+def named(
+    program: Program,
+    values: Sequence[int],
+    paths: Sequence[str],
+    names: Names | None = None,
+    shapes: Sequence[Shape] | None = None,
+) -> Dimensions:
+    """The dimensions of a traced program by name.
+
+    **Arguments:**
+
+    - `values`, `paths`: the flat arguments' values and paths.
+    - `names`: the user's, as above.
+    - `shapes`: the arguments' shapes as the user gave them, with the dimensions of `jax.export.symbolic_shape`, if any.
+
+    **Raises:** `AutoshardError` for names that fit no argument, and for one name that stands for two sizes.
+    """
+    concrete = [program.values[value].shape for value in values]
+    written = [list(row) for row in _written(paths, concrete, names or {})]
+    for row, shape in zip(written, shapes or (), strict=False):
+        row[:] = [str(n) if jax.export.is_symbolic_dim(n) else word for word, n in zip(row, shape, strict=True)]
+    try:
+        given = [Given(value, at, _named(word)) for value, at, word in _each(values, written) if word not in ("", "_")]
+        return dimensions_of(program, given, list(_automatic(values, paths, concrete, given)))
+    except (DimensionError, ValueError) as error:
+        raise AutoshardError(f"The names of dimensions do not fit: {error}.") from error
+
+
+def _each(values: Sequence[int], rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, str]]:
+    for value, row in zip(values, rows, strict=True):
+        yield from ((value, at, word) for at, word in enumerate(row))
+
+
+def _named(word: str) -> Expr:
+    size = parsed(word)
+    taken = sorted(str(symbol) for symbol in size.free_symbols if str(symbol) in _RESERVED)
+    if taken:
+        raise ValueError(f"{', '.join(_RESERVED)} are the sizes of mesh axes; call {taken[0]} something else")
+    return size
+
+
+def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Iterator[list[str]]:
+    """A word per dimension of every argument: the user's name for it, or nothing."""
+    by_path = {key: words for key, words in names.items() if isinstance(words, str)}
+    by_size = {size: key for key, size in names.items() if not isinstance(size, str)}
+    if len(by_size) < len(names) - len(by_path):
+        raise AutoshardError("Two names are given for one size; name those dimensions by their arguments' paths.")
+    unused = dict.fromkeys([*by_path, *by_size.values()])
+    for path, shape in zip(paths, shapes, strict=True):
+        key = next((key for key in by_path if _matches(key, path)), None)
+        words = _words(path, shape, by_path[key]) if key is not None else [""] * len(shape)
+        row = [by_size.get(n, "") if word == "" else word for word, n in zip(words, shape, strict=True)]
+        unused = {name: None for name in unused if name != key and name not in row}
+        yield row
+    if unused:
+        key = next(iter(unused))
+        if key in by_path:
+            near = get_close_matches(key, [*paths, *map(dotted, paths)], n=1, cutoff=0.3)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise AutoshardError(f"No argument has the path {key!r}.{hint} There are {', '.join(paths[:8])}.")
+        raise AutoshardError(f"No argument has a dimension of {names[key]}, which is to be called {key!r}.")
+
+
+def _words(path: str, shape: Shape, text: str) -> list[str]:
+    words = text.replace(",", " ").split()
+    if len(words) != len(shape):
+        written = ",".join(map(str, shape))
+        raise AutoshardError(
+            f"{path} is [{written}], but {text!r} names {len(words)} dimensions; one word each would do, _ for none."
+        )
+    return words
+
+
+def dotted(path: str) -> str:
+    """`params['layers'][3]['wq']` as `params.layers.3.wq`."""
+    return ".".join(re.findall(r"[^\[\]'\".\s]+", path))
+
+
+def _matches(key: str, path: str) -> bool:
+    """Whether a key names a path: itself, its dotted form, or the end of that; `*` is any one component."""
+    if key == path:
+        return True
+    wanted, found = key.split("."), dotted(path).split(".")
+    ends = zip(found[-len(wanted) :], wanted, strict=False)
+    return len(wanted) <= len(found) and all(each in (word, "*") for word, each in ends)
+
+
+def _automatic(
+    values: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape], given: Sequence[Given]
+) -> Iterator[Given]:
+    """A name for every dimension, after its argument."""
+    taken = {str(symbol) for each in given for symbol in each.size.free_symbols} | set(_RESERVED)
+    for value, path, shape in zip(values, paths, shapes, strict=True):
+        words = [word if word.isidentifier() else f"_{word}" for word in map(_identifier, dotted(path).split("."))]
+        for at in range(len(shape)):
+            candidates = (f"{'_'.join(words[-count:])}_{at}" for count in range(1, len(words) + 1))
+            name = next((name for name in candidates if name not in taken), f"{'_'.join(words)}_{value}_{at}")
+            taken.add(name)
+            yield Given(value, at, dimension(name))
+
+
+def _identifier(word: str) -> str:
+    return re.sub(r"\W", "_", word)
+
+
+# --- Symbolic dimensions
+
+
+def symbols_of(args: Any) -> tuple[str, ...]:
+    """The names of the dimensions of `jax.export.symbolic_shape` in the arguments' shapes, in order."""
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree_util.tree_leaves(args)]
+    dims = [n for shape in shapes for n in shape if jax.export.is_symbolic_dim(n)]
+    return tuple(dict.fromkeys(name for n in dims for name in sorted(map(str, parsed(str(n)).free_symbols))))
+
+
+def with_numbers(args: Any, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+    """The arguments with numbers for symbolic dimensions: those given, or else primes, no two of them the same.
+
+    **Raises:** `AutoshardError` for a number that is given for no dimension.
+    """
+    names = symbols_of(args)
+    unknown = sorted(set(sizes) - set(names))
+    if unknown:
+        raise AutoshardError(
+            f"No argument has a symbolic dimension {unknown[0]}; there are {', '.join(names) or 'none'}."
+        )
+    numbers = {**dict(zip(names, primes(), strict=False)), **sizes}
+
+    def numbered(leaf: Any) -> Any:
+        shape = getattr(leaf, "shape", ())
+        if not any(jax.export.is_symbolic_dim(n) for n in shape):
+            return leaf
+        found = tuple(int(evaluated(parsed(str(n)), numbers)) for n in shape)
+        return jax.ShapeDtypeStruct(found, leaf.dtype)
+
+    return tuple(jax.tree_util.tree_map(numbered, tuple(args)))
+
+
+def primes() -> Iterator[int]:
+    """Primes from 11 on: sizes that no layer has by chance."""
+    found, n = [2, 3, 5, 7], 11
+    while True:
+        if all(n % prime for prime in found):
+            found.append(n)
+            yield n
+        n += 2

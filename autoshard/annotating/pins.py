@@ -1,0 +1,219 @@
+"""Pins: layouts that the user decides, for arguments by path and for intermediates by name.
+
+An argument is pinned by a pattern over its path, or by a tree of `PartitionSpec`s shaped like the arguments; an intermediate
+by `pin` inside the function. A pin holds where the array is made: a use that wants another layout changes it there, and
+pays. A `jax.lax.with_sharding_constraint` whose mesh axes the topology has is a pin as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from autoshard.errors import AutoshardError
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Pinned, Program
+
+PIN = "autoshard_pin"
+Pins = Mapping[str, PartitionSpec] | Sequence[Any]
+"""Patterns over dotted paths with their specs, or one tree of specs (or `None`: free) per argument."""
+
+
+class PinError(AutoshardError):
+    """A pin that names nothing, cannot hold, or contradicts another; says which, and what would fit."""
+
+
+_WORDS = {
+    PIN: "the pin at ",
+    "sharding_constraint": "the sharding constraint at ",
+    "shard_map_layout": "a layout of the shard_map at ",
+}
+
+# --- in the function
+
+_pin = Primitive(PIN)
+_pin.def_impl(lambda x, *, dims: x)
+_pin.def_abstract_eval(lambda x, *, dims: x)
+mlir.register_lowering(_pin, lambda ctx, x, *, dims: [x])
+ad.deflinear2(_pin, lambda cotangent, x, *, dims: [_pin.bind(cotangent, dims=dims)])
+batching.primitive_batchers[_pin] = lambda args, axes, *, dims: (
+    _pin.bind(args[0], dims=(*dims[: axes[0]], None, *dims[axes[0] :])),
+    axes[0],
+)
+
+
+_wish = Primitive("shard_map_layout")
+_wish.def_impl(lambda x, *, dims: x)
+_wish.def_abstract_eval(lambda x, *, dims: x)
+
+
+def asked(x: Any, dims: Sequence[tuple[str, ...]]) -> Any:
+    """`x`, pinned like a sharding constraint: only on a topology that has these axes."""
+    return _wish.bind(x, dims=(*dims, *((),) * (x.ndim - len(dims)))) if any(dims) else x
+
+
+def pin(x: Any, spec: PartitionSpec) -> Any:
+    """`x`, to be laid out like `spec` when a plan is searched; the identity wherever the function runs without one.
+
+        hidden = autoshard.pin(hidden, P("x", None, ("y", "z")))
+
+    **Arguments:**
+
+    - `x`: an array, or a pytree of arrays of one rank.
+    - `spec`: mesh axes of the topology per dimension; what it leaves out is not split, `P.UNCONSTRAINED` is free.
+    """
+    return jax.tree.map(lambda leaf: _pin.bind(leaf, dims=dims_of(spec, leaf.ndim, "autoshard.pin")), x)
+
+
+def dims_of(spec: PartitionSpec, rank: int, what: str) -> Pinned:
+    """A `PartitionSpec` as axes per dimension; `None` for a dimension that is free."""
+    if len(spec) > rank:
+        raise PinError(f"{what} pins {len(spec)} dimensions by {spec}; the array has {rank}.")
+
+    def axes(part: Any) -> tuple[str, ...] | None:
+        if part is PartitionSpec.UNCONSTRAINED:
+            return None
+        return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+    return (*map(axes, spec), *((),) * (rank - len(spec)))
+
+
+def pinned_by(primitive: str, params: Mapping[str, Any], rank: int) -> Pinned | None:
+    """What an equation pins its result to, if it does."""
+    if primitive in (PIN, _wish.name):
+        return params["dims"]
+    if primitive == "sharding_constraint" and isinstance(params.get("sharding"), NamedSharding):
+        return dims_of(params["sharding"].spec, rank, "with_sharding_constraint")
+    return None
+
+
+# --- from outside
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One pinned operation: in the user's words, and where it is in the program."""
+
+    words: str
+    operation: int
+
+
+def dotted(path: str) -> str:
+    """`params['layers'][0]['wq']` as `params.layers.0.wq`."""
+    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
+
+
+def parsed(text: str) -> tuple[str, PartitionSpec]:
+    """`params.*.wq=None,x,yz` as a pattern and its spec; letters of one part are axes, `x+data` names longer ones.
+
+    **Raises:** `PinError`.
+    """
+    pattern, sign, parts = text.partition("=")
+    if not sign or not pattern:
+        raise PinError(f"{text!r} is no pin; PATTERN=SPEC is, as in 'params.*.wq=None,x,yz'.")
+
+    def part(word: str) -> Any:
+        word = word.strip()
+        if word in ("", "-", "None"):
+            return None
+        axes = word.split("+") if "+" in word else [*word]
+        return axes[0] if len(axes) == 1 else tuple(axes)
+
+    return pattern, PartitionSpec(*map(part, parts.split(",")))
+
+
+def with_pins(
+    program: Program, paths: Sequence[str], topology: Topology, pins: Pins | None
+) -> tuple[Program, tuple[Pin, ...]]:
+    """The program with its pins put in terms of the topology.
+
+    **Returns:** the program, and what is pinned in it.
+
+    **Raises:** `PinError` for a pattern that matches no argument, an axis the topology has not or that is used twice, a
+    dimension that the axes do not divide, and two pins for one argument that differ.
+    """
+    operations = list(program.operations)
+    warnings: list[str] = []
+    found: list[Pin] = []
+    for at, op in enumerate(operations):
+        if op.pinned is None:
+            continue
+        words = _WORDS[op.primitive] + op.source
+        unknown = {axis for axes in op.pinned for axis in axes or ()} - set(topology.axis_sizes)
+        if unknown and op.primitive != PIN:
+            warnings.append(
+                f"{words} names axes {topology.name} has not ({', '.join(sorted(unknown))}): it is left out"
+            )
+            operations[at] = replace(op, pinned=None)
+            continue
+        shape = program.values[op.outputs[0].value].shape
+        operations[at] = replace(op, pinned=_fitting(words, op.pinned, shape, topology))
+        found.append(Pin(words, at))
+    for position, dims, words in _asked(program, paths, pins):
+        at = program.arguments[position]
+        shape = program.values[operations[at].outputs[0].value].shape
+        fitting = _fitting(words, dims, shape, topology)
+        if operations[at].pinned not in (None, fitting):
+            raise PinError(f"{words} contradicts another pin of {paths[position]}; keep one of them.")
+        if operations[at].pinned is None:
+            found.append(Pin(words, at))
+        operations[at] = replace(operations[at], pinned=fitting)
+    program = replace(program, operations=tuple(operations), warnings=(*program.warnings, *warnings))
+    return program, tuple(found)
+
+
+def unpinned(program: Program, keep: Sequence[Pin]) -> Program:
+    """The program with only these pins left."""
+    kept = {pin.operation for pin in keep}
+    operations = tuple(
+        op if op.pinned is None or at in kept else replace(op, pinned=None) for at, op in enumerate(program.operations)
+    )
+    return replace(program, operations=operations)
+
+
+def _asked(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterator[tuple[int, Pinned, str]]:
+    """Every pinned argument: its position, its axes, and the pin in words."""
+    ranks = [len(program.values[program.operations[at].outputs[0].value].shape) for at in program.arguments]
+    if isinstance(pins, Mapping):
+        for pattern, spec in pins.items():
+            words = f"the pin {pattern}={spec}"
+            hit = [i for i, path in enumerate(paths) if pattern == path or fnmatchcase(dotted(path), pattern)]
+            if not hit:
+                some = ", ".join(dotted(path) for path in paths[:4])
+                raise PinError(f"{words} matches no argument; there are {some}{', ...' if len(paths) > 4 else ''}.")
+            for i in hit:
+                yield i, dims_of(spec, ranks[i], f"{words}, for {paths[i]},"), words
+    elif pins is not None:
+        leaves = jax.tree_util.tree_leaves(tuple(pins), is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
+        if len(leaves) != len(paths):
+            raise PinError(
+                f"The tree of pins has {len(leaves)} leaves, the arguments {len(paths)}; None leaves one free."
+            )
+        for i, spec in enumerate(leaves):
+            if spec is not None:
+                yield i, dims_of(spec, ranks[i], f"the pin of {paths[i]}"), f"the pin of {paths[i]} to {spec}"
+
+
+def _fitting(words: str, dims: Pinned, shape: Sequence[int], topology: Topology) -> Pinned:
+    """The axes of a pin without those of size 1."""
+    sizes = topology.axis_sizes
+    used = [axis for axes in dims for axis in axes or ()]
+    for axis in used:
+        if axis not in sizes:
+            raise PinError(f"{words} names axis {axis!r}; {topology.name} has {', '.join(sizes)}.")
+    if len(set(used)) < len(used):
+        raise PinError(f"{words} uses an axis twice; each axis splits one dimension.")
+    for at, (axes, n) in enumerate(zip(dims, shape, strict=True)):
+        pieces = prod(sizes[axis] for axis in axes or ())
+        if n % pieces:
+            raise PinError(f"{words} cuts dimension {at} of {n} into {pieces} pieces, which does not divide it.")
+    return tuple(axes and tuple(axis for axis in axes if sizes[axis] > 1) for axes in dims)

@@ -1,0 +1,270 @@
+"""The audit: the compiled program held against its plan, collective by collective, and peak memory against peak memory.
+
+A planned collective is found when the compiled program runs one of the same kind over the same axes with the same bytes
+as often. What a compiler may do to a plan without making it another plan is recognised, and said:
+
+| the compiled program | is the same plan |
+|---|---|
+| runs several planned collectives as one, or one in several pieces | at the same cost, or lower |
+| changes the layout of an array once for several uses | at lower cost |
+| runs a planned all-reduce as a reduce-scatter and an all-gather | at the same cost |
+| reduces and slices where a reduce-scatter was planned | at higher cost; host devices have nothing else |
+| gathers by an all-reduce of arrays padded with zeros | at higher cost |
+| reduces and scatters padded rows, then moves a few to their owners | at higher cost |
+| reduces bf16 as f32, on host devices | at twice the bytes |
+
+Higher cost counts on a TPU or GPU, from 2 % of the plan's time on the wire; host devices only show that the program is
+partitioned as planned. Everything else that was planned is *missing*, everything else that was compiled is *unplanned*.
+Shares are of the plan's time on the wire, with compiled collectives priced by the model that priced the planned ones.
+
+Matmuls are held against the plan by their FLOPs, line by line of the user's code: what computes more than planned had an
+operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is
+gathered for nothing but slices of it is called what the partitioner calls it, an involuntary full rematerialization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from autoshard.auditing import findings, hlo_collectives
+from autoshard.auditing.findings import Difference, Target, seconds_of, sent_bytes
+from autoshard.auditing.hlo_collectives import CompiledCollective
+from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
+from autoshard.auditing.matching import Axes, Pair, axes_of, literal, matched
+from autoshard.auditing.redundant_work import planned_flops
+from autoshard.emitting import bind, targets
+from autoshard.errors import AutoshardError
+from autoshard.plan import Plan, PlannedCollective
+from costmodels.machine.topology import Topology
+from search.answer.assignment import collectives as solution_collectives
+
+
+class AuditError(AutoshardError):
+    """A plan could not be compiled for the target that it was to be audited on; the compiler's error is chained."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What came of an audit; `str(audit)` is a table.
+
+    - `ok`: whether no difference counts.
+    - `collectives`: everything that the compiled program sends.
+    - `pairs`: planned beside compiled.
+    - `peak_bytes`: per chip, as the compiler reports it; None where it does not.
+    - `planned_flops`, `flops`: of the matmuls of one chip and step, planned and compiled.
+    - `compute_seconds`: the compiler's own estimate of everything but collectives; None where it makes none.
+    """
+
+    target: Target
+    name: str
+    topology: Topology
+    planned: tuple[PlannedCollective, ...]
+    planned_seconds: float
+    planned_collective_seconds: float
+    planned_peak_bytes: float
+    collectives: tuple[CompiledCollective, ...]
+    pairs: tuple[Pair, ...]
+    differences: tuple[Difference, ...]
+    peak_bytes: float | None
+    compute_seconds: float | None
+    planned_flops: float
+    flops: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no difference counts."""
+        return not any(difference.counts for difference in self.differences)
+
+    @property
+    def collective_seconds(self) -> float:
+        """What the compiled collectives cost under the plan's model."""
+        return sum(seconds_of(each, self.topology) * each.count for each in self.collectives)
+
+    def wire_bytes(self) -> dict[Axes, tuple[float, float]]:
+        """Per set of mesh axes: bytes that one chip sends in one step, planned and compiled."""
+        found: dict[Axes, tuple[float, float]] = {}
+        for side, each in [*((0, p) for p in self.planned), *((1, c) for c in self.collectives)]:
+            axes = axes_of(each, self.topology)
+            sent = sent_bytes(each, self.topology) * each.count
+            planned, compiled = found.get(axes, (0.0, 0.0))
+            found[axes] = (planned + sent, compiled) if side == 0 else (planned, compiled + sent)
+        return dict(sorted(found.items(), key=lambda item: -max(item[1])))
+
+    def saved_bytes(self) -> dict[Axes, float]:
+        """Per set of mesh axes: what the compiled program sends less for the same plan, per chip and step.
+
+        Such as an array that is gathered once for two uses, or as the bfloat16 that a matmul reads of float32. On host
+        devices, which widen 16-bit floats and have no reduce-scatter, this is what they send more, and negative.
+        """
+        found: dict[Axes, float] = {}
+        for pair in self.pairs:
+            if not (pair.planned and pair.compiled):
+                continue
+            less = sum(sent_bytes(p, self.topology) for p in pair.planned) - sum(
+                sent_bytes(c, self.topology) for c in pair.compiled
+            )
+            alike = literal(pair) and self.target != "host"
+            if not alike and (less > 0 or self.target == "host"):
+                axes = axes_of(pair.compiled[0], self.topology)
+                found[axes] = found.get(axes, 0.0) + less * pair.count
+        return found
+
+    def unplanned_bytes(self) -> float:
+        """What one chip sends in one step in collectives that do no planned one's work."""
+        alone = (pair for pair in self.pairs if not pair.planned)
+        return sum(sent_bytes(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        sent = [{"axes": list(axes), "planned": a, "compiled": b} for axes, (a, b) in self.wire_bytes().items()]
+        return {
+            "ok": self.ok,
+            "target": self.target,
+            "plan": self.name,
+            "topology": self.topology.name,
+            "flops": {"planned": self.planned_flops, "compiled": self.flops},
+            "peak_bytes": {"planned": self.planned_peak_bytes, "compiled": self.peak_bytes},
+            "seconds": {
+                "planned": self.planned_seconds,
+                "planned_collectives": self.planned_collective_seconds,
+                "compiled_compute": self.compute_seconds,
+                "compiled_collectives": self.collective_seconds,
+            },
+            "wire_bytes": sent,
+            "planned": [asdict(each) for each in self.planned],
+            "compiled": [asdict(each) for each in self.collectives],
+            "differences": [asdict(each) for each in self.differences],
+        }
+
+    def __str__(self) -> str:
+        from autoshard.auditing.render import render
+
+        return render(self)
+
+
+def audit(
+    plan: Plan, fn: Callable[..., Any], *args: Any, target: Target = "host", devices: Sequence[Any] | None = None
+) -> Audit:
+    """Compiles a planned function and compares what the compiler made of it with the plan.
+
+        audit = autoshard.audit(plan, decode, params, cache, tokens, position, target="tpu")
+        audit.ok, audit.peak_bytes
+
+    **Arguments:**
+
+    - `args`: the arguments the plan was searched for, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
+    - `target`: "host" compiles for CPU devices of this machine, which is quick and partitions alike, "tpu" for the
+      plan's own chips with the real TPU compiler (libtpu), without any TPU, "gpu" with the real XLA:GPU compiler,
+      without any GPU (extra `gpu`).
+    - `devices`: compile for these instead.
+
+    **Raises:** `PlanMismatchError` when plan and function do not belong together; `AuditError` when the compiler
+    refuses the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
+    """
+    if target not in ("host", "tpu", "gpu"):
+        raise AutoshardError(f'target is {target!r}; "host", "tpu" or "gpu" would do.')
+    topology = plan.topology
+    mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
+    shapes = jax.tree_util.tree_map(_shape, args)
+    arrays = _sent_arrays(plan, fn, shapes)
+    lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
+    peak = _peak_bytes(compiled.memory_analysis())
+    return compare(plan, compiled.as_text(), target, peak, arrays)
+
+
+def _devices(topology: Topology, target: Target) -> list[Any]:
+    if target == "host":
+        return targets.host_devices(topology.size)
+    if target == "gpu":
+        return targets.gpu_devices(topology)
+    if topology.slices > 1:
+        raise AutoshardError(
+            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
+            ' "host", or a plan for one slice.'
+        )
+    return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+
+
+def _peak_bytes(memory: Any) -> float | None:
+    """Peak memory per chip, as the compiler counts it; None where it does not.
+
+    A TPU's peak also has what is prefetched into its on-chip memory while the program before it ends. Arguments, results
+    and temporaries that are not aliased are in HBM, and bound it from above.
+    """
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    if not peak:
+        return None
+    in_hbm = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return float(min(peak, in_hbm - memory.alias_size_in_bytes))
+
+
+def _sent_arrays(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
+    """The number and type of the array that each planned collective sends."""
+    program = bind.traced_as(plan, fn, args).program
+    sent = solution_collectives(program, plan.topology, plan.choice)
+    return tuple((each.value, program.values[each.value].dtype) for each in sent)
+
+
+def compare(
+    plan: Plan,
+    text: str,
+    target: Target = "host",
+    peak_bytes: float | None = None,
+    arrays: Sequence[tuple[int, str]] = (),
+) -> Audit:
+    """Compares the text of a compiled program with a plan.
+
+    **Arguments:**
+
+    - `text`: `compiled.as_text()`.
+    - `peak_bytes`: the compiled program's peak memory per chip, if it is known; on host devices it does not count.
+    - `arrays`: number and type of the array that each planned collective sends, where they are known: what one array
+      is sent for twice may be sent once, and host devices widen some types.
+    """
+    topology, estimate = plan.topology, plan.estimate
+    compiled = tuple(c for c in hlo_collectives.collectives(text, topology.axis_sizes) if axes_of(c, topology))
+    known = arrays or [(-1 - i, "") for i in range(len(estimate.collectives))]
+    rows = [(p, *of) for p, of in zip(estimate.collectives, known, strict=True) if axes_of(p, topology)]
+    planned = [p for p, _, _ in rows]
+    widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
+    narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]
+    pairs = matched(planned, [value for _, value, _ in rows], compiled, topology, widths, narrow)
+    spent = sum(seconds_of(c, topology) * c.count for c in compiled)
+    wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
+    differences = findings.of_collectives(pairs, topology, target, wire)
+    differences += findings.of_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
+    due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
+    differences += findings.of_work(due, done, flops_formed_again(text) if text else {})
+    cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
+    return Audit(
+        target,
+        plan.name,
+        topology,
+        tuple(planned),
+        estimate.seconds,
+        estimate.collective_seconds,
+        estimate.peak_bytes,
+        compiled,
+        pairs,
+        tuple(sorted(differences, key=lambda d: (not d.counts, -abs(d.share)))),
+        peak_bytes,
+        cycles / clock if cycles and clock else None,
+        sum(due.values()),
+        sum(done.values()),
+    )
+
+
+_WIDENED = ("bfloat16", "float16")
+"""Types that the host compiler sends as float32."""

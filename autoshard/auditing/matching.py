@@ -1,0 +1,277 @@
+"""Which compiled collectives do the work of which planned ones.
+
+Partners are looked for pass by pass, the most literal first: one for one, several planned in one compiled, one planned in
+several compiled pieces; each of the same kind first, then in the spellings that a compiler may choose instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoshard.auditing.hlo_collectives import CompiledCollective
+from autoshard.plan import PlannedCollective
+from costmodels.machine.topology import Topology
+
+Axes = tuple[str, ...]
+
+_ALIKE = 0.005
+"""Relative difference between byte counts that padding may make."""
+_GRAIN = _ALIKE / 16
+"""Relative difference below which sums of byte counts are taken for one while they are added up."""
+_MOST_TOGETHER = 4
+"""How many collectives are looked for in one, where the compiled program does not say how many it combined."""
+_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_SPELLINGS = (*((kind, kind) for kind in _KINDS), ("reduce-scatter", "all-reduce"), ("all-gather", "all-reduce"))
+"""Planned kinds with the kinds that they may be compiled to, the most literal first."""
+
+
+_MOVES = ("all-gather", "all-to-all", "collective-permute")
+"""Kinds that change no number."""
+_HALF = ("bf16", "f16")
+_NARROWER = 0.75
+"""The part of its bytes below which a collective must have been sent in a narrower type."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
+
+    planned: tuple[PlannedCollective, ...]
+    compiled: tuple[CompiledCollective, ...]
+    count: int
+
+
+def matched(
+    planned: Sequence[PlannedCollective],
+    arrays: Sequence[int],
+    compiled: Sequence[CompiledCollective],
+    topology: Topology,
+    widths: Sequence[float] = (),
+    narrow: Sequence[bool] = (),
+) -> tuple[Pair, ...]:
+    """Pairs all planned with all compiled collectives, knowing that what one array is sent for twice may be sent once.
+
+    **Arguments:**
+
+    - `arrays`: the number of the array that each planned collective sends.
+    - `widths`, `narrow`: as of `paired`.
+    """
+    times: Counter[tuple[Any, ...]] = Counter()
+    again = []
+    for each, array in zip(planned, arrays, strict=True):
+        alike = (array, each.kind, frozenset(each.axes), each.bytes, each.count)
+        again.append(times[alike])
+        times[alike] += 1
+    order = sorted(range(len(planned)), key=lambda i: again[i])  # so that repetitions are what stays without a partner
+    pairs = paired(
+        [planned[i] for i in order],
+        compiled,
+        topology,
+        [widths[i] for i in order] if widths else (),
+        [narrow[i] for i in order] if narrow else (),
+    )
+    return shared(pairs, {id(each): array for each, array in zip(planned, arrays, strict=True)})
+
+
+def paired(
+    planned: Sequence[PlannedCollective],
+    compiled: Sequence[CompiledCollective],
+    topology: Topology,
+    widths: Sequence[float] = (),
+    narrow: Sequence[bool] = (),
+) -> tuple[Pair, ...]:
+    """Pairs all planned with all compiled collectives; those that have no partner come last, alone.
+
+    **Arguments:**
+
+    - `widths`: by which factor the numbers of each planned collective are wider when they are sent; 1 by default.
+    - `narrow`: whether the compiler may send its numbers with half as many bits, where whoever uses them reads no more.
+    """
+    widths = widths or [1.0] * len(planned)
+    lots = [
+        _Lot(p, p.kind, axes_of(p, topology), p.bytes * w, int(p.count)) for p, w in zip(planned, widths, strict=True)
+    ]
+    found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
+    pairing = _Pairing(lots, found, [])
+    pairing.run()
+    for lot in lots:
+        lot.bytes = float(lot.of.bytes)  # what was not widened after all
+    pairing.run()
+    halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in _MOVES]
+    for lot in halves:
+        lot.bytes = lot.of.bytes / 2
+    _Pairing(halves, [lot for lot in found if lot.of.dtype in _HALF], pairing.pairs).run()
+    alone = [Pair((lot.of,), (), lot.left) for lot in lots if lot.left]
+    return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
+
+
+def shared(pairs: Sequence[Pair], arrays: Mapping[int, int]) -> tuple[Pair, ...]:
+    """Joins planned collectives without a partner to those that send the same array likewise, for another use.
+
+    **Arguments:**
+
+    - `arrays`: the `id` of each planned collective to the number of the array that it sends.
+    """
+
+    def sent(each: PlannedCollective) -> tuple[Any, ...]:
+        return (arrays[id(each)], each.kind, frozenset(each.axes), each.bytes)
+
+    found: list[Pair] = []
+    for pair in pairs:  # those with partners come first
+        same = [i for i, other in enumerate(found) if set(map(sent, pair.planned)) & set(map(sent, other.planned))]
+        if same and not pair.compiled and found[same[0]].count == pair.count:
+            found[same[0]] = replace(found[same[0]], planned=(*found[same[0]].planned, *pair.planned))
+        else:
+            found.append(pair)
+    return tuple(found)
+
+
+def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
+    """The axes of a collective in mesh order, without those of one chip; all where its groups are no set of axes."""
+    order = [axis.name for axis in topology.axes if axis.size > 1]
+    return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
+
+
+def literal(pair: Pair) -> bool:
+    """Whether every planned collective of a pair is compiled to one of its kind, of no narrower numbers."""
+    kinds = {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(
+        pair.compiled
+    )
+    return kinds and sum(c.bytes for c in pair.compiled) > _NARROWER * sum(p.bytes for p in pair.planned)
+
+
+@dataclass(eq=False)
+class _Lot:
+    """A collective of either side, and how many of its executions have no partner yet."""
+
+    of: Any
+    kind: str
+    axes: Axes
+    bytes: float
+    left: int
+
+
+class _Pairing:
+    def __init__(self, planned: list[_Lot], compiled: list[_Lot], pairs: list[Pair]) -> None:
+        self.planned, self.compiled, self.pairs = planned, compiled, pairs
+
+    def run(self) -> None:
+        """All passes over what has no partner yet."""
+        for planned_kind, compiled_kind in _SPELLINGS:
+            planned = [lot for lot in self.planned if lot.kind == planned_kind]
+            compiled = [lot for lot in self.compiled if _may_be(lot, planned_kind, compiled_kind)]
+            self._match(compiled, planned, lambda lot: 1)
+            self._match(compiled, planned, _most_in)
+            self._match(planned, compiled, lambda lot: _MOST_TOGETHER)
+        self._halves()
+        self._realignments()
+
+    def _match(self, single: Sequence[_Lot], several: Sequence[_Lot], most: Callable[[_Lot], int]) -> None:
+        """Finds, for every lot of one side, lots of the other side that add up to it."""
+        for lot in single:
+            while lot.left and (group := _adding_up_to(lot, several, most(lot))):
+                self._pair([lot, *group])
+
+    def _halves(self) -> None:
+        """A planned all-reduce as a reduce-scatter and an all-gather."""
+        for lot in self.planned:
+            if lot.kind == "all-reduce" and lot.left:
+                fitting = [c for c in self.compiled if c.left and c.axes == lot.axes and _alike(c.bytes, lot.bytes)]
+                both = [next((c for c in fitting if c.kind == kind), None) for kind in ("reduce-scatter", "all-gather")]
+                if all(both):
+                    self._pair([lot, *(c for c in both if c)])
+
+    def _realignments(self) -> None:
+        """Permutes of the rows that padding left with a neighbour belong to the reduce-scatters before them."""
+        for lot in self.compiled:
+            if lot.left and lot.of.spelling == "reduce-scatter realignment":
+                fitting = [i for i, pair in enumerate(self.pairs) if self._scatters(pair, lot)]
+                if fitting:
+                    pair = self.pairs[fitting[0]]
+                    self.pairs[fitting[0]] = replace(pair, compiled=(*pair.compiled, lot.of))
+                    lot.left -= pair.count
+
+    def _scatters(self, pair: Pair, permute: _Lot) -> bool:
+        scatter = next((c for c in pair.compiled if c.spelling == "all-reduce-scatter fusion"), None)
+        alone = scatter is not None and len(pair.compiled) == 1 and pair.count <= permute.left
+        return alone and scatter is not None and scatter.axes == permute.of.axes
+
+    def _pair(self, lots: Sequence[_Lot]) -> None:
+        count = min(lot.left for lot in lots)
+        for lot in lots:
+            lot.left -= count
+        sides = [[lot.of for lot in lots if lot in side] for side in (self.planned, self.compiled)]
+        self.pairs.append(Pair(tuple(sides[0]), tuple(sides[1]), count))
+
+
+def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
+    """At most so many lots whose bytes are those of another: all, or of those the nearest to it the fewest; none if none do."""
+    fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
+    if one_by_one := _part_by_part(whole, fitting):
+        return one_by_one
+    if fitting and len(fitting) <= most and _alike(_sum(fitting), whole.bytes):
+        return fitting
+    groups = (group for group in _groups(fitting, most, whole.bytes) if _alike(_sum(group), whole.bytes))
+    return min(groups, key=lambda group: (abs(_sum(group) - whole.bytes), len(group)), default=[])
+
+
+def _part_by_part(whole: _Lot, lots: Sequence[_Lot]) -> list[_Lot]:
+    """A lot for each array that a compiled collective says it combines; none if any lacks one."""
+    parts = whole.of.parts if isinstance(whole.of, CompiledCollective) else ()
+    left, found = list(lots), []
+    for part in sorted(parts, reverse=True):
+        at = next((k for k, lot in enumerate(left) if _alike(lot.bytes, part)), None)
+        if at is None:
+            return []
+        found.append(left.pop(at))
+    return found
+
+
+def _groups(lots: Sequence[_Lot], most: int, target: float) -> Iterator[list[_Lot]]:
+    """Groups of lots up to a number of bytes, of those with about the same sum the smallest.
+
+    Lots of the same bytes are as good as each other, and sums much nearer to each other than what is alike are one: so that
+    hundreds of lots that a compiler combined are not tried in all their combinations.
+    """
+    kinds: dict[float, list[_Lot]] = {}
+    for lot in lots:
+        kinds.setdefault(lot.bytes, []).append(lot)
+    grain = _GRAIN * target or 1.0
+    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # the sum, and how many of each kind
+    for bytes, alike in sorted(kinds.items(), reverse=True):
+        grown: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for total, counts in found.values():
+            room = int((target * (1 + _ALIKE) - total) // bytes) if bytes else 0
+            for n in range(min(len(alike), most - sum(counts), room) + 1):
+                each = total + n * bytes, (*counts, n)
+                known = grown.setdefault(round(each[0] / grain), each)
+                if sum(each[1]) < sum(known[1]):
+                    grown[round(each[0] / grain)] = each
+        found = grown
+    order = [kinds[bytes] for bytes in sorted(kinds, reverse=True)]
+    for _, counts in found.values():
+        group = [lot for alike, n in zip(order, counts, strict=True) for lot in alike[:n]]
+        if group:
+            yield group
+
+
+def _sum(group: Sequence[_Lot]) -> float:
+    return sum(lot.bytes for lot in group)
+
+
+def _alike(a: float, b: float) -> bool:
+    return abs(a - b) <= _ALIKE * max(a, b)
+
+
+def _most_in(lot: _Lot) -> int:
+    combined = lot.of.spelling.removeprefix("combined ")
+    return int(combined) if combined.isdigit() else _MOST_TOGETHER
+
+
+def _may_be(lot: _Lot, planned_kind: str, compiled_kind: str) -> bool:
+    """Whether a compiled collective may stand for a planned kind; an all-reduce gathers only among zeros."""
+    gathers = (planned_kind, compiled_kind) == ("all-gather", "all-reduce")
+    return lot.kind == compiled_kind and (not gathers or "gather" in lot.of.spelling)

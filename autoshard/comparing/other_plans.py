@@ -1,0 +1,173 @@
+"""Other plans of the same program: the k best, and what any other layout would cost.
+
+All are searched from the program that a plan carries, without the function: plans from files will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from autoshard.annotating.pins import PinError, Pins, with_pins
+from autoshard.comparing.diff import Difference, diff
+from autoshard.errors import AutoshardError
+from autoshard.plan import ArrayPlan, Plan
+from autoshard.planning import records_of
+from autoshard.planning.baselines import FAMILIES
+from autoshard.planning.baselines import solved as solved_family
+from autoshard.planning.infeasibility import conflict, explained
+from costmodels.program.program import Program
+from search.answer.assignment import needed, produced
+from search.answer.check import check
+from search.formulation.layer_folding import classes, unfolded
+from search.formulation.layouts import Layout, shards
+from search.formulation.problem import build
+from search.k_best import ranked
+from search.solve import DEFAULTS, Limits, NoPlan, Solution, search
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BestPlans(Sequence[Plan]):
+    """Plans in order of their steps; `proven` says that no other comes between, or before."""
+
+    plans: tuple[Plan, ...]
+    proven: bool
+
+    def __getitem__(self, i):
+        return self.plans[i]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+
+def best_plans(plan: Plan, k: int, time_limit: float | None = None, progress: Say = lambda _: None) -> BestPlans:
+    """The k best plans of a plan's program that split some matmul otherwise, the plan itself first; fewer if there are no more.
+
+    Matmuls that take less than a hundredth of the step do not count, nor do swaps of mesh axes that are alike.
+
+    **Arguments:**
+
+    - `time_limit`: seconds for all of them; what is found by then is returned, unproven.
+
+    **Raises:** `AutoshardError` for a plan whose file does not hold the program.
+    """
+    if k < 1:
+        raise AutoshardError(f"There are no {k} best plans; 1 or more would do.")
+    found = ranked(_solution(plan), k, _limits(plan, time_limit), progress)
+    return BestPlans((plan, *(relaid(plan, other) for other in found.solutions[1:])), found.proven)
+
+
+def why_not(
+    plan: Plan,
+    family: str = "",
+    pins: Pins | None = None,
+    memory_bytes: float | None = None,
+    time_limit: float | None = None,
+    progress: Say = lambda _: None,
+) -> Difference:
+    """What another layout would cost, operation by operation: the best plan that is laid out so, against this one.
+
+        print(autoshard.why_not(plan, "Megatron 1D"))
+        print(autoshard.why_not(plan, pins={"params.*.wq": P(None, "x", ("y", "z"))}))
+
+    **Arguments:**
+
+    - `family`: one of `autoshard.baselines.FAMILIES`.
+    - `pins`: layouts of arguments, as for `autoshard.search`.
+    - `memory_bytes`: what the other plan may take of each chip's memory, instead of what this one may.
+
+    **Raises:** `AutoshardError` for a family that there is not, or a plan whose file does not hold the program; `PinError`;
+    `InfeasibleError` when nothing fits that is laid out so.
+    """
+    if family and family not in FAMILIES:
+        raise AutoshardError(f"There is no layout called {family!r}; there are {', '.join(FAMILIES)}.")
+    program, topology = _program(plan), plan.topology
+    limits = _limits(plan, time_limit)
+    limits = limits if memory_bytes is None else replace(limits, memory_bytes=memory_bytes)
+    program, pinned = with_pins(program, [array.path for array in plan.arguments], topology, pins)
+    try:
+        other = (
+            solved_family(family, program, topology, limits) if family else search(program, topology, limits, progress)
+        )
+    except NoPlan as error:
+        clash = conflict(program, pinned, topology, limits)
+        raise (PinError(clash) if clash else explained(error)) from error
+    return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_asked(family, pins, memory_bytes)}"))
+
+
+def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
+    """The best plan of each plain layout that the model finds slower than a plan by at most this part of a step."""
+    program, limits, cutoff = _program(plan), _limits(plan, time_limit), plan.estimate.seconds * (1 + within)
+    for name in FAMILIES:
+        try:
+            yield name, relaid(plan, solved_family(name, program, plan.topology, limits, cutoff))
+        except NoPlan:
+            continue
+
+
+def _asked(family: str, pins: Pins | None, memory_bytes: float | None) -> str:
+    parts = (family, "pinned" if pins else "", f"in {memory_bytes / 2**30:g} GiB" if memory_bytes is not None else "")
+    return ", ".join(part for part in parts if part) or "searched anew"
+
+
+def relaid(plan: Plan, solution: Solution) -> Plan:
+    """Another solution for a plan's program, as a plan."""
+    program = solution.problem.program
+    return replace(
+        plan,
+        arguments=tuple(_sources(solution, program.arguments, plan.arguments)),
+        constants=tuple(_sources(solution, program.constants, plan.constants)),
+        results=tuple(_sinks(solution, plan.results)),
+        choice=solution.choice,
+        estimate=records_of.estimate(solution),
+        proof=solution.proof,
+        operations=records_of.operation_plans(solution),
+        program=program,
+        baselines=(),
+    )
+
+
+def _sources(solution: Solution, operations: Sequence[int], arrays: Sequence[ArrayPlan]) -> Iterator[ArrayPlan]:
+    program = solution.problem.program
+    for at, array in zip(operations, arrays, strict=True):
+        value = program.operations[at].outputs[0].value
+        yield _kept_so(solution, array, produced(program, solution.choice, value))
+
+
+def _sinks(solution: Solution, arrays: Sequence[ArrayPlan]) -> Iterator[ArrayPlan]:
+    program = solution.problem.program
+    for at, array in zip(program.results, arrays, strict=True):
+        found = program.operations[at].inputs
+        yield _kept_so(solution, array, needed(program, solution.choice, at, 0)) if found else array
+
+
+def _kept_so(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
+    sizes = solution.problem.topology.axis_sizes
+    whole = array.bytes_per_chip * shards(array.layout, sizes)
+    return replace(array, layout=layout, bytes_per_chip=whole / shards(layout, sizes))
+
+
+def _program(plan: Plan) -> Program:
+    if plan.program is None:
+        raise AutoshardError(
+            f"The plan of {plan.name} does not hold its program, as older files do not; search it anew."
+        )
+    return plan.program
+
+
+def _limits(plan: Plan, time_limit: float | None) -> Limits:
+    """What the plan itself was held to."""
+    held = replace(DEFAULTS, reserve_bytes=0.0, memory_bytes=plan.estimate.budget_bytes)
+    return held if time_limit is None else replace(held, wall_seconds=time_limit)
+
+
+def _solution(plan: Plan) -> Solution:
+    """A plan as the solution that it was made of."""
+    program, strategies = _program(plan), plan.choice.strategies
+    alike = classes(program)
+    if any(strategies[i] != strategies[first] for i, first in enumerate(alike)):
+        alike = unfolded(program)  # it was searched with layers that may differ
+    problem = build(program, plan.topology, plan.estimate.budget_bytes, alike)
+    return Solution(problem, plan.choice, plan.proof, check(program, plan.topology, plan.choice))

@@ -1,0 +1,164 @@
+"""Search with the compiler in the loop: the best few plans, compiled ahead of time and ranked by what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Literal
+
+from autoshard._util.tables import WIDTH, size, table, time
+from autoshard.auditing.audit import Audit, AuditError, audit
+from autoshard.comparing.other_plans import best_plans, plain_plans
+from autoshard.plan import Plan
+from costmodels.machine.topology import Topology, as_its_chip_has_it
+
+Say = Callable[[str], None]
+NEAR = 0.1
+"""The part of a step by which a plain layout may be slower in the model, to be compiled as well."""
+EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
+"""The constants that a correction changes."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and its audit, or why the compiler refused it.
+
+    `place` is its rank in the model, from 1; plain layouts come after the best plans, and have their `name`.
+    """
+
+    place: int
+    plan: Plan
+    audit: Audit | None
+    why: str = ""
+    name: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """A step of the compiled program: the compiler's cycles, and its collectives under the plan's model."""
+        if self.audit is None or self.audit.compute_seconds is None:
+            return float("inf")
+        return self.audit.compute_seconds + self.audit.collective_seconds
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The best few plans with their compiled programs, in the model's order; `proven` as of `best_plans`."""
+
+    candidates: tuple[Candidate, ...]
+    proven: bool
+
+    @property
+    def ranked(self) -> tuple[Candidate, ...]:
+        """As planned before not as planned, then the fastest compiled program first."""
+        faithful = {each.place: each.audit is not None and each.audit.ok for each in self.candidates}
+        return tuple(sorted(self.candidates, key=lambda each: (not faithful[each.place], each.seconds, each.place)))
+
+    @property
+    def best(self) -> Plan:
+        """The plan to take; where it is not the model's first, a warning says so."""
+        first = self.ranked[0]
+        if first.place == 1:
+            return first.plan
+        what = first.name or f"the model's place {first.place}"
+        words = f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."
+        return replace(first.plan, warnings=(*first.plan.warnings, words))
+
+    def correction(self) -> float:
+        """How many times as long the compiled programs take on the chip as planned: the median over the candidates."""
+        pairs = [(each.plan.estimate, each.audit) for each in self.candidates if each.audit is not None]
+        found = [
+            found.compute_seconds / (planned.seconds - planned.collective_seconds)
+            for planned, found in pairs
+            if found.compute_seconds is not None
+        ]
+        return median(found) if found else 1.0
+
+    def calibrated(self) -> Topology:
+        """The topology with efficiencies under which these plans would take what their compiled programs do, at most 1."""
+        topology, factor = self.candidates[0].plan.topology, self.correction()
+        chip = topology.chip
+        changed = {name: min(getattr(chip, name) / factor, 1.0) for name in EFFICIENCIES}
+        source = f"{len(self.candidates)} compiled programs of {self.candidates[0].plan.name} on {topology.name}"
+        return replace(
+            as_its_chip_has_it(replace(topology, chip=chip.override(changed, source))), pricing=topology.pricing
+        )
+
+    def render(self, width: int = WIDTH) -> str:
+        """The candidates as a table, and what the model had wrong."""
+        headers = (
+            "model",
+            "step",
+            "on the chip",
+            "collectives",
+            "compiled step",
+            "on the chip",
+            "collectives",
+            "peak",
+            "",
+        )
+        lines = [f"{len(self.candidates)} plans by their compiled programs"]
+        lines += [f"  {line}" for line in table(headers, [_row(each) for each in self.ranked], "<>>>>>>>~", width - 2)]
+        order = [each.place for each in self.ranked]
+        agreed = "keeps the model's order" if order == sorted(order) else "changes the model's order"
+        lines.append(
+            f"  The compiler {agreed}. On the chip its programs take {self.correction():.2f} times what is planned."
+        )
+        if not self.proven:
+            lines.append("  The time limit came first: there may be other plans between these.")
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+def verify(
+    plan: Plan,
+    fn: Callable[..., Any],
+    *args: Any,
+    target: Literal["host", "tpu", "gpu"] = "tpu",
+    k: int = 4,
+    time_limit: float | None = None,
+    progress: Say = lambda _: None,
+) -> Verification:
+    """Compiles the k best plans of a function, and the plain layouts that are nearly as good, and ranks them by their programs.
+
+        verified = autoshard.verify(plan, decode, params, cache, tokens, position, k=4)
+        print(verified); plan = verified.best
+
+    Only the TPU compiler tells cycles; elsewhere what is as planned comes first, in the model's order.
+
+    **Arguments:**
+
+    - `plan`: the best plan, as `autoshard.search` found it for this function and these arguments.
+    - `time_limit`: seconds for finding the other plans; compiling comes on top.
+
+    **Raises:** as `autoshard.audit`, but that a program which the compiler refuses is a candidate that comes last.
+    """
+    found = best_plans(plan, k, time_limit, progress)
+    known = [each.choice for each in found]
+    plain = [(name, each) for name, each in plain_plans(plan, NEAR, time_limit) if each.choice not in known]
+    candidates = []
+    for place, (name, each) in enumerate([*(("", each) for each in found), *plain], start=1):
+        progress(f"compiling plan {place} of {len(found) + len(plain)}")
+        candidates.append(replace(_compiled(each, fn, args, target), place=place, name=name))
+    return Verification(tuple(candidates), found.proven)
+
+
+def _compiled(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any) -> Candidate:
+    try:
+        return Candidate(0, plan, audit(plan, fn, *args, target=target))
+    except AuditError as error:
+        return Candidate(0, plan, None, str(error).splitlines()[0])
+
+
+def _row(each: Candidate) -> tuple[str, ...]:
+    planned = each.plan.estimate
+    head = (each.name or str(each.place), time(planned.seconds), time(planned.seconds - planned.collective_seconds))
+    if each.audit is None:
+        return (*head, time(planned.collective_seconds), "-", "-", "-", "-", each.why)
+    on_chip = each.audit.compute_seconds
+    compiled = ("-", "-") if on_chip is None else (time(each.seconds), time(on_chip))
+    peak = "-" if each.audit.peak_bytes is None else size(each.audit.peak_bytes)
+    wire = time(each.audit.collective_seconds)
+    return (*head, time(planned.collective_seconds), *compiled, wire, peak, "" if each.audit.ok else "not as planned")

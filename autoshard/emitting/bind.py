@@ -1,0 +1,279 @@
+"""A plan bound to its function again: traced anew, checked to be the one that was planned, and run on a mesh."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend import core as jex
+from jax.sharding import AxisType, Mesh, reshard
+
+from autoshard.emitting.program import emitted, spec_of
+from autoshard.errors import AutoshardError, PlanMismatchError, TopologyError, TraceError
+from autoshard.tracing import pytrees
+from autoshard.tracing.blocks import Traced
+from autoshard.tracing.source_lines import source_of
+from autoshard.tracing.trace import fingerprint, trace
+from costmodels.program.program import Program
+from search.formulation.layouts import Axes
+
+if TYPE_CHECKING:
+    from autoshard.plan import Plan
+
+_NAMED = 8
+"""How many differences an error lists."""
+
+_NEARLY_FULL = 0.9
+"""The part of a chip's memory from which on a plan is taken to fill it."""
+
+_COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
+"""The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
+
+
+def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would."""
+    known: dict[Any, tuple[Traced, Any]] = {}
+
+    @functools.wraps(fn)
+    def planned(*args: Any, **keywords: Any) -> Any:
+        args = pytrees.positional(fn, args, keywords)
+        flat, structure = jax.tree_util.tree_flatten(args)
+        chosen = mesh or mesh_in_context(plan, abstract=True) or plan.make_mesh()
+        if (structure, chosen) in known:
+            traced, run = known[structure, chosen]
+            _check_arguments(plan, fn, args, abstract(fn, args))
+        else:
+            traced = traced_as(plan, fn, args)
+            own = next(_own_derivatives(jax.make_jaxpr(fn)(*_planned_for(plan, fn, args)).jaxpr), None)
+            run = _undifferentiable(fn, own, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
+            if not any(isinstance(array, Tracer) for array in traced.constants):
+                known[structure, chosen] = traced, run
+        arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
+        results = run(*_placed(plan, chosen, [*arrays, *traced.constants]))
+        return jax.tree_util.tree_unflatten(traced.out_tree, results)
+
+    return planned
+
+
+def _typed_as(leaf: Any, dtype: str) -> Any:
+    """A leaf as an array of the planned type; keys are arrays already, and of no type that NumPy knows."""
+    return leaf if dtype.startswith("key<") else jnp.asarray(leaf, dtype)
+
+
+def traced_as(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
+    """`fn` traced anew, with the plan's numbering of operations and values.
+
+    **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ, or where the function does.
+    """
+    found = trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums)
+    if fingerprint(found.program) != plan.fingerprint:
+        raise PlanMismatchError(_other_program(plan, found))
+    _check_choice(plan, found.program)
+    return found
+
+
+def _planned_for(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments as they were planned for: their nesting, with planned shapes and types.
+
+    **Raises:** `PlanMismatchError` when they are others.
+    """
+    flat = abstract(fn, args)
+    _check_arguments(plan, fn, args, flat)
+    avals = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=array.weak)
+        for leaf, array in zip(flat, plan.arguments, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tuple(args)), avals)
+
+
+def abstract(fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """The shapes and types of the flat arguments.
+
+    **Raises:** `TraceError` for an argument that is no array.
+    """
+    leaves = jax.tree_util.tree_leaves(tuple(args))
+    found = [_aval(leaf) for leaf in leaves]
+    if None in found:
+        at = found.index(None)
+        path, leaf = pytrees.argument_paths(fn, args)[at], leaves[at]
+        raise TraceError(
+            f"{path} is {leaf!r} ({type(leaf).__name__}), which is no array; bind it beforehand, with functools.partial."
+        )
+    return found
+
+
+def _aval(leaf: Any) -> Any:
+    """The shape and type of one leaf as JAX takes it; `None` if it does not."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        weak = getattr(leaf, "weak_type", False)  # arrays of keys do not say
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
+    try:
+        return jax.eval_shape(lambda array: array, leaf)
+    except TypeError:
+        return None
+
+
+# --- what is no part of a planned program
+
+
+def _undifferentiable(fn: Callable[..., Any], own: str | None, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which refuses to be differentiated if `fn` has a derivative of its own: a program of factors loses it."""
+    if own is None:
+        return run
+    guarded = jax.custom_jvp(run)
+
+    @guarded.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise AutoshardError(
+            f"{getattr(fn, '__name__', fn)} has a derivative of its own (custom_vjp at {own}), which its planned form does not"
+            " keep. Plan the gradient instead: autoshard.search(jax.grad(loss), ...)."
+        )
+
+    return guarded
+
+
+def _own_derivatives(jaxpr: Any) -> Iterator[str]:
+    """Where a `custom_vjp` is called, at any depth."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("custom_vjp_call"):
+            yield source_of(eqn)
+        for inner in jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from _own_derivatives(inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)
+
+
+def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
+    """The arrays as the plan lays them out, where the mesh's axes are explicit and nothing is moved unasked."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return arrays
+    rows = (*plan.arguments, *plan.constants)
+    return [reshard(array, spec_of(row.layout)) for array, row in zip(arrays, rows, strict=True)]
+
+
+# --- the compiler
+
+
+def compiler_options(plan: Plan, mesh: Mesh) -> dict[str, str]:
+    """What the TPU compiler is told about a plan that nearly fills the memory; nothing in all other cases.
+
+    From 95 % of the memory on, which a plan may fill, the compiler (libtpu 0.0.42) computes things again to hold fewer of them:
+    gathers, too, which are then sent twice. It counts its code and all results all the time, and so begins before the memory
+    is full. It is to do so only for what would not fit at all.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    full = plan.estimate.peak_bytes > _NEARLY_FULL * plan.topology.chip.usable_hbm_bytes
+    return {_COMPUTED_AGAIN: "100"} if on_tpu and full else {}
+
+
+# --- meshes
+
+
+def mesh_in_context(plan: Plan, abstract: bool = False) -> Any:
+    """The mesh of `jax.set_mesh`, or its abstract shape; `None` where there is none.
+
+    **Raises:** `TopologyError` if it has not the plan's axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    check_mesh(plan, mesh)
+    return mesh if abstract else jax.sharding.get_mesh()
+
+
+def check_mesh(plan: Plan, mesh: Any) -> None:
+    """Refuses a mesh without the plan's axes; it may have more.
+
+    **Raises:** `TopologyError`.
+    """
+    sizes = plan.topology.axis_sizes
+    if any(mesh.shape.get(name) != size for name, size in sizes.items()):
+        got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise TopologyError(f"The mesh has the axes {got}; the plan for {plan.topology.name} needs {wanted}.")
+
+
+# --- refusals
+
+
+def _check_arguments(
+    plan: Plan, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]
+) -> None:
+    """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
+    alike = pytrees.describe(tuple(args)) == plan.in_tree
+    paths = [array.path for array in plan.arguments]
+    planned = {array.path: _typed(array.shape, array.dtype) for array in plan.arguments}
+    given = {
+        path: _typed(leaf.shape, leaf.dtype)
+        for path, leaf in zip(paths if alike else pytrees.argument_paths(fn, args), flat, strict=True)
+    }
+    if alike and planned == given:
+        return
+    faults = [
+        f"{path} is {given.get(path, 'missing')}, planned {planned.get(path, 'without it')}"
+        for path in dict.fromkeys((*planned, *given))
+        if planned.get(path) != given.get(path)
+    ]
+    faults = faults or ["the arguments nest otherwise than planned"]
+    listed = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
+    more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
+
+
+def _check_choice(plan: Plan, program: Program) -> None:
+    """Refuses strategies and layouts that the program cannot have: a file may say anything.
+
+    **Raises:** `PlanMismatchError`, with the first that it cannot.
+    """
+    sizes, strategies = plan.topology.axis_sizes, plan.choice.strategies
+
+    def divides(dimensions: Sequence[int], splits: Sequence[Axes]) -> bool:
+        parts = (prod(sizes[axis] for axis in axes) for axes in splits)
+        return len(dimensions) == len(splits) and all(d % n == 0 for d, n in zip(dimensions, parts, strict=True))
+
+    faults = []
+    if len(strategies) != len(program.operations):
+        faults.append(f"it has {len(strategies)} operations, the function {len(program.operations)}")
+    for op, strategy in zip(program.operations, strategies, strict=False):
+        if not divides([factor.size for factor in op.factors], strategy.splits):
+            faults.append(
+                f"{op.name} has factors of {[f.size for f in op.factors]}, and splits {list(strategy.splits)}"
+            )
+    for value, layout in plan.choice.hubs.items():
+        if not 0 <= value < len(program.values):
+            faults.append(f"it keeps value {value}, and the function has {len(program.values)}")
+        elif not divides(program.values[value].shape, layout.dims):
+            faults.append(f"it keeps value {value}, of shape {program.values[value].shape}, as {layout}")
+    if faults:
+        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Plan anew.")
+
+
+def _typed(shape: Sequence[int], dtype: Any) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
+
+
+def _other_program(plan: Plan, found: Traced) -> str:
+    """Where another function with the same arguments first differs."""
+    planned = [(row.primitive, row.sizes, row.name) for row in plan.operations]
+    given = [(op.primitive, tuple(f.size for f in op.factors), op.name) for op in found.program.operations]
+    first = next(
+        (i for i, (a, b) in enumerate(zip(planned, given, strict=False)) if a[:2] != b[:2]),
+        min(len(planned), len(given)),
+    )
+    here = given[first][2] if first < len(given) else "the end"
+    there = planned[first][2] if first < len(planned) else "the end"
+    where = f": where it has {here}, the planned one had {there}" if here != there or len(planned) != len(given) else ""
+    versions = (
+        f" (planned with JAX {plan.jax_version}, this is {jax.__version__})"
+        if plan.jax_version != jax.__version__
+        else ""
+    )
+    return f"The plan {plan.name!r} is for another function, with the same arguments{where}{versions}. Plan anew for this one."

@@ -1,0 +1,59 @@
+"""What waits until it is needed, so that the compiled program holds no more at once than the plan says.
+
+What is made of arguments alone, such as a weight in another type, can be made at any time. The TPU compiler's scheduler fills
+the time that collectives take with it, layers ahead, as the chip's memory allows and not as the plan does. So it is made to
+wait for what it is multiplied with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from costmodels.program.program import Operation, Program
+from search.memory.views import views
+
+
+def waits(program: Program) -> dict[int, int]:
+    """Per operation that makes something of arguments for a product, the product's other operand, if that is made before."""
+    given, made = _of_arguments(program)
+    known = given | made
+    found: dict[int, int] = {}
+    for at, op in program.matmuls():
+        others = [use.value for use in op.inputs if use.value not in known]
+        for first in (each for use in op.inputs if use.value in made for each in _firsts(program, use.value, given)):
+            value = next((value for value in others if program.producers[value][0] < first), None)
+            if value is not None and _together(program, first, at, value):
+                found.setdefault(first, value)
+    return found
+
+
+def _of_arguments(program: Program) -> tuple[set[int], set[int]]:
+    """The values that are arguments, or views of them, and those that fused operations make of them alone."""
+    given: set[int] = set()
+    made: set[int] = set()
+    for i, op in enumerate(program.operations):
+        operands = [use.value for use in op.inputs]
+        if op.op_class == "source" or (i in views(program) and operands[0] in given):
+            given.update(use.value for use in op.outputs)
+        elif op.op_class == "fused" and operands and all(value in given or value in made for value in operands):
+            made.update(use.value for use in op.outputs)
+    return given, made
+
+
+def _firsts(program: Program, value: int, given: set[int]) -> Iterator[int]:
+    """The operations with which the making of a value begins, each once: what is used twice is not looked at twice."""
+    open_, seen = [value], {value}
+    while open_:
+        at = program.producers[open_.pop()][0]
+        operands = [use.value for use in program.operations[at].inputs]
+        if any(operand in given for operand in operands):
+            yield at
+        fresh = [operand for operand in operands if operand not in given and operand not in seen]
+        seen.update(fresh)
+        open_.extend(fresh)
+
+
+def _together(program: Program, first: int, product: int, value: int) -> bool:
+    """Whether all are in one region, where one can wait for another."""
+    operations: tuple[Operation, ...] = program.operations
+    return operations[first].region == operations[product].region == program.values[value].region

@@ -1,0 +1,275 @@
+"""A plan as text: what every array and every matmul does, what it costs, what else could have been, what is assumed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from math import isfinite
+
+from autoshard._util.tables import WIDTH, item, percent, size, table, time
+from autoshard.emitting.program import spec_of
+from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.plan import ArrayPlan, Baseline, OperationPlan, Plan, PlannedCollective
+from autoshard.planning.baselines import NOISE_PART
+from costmodels.machine.conventions import Pricing
+from costmodels.machine.topology import Axis
+from search.formulation.layouts import Layout
+
+_STOPPED = {"time limit": "the time limit", "interrupted": "an interruption"}
+_MENTIONED = 0.005
+"""The share of the step above which an operation that is no matmul is listed."""
+_EQUAL = 1e-4
+"""The relative difference within which a plain layout is this plan."""
+
+
+def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
+    """The whole plan as plain text tables.
+
+    Layers of an unrolled model that are planned alike are one row, with a star for what numbers them.
+
+    **Arguments:**
+
+    - `symbolic`: adds every cost as a formula in named dimensions, axis sizes and rates, and crossovers between layouts.
+      A plan whose file does not hold the program has each matmul's FLOPs in the letters of its einsum only.
+    - `width`: columns to fill at most; paths and places are cut short to fit.
+    """
+    named = symbolic and plan.program is not None
+    sections = (
+        _header(plan),
+        _matmuls(plan, symbolic and not named, width),
+        _baselines(plan),
+        _others(plan, width),
+        _collectives(plan, width),
+        _arrays("Arguments", (*plan.arguments, *plan.constants), width),
+        _arrays("Results", plan.results, width),
+        _constants(plan, width),
+        _warnings(plan, width),
+        *(_formulas(plan, width) if named else ()),
+    )
+    return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
+
+
+def _formulas(plan: Plan, width: int) -> Iterator[Iterator[str]]:
+    from autoshard.explaining.formula_sections import sections
+
+    return sections(plan, width)
+
+
+# --- What the plan is
+
+
+def _header(plan: Plan) -> Iterator[str]:
+    estimate, proof, topology = plan.estimate, plan.proof, plan.topology
+    local = estimate.seconds - estimate.collective_seconds
+    room = estimate.budget_bytes
+    yield f"{plan.name} on {topology.name}"
+    yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
+    yield f"  collectives  {_pricing(topology.pricing)}"
+    if plan.program is not None:
+        yield f"  parallelism  {plan.parallelism()}"
+    wire = time(estimate.collective_seconds)
+    yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
+    yield (
+        f"               (the operations alone: {time(estimate.memory_seconds)} at HBM's rate,"
+        f" {time(estimate.compute_seconds)} at the compute units')"
+    )
+    yield (
+        f"  peak memory  {size(estimate.peak_bytes)} of {size(room)} per chip ({percent(estimate.peak_bytes / room)}),"
+        f" at {estimate.peak_where}"
+    )
+    if proof.status == "OPTIMAL":
+        yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
+    else:
+        bound = f"no plan is faster than {time(proof.bound_seconds)}"
+        yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
+    tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
+    stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
+    yield f"               {tried}, {proof.wall_seconds:.1f} s{stopped}"
+    if proof.memory_seconds_per_byte:
+        saved = time(proof.memory_seconds_per_byte * 2**30)
+        yield f"  memory       is full: by the bound, each GiB more on a chip would save about {saved}"
+
+
+def _pricing(pricing: Pricing) -> str:
+    """By which conventions collectives are priced."""
+    links = {"per-axis": "the links of their axes", "total": "all links of a chip"}[pricing.bandwidth]
+    looped = "looped with the products that they feed or that feed them, where the plan says so"
+    hidden = looped if pricing.looped else f"{percent(pricing.hidden_part)} hidden behind computation"
+    return f"{pricing.bandwidth} bandwidth ({links}); {hidden}"
+
+
+def _axis(axis: Axis) -> str:
+    """Such as `x: ring of 4, 2 × 45 GB/s`: links are counted per direction."""
+    rate = f"{axis.bytes_per_second / 1e9:g} GB/s"
+    if axis.size == 1:
+        return f"{axis.name}: 1"
+    if axis.kind == "switch":
+        return f"{axis.name}: {axis.size} on a switch, {rate} out of each"
+    return f"{axis.name}: ring of {axis.size}, 2 × {rate}" if axis.ring else f"{axis.name}: line of {axis.size}, {rate}"
+
+
+# --- Operations
+
+
+def _matmuls(plan: Plan, symbolic: bool, width: int) -> Iterator[str]:
+    found = operations_alike(op for op in plan.operations if op.matmul)
+    if not found:
+        return
+    rows = [_operation_row(op) for op in found]
+    lines = table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2)
+    yield "Matmuls"
+    yield from _indented(lines[:2])
+    for op, line in zip(found, lines[2:], strict=True):
+        yield f"  {line}"
+        if symbolic:
+            yield f"      FLOPs per chip and run: {_formula(op)}"
+        if op.runner_up:
+            yield f"      next: {op.runner_up}"
+
+
+_OPERATION_HEADERS = ("operation", "einsum", "strategy", "runs", "time", "bound by", "collectives")
+_OPERATION_ALIGNMENT = "/<~>><>"
+
+
+def _operation_row(op: OperationPlan) -> tuple[str, ...]:
+    wire = time(op.collective_seconds) if op.collective_seconds else "-"
+    return (short_name(op), op.einsum, op.strategy, f"{op.count:g}", time(op.seconds), op.regime, wire)
+
+
+def short_name(op: OperationPlan) -> str:
+    """What a matmul multiplies by, or else where it stands in the user's code."""
+    if not op.matmul:
+        return op.name
+    name = op.name.removeprefix(f"{op.primitive} ")
+    return name.removesuffix(f"({op.source})").strip() or op.source
+
+
+def _formula(op: OperationPlan) -> str:
+    """`2 · a · b/xy · c`: every factor, and the mesh axes that it is divided over."""
+    letters = sorted(set(re.findall("[a-zA-Z]", op.einsum)))
+    cut = [f"{letter}/{''.join(split)}" if split else letter for letter, split in zip(letters, op.splits, strict=True)]
+    sizes = ", ".join(f"{letter} = {count}" for letter, count in zip(letters, op.sizes, strict=True))
+    return f"2 · {' · '.join(cut)} = {op.flops / op.count:.4g} where {sizes}"
+
+
+def _others(plan: Plan, width: int) -> Iterator[str]:
+    fused = (op for op in plan.operations if not op.matmul)
+    spent = operations_alike(op for op in fused if op.seconds + op.collective_seconds > 0)
+    if not spent:
+        return
+    listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
+    rest = [op for op in spent if op not in listed]
+    yield "Other operations"
+    if listed:
+        rows = [_operation_row(op) for op in listed]
+        yield from _indented(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
+    if rest:
+        seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
+        each = f"each below {percent(_MENTIONED)} of the step"
+        yield f"  {len(rest)} more, {each}: {time(seconds)}, collectives {time(wire)}"
+
+
+# --- Plain layouts
+
+
+def _baselines(plan: Plan) -> Iterator[str]:
+    if not plan.baselines:
+        return
+    yield "Plain layouts, each as good as its kind can be"
+    rows = [(each.name, *margin(plan, each)) for each in plan.baselines]
+    yield from _indented(table(("layout", "step", "against this plan"), rows, "<><"))
+    best = min(plan.baselines, key=lambda each: each.seconds)
+    if best.seconds <= plan.estimate.seconds * (1 + NOISE_PART):
+        yield f"  The model does not tell margins below {percent(NOISE_PART)} apart: {best.name} will do."
+
+
+def margin(plan: Plan, found: Baseline) -> tuple[str, str]:
+    """What a plain layout takes, and how that compares with the plan: `1.59 ms`, `12.0 % slower`."""
+    if not isfinite(found.seconds):
+        return "-", found.why
+    ours = plan.estimate.seconds
+    if found.seconds <= ours * (1 + _EQUAL):
+        return time(found.seconds), "is this plan's time"
+    text = (
+        f"{found.seconds / ours:.2f} times"
+        if found.seconds >= 2 * ours
+        else f"{percent(found.seconds / ours - 1)} slower"
+    )
+    open_ = found.bound_seconds < found.seconds * (1 - _EQUAL)
+    return time(
+        found.seconds
+    ), f"{text}{f' at most ({percent(found.bound_seconds / ours - 1)} at least)' if open_ else ''}"
+
+
+# --- Collectives
+
+
+def _collectives(plan: Plan, width: int) -> Iterator[str]:
+    yield "Collectives"
+    found = plan.estimate.collectives
+    if not found:
+        yield "  none: no array changes its layout"
+        return
+    rows = [
+        (each.kind, _mesh_order(each.axes, plan), size(each.bytes), f"{each.count:g}", time(each.seconds), each.where)
+        for each in collectives_alike(found)
+    ]
+    headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
+    yield from _indented(table(headers, rows, "<<>>>~", width - 2))
+    yield "  in all: " + "; ".join(_totals(found))
+
+
+def _totals(found: Sequence[PlannedCollective]) -> Iterator[str]:
+    kinds = sorted({each.kind for each in found}, key=lambda kind: -sum(c.seconds for c in found if c.kind == kind))
+    for kind in kinds:
+        alike = [each for each in found if each.kind == kind]
+        runs, seconds = sum(each.count for each in alike), sum(each.seconds for each in alike)
+        payload = sum(each.bytes * each.count for each in alike)
+        yield f"{runs} {kind}{'s' if runs > 1 else ''}, {size(payload)}, {time(seconds)}"
+
+
+def _mesh_order(axes: Sequence[str], plan: Plan) -> str:
+    return "".join(axis.name for axis in plan.topology.axes if axis.name in axes)
+
+
+# --- Arrays
+
+
+def spec_text(layout: Layout) -> str:
+    """A layout as it is written in Python: `P(None, ('y', 'z'))`."""
+    return f"P({', '.join(map(repr, spec_of(layout)))})"
+
+
+def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
+    if not arrays:
+        return
+    rows = [
+        (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
+        for array, count in arrays_alike(arrays)
+    ]
+    total = sum(array.bytes_per_chip for array in arrays)
+    headers = ("path", "array", "PartitionSpec", "per chip")
+    yield f"{title} ({size(total)} per chip)"
+    yield from _indented(table(headers, rows, "/~<>", width - 2))
+
+
+# --- What stands behind the numbers
+
+
+def _constants(plan: Plan, width: int) -> Iterator[str]:
+    unused = plan.topology.unused_constants
+    constants = [(name, c) for name, c in plan.topology.chip.constants.items() if name not in unused]
+    rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
+    if rows:
+        yield f"Constants of {plan.topology.chip.name} that no source vouches for"
+        yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
+
+
+def _warnings(plan: Plan, width: int) -> Iterator[str]:
+    if plan.warnings:
+        yield "Warnings"
+        yield from (line for warning in plan.warnings for line in item(warning, width))
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    return (f"  {line}" for line in lines)

@@ -1,0 +1,192 @@
+"""A plan's formulas as text: per operation, per kind of operation, per loop, for the whole step, and crossovers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from textwrap import wrap
+
+from autoshard._util.tables import WIDTH, percent, size, time
+from autoshard.explaining.crossovers import Block, blocks, crossovers, first_of, volumes, written
+from autoshard.explaining.formulas import Cost, Formulas, formulas_of
+from autoshard.explaining.model_shares import breakdown
+from autoshard.naming.strategy_names import is_product, weight_operand
+from autoshard.plan import OperationPlan, Plan
+from costmodels.program.program import Operation
+from costmodels.symbols import Expr, largest_terms, resolved, text
+
+_LEFT_OUT = 0.001
+"""The part of a sum that its smallest terms may make up to be left out."""
+_MENTIONED = 0.005
+"""The share of the step above which an operation is listed."""
+
+
+def formulas(plan: Plan) -> Formulas:
+    """The plan's closed forms: `formulas(plan).total.seconds` at its own numbers is `plan.estimate.seconds`.
+
+    **Raises:** `ValueError` for a plan from a file that does not hold the program.
+    """
+    if plan.program is None or plan.dimensions is None:
+        raise ValueError(
+            "this plan's file is of an older autoshard and does not hold the program; plan anew for formulas"
+        )
+    return formulas_of(plan.program, plan.dimensions, plan.topology, plan.choice)
+
+
+def sections(plan: Plan, width: int = WIDTH) -> Iterator[Iterator[str]]:
+    """The sections that `plan.explain(symbolic=True)` adds."""
+    found = formulas(plan)
+    yield _symbols(plan, found, width)
+    yield _operations(plan, found, width)
+    yield _kinds(plan, found, width)
+    yield _regions(found, width)
+    yield _whole(found, width)
+    yield _shares(found, width)
+    yield from (_crossovers(plan, block, width) for block in blocks(found.program, found.dimensions))
+
+
+def _symbols(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
+    yield "Symbols (formulas are of one chip)"
+    used = {str(symbol) for cost in found.total for symbol in cost.free_symbols}
+    dims = {name: f"{number:,}" for name, number in found.dimensions.sizes.items() if name in used}
+    axes = {axis.name.upper(): f"{axis.size}" for axis in plan.topology.axes}
+    rates = {name: f"{found.numbers[name]:g}" for name in found.numbers if name in used - {*dims, *axes}}
+    for title, table in (("dimensions", dims), ("mesh axes", axes), ("rates, in SI units", rates)):
+        if table:
+            yield from _wrapped(title, ", ".join(f"{name} = {number}" for name, number in table.items()), width)
+    yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm, a matmul, in whole tiles, o_op more;"
+    yield "  the longer here is shown, and roundings that do nothing here are left out"
+    if found.numbers["m_chip"]:
+        yield "  an array of at most m_chip bytes stays on the chip between two operations (what a loop carries shares that),"
+        yield "  and is left out of HBM bytes here"
+    yield f"  largest terms come first; small ones that make up less than {percent(_LEFT_OUT)} are counted, not shown"
+    for left, right in found.dimensions.relations:
+        yield f"  {left.replace('*', '·')} = {right.replace('*', '·')} in this program"
+
+
+def _operations(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
+    yield "Operations, one run"
+    rows = [(i, op) for i, op in enumerate(plan.operations) if _matters(plan, op)]
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for i, op in rows:
+        body = tuple(_quantities(_one_run(found, i), found, width))
+        lines.setdefault(body, []).append(_title(op, found, i))
+    for body, titles in lines.items():
+        yield f"  {titles[0]}" + (f", and {len(titles) - 1} alike" if len(titles) > 1 else "")
+        yield from body
+
+
+def _matters(plan: Plan, op: OperationPlan) -> bool:
+    return op.matmul or op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds
+
+
+def _title(op: OperationPlan, found: Formulas, i: int) -> str:
+    runs = found.runs(found.program.operations[i].region)
+    return f"{op.name}: {op.strategy}" + (f", {text(runs)} runs" if runs != 1 else "")
+
+
+def _one_run(found: Formulas, i: int) -> Cost:
+    """One run of an operation, and what moves for it as often: what moves for it elsewhere is another region's."""
+    region = found.program.operations[i].region
+    made = {use.value for use in found.program.operations[i].outputs}
+    mine = [
+        s for s in found.steps if s.region == region and (s.operation == i or (s.operation < 0 and s.value in made))
+    ]
+    cost = found.operations[i]
+    for step in mine:
+        cost = Cost(*(a + b for a, b in zip(cost, step.cost, strict=True)))
+    return cost
+
+
+def _quantities(cost: Cost, found: Formulas, width: int) -> Iterator[str]:
+    """One line each of FLOPs, bytes and seconds, where there are any."""
+    rows = (
+        ("FLOPs", cost.flops, lambda n: f"{n:.4g}"),
+        ("HBM bytes", cost.hbm_bytes, size),
+        ("sent bytes", cost.wire_bytes, size),
+        ("seconds", cost.seconds, time),
+    )
+    for name, expression, shown in rows:
+        if expression != 0:
+            sum_ = _sum(resolved(expression, found.numbers), found)
+            yield from _wrapped(f"    {name:10s}", f"{sum_} = {shown(found.at(expression))}", width)
+
+
+def _sum(expression: Expr, found: Formulas) -> str:
+    terms, rest = largest_terms(expression, found.numbers, _LEFT_OUT)
+    shown = " + ".join(text(term) for term in terms)
+    if not rest:
+        return shown
+    return f"{shown} + {len(rest)} smaller term{'s' if len(rest) > 1 else ''}"
+
+
+def _kinds(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
+    yield "Kinds of operations, one step"
+    whole = plan.estimate.seconds
+    for kind, cost in found.by_kind(lambda i, op: kind_of(found, i, op)).items():
+        part = found.at(cost.seconds) / whole if whole else 0.0
+        yield f"  {kind}: {percent(part)} of the step"
+        yield from _quantities(cost, found, width)
+
+
+def kind_of(found: Formulas, i: int, op: Operation) -> str:
+    """What an operation is, in a few words."""
+    if op.op_class == "matmul":
+        by_weight = is_product(op) and weight_operand(found.program, i) is not None
+        return "matmuls by weights" if by_weight else "matmuls of activations"
+    names = {
+        "fused": "elementwise and reductions",
+        "memory": "gathers, scatters, updates",
+        "boundary": "stacked results",
+    }
+    return names.get(op.op_class, op.op_class)
+
+
+def _regions(found: Formulas, width: int) -> Iterator[str]:
+    loops = [pair for pair in found.by_region().items() if found.program.regions[pair[0]].kind == "loop"]
+    if loops:
+        yield "Loops, one round"
+        for region, cost in loops:
+            yield f"  {found.program.regions[region].name}: {text(found.runs(region))} rounds"
+            yield from _quantities(cost, found, width)
+
+
+def _whole(found: Formulas, width: int) -> Iterator[str]:
+    yield "Whole step"
+    yield from _quantities(found.total, found, width)
+
+
+def _shares(found: Formulas, width: int) -> Iterator[str]:
+    """Parameters, FLOPs and activation bytes by kind, with the part of all that each is."""
+    rows = breakdown(found.program, found.dimensions)
+    yield "Shares of the whole program, one step on all chips together"
+    for row in rows:
+        yield f"  {row.kind}"
+        columns = (("parameters", row.parameters), ("FLOPs", row.flops), ("made bytes", row.activation_bytes))
+        for at, (name, expression) in enumerate(columns, start=1):
+            if expression != 0:
+                part = found.at(expression) / sum(found.at(each[at]) for each in rows)
+                line = f"{_sum(expression, found)} = {found.at(expression):.4g}, {percent(part)}"
+                yield from _wrapped(f"    {name:10s}", line, width)
+
+
+def _crossovers(plan: Plan, block: Block, width: int) -> Iterator[str]:
+    """What the named layouts of a block send, and where one beats the next."""
+    yield f"Weights still or gathered: {' · '.join(block.weights)}"
+    yield "  bytes that a chip sends for one block, all links of a chip together and (N-1)/N taken as 1 (Pope et al. 2022)"
+    yield from (f"    {name:8s} {text(each)}" for name, each in volumes(block, plan.topology).items())
+    found = crossovers(block, plan.topology)
+    yield f"  {found[0].below if found else first_of(block, plan.topology)} sends least for few tokens"
+    yield from (f"  {written(each, block)}" for each in found)
+
+
+def _wrapped(title: str, line: str, width: int) -> Iterator[str]:
+    """A line after its title, its continuations indented."""
+    first = f"  {title}  "
+    yield from wrap(
+        line,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )

@@ -1,0 +1,114 @@
+"""What share of a model is what: parameters, FLOPs and activation bytes by kind of operation, in closed form.
+
+The breakdown of Ouyang 2023 ("Understanding the Performance of Transformer Inference", MIT), for any traced function. All is
+of the whole program on however many chips, and of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from autoshard.explaining.formulas import array_bytes
+from autoshard.naming.strategy_names import attention_part, is_product, weight_operand
+from costmodels.dimensions import Dimensions
+from costmodels.machine.lazy_sympy import sympy
+from costmodels.operations import flops, shards_symbol, size_symbol
+from costmodels.program.program import Operation, Program, Use
+from costmodels.symbols import Expr, replaced
+
+_LOOKUPS = ("gather",)
+
+
+class Share(NamedTuple):
+    """One kind of operation: the parameters it holds, its FLOPs, the bytes of the arrays that it makes."""
+
+    kind: str
+    parameters: Expr
+    flops: Expr
+    activation_bytes: Expr
+
+
+def breakdown(program: Program, dimensions: Dimensions) -> tuple[Share, ...]:
+    """The shares of every kind of operation, in program order.
+
+    A product by a weight is a kind of its own, by the weight's path; products of activations are attention's scores and
+    values; the rest is elementwise work (reductions too), and lookups and updates. Parameters are the floating-point
+    arguments that are weights of products, tables that are looked up in, or read by elementwise work; each counts once, with
+    the first product that takes it, or else where it is first read. Arrays that are mere views, and what crosses a loop's
+    edge, are no activations.
+    """
+    held = _holders(program)
+    groups: dict[str, list[Share]] = {}
+    for i in range(len(program.operations)):
+        kind = kind_of(program, i)
+        if kind:
+            groups.setdefault(kind, []).append(_share(program, dimensions, i, kind, held.get(i, [])))
+    return tuple(
+        Share(kind, *(sympy.Add(*column) for column in list(zip(*shares, strict=True))[1:]))
+        for kind, shares in groups.items()
+    )
+
+
+def kind_of(program: Program, i: int) -> str:
+    """The kind of an operation; "" for what computes and moves nothing."""
+    op = program.operations[i]
+    if op.op_class == "matmul":
+        weight = weight_operand(program, i) if is_product(op) else None
+        return attention_part(program, i) if weight is None and is_product(op) else _name(program, op, weight)
+    if op.op_class == "fused" and op.flops_per_point:
+        return "elementwise"
+    return "lookups and updates" if op.op_class == "memory" else ""
+
+
+def _name(program: Program, op: Operation, weight: int | None) -> str:
+    value = program.values[op.inputs[weight].value] if weight is not None else None
+    return value.origin or value.name if value is not None else op.primitive
+
+
+def _share(program: Program, dimensions: Dimensions, i: int, kind: str, held: list[int]) -> Share:
+    op, runs = program.operations[i], dimensions.runs(program, program.operations[i].region)
+    table = {size_symbol(f): dimensions.factor(i, f) for f in range(len(op.factors))}
+    table |= {shards_symbol(f): sympy.Integer(1) for f in range(len(op.factors))}
+    made = [array_bytes(program, dimensions, use.value) for use in op.outputs if not _in_place(program, op, use)]
+    parameters = sympy.Add(*(dimensions.elements(value) for value in held))
+    return Share(kind, parameters, runs * replaced(flops(op), table), runs * sympy.Add(*made))
+
+
+def _in_place(program: Program, op: Operation, use: Use) -> bool:
+    """Whether a result takes the place of an operand, as an update of a cache does."""
+    shape = program.values[use.value].shape
+    return op.op_class == "memory" and any(
+        program.values[each.value].shape == shape and each.dims == use.dims for each in op.inputs
+    )
+
+
+def _holders(program: Program) -> dict[int, list[int]]:
+    """Operation to the arguments that are its parameters."""
+    sources = {program.values[value].origin: value for value in _sources(program)}
+    found: dict[str, int] = {}
+    products = [i for i, op in program.matmuls() if is_product(op) and weight_operand(program, i) is not None]
+    for i in products:
+        found.setdefault(_name(program, program.operations[i], weight_operand(program, i)), i)
+    for i, op in enumerate(program.operations):
+        elementwise = op.op_class == "fused" and op.flops_per_point
+        if elementwise or op.primitive in _LOOKUPS:
+            read = op.inputs if elementwise else op.inputs[:1]
+            for use in read:
+                found.setdefault(program.values[use.value].origin, i)
+    held: dict[int, list[int]] = {}
+    for origin, i in found.items():
+        if origin in sources:
+            held.setdefault(i, []).append(sources[origin])
+    return held
+
+
+def _sources(program: Program) -> Iterator[int]:
+    """Arguments and closed-over arrays of floating-point numbers, or of 8 bits and fewer that stand for them."""
+    for at in (*program.arguments, *program.constants):
+        value = program.operations[at].outputs[0].value
+        array = program.values[value]
+        if array.dtype.startswith(("float", "bfloat")) or (
+            array.shape and array.itemsize <= 1 and array.dtype != "bool"
+        ):
+            yield value

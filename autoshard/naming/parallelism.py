@@ -1,0 +1,270 @@
+"""A whole plan by the names that the literature gives to ways of working in parallel, read off its layouts alone.
+
+What a mesh axis is to most of the work of the matmuls by a weight:
+
+| name | the axis splits | source |
+|---|---|---|
+| data parallel | the tokens, by their batch | |
+| ... with sharded optimizer state (ZeRO-1) | the optimizer's state as well | Rajbhandari et al. 2020, §5.1 |
+| ... and gradients (ZeRO-2) | gradients as well: they are reduce-scattered, not all-reduced | §5.2 |
+| fully sharded data parallel (ZeRO-3) | the weights as well; each is gathered where it is used, and let go | §5.3 |
+| sequence parallel | the tokens, by their positions | Li et al. 2023, arXiv 2105.13120 |
+| tensor parallel | the weights where they are used | Shoeybi et al. 2019, arXiv 1909.08053 |
+| ... with sharded activations | the activations between these matmuls as well | Korthikanti et al. 2022, arXiv 2205.05198 |
+| expert parallel | the experts of a mixture | Lepikhin et al. 2020, arXiv 2006.16668 |
+| repeated | nothing: its chips repeat each other's work | |
+
+Weights that are stored in pieces, but gathered once for the whole step, are whole to it: that is ZeRO-2 at most.
+Names of models and parameters play no part. Whether tokens are split by batch or by positions is what attention makes of the
+axis, and where attention has no opinion, the first dimension of tokens is their batch. A product of two activations that
+leaves only dimensions of weights is a weight's gradient; a program with one is a training step, and arguments of a weight's
+shape that no matmul multiplies by are its optimizer's state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from autoshard.naming.strategy_names import is_product, product_roles
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Operation, Program
+from search.answer.assignment import Choice, kept, moves, needed, produced
+from search.formulation.layouts import Layout
+
+MINOR_PART = 0.1
+"""The part of the matmuls' work from which on a second use of an axis is named."""
+MOST_PART = 0.5
+"""The part of the bytes above which arrays of a kind are said to be split."""
+_TOKENS = ("data", "sequence")
+
+
+@dataclass(frozen=True)
+class AxisUse:
+    """What mesh axes are used for: a name of this module's table, and the part of the matmuls' work that it is true of.
+
+    `others` are further uses that take a part worth naming.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    ways: int
+    share: float
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        also = f" (also {', '.join(self.others)})" if self.others else ""
+        return f"{self.name} over {''.join(self.axes)}, {self.ways} ways{also}"
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """The kinds of parallelism of a plan, one entry per kind; `str` joins them. `training` says that weights have gradients."""
+
+    uses: tuple[AxisUse, ...]
+    training: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kinds without their axes."""
+        return tuple(use.name for use in self.uses)
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.uses)) or "none: nothing is split"
+
+
+def parallelism(program: Program, topology: Topology, choice: Choice) -> Parallelism:
+    """The kinds of parallelism of a searched program."""
+    plan = _Layouts(program, topology, choice)
+    named = [(axis.name, axis.size, *plan.use_of(axis.name)) for axis in topology.axes if axis.size > 1]
+    found = []
+    for name in dict.fromkeys(name for _, _, name, _, _ in named):
+        alike = [row for row in named if row[2] == name]
+        others = tuple(dict.fromkeys(text for row in alike for text in row[4]))
+        ways = prod(size for _, size, *_ in alike)
+        found.append(AxisUse(name, tuple(row[0] for row in alike), ways, min(row[3] for row in alike), others))
+    return Parallelism(tuple(found), bool(plan.gradients))
+
+
+class _Layouts:
+    """The matmuls of a plan with what their factors are, and where weights and optimizer state lie."""
+
+    def __init__(self, program: Program, topology: Topology, choice: Choice) -> None:
+        self.program, self.topology, self.choice = program, topology, choice
+        self.by_weight: dict[int, tuple[int, list[str]]] = {}
+        self.attention: dict[int, list[str]] = {}
+        self.gradients: list[int] = []
+        for i, (kind, weight, roles) in self._products():
+            if kind == "weight":
+                self.by_weight[i] = weight, roles
+            elif kind == "gradient":
+                self.gradients.append(i)
+            else:
+                self.attention[i] = roles
+
+    def _products(self) -> Iterator[tuple[int, tuple[str, int, list[str]]]]:
+        """Every product with its roles."""
+        for i, op in self.program.matmuls():
+            if is_product(op) or op.primitive == "ragged_dot_general":
+                yield i, product_roles(self.program, i)
+
+    def _origin(self, value: int) -> str:
+        return self.program.values[value].origin
+
+    def _work(self, i: int) -> float:
+        op = self.program.operations[i]
+        points = prod(factor.size for factor in op.factors)
+        return op.flops_per_point * points * self.program.multiplicity(op.region)
+
+    # --- one axis
+
+    def use_of(self, axis: str) -> tuple[str, float, list[str]]:
+        """The name of what an axis is used for, the part of the work that is so, and other uses with their parts."""
+        work: defaultdict[str, float] = defaultdict(float)
+        for i, (_, roles) in self.by_weight.items():
+            work[self._role(i, roles, axis)] += self._work(i)
+        total = sum(work.values())
+        if not total:
+            return "repeated", 1.0, []
+        tokens = self._tokens_of(axis)
+        merged: defaultdict[str, float] = defaultdict(float)
+        for role, part in work.items():
+            merged[(tokens or role) if role in _TOKENS else role] += part
+        (best, part), *rest = sorted(merged.items(), key=lambda each: -each[1])
+        others = [f"{_PLAIN[role]} in {100 * more / total:.0f} %" for role, more in rest if more >= MINOR_PART * total]
+        return self._name(best, axis), part / total, others
+
+    def _role(self, i: int, roles: Sequence[str], axis: str) -> str:
+        pairs = zip(roles, self.choice.strategies[i].splits, strict=True)
+        return _KINDS[next((role for role, axes in pairs if axis in axes), "")]
+
+    def _tokens_of(self, axis: str) -> str:
+        """Whether an axis that splits tokens splits their batch or their positions, by what attention makes of it."""
+        found: defaultdict[str, float] = defaultdict(float)
+        for i, roles in self.attention.items():
+            for role, axes in zip(roles, self.choice.strategies[i].splits, strict=True):
+                if axis in axes and role in _OF_ATTENTION:
+                    found[_OF_ATTENTION[role]] += self._work(i)
+        return max(found, key=lambda kind: found[kind], default="")
+
+    def _name(self, role: str, axis: str) -> str:
+        if role == "tensor":
+            return f"tensor parallel{' with sharded activations' if self._scattered(axis) else ''}"
+        if role not in _TOKENS:
+            return _PLAIN[role]
+        gathered = self._stored(self._weights, axis)
+        if gathered and self._gathered_late(axis):
+            return f"fully sharded {_PLAIN[role]}" + (" (ZeRO-3)" if self.gradients else ": weights gathered")
+        if gathered and not self.gradients:
+            return f"{_PLAIN[role]}: weights gathered once"
+        if not self._stored(self._state, axis):
+            return _PLAIN[role]
+        if self._gradients_scattered(axis):
+            return f"{_PLAIN[role]} with sharded optimizer state and gradients (ZeRO-2)"
+        return f"{_PLAIN[role]} with sharded optimizer state (ZeRO-1)"
+
+    # --- where arrays lie
+
+    @cached_property
+    def _sources(self) -> dict[str, int]:
+        """Argument path to the argument's value."""
+        at = (self.program.operations[i].outputs[0].value for i in (*self.program.arguments, *self.program.constants))
+        return {self._origin(value): value for value in at if self._origin(value)}
+
+    @cached_property
+    def _weights(self) -> tuple[int, ...]:
+        used = {self._origin(self._operand(i, weight)) for i, (weight, _) in self.by_weight.items()}
+        return tuple(self._sources[origin] for origin in sorted(used & self._sources.keys()))
+
+    @cached_property
+    def _state(self) -> tuple[int, ...]:
+        """The arguments of a training step that have a weight's shape and type of number, and are none."""
+        if not self.gradients:
+            return ()
+        shapes = {self.program.values[value].shape for value in self._weights}
+        others = (value for value in self._sources.values() if value not in self._weights)
+        return tuple(value for value in others if self.program.values[value].shape in shapes)
+
+    def _operand(self, i: int, k: int) -> int:
+        return self.program.operations[i].inputs[k].value
+
+    def _stored(self, values: Sequence[int], axis: str) -> bool:
+        """Whether most bytes of these arguments are split over the axis."""
+        total = sum(self.program.values[value].bytes for value in values)
+        split = (v for v in values if axis in produced(self.program, self.choice, v).axes)
+        return sum(self.program.values[value].bytes for value in split) > MOST_PART * total > 0
+
+    def _gathered_late(self, axis: str) -> bool:
+        """Whether most weights are gathered where they are used, and not once for the whole step.
+
+        Late is for one use alone, or for the uses in one round of a loop.
+        """
+        late = total = 0.0
+        for i, (weight, _) in self.by_weight.items():
+            value = self._operand(i, weight)
+            if axis in needed(self.program, self.choice, i, weight).axes:
+                continue
+            total += self._work(i)
+            if axis in kept(self.program, self.choice, value).axes:
+                late += self._work(i)
+            elif axis in produced(self.program, self.choice, value).axes:
+                looped = self.program.multiplicity(self.program.values[value].region) > 1
+                late += self._work(i) if looped else 0.0
+        return late > MOST_PART * total > 0
+
+    def _gradients_scattered(self, axis: str) -> bool:
+        """Whether partial sums over the axis are mostly reduce-scattered: where tokens are split, these are gradients."""
+        scattered = whole = 0.0
+        for move in self._moves:
+            if axis in move.source.partial and axis not in move.target.partial:
+                sent = self.program.values[move.value].bytes * self.program.multiplicity(move.region)
+                scattered, whole = (scattered + sent, whole) if axis in move.target.axes else (scattered, whole + sent)
+        return scattered > whole
+
+    @cached_property
+    def _moves(self):
+        return tuple(moves(self.program, self.choice))
+
+    def _scattered(self, axis: str) -> bool:
+        """Whether the activations that matmuls split over the axis multiply by lie split by tokens over it before."""
+        gathered = total = 0.0
+        moved = {(move.operation, move.operand): move.source for move in self._moves}
+        for i, (weight, roles) in self.by_weight.items():
+            op = self.program.operations[i]
+            if self._role(i, roles, axis) != "tensor" or self._contracted(op, roles, i, axis):
+                continue
+            other = 1 - weight
+            source = moved.get((i, other), needed(self.program, self.choice, i, other))
+            total += self._work(i)
+            gathered += self._work(i) if self._split_by_tokens(op, roles, other, source, axis) else 0.0
+        return gathered > MOST_PART * total > 0
+
+    def _contracted(self, op: Operation, roles: Sequence[str], i: int, axis: str) -> bool:
+        pairs = zip(roles, self.choice.strategies[i].splits, strict=True)
+        return any(axis in axes and role == "contracted" for role, axes in pairs)
+
+    def _split_by_tokens(self, op: Operation, roles: Sequence[str], operand: int, layout: Layout, axis: str) -> bool:
+        dims = zip(op.inputs[operand].dims, layout.dims, strict=True)
+        return any(axis in axes and any(roles[f] in ("batch", "sequence") for f in dim) for dim, axes in dims)
+
+
+# What the roles of `autoshard.naming` are to a plan as a whole; an axis that splits nothing has the role "".
+_KINDS = {
+    "batch": "data",
+    "sequence": "sequence",
+    "contracted": "tensor",
+    "output": "tensor",
+    "experts": "experts",
+    "": "repeated",
+}
+_OF_ATTENTION = {"batch-sharded": "data", "query-sharded": "sequence", "sequence-sharded": "sequence"}
+_PLAIN = {
+    "data": "data parallel",
+    "sequence": "sequence parallel",
+    "tensor": "tensor parallel",
+    "experts": "expert parallel",
+    "repeated": "repeated",
+}

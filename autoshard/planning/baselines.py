@@ -1,0 +1,165 @@
+"""The plain layouts that people choose by hand, solved as pinned problems: what the search's plan gains over each.
+
+A baseline says how matmuls by a weight are split and how weights are stored; all else is the search's, so each is as good as
+its kind can be.
+
+| baseline | matmuls by a weight | weights are stored |
+|---|---|---|
+| data parallel | split by batch or sequence only | whole on every chip |
+| fully sharded | split by batch or sequence only | in as many pieces as divide |
+| Megatron 1D | split along the contracted or along the output dimension, never both; tokens whole | as they are used |
+| weight-stationary 2D | large ones split along both; tokens whole | as they are used |
+| weight-gathered | large ones split by batch or sequence, and along the weight if faster | in as many pieces as divide |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import inf
+
+from autoshard.naming.strategy_names import is_product, weight_operand, weight_roles
+from autoshard.plan import Baseline
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+from search.formulation.layouts import shards
+from search.formulation.strategies import Strategy, output_layout, strategy_space
+from search.presolve.ascent import Say
+from search.solve import Limits, NoPlan, Solution, search
+
+LARGE_PART = 1 / 64
+"""The part of all weights' bytes from which on a weight is large."""
+NOISE_PART = 0.03
+"""Margins below this part of a step are within what the cost model can tell apart."""
+MOST_SECONDS = 10.0
+"""How long a baseline is searched; what is found by then is a plan of its kind, not always the best."""
+
+Allow = Callable[[int, Strategy], bool]
+
+
+def baselines(program: Program, topology: Topology, limits: Limits, say: Say = lambda _: None) -> Iterator[Baseline]:
+    """Solves every baseline; each has as much time as the limits allow, but at most `MOST_SECONDS`."""
+    limits = replace(limits, wall_seconds=min(limits.wall_seconds, MOST_SECONDS))
+    for name in FAMILIES:
+        say(f"comparing with {name}")
+        try:
+            found = solved(name, program, topology, limits)
+            yield Baseline(name, found.check.seconds, found.proof.bound_seconds)
+        except NoPlan as error:
+            yield Baseline(
+                name, inf, inf, f"does not fit the memory{'' if error.proven else ', as far as was searched'}"
+            )
+
+
+def solved(name: str, program: Program, topology: Topology, limits: Limits, cutoff: float = inf) -> Solution:
+    """The best plan of one baseline, of those below `cutoff` seconds.
+
+    **Raises:** `NoPlan`.
+    """
+    weights = _Weights(program, topology)
+    rule, store = FAMILIES[name]
+    kept = {weights.source_of(i): store for i in weights.operand if weights.source_of(i) >= 0}
+
+    def allow(operation: int, strategy: Strategy) -> bool:
+        if operation in weights.operand:
+            return rule(weights, operation, strategy)
+        return operation not in kept or kept[operation](weights, operation, strategy)
+
+    return search(program, topology, limits, allow=allow, symmetric=True, cutoff=cutoff)
+
+
+class _Weights:
+    """The matmuls by a weight, with what their factors are to them."""
+
+    def __init__(self, program: Program, topology: Topology) -> None:
+        self.program, self.topology = program, topology
+        found = ((i, weight_operand(program, i)) for i, op in program.matmuls() if is_product(op))
+        self.operand = {i: weight for i, weight in found if weight is not None}
+        self.roles = {i: weight_roles(program.operations[i], weight) for i, weight in self.operand.items()}
+        self._sources = {program.values[op.outputs[0].value].origin: at for at, op in self._arguments()}
+        stored = {self.source_of(i) for i in self.operand} - {-1}
+        self._total = sum(self._bytes(at) for at in stored)
+        self._most: dict[int, int] = {}
+
+    def _arguments(self):
+        return ((at, self.program.operations[at]) for at in (*self.program.arguments, *self.program.constants))
+
+    def source_of(self, operation: int) -> int:
+        """The argument that a matmul's weight is a view of; -1 where it is none."""
+        use = self.program.operations[operation].inputs[self.operand[operation]]
+        return self._sources.get(self.program.values[use.value].origin, -1)
+
+    def _bytes(self, source: int) -> float:
+        return self.program.values[self.program.operations[source].outputs[0].value].bytes
+
+    def is_large(self, operation: int) -> bool:
+        """Whether the weight is a good part of all."""
+        source = self.source_of(operation)
+        return source >= 0 and self._bytes(source) >= LARGE_PART * self._total
+
+    def split(self, operation: int, strategy: Strategy) -> set[str]:
+        """Along what a matmul is split: "contracted", "output", "batch", "sequence"."""
+        pairs = zip(self.roles[operation], strategy.splits, strict=True)
+        return {role for role, axes in pairs if axes}
+
+    def possible(self, operation: int, wanted: set[str]) -> bool:
+        """Whether any strategy splits a matmul along all of these."""
+        space = strategy_space(self.program.operations[operation], tuple(self.topology.axis_sizes.items()))
+        return any(wanted <= self.split(operation, strategy) for strategy in space.strategies)
+
+    def most_pieces(self, source: int) -> int:
+        """Into how many pieces an argument can be cut."""
+        if source not in self._most:
+            space = strategy_space(self.program.operations[source], tuple(self.topology.axis_sizes.items()))
+            self._most[source] = max(self.pieces(source, strategy) for strategy in space.strategies)
+        return self._most[source]
+
+    def pieces(self, source: int, strategy: Strategy) -> int:
+        """Into how many pieces a strategy cuts an argument."""
+        layout = output_layout(self.program.operations[source].signature, strategy, 0)
+        return shards(layout, self.topology.axis_sizes)
+
+
+_WEIGHT = {"contracted", "output"}
+
+
+def _by_tokens(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+    return not weights.split(operation, strategy) & _WEIGHT
+
+
+def _one_way(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+    split = weights.split(operation, strategy)
+    return split < _WEIGHT
+
+
+def _both_ways(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+    split = weights.split(operation, strategy)
+    if not weights.is_large(operation) or not weights.possible(operation, _WEIGHT):
+        return split <= _WEIGHT
+    return split == _WEIGHT
+
+
+def _gathering(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+    return not weights.is_large(operation) or bool(weights.split(operation, strategy) - _WEIGHT)
+
+
+def _whole(weights: _Weights, source: int, strategy: Strategy) -> bool:
+    return weights.pieces(source, strategy) == 1
+
+
+def _finest(weights: _Weights, source: int, strategy: Strategy) -> bool:
+    return weights.pieces(source, strategy) == weights.most_pieces(source)
+
+
+def _anyhow(weights: _Weights, source: int, strategy: Strategy) -> bool:
+    return True
+
+
+Rule = Callable[[_Weights, int, Strategy], bool]
+FAMILIES: dict[str, tuple[Rule, Rule]] = {
+    "data parallel": (_by_tokens, _whole),
+    "fully sharded": (_by_tokens, _finest),
+    "Megatron 1D": (_one_way, _anyhow),
+    "weight-stationary 2D": (_both_ways, _anyhow),
+    "weight-gathered": (_gathering, _finest),
+}

@@ -1,0 +1,166 @@
+"""Why no layout fits: which arrays take the memory, what is missing, and on how many chips it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from autoshard._util.tables import size
+from autoshard.annotating.pins import Pin, unpinned
+from autoshard.errors import InfeasibleError
+from costmodels.machine.chips import Switch
+from costmodels.machine.topology import Topology, TopologyFormatError, as_its_chip_has_it, parse_topology
+from costmodels.program.program import Program
+from search.formulation.problem import FORBIDDEN, Problem, build
+from search.memory.constraints import Row, rows
+from search.presolve.dual import Dual
+from search.presolve.primal import decode, improve, overflow
+from search.solve import Limits, NoPlan, search
+
+_LISTED = 8
+"""How many arrays the message names."""
+_MOST_CHIPS = 4096
+"""The largest topology that is tried."""
+_FULL_SECONDS = 1e3
+"""What memory costs that is full at every point: more than any step's time, and less than what cannot be built."""
+_SWEEPS = 8
+"""How often the relaxation passes over the program."""
+
+
+def explained(error: NoPlan) -> InfeasibleError:
+    """The error that a user reads, for a search that found no plan."""
+    problem = error.problem
+    chip, limits = problem.topology.chip, rows(problem)
+    states = min((error.states, _leanest(problem, limits)), key=lambda states: _overflow(problem, limits, states))
+    fullest = max(limits, key=lambda row: row.bytes(problem, states))
+    held = fullest.bytes(problem, states)
+    parts = sorted(_held(problem, fullest, states), key=lambda part: -part[1])
+    listed = "".join(f"\n  {size(count):>12}  {name}" for name, count in parts[:_LISTED])
+    if len(parts) > _LISTED:
+        listed += f"\n  {size(sum(count for _, count in parts[_LISTED:])):>12}  {len(parts) - _LISTED} smaller ones"
+    kept_free = chip.usable_hbm_bytes - problem.budget_bytes
+    reserve = f", {size(kept_free)} of which are kept free" if kept_free else ""
+    program = problem.program
+    return InfeasibleError(
+        f"{program.name} does not fit {problem.topology.name}. The leanest layout needs {size(held)} on each chip; a"
+        f" {chip.name} holds {size(chip.usable_hbm_bytes)}{reserve}, so {size(held - problem.budget_bytes)} are missing."
+        f" At its fullest, in {program.operations[fullest.point].name}, a chip holds:{listed}\n"
+        f"{_advice(program, problem.topology, problem.budget_bytes)}"
+    )
+
+
+def conflict(program: Program, pinned: Sequence[Pin], topology: Topology, limits: Limits) -> str:
+    """Which pins no layout can hold together, as a sentence: a smallest set of them; empty if pins are not to blame."""
+
+    def possible(kept: Sequence[Pin]) -> bool:
+        try:
+            search(unpinned(program, kept), topology, limits)
+        except NoPlan:
+            return False
+        return True
+
+    if not pinned or not possible(()):
+        return ""
+    kept = list(pinned)
+    for each in pinned:
+        fewer = [other for other in kept if other is not each]
+        if not possible(fewer):
+            kept = fewer
+    words = list(dict.fromkeys(pin.words for pin in kept))
+    together = f"{words[0]} cannot hold" if len(words) == 1 else f"{' and '.join(words)} cannot hold together"
+    return f"{together} on {topology.name}: without {'it' if len(words) == 1 else 'one of them'} a plan fits."
+
+
+def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str, float]]:
+    """What lives at one point: names in the user's words, and bytes on one chip."""
+    for i, vector in row.nodes:
+        yield problem.nodes[i].name, float(vector[states[i]])
+    for k, table in row.edges:
+        edge = problem.edges[k]
+        held = float(table[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
+        if held:
+            yield f"{problem.program.values[edge.value].name}, once more in the layout of its use", held
+
+
+def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
+    """The first topology that would do, of those with one axis after the other doubled."""
+    tried = topology
+    given = [program.operations[at].outputs[0].value for at in (*program.arguments, *program.constants)]
+    whole = sum(program.values[value].bytes for value in given)
+    while (wider := doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
+        tried = wider
+        if whole / tried.size <= budget_bytes and fits(program, tried, budget_bytes):
+            return f"It would fit {tried.name}, {tried.size} chips."
+    return (
+        f"It would fit none of the topologies up to {tried.name}, {tried.size} chips: what must be whole on a chip is too"
+        " large."
+    )
+
+
+def fits(program: Program, topology: Topology, budget_bytes: float) -> bool:
+    """Whether a layout that fits is found by looking at memory alone; a quick look that may miss one."""
+    problem = build(program, topology, budget_bytes)
+    limits = rows(problem)
+    if any(_least(row) > problem.budget_bytes for row in limits):
+        return False
+    return _overflow(problem, limits, _leanest(problem, limits)) <= 0
+
+
+def _leanest(problem: Problem, limits: tuple[Row, ...]) -> np.ndarray:
+    """A choice of states for memory's sake, read off a relaxation that prices every byte at every point."""
+    dual = Dual(problem, limits)
+    dual.reprice(np.full(len(limits), _FULL_SECONDS / (problem.budget_bytes * max(len(limits), 1))))
+    for _ in range(_SWEEPS):
+        dual.sweep()
+    return improve(problem, limits, decode(dual), dual.multipliers)
+
+
+def _overflow(problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> float:
+    """Bytes over the budget; infinite for what cannot be built at all."""
+    if problem.objective(states) >= FORBIDDEN / 2:
+        return np.inf
+    return float(overflow(problem, limits, states).max(initial=-np.inf))
+
+
+def _least(row: Row) -> float:
+    """A lower bound on the bytes alive: every array by itself as small as it can be, nothing held twice."""
+    return sum(float(vector.min()) for _, vector in row.nodes)
+
+
+def doubled(topology: Topology) -> Topology | None:
+    """The topology with its smallest axis doubled; of equal ones the last. A full node of GPUs has its nodes doubled."""
+    sizes = list(topology.shape)
+    switch = topology.chip.interconnect
+    if isinstance(switch, Switch):
+        at = len(sizes) - 1
+        if sizes[at] * 2 > switch.chips_per_node:
+            sizes, at = ([1, *sizes] if len(sizes) == 1 else sizes), 0
+    else:
+        at = max(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    sizes[at] *= 2
+    name = _written(topology, sizes)
+    try:
+        wider = parse_topology(name)
+    except (TopologyFormatError, ValueError):
+        wider = replace(
+            topology, axes=tuple(replace(axis, size=size) for axis, size in zip(topology.axes, sizes, strict=True))
+        )
+    return _with_own_rates(wider, topology)
+
+
+def _written(topology: Topology, sizes: list[int]) -> str:
+    """The topology of the same chips with axes of these sizes: `2xv4:4x4x8`."""
+    slices, within = ("", sizes) if topology.slices == 1 else (f"{sizes[0]}x", sizes[1:])
+    return f"{slices}{topology.chip.name}:{'x'.join(map(str, within))}"
+
+
+def _with_own_rates(wider: Topology, topology: Topology) -> Topology:
+    """The wider topology of the same chips, constants and all, with what was set for single axes."""
+    wider = as_its_chip_has_it(replace(topology, name=wider.name, axes=wider.axes))
+    if len(wider.axes) != len(topology.axes):
+        return wider
+    plain = as_its_chip_has_it(topology).axes
+    axes = zip(wider.axes, topology.axes, plain, strict=True)
+    return replace(wider, axes=tuple(new if own == was else replace(own, size=new.size) for new, own, was in axes))

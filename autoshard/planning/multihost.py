@@ -1,0 +1,85 @@
+"""One plan for all processes of `jax.distributed`.
+
+Processes that run one program must run it by one plan. Each could find its own: searches are deterministic, but one that ran
+out of time, or a cache that one host has and another has not, would lay arrays out differently here and there. So the first
+process plans, and the others take what it found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from autoshard import errors
+from autoshard.plan import Plan
+from autoshard.planning.plan_file import dumps, loads
+
+
+def agreed(name: str, key: str, make: Callable[[], Plan]) -> Plan:
+    """The plan that the first process makes, in all of them; by itself if there is one process only.
+
+    **Arguments:**
+
+    - `name`: what is planned, for messages.
+    - `key`: what the plan depends on, as a hash: equal in all processes, or they do not run the same program.
+
+    **Raises:** in all processes what `make` raised in the first; `PlanMismatchError` where the key differs.
+    """
+    if jax.process_count() == 1:
+        return make()
+    _refuse_others(name, key)
+    plan, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            plan = make()
+        except Exception as error:  # the others must not wait for a plan that will not come
+            failure = error
+    sent = _from_first(_message(plan, failure))
+    if failure is not None:
+        raise failure
+    if sent["error"] is not None:
+        kind, text = sent["error"]
+        raise getattr(errors, kind, errors.AutoshardError)(text)
+    return plan or loads(sent["plan"], "The plan of process 0")
+
+
+def _refuse_others(name: str, key: str) -> None:
+    """Compares the keys of all processes.
+
+    **Raises:** `PlanMismatchError` in all of them, if one differs.
+    """
+    from jax.experimental.multihost_utils import process_allgather
+
+    digest = np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint8)
+    every = np.asarray(process_allgather(digest))
+    others = [str(i) for i, found in enumerate(every) if not np.array_equal(found, every[0])]
+    if others:
+        raise errors.PlanMismatchError(
+            f"{name} is not the same in all processes: process {', '.join(others)} has other arguments or options than process"
+            " 0, or it is another function there."
+        )
+
+
+def _message(plan: Plan | None, failure: Exception | None) -> dict[str, Any]:
+    error = None
+    if failure is not None:
+        ours = isinstance(failure, errors.AutoshardError)
+        said = str(failure) if ours else f"Process 0 could not plan: {type(failure).__name__}: {failure}"
+        error = [type(failure).__name__ if ours else "AutoshardError", said]
+    return {"plan": dumps(plan) if plan else None, "error": error}
+
+
+def _from_first(message: dict[str, Any]) -> dict[str, Any]:
+    """The first process's message, in all processes."""
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    text = np.frombuffer(json.dumps(message).encode(), np.uint8)
+    length = int(broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(length, np.uint8)
+    padded[: min(length, len(text))] = text[:length]
+    return json.loads(np.asarray(broadcast_one_to_all(padded)).tobytes())

@@ -1,0 +1,79 @@
+"""Plans on disk, found again by what they are for: one JSON file per program, topology and search options.
+
+Processes may share the directory: files appear whole or not at all, and two that plan the same thing write the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+
+import jax
+import platformdirs
+
+from autoshard._util.files import write_whole
+from autoshard.errors import PlanMismatchError
+from autoshard.pipeline import Options, Target
+from autoshard.plan import Plan
+from autoshard.planning.plan_file import dumps, load
+from costmodels.machine.topology import Topology
+
+
+def default_directory() -> Path:
+    """Where plans are kept when the user does not say: the user's cache directory."""
+    return platformdirs.user_cache_path("autoshard", appauthor=False) / "plans"
+
+
+def key_of(target: Target, topology: Topology, options: Options) -> str:
+    """What a plan depends on, as a hash: the program and its paths, every constant of the topology, options, versions."""
+    everything = [
+        (target.fingerprint, target.traced.program.name, target.in_tree, target.donate_argnums, target.weak),
+        (target.traced.paths, target.traced.result_paths),
+        topology.to_dict(),
+        (options.strict, options.reserve_bytes, options.time_limit, options.fold, options.memory_bytes),
+        (options.baselines, repr(options.pins), sorted((options.dims or {}).items())),
+        (_version(), jax.__version__),
+    ]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("autoshard")
+    except metadata.PackageNotFoundError:
+        return "uninstalled"
+
+
+def cached(directory: str | PathLike[str], key: str, make: Callable[[], Plan]) -> Plan:
+    """The plan of this key, from the directory or made anew and kept there.
+
+    A file that cannot be read is replaced, a directory that cannot be written is done without; each with a warning.
+    """
+    path = Path(directory) / f"{key}.json"
+    found = _read(path)
+    if found is not None:
+        return found
+    plan = make()
+    if plan.proof.stopped == "interrupted":
+        return plan  # a later run may take the time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, dumps(plan))
+    except OSError as error:
+        warnings.warn(f"autoshard keeps no plans in {directory}: {error}", stacklevel=3)
+    return plan
+
+
+def _read(path: Path) -> Plan | None:
+    try:
+        return load(path)
+    except FileNotFoundError:
+        return None
+    except (PlanMismatchError, OSError) as error:
+        warnings.warn(f"autoshard plans anew and replaces a cached plan: {error}", stacklevel=4)
+        return None

@@ -1,0 +1,141 @@
+"""What else an operation could have done, and what the step would cost then.
+
+The price of another strategy is that of a whole plan: the operation is held to it, and those around it adapt, one at a time,
+and those around them, until none improves. So it is a price that can be had, an upper bound on what the strategy costs at best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from autoshard._util.tables import size, time
+from autoshard.naming.strategy_names import strategy_name
+from search.answer.assignment import choice_of
+from search.formulation.problem import FORBIDDEN, Problem
+from search.memory.constraints import Row, together
+from search.presolve.primal import improve, overflow
+
+_TRIED = 4
+"""How many strategies of other names are priced, and how many better states of a node are tried for room."""
+_STEEP = 10.0
+"""What full memory costs where states do not fit, in steps."""
+_ROUNDS = 10
+"""How often all operations adapt, at most."""
+
+
+class Alternatives:
+    """What the operations of one plan could have done instead."""
+
+    def __init__(self, problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> None:
+        self.problem, self.limits, self.states = problem, limits, states
+
+    @cached_property
+    def _everywhere(self) -> Row:
+        return together(self.limits)
+
+    def runner_up(self, operation: int) -> str:
+        """The cheapest other strategy of an operation by name, and what the step would cost more under it, at most.
+
+        "WS-2D: contracted over x, output over yz: at most 13.5 ms more"
+        """
+        name = self._name(self.states, operation)
+        found = [plan for plan in self.others(operation) if self._name(plan, operation) != name]
+        if not found:
+            return ""
+        best = min(found, key=lambda plan: (self._over(plan) > 0, self.problem.objective(plan)))
+        if (over := self._over(best)) > 0:
+            return f"{self._name(best, operation)}: {size(over)} too large, as found"
+        rise = max(self.problem.objective(best) - self.problem.objective(self.states), 0.0)
+        return f"{self._name(best, operation)}: at most {time(rise)} more"
+
+    def _name(self, states: np.ndarray, operation: int) -> str:
+        return strategy_name(self.problem.program, self.problem.topology, choice_of(self.problem, states), operation)
+
+    def others(self, operation: int) -> Iterator[np.ndarray]:
+        """Plans around the likeliest strategies of other names."""
+        node = self.problem.of_operation[operation]
+        cost, replies = _with_neighbours(self.problem, self.states, node)
+        names = {self._name(self.states, operation)}
+        for state in np.argsort(cost, kind="stable"):
+            if cost[state] >= FORBIDDEN / 2 or len(names) > _TRIED:
+                return
+            changed = self.states.copy()
+            changed[node] = state
+            for neighbour, best in replies.items():
+                changed[neighbour] = best[state]
+            if (name := self._name(changed, operation)) not in names:
+                names.add(name)
+                yield self._adapted(self._squeezed(changed, node), node)
+
+    def _squeezed(self, states: np.ndarray, held: int) -> np.ndarray:
+        """The same states if they fit, else others of all nodes but one, chosen at a steep price on memory."""
+        if self._over(states) <= 0:
+            return states
+        steep = _STEEP * self.problem.objective(states) / self.problem.budget_bytes
+        return improve(self.problem, (self._everywhere,), states, np.array([steep]), held)
+
+    def _adapted(self, states: np.ndarray, held: int) -> np.ndarray:
+        """Changes one node at a time, all but one, to its best state that takes no more memory than there is, or was taken.
+
+        Only the neighbours of what is not as it was before have reason to change, then theirs.
+        """
+        states, most = states.copy(), max(self._over(states), 0.0)
+        stirred = self.problem.around(np.flatnonzero(states != self.states).tolist())
+        for _ in range(_ROUNDS):
+            changed = []
+            for i in sorted(stirred - {held}):
+                now = states[i]
+                most = self._improved(states, i, most)
+                changed += [i] if states[i] != now else []
+            if not changed:
+                break
+            stirred = self.problem.around(changed)
+        return states
+
+    def _improved(self, states: np.ndarray, node: int, most: float) -> float:
+        """Gives one node its best state, in place; returns by how many bytes memory may be exceeded from then on."""
+        cost, now = _apart_from(self.problem, states, node, -1), states[node]
+        better = np.flatnonzero(cost < cost[now] * (1 - 1e-12))
+        for state in better[np.argsort(cost[better], kind="stable")][:_TRIED]:
+            states[node] = state
+            if (over := self._over(states)) <= most:
+                return max(over, 0.0)
+        states[node] = now
+        return most
+
+    def _over(self, states: np.ndarray) -> float:
+        """By how many bytes the fullest point exceeds the budget."""
+        return float(overflow(self.problem, self.limits, states).max(initial=-1.0))
+
+
+def _with_neighbours(problem: Problem, states: np.ndarray, node: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Seconds of every state of one node, each neighbour replying by itself; and the replies, per neighbour and state."""
+    cost, replies = problem.nodes[node].cost.copy(), {}
+    shared: dict[int, np.ndarray] = {}
+    for k in problem.incident[node]:
+        edge = problem.edges[k]
+        if edge.a == node:
+            pairs, neighbour = edge.matrix[edge.rows][:, edge.columns], edge.b
+        else:
+            pairs, neighbour = edge.matrix[edge.rows][:, edge.columns].T, edge.a
+        shared[neighbour] = shared.get(neighbour, 0.0) + edge.weight * pairs
+    for neighbour, pairs in shared.items():
+        total = pairs + _apart_from(problem, states, neighbour, node)
+        replies[neighbour] = total.argmin(axis=1)
+        cost += total.min(axis=1)
+    return cost, replies
+
+
+def _apart_from(problem: Problem, states: np.ndarray, node: int, other: int) -> np.ndarray:
+    """Seconds of every state of one node with the changes of layout around it, but for those to another node."""
+    cost = problem.nodes[node].cost.copy()
+    for k in problem.incident[node]:
+        edge = problem.edges[k]
+        if edge.a == node and edge.b != other:
+            cost += edge.weight * edge.matrix[edge.rows, edge.columns[states[edge.b]]]
+        elif edge.b == node and edge.a != other:
+            cost += edge.weight * edge.matrix[edge.rows[states[edge.a]], edge.columns]
+    return cost

@@ -1,0 +1,68 @@
+"""What no plan can go below, from the formulas alone: points that it rules out are never searched.
+
+On $n$ chips an operation splits into at most $n$ pieces, so with $F$ FLOPs and $B$ bytes it takes at least
+$\\max(F / nC, B / nW)$ and its overhead; the sum over all runs of all operations, collectives left out, bounds a step. Every
+argument takes at least $1/n$ of its bytes on each chip. Padding and indivisible sizes only add to both. Where small arrays
+stay on the chip between operations, every array that may is counted as if it did.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autoshard._util.tables import size, time
+from autoshard.sweep.points import Point, traced
+from costmodels.machine.topology import Topology
+from costmodels.operations import price
+from costmodels.program.program import Program
+from search.solve import RESERVE_PART
+
+_ROUNDING = 1e-9
+"""The part by which a sum may be off: a bound is no reason for less."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds of a step and bytes on each chip that no plan is below."""
+
+    seconds: float
+    bytes: float
+
+
+def bound_of(program: Program, topology: Topology) -> Bound:
+    """The bound of one program."""
+    seconds, chip = 0.0, topology.chip
+    if chip.on_chip_bytes:
+        chip = replace(chip, on_chip_bytes=math.inf)
+    for op in program.operations:
+        runs = program.multiplicity(op.region)
+        if op.op_class not in ("matmul", "fused", "memory") or not runs:
+            continue
+        cost = price(program, op, np.ones((1, len(op.factors))), chip)
+        local = max(float(cost.compute_seconds[0]), float(cost.memory_seconds[0]))
+        seconds += runs * (local / topology.size + float(cost.seconds[0]) - local)
+    held = [*program.arguments, *program.constants]
+    values = [program.values[program.operations[i].outputs[0].value] for i in held if program.operations[i].outputs]
+    return Bound(seconds * (1 - _ROUNDING), sum(value.bytes for value in values) / topology.size * (1 - _ROUNDING))
+
+
+def ruled_out(point: Point, seconds_per_token: float | None, seconds_to_first_token: float | None) -> str:
+    """Why a point is not worth a search, in a sentence; empty if it is.
+
+    **Raises:** `AutoshardError` when the target cannot be traced.
+    """
+    chip = point.topology.chip
+    budget = point.memory_bytes or chip.usable_hbm_bytes * (1 - RESERVE_PART)
+    for run in point.runs:
+        found = bound_of(traced(run).traced.program, point.topology)
+        if found.bytes > budget:
+            return (
+                f"{run.phase}: its arrays take at least {size(found.bytes)} of each chip, and {size(budget)} are there"
+            )
+        limit = {"decode": seconds_per_token, "prefill": seconds_to_first_token}.get(run.kind)
+        if limit is not None and found.seconds > limit:
+            return f"{run.phase}: a step takes at least {time(found.seconds)}, and {time(limit)} are allowed"
+    return ""

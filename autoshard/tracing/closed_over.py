@@ -1,0 +1,78 @@
+"""The arrays that the parts of a function close over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend import core as jex
+
+from autoshard.tracing.jaxprs import CALLS, INLINED, is_held, needed, unique
+from autoshard.tracing.shard_maps import meaning
+
+
+def closed_over(jaxpr: Any) -> list[Any]:
+    """The arrays that calls, loops and branches inside a jaxpr close over, at any depth."""
+    found = []
+    for eqn in needed(jaxpr):
+        for inner, consts in _walked(eqn):
+            found += [*(c for c in consts if is_held(c)), *closed_over(inner)]
+    return unique(found)
+
+
+def first_alike(arrays: Sequence[Any]) -> list[int]:
+    """Per array the place of the first that holds the same bytes in the same type and shape: compilers keep one of them.
+
+    Layers that each make a table of their own, such as that of rotary positions, close over many. What is one number
+    throughout stays by itself: weights may begin so and differ later, when the plan is used.
+    """
+    firsts: dict[tuple, list[int]] = {}
+    found = []
+    for i, array in enumerate(arrays):
+        alike = firsts.setdefault((jax.typeof(array).shape, jax.typeof(array).dtype), [])
+        same = next((k for k in alike if _same(arrays[k], array)), i)
+        if same == i:
+            alike.append(i)
+        found.append(same)
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arrays hold the same bytes; those that are not at hand, or keys, are only like themselves."""
+    if one is other or not (_at_hand(one) and _at_hand(other)) or not one.size:
+        return one is other
+    with jax.ensure_compile_time_eval():
+        first, second = (np.asarray(array.ravel()[:_BEGINNING]).tobytes() for array in (one, other))
+    if first != second:
+        return False
+    numbers = np.asarray(one)
+    return numbers.tobytes() == np.asarray(other).tobytes() and bool((numbers != numbers.flat[0]).any())
+
+
+def _at_hand(array: Any) -> bool:
+    """Whether this process holds all of an array's numbers."""
+    if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return False
+    return isinstance(array, np.ndarray) or getattr(array, "is_fully_addressable", False)
+
+
+_BEGINNING = 1024
+"""The numbers that are compared first: of arrays on devices few are to be fetched."""
+
+
+def _walked(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
+    """The jaxprs that the tracer walks into at an equation, with the constants they close over."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "shard_map":
+        inside = [meaning(eqn)]
+    elif name in CALLS:
+        inside = [next(params[key] for key in INLINED if key in params)]
+    elif name == "while":
+        inside = [params["cond_jaxpr"], params["body_jaxpr"]]
+    else:
+        inside = {"scan": [params.get("jaxpr")], "cond": params.get("branches", ())}.get(name, ())
+    return [(each.jaxpr, each.consts) if isinstance(each, jex.ClosedJaxpr) else (each, ()) for each in inside]

@@ -1,0 +1,98 @@
+"""What a loop computes anew in every round from what stays the same, and compilers compute once before it.
+
+XLA moves such an equation out of a loop unless its result takes more memory than what it is made of, as it then lives as
+long as the loop does; an equation that only shows an array in another shape goes along with one that needs it. Loops are
+planned in that form, so that plans count what the compiled loop holds and reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from autoshard.tracing.jaxprs import CALLS, needed
+
+_SHOWING = "broadcast_in_dim copy expand_dims reshape rev slice squeeze transpose".split()
+"""Primitives that are not worth a move of their own."""
+_STAYING = "cond optimization_barrier scan shard_map sharding_constraint while".split()
+"""Primitives that stay where they are written: other regions, and what the user has placed."""
+
+
+class Split(NamedTuple):
+    """A loop's body in two: what is done before the loop, and the rest, which needs `entering` of the first."""
+
+    before: tuple[Any, ...]
+    entering: tuple[Any, ...]
+    rest: Any
+
+
+def split(body: Any, fixed: Collection[Any]) -> Split:
+    """Takes what stays the same in every round out of a loop's body.
+
+    **Arguments:**
+
+    - `body`: a jaxpr; `fixed`: those of its variables that are the same in every round.
+    """
+    made_of: dict[Any, frozenset[Any]] = {var: frozenset((var,)) for var in fixed}
+    moved: list[Any] = []
+    eqns = needed(body)
+    for eqn in eqns:
+        operands = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        if not operands or any(v not in made_of for v in operands) or not _movable(eqn):
+            continue
+        sources = frozenset().union(*(made_of[v] for v in operands))
+        if eqn.primitive.name in _SHOWING:
+            made_of.update((var, sources) for var in eqn.outvars)
+        elif 0 < _bytes(eqn.outvars) <= _bytes(sources):
+            made_of.update((var, frozenset((var,))) for var in eqn.outvars)
+            moved.append(eqn)
+    if not moved:
+        return Split((), (), body)
+    wanted = {v for eqn in moved for v in eqn.invars if not isinstance(v, jex.Literal)}
+    results = {v for eqn in moved for v in eqn.outvars}
+    before: list[Any] = []
+    for eqn in reversed(eqns):
+        if any(eqn is each for each in moved) or (
+            eqn.primitive.name in _SHOWING and wanted & {*eqn.outvars} & {*made_of}
+        ):
+            before.append(eqn)
+            wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    own = {id(eqn) for eqn in moved}
+    rest = body.replace(eqns=[eqn for eqn in body.eqns if id(eqn) not in own])
+    rest = rest.replace(eqns=needed(rest))
+    return Split(tuple(before[::-1]), tuple(v for v in _read(rest) if v in results), rest)
+
+
+def used(jaxpr: Any) -> set[Any]:
+    """The variables that a jaxpr's equations or results read."""
+    return set(_read(jaxpr))
+
+
+def _read(jaxpr: Any) -> list[Any]:
+    """The variables that equations or results read, once each, in order."""
+    atoms = [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]
+    return list(dict.fromkeys(v for v in atoms if not isinstance(v, jex.Literal)))
+
+
+def _movable(eqn: Any) -> bool:
+    """Whether an equation may run elsewhere: it has no effect, and makes arrays of numbers."""
+    name = eqn.primitive.name
+    inside = any(
+        isinstance(each, jex.Jaxpr | jex.ClosedJaxpr) for each in jax.tree_util.tree_leaves(list(eqn.params.values()))
+    )
+    numbers = all(v.aval.shape and not jnp.issubdtype(v.aval.dtype, jax.dtypes.extended) for v in eqn.outvars)
+    return not eqn.effects and numbers and name not in _STAYING and (name in CALLS or not inside)
+
+
+def _bytes(variables: Collection[Any]) -> float:
+    """Bytes of all variables together; numbers by themselves are none."""
+    return sum(
+        prod(v.aval.shape) * v.aval.dtype.itemsize
+        for v in variables
+        if v.aval.shape and hasattr(v.aval.dtype, "itemsize")
+    )

@@ -1,0 +1,309 @@
+"""What a `shard_map` in the user's code means on whole arrays.
+
+Its body runs once per block of the arrays, and the blocks exchange what collectives say. Over whole arrays that is a function
+batched over the mesh's axes: a sum over an axis is a sum over that dimension of blocks, a gather puts the blocks side by
+side. In this form the search may lay the blocks out on any topology; where the topology has the mesh's axes, the layouts that
+the `shard_map` asks for are pins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jex
+
+from autoshard.annotating.pins import asked
+from autoshard.errors import TraceError
+from autoshard.tracing.jaxprs import CALLS, INLINED, scan_counts
+
+Sizes = Mapping[str, int]
+
+
+def meaning(eqn: Any) -> Any:
+    """The closed jaxpr of what a `shard_map` equation computes, from whole arrays to whole arrays.
+
+    **Raises:** `TraceError` for a body that cannot be said so; names the collective.
+    """
+    return _meaning(_Same(eqn))
+
+
+class _Same:
+    """An equation as a key: equal to itself alone."""
+
+    def __init__(self, eqn: Any) -> None:
+        self.eqn = eqn
+
+    def __hash__(self) -> int:
+        return id(self.eqn)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.eqn is other.eqn
+
+
+@lru_cache(maxsize=1024)
+def _meaning(same: _Same) -> Any:
+    eqn, params = same.eqn, same.eqn.params
+    sizes = {axis: n for axis, n in params["mesh"].shape.items() if axis in _manual(params)}
+    mapped = [axis for axis, n in sizes.items() if n > 1]
+    body = _Body(params["jaxpr"], sizes)
+    before, after = (tuple(_axes_of(spec, mapped) for spec in params[key]) for key in ("in_specs", "out_specs"))
+
+    def whole(*arrays: Any) -> list[Any]:
+        arrays = tuple(asked(array, spec) for array, spec in zip(arrays, before, strict=True))
+        blocks = [_cut(array, spec, mapped, sizes) for array, spec in zip(arrays, before, strict=True)]
+        found = _over_blocks(body, mapped, before, after, blocks)
+        joined = [_join(array, spec, mapped, sizes) for array, spec in zip(found, after, strict=True)]
+        return [asked(array, spec) for array, spec in zip(joined, after, strict=True)]
+
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    return jax.make_jaxpr(whole)(*avals)
+
+
+def described(eqn: Any) -> str:
+    """The mesh of a `shard_map` in words: `x=4, y=2`."""
+    return ", ".join(f"{axis}={n}" for axis, n in eqn.params["mesh"].shape.items() if axis in _manual(eqn.params))
+
+
+def _manual(params: Any) -> Sequence[str]:
+    return params.get("newly_manual_axes", params.get("manual_axes", ()))
+
+
+def _axes_of(spec: Any, mapped: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """A spec's axes per dimension, but for those with one block."""
+    parts = (() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec)
+    return tuple(tuple(axis for axis in part if axis in mapped) for part in parts)
+
+
+# --- blocks
+
+
+def _mentioned(spec: Sequence[Sequence[str]], mapped: Sequence[str]) -> list[str]:
+    used = {axis for part in spec for axis in part}
+    return [axis for axis in mapped if axis in used]
+
+
+def _cut(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes: Sizes) -> Any:
+    """The array with a leading dimension of blocks for every mesh axis that splits it, in the mesh's order."""
+    shape: list[int] = []
+    place: dict[str, int] = {}
+    for dim, n in enumerate(array.shape):
+        axes = spec[dim] if dim < len(spec) else ()
+        for axis in axes:
+            place[axis] = len(shape)
+            shape.append(sizes[axis])
+        shape.append(n // prod(sizes[axis] for axis in axes))
+    leading = [place[axis] for axis in _mentioned(spec, mapped)]
+    rest = [i for i in range(len(shape)) if i not in leading]
+    return jnp.transpose(jnp.reshape(array, shape), (*leading, *rest)) if leading else array
+
+
+def _join(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes: Sizes) -> Any:
+    """Undoes `_cut`."""
+    leading = _mentioned(spec, mapped)
+    if not leading:
+        return array
+    local = array.shape[len(leading) :]
+    order: list[int] = []
+    shape: list[int] = []
+    for dim, n in enumerate(local):
+        axes = spec[dim] if dim < len(spec) else ()
+        order += [*(leading.index(axis) for axis in axes), len(leading) + dim]
+        shape.append(n * prod(sizes[axis] for axis in axes))
+    return jnp.reshape(jnp.transpose(array, order), shape)
+
+
+def _over_blocks(
+    body: Callable[..., list[Any]], mapped: Sequence[str], before: Any, after: Any, blocks: Any
+) -> list[Any]:
+    """The body for all blocks at once.
+
+    Of a result that a mesh axis does not split, all blocks along it are equal; where JAX cannot see that they are, the first
+    is taken.
+    """
+
+    def batched(whole_too: bool) -> Callable[..., list[Any]]:
+        run: Callable[..., list[Any]] = body
+        for axis in reversed(mapped):
+            into = tuple(0 if axis in _mentioned(spec, mapped) else None for spec in before)
+            out = [0 if whole_too or axis in _mentioned(spec, mapped) else None for spec in after]
+            run = jax.vmap(run, in_axes=into, out_axes=out, axis_name=axis, axis_size=body.sizes[axis])  # pyright: ignore
+        return run
+
+    try:
+        return batched(False)(*blocks)
+    except ValueError:
+        found = batched(True)(*blocks)
+    return [
+        array[tuple(slice(None) if axis in _mentioned(spec, mapped) else 0 for axis in mapped)]
+        for array, spec in zip(found, after, strict=True)
+    ]
+
+
+# --- the body
+
+
+class _Body:
+    """A jaxpr run equation by equation, without what only a `shard_map` may hold."""
+
+    def __init__(self, jaxpr: Any, sizes: Sizes) -> None:
+        self.jaxpr, self.sizes = jaxpr, sizes
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        return self.run(self.jaxpr, (), arrays)
+
+    def closed(self, jaxpr: Any) -> Callable[..., list[Any]]:
+        """A jaxpr inside the body as a function."""
+        inner, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+        return lambda *arrays: self.run(inner, consts, arrays)
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arrays), strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            found = self.equation(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, found, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: list[Any]) -> Sequence[Any]:
+        name, params = eqn.primitive.name, eqn.params
+        if name in CALLS:
+            return self.closed(next(params[key] for key in INLINED if key in params))(*operands)
+        if name in _EXCHANGES:
+            return self.exchange(name, params, operands)
+        if name in _STRUCTURES:
+            return getattr(self, f"_{name}")(params, operands)
+        if name == "shard_map":
+            return jex.jaxpr_as_fun(meaning(eqn))(*operands)
+        if name in _STAYS:
+            return operands
+        placed = {key: None for key in ("out_sharding", "sharding") if params.get(key) is not None}
+        found = eqn.primitive.bind(*operands, **{**params, **placed})
+        return found if eqn.primitive.multiple_results else [found]
+
+    # --- loops and branches
+
+    def _scan(self, params: Any, operands: list[Any]) -> list[Any]:
+        body, (n_const, n_carry) = self.closed(params["jaxpr"]), scan_counts(params)
+        held, carry, stacks = operands[:n_const], operands[n_const : n_const + n_carry], operands[n_const + n_carry :]
+
+        def step(carry: Any, slices: Any) -> tuple[list[Any], list[Any]]:
+            found = body(*held, *carry, *slices)
+            return found[:n_carry], found[n_carry:]
+
+        carry, piled = lax.scan(step, carry, stacks, length=params["length"], reverse=params["reverse"])
+        return [*carry, *piled]
+
+    def _while(self, params: Any, operands: list[Any]) -> list[Any]:
+        test, body = self.closed(params["cond_jaxpr"]), self.closed(params["body_jaxpr"])
+        n_test, n_body = params["cond_nconsts"], params["body_nconsts"]
+        ahead, held, carry = operands[:n_test], operands[n_test : n_test + n_body], operands[n_test + n_body :]
+        return lax.while_loop(lambda c: test(*ahead, *c)[0], lambda c: body(*held, *c), carry)
+
+    def _cond(self, params: Any, operands: list[Any]) -> list[Any]:
+        return lax.switch(operands[0], list(map(self.closed, params["branches"])), *operands[1:])
+
+    # --- collectives
+
+    def exchange(self, name: str, params: Any, operands: list[Any]) -> list[Any]:
+        """A collective over the mesh axes that have more than one block; over the others it is none."""
+        if params.get("axis_index_groups") is not None:
+            raise TraceError(
+                f"{name} with axis_index_groups, inside a shard_map, is not supported; split the mesh axis in two."
+            )
+        given = params.get("axes", params.get("axis_name", ()))
+        axes = (given,) if isinstance(given, str) else tuple(given)
+        real = tuple(axis for axis in axes if self.sizes.get(axis, 1) > 1)
+        return [_EXCHANGES[name](operand, real, params) for operand in operands] or [_place(real, self.sizes)]
+
+
+_STRUCTURES = ("scan", "while", "cond")
+_STAYS = "pvary pbroadcast sharding_constraint reshard optimization_barrier mesh_cast".split()
+
+
+def _place(axes: Sequence[str], sizes: Sizes) -> Any:
+    """This block's number along several axes, the first major."""
+    at = jnp.int32(0)
+    for axis in axes:
+        at = at * sizes[axis] + lax.axis_index(axis)
+    return at
+
+
+def _reduced(by: Callable[..., Any], operand: Any, axes: Any, params: Any) -> Any:
+    return by(operand, axes) if axes else operand
+
+
+def _gathered(operand: Any, axes: Any, params: Any) -> Any:
+    at, tiled = params["all_gather_dimension"], params["tiled"]
+    if not axes:
+        return operand if tiled else jnp.expand_dims(operand, at)
+    stacked = jnp.moveaxis(_stacked(operand, axes), 0, at)
+    shape = stacked.shape
+    return jnp.reshape(stacked, (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])) if tiled else stacked
+
+
+def _stacked(operand: Any, axes: Sequence[str]) -> Any:
+    """All blocks along several axes behind one another, the first axis major; JAX batches a gather over one axis only."""
+    found = operand
+    for axis in reversed(axes):
+        found = lax.all_gather(found, axis, axis=0, tiled=False)
+    return jnp.reshape(found, (prod(found.shape[: len(axes)]), *operand.shape))
+
+
+def _scattered(operand: Any, axes: Any, params: Any) -> Any:
+    at, tiled = params["scatter_dimension"], params["tiled"]
+    summed = lax.psum(operand, axes) if axes else operand
+    if not axes:
+        return operand if tiled else jnp.squeeze(operand, at)
+    return _own(summed, axes, at, tiled)
+
+
+def _own(array: Any, axes: Any, at: int, tiled: bool) -> Any:
+    """This block's part of what all blocks hold alike."""
+    count, sizes = lax.axis_size(axes), {axis: lax.axis_size(axis) for axis in axes}
+    size = array.shape[at] // count
+    found = lax.dynamic_slice_in_dim(array, _place(axes, sizes) * size, size, at)
+    return found if tiled else jnp.squeeze(found, at)
+
+
+def _permuted(operand: Any, axes: Any, params: Any) -> Any:
+    if len(axes) < 2:
+        return lax.ppermute(operand, axes[0], params["perm"]) if axes else operand
+    sizes = {axis: lax.axis_size(axis) for axis in axes}
+    senders = np.full(prod(sizes.values()), -1, np.int32)
+    for sender, receiver in params["perm"]:
+        senders[receiver] = sender
+    sender = jnp.asarray(senders)[_place(axes, sizes)]
+    found = lax.dynamic_index_in_dim(_stacked(operand, axes), jnp.maximum(sender, 0), keepdims=False)
+    return jnp.where(sender >= 0, found, jnp.zeros_like(found))
+
+
+def _exchanged(operand: Any, axes: Any, params: Any) -> Any:
+    """An all-to-all, tiled or not: JAX makes and takes the dimensions of one that is not by equations beside it."""
+    if not axes:
+        return operand
+    gathered = _gathered(operand, axes, {"all_gather_dimension": params["concat_axis"], "tiled": True})
+    return _own(gathered, axes, params["split_axis"], True)
+
+
+_EXCHANGES: dict[str, Callable[..., Any]] = {
+    "axis_index": lambda *_: None,
+    "psum": partial(_reduced, lax.psum),
+    "psum_invariant": partial(_reduced, lax.psum),
+    "pmax": partial(_reduced, lax.pmax),
+    "pmin": partial(_reduced, lax.pmin),
+    "all_gather": _gathered,
+    "all_gather_invariant": _gathered,
+    "reduce_scatter": _scattered,
+    "ppermute": _permuted,
+    "all_to_all": _exchanged,
+}

@@ -1,0 +1,141 @@
+"""From a JAX function to a program over factors.
+
+The function is traced to a jaxpr by public JAX; calls, remat and custom derivatives are walked through, `scan`, `while` and
+`cond` become regions with boundary operations that own the layout of what crosses them. Arguments keep their paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from autoshard.annotating.hbm_traffic import with_traffic
+from autoshard.errors import TraceError
+from autoshard.tracing.blocks import Literal, Traced
+from autoshard.tracing.closed_over import closed_over, first_alike
+from autoshard.tracing.walk import Tracer
+from costmodels.program.program import Program
+
+
+def trace(
+    fn: Callable[..., Any], *args: Any, donate_argnums: Sequence[int] = (), name: str = "", strict: bool = False
+) -> Traced:
+    """Traces a function of pytrees to a program.
+
+    **Arguments:**
+
+    - `args`: pytrees of arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+    - `strict`: refuse primitives without a rule instead of replicating them.
+
+    **Raises:** `TraceError` if JAX cannot trace the function with these arguments; `UnsupportedPrimitiveError`.
+    """
+    try:
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    except Exception as error:
+        raise TraceError(f"{_name_of(fn)} could not be traced with these arguments: {error}") from error
+    named, in_tree = jax.tree_util.tree_flatten_with_path(args)
+    paths = tuple(_argument_path(fn, path) for path, _ in named)
+    out_named, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
+    result_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in out_named)
+    tracer = Tracer(strict)
+    argument_values = [tracer.source(var.aval, path) for var, path in zip(closed.jaxpr.invars, paths, strict=True)]
+    constants, constant_values = _held(tracer, closed)
+    held = [tracer.held[0][id(array)] for array in closed.consts]
+    env = dict(zip((*closed.jaxpr.invars, *closed.jaxpr.constvars), (*argument_values, *held), strict=True))
+    block = tracer.block(closed.jaxpr, env, 0)
+    results = [tracer.sink(atom, path) for atom, path in zip(block.outputs, result_paths, strict=True)]
+    donated = _donations(args, donate_argnums, closed.jaxpr.invars, block.outputs, tracer.values)
+    program = Program(
+        name or _name_of(fn),
+        tuple(tracer.values),
+        tuple(op for op in tracer.operations if op is not None),
+        tuple(tracer.regions),
+        tuple(range(len(argument_values))),
+        tuple(range(len(argument_values), len(argument_values) + len(constant_values))),
+        tuple(results),
+        donated,
+        tuple(dict.fromkeys(tracer.warnings)),
+    )
+    return Traced(
+        with_traffic(program),
+        block,
+        tuple(argument_values),
+        tuple(constant_values),
+        tuple(constants),
+        in_tree,
+        out_tree,
+        paths,
+        result_paths,
+        block.outputs,
+    )
+
+
+def _held(tracer: Tracer, closed: Any) -> tuple[list[Any], list[int]]:
+    """The arrays that a function and its parts close over, those alike once, and their values; the tracer knows them all."""
+    arrays = list({id(array): array for array in (*closed.consts, *closed_over(closed.jaxpr))}.values())
+    first = first_alike(arrays)
+    kept = list(dict.fromkeys(first))
+    values = {at: tracer.hold(arrays[at], f"constant {k}") for k, at in enumerate(kept)}
+    tracer.held[0] = {id(array): values[at] for array, at in zip(arrays, first, strict=True)}
+    return [arrays[at] for at in kept], list(values.values())
+
+
+def fingerprint(program: Program) -> str:
+    """A hash of what the program computes and costs: operations, factors, shapes, types; free of names and JAX's spelling."""
+    digest = hashlib.sha256()
+    for value in program.values:
+        digest.update(repr((value.shape, value.dtype, value.region)).encode())
+    for op in program.operations:
+        costs = (op.op_class, [sorted(group) for group in op.linear], op.traffic, op.flops_per_point, op.dtype)
+        digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region, costs)).encode())
+        if op.pinned is not None:
+            digest.update(repr(op.pinned).encode())
+    regions = [
+        (region.kind, region.parent, region.count) for region in program.regions
+    ]  # names have the line they stand at
+    digest.update(repr((regions, program.results, program.donated)).encode())
+    return digest.hexdigest()
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or type(fn).__name__
+
+
+def _argument_path(fn: Callable[..., Any], path: tuple[Any, ...]) -> str:
+    """The user's words for a flat argument: the parameter's name, then the path inside it."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    position = path[0].idx
+    starred = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(parameters))
+    if position < starred:
+        head = parameters[position].name
+    elif starred < len(parameters):
+        head = f"{parameters[starred].name}[{position - starred}]"
+    else:
+        head = f"args[{position}]"
+    return head + jax.tree_util.keystr(path[1:])
+
+
+def _donations(args, donate_argnums, invars, outputs, values) -> tuple[tuple[int, int], ...]:
+    """Pairs each donated flat argument with the first free result of the same shape and type, as JAX does."""
+    position, donated = 0, []
+    for i, arg in enumerate(args):
+        count = len(jax.tree_util.tree_leaves(arg))
+        if i in donate_argnums:
+            donated += range(position, position + count)
+        position += count
+    free = {k: values[atom] for k, atom in enumerate(outputs) if not isinstance(atom, Literal)}
+    pairs = []
+    for at in donated:
+        aval = invars[at].aval
+        match = next((k for k, v in free.items() if v.shape == aval.shape and v.dtype == str(aval.dtype)), None)
+        if match is not None:
+            pairs.append((at, match))
+            del free[match]
+    return tuple(pairs)

@@ -1,0 +1,53 @@
+"""A topology as a TOML file: the inverse of reading one by `costmodels.topology.parse_topology`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from costmodels.machine.chips import Constant, chip
+from costmodels.machine.topology import Axis, Topology, as_its_chip_has_it
+
+_AXIS_KEYS = ("bytes_per_second", "wraparound", "hop_seconds")
+
+
+def topology_toml(topology: Topology, heading: str = "") -> str:
+    """A topology as the text of a file that `parse_topology` reads back, with every constant's status and source.
+
+    Only what differs from the chip of the catalogue is written.
+
+    **Arguments:**
+
+    - `heading`: put in front, as a comment.
+    """
+    shape = [axis.size for axis in topology.within_slice]
+    lines = [f"# {line}".rstrip() for line in heading.splitlines()]
+    lines += [f"chip = {_text(topology.chip.name)}", f"shape = {shape}"]
+    lines += [f"slices = {topology.slices}"] if topology.slices > 1 else []
+    lines += [f"name = {_text(topology.name)}", "", "[constants]", *_constants(topology)]
+    for axis, plain in zip(topology.axes, as_its_chip_has_it(topology).axes, strict=True):
+        lines += _axis(axis, plain)
+    return "\n".join(lines) + "\n"
+
+
+def _constants(topology: Topology) -> Iterator[str]:
+    known = chip(topology.chip.name).constants
+    for name, constant in topology.chip.constants.items():
+        if constant != known.get(name):
+            yield f"{name} = {_table(constant)}"
+
+
+def _axis(axis: Axis, plain: Axis) -> Iterator[str]:
+    changed = {key: getattr(axis, key) for key in _AXIS_KEYS if getattr(axis, key) != getattr(plain, key)}
+    if changed:
+        yield from ("", f"[axes.{axis.name}]")
+        yield from (f"{key} = {json.dumps(value)}" for key, value in changed.items())
+
+
+def _table(constant: Constant) -> str:
+    return f'{{ value = {constant.value!r}, status = "{constant.status}", source = {_text(constant.source)} }}'
+
+
+def _text(text: str) -> str:
+    """A basic string of TOML: JSON's, but for one character that TOML wants escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

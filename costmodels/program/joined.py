@@ -1,0 +1,65 @@
+"""Several programs as one: the phases of serving or training, each with its weight in the sum of their times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from costmodels.program.program import Operation, Program, Region, Use
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a phase is in the joined program: how far its operations, values, arguments and results are shifted."""
+
+    operations: int
+    values: int
+    arguments: int
+    results: int
+
+
+def join(programs: Sequence[Program], weights: Sequence[float]) -> tuple[Program, tuple[Span, ...]]:
+    """One program of several phases that run one after the other, none using the other's memory.
+
+    **Arguments:**
+
+    - `weights`: how often each phase counts, which need not be whole: 1 prefill to 64 decode steps, say.
+
+    **Returns:** the program, whose cost is the weighted sum of the phases', and where each phase is in it.
+    """
+    values, operations, arguments, constants, results, donated = [], [], [], [], [], []
+    regions, spans = [Region("main")], []
+    for program, weight in zip(programs, weights, strict=True):
+        span = Span(len(operations), len(values), len(arguments), len(results))
+        first = len(regions)
+        spans.append(span)
+        for region in program.regions:
+            is_main = region.parent < 0
+            kind, count = ("phase", weight) if is_main else (region.kind, region.count)
+            regions.append(Region(kind, 0 if is_main else region.parent + first, count, region.name or program.name))
+        values += [replace(value, region=value.region + first) for value in program.values]
+        operations += [_shifted(op, span, first) for op in program.operations]
+        arguments += [at + span.operations for at in program.arguments]
+        constants += [at + span.operations for at in program.constants]
+        results += [at + span.operations for at in program.results]
+        donated += [(a + span.arguments, r + span.results) for a, r in program.donated]
+    joined = Program(
+        " + ".join(program.name for program in programs),
+        tuple(values),
+        tuple(operations),
+        tuple(regions),
+        tuple(arguments),
+        tuple(constants),
+        tuple(results),
+        tuple(donated),
+        tuple(dict.fromkeys(warning for program in programs for warning in program.warnings)),
+        tuple(span.operations for span in spans),
+    )
+    return joined, tuple(spans)
+
+
+def _shifted(op: Operation, span: Span, regions: int) -> Operation:
+    def shifted(uses: Sequence[Use]) -> tuple[Use, ...]:
+        return tuple(Use(use.value + span.values, use.dims, use.region + regions) for use in uses)
+
+    return replace(op, inputs=shifted(op.inputs), outputs=shifted(op.outputs), region=op.region + regions)

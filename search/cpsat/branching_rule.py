@@ -1,0 +1,127 @@
+"""Which decision to branch on, and which need no branch.
+
+A side of a decision whose bound reaches the best plan, when it is tried for a moment, is dropped: the other is taken for good
+(as in strong branching: Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995). Of what is left, the choice that
+a price of memory cannot make is branched on: where a plan that is too large and one that fits cost alike at the best price,
+the array on whose bytes they differ most. Without such a pair it is the array on which memory's price hangs most, or else the
+node with the most bytes around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from search.presolve.ascent import Ascent
+from search.presolve.primal import decode
+from search.presolve.repricing import Bracket
+
+_WORTH = 0.01
+"""The part of what is open by which memory must lift the bound for a branch to be about it."""
+_HOPEFUL = 0.2
+"""The part of what is open by which a side must lift the bound by itself to be tried."""
+_PRICED, _OTHERS = 12, 6
+"""How many nodes are looked at: of those on which the price of memory hangs, and of the others."""
+_ROUNDS = 4
+"""How often they are looked at anew, at most, when sides were dropped."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One node's surviving states in two: the side on which the relaxed plan is, and the other.
+
+    `contested` are the seconds, at memory's price, by which plans at the best price differ here.
+    """
+
+    node: int
+    near: np.ndarray
+    far: np.ndarray
+    contested: float = 0.0
+
+
+class Probing:
+    """Looks for the decision to branch on, and drops what cannot be better than the best plan."""
+
+    def __init__(self, ascent: Ascent, weights: Sequence[float]) -> None:
+        self.ascent, self.dual, self.weights = ascent, ascent.dual, weights
+
+    def split(self, bracket: Bracket) -> Split | None:
+        """The decision to branch on, once no more sides can be dropped; `None` if none is left, or needed any more."""
+        found: list[Split] = []
+        for _ in range(_ROUNDS):
+            splits = self._splits(bracket)
+            found = [split for split in splits if not self._dropped(split)]
+            if len(found) == len(splits):
+                break
+            self.dual.sweep()
+            self.dual.sweep()
+            if self.ascent.reached(self.dual.bound()):
+                return None
+            self.dual.exclude(self.ascent.objective)
+            if self.dual.emptied:
+                return None
+        return max(found, key=lambda split: split.contested, default=None)  # the first, if none is contested
+
+    def _dropped(self, split: Split) -> bool:
+        """Whether the far side cannot hold a better plan; the near one is then kept alone."""
+        lower = self.dual.bound()
+        above = self.dual.excess_of(split.node)[np.isin(self.dual.keep[split.node], split.far)].min()
+        if above < _HOPEFUL * (self.ascent.objective - lower):
+            return False
+        if not self.ascent.reached(lower + above) and not self.ascent.reached(self._bound_of(split.node, split.far)):
+            return False
+        self.dual.narrow(split.node, split.near)
+        return True
+
+    def _bound_of(self, node: int, side: np.ndarray) -> float:
+        with self.dual.held(node, side):
+            self.dual.sweep()
+            return self.dual.bound()
+
+    def _splits(self, bracket: Bracket) -> list[Split]:
+        """One split of each node that may be branched on."""
+        relaxed = decode(self.dual, thorough=False)
+        held = self.dual.priced_bytes()
+        contested = self._contested(bracket, held)
+        found = [self._by_bytes(i, relaxed, held[i], between, apart) for i, (apart, between) in contested.items()]
+        for node in self._candidates(held):
+            if node in contested:
+                continue
+            if node in held and np.ptp(held[node]) > 0:
+                found.append(self._by_bytes(node, relaxed, held[node], (held[node].min() + held[node].max()) / 2))
+            else:
+                keep = self.dual.keep[node]
+                likeliest = keep == relaxed[node]
+                found.append(Split(node, keep[likeliest], keep[~likeliest]))
+        return [split for split in found if len(split.near) and len(split.far)]  # bytes may differ by rounding alone
+
+    def _by_bytes(
+        self, node: int, relaxed: np.ndarray, held: np.ndarray, between: float, contested: float = 0.0
+    ) -> Split:
+        """States that hold less than some bytes, and those that hold more."""
+        keep = self.dual.keep[node]
+        lean = held <= between
+        near = lean if lean[keep == relaxed[node]].all() else ~lean
+        return Split(node, keep[near], keep[~near], contested)
+
+    def _contested(self, bracket: Bracket, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
+        """Where the plans of a bracket hold other bytes: by how much, at memory's price, and what lies between."""
+        if bracket.bulky is None or bracket.lean is None:
+            return {}
+        found = {}
+        for i, bytes_of in held.items():
+            at = [bytes_of[self.dual.keep[i] == states[i]] for states in (bracket.bulky, bracket.lean)]
+            if at[0].size and at[1].size and at[0][0] != at[1][0]:
+                found[i] = abs(float(at[0][0] - at[1][0])), float(at[0][0] + at[1][0]) / 2
+        return found
+
+    def _candidates(self, held: dict[int, np.ndarray]) -> list[int]:
+        """The undecided nodes on which the price of memory hangs most, and those with the most bytes around them."""
+        least = _WORTH * (self.ascent.objective - self.dual.bound()) if np.isfinite(self.ascent.objective) else 0.0
+        spread = {i: float(np.ptp(bytes_of)) for i, bytes_of in held.items()}
+        undecided = [i for i, keep in enumerate(self.dual.keep) if len(keep) > 1]
+        priced = [i for i in undecided if spread.get(i, 0.0) > least]
+        others = sorted(set(undecided) - set(priced), key=lambda i: (-self.weights[i], i))
+        return sorted(priced, key=lambda i: (-spread[i], i))[:_PRICED] + others[:_OTHERS]

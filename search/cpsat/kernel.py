@@ -1,0 +1,102 @@
+"""Good plans from those already seen: the states that occur in any of them, put together anew by CP-SAT.
+
+Plans read off the dual under one price of memory are too large, under another too slow. Each is right in parts. With only
+the states that occur in them, and the cheapest others, the problem is small enough to be solved outright, with memory as it
+is: the kernel search of Angelelli, Mansini and Speranza ("Kernel search: A general heuristic for the multi-dimensional
+knapsack problem", 2010).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from search.memory.constraints import Row
+from search.presolve.dual import Dual
+
+_PAIRS = 4_000
+"""The most pairs of layouts that a kernel leaves open."""
+_HALVINGS = 12
+"""How often the window of further states is halved, at most, until they are few enough."""
+_DETERMINISTIC_SECONDS = 3.0
+"""How long CP-SAT may take, on its own clock."""
+_GAP = 0.01
+"""The part of the excess over the bound within which its plan is good enough."""
+_SWEEPS = 6
+
+
+def combined(
+    dual: Dual,
+    rows: tuple[Row, ...],
+    seen: Sequence[np.ndarray],
+    best: np.ndarray | None,
+    objective: float,
+    deadline: float,
+) -> np.ndarray:
+    """The best plan that can be put together from the plans seen, or the last of these; the dual is left as it was.
+
+    **Arguments:**
+
+    - `best`, `objective`: the best plan that fits, if one is known, and its seconds.
+    - `deadline`: of the monotonic clock.
+    """
+    from search.cpsat.model import solve  # brings in OR-Tools, which takes long and most runs do without
+
+    before = dual.snapshot()
+    known = objective if np.isfinite(objective) else 2 * abs(dual.bound())
+    chosen = _chosen(dual, seen, known - dual.bound())
+    dual.reprice(np.zeros(len(rows)))
+    dual.restrict(chosen)
+    for _ in range(_SWEEPS):
+        dual.sweep()
+    wall = max(deadline - time.monotonic(), 0.1)
+    slack = max(objective - dual.bound(), 0.0)
+    answer = solve(dual, rows, best, slack, _DETERMINISTIC_SECONDS, wall, _GAP)
+    dual.load(before)
+    return seen[-1] if answer.states is None else answer.states
+
+
+def _chosen(dual: Dual, seen: Sequence[np.ndarray], width: float) -> list[np.ndarray]:
+    """Per node the states of the plans seen, the latest first as long as they are few, and the cheapest others.
+
+    **Arguments:**
+
+    - `width`: seconds by which the choice of a further state may lift the bound, at most.
+    """
+    chosen = [np.zeros(len(node.states), dtype=bool) for node in dual.problem.nodes]
+    for states in reversed(seen):
+        wider = [mask.copy() for mask in chosen]
+        for mask, state in zip(wider, states, strict=True):
+            mask[state] = True
+        if _pairs(dual, wider) > _PAIRS:
+            break
+        chosen = wider
+    excess = dual.excess()
+    for _ in range(_HALVINGS):
+        wider = [mask.copy() for mask in chosen]
+        for mask, keep, above in zip(wider, dual.keep, excess, strict=True):
+            mask[keep[above <= width]] = True
+        if _pairs(dual, wider) <= _PAIRS:
+            chosen = wider
+            break
+        width /= 2
+    return [np.flatnonzero(mask) for mask in chosen]
+
+
+def _pairs(dual: Dual, chosen: Sequence[np.ndarray]) -> int:
+    """Pairs of layouts that chosen states leave open, over all edges."""
+    return sum(
+        _count(edge.rows[chosen[edge.a]], edge.matrix.shape[0])
+        * _count(edge.columns[chosen[edge.b]], edge.matrix.shape[1])
+        - 1
+        for edge in dual.problem.edges
+    )
+
+
+def _count(layouts: np.ndarray, of: int) -> int:
+    """How many of so many layouts there are among these."""
+    found = np.zeros(of, dtype=bool)
+    found[layouts] = True
+    return int(np.count_nonzero(found))

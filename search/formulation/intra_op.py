@@ -1,0 +1,120 @@
+"""The collectives that run within operations along a split factor.
+
+A maximum over a split dimension is closed by an all-reduce. A factor of kind `gathered` is closed by all-gathers: of what each
+chip has found, where the results do not have the factor, such as the best of its piece; else of one element along it, such as
+the total of its piece of a running sum.
+
+A factor of kind `exchanged` is that of $n$ equal parts, which lie one behind the other along a dimension of the operand or
+of the result. Cut over $p$ chips, that dimension has $np$ blocks, of which chip $j$ holds $nj + s$ for $0 \\le s < n$; of the
+parts chip $r$ holds block $ip + r$, for each part $i$. Every chip sends and gets $n$ blocks, so $n$ permutations do it
+(`exchange`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import gcd, prod
+from typing import NamedTuple
+
+import numpy as np
+
+from costmodels.machine.topology import Topology
+from costmodels.program.program import REDUCED_INSIDE, Operation, Program
+from search.formulation.layouts import Axes, Layout, shards
+from search.formulation.reshard import Step, emittable
+from search.formulation.strategies import Strategy, output_layout
+
+
+class Inside(NamedTuple):
+    """A collective within an operation.
+
+    - `factor`: along which it runs; `result`: whose pieces it works on; `layout`: that of the result.
+    - `thinned`: whether one element along the factor takes part, not a chip's piece; `copies`: the axes whose chips' parts its
+      payload holds beside one another; `parts`: of how many equal ones of a piece it sends one.
+    """
+
+    kind: str
+    axes: Axes
+    factor: int
+    result: int
+    layout: Layout
+    thinned: bool = False
+    copies: Axes = ()
+    parts: int = 1
+
+
+def closing(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[Inside]:
+    """The collectives that run within an operation, in order."""
+    for i, (factor, axes) in enumerate(zip(op.factors, strategy.splits, strict=True)):
+        if axes and factor.kind in REDUCED_INSIDE:
+            yield Inside("all-reduce", axes, i, 0, output_layout(op.signature, strategy, 0))
+        elif axes and factor.kind == "gathered":
+            for k, use in enumerate(op.outputs):
+                layout, thinned = output_layout(op.signature, strategy, k), any(i in dim for dim in use.dims)
+                for step in gathers(axes, topology):
+                    copies = tuple(axis for axis in axes if axis not in step.target.axes)
+                    yield Inside(step.kind, step.axes, i, k, layout, thinned, copies)
+        elif axes and factor.kind == "exchanged":
+            (joined,) = (dim for use in (*op.inputs, *op.outputs) for dim in use.dims if i in dim and len(dim) > 1)
+            count = op.factors[joined[1]].size
+            layout = output_layout(op.signature, strategy, 0)
+            parts = count if joined in op.outputs[0].dims else 1
+            for moved in exchange_axes(count, axes, topology):
+                yield Inside("collective-permute", moved, i, 0, layout, parts=parts)
+
+
+def gathers(axes: Axes, topology: Topology) -> tuple[Step, ...]:
+    """How an array of one element per chip along these axes is gathered: at once, if the compiler leaves that as it is."""
+    spread, whole = Layout((axes,)), Layout(((),))
+    at_once = Step("all-gather", axes, spread, whole, source_dim=0)
+    if emittable(at_once, (1,), 1, topology):
+        return (at_once,)
+    major = Layout((axes[:1],))
+    minor = Step("all-gather", axes[1:], spread, major, source_dim=0)
+    return (minor, Step("all-gather", axes[:1], major, whole, source_dim=0))
+
+
+def payload(program: Program, op: Operation, strategy: Strategy, found: Inside, topology: Topology) -> float:
+    """Bytes of a collective within an operation, by the collectives' convention."""
+    sizes = topology.axis_sizes
+    part = program.values[op.outputs[found.result].value].bytes / shards(found.layout, sizes)
+    if found.thinned:
+        part /= op.factors[found.factor].size / prod(sizes[axis] for axis in strategy.splits[found.factor])
+    return part * prod(sizes[axis] for axis in found.copies) / found.parts
+
+
+class Sent(NamedTuple):
+    """One block of an exchange: from which slot of which chip's piece, to which chip, of which part it is."""
+
+    chip: int
+    slot: int
+    to: int
+    part: int
+
+
+@lru_cache(maxsize=256)
+def exchange(parts: int, chips: int) -> tuple[tuple[Sent, ...], ...]:
+    """The rounds in which the blocks of joined parts go where those of the parts lie; in each, every chip sends and gets one.
+
+    With $g = \\gcd(n, p)$ and $a_j = \\lfloor jg/p \\rfloor$, in round $t$ chip $j$ sends slot $s = (t + a_j) \\bmod n$ to chip
+    $(nj + s) \\bmod p$. That is one to one: chips that differ in $a_j$ differ in $s$ modulo $g$, and so do those that they
+    send to, as $g$ divides $nj$ and $p$; for the others $nj$ differs modulo $p$.
+    """
+    shared = gcd(parts, chips)
+
+    def sent(chip: int, turn: int) -> Sent:
+        slot = (turn + chip * shared // chips) % parts
+        part, to = divmod(parts * chip + slot, chips)
+        return Sent(chip, slot, to, part)
+
+    return tuple(tuple(sent(chip, turn) for chip in range(chips)) for turn in range(parts))
+
+
+def exchange_axes(parts: int, axes: Axes, topology: Topology) -> tuple[Axes, ...]:
+    """Per round of an exchange, in which anything moves, the axes that something moves along."""
+    counts = [topology.axis_sizes[axis] for axis in axes]
+    places = np.indices(counts).reshape(len(axes), -1)
+    rounds = exchange(parts, prod(counts))
+    moved = [np.any(places != places[:, [each.to for each in sent]], axis=1) for sent in rounds]
+    return tuple(tuple(axis for axis, there in zip(axes, each, strict=True) if there) for each in moved if any(each))

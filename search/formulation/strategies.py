@@ -1,0 +1,153 @@
+"""Strategies: which factor each mesh axis splits in one operation, and the layouts that this forces.
+
+One generic function turns an operation's factors into everything the search needs: which splits are legal, the layout
+each operand must have, the layout each result comes in, and the reductions that run inside the operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from costmodels.program.program import Factor, Operation
+from search.formulation.layouts import Axes, Layout, assignments
+
+Sizes = tuple[tuple[str, int], ...]
+
+
+class Strategy(NamedTuple):
+    """Per factor the mesh axes that split it, major to minor; per linear group the axes whose partial sums pass through.
+
+    `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the operation, where collectives are
+    priced so (`costmodels.pricing`).
+    """
+
+    splits: tuple[Axes, ...]
+    carried: tuple[Axes, ...] = ()
+    looped: int | None = None
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh axes in use."""
+        return tuple(axis for split in self.splits for axis in split)
+
+
+@dataclass(frozen=True)
+class StrategySpace:
+    """Every strategy of an operation with the layouts it forces.
+
+    `inputs[k][s]` is the layout that operand `k` must have under strategy `s`, `outputs[k][s]` the one that result `k` comes
+    in; `shards` (`[strategies, factors]`) the number of pieces of each factor.
+    """
+
+    strategies: tuple[Strategy, ...]
+    inputs: tuple[tuple[Layout, ...], ...]
+    outputs: tuple[tuple[Layout, ...], ...]
+    shards: np.ndarray
+
+
+def strategy_space(operation: Operation, sizes: Sizes, looped: bool = False) -> StrategySpace:
+    """Every legal strategy of an operation on a mesh with these axis sizes; the one that splits nothing comes first.
+
+    **Arguments:**
+
+    - `looped`: whether a matmul's strategies say which of its collectives is looped with it.
+    """
+    if looped and operation.op_class == "matmul":
+        return _looped_space(operation.signature, sizes)
+    return _space(operation.signature, sizes)
+
+
+@lru_cache(maxsize=1024)
+def _looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
+    """Each strategy as often as it has collectives that may be looped with it; once if it has none."""
+    plain = _space(signature, sizes)
+    axes = sum(size > 1 for _, size in sizes)
+    chosen: list[tuple[int, int | None]] = []
+    for s in range(len(plain.strategies)):
+        inputs = [k for k, layouts in enumerate(plain.inputs) if len(layouts[s].axes) < axes]
+        result = [-1] if plain.outputs[0][s].partial else []
+        chosen += [(s, which) for which in (*result, *inputs)] or [(s, None)]
+    at = [s for s, _ in chosen]
+    return StrategySpace(
+        tuple(plain.strategies[s]._replace(looped=which) for s, which in chosen),
+        tuple(tuple(layouts[s] for s in at) for layouts in plain.inputs),
+        tuple(tuple(layouts[s] for s in at) for layouts in plain.outputs),
+        plain.shards[at],
+    )
+
+
+@lru_cache(maxsize=4096)
+def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
+    factors, inputs, outputs, linear, _ = signature
+    table = dict(sizes)
+    least = fewest_gathered(factors, inputs, outputs)
+    free = [i for i, factor in enumerate(factors) if factor.kind != "whole" and factor.size > 1]
+    axes = [axis for axis, size in sizes if size > 1]
+    found: list[Strategy] = []
+    for ordered, carried in assignments(axes, len(free), len(linear)):
+        splits: list[Axes] = [()] * len(factors)
+        for i, chosen in zip(free, ordered, strict=True):
+            splits[i] = chosen
+        if _legal(factors, (*inputs, *outputs), splits, table, least):
+            found.append(Strategy(tuple(splits), carried))
+    counts = np.array([[prod(table[a] for a in split) for split in s.splits] for s in found], dtype=float)
+    return StrategySpace(
+        tuple(found),
+        tuple(tuple(input_layout(signature, s, k) for s in found) for k in range(len(inputs))),
+        tuple(tuple(output_layout(signature, s, k) for s in found) for k in range(len(outputs))),
+        counts.reshape(len(found), len(factors)),
+    )
+
+
+def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequence) -> int:
+    """The fewest elements that a piece of a gathered factor may have: as many as the results make of it, such as the best k."""
+    given = {i for dims in inputs for dim in dims for i in dim}
+    made = {i for dims in outputs for dim in dims for i in dim} - given
+    return prod(factors[i].size for i in made)
+
+
+def _legal(
+    factors: Sequence[Factor], uses: Sequence, splits: Sequence[Axes], table: dict[str, int], least: int
+) -> bool:
+    """Every factor divides, a compound dimension is cut into contiguous pieces, and gathered pieces are large enough."""
+    counts = [prod(table[axis] for axis in split) for split in splits]
+    if any(factor.size % count for factor, count in zip(factors, counts, strict=True)):
+        return False
+    if any(f.kind == "gathered" and n > 1 and f.size // n < least for f, n in zip(factors, counts, strict=True)):
+        return False
+    return all(_contiguous(factors, dim, counts) for dims in uses for dim in dims if len(dim) > 1)
+
+
+def _contiguous(factors: Sequence[Factor], dim: Sequence[int], counts: Sequence[int]) -> bool:
+    """A minor factor may be split only if every factor more major than it is cut down to single elements."""
+    whole = True
+    for i in dim:
+        if counts[i] > 1 and not whole:
+            return False
+        whole = whole and counts[i] == factors[i].size
+    return True
+
+
+def _dims(dims: Sequence[Sequence[int]], strategy: Strategy) -> tuple[Axes, ...]:
+    return tuple(tuple(axis for i in dim for axis in strategy.splits[i]) for dim in dims)
+
+
+def input_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
+    """The layout that operand `k` must have; partial over the axes carried by the linear groups it belongs to."""
+    _, inputs, _, linear, _ = signature
+    carried = [axis for group, axes in zip(linear, strategy.carried, strict=True) if k in group for axis in axes]
+    return Layout(_dims(inputs[k], strategy), tuple(sorted(carried)))
+
+
+def output_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
+    """The layout that result `k` comes in; partial over the axes that split a summed factor and those carried."""
+    factors, _, outputs, _, _ = signature
+    summed = [axis for f, axes in zip(factors, strategy.splits, strict=True) if f.kind == "sum" for axis in axes]
+    carried = [axis for axes in strategy.carried for axis in axes]
+    return Layout(_dims(outputs[k], strategy), tuple(sorted(summed + carried)))

@@ -1,0 +1,112 @@
+"""Which strategies leave a matmul an operand that a compiler has to lay out anew before it can use it.
+
+Beyond the chip's rates this costs what no roofline knows: libtpu's own estimates for a weight of three dimensions, sliced
+out of a stack by a loop, are four times as long when it is laid out anew as when it is not. The rule is what these
+estimates show for products of [e, h, d] and of [h, d, e], with pieces of 1 to 256 of h and d, on v4 and v5e:
+
+- An array lies in memory in tiles of 8 rows by 128 lanes of its last two dimensions; where that pads it, another dimension
+  than its last may lie along the lanes, if that pads it less.
+- Of several dimensions that are summed, or kept, the longest counts as the matrix's, the others are gone through one by one.
+- When the matrix's two dimensions are not those of the tiles, the operand is laid out anew; so it is when a tile's rows,
+  with other dimensions around them, are no multiple of 8.
+
+It tells strategies apart that cost the same, and changes no price.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+
+from costmodels.operations import MatrixFactors, matrix_factors
+from costmodels.program.program import Operation, Use
+
+_ROWS, _LANES = 8, 128
+"""A tile: the sublanes and lanes of a TPU's vector register."""
+_PART_TILES = (1, 2, 4)
+"""Fewer rows than a tile's that are stored without padding."""
+_LANE_BYTES = 4
+"""What a lane holds of one row or, of a smaller type, of several."""
+
+
+def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
+    """Per strategy of a matmul, how many operands are laid out anew, and factors cut into less than a tile's rows.
+
+    **Arguments:**
+
+    - `shards`: `[strategies, factors]`, the number of pieces of each factor.
+
+    **Returns:** `[strategies]`, both counts together.
+    """
+    sizes = np.array([factor.size for factor in op.factors], dtype=float)
+    local = sizes / shards
+    found = ((local < _ROWS) & (local < sizes) & (local > 1)).sum(axis=1)
+    if groups := matrix_factors(op):
+        found = found + sum(_laid_out_anew(use, groups, local) for use in op.inputs)
+    return found
+
+
+def _laid_out_anew(use: Use, groups: MatrixFactors, local: np.ndarray) -> np.ndarray:
+    """Per strategy, whether an operand is laid out anew; of one with dimensions of a batch nothing is known."""
+    summed = tuple(set(dim) <= set(groups.contracted) for dim in use.dims)
+    kept = tuple(set(dim) <= {*groups.rows, *groups.columns} for dim in use.dims)
+    if len(use.dims) < 3 or not all(a or b for a, b in zip(summed, kept, strict=True)):
+        return np.zeros(len(local), dtype=bool)
+    sizes = np.stack([local[:, list(dim)].prod(axis=1) for dim in use.dims], axis=1)
+    return np.array([laid_out_anew(tuple(row), summed) for row in sizes.tolist()])
+
+
+@lru_cache(maxsize=65536)
+def laid_out_anew(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
+    """Whether an operand of a product is laid out anew.
+
+    **Arguments:**
+
+    - `sizes`: one chip's elements along each dimension.
+    - `summed`: whether the product sums over each; the others are kept.
+    """
+    dims = [i for i, size in enumerate(sizes) if size > 1]
+    sums, keeps = [i for i in dims if summed[i]], [i for i in dims if not summed[i]]
+    if len(dims) < 3 or not sums or not keeps:
+        return False
+    *_, rows, lanes = least_padded(sizes)
+    matrix = {max(sums, key=lambda i: (sizes[i], -i)), max(keeps, key=lambda i: (sizes[i], i))}
+    return {rows, lanes} != matrix or sizes[rows] % _ROWS != 0
+
+
+def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
+    """The order in which an argument's dimensions lie in memory, the last along the lanes: the first that pads least."""
+    dims = [i for i, size in enumerate(sizes) if size > 1]
+    if len(dims) < 2:
+        return tuple(range(len(sizes)))
+    best = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
+    return (*(i for i, size in enumerate(sizes) if size <= 1), *best)
+
+
+def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
+    """The dimensions along the rows and the lanes of an argument's tiles: of the pairs that pad it least the last ones."""
+    backwards = range(len(sizes))[::-1]
+    pairs = [(rows, lanes) for lanes in backwards for rows in backwards if rows != lanes]
+    return min(pairs, key=lambda pair: _stored(sizes[pair[0]], sizes[pair[1]], itemsize), default=(*backwards,))
+
+
+def _stored(rows: int, lanes: int, itemsize: float) -> float:
+    """How often tiles hold the bytes that are in them; a few rows are stored as a power of 2, small types several to one."""
+    if rows <= max(_PART_TILES):
+        stored = next(n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES)
+    else:
+        stored = ceil(rows / _ROWS) * _ROWS
+    return stored * ceil(lanes / _LANES) * _LANES / max(rows * lanes, 1)
+
+
+def _orders(dims: list[int]) -> list[list[int]]:
+    """As they are, and with each other dimension along the lanes, the later ones first."""
+    return [[*(i for i in dims if i != last), last] for last in reversed(dims)]
+
+
+def _padding(rows: float, lanes: float) -> float:
+    """What tiles of these rows and lanes take over what is in them."""
+    stored = rows if rows in _PART_TILES else ceil(rows / _ROWS) * _ROWS
+    return stored * ceil(lanes / _LANES) * _LANES / (rows * lanes)

@@ -1,0 +1,388 @@
+"""Peak memory as linear rows: at every point of the program, the bytes of what lives there.
+
+An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends. Arrays
+that share memory (a donated argument and its result, a loop's carry, an update in place, a view) are one buffer. What a
+compiler keeps inside a fused kernel takes no memory: results of fused operations count only where an unfused operation, a
+loop or the caller needs them. A change of layout holds the old and the new array at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import add
+from typing import Any, TypeVar
+
+import numpy as np
+
+from costmodels.program.program import Program
+from search.formulation.layouts import Layout, shards
+from search.formulation.problem import Problem
+from search.formulation.reshard import ReshardTable
+from search.memory.fused_scatters import is_inlined
+from search.memory.reshard_buffers import Copies
+from search.memory.result_copies import copied_bytes
+from search.memory.views import IN_PLACE, views
+
+T = TypeVar("T", np.ndarray, Copies)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes alive at one point: per node a vector over its states, per edge those of its copies."""
+
+    point: int
+    nodes: tuple[tuple[int, np.ndarray], ...]
+    edges: tuple[tuple[int, Copies], ...]
+
+    def bytes(self, problem: Problem, states: np.ndarray) -> float:
+        """Bytes alive under a choice of states."""
+        return float(Rows([self]).bytes(problem, states)[0])
+
+
+class Rows(tuple[Row, ...]):
+    """Rows that are summed up at once: most of what lives at one point lives at others, too, and is looked up once for all."""
+
+    def bytes(self, problem: Problem, states: np.ndarray) -> np.ndarray:
+        """Per row the bytes alive under a choice of states."""
+        nodes, edges, found, start = self._ledger
+        at, to = (places.tolist() for places in problem.ends(states))
+        held = [vector[states[i]] for i, vector in nodes] + [table.at(at[k], to[k]) for k, table in edges]
+        return np.add.reduceat(np.array([*held, 0.0])[found], start)
+
+    @cached_property
+    def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, Copies]], np.ndarray, np.ndarray]:
+        """What the rows add up: nodes, edges; per row its items among them, a 0 last; and where the items of each row start."""
+        nodes = {(i, id(vector)): vector for row in self for i, vector in row.nodes}
+        edges = {(k, id(table)): table for row in self for k, table in row.edges}
+        place = {("node", *key): at for at, key in enumerate(nodes)}
+        place |= {("edge", *key): len(nodes) + at for at, key in enumerate(edges)}
+        items = [
+            [
+                *(place["node", i, id(vector)] for i, vector in row.nodes),
+                *(place["edge", k, id(table)] for k, table in row.edges),
+                len(place),
+            ]
+            for row in self
+        ]
+        start = np.cumsum([0, *map(len, items)], dtype=np.intp)[:-1]
+        found = np.array([item for row in items for item in row], dtype=np.intp)
+        return [(i, v) for (i, _), v in nodes.items()], [(k, t) for (k, _), t in edges.items()], found, start
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Arrays that share memory: the array that stands for them, and the first and last point at which they live."""
+
+    value: int
+    members: tuple[int, ...]
+    first: int
+    last: int
+
+
+def buffers(program: Program) -> tuple[Buffer, ...]:
+    """Every buffer that takes memory, with its life."""
+    groups = _Groups(program)
+    last, shown = last_uses(program), views(program)
+    for i, op in enumerate(program.operations):
+        if i in shown:
+            groups.join(op.inputs[0].value, op.outputs[0].value)
+        if op.primitive == "loop_constant" or (op.primitive in IN_PLACE and last[op.inputs[0].value] <= i):
+            groups.join(op.inputs[0].value, op.outputs[0].value)
+        if op.primitive == "loop_carry":
+            groups.join(op.outputs[0].value, op.outputs[1].value)
+            for use in op.inputs:
+                if _ends_here(program, use.value, i, last):
+                    groups.join(op.outputs[0].value, use.value)
+    for argument, result in program.donated:
+        given, taken = program.operations[program.arguments[argument]], program.operations[program.results[result]]
+        groups.join(given.outputs[0].value, taken.inputs[0].value)
+    return tuple(_buffer(program, members, last) for members in groups.found() if _takes_memory(program, members))
+
+
+def _ends_here(program: Program, value: int, carry: int, last: dict[int, int]) -> bool:
+    """Whether nothing but the carry needs an array that enters the loop, or that a loop's round updates in place."""
+    made_by = program.operations[program.producers[value][0]]
+    if made_by.region == program.operations[carry].region:
+        return len(program.consumers[value]) == 1
+    return made_by.primitive in IN_PLACE
+
+
+class _Groups:
+    """Union-find over values."""
+
+    def __init__(self, program: Program) -> None:
+        self._root = list(range(len(program.values)))
+
+    def root(self, value: int) -> int:
+        while self._root[value] != value:
+            value = self._root[value]
+        return value
+
+    def join(self, a: int, b: int) -> None:
+        a, b = sorted((self.root(a), self.root(b)))
+        self._root[b] = a
+
+    def found(self) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for value in range(len(self._root)):
+            groups.setdefault(self.root(value), []).append(value)
+        return list(groups.values())
+
+
+def region_ends(program: Program) -> dict[int, int]:
+    """Region to its last operation, regions inside it included."""
+    ends: dict[int, int] = {}
+    for i, op in enumerate(program.operations):
+        region = op.region
+        while region >= 0:
+            ends[region] = max(ends.get(region, i), i)
+            region = program.regions[region].parent
+    return ends
+
+
+def last_uses(program: Program) -> dict[int, int]:
+    """Value to the last point at which it lives: its last use, or the end of the loop that it enters."""
+    ends = region_ends(program)
+    last = {value: at for value, (at, _) in program.producers.items()}
+    for value, uses in program.consumers.items():
+        for at, _ in uses:
+            last[value] = max(last[value], _until(program, at, ends))
+    for op in program.operations:
+        if op.op_class == "source":
+            last[op.outputs[0].value] = program.phase_of(program.producers[op.outputs[0].value][0])[1]
+    return last
+
+
+def _until(program: Program, operation: int, ends: dict[int, int]) -> int:
+    """Until when an operand of this operation is needed: if that shows it in another shape, until nothing reads the view."""
+    op = program.operations[operation]
+    if operation in views(program):
+        users = program.consumers.get(op.outputs[0].value, ())
+        return max((_until(program, at, ends) for at, _ in users), default=operation)
+    inner = [use.region for use in op.outputs if use.region != op.region]
+    if op.op_class == "boundary" and inner:
+        return max(ends.get(region, operation) for region in inner)
+    return operation
+
+
+def _takes_memory(program: Program, members: list[int]) -> bool:
+    return any(_materialised(program, value) for value in members if value in program.producers)
+
+
+def _materialised(program: Program, value: int) -> bool:
+    made_by = program.operations[program.producers[value][0]]
+    if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
+        return False
+    return not is_inlined(program, program.producers[value][0]) or _leaves_kernel(program, value)
+
+
+def _leaves_kernel(program: Program, value: int) -> bool:
+    """Whether an unfused operation, a loop or the caller needs a value, as it is or as a view."""
+    return any(
+        _leaves_kernel(program, program.operations[at].outputs[0].value)
+        if at in views(program)
+        else not is_inlined(program, at)
+        for at, _ in program.consumers.get(value, ())
+    )
+
+
+def _buffer(program: Program, members: list[int], last: dict[int, int]) -> Buffer:
+    made = [value for value in members if value in program.producers]
+    first = min(program.producers[value][0] for value in made)
+    whole = any(program.operations[program.producers[value][0]].op_class == "source" for value in made)
+    end = max(last[value] for value in made)
+    return Buffer(made[0], tuple(members), program.phase_of(first)[0] if whole else first, end)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Bytes of one node (an array over its states) or edge (`Copies`) over some points.
+
+    `key` tells equal ones, of which a class has many, from others.
+    """
+
+    key: tuple
+    kind: str
+    index: int
+    first: int
+    last: int
+    table: Any
+
+
+def rows(problem: Problem) -> Rows:
+    """The rows that can bind: one per point at which no more lives at any other point."""
+    if "rows" not in problem.memo:
+        problem.memo["rows"] = _rows(problem)
+    return problem.memo["rows"]
+
+
+def _rows(problem: Problem) -> Rows:
+    terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
+    kinds: dict[tuple, int] = {}
+    found: list[_Term] = []
+    for term in terms:
+        if term.key not in kinds:
+            kinds[term.key] = len(found)
+            found.append(term)
+    points, counts = _fullest(problem.program, terms, kinds)
+    maximal = _undominated(counts)
+    known: dict[tuple, Any] = {}
+    return Rows(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])], known) for i in maximal)
+
+
+def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> tuple[list[int], np.ndarray]:
+    """The points right before something dies, and how many terms of each kind live there; of like points the first."""
+    points = len(program.operations)
+    born: list[list[int]] = [[] for _ in range(points)]
+    dead: list[list[int]] = [[] for _ in range(points)]
+    for term in terms:
+        born[term.first].append(kinds[term.key])
+        dead[term.last].append(kinds[term.key])
+    alive = np.zeros(len(kinds), dtype=np.int32)
+    found: dict[bytes, tuple[int, np.ndarray]] = {}
+    grown = False
+    for point in range(points):
+        for kind in born[point]:
+            alive[kind] += 1
+        grown = grown or bool(born[point])
+        if grown and dead[point]:
+            found.setdefault(alive.tobytes(), (point, alive.copy()))
+            grown = False
+        for kind in dead[point]:
+            alive[kind] -= 1
+    if not found:
+        return [], np.zeros((0, len(kinds)), dtype=np.int32)
+    at, counts = zip(*found.values(), strict=True)
+    return list(at), np.array(counts)
+
+
+def _undominated(counts: np.ndarray) -> list[int]:
+    """The rows of counts that no other row reaches in every kind, in order.
+
+    Only rows that hold the rarest of its kinds can reach a row: few, as what lives briefly is rare.
+    """
+    holders: list[list[int]] = [[] for _ in range(counts.shape[1])]
+    kept: list[int] = []
+    for i in np.argsort(-counts.sum(axis=1, dtype=np.int64), kind="stable").tolist():
+        kinds = np.flatnonzero(counts[i])
+        likely = min((holders[kind] for kind in kinds), key=len, default=kept)
+        held = counts[np.array(likely, dtype=np.intp)[:, None], kinds]
+        if not (held >= counts[i, kinds]).all(axis=1).any():
+            kept.append(i)
+            for kind in kinds:
+                holders[kind].append(i)
+    return sorted(kept)
+
+
+def together(limits: tuple[Row, ...]) -> Row:
+    """The bytes at all points, added up: what a price on memory everywhere is paid for."""
+    nodes = _added(item for row in limits for item in row.nodes)
+    return Row(-1, tuple(nodes.items()), tuple(_added(item for row in limits for item in row.edges).items()))
+
+
+def _added(items: Iterable[tuple[int, T]]) -> dict[int, T]:
+    """Per index the sum; what is the same in many is counted first."""
+    held = list(items)
+    counts = Counter((i, id(array)) for i, array in held)
+    arrays = {(i, id(array)): array for i, array in held}
+    total: dict[int, T] = {}
+    for (i, which), count in counts.items():
+        counted = float(count) * arrays[i, which]
+        total[i] = total[i] + counted if i in total else counted
+    return total
+
+
+def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, Any]) -> Row:
+    """One row; what is the same in several is one array, found in `known`."""
+    parts: dict[tuple[str, int], list[tuple[_Term, int]]] = {}
+    for term, count in terms:
+        parts.setdefault((term.kind, term.index), []).append((term, count))
+    sides: dict[str, list[tuple[int, Any]]] = {"node": [], "edge": []}
+    for (kind, index), found in parts.items():
+        key = tuple((term.key, int(count)) for term, count in found)
+        if key not in known:
+            known[key] = reduce(add, (float(count) * term.table for term, count in found))
+        sides[kind].append((index, known[key]))
+    return Row(point, tuple(sides["node"]), tuple(sides["edge"]))
+
+
+def _buffer_terms(problem: Problem) -> Iterator[_Term]:
+    tables: dict[tuple, np.ndarray] = {}
+    for buffer in buffers(problem.program):
+        node, slot = _place(problem, buffer.value)
+        key = (node, slot, problem.program.values[buffer.value].bytes)
+        if key not in tables:
+            tables[key] = _local_bytes(problem, key[2], layouts_at(problem, buffer.value)[1])
+        yield _Term(("node", *key), "node", node, buffer.first, buffer.last, tables[key])
+
+
+def _local_bytes(problem: Problem, array_bytes: float, found: tuple[Layout, ...]) -> np.ndarray:
+    return np.array([array_bytes / shards(layout, problem.topology.axis_sizes) for layout in found])
+
+
+def _place(problem: Problem, value: int) -> tuple[int, int]:
+    """The node that decides how a value is kept, and which of its results it is (-1: its own layout)."""
+    if value in problem.of_hub:
+        return problem.of_hub[value], -1
+    operation, position = problem.program.producers[value]
+    return problem.of_operation[operation], position
+
+
+def layouts_at(problem: Problem, value: int) -> tuple[int, tuple[Layout, ...]]:
+    """The node that decides how a value is kept, and the layout under each of its states."""
+    node, slot = _place(problem, value)
+    return node, problem.nodes[node].states if slot < 0 else problem.spaces[node].outputs[slot]
+
+
+def _copy_terms(problem: Problem) -> Iterator[_Term]:
+    """A change of layout holds a second array: where it is made, or through the loop that it is made for."""
+    ends = region_ends(problem.program)
+    copied: dict[tuple[int, bool], Copies] = {}
+    for k, edge in enumerate((*problem.edges, *problem.loops)):
+        if edge.table is None:
+            continue
+        into_hub = edge.members[0][1] < 0
+        key = (id(edge.table), into_hub)
+        if key not in copied:
+            copied[key] = _copied_bytes(problem, edge.table, into_hub)
+        held = copied[key] if edge.layouts is None else copied[key].among(*edge.layouts)
+        for value, operation in edge.members:
+            at = problem.program.producers[value][0]
+            first, last = (at, at) if into_hub else copy_life(problem.program, value, operation, ends)
+            if k < len(problem.edges):
+                yield _Term(("edge", k), "edge", k, first, last, held)
+            else:
+                yield _Term(("loop", k), "node", edge.a, first, last, held[edge.rows, edge.columns])
+
+
+def _result_terms(problem: Problem) -> Iterator[_Term]:
+    """A result that is laid out anew is held twice meanwhile."""
+    for at in problem.program.results:
+        if problem.program.operations[at].inputs:
+            node = problem.of_operation[at]
+            needed = problem.spaces[node].inputs[0]
+            held = np.array([copied_bytes(problem.program, problem.topology, at, found) for found in needed])
+            if held.any():
+                yield _Term(("result", at), "node", node, at, at, held)
+
+
+def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
+    """Bytes of the second array, per layout before and after: into a hub it is the old one that dies, else the new one."""
+    bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
+    none, which = np.zeros_like(bytes_of), np.arange(len(bytes_of))
+    return Copies(bytes_of, none, which, which) if into_hub else Copies(none, bytes_of, which, which)
+
+
+def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]) -> tuple[int, int]:
+    """The first and last point at which an operand's changed copy lives.
+
+    Compilers start a gather early, to hide it behind the matmul before the one that needs it: so the copy lives from there,
+    once its source is made, to the operation; through the whole loop if it is made for one.
+    """
+    ahead = program.matmul_before[operation]
+    made = program.producers[value][0]
+    early = ahead >= 0 and program.operations[operation].op_class == "matmul"
+    return max(ahead, made) if early else operation, _until(program, operation, ends)

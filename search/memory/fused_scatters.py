@@ -1,0 +1,42 @@
+"""Which operations run inside the kernel that uses their result, though they are not elementwise as they are written.
+
+A scatter of single numbers, one to each row of an array that is one number all over, is the gradient of taking one number out
+of each row, such as the logit of the right word. Compilers write it as a comparison of the columns' numbers with the index.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from costmodels.program.program import Program
+
+
+def is_inlined(program: Program, operation: int) -> bool:
+    """Whether an operation's result takes no memory where fused operations alone use it.
+
+    **Arguments:**
+
+    - `operation`: its number.
+    """
+    return program.operations[operation].op_class == "fused" or operation in _comparisons(program)
+
+
+def _comparisons(program: Program) -> frozenset[int]:
+    if "comparisons" not in program.memo:
+        found = (i for i, op in enumerate(program.operations) if op.primitive.startswith("scatter"))
+        program.memo["comparisons"] = frozenset(i for i in found if _is_comparison(program, i))
+    return program.memo["comparisons"]
+
+
+def _is_comparison(program: Program, operation: int) -> bool:
+    op = program.operations[operation]
+    if len(op.inputs) != 3:
+        return False
+    onto, indices, updates = op.inputs
+    of_one_number = program.operations[program.producers[onto.value][0]]
+    if of_one_number.primitive != "broadcast_in_dim" or of_one_number.inputs:
+        return False
+    rows = {factor for dim in onto.dims for factor in dim}
+    one_each = all(factor in rows or op.factors[factor].size == 1 for dim in updates.dims for factor in dim)
+    numbers, places = program.values[updates.value].shape, program.values[indices.value].shape[:-1]
+    return one_each and prod(numbers) == prod(places)

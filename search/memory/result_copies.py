@@ -1,0 +1,54 @@
+"""Results that a TPU's compiler lays out anew, and so holds twice.
+
+A product is written in tiles of its matrix's rows and columns (`search.packing`). A result of the program lies as an
+argument of its shape does, padded the least: where that puts other dimensions into the tiles, as for one chip's [16, 1024,
+50257] logits, it is copied when it is done. libtpu 0.0.42 does so for results of 2 to 4 dimensions. Where other operations
+come between the product and the result, the product's own array is counted beside theirs already, though they may be one.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from costmodels.machine.topology import Topology
+from costmodels.operations import matrix_factors
+from costmodels.program.program import Operation, Program, Use
+from search.formulation.layouts import Layout, local_shape
+from search.formulation.tpu_tiles import argument_tile
+
+
+def copied_bytes(program: Program, topology: Topology, operation: int, layout: Layout) -> float:
+    """Bytes of the second array that one chip holds while a result is copied; 0 where it lies as it is made, or on the chip.
+
+    **Arguments:**
+
+    - `operation`: the result's operation; `layout`: that of the result.
+    """
+    sides = _sides(program, program.operations[operation].inputs[0].value)
+    if topology.chip.kind != "tpu" or sides is None:
+        return 0.0
+    value = program.values[program.operations[operation].inputs[0].value]
+    sizes = local_shape(value.shape, layout, topology.axis_sizes)
+    held = value.itemsize * prod(sizes)
+    matrix = {max(side, key=lambda i: (sizes[i], i)) for side in sides}
+    if held <= topology.chip.on_chip_bytes or set(argument_tile(sizes, value.itemsize)) == matrix:
+        return 0.0
+    return held
+
+
+def _sides(program: Program, value: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The dimensions of a value that are the rows, and the columns, of the product that it is; None if it is none."""
+    key = ("sides", value)
+    if key not in program.memo:
+        at, position = program.producers[value]
+        program.memo[key] = _split(program.operations[at], program.operations[at].outputs[position])
+    return program.memo[key]
+
+
+def _split(op: Operation, result: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    groups = matrix_factors(op)
+    if groups is None or groups.batch:
+        return None
+    rows = tuple(i for i, dim in enumerate(result.dims) if set(dim) <= set(groups.rows))
+    columns = tuple(i for i, dim in enumerate(result.dims) if set(dim) <= set(groups.columns))
+    return (rows, columns) if rows and columns else None

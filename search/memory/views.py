@@ -1,0 +1,58 @@
+"""Which operations only show an array they are given, and take no memory of their own.
+
+A transposition or a change of shape neither computes nor moves anything where what uses it reads the array in the other order:
+compilers give a product its operands' dimensions in the order in which they lie. What leaves the program, goes round a loop or
+is updated in place is an array of its own.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from costmodels.program.program import Operation, Program
+
+_RENAMING = ("transpose", "reshape", "squeeze", "broadcast_in_dim")
+"""Primitives that name the elements of an array anew; those of shapes and strides JAX writes in these."""
+
+IN_PLACE = (
+    "dynamic_update_slice",
+    "scatter",
+    "scatter-add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter-min",
+    "scatter-max",
+)
+"""Primitives that may write into their first operand."""
+
+
+def views(program: Program) -> frozenset[int]:
+    """The operations whose result is their operand, seen in another shape."""
+    if "views" not in program.memo:
+        found: set[int] = set()
+        for i in reversed(range(len(program.operations))):
+            if _renames(program, program.operations[i]) and _only_read(program, program.operations[i], found):
+                found.add(i)
+        program.memo["views"] = frozenset(found)
+    return program.memo["views"]
+
+
+def _renames(program: Program, op: Operation) -> bool:
+    if op.primitive not in _RENAMING or op.op_class != "fused" or len(op.inputs) != 1:
+        return False
+    given, made = (program.values[use.value] for use in (*op.inputs, *op.outputs))
+    return prod(given.shape) == prod(made.shape) and given.itemsize == made.itemsize
+
+
+def _only_read(program: Program, op: Operation, known: set[int]) -> bool:
+    """Whether operations that read it are all that use a result; `known` are the views among those after it."""
+    users = [at for at, _ in program.consumers.get(op.outputs[0].value, ())]
+    return all(
+        at in known
+        or (
+            not (_renames(program, program.operations[at]))
+            and program.operations[at].op_class in ("matmul", "fused", "memory")
+            and program.operations[at].primitive not in IN_PLACE
+        )
+        for at in users
+    )

@@ -1,0 +1,243 @@
+"""Lifting the bound and lowering the best plan until they meet or stall."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from search.cpsat.kernel import combined
+from search.formulation.problem import FORBIDDEN, Node, Problem
+from search.memory.constraints import Row, together
+from search.presolve.dual import Dual
+from search.presolve.pool import Pool, Seen
+from search.presolve.pricing import settled
+from search.presolve.primal import decode, improve
+from search.presolve.symmetry import representatives
+
+Say = Callable[[str], None]
+
+TOLERANCE = 1e-9
+"""Relative difference between bound and plan that counts as none."""
+_REPAIRS = 8
+"""How often the prices of overflowing rows are raised to make a plan fit."""
+_RAISE = 1.3
+"""By what factor."""
+_LITTLE = 1e-5
+"""The part of the bound that a turn lifts it by when it is said to stall."""
+_LITTLE_OF_OPEN = 3e-3
+"""The part of what is open that is little, too."""
+_FEW = 1e-3
+"""The part of the surviving states that is struck out by such a turn, at most."""
+_LITTLE_TO_PRICE = 3e-4
+"""The same while memory overflows, so that another price of it will lift the bound more."""
+_NEAR = 0.03
+"""With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
+_READING = 3
+"""In every how many turns they are; without a plan to start from, in how many they are read in more than one way."""
+_MUCH = 1e-3
+"""The part of the best plan that is open when it is worth putting others together."""
+_NEW = 24
+"""How many plans must be new to put them together again."""
+_TRIALS = 14
+"""Trials for the prices of memory."""
+_SETTLING = 4
+"""How often, at most, the bound is lifted for one trial."""
+
+
+class Ascent:
+    """The state of one search: the dual, the best plan so far, and the bound that is proven for the whole problem.
+
+    `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
+    overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best bound that
+    was found without branching. `pool` holds the plans that were looked at, fitting or not. Only plans below `cutoff` seconds
+    are looked for. At `deadline`, of the monotonic clock, it ends with what it has.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        rows: tuple[Row, ...],
+        rounds: int,
+        say: Say,
+        symmetric: bool = True,
+        deadline: float = np.inf,
+        cutoff: float = np.inf,
+    ) -> None:
+        self.problem, self.rows, self.rounds, self.say, self.deadline = problem, rows, rounds, say, deadline
+        self._together = together(self.rows)
+        self.dual = Dual(problem, self.rows, [_possible(node) for node in problem.nodes])
+        self.best: np.ndarray | None = None
+        self.objective = cutoff
+        self.bound = -np.inf
+        self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
+        self.prices = np.zeros(len(rows))
+        self.pool = Pool(problem, rows)
+        self._given, self._combined = False, 0
+        if symmetric:
+            self._hold_symmetry()
+
+    def begin_with(self, states: np.ndarray) -> None:
+        """Starts from a plan: if it fits, fewer are read off the dual while its bound is far away."""
+        self.look(states)
+        self._given = self.best is not None
+
+    def _hold_symmetry(self) -> None:
+        held = representatives(self.problem)
+        if held is not None:
+            node, kept = held
+            keep = list(self.dual.keep)
+            keep[node] = np.intersect1d(keep[node], kept)
+            self.dual.restrict(keep)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the least bytes of everything, side by side, fit a chip."""
+        return self.dual.fits
+
+    def reached(self, lower: float) -> bool:
+        """Whether a bound has reached the best plan, or the cutoff."""
+        return np.isfinite(self.objective) and lower >= self.objective * (1 - TOLERANCE)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the best plan is proven best."""
+        return self.reached(self.bound)
+
+    @property
+    def late(self) -> bool:
+        """Whether time is up."""
+        return time.monotonic() > self.deadline
+
+    def look(self, states: np.ndarray) -> Seen:
+        """Remembers a plan, and keeps it if it fits and is better than the best so far."""
+        seen = self.pool.add(states)
+        if seen.fits:
+            self.offer(seen.states, seen.seconds)
+        return seen
+
+    def offer(self, states: np.ndarray, value: float) -> None:
+        """Keeps a plan that fits if it is better than the best so far."""
+        if value < min(self.objective, FORBIDDEN / 2):
+            self.best, self.objective = states, value
+
+    def _near(self, lower: float) -> bool:
+        """Whether a bound is so near the best plan that what is read off the dual may well be better."""
+        return lower >= self.objective * (1 - _NEAR)
+
+    def run(self, prices: np.ndarray | None = None) -> None:
+        """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow.
+
+        With `prices` that were good for a problem much like this one, from those.
+        """
+        self.dual.propagate()
+        if not self.fits:
+            self.attempt(np.array([keep[0] for keep in self.dual.keep]))
+            return
+        if prices is not None and prices.any():
+            self.dual.reprice(prices)
+            self.prices = prices
+            self._given = self.best is not None
+        over = self.lift(self.rounds)
+        self._given = False
+        if over.max(initial=0.0) > 0 or self.dual.multipliers.any():
+            settled(self, over, self._settle, _TRIALS)
+            self.prices = self.dual.multipliers.copy()
+            self.combine()
+            self.lift(rounds=4)
+
+    def combine(self) -> None:
+        """Puts the plans seen together to better ones, where a price of memory leaves much open and many of them are new."""
+        new = len(self.pool) - self._combined
+        if self.closed or self.late or not self.dual.multipliers.any() or (self._combined and new < _NEW):
+            return
+        if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
+            return
+        before = self.objective
+        self.attempt(combined(self.dual, self.rows, self.pool.states, self.best, before, self.deadline))
+        self._combined = len(self.pool)
+        self.say(f"put together from {len(self.pool)} plans: best {self.objective:.6e} s")
+
+    def lift(self, rounds: int) -> np.ndarray:
+        """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
+        stalled, idle, lower = 0, 0, -np.inf
+        over = None
+        for turn in range(rounds):
+            for _ in range(3):
+                self.dual.sweep()
+            before, lower = lower, self.dual.bound()
+            self.bound = max(self.bound, lower)
+            if self._reads(turn, idle, lower):
+                best = self.objective
+                over = self.attempt(decode(self.dual, thorough=turn % _READING == 0))
+                idle = idle + 1 if self.objective == best and self.best is not None else 0
+            struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
+            self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
+            little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
+            open_ = self.objective - lower if np.isfinite(self.objective) else 0.0
+            flat = lower - before < max(little * abs(lower), _LITTLE_OF_OPEN * open_)
+            stalled = stalled + 1 if flat and struck <= _FEW * sum(map(len, self.dual.keep)) else 0
+            if self.closed or self.late or stalled >= 2:
+                break
+        return self.attempt(decode(self.dual, thorough=False)) if over is None else over
+
+    def _reads(self, turn: int, idle: int, lower: float) -> bool:
+        """Whether a plan is read off the dual in this turn: less often where one is given, or the last ones gave nothing."""
+        if not self._given and idle < _READING:
+            return True
+        return turn % _READING == 0 and not self.closed and (not self._given or self._near(lower))
+
+    def _settle(self) -> np.ndarray:
+        """As `lift`, for one trial of a price: one incumbent and one exclusion, once the bound has risen."""
+        lower = -np.inf
+        for _ in range(_SETTLING):
+            for _ in range(3):
+                self.dual.sweep()
+            before, lower = lower, self.dual.bound()
+            if lower - before < _LITTLE * abs(lower) or self.late:
+                break
+        self.bound = max(self.bound, lower)
+        over = self.attempt(decode(self.dual, thorough=False))
+        struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
+        self.say(
+            f"price {self.dual.multipliers.max():.3e}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}"
+        )
+        return over
+
+    def attempt(self, states: np.ndarray) -> np.ndarray:
+        """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each row.
+
+        A solution that does not fit is improved again with a steep price on memory.
+        """
+        steep = 10 * abs(self.bound) if np.isfinite(self.bound) else FORBIDDEN / 100
+        everywhere = np.array([max(steep, 1e-9) / self.problem.budget_bytes])
+        relaxed = None
+        for limits, price in ((self.rows, self.dual.multipliers), ((self._together,), everywhere)):
+            improved = self.look(improve(self.problem, limits, states, price))
+            relaxed = improved.over if relaxed is None else relaxed
+            worst = float(improved.over.max(initial=-np.inf))
+            if worst < self.leanest[0] and improved.seconds < FORBIDDEN / 2:
+                self.leanest = worst, improved.states
+            if improved.fits:
+                break
+            if limits is self.rows and price.any() and improved.seconds < self.objective:
+                self._repair(improved, price)
+        return relaxed
+
+    def _repair(self, plan: Seen, price: np.ndarray) -> None:
+        """Raises the price of the rows that overflow until they fit, and keeps what comes out if it is better."""
+        least = float(price.max())
+        for _ in range(_REPAIRS):
+            if plan.fits:
+                return
+            price = np.where(plan.over > 0, np.maximum(price * _RAISE, least), price)
+            plan = self.look(improve(self.problem, self.rows, plan.states, price))
+            if plan.seconds >= self.objective:
+                return
+
+
+def _possible(node: Node) -> np.ndarray:
+    """The states that are not forbidden; all of them if every one is, which the search then reports."""
+    possible = np.flatnonzero(node.cost < FORBIDDEN / 2)
+    return possible if len(possible) else np.arange(len(node.states))

@@ -1,0 +1,352 @@
+"""A lower bound by reparametrisation, and the states it excludes.
+
+Moving cost between a node and its edges changes no solution's total. Whatever has been moved,
+
+$$L = \\sum_i \\min_s \\tilde\\theta_i(s) + \\sum_{ij} \\min_{s,t} \\tilde\\theta_{ij}(s, t)$$
+
+is a lower bound, and a state whose own minimum exceeds the best known solution by itself can be struck out: reduced-cost
+fixing. The sweeps below are sequential reweighted message passing (Kolmogorov, "A New Look at Reweighted Message
+Passing", 2015), block-coordinate ascent on the dual of the same local polytope that a linear program would solve,
+with tables of a few hundred layouts instead of as many thousand columns.
+
+Memory rows enter by Lagrange multipliers $\\lambda_r \\ge 0$: $\\lambda_r (b_r(x) - M)$ is added to the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+
+from search.formulation.problem import FORBIDDEN, Problem
+from search.memory.constraints import Row
+from search.memory.reshard_buffers import Copies
+from search.presolve.messages import DualEdge
+
+
+@dataclass
+class Snapshot:
+    """What a dual can be restored from; `least` is what its plans are known to cost at least, if anything is."""
+
+    multipliers: np.ndarray
+    left: list[np.ndarray]
+    right: list[np.ndarray]
+    keep: list[np.ndarray]
+    least: float = -np.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Ban:
+    """What banned pairs of layouts cost, indexed as the matrix would be that it stands for."""
+
+    pairs: np.ndarray
+
+    def __getitem__(self, at: Any) -> np.ndarray:
+        return FORBIDDEN * self.pairs[at]
+
+
+class Dual:
+    """A reparametrisation of a problem, restricted to the states not yet excluded.
+
+    `keep[i]` are the surviving states of node `i`; `multipliers` the memory rows' $\\lambda_r$ in seconds per byte.
+    """
+
+    def __init__(self, problem: Problem, rows: Sequence[Row], keep: Sequence[np.ndarray] | None = None) -> None:
+        self.problem, self.rows = problem, rows
+        self.keep = list(keep) if keep is not None else [np.arange(len(node.states)) for node in problem.nodes]
+        self.multipliers = np.zeros(len(rows))
+        self.banned: dict[int, Ban] = {}
+        self.fits = True
+        self.emptied = False
+        self._left = [np.zeros(len(problem.nodes[e.a].states)) for e in problem.edges]
+        self._right = [np.zeros(len(problem.nodes[e.b].states)) for e in problem.edges]
+        self.order = sorted(range(len(problem.nodes)), key=self._place)
+        self.rank = np.empty(len(self.order), dtype=int)
+        self.rank[self.order] = np.arange(len(self.order))
+        self._priced: tuple[np.ndarray, dict[int, np.ndarray], dict[int, list[Any]]] = (np.zeros(len(rows)), {}, {})
+        self.edges: list[DualEdge] = []
+        self._rebuild()
+
+    def _place(self, i: int) -> tuple[float, int]:
+        node = self.problem.nodes[i]
+        return (
+            (float(node.operation), i)
+            if node.operation >= 0
+            else (self.problem.program.producers[node.value][0] + 0.5, i)
+        )
+
+    def _rebuild(self) -> None:
+        """Recomputes potentials from the messages, the surviving states and the multipliers; what they leave alone stays."""
+        extra_nodes, extra_edges = self._priced_rows()
+        edges, made = [], []
+        for k, e in enumerate(self.problem.edges):
+            extra = (*extra_edges.get(k, ()), *((self.banned[k],) if k in self.banned else ()))
+            left, right = self._left[k][self.keep[e.a]], self._right[k][self.keep[e.b]]
+            if self.edges and self.edges[k].has(extra, self.keep):
+                edges.append(self.edges[k].after(left, right))
+            else:
+                edges.append(DualEdge(e, extra, left, right, self.keep))
+                made.append(k)
+        self.edges = edges
+        self.theta = []
+        for i, node in enumerate(self.problem.nodes):
+            theta = node.cost + extra_nodes.get(i, 0.0)
+            for k in self.problem.incident[i]:
+                theta = theta + (self._left[k] if self.problem.edges[k].a == i else self._right[k])
+            self.theta.append(theta[self.keep[i]])
+        self._settle(made)
+
+    def _settle(self, edges: Sequence[int]) -> None:
+        """Empties the separable edges among these into their ends; sweeps then leave them out."""
+        for k in edges:
+            if (edge := self.edges[k]).separable:
+                for node in (edge.a, edge.b):
+                    self.theta[node] = self.theta[node] + edge.take(node)
+
+    def _priced_rows(self) -> tuple[dict[int, np.ndarray], dict[int, list[Any]]]:
+        """Per node and edge the price of its bytes; the same objects as long as the multipliers are the same."""
+        if not np.array_equal(self._priced[0], self.multipliers):
+            nodes: dict[int, np.ndarray] = {}
+            edges: dict[int, list[Any]] = {}
+            for row, multiplier in zip(self.rows, self.multipliers, strict=True):
+                if multiplier > 0:
+                    for i, vector in row.nodes:
+                        nodes[i] = nodes.get(i, 0.0) + multiplier * vector
+                    for k, table in row.edges:
+                        edges.setdefault(k, []).append(multiplier * table)
+            self._priced = self.multipliers.copy(), nodes, edges
+        return self._priced[1:]
+
+    def priced_bytes(self) -> dict[int, np.ndarray]:
+        """Per node and surviving state the bytes it holds at priced points, times their price; of copies the least."""
+        nodes, edges = self._priced_rows()
+        found = {i: vector[self.keep[i]] for i, vector in nodes.items()}
+        for k, tables in edges.items():
+            edge = self.edges[k]
+            held = reduce(add, tables)[edge.window]
+            for node, least, groups in (
+                (edge.a, held.min(axis=1), edge.rows),
+                (edge.b, held.min(axis=0), edge.columns),
+            ):
+                found[node] = found.get(node, 0.0) + least[groups.group]
+        return found
+
+    def _store(self) -> None:
+        for k, edge in enumerate(self.edges):
+            self._left[k][self.keep[edge.a]] = edge.left
+            self._right[k][self.keep[edge.b]] = edge.right
+
+    def reprice(self, multipliers: np.ndarray) -> None:
+        """Sets the memory rows' multipliers."""
+        self._store()
+        self.multipliers = multipliers
+        self._rebuild()
+
+    def restrict(self, keep: Sequence[np.ndarray]) -> None:
+        """Keeps only these states; whoever wants the others back takes a snapshot before, as what is left moves costs."""
+        self._store()
+        self.keep = list(keep)
+        self._rebuild()
+
+    def narrow(self, node: int, states: np.ndarray) -> None:
+        """Keeps only these states of one node."""
+        self._strike({node: np.isin(self.keep[node], states, assume_unique=True)})
+
+    def _strike(self, kept: Mapping[int, np.ndarray]) -> None:
+        """Keeps, of some nodes, only the surviving states that a mask says; their edges alone are looked up anew."""
+        for i, mask in kept.items():
+            self.keep[i], self.theta[i] = self.keep[i][mask], self.theta[i][mask]
+        touched = sorted({k for i in kept for k in self.problem.incident[i]})
+        for k in touched:
+            edge = self.edges[k]
+            left = edge.left[kept[edge.a]] if edge.a in kept else edge.left
+            right = edge.right[kept[edge.b]] if edge.b in kept else edge.right
+            self.edges[k] = DualEdge(self.problem.edges[k], edge.extra, left, right, self.keep)
+        self._settle(touched)
+
+    @contextmanager
+    def held(self, node: int, states: np.ndarray) -> Iterator[None]:
+        """For a while, keeps only these states of one node; then all is as it was."""
+        before = self.keep, self.theta, self.edges
+        self.keep, self.theta, self.edges = list(self.keep), list(self.theta), [copy(edge) for edge in self.edges]
+        try:
+            self.narrow(node, states)
+            yield
+        finally:
+            self.keep, self.theta, self.edges = before
+
+    def snapshot(self) -> Snapshot:
+        """The messages and surviving states, to come back to."""
+        self._store()
+        return Snapshot(
+            self.multipliers, [v.copy() for v in self._left], [v.copy() for v in self._right], list(self.keep)
+        )
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot."""
+        self.emptied = False
+        self.multipliers = snapshot.multipliers
+        self._left = [v.copy() for v in snapshot.left]
+        self._right = [v.copy() for v in snapshot.right]
+        self.keep = list(snapshot.keep)
+        self._rebuild()
+
+    def pairs(self) -> int:
+        """How many pairs of layouts the surviving states make, over all edges."""
+        return sum(edge.size for edge in self.edges)
+
+    def sweep(self) -> None:
+        """One pass forward and one back."""
+        self._pass(self.order, forward=True)
+        self._pass(self.order[::-1], forward=False)
+
+    def _pass(self, order: Sequence[int], forward: bool) -> None:
+        for i in order:
+            theta = self.theta[i]
+            ahead, behind = [], 0
+            for edge in self.undecided(i):
+                theta = theta + edge.take(i)
+                other = edge.b if edge.a == i else edge.a
+                if (self.rank[other] > self.rank[i]) == forward:
+                    ahead.append(edge)
+                else:
+                    behind += 1
+            if ahead:
+                share = theta / max(len(ahead), behind)
+                for edge in ahead:
+                    edge.give(i, share)
+                theta = theta - share * len(ahead)
+            self.theta[i] = theta
+
+    def undecided(self, node: int) -> list[DualEdge]:
+        """The edges of a node that have anything left to say: at both of their ends several layouts survive."""
+        return [edge for k in self.problem.incident[node] if not (edge := self.edges[k]).separable]
+
+    def bound(self) -> float:
+        """The lower bound, in seconds."""
+        constant = -float(self.multipliers.sum()) * self.problem.budget_bytes
+        return constant + sum(float(theta.min()) for theta in self.theta) + sum(edge.least for edge in self.edges)
+
+    def objective(self, states: np.ndarray) -> float:
+        """Seconds of one step under a choice of states, and the price of the bytes over the budget, or under it."""
+        total = self.problem.objective(states)
+        for row, multiplier in zip(self.rows, self.multipliers, strict=True):
+            if multiplier > 0:
+                total += multiplier * (row.bytes(self.problem, states) - self.problem.budget_bytes)
+        return total
+
+    def excess(self) -> list[np.ndarray]:
+        """Per node and surviving state: by how much the bound rises if the state is chosen."""
+        return [self.excess_of(i) for i in range(len(self.theta))]
+
+    def excess_of(self, node: int) -> np.ndarray:
+        """For each surviving state of one node: by how much the bound rises if it is chosen."""
+        found = self.theta[node] - self.theta[node].min()
+        for edge in self.undecided(node):
+            found = found + (edge.minima(node) - edge.least)
+        return found
+
+    def pair_excess(self, k: int) -> np.ndarray:
+        """For the layout groups of an edge: by how much its own term of the bound rises, at least, if a pair is chosen."""
+        edge = self.edges[k]
+        left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
+        table = edge.table() + left[:, None] + right
+        return table - table.min()
+
+    def overfull(self) -> bool:
+        """Whether the least bytes of what survives already overflow a row that has a price."""
+        return any(
+            sum(float(vector[self.keep[i]].min()) for i, vector in row.nodes) > self.problem.budget_bytes
+            for row, multiplier in zip(self.rows, self.multipliers, strict=True)
+            if multiplier > 0
+        )
+
+    def propagate(self) -> None:
+        """Strikes out what cannot fit: a state or pair whose bytes, beside the least of all others, overflow a row."""
+        while self._propagate_once():
+            pass
+
+    def _propagate_once(self) -> bool:
+        keep, struck = list(self.keep), 0
+        ranges: dict[tuple[int, int], tuple[float, float]] = {}
+        for row in self.rows:
+            nodes = {i: vector[keep[i]] for i, vector in row.nodes}
+            edges = {(k, id(table)): (k, table) for k, table in row.edges}
+            for key in edges.keys() - ranges.keys():
+                ranges[key] = self._range(*edges[key])
+            least = [float(found.min()) for found in nodes.values()] + [ranges[key][0] for key in edges]
+            room = self.problem.budget_bytes - sum(least)
+            if room < 0:
+                self.fits = False
+                return False
+            for i, held in nodes.items():
+                fits = held - held.min() <= room
+                if not fits.all():
+                    struck += int((~fits).sum())
+                    keep[i] = keep[i][fits]
+            for key, (k, table) in edges.items():
+                if ranges[key][1] - ranges[key][0] > room:
+                    struck += self._ban(k, table, room)
+                    ranges[key] = self._range(k, table)
+        if struck:
+            self.restrict(keep)
+        return struck > 0
+
+    def _range(self, k: int, table: Copies) -> tuple[float, float]:
+        """The least and most bytes of an edge's surviving pairs that are not banned."""
+        held = self._held(k, table)
+        return float(held.min()), float(np.max(held, where=np.isfinite(held), initial=0.0))
+
+    def _held(self, k: int, table: Copies) -> np.ndarray:
+        """Bytes of an edge's surviving pairs; those already banned count for nothing."""
+        window = self.edges[k].window
+        return np.where(self.banned[k].pairs[window], np.inf, table[window]) if k in self.banned else table[window]
+
+    def _ban(self, k: int, table: Copies, room: float) -> int:
+        held = self._held(k, table)
+        over = np.isfinite(held) & (held - held.min() > room)
+        if not over.any():
+            return 0
+        self._forbid(k, over)
+        return int(over.sum())
+
+    def _forbid(self, k: int, over: np.ndarray) -> None:
+        """Bans these of an edge's surviving pairs, beside those that are."""
+        shape = self.problem.edges[k].matrix.shape
+        banned = self.banned[k].pairs.copy() if k in self.banned else np.zeros(shape, dtype=bool)
+        banned[self.edges[k].window] |= over
+        self.banned[k] = Ban(banned)
+
+    def ban_pairs(self, width: float) -> None:
+        """Strikes out every pair of layouts whose choice alone lifts the bound by more than `width` seconds."""
+        for k, edge in enumerate(self.edges):
+            a, b = self.theta[edge.a], self.theta[edge.b]
+            ends = edge.rows.minimum(a - a.min())[:, None] + edge.columns.minimum(b - b.min())
+            over = self.pair_excess(k) + ends > width
+            if over.any():
+                self._forbid(k, over)
+        self.restrict(self.keep)
+
+    def exclude(self, incumbent: float) -> int:
+        """Strikes out every state that no solution better than the incumbent can use; returns how many.
+
+        Where a node has no state left, no solution here is better: `emptied` becomes true, and nothing is struck out.
+        """
+        width = max(incumbent - self.bound(), 0.0) + 1e-9 * abs(incumbent)
+        kept = [excess <= width for excess in self.excess()]
+        self.emptied = not all(mask.any() for mask in kept)
+        if self.emptied:
+            return 0
+        struck = {i: mask for i, mask in enumerate(kept) if not mask.all()}
+        self._strike(struck)
+        return sum(len(mask) - int(mask.sum()) for mask in struck.values())
+
+    def within(self, width: float) -> list[np.ndarray]:
+        """Per node the states whose choice alone lifts the bound by at most `width` seconds."""
+        return [keep[excess <= width] for keep, excess in zip(self.keep, self.excess(), strict=True)]

@@ -1,0 +1,224 @@
+"""A smaller problem with the same optimum: operations between two others are eliminated.
+
+A node $j$ whose edges lead to at most two others, $i$ and $k$, can be minimised out: the edge
+
+$$\\theta_{ik}(x_i, x_k) = \\min_{x_j} \\theta_{ij}(x_i, x_j) + \\theta_j(x_j) + \\theta_{jk}(x_j, x_k)$$
+
+takes its place. Chains of elementwise operations become one edge between the matmuls at their ends, so that a bound need
+not creep along them and a better layout for a whole chain is one step away.
+
+Memory is what a node or an edge may not lose: only that is eliminated on which a small part of a chip hangs, and it counts in
+the rows with the least bytes that it can hold. So the smaller problem is a relaxation in its rows and exact in its costs; an
+optimum of it that fits the whole rows is one of the whole problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from search.formulation.problem import FORBIDDEN, Edge, Problem
+from search.memory.constraints import Row, Rows
+
+SMALL_PARTS = (0.01, 0.001, 0.0001)
+"""The parts of the budget up to which an array counts as small: the next where the plan of the one before does not fit."""
+_PAIRS = 60_000
+"""The most pairs of layouts that a new edge may price."""
+_TRIPLES = 30_000_000
+"""The most pairs times states that are compared for one new edge."""
+_CHUNK = 50_000
+"""Numbers compared at a time, few enough to stay in a processor's cache."""
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """An eliminated node: its cost, and per edge to it the other end, that end's groups, and the cost by group and state."""
+
+    node: int
+    cost: np.ndarray
+    edges: tuple[tuple[int, np.ndarray, np.ndarray], ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A smaller problem: `problem` and `rows` of it, the original number of each of its nodes, and how to come back."""
+
+    whole: Problem
+    problem: Problem
+    rows: tuple[Row, ...]
+    kept: tuple[int, ...]
+    gone: tuple[_Gone, ...]
+
+    @staticmethod
+    def none(problem: Problem, rows: tuple[Row, ...]) -> Reduction:
+        """The whole problem, nothing eliminated."""
+        return Reduction(problem, problem, rows, tuple(range(len(problem.nodes))), ())
+
+    def expanded(self, states: np.ndarray) -> np.ndarray:
+        """The states of the whole problem: what was eliminated takes its best states, last gone first."""
+        found = np.zeros(len(self.whole.nodes), dtype=int)
+        found[list(self.kept)] = states
+        for each in reversed(self.gone):
+            cost = each.cost
+            for other, groups, table in each.edges:
+                cost = cost + table[groups[found[other]]]
+            found[each.node] = int(np.argmin(cost))
+        return found
+
+
+class _Side:
+    """One edge seen from a node: the other end, its groups of states, and the cost by group and own state."""
+
+    def __init__(self, edge: Edge, node: int) -> None:
+        if edge.b == node:
+            self.other, self._mine, theirs, self._matrix = edge.a, edge.columns, edge.rows, edge.matrix
+        else:
+            self.other, self._mine, theirs, self._matrix = edge.b, edge.rows, edge.columns, edge.matrix.T
+        self._weight = edge.weight
+        self.used, self.groups = np.unique(theirs, return_inverse=True)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        return self._weight * self._matrix[np.ix_(self.used, self._mine)]
+
+
+def reduced(problem: Problem, rows: tuple[Row, ...], small_part: float = SMALL_PARTS[0]) -> Reduction:
+    """Eliminates what can be, the node with the fewest pairs first; what may hold more than a part of the budget stays."""
+    worker = _Reducer(problem, rows, small_part)
+    worker.run()
+    kept = tuple(i for i in range(len(problem.nodes)) if i not in worker.eliminated)
+    place = {node: at for at, node in enumerate(kept)}
+    alive = sorted(worker.edges)
+    edges = tuple(replace(e, a=place[e.a], b=place[e.b]) for e in (worker.edges[k] for k in alive))
+    smaller = replace(
+        problem,
+        nodes=tuple(replace(problem.nodes[i], cost=worker.costs[i]) for i in kept),
+        edges=edges,
+        loops=(),
+    )
+    number = {k: at for at, k in enumerate(alive)}
+    return Reduction(problem, smaller, _relaxed(rows, place, number), kept, tuple(worker.gone))
+
+
+def _relaxed(rows: tuple[Row, ...], place: dict[int, int], number: dict[int, int]) -> tuple[Row, ...]:
+    """The rows with the least bytes of what was eliminated; a change of layout that is none holds no copy."""
+    return Rows(_relaxed_row(row, place, number) for row in rows)
+
+
+def _relaxed_row(row: Row, place: dict[int, int], number: dict[int, int]) -> Row:
+    nodes = [(place[i], vector) for i, vector in row.nodes if i in place]
+    edges = [(number[k], table) for k, table in row.edges if k in number]
+    least = sum(float(vector.min()) for i, vector in row.nodes if i not in place)
+    if nodes:
+        nodes[0] = (nodes[0][0], nodes[0][1] + least)
+    return Row(row.point, tuple(nodes), tuple(edges))
+
+
+class _Reducer:
+    def __init__(self, problem: Problem, rows: tuple[Row, ...], small_part: float) -> None:
+        self.problem = problem
+        self.edges = dict(enumerate(problem.edges))
+        self.costs = [node.cost for node in problem.nodes]
+        self.incident = [set(found) for found in problem.incident]
+        self.gone: list[_Gone] = []
+        self.eliminated: set[int] = set()
+        self._held = _heavy(problem, rows, small_part)
+        self._next = len(problem.edges)
+
+    def run(self) -> None:
+        """Eliminates nodes until none is left that can be."""
+        waiting = sorted(range(len(self.problem.nodes)), key=lambda i: len(self.problem.nodes[i].states))
+        while waiting:
+            later = [i for i in waiting if not self._eliminate(i)]
+            if len(later) == len(waiting):
+                return
+            waiting = later
+
+    def _eliminate(self, node: int) -> bool:
+        """Eliminates one node if it may be; says whether it was."""
+        if node in self._held or not self.incident[node]:
+            return False
+        sides = [_Side(self.edges[k], node) for k in sorted(self.incident[node])]
+        others = sorted({side.other for side in sides})
+        if len(others) > 2 and len(self.costs[node]) > 1:
+            return False
+        meeting = [[side for side in sides if side.other == other] for other in others]
+        states = len(self.costs[node])
+        if not _small([max(len(side.used) for side in found) for found in meeting], states):
+            return False
+        ends = [_together(found) for found in meeting]
+        if not _small([len(table) for _, table in ends], states):
+            return False
+        self.gone.append(_Gone(node, self.costs[node], tuple((s.other, s.groups, s.table) for s in sides)))
+        moved = sum(self.edges[k].moved_bytes for k in self.incident[node])
+        for k in list(self.incident[node]):
+            self._drop(k)
+        self.eliminated.add(node)
+        if len(ends) == 2 and len(self.costs[node]) > 1:
+            matrix = np.minimum(_min_sum(ends[0][1] + self.costs[node], ends[1][1]), FORBIDDEN)
+            self._add(Edge(others[0], others[1], ends[0][0], ends[1][0], matrix, 1.0, (), None, moved))
+        else:
+            own = self.costs[node]  # to be paid once: by the first of the others, if its one state leaves no choice
+            for other, (groups, table) in zip(others, ends, strict=True):
+                self.costs[other] = np.minimum(self.costs[other] + (table + own).min(axis=1)[groups], FORBIDDEN)
+                own = 0 * own
+        return True
+
+    def _drop(self, k: int) -> None:
+        edge = self.edges.pop(k)
+        self.incident[edge.a].discard(k)
+        self.incident[edge.b].discard(k)
+
+    def _add(self, edge: Edge) -> None:
+        self.edges[self._next] = edge
+        self.incident[edge.a].add(self._next)
+        self.incident[edge.b].add(self._next)
+        self._next += 1
+
+
+def _small(groups: list[int], states: int) -> bool:
+    """Whether a node with so many groups of states at its ends is worth eliminating."""
+    if len(groups) < 2 or states == 1:
+        return True
+    pairs = groups[0] * groups[1]
+    return pairs <= _PAIRS and pairs * states <= _TRIPLES
+
+
+def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[int]:
+    """The nodes that must stay: on them hangs much memory, or they are the end of a change of layout on which it does."""
+    large = small_part * problem.budget_bytes
+    nodes = {(i, id(vector)): (i, vector) for row in rows for i, vector in row.nodes}
+    edges = {
+        (k, id(table)): (problem.edges[k], table) for row in rows for k, table in row.edges if k < len(problem.edges)
+    }
+    found = {i for i, vector in nodes.values() if np.ptp(vector) > large}
+    for edge, table in edges.values():
+        if table.max() > large:
+            found |= {edge.a, edge.b}
+    return found
+
+
+def _together(sides: list[_Side]) -> tuple[np.ndarray, np.ndarray]:
+    """All edges to one node as one: groups of its states that cost alike, and the cost by group and own state."""
+    if len(sides) == 1:
+        return sides[0].groups, sides[0].table
+    pairs = np.stack([side.groups for side in sides], axis=1)
+    unique, groups = np.unique(pairs, axis=0, return_inverse=True)
+    return groups.reshape(-1), np.sum([side.table[unique[:, k]] for k, side in enumerate(sides)], axis=0)
+
+
+def _min_sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """$\\min_s L_{ps} + R_{qs}$; states with the same right column are first made one."""
+    _, first, group = np.unique(right, axis=1, return_index=True, return_inverse=True)
+    best = np.full((left.shape[0], len(first)), np.inf)
+    group = group.reshape(-1)
+    for s in range(left.shape[1]):
+        np.minimum(best[:, group[s]], left[:, s], out=best[:, group[s]])
+    other = right[:, first]
+    found = np.empty((best.shape[0], other.shape[0]))
+    rows = max(1, _CHUNK // other.size)
+    for at in range(0, len(best), rows):
+        found[at : at + rows] = (best[at : at + rows, None, :] + other[None, :, :]).min(axis=2)
+    return found

@@ -1,0 +1,180 @@
+"""One edge's share of the costs, and what it says to its ends.
+
+A table of two layouts' pairs is looked up in the matrix that all edges of one array share. Only small ones are kept; of the
+others, rows are gathered, added up and compared a few at a time, in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+
+from search.formulation.problem import Edge
+
+_KEPT = 250_000
+"""The most pairs of a table that is kept."""
+_CHUNK = 100_000
+"""Pairs compared at a time."""
+
+
+class Groups:
+    """States of one end of an edge grouped by the layout they share."""
+
+    def __init__(self, layouts_of: np.ndarray) -> None:
+        self.unique, self.group = np.unique(layouts_of, return_inverse=True)
+        self._order = np.argsort(self.group, kind="stable")
+        self._starts = np.searchsorted(self.group[self._order], np.arange(len(self.unique)))
+        self._alone = len(self.unique) == len(self.group)
+
+    def minimum(self, vector: np.ndarray) -> np.ndarray:
+        """The smallest entry of each group."""
+        sorted_ = vector[self._order]
+        return sorted_ if self._alone else np.minimum.reduceat(sorted_, self._starts)
+
+    def maximum(self, vector: np.ndarray) -> np.ndarray:
+        """The largest entry of each group."""
+        sorted_ = vector[self._order]
+        return sorted_ if self._alone else np.maximum.reduceat(sorted_, self._starts)
+
+
+class DualEdge:
+    """An edge's share of the costs: `table[p, q] - left[s] - right[t]` for states `s`, `t` in layout groups `p`, `q`.
+
+    `extra` is added to the edge's own costs: whatever can be indexed as a matrix of all pairs of layouts. `separable` says that
+    one end has a single layout left: what the edge has to say can then be said to each end once and for all.
+    """
+
+    def __init__(
+        self,
+        edge: Edge,
+        extra: Sequence[Any],
+        left: np.ndarray,
+        right: np.ndarray,
+        keep: Sequence[np.ndarray],
+    ) -> None:
+        self.a, self.b = edge.a, edge.b
+        self.rows, self.columns = Groups(edge.rows[keep[edge.a]]), Groups(edge.columns[keep[edge.b]])
+        self.left, self.right = left, right
+        self._ends = keep[edge.a], keep[edge.b]
+        self._weight, self._matrix, self.extra = edge.weight, edge.matrix, extra
+        self._all_columns = len(self.columns.unique) == edge.matrix.shape[1]
+        self._kept = self._looked_up(0, len(self.rows.unique)) if self.size <= _KEPT else None
+        self._least: float | None = None
+        self._strength: float | None = None
+        self.separable = len(self.rows.unique) == 1 or len(self.columns.unique) == 1
+
+    def has(self, extra: Sequence[Any], keep: Sequence[np.ndarray]) -> bool:
+        """Whether it was made of these very extra costs and surviving states."""
+        same = self._ends[0] is keep[self.a] and self._ends[1] is keep[self.b] and len(extra) == len(self.extra)
+        return same and all(one is other for one, other in zip(extra, self.extra, strict=True))
+
+    def after(self, left: np.ndarray, right: np.ndarray) -> DualEdge:
+        """The same edge after other messages."""
+        found = copy(self)
+        found.left, found.right, found._least = left, right, None
+        return found
+
+    @property
+    def size(self) -> int:
+        """How many pairs of layouts there are."""
+        return len(self.rows.unique) * len(self.columns.unique)
+
+    @property
+    def window(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the pairs are in a matrix of all pairs of layouts."""
+        return self.rows.unique[:, None], self.columns.unique
+
+    def table(self) -> np.ndarray:
+        """The cost of each pair of layouts."""
+        return self._part(0, len(self.rows.unique))
+
+    def row(self, p: int) -> np.ndarray:
+        """The cost of each pair with one layout of `a`."""
+        return self._part(p, p + 1)[0]
+
+    def column(self, q: int) -> np.ndarray:
+        """The cost of each pair with one layout of `b`."""
+        if self._kept is not None:
+            return self._kept[:, q]
+        at = self.rows.unique, self.columns.unique[q]
+        return sum((extra[at] for extra in self.extra), self._weight * self._matrix[at])
+
+    def _part(self, first: int, last: int) -> np.ndarray:
+        return self._looked_up(first, last) if self._kept is None else self._kept[first:last]
+
+    def _looked_up(self, first: int, last: int) -> np.ndarray:
+        rows, columns = self.rows.unique[first:last], self.columns.unique
+        part = self._matrix[rows]
+        part = self._weight * (part if self._all_columns else part.take(columns, axis=1))
+        for extra in self.extra:
+            part = part + extra[rows[:, None], columns]
+        return part
+
+    def parts(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """The table, some rows at a time."""
+        count = len(self.rows.unique)
+        step = max(1, _CHUNK // len(self.columns.unique))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            yield slice(first, last), self._part(first, last)
+
+    def least_over_columns(self, right: np.ndarray) -> np.ndarray:
+        """Per layout of `a` the least cost less `right`, by state of `b`."""
+        taken = self.columns.maximum(right)
+        if self._kept is not None:
+            return np.minimum.reduce(self._kept - taken, axis=1)
+        return np.concatenate([(part - taken).min(axis=1) for _, part in self.parts()])
+
+    def least_over_rows(self, left: np.ndarray) -> np.ndarray:
+        """Per layout of `b` the least cost less `left`, by state of `a`."""
+        taken = self.rows.maximum(left)[:, None]
+        if self._kept is not None:
+            return np.minimum.reduce(self._kept - taken, axis=0)
+        least = np.full(len(self.columns.unique), np.inf)
+        for rows, part in self.parts():
+            np.minimum(least, (part - taken[rows]).min(axis=0), out=least)
+        return least
+
+    def minima(self, node: int) -> np.ndarray:
+        """For each state of one end, the smallest cost over the states of the other."""
+        if node == self.a:
+            return self.least_over_columns(self.right)[self.rows.group] - self.left
+        return self.least_over_rows(self.left)[self.columns.group] - self.right
+
+    def take(self, node: int) -> np.ndarray:
+        """Takes the `minima` of one end out of the edge, to give them to the node."""
+        if node == self.a:
+            whole = self.least_over_columns(self.right)[self.rows.group]
+            found, self.left = whole - self.left, whole
+        else:
+            whole = self.least_over_rows(self.left)[self.columns.group]
+            found, self.right = whole - self.right, whole
+        self._least = 0.0
+        return found
+
+    def give(self, node: int, cost: np.ndarray) -> None:
+        """Adds a cost to each state of an end."""
+        if node == self.a:
+            self.left = self.left - cost
+        else:
+            self.right = self.right - cost
+        self._least = None
+
+    @property
+    def least(self) -> float:
+        """The smallest cost of any pair."""
+        if self._least is None:
+            self._least = float(self.minima(self.a).min())
+        return self._least
+
+    @property
+    def strength(self) -> float:
+        """By how much the median pair costs more than the best; of a large table, of as many rows as are compared at once."""
+        if self._strength is None:
+            every = 1 if self._kept is not None else max(1, self.size // _CHUNK)
+            some = np.concatenate([self.row(p) for p in range(0, len(self.rows.unique), every)])
+            self._strength = float(np.median(some) - some.min())
+        return self._strength
