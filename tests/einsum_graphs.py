@@ -132,7 +132,7 @@ def computed_alike(program: Any, choice: Any) -> list[int]:
 def differences(program: Any, topology: Any, choice: Any, compiled: Sequence[Any]) -> list[str]:
     """Compiled collectives that were not planned, and planned ones that were not compiled."""
     from autoshard.auditing.matching import axes_of, matched
-    from autoshard.plan import PlannedCollective
+    from autoshard.planning.records import PlannedCollective
     from search.answer.assignment import collectives
 
     sent = collectives(program, topology, choice)

@@ -23,7 +23,7 @@ import numpy as np
 from hypothesis import strategies as st
 from models import Block
 
-from autoshard.annotating.pins import with_pins
+from autoshard.annotating.pins import pin_program
 from autoshard.emitting.program import emitted
 from autoshard.tracing.blocks import Block as StepBlock
 from autoshard.tracing.blocks import BranchStep, LoopStep, OpStep, Traced
@@ -150,7 +150,7 @@ def _in_program_order(problem: Problem) -> list[int]:
 def traced_on(topology: Topology, fn: Callable[..., Any], *args: Any) -> Traced:
     """A traced function, its pins put in terms of a topology."""
     traced = trace(fn, *args)
-    return replace(traced, program=with_pins(traced.program, traced.paths, topology, None)[0])
+    return replace(traced, program=pin_program(traced.program, traced.paths, topology, None)[0])
 
 
 def problem_of(traced: Traced, topology: Topology) -> Problem:

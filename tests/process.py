@@ -77,8 +77,8 @@ def decorated(cache: str, topology: str = "cpu:2x4") -> Any:
     import autoshard
     from autoshard import decorator
 
-    searches, planned = [], decorator.planned
-    decorator.planned = lambda *rest: searches.append(1) or planned(*rest)
+    searches, planned = [], decorator.plan_function
+    decorator.plan_function = lambda *rest: searches.append(1) or planned(*rest)
     sharded = autoshard.autoshard(step, topology=topology, cache_dir=Path(cache, str(jax.process_index())))
     result = sharded(*arguments())
     plan = sharded.plan_for(*arguments())

@@ -23,7 +23,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from layout_strategies import op_steps
 
-from autoshard.emitting.program import run_locally, spec_of
+from autoshard.emitting.program import run_locally
+from autoshard.emitting.sharding import spec_of
 from autoshard.rules.rule import local_shape
 from autoshard.tracing.blocks import Literal, OpStep
 from autoshard.tracing.trace import trace

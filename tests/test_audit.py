@@ -20,7 +20,8 @@ from autoshard.auditing.audit import Audit, AuditError, audit, compare
 from autoshard.auditing.findings import Target
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import paired
-from autoshard.plan import Plan, PlannedCollective
+from autoshard.plan import Plan
+from autoshard.planning.records import PlannedCollective
 from costmodels.machine.collectives import seconds
 from costmodels.machine.topology import Topology, parse_topology
 from examples import palm

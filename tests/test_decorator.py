@@ -43,8 +43,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         found.append(target.traced.program.name)
         return planned(target, *rest)
 
-    planned = decorator.planned
-    monkeypatch.setattr(decorator, "planned", counted)
+    planned = decorator.plan_function
+    monkeypatch.setattr(decorator, "plan_function", counted)
     yield found
 
 
@@ -121,14 +121,14 @@ def test_a_plan_is_found_again(tmp_path, searches) -> None:
 
 
 def test_an_interrupted_plan_is_used_but_not_kept(tmp_path, searches, monkeypatch) -> None:
-    counted = decorator.planned
+    counted = decorator.plan_function
 
     def interrupted(*rest: Any) -> autoshard.Plan:
         plan = counted(*rest)
         return replace(plan, proof=replace(plan.proof, status="FEASIBLE", stopped="interrupted"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(decorator, "planned", interrupted)
+        patched.setattr(decorator, "plan_function", interrupted)
         first = autoshard.autoshard(step, topology="cpu:8", cache_dir=tmp_path)
         assert_close(first(*arguments()), jax.jit(step)(*arguments()))
     assert not list(tmp_path.glob("**/*.json"))

@@ -27,8 +27,9 @@ from models import Block, arguments, function
 
 from autoshard.auditing import hlo_collectives
 from autoshard.emitting import targets
-from autoshard.emitting.program import emitted, spec_of
+from autoshard.emitting.program import emitted
 from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting.sharding import spec_of
 from autoshard.tracing.trace import trace
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN

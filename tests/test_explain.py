@@ -13,8 +13,10 @@ from autoshard._util.tables import percent, size, table, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import render, spec_text
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import ArrayPlan, Estimate, OperationPlan, Plan, PlannedCollective
+from autoshard.plan import Plan
+from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from autoshard.sweep.results import _layout
+from autoshard.tracing.pytrees import Nesting
 from costmodels.machine.topology import parse_topology
 from search.answer.assignment import Choice
 from search.formulation.layouts import Layout
@@ -56,8 +58,8 @@ def plan() -> Plan:
         ),
         constants=(ArrayPlan("constant 0", (64,), "float32", Layout(((),)), 256.0),),
         results=(ArrayPlan("result", (8, 64, 2048), "bfloat16", Layout(((), ("y", "x"), ())), 131072.0),),
-        in_tree=None,
-        out_tree=None,
+        in_tree=Nesting(None),
+        out_tree=Nesting(None),
         choice=Choice((), {}),
         estimate=Estimate(
             3e-3,

@@ -227,7 +227,7 @@ def test_a_donated_position_that_is_none_is_refused() -> None:
         text = message(
             autoshard.AutoshardError, autoshard.search, jnp.tanh, jnp.ones(8), topology="cpu:8", donate_argnums=given
         )
-        assert text == f"donate_argnums is {given}, but there are 1 arguments; 0 to 0 would do."
+        assert text == f"donate_argnums={given} is out of range for 1 arguments (expected 0 to 0)."
     assert autoshard.search(jnp.tanh, jnp.ones(8), topology="cpu:8", donate_argnums=-1).donate_argnums == (0,)
 
 

@@ -24,7 +24,7 @@ from test_emit import pieces
 from autoshard.auditing.hlo_collectives import collectives
 from autoshard.auditing.matching import matched
 from autoshard.emitting.reshard_steps import run_step
-from autoshard.plan import PlannedCollective
+from autoshard.planning.records import PlannedCollective
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, reshard_table

@@ -19,9 +19,10 @@ import pytest
 import autoshard
 from autoshard._util import files
 from autoshard.errors import PlanMismatchError
+from autoshard.plan import loads
 from autoshard.planning import plan_file
 from autoshard.planning.plan_cache import cached
-from autoshard.planning.plan_file import dumps, loads
+from autoshard.planning.plan_file import dumps
 from tests.test_plan import planned_block
 from tests.test_plan_file import small_plan
 
@@ -44,7 +45,7 @@ KILLED = """
     from dataclasses import replace
     from pathlib import Path
     import autoshard
-    from autoshard.cache import cached
+    from autoshard.planning.plan_cache import cached
 
     file, directory = Path(sys.argv[1]), Path(sys.argv[2])
     first = autoshard.load(file)
@@ -145,7 +146,7 @@ LIMITED = """
     import os, resource, sys, warnings
     from pathlib import Path
     import autoshard
-    from autoshard.cache import cached
+    from autoshard.planning.plan_cache import cached
 
     plan, directory = autoshard.load(sys.argv[1]), Path(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -174,7 +175,7 @@ TMPFS = """
     import os, sys, warnings
     from pathlib import Path
     import autoshard
-    from autoshard.cache import cached
+    from autoshard.planning.plan_cache import cached
 
     plan, disk = autoshard.load(sys.argv[1]), Path(sys.argv[2])
     for _ in range(2):
@@ -209,7 +210,7 @@ def test_a_small_disk_and_a_read_only_one(tmp_path: Path) -> None:
 HOSTILE = """
     import resource, sys
     import autoshard
-    from autoshard.plan_file import loads
+    from autoshard.planning.plan_file import loads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         autoshard.load(sys.argv[1])

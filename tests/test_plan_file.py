@@ -7,19 +7,23 @@ import json
 import math
 import re
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.errors import PlanMismatchError
+from autoshard.plan import loads
 from autoshard.planning import plan_file
-from autoshard.planning.plan_file import dumps, loads
+from autoshard.planning.plan_file import dumps
 from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
 from tests import strategies
@@ -61,7 +65,71 @@ def plans(draw) -> autoshard.Plan:
     return autoshard.search(fn, *args, topology=topology, donate_argnums=0 if donated else ())
 
 
+Search = tuple[autoshard.Plan, Callable[..., Any], tuple[Any, ...]]
+
+
+@st.composite
+def searches(draw) -> Search:
+    """Plans of every kind, with their function and arguments: pins of arguments and of intermediates, constraints on axes
+    that the topology lacks or has at size 1, every option of the search, symbolic sizes, and phases."""
+    topology = draw(st.sampled_from(("cpu:2x4", "cpu:1x8", "v5e:2x4")))
+    axis = st.sampled_from((None, "x", "y"))
+    inside, outside = draw(axis), draw(axis)
+    constraint = draw(st.sampled_from((None, "x", "y", "model")))
+    mesh = jax.sharding.AbstractMesh((1,), (constraint or "x",))
+    constant = np.full(8, 0.5, np.float32)
+
+    def fn(x: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        for layer in range(2):
+            x = jnp.tanh(x @ weights["layers"][layer])
+        if constraint is not None:
+            x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, P(constraint)))
+        return autoshard.pin(x + constant, P(inside)), x.sum()
+
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    args = struct((8, 8)), {"layers": struct((2, 8, 8))}
+    if draw(st.booleans()):
+        traced = autoshard.trace_symbolic(fn, *args, dims={"x": "B E"})
+        return traced.bind(B=16).search(topology), fn, (struct((16, 8)), args[1])
+    if draw(st.booleans()):
+        phases = {"long": autoshard.Workload(fn, args), "wide": autoshard.Workload(fn, (struct((24, 8)), args[1]))}
+        return autoshard.search_phases(phases, shared="weights", topology=topology)["long"], fn, args
+    pins = draw(
+        st.sampled_from((None, {"weights.*": P(None, None, outside)}, {"x": P(outside), "weights.layers": P()}))
+    )
+    options = {
+        "pins": pins,
+        "fold": draw(st.booleans()),
+        "baselines": draw(st.booleans()),
+        "memory_bytes": draw(st.sampled_from((None, 1e9))),
+        "donate_argnums": draw(st.sampled_from(((), 0))),
+    }
+    return autoshard.search(fn, *args, topology=topology, **options), fn, args
+
+
 # --- laws
+
+
+@given(searches())
+@settings(max_examples=25)
+def test_a_plan_of_any_kind_can_be_loaded_and_run(search: Search) -> None:
+    plan, fn, args = search
+    loaded = loads(dumps(plan))
+    assert loaded == plan
+    if loaded.topology.chip.kind == "cpu":
+        loaded.jit(fn).lower(*args)
+
+
+def test_a_plan_with_pins_is_for_the_function_with_its_pins() -> None:
+    def fn(x: jax.Array, axis: str = "x") -> jax.Array:
+        return autoshard.pin(x * 2, P(axis))
+
+    x = jnp.ones((8, 8))
+    plan = loads(dumps(autoshard.search(fn, x, topology="cpu:2x4", pins={"x": P(None, "y")})))
+    assert plan.in_specs == (P(None, "y"),)
+    assert plan.jit(fn)(x).sum() == 128
+    with pytest.raises(PlanMismatchError, match="for another function"):
+        plan.jit(lambda x: fn(x, "y"))(x)
 
 
 @given(plans())

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 import autoshard
 from autoshard.cli import app
-from autoshard.plan import Baseline, Plan
+from autoshard.plan import Plan
+from autoshard.planning.records import Baseline
 from autoshard.report import ReportError, write_report
 from autoshard.report.of_plan import data_of
 from autoshard.report.plots import _panel

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from rule_laws import MOVING, ORACLE, Call, calls, chip_by_chip, drawn_strategy, explicit_layouts
 
-from autoshard.emitting.program import spec_of
+from autoshard.emitting.sharding import spec_of
 from search.formulation.strategies import output_layout
 
 FAMILIES = [pytest.param(family, id=family.__name__.strip("_")) for family in (*ORACLE, *MOVING)]

@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 from layout_strategies import assert_equal, cpu_topology, op_steps, problem_of, random_choice, run_planned, traced_on
 
-from autoshard.annotating.pins import pin
+from autoshard.rules.pin import pin
 from autoshard.rules.rule import REGISTRY, rule_for
 from autoshard.tracing.blocks import OpStep
 from autoshard.tracing.trace import trace

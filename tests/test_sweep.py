@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from autoshard.cli import app
-from autoshard.planning.plan_file import load
+from autoshard.plan import load
 from autoshard.sweep.analysis import answers
 from autoshard.sweep.analysis.advice import advice
 from autoshard.sweep.analysis.answers import render

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 import autoshard
 from autoshard.annotating.dimension_names import named
+from autoshard.annotating.fingerprint import fingerprint
 from autoshard.errors import AutoshardError
 from autoshard.explaining.formula_sections import formulas
 from autoshard.explaining.formulas import formulas_of
-from autoshard.planning.plan_file import dumps, loads
-from autoshard.tracing.trace import fingerprint
+from autoshard.plan import loads
+from autoshard.planning.plan_file import dumps
 from autoshard.tracing.trace import trace as plainly_traced
 from costmodels.dimensions import rebound
 from costmodels.machine.collectives import seconds_on, wire_bytes

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.comparing.verify import Candidate, Verification
+from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
-from autoshard.planning.plan_file import dumps, loads
+from autoshard.planning.plan_file import dumps
 from examples import palm
 from tests.test_cli import PALM, ROOT, TINY, refused, run
 
