@@ -8,23 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from einsum_graphs import differences
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import Array, lax
 from jax.sharding import PartitionSpec
-from layout_strategies import (
-    assert_equal,
-    assert_layouts_do_not_matter,
-    cpu_topology,
-    mesh_of,
-    op_steps,
-    problem_of,
-    quick,
-    random_states,
-    traced_on,
-)
-from rule_laws import Call, best, calls, parts, reduced_again, running
 
 import autoshard
 from autoshard.auditing import hlo_collectives
@@ -38,6 +25,19 @@ from search.answer.check import check
 from search.formulation.intra_op import closing, payload
 from search.formulation.strategies import Strategy, strategy_space
 from search.solve import search
+from tests.support.einsum_graphs import differences
+from tests.support.layout_strategies import (
+    assert_equal,
+    assert_layouts_do_not_matter,
+    cpu_topology,
+    mesh_of,
+    op_steps,
+    problem_of,
+    quick,
+    random_states,
+    traced_on,
+)
+from tests.support.rule_laws import Call, best, calls, parts, reduced_again, running
 
 S = jax.ShapeDtypeStruct
 

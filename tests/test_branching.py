@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search import TOPOLOGIES, programs
 
 from costmodels.machine.topology import Topology
 from search.cpsat import branching
@@ -20,6 +19,7 @@ from search.presolve.dual import Dual
 from search.presolve.pricing import settled
 from search.presolve.primal import decode, overflow
 from search.presolve.repricing import bracketed
+from tests.support.programs import TOPOLOGIES, programs
 
 ROUNDING = 2e-9
 """Seconds by which a sum changes when it is formed anew beside the price of the impossible."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import topologies
 from typer.testing import CliRunner
 
 import autoshard
@@ -19,8 +18,8 @@ from costmodels.fitting import COLLECTIVES
 from costmodels.machine.chips import Constant
 from costmodels.machine.topology import Topology, parse_topology
 from costmodels.machine.topology_file import topology_toml
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+from tests.support.strategies import topologies
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from test_cli import PALM, TINY, refused, run
 
 import autoshard
 from autoshard.explaining.rule_coverage import census_of, planned_census
 from autoshard.tracing.trace import trace
+from tests.support.cli import refused, run
+from tests.support.paths import PALM, TINY
 
 X = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 

@@ -7,7 +7,6 @@ from typing import get_args
 
 import pytest
 from hypothesis import given
-from strategies import chips
 
 from costmodels.machine.chips import (
     Chip,
@@ -20,6 +19,7 @@ from costmodels.machine.chips import (
     chip,
     chip_from_dict,
 )
+from tests.support.strategies import chips
 
 CATALOGUE = list(catalogue().values())
 TPUS = [c for c in CATALOGUE if c.kind == "tpu"]

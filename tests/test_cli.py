@@ -10,28 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from autoshard import load
-from autoshard.cli import app
 from costmodels.machine.conventions import Pricing
-
-ROOT = Path(__file__).parents[1]
-PALM = f"{ROOT / 'examples' / 'palm.py'}:decode"
-TINY = ("--set", "size=tiny", "--set", "batch=8", "--set", "context=16")
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-def refused(*arguments: str | Path, code: int = 2) -> str:
-    """What a command says that fails: one line on standard error, and nothing else."""
-    found = run(*arguments)
-    assert found.exit_code == code, found.output
-    assert found.stdout == ""
-    assert found.stderr.startswith("autoshard: ") and found.stderr.count("\n") == 1
-    return found.stderr.removeprefix("autoshard: ").rstrip("\n")
+from tests.support.cli import refused, run
+from tests.support.paths import PALM, ROOT, TINY
 
 
 @pytest.fixture(scope="module")

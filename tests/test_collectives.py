@@ -10,10 +10,10 @@ import pytest
 import sympy
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import axes, axis_sets, links, renamed, topologies
 
 from costmodels.machine.collectives import bytes_symbol, expression, seconds, values, wire_bytes
 from costmodels.machine.topology import Axis, parse_topology
+from tests.support.strategies import axes, axis_sets, links, renamed, topologies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 kinds = st.sampled_from(KINDS)

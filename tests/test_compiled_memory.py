@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
-from test_plan import well_linked
 
 import autoshard
 from autoshard.emitting import targets
@@ -26,6 +25,7 @@ from autoshard.tracing.trace import trace
 from examples import llama
 from search.formulation.tpu_tiles import argument_tile
 from search.memory.views import views
+from tests.support.plans import well_linked
 
 S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32

@@ -20,9 +20,8 @@ from jax.sharding import NamedSharding
 import autoshard
 from autoshard import decorator
 from autoshard.planning import plan_cache
-from tests.test_plan import assert_close, well_linked
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+from tests.support.plans import assert_close, well_linked
 
 
 def step(params: dict[str, jax.Array], x: jax.Array, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
@@ -193,7 +192,7 @@ PROCESS = """
 
 def test_eight_processes_share_one_cache(tmp_path) -> None:
     """All start at once on an empty cache, which ends up with one whole plan and nothing else."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "2"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(PROCESS), str(tmp_path / "cache")]
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

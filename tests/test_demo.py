@@ -5,25 +5,23 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import autoshard
+from tests.support.paths import ROOT
 
-DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
-SECONDS = 180
+DEMO = ROOT / "examples" / "demo.py"
 
 
 @cache
-def ran(directory: Path) -> tuple[str, float]:
-    """What the demo prints, run from another directory, and how long it took."""
-    started = time.monotonic()
+def ran(directory: Path) -> str:
+    """What the demo prints, run from another directory."""
     found = subprocess.run([sys.executable, str(DEMO)], cwd=directory, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
-    return found.stdout, time.monotonic() - started
+    return found.stdout
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +30,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.tpu
-def test_the_demo_is_done_within_three_minutes(directory: Path) -> None:
-    _, seconds = ran(directory)
-    assert seconds < SECONDS
-
-
-@pytest.mark.tpu
 def test_the_plan_is_proven_written_and_audited(directory: Path) -> None:
-    text, _ = ran(directory)
+    text = ran(directory)
     assert "palm-540b-decode on v4:4x4x4\n" in text
     assert "OPTIMAL: under this cost model no plan that fits is faster (gap 0)" in text
     assert "palm-540b-decode on v4:4x4x4, compiled for the TPU: as planned\n" in text
@@ -52,7 +44,7 @@ def test_the_plan_is_proven_written_and_audited(directory: Path) -> None:
 
 @pytest.mark.tpu
 def test_prefill_beside_decode_with_prices(directory: Path) -> None:
-    text, _ = ran(directory)
+    text = ran(directory)
     phases = [
         line.split(":")[0] for line in text.splitlines() if re.match(r"(decode|prefill), batch \d+: .* per chip", line)
     ]
@@ -63,5 +55,5 @@ def test_prefill_beside_decode_with_prices(directory: Path) -> None:
 
 @pytest.mark.tpu
 def test_a_tiny_palm_is_run_and_compared(directory: Path) -> None:
-    text, _ = ran(directory)
+    text = ran(directory)
     assert len(re.findall(r"results are split over the devices; the largest difference is", text)) == 2

@@ -11,8 +11,9 @@ from types import ModuleType
 import pytest
 
 import autoshard
+from tests.support.paths import ROOT
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from itertools import pairwise
 from math import prod
 
@@ -15,15 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
-from layout_strategies import (
-    assert_layouts_do_not_matter,
-    blocks,
-    cpu_topology,
-    mesh_of,
-    mesh_shapes,
-    quick,
-)
-from models import Block, arguments, function
 
 from autoshard.auditing import hlo_collectives
 from autoshard.emitting import targets
@@ -36,22 +26,16 @@ from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, Step, reshard_table
 from search.formulation.strategies import Strategy
 from search.solve import search
-
-SHARES = {1: (1,), 2: (3, -2), 3: (5, -1, -3), 4: (2, -3, 5, -3)}
-"""The share that each position along an axis holds of a partial sum; each row adds up to 1."""
-
-
-def pieces(array: np.ndarray, layout: Layout, sizes: dict[str, int]) -> np.ndarray:
-    """Every chip's piece of an array, chips first, by the definition of a layout."""
-    found = []
-    for at in np.ndindex(*sizes.values()):
-        coordinate = dict(zip(sizes, at, strict=True))
-        part = array
-        for dim, axes in enumerate(layout.dims):
-            index = reduce(lambda i, axis: i * sizes[axis] + coordinate[axis], axes, 0)
-            part = np.split(part, prod(sizes[axis] for axis in axes), axis=dim)[index]
-        found.append(part * prod(SHARES[sizes[axis]][coordinate[axis]] for axis in layout.partial))
-    return np.stack(found)
+from tests.support.layout_strategies import (
+    assert_layouts_do_not_matter,
+    blocks,
+    cpu_topology,
+    mesh_of,
+    mesh_shapes,
+    pieces,
+    quick,
+)
+from tests.support.models import Block, arguments, function
 
 
 def wrong_steps(steps: Sequence[Step], shape: tuple[int, ...], mesh_shape: str) -> list[Step]:

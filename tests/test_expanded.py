@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
-from layout_strategies import assert_layouts_do_not_matter
 
 import autoshard
 from autoshard.tracing.decompositions import expandable, expanded
+from tests.support.layout_strategies import assert_layouts_do_not_matter
 
 WORDS = st.sampled_from((0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan))
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array, lax
-from layout_strategies import assert_equal, assert_layouts_do_not_matter
 
 import autoshard
+from tests.support.layout_strategies import assert_equal, assert_layouts_do_not_matter
 
 
 def dispatched(x: Array, router: Array, up: Array, down: Array) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
@@ -22,49 +20,15 @@ from autoshard.errors import ExportError
 from autoshard.export.arrays import Leaf
 from autoshard.export.rules import rules_for, spec_at
 from search.formulation.layouts import Layout
-from tests.test_cli import refused, run
-from tests.test_plan import assert_close, palm_decode, planned_block, well_linked
-
-
-def loaded(source: str) -> dict[str, Any]:
-    """What a module of this source defines."""
-    found: dict[str, Any] = {}
-    exec(compile(source, "exported.py", "exec"), found)
-    return found
-
-
-def is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, P)
-
-
-def placed(mesh: jax.sharding.Mesh, specs: Any) -> Any:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+from tests.support.cli import refused, run
+from tests.support.exported import NAMES, assert_same_program, by_rules, is_spec, loaded, placed, program
+from tests.support.plans import assert_close, palm_decode, planned_block, well_linked
 
 
 def joined(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of a tree by their `/`-joined paths, as those who use rules make them."""
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
-
-
-def program(jitted: Any, args: Any) -> str:
-    """The compiled program, without the lines that say where it is from."""
-    text = jitted.lower(*args).compile().as_text()
-    return re.sub(r", metadata=\{[^}]*\}|^HloModule \S+|\n(File|Function|Stack)[\s\S]*?\n\n", "", text, flags=re.M)
-
-
-def assert_same_program(plan: autoshard.Plan, fn: Callable[..., Any], args: Any, ins: Any, outs: Any = None) -> None:
-    """`plan.apply(fn)` with these specs compiles to what `plan.jit(fn)` does."""
-    mesh = plan.make_mesh()
-    wanted, results = plan.shardings(mesh)
-    assert placed(mesh, ins) == wanted
-    exported = jax.jit(
-        plan.apply(fn),
-        in_shardings=placed(mesh, ins),
-        out_shardings=results if outs is None else placed(mesh, outs),
-        donate_argnums=plan.donate_argnums,
-    )
-    assert program(exported, args) == program(plan.jit(fn, mesh), args)
 
 
 # --- specs
@@ -137,7 +101,7 @@ def test_what_cannot_be_written_as_source_says_so_and_is_written_as_rules() -> N
     with pytest.raises(ExportError) as error:
         plan.export("specs")
     assert str(error.value) == (
-        "The arguments nest arrays in test_export.Box, which cannot be written as source: only the class knows how it"
+        f"The arguments nest arrays in {__name__}.Box, which cannot be written as source: only the class knows how it"
         " is made (or, a namedtuple, it is not imported). Export rules, which need no nesting, or another argument."
     )
     assert loaded(plan.export("specs", argument="x"))["SPECS"] == plan.in_specs[1]
@@ -146,16 +110,6 @@ def test_what_cannot_be_written_as_source_says_so_and_is_written_as_rules() -> N
 
 
 # --- rules
-
-
-def by_rules(rules: Any, tree: Any) -> Any:
-    """What libraries with partition rules do: the first that `re.search` finds; none is an error, scalars stay whole."""
-
-    def spec(path: Any, leaf: Any) -> P:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return next(spec for pattern, spec in rules if re.search(pattern, name))
-
-    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 @pytest.mark.parametrize("unrolled", (False, True), ids=("stacked", "unrolled"))
@@ -252,17 +206,6 @@ def test_every_array_gets_its_layout_and_no_rule_is_needless(arrays: list[Leaf],
 
 
 # --- logical axes
-
-
-NAMES = {
-    "embedding": ("vocab", "embed"),
-    "layers/norm": ("layers", "norm"),
-    "layers/(gate|up)": ("layers", "embed", "mlp"),
-    "layers/down": ("layers", "mlp", "embed"),
-    "layers/w[kv]": ("layers", "embed", "kv_heads", "head_dim"),
-    "layers/wq": ("layers", "embed", "kv_heads", "queries", "head_dim"),
-    "layers/wo": ("layers", "kv_heads", "queries", "head_dim", "embed"),
-}
 
 
 def test_logical_axes_have_the_plans_mesh_axes() -> None:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 import autoshard
 from costmodels.machine.topology import parse_topology
 from examples import palm
-from tests.test_plan import assert_close, planned_block, well_linked
+from tests.support.plans import assert_close, planned_block, well_linked
 
 
 def abstract(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

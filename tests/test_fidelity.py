@@ -8,18 +8,14 @@ import sys
 from collections.abc import Sequence
 from itertools import permutations
 from math import prod
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 from jax.sharding import PartitionSpec
-from layout_strategies import cpu_topology, mesh_of, quick
-from test_emit import pieces
 
 from autoshard.auditing.hlo_collectives import collectives
 from autoshard.auditing.matching import matched
@@ -28,8 +24,9 @@ from autoshard.plan import PlannedCollective
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, reshard_table
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
+from tests.support.layout_strategies import cpu_topology, mesh_of, pieces, quick
+from tests.support.paths import ROOT
 
 
 @given(graph=graphs(), mesh_shape=st.sampled_from(MESH_SHAPES), seed=st.integers(0, 2**16))
@@ -46,9 +43,8 @@ def test_compiled_collectives_are_always_the_planned_ones(graph: Graph, mesh_sha
 
 
 def on_sixteen_devices(examples: int) -> None:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "tests.einsum_graphs", str(examples)]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.support.einsum_graphs", str(examples)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax import Array, lax
 from jax.experimental import checkify, io_callback
-from layout_strategies import assert_equal
 
 import autoshard
 from autoshard.errors import TraceError
+from tests.support.layout_strategies import assert_equal
 
 X = jnp.arange(32.0).reshape(8, 4) / 32
 SHAPE = jax.ShapeDtypeStruct((8, 4), jnp.float32)

@@ -22,10 +22,8 @@ from autoshard.errors import PlanMismatchError
 from autoshard.planning import plan_file
 from autoshard.planning.plan_cache import cached
 from autoshard.planning.plan_file import dumps, loads
-from tests.test_plan import planned_block
-from tests.test_plan_file import small_plan
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+from tests.support.plans import planned_block, small_plan
 
 
 def script(text: str, *words: object) -> str:
@@ -44,25 +42,35 @@ KILLED = """
     from dataclasses import replace
     from pathlib import Path
     import autoshard
-    from autoshard.cache import cached
+    from autoshard.planning.plan_cache import cached
 
     file, directory = Path(sys.argv[1]), Path(sys.argv[2])
     first = autoshard.load(file)
     plans = [first, replace(first, name="another")]
     random.seed(0)
 
-    def write():
+    def write(begun):
+        os.write(begun, b"!")
         while True:
             for plan in plans:
                 plan.save(file)
                 (directory / "key.json").unlink(missing_ok=True)
                 cached(directory, "key", lambda: plan)
 
-    for _ in range(60):
+    def left():
+        return len(list(directory.parent.rglob("*.tmp")))
+
+    kills = 0
+    while kills < 60 or not left():
+        waiting, begun = os.pipe()
         child = os.fork()
         if child == 0:
-            write()
+            write(begun)
+        os.read(waiting, 1)
+        for each in waiting, begun:
+            os.close(each)
         time.sleep(random.random() * 0.02)
+        kills += 1
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert autoshard.load(file) in plans
@@ -70,12 +78,15 @@ KILLED = """
         assert not found.exists() or autoshard.load(found) in plans
     plans[1].save(file)
     assert autoshard.load(file) == plans[1] == cached(directory, "other", lambda: plans[1])
-    print(len(list(directory.parent.rglob("*.tmp"))))
+    print(left())
 """
 
 
 def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixty are: the files are one plan or the other, the next run succeeds, and what was left goes when it is old."""
+    """Sixty are, and more until one was killed while it wrote.
+
+    The files are one plan or the other, the next run succeeds, and what was left goes when it is old.
+    """
     file = tmp_path / "plan.json"
     planned_block()[0].save(file)
     left = int(script(KILLED, file, tmp_path / "cache"))
@@ -145,7 +156,7 @@ LIMITED = """
     import os, resource, sys, warnings
     from pathlib import Path
     import autoshard
-    from autoshard.cache import cached
+    from autoshard.planning.plan_cache import cached
 
     plan, directory = autoshard.load(sys.argv[1]), Path(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -174,7 +185,7 @@ TMPFS = """
     import os, sys, warnings
     from pathlib import Path
     import autoshard
-    from autoshard.cache import cached
+    from autoshard.planning.plan_cache import cached
 
     plan, disk = autoshard.load(sys.argv[1]), Path(sys.argv[2])
     for _ in range(2):
@@ -209,7 +220,7 @@ def test_a_small_disk_and_a_read_only_one(tmp_path: Path) -> None:
 HOSTILE = """
     import resource, sys
     import autoshard
-    from autoshard.plan_file import loads
+    from autoshard.planning.plan_file import loads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         autoshard.load(sys.argv[1])

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from tests.test_export import NAMES, assert_same_program, by_rules, loaded
-from tests.test_plan import assert_close, planned_block, well_linked
+from tests.support.exported import NAMES, assert_same_program, by_rules, loaded
+from tests.support.plans import assert_close, planned_block, well_linked
 
 WHY = "{} is not installed (pip install --group test)"
 EMBED, MLP, BATCH = 8, 32, 16

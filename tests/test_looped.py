@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layout_strategies import random_states
-from test_search import TOPOLOGIES, brute_force, programs
 
 import autoshard
 from costmodels.machine.conventions import Pricing
@@ -23,6 +21,8 @@ from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import build
 from search.formulation.reshard import reshard_table
 from search.solve import Limits, NoPlan, search
+from tests.support.layout_strategies import random_states
+from tests.support.programs import TOPOLOGIES, brute_force, programs
 
 
 def pieces_first(text: str | Topology, faster: float = 1.0, **pricing) -> Topology:

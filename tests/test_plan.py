@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import re
 from collections.abc import Callable
@@ -23,63 +22,21 @@ from autoshard._util.collector import seldom_collected
 from autoshard.emitting.attached import name_of
 from autoshard.planning.runner_up import Alternatives
 from autoshard.tracing.trace import trace
-from costmodels.machine.topology import Topology, parse_topology
-from examples import palm
+from costmodels.machine.topology import parse_topology
 from search.answer.assignment import states_of
 from search.memory.constraints import rows
 from search.solve import search as solve
-from tests import models
-
-
-def well_linked(name: str) -> Topology:
-    """Devices between which nothing takes time, so that plans split what they can."""
-    found = parse_topology(name)
-    fast = (replace(axis, bytes_per_second=1e15, hop_seconds=0.0, launch_seconds=0.0) for axis in found.axes)
-    return replace(found, axes=tuple(fast))
-
-
-def assert_close(got: Any, wanted: Any, rtol: float = 2e-4) -> None:
-    """Equal up to rounding: relative to the largest number of each array."""
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.abs(b).max(initial=1e-30)))
-
-
-def assert_placed(arrays: Any, specs: Any, mesh: jax.sharding.Mesh) -> None:
-    flat = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
-    for array, spec in zip(jax.tree.leaves(arrays), flat, strict=True):
-        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
-
-
-BLOCK = models.Block(decode=False)
-
-
-@functools.cache
-def planned_block() -> tuple[autoshard.Plan, Callable[..., Any], tuple[Any, ...]]:
-    """A plan with collectives in it, its function, and arguments."""
-    fn, args = models.function(BLOCK), models.arguments(BLOCK)
-    return autoshard.search(fn, *args, topology=well_linked("cpu:2x4")), fn, args
-
+from tests.support.plans import (
+    BLOCK,
+    assert_close,
+    assert_placed,
+    palm_decode,
+    palm_prefill,
+    planned_block,
+    well_linked,
+)
 
 # --- planned execution = unsharded execution
-
-
-def drawn(shapes: Any) -> Any:
-    """Arrays of these shapes and types: small random numbers."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape) * 0.2, a.dtype), shapes)
-
-
-def palm_decode() -> tuple[Any, tuple[Any, ...]]:
-    workload = palm.decode(size="tiny", batch=8, context=32)
-    return workload, (*drawn(workload.args[:2]), jnp.arange(8, dtype=jnp.int32), jnp.int32(5))
-
-
-def palm_prefill() -> tuple[Any, tuple[Any, ...]]:
-    workload = palm.prefill(size="tiny", batch=2, length=16)
-    return workload, (drawn(workload.args[0]), jnp.arange(32, dtype=jnp.int32).reshape(2, 16))
 
 
 @pytest.mark.parametrize("case", (palm_decode, palm_prefill), ids=("decode", "prefill"))

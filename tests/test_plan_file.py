@@ -22,19 +22,10 @@ from autoshard.planning import plan_file
 from autoshard.planning.plan_file import dumps, loads
 from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
-from tests import strategies
-from tests.test_plan import planned_block
+from tests.support import strategies
+from tests.support.plans import planned_block, small_plan
 
 SIZES = st.sampled_from((1, 2, 3, 4, 8))
-
-
-@functools.cache
-def small_plan() -> autoshard.Plan:
-    def fn(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        return jnp.tanh(x @ params["w"]).max(axis=0)
-
-    args = {"w": jnp.ones((8, 4))}, jnp.ones((4, 8))
-    return autoshard.search(fn, *args, topology="cpu:2x2", name="small")
 
 
 @st.composite

@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from layout_strategies import blocks, mesh_shapes
-from models import Block, arguments, function
 
 import autoshard
+from tests.support.layout_strategies import blocks, mesh_shapes
+from tests.support.models import Block, arguments, function
 
 
 @settings(max_examples=8)

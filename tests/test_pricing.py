@@ -8,11 +8,11 @@ import pytest
 import sympy
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import axis_sets, links, pricings, topologies
 
 from costmodels.machine.collectives import bytes_symbol, expression, seconds, seconds_on, values, wire_bytes
 from costmodels.machine.conventions import Pricing, PricingError, pricing_from_dict
 from costmodels.machine.topology import Axis, TopologyFormatError, parse_topology, topology_from_dict
+from tests.support.strategies import axis_sets, links, pricings, topologies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 kinds = st.sampled_from(KINDS)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from test_cli import PALM, TINY, run
 
 import autoshard
 from autoshard.comparing.what_if import batch_of, state_values, weight_values
@@ -27,6 +26,8 @@ from costmodels.machine.topology import as_its_chip_has_it, parse_topology
 from costmodels.program.what_if import NotDoubled, doubled, with_itemsize
 from examples import palm
 from search.answer.check import check
+from tests.support.cli import run
+from tests.support.paths import PALM, TINY
 
 SECONDS = st.floats(0, 10, allow_subnormal=False)
 

@@ -15,12 +15,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from layout_strategies import assert_layouts_do_not_matter, op_steps
 
 import autoshard
 from autoshard.rules.einsum import parsed, rule_of
 from autoshard.rules.rule import REGISTRY
 from autoshard.tracing.trace import trace
+from tests.support.layout_strategies import assert_layouts_do_not_matter, op_steps
 
 Q, K, V = (
     jnp.asarray(np.random.default_rng(i).standard_normal((4, 8, n, 4)), jnp.float32) for i, n in enumerate((8, 4, 4))

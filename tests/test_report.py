@@ -28,7 +28,7 @@ from autoshard.report.plots import _panel
 from autoshard.report.write import page
 from autoshard.sweep.analysis.rows import Row, SweepResult
 from autoshard.sweep.results import FAILED, SOLVED
-from tests.sweep_target import feed_forward
+from tests.support.sweep_target import feed_forward
 
 
 def small_arguments() -> tuple[Any, Any]:

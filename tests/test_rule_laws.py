@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from rule_laws import MOVING, ORACLE, Call, calls, chip_by_chip, drawn_strategy, explicit_layouts
 
 from autoshard.emitting.program import spec_of
 from search.formulation.strategies import output_layout
+from tests.support.rule_laws import MOVING, ORACLE, Call, calls, chip_by_chip, drawn_strategy, explicit_layouts
 
 FAMILIES = [pytest.param(family, id=family.__name__.strip("_")) for family in (*ORACLE, *MOVING)]
 OPINIONS = [pytest.param(family, id=family.__name__.strip("_")) for family in ORACLE]

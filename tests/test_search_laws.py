@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology, parse_topology
-from costmodels.program.program import Factor, OpClass, Operation, Program, Use, Value
+from costmodels.program.program import Program
 from search.answer.assignment import states_of
 from search.formulation.layer_folding import classes
 from search.formulation.problem import FORBIDDEN, Problem, build
@@ -22,59 +22,13 @@ from search.presolve.elimination import Reduction
 from search.presolve.primal import overflow
 from search.presolve.symmetry import renamed
 from search.solve import DEFAULTS, Limits, NoPlan, _Run, search
-from tests.test_search import TOPOLOGIES, programs
+from tests.support.programs import TOPOLOGIES, layered, programs, unrolled
 
 SIZES = (4, 6, 8, 64)
 SMALL = st.sampled_from(TOPOLOGIES)
 CASES = 25
 KEEPING = [parse_topology(text) for text in ("v4:2x1x1", "v5e:2x2")]
 """Chips that keep small arrays between operations: copies of a layer then differ by what feeds them."""
-
-
-@st.composite
-def layered(draw, least: int = 2, most: int = 4, sizes: tuple[int, ...] = SIZES) -> Program:
-    """Layers as a Python loop unrolls them, each with its own weights; with or without a residual sum."""
-    depth, residual = draw(st.integers(least, most)), draw(st.booleans())
-    tokens, inner, hidden = (draw(st.sampled_from(sizes)) for _ in range(3))
-    return unrolled(depth, residual, tokens, inner, hidden)
-
-
-def unrolled(depth: int, residual: bool, tokens: int, inner: int, hidden: int) -> Program:
-    """So many layers of two matrix products with an elementwise operation between."""
-    values: list[Value] = []
-    operations: list[Operation] = []
-
-    def made(name: str, shape: tuple[int, ...]) -> int:
-        values.append(Value(name, shape, "bfloat16", 2.0))
-        return len(values) - 1
-
-    def add(name: str, ins: list[int], shape: tuple[int, ...] | None, kind: OpClass, linear=()) -> int:
-        shape_ = shape or values[ins[0]].shape
-        dims = ((0,), (1,))
-        out = [] if kind == "sink" else [Use(made(name, shape_), dims)]
-        uses, flops = tuple(Use(v, dims) for v in ins), float(kind == "fused")
-        factors = tuple(map(Factor, shape_))
-        operations.append(Operation(name, name, factors, uses, tuple(out), 0, kind, linear, (), flops))
-        return len(values) - 1
-
-    def matmul(a: int, b: int) -> int:
-        (m, k), n = values[a].shape, values[b].shape[1]
-        ins = (Use(a, ((0,), (2,))), Use(b, ((2,), (1,))))
-        factors, out = (Factor(m), Factor(n), Factor(k, "sum")), Use(made("dot", (m, n)), ((0,), (1,)))
-        operations.append(Operation("dot", "dot", factors, ins, (out,), 0, "matmul", (), (0, 1, -1), 2.0))
-        return len(values) - 1
-
-    x = add("x", [], (tokens, inner), "source")
-    weights = [
-        (add(f"up[{i}]", [], (inner, hidden), "source"), add(f"down[{i}]", [], (hidden, inner), "source"))
-        for i in range(depth)
-    ]
-    arguments = tuple(range(len(operations)))
-    for up, down in weights:
-        out = matmul(add("relu", [matmul(x, up)], None, "fused"), down)
-        x = add("add", [out, x], None, "fused", (frozenset({0, 1}),)) if residual else out
-    add("result", [x], None, "sink")
-    return Program("layers", tuple(values), tuple(operations), arguments=arguments, results=(len(operations) - 1,))
 
 
 def best_uniform(program: Program, topology: Topology, alike: tuple[int, ...]) -> float:

@@ -3,12 +3,12 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import topologies
 
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN, Edges, all_pairs
 from search.formulation.reshard import reshard_table
 from search.memory.reshard_buffers import Copies
+from tests.support.strategies import topologies
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 4, 8, 12, 64, 1024]), min_size=0, max_size=3).map(tuple)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from autoshard.sweep.analysis.advice import advice
 from autoshard.sweep.analysis.answers import render
 from autoshard.sweep.analysis.frontier import cheapest, fastest, frontier, gains, longest, switches
 from autoshard.sweep.analysis.rows import Row, SweepResult, family, load_sweep, sweep_result
-from autoshard.sweep.job import Job, JobError, job_of, line_of, load_job
+from autoshard.sweep.job import Job, JobError, job_of, line_of
 from autoshard.sweep.lower_bounds import bound_of, ruled_out
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
@@ -31,43 +30,11 @@ from autoshard.sweep.worker import solve, unpacked
 from autoshard.tracing.trace import trace
 from costmodels.machine.chips import chip
 from costmodels.machine.topology import parse_topology
-from tests.layout_strategies import blocks
-from tests.models import Block, arguments, function
-from tests.sweep_target import network
-
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-
-JOB = """
-name = "toy"
-
-[phases.decode]
-target = "sweep_target.py:network"
-arguments = { batch = { of = "batch" }, width = { of = "width" }, dtype = { of = "weights" } }
-
-[vary]
-batch = [8, 64]
-width = [256, 1024]
-weights = ["bfloat16", "float32"]
-
-[chips]
-kinds = "v5e"
-counts = [4]
-
-[price]
-per_chip_hour = { v5e = 1.2 }
-"""
-
-
-def written(folder: Path, text: str = JOB) -> Path:
-    path = folder / "toy.toml"
-    path.write_text(dedent(text).replace("sweep_target.py", str(TESTS / "sweep_target.py")))
-    return path
-
-
-def job(folder: Path, text: str = JOB) -> Job:
-    return load_job(written(folder, text))
-
+from tests.support.jobs import JOB, job, written
+from tests.support.layout_strategies import blocks
+from tests.support.models import Block, arguments, function
+from tests.support.paths import SUPPORT
+from tests.support.sweep_target import network
 
 # --- The job file
 
@@ -628,4 +595,4 @@ def test_a_job_in_python_needs_no_file():
         "phases": {"step": {"target": "sweep_target.py:network", "tokens": "8"}},
         "chips": {"topologies": ["cpu:2"]},
     }
-    assert [point.name for point in points(job_of(data, TESTS))] == ["step on cpu:2"]
+    assert [point.name for point in points(job_of(data, SUPPORT))] == ["step on cpu:2"]

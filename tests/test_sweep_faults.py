@@ -24,11 +24,13 @@ from autoshard.sweep.points import points
 from autoshard.sweep.results import FAILED, SOLVED, Result
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.store import Store, StoreError
-from tests.test_sweep import JOB, ROOT, job, written
+from tests.support.jobs import JOB, job, written
+from tests.support.paths import ROOT
 
 COMMAND = [sys.executable, "-c", "from autoshard.cli import main; main()", "sweep"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 Cluster = Callable[[], AbstractContextManager[engines.Engine]]
+PATIENCE = 300  # seconds that workers have to end; a guard against waiting for ever
 MORE = JOB.replace("batch = [8, 64]", "batch = [8, 16, 32, 64, 128, 256]")
 
 
@@ -112,12 +114,13 @@ def test_a_sweep_that_is_killed_leaves_no_workers_behind(tmp_path: Path):
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while attempts(tmp_path / "out" / "points.sqlite") < 3 and process.poll() is None:
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # it cannot finish while its children are counted
     threads = Path(f"/proc/{process.pid}/task").iterdir()
     children = {child for thread in threads for child in (thread / "children").read_text().split()}
     process.kill()
     process.wait()
     assert len(children) >= 2
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while left := [child for child in children if running(child)]:
         assert time.monotonic() < end, left
         time.sleep(0.1)

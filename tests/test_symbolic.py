@@ -29,8 +29,8 @@ from costmodels.symbols import collective_seconds, dimension, evaluated, rates, 
 from examples import palm
 from search.answer.check import check
 from search.solve import search
-from tests.models import Block, arguments, function
-from tests.strategies import axis_sets, topologies
+from tests.support.models import Block, arguments, function
+from tests.support.strategies import axis_sets, topologies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

@@ -69,7 +69,7 @@ def test_more_host_devices_than_jax_started_with():
 
 @pytest.mark.parametrize("flags", ["", "--xla_force_host_platform_device_count=6"])
 def test_host_devices_are_made_where_jax_has_not_started(flags):
-    program = "import jax; from autoshard.targets import host_devices; host_devices(3); print(len(jax.devices('cpu')))"
+    program = "import jax; from autoshard.emitting.targets import host_devices; host_devices(3); print(len(jax.devices('cpu')))"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given
-from strategies import topologies, topology_strings
 
 from costmodels.machine.chips import ChipFormatError, UnknownChipError, chip
 from costmodels.machine.topology import (
@@ -18,6 +17,7 @@ from costmodels.machine.topology import (
     topology_from_dict,
 )
 from costmodels.machine.topology_file import topology_toml
+from tests.support.strategies import topologies, topology_strings
 
 
 @given(topology_strings())

@@ -12,10 +12,10 @@ import pytest
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
-from layout_strategies import assert_layouts_do_not_matter
 
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.tracing.trace import fingerprint, trace
+from tests.support.layout_strategies import assert_layouts_do_not_matter
 
 X = jnp.arange(32.0).reshape(8, 4) / 32
 W = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4)), jnp.float32)

@@ -12,9 +12,9 @@ import jax
 import pytest
 
 import autoshard
-from tests import versions
+from tests.support import versions
+from tests.support.paths import DATA, ROOT
 
-DATA = Path(__file__).parent / "data"
 OTHER = os.environ.get("AUTOSHARD_OTHER_PYTHON")
 NO_OTHER = "AUTOSHARD_OTHER_PYTHON names no Python with another JAX"
 
@@ -29,8 +29,8 @@ def test_a_plan_that_another_jax_wrote_is_audited_and_runs(version: str, name: s
 def other(*words: object) -> Any:
     """What the other Python says."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX")}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [str(OTHER), "-m", "tests.versions", *map(str, words)]
+    environment |= {"PYTHONPATH": str(ROOT)}
+    command = [str(OTHER), "-m", "tests.support.versions", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -15,8 +15,8 @@ from textwrap import dedent
 import pytest
 
 import autoshard
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 NESTED = {"costmodels": "_costmodels", "search": "_search"}
 
 

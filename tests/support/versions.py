@@ -1,4 +1,4 @@
-"""Plans that one version of JAX writes and another reads: `python -m tests.versions write|check DIRECTORY`.
+"""Plans that one version of JAX writes and another reads: `python -m tests.support.versions write|check DIRECTORY`.
 
 `write` plans every case into the directory, `check` binds each plan in it to its function again, audits the compiled program
 on host devices and runs it. Both print a line of JSON. `tests/data` holds what `write` wrote under two versions of JAX; it
@@ -23,7 +23,7 @@ import numpy as np
 
 import autoshard
 from examples import llama, palm
-from tests.test_plan import assert_close, drawn, well_linked
+from tests.support.plans import assert_close, drawn, well_linked
 
 Case = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 from typing import Any
 
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
-from models import Block
 
 from autoshard.annotating.pins import with_pins
 from autoshard.emitting.program import emitted
@@ -30,7 +29,9 @@ from autoshard.tracing.blocks import BranchStep, LoopStep, OpStep, Traced
 from autoshard.tracing.trace import trace
 from costmodels.machine.topology import Topology, parse_topology
 from search.answer.assignment import Choice, choice_of
+from search.formulation.layouts import Layout
 from search.formulation.problem import FORBIDDEN, Edge, Problem, build
+from tests.support.models import Block
 
 FEASIBLE = FORBIDDEN / 10
 """Seconds: what costs more is impossible."""
@@ -203,13 +204,18 @@ def run_planned(traced: Traced, topology: Topology, choices: Sequence[Choice], *
     return jax.jit(all_of_them, in_shardings=whole, compiler_options=quick())(*flat)
 
 
-def assert_equal(planned: Sequence[Any], unsharded: Any, tolerance: float = 1e-4) -> None:
-    """Flat results equal a pytree's leaves: exactly, or within a tolerance relative to the largest number."""
+def assert_equal(
+    planned: Sequence[Any], unsharded: Any, tolerance: float = 1e-4, defined: Callable[..., list[Any]] | None = None
+) -> None:
+    """Flat results equal a pytree's leaves: exactly, or within a tolerance relative to the largest number.
+
+    `defined` maps results to what of them is defined, where that is less than all.
+    """
     expected = jax.tree.leaves(unsharded)
-    assert len(planned) == len(expected)
+    assert [(a.shape, a.dtype) for a in planned] == [(a.shape, a.dtype) for a in expected]
+    if defined is not None:
+        planned, expected = (defined(*map(jnp.asarray, jax.device_get(each))) for each in (planned, expected))
     for got, want in zip(planned, expected, strict=True):
-        assert got.shape == want.shape
-        assert got.dtype == want.dtype
         if jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
             got, want = jax.random.key_data(got), jax.random.key_data(want)
         planned_type = got.dtype
@@ -249,3 +255,20 @@ def assert_layouts_do_not_matter(
     for planned in run_planned(traced, topology, choices, *args):
         assert_equal(planned, unsharded, tolerance)
     return traced
+
+
+SHARES = {1: (1,), 2: (3, -2), 3: (5, -1, -3), 4: (2, -3, 5, -3)}
+"""The share that each position along an axis holds of a partial sum; each row adds up to 1."""
+
+
+def pieces(array: np.ndarray, layout: Layout, sizes: dict[str, int]) -> np.ndarray:
+    """Every chip's piece of an array, chips first, by the definition of a layout."""
+    found = []
+    for at in np.ndindex(*sizes.values()):
+        coordinate = dict(zip(sizes, at, strict=True))
+        part = array
+        for dim, axes in enumerate(layout.dims):
+            index = reduce(lambda i, axis: i * sizes[axis] + coordinate[axis], axes, 0)
+            part = np.split(part, prod(sizes[axis] for axis in axes), axis=dim)[index]
+        found.append(part * prod(SHARES[sizes[axis]][coordinate[axis]] for axis in layout.partial))
+    return np.stack(found)

@@ -1,6 +1,6 @@
 """Random graphs of einsums under random layouts: results equal, compiled collectives as planned.
 
-    JAX_NUM_CPU_DEVICES=16 python -m tests.einsum_graphs EXAMPLES
+    JAX_NUM_CPU_DEVICES=16 python -m tests.support.einsum_graphs EXAMPLES
 
 runs the law on meshes of up to sixteen devices, in a process of its own: the other tests have eight.
 """
@@ -99,11 +99,10 @@ def arguments_of(graph: Graph) -> list[Any]:
 
 def assert_as_planned(graph: Graph, mesh_shape: str, seed: int) -> None:
     """Runs a graph under one random choice of layouts: results equal to the bit, and nothing on the wire but the plan."""
-    from layout_strategies import cpu_topology, mesh_of, problem_of, quick, random_choices
-
     from autoshard.auditing import hlo_collectives
     from autoshard.emitting.program import emitted
     from autoshard.tracing.trace import trace
+    from tests.support.layout_strategies import cpu_topology, mesh_of, problem_of, quick, random_choices
 
     topology, arguments = cpu_topology(mesh_shape), arguments_of(graph)
     traced = trace(graph, *arguments)

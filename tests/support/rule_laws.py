@@ -21,7 +21,6 @@ import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
-from layout_strategies import op_steps
 
 from autoshard.emitting.program import run_locally, spec_of
 from autoshard.rules.rule import local_shape
@@ -30,6 +29,7 @@ from autoshard.tracing.trace import trace
 from costmodels.program.program import REDUCED_INSIDE, Operation
 from search.formulation.layouts import Layout
 from search.formulation.strategies import Strategy, input_layout, output_layout, strategy_space
+from tests.support.layout_strategies import op_steps
 
 SIZES = {"x": 2, "y": 2, "z": 2}
 Data = st.DataObject

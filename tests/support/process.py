@@ -1,6 +1,6 @@
-"""One of several processes, as `test_processes.py` starts them: `python process.py PORT INDEX SECONDS CASE [...]`.
+"""One of several processes: `python -m tests.support.process PORT INDEX CONNECT HEARTBEAT CASE [...]`.
 
-Each has four host devices. What a case prints last is a line of JSON.
+`test_processes.py` starts them. Each has four host devices. What a case prints last is a line of JSON.
 """
 
 from __future__ import annotations
@@ -122,14 +122,14 @@ def _said(found: Any) -> int:
 CASES = {each.__name__: each for each in (plan_file, checkpoint, decorated, refused, lost)}
 
 
-def main(port: str, index: str, timeout: str, case: str, *rest: str) -> None:
+def main(port: str, index: str, connect: str, heartbeat: str, case: str, *rest: str) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         PROCESSES,
         int(index),
-        initialization_timeout=int(timeout),
-        heartbeat_timeout_seconds=int(timeout),
+        initialization_timeout=int(connect),
+        heartbeat_timeout_seconds=int(heartbeat),
     )
     _said(CASES[case](*rest))
 
