@@ -68,7 +68,7 @@ class Picture:
             self.text(x + length / 2, y - 10 - 16 * (len(words.split("\n")) - 1 - i), line, 12, "middle")
 
     def legend(self, x: float, y: float) -> None:
-        """Which colour is which chip."""
+        """The colours of the chips."""
         for chip, name in enumerate(NAMES):
             self.parts.append(
                 f'<rect x="{x + 92 * chip}" y="{y - 11}" width="13" height="13" rx="3" fill="{CHIPS[chip]}"/>'
