@@ -22,11 +22,12 @@ demo: $(VENV)/.tpu  ## lay out PaLM 540B, audit it with the TPU compiler, run a 
 test: $(VENV)/.test $(VENV)/.tpu  ## the tests (ARGS="-k name" picks some, ARGS="-m slow" runs the long sweeps)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.dev  ## style, types and the layer contract
+lint: $(VENV)/.dev  ## style, types, the layer contract and the prose
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python docs/prose_lint.py
 
 format: $(VENV)/.dev  ## put the code in house style
 	$(BIN)/ruff check --fix
@@ -75,7 +76,7 @@ browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chrom
 	@mkdir -p $(SCREENSHOTS)
 	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/report/test_report.py $(ARGS)
 
-screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken anew (needs Chromium)
+screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken again (needs Chromium)
 	PYTHONPATH=. $(BIN)/python docs/screenshots.py
 
 docs: $(VENV)/.docs  ## the documentation site, in site/, its notebooks run

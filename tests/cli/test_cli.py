@@ -45,9 +45,9 @@ def test_conventions_of_pricing_are_printed_and_saved(tmp_path: Path) -> None:
 
 def test_conventions_that_there_are_not() -> None:
     said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "all")
-    assert said == "bandwidth is 'all'; 'per-axis' or 'total' would do."
+    assert said == "bandwidth must be 'per-axis' or 'total', got 'all'."
     said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--overlap", "1.5")
-    assert said == 'overlap is 1.5; a number from 0 to less than 1, or "looped", would do.'
+    assert said == 'overlap must be a number from 0 to less than 1, or "looped", got 1.5.'
 
 
 def test_json_is_alone_on_standard_output(plan_file: Path) -> None:

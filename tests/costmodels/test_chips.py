@@ -170,11 +170,11 @@ def test_a_number_replaced_in_python_no_longer_claims_its_source():
             {"hbm_byte": 1.0},
             "The chip 'v4' has no hbm_byte. Did you mean hbm_bytes? It has flops_per_second.bfloat16, ",
         ),
-        ({"hbm_bytes": -1}, "hbm_bytes of the chip 'v4' is -1; a number above 0 would do."),
-        ({"hbm_bytes": "32 GiB"}, "hbm_bytes of the chip 'v4' is '32 GiB'; a number above 0 would do."),
-        ({"hbm_bytes": True}, "hbm_bytes of the chip 'v4' is True; a number above 0 would do."),
-        ({"hbm_bytes": float("nan")}, "hbm_bytes of the chip 'v4' is nan; a number above 0 would do."),
-        ({"torus.hop_seconds": -1}, "torus.hop_seconds of the chip 'v4' is -1; a number that is 0 or more would do."),
+        ({"hbm_bytes": -1}, "hbm_bytes of the chip 'v4' must be a number above 0, got -1."),
+        ({"hbm_bytes": "32 GiB"}, "hbm_bytes of the chip 'v4' must be a number above 0, got '32 GiB'."),
+        ({"hbm_bytes": True}, "hbm_bytes of the chip 'v4' must be a number above 0, got True."),
+        ({"hbm_bytes": float("nan")}, "hbm_bytes of the chip 'v4' must be a number above 0, got nan."),
+        ({"torus.hop_seconds": -1}, "torus.hop_seconds of the chip 'v4' must be a number of 0 or more, got -1."),
     ],
 )
 def test_what_cannot_be_overridden(numbers: dict, message: str):
@@ -190,16 +190,16 @@ def without(key: str):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: t.update(kind="npu"), "kind of the chip 'v4' is 'npu'; one of tpu, gpu, cpu would do."),
+        (lambda t: t.update(kind="npu"), "kind of the chip 'v4' must be one of tpu, gpu, cpu, got 'npu'."),
         (
             lambda t: t["torus"].update(wraparound="always"),
-            "torus.wraparound of the chip 'v4' is 'always'; "
-            "one of all axes multiples of 4, axis of 16, never would do.",
+            "torus.wraparound of the chip 'v4' must be one of "
+            "all axes multiples of 4, axis of 16, never, got 'always'.",
         ),
         (
             lambda t: t["hbm_bytes"].update(status="certain"),
-            "hbm_bytes.status of the chip 'v4' is 'certain'; "
-            "one of published, measured, derived, fitted, assumed, given would do.",
+            "hbm_bytes.status of the chip 'v4' must be one of "
+            "published, measured, derived, fitted, assumed, given, got 'certain'.",
         ),
         (
             lambda t: t["hbm_bytes"].pop("source"),
@@ -207,11 +207,11 @@ def without(key: str):
         ),
         (
             lambda t: t.update(hbm_bytes=3),
-            "hbm_bytes of the chip 'v4' is 3; { value, status, source } would do.",
+            "hbm_bytes of the chip 'v4' must be { value, status, source }, got 3.",
         ),
         (
             without("torus"),
-            "The chip 'v4' has none for its interconnect; one of torus, switch, bus would do.",
+            "The chip 'v4' has none for its interconnect; expected one of torus, switch, bus.",
         ),
         (
             lambda t: t["torus"].pop("axes"),

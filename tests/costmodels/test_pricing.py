@@ -150,13 +150,13 @@ def test_conventions_in_a_file(tmp_path):
     file.write_text('chip = "v4"\nshape = [4, 4, 4]\n[pricing]\nbandwidth = "total"\noverlap = 0.5\n')
     assert parse_topology(file).pricing == Pricing("total", 0.5)
     file.write_text('chip = "v4"\nshape = [4, 4, 4]\n[pricing]\nbandwidth = "all"\n')
-    with pytest.raises(TopologyFormatError, match="bandwidth is 'all'; 'per-axis' or 'total' would do"):
+    with pytest.raises(TopologyFormatError, match="bandwidth must be 'per-axis' or 'total', got 'all'"):
         parse_topology(file)
 
 
 @pytest.mark.parametrize("overlap", [1, -0.1, "loop", True, float("nan")])
 def test_no_other_overlap(overlap):
-    with pytest.raises(PricingError, match='a number from 0 to less than 1, or "looped", would do'):
+    with pytest.raises(PricingError, match='a number from 0 to less than 1, or "looped", got'):
         Pricing(overlap=overlap)
 
 

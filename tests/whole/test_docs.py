@@ -28,7 +28,12 @@ def script(path: Path) -> ModuleType:
 def test_the_pictures_are_those_that_the_script_draws():
     for name, drawn in script(DOCS / "pictures.py").PICTURES.items():
         kept = (DOCS / "images" / f"concept-{name}.svg").read_text()
-        assert kept == drawn().svg(), f"docs/images/concept-{name}.svg: python docs/pictures.py draws it anew"
+        assert kept == drawn().svg(), f"docs/images/concept-{name}.svg is out of date: run python docs/pictures.py"
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_imports():
+    kept = (DOCS / "images" / "rooms.svg").read_text()
+    assert kept == script(DOCS / "rooms.py").svg(), "docs/images/rooms.svg is out of date: run python docs/rooms.py"
 
 
 def test_every_picture_and_page_that_is_named_is_there():
@@ -45,7 +50,7 @@ def test_the_reference_has_every_public_name():
         for name in dir(autoshard)
         if not name.startswith("_") and not isinstance(getattr(autoshard, name), ModuleType)
     }
-    assert public - {"TYPE_CHECKING", "Any"} == set(re.findall(r"^        - (\w+)$", text, re.MULTILINE))
+    assert public - {"TYPE_CHECKING", "Any"} == set(re.findall(r"^::: autoshard\.(\w+)$", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)

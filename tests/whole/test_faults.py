@@ -112,14 +112,14 @@ def test_gpus_are_added_within_the_node_first_and_then_by_nodes() -> None:
         ),
         (
             "v4-8",
-            "'v4-8' is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a .toml"
+            "Invalid topology 'v4-8': expected CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a .toml"
             " file.",
         ),
         (
             "v5e:2x2x2",
             "v5e:2x2x2 has 3 sizes, but the torus of v5e has 2 axes; write at most 2 sizes, such as v5e:4x4.",
         ),
-        ("cpu:0x2", "cpu:0x2 has an axis of size 0; 1 or more would do."),
+        ("cpu:0x2", "The sizes of cpu:0x2 must be 1 or more, got 0."),
         (
             "missing.toml",
             "The topology file missing.toml cannot be read: [Errno 2] No such file or directory: 'missing.toml'.",
