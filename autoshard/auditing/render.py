@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.auditing.audit import Audit
-from autoshard.auditing.findings import Difference
+from autoshard.auditing.findings import Finding
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Pair, axes_of
 from autoshard.explaining.layer_groups import shared_name, unnumbered
@@ -23,7 +23,12 @@ def render(audit: Audit, width: int = WIDTH) -> str:
 
 
 _SHARES = {
+    "bytes on the wire": "of the bytes on the wire",
     "peak memory": "of the planned peak",
+    "argument": "of the planned peak",
+    "result": "of the planned peak",
+    "donation": "of the planned peak",
+    "FLOPs": "of the planned FLOPs",
     "replicated": "of the planned FLOPs",
     "computed again": "of the planned FLOPs",
 }
@@ -119,7 +124,7 @@ def _differences(audit: Audit, width: int) -> Iterator[str]:
         yield from (line for each in audit.differences for line in item(_difference(each), width))
 
 
-def _difference(each: Difference) -> str:
+def _difference(each: Finding) -> str:
     of = _SHARES.get(each.kind, "of the time on the wire")
     mark = "" if each.counts or each.kind.startswith("same plan") else ", too small to count"
     return f"{each.kind}: {each.text} ({percent(each.share)} {of}{mark})"
