@@ -21,6 +21,8 @@ from autoshard.auditing.audit import Audit, AuditError, audit, compare
 from autoshard.auditing.findings import CompileTarget
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import paired
+from autoshard.auditing.replay import Costly
+from autoshard.auditing.unplanned_time import attribute_time
 from autoshard.plan import Plan, PlannedCollective
 from benchmarks.audits import LIMITS
 from costmodels.machine.collectives import seconds
@@ -222,7 +224,9 @@ def test_differences_of_which_none_counts_do_not_take_bytes_out_of_their_bounds(
     found = compared(monkeypatch, planned, compiled, target)
     assert said(found) == [("same plan at higher cost", False)]
     assert not found.ok
-    assert found.differences[0].text == "over x each chip sends 2.000 times the bytes that the plan expects, 96 KiB more"
+    assert (
+        found.differences[0].text == "over x each chip sends 2.000 times the bytes that the plan expects, 96 KiB more"
+    )
 
 
 def test_the_benchmark_has_the_same_bounds() -> None:
@@ -399,6 +403,81 @@ Differences
 """
 
 
+# --- Time
+
+
+SLOW = """\
+HloModule jit_f, is_scheduled=true
+
+%turned (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  ROOT %t = f32[64,64]{1,0} transpose(%x), dimensions={1,0}
+}
+
+ENTRY %main (x.1: f32[64,64]) -> f32[64,64] {
+  %x.1 = f32[64,64]{1,0} parameter(0)
+  ROOT %copy_fusion = f32[64,64]{1,0} fusion(%x.1), kind=kLoop, calls=%turned, \
+metadata={op_name="jit(f)/layer/transpose" source_file="/home/user/model.py" source_line=7}, \
+backend_config={"estimated_cycles":"1050000"}
+}
+"""
+
+
+def timed(planned_seconds: float, target: CompileTarget = "tpu") -> Audit:
+    """A program of one instruction that takes a millisecond, beside a plan of so many seconds."""
+    nothing = plan_of_nothing()
+    return compare(replace(nothing, estimate=replace(nothing.estimate, seconds=planned_seconds)), SLOW, target)
+
+
+@pytest.mark.parametrize(
+    ("planned_seconds", "slow"), [(0.99e-3 / bounds.SLOWER, True), (1.01e-3 / bounds.SLOWER, False)]
+)
+def test_a_step_that_is_much_slower_than_planned_is_said(planned_seconds: float, slow: bool) -> None:
+    found = timed(planned_seconds)
+    assert found.step_seconds == pytest.approx(1e-3)
+    assert (found.is_slow, found.to_dict()["slow"], "times the planned time" in str(found)) == (slow, slow, slow)
+    assert found.ok, "the layout is the planned one"
+    said_so = [each.text for each in found.differences if each.kind == "slower than planned"]
+    assert bool(said_so) == slow
+    if slow:
+        assert said_so[0].endswith("the most that is not planned: 1.00 ms of transpose at model.py:7 (copy_fusion × 1)")
+
+
+def test_the_costliest_instructions_are_listed_with_the_users_line() -> None:
+    found = timed(1.0)
+    (row,) = found.to_dict()["costliest"]
+    assert (row["name"], row["source"], row["scope"]) == ("copy_fusion", "model.py:7", "layer/transpose")
+    assert row["seconds"] == row["unplanned_seconds"] == pytest.approx(1e-3)
+    assert "1.00 ms      1.00 ms     1  copy_fusion  model.py:7  layer/transpose" in str(found)
+
+
+def test_only_tpu_programs_are_replayed() -> None:
+    for target in ("host", "gpu"):
+        found = timed(1e-9, target)
+        assert (found.replay, found.step_seconds, found.is_slow, found.costs) == (None, None, False, ())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 10), st.booleans()), max_size=8),
+    st.dictionaries(st.sampled_from("abcd"), st.floats(0, 20)),
+)
+def test_the_planned_time_of_a_line_is_attributed_once(costs: list[Any], due: dict[str, float]) -> None:
+    costly = [Costly(str(i), "fusion", at, "", seconds, 1, of) for i, (at, seconds, of) in enumerate(costs)]
+    found = attribute_time(costly, due)
+    for at in "abc":
+        mine = [each for each in found if each.instruction.source == at]
+        spent = sum(each.instruction.seconds for each in mine)
+        assert sum(each.unplanned_seconds for each in mine) == pytest.approx(
+            max(spent - due.get(at, 0.0), 0.0), abs=1e-9
+        )
+        assert all(0 <= each.unplanned_seconds <= each.instruction.seconds for each in mine)
+
+
+def test_collectives_are_held_against_the_plan_by_themselves() -> None:
+    (found,) = attribute_time([Costly("a", "all-reduce", "model.py:1", "", 1.0, 1, False)], {})
+    assert found.unplanned_seconds == 0
+
+
 # --- Real programs
 
 
@@ -446,7 +525,10 @@ def test_palm_540b_decode_is_what_the_tpu_compiler_makes_of_it() -> None:
     assert found.peak_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.05)
     for planned_bytes, compiled_bytes in found.wire_bytes().values():
         assert compiled_bytes == pytest.approx(planned_bytes, rel=0.01)
-    assert found.compute_seconds
+    assert found.compute_seconds and found.replay is not None and found.step_seconds is not None
+    assert found.replay.floor_seconds < found.replay.core_seconds < found.step_seconds
+    assert found.replay.exposed_seconds == pytest.approx(found.collective_seconds, rel=0.01), "decode hides nothing"
+    assert all(each.instruction.source.startswith("palm.py:") for each in found.costs[:10])
 
 
 @pytest.mark.tpu

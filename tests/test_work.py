@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from autoshard.auditing import findings
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
-from autoshard.auditing.redundant_work import Repeated, repeated
+from autoshard.auditing.findings import Repeated, find_repeated
 
 PLANNED = {"model.py:1": 100.0, "model.py:2": 100.0}
 
@@ -33,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_lines_that_compute_more_than_planned(case: str) -> None:
     compiled, expected = CASES[case]
-    assert repeated(PLANNED, compiled, {"model.py:2": 300.0}, 0.01) == expected
+    assert find_repeated(PLANNED, compiled, {"model.py:2": 300.0}, 0.01) == expected
 
 
 def test_flops_by_the_users_line() -> None:

@@ -22,6 +22,8 @@ Matmuls are held against the plan by their FLOPs, line by line of the user's cod
 operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is
 gathered for nothing but slices of it is called what the partitioner calls it, an involuntary full rematerialization.
 Arguments and results are held against the plan by their bytes on one chip, donated ones by whether results overwrite them.
+
+The time of a TPU program's step is that of its schedule, replayed (`autoshard.auditing.replay`).
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ from typing import Any
 
 import jax
 
-from autoshard.auditing import findings, hlo_collectives
+from autoshard.auditing import bounds, findings, hlo_collectives
 from autoshard.auditing.findings import CompileTarget, Finding, seconds_of, wire_bytes_by_axes
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.hlo_interface import read_arguments
 from autoshard.auditing.matching import Axes, Pair, axes_of, matched, sent_bytes
-from autoshard.auditing.redundant_work import planned_flops
+from autoshard.auditing.replay import MOST_COSTLY, Replay, replay
+from autoshard.auditing.unplanned_time import AuditedCost, attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan, PlannedCollective
@@ -60,6 +63,8 @@ class Audit:
     - `peak_bytes`: per chip, as the compiler reports it; None where it does not.
     - `planned_flops`, `flops`: of the matmuls of one chip and step, planned and compiled.
     - `compute_seconds`: the compiler's own estimate of everything but collectives; None where it makes none.
+    - `replay`: the schedule replayed, with copies and collectives beside the core; None where there is no estimate.
+    - `costs`: the instructions of the replay by their time, the costliest first, with what of it is not planned.
     """
 
     target: CompileTarget
@@ -76,11 +81,23 @@ class Audit:
     compute_seconds: float | None
     planned_flops: float
     flops: float
+    replay: Replay | None = None
+    costs: tuple[AuditedCost, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether no difference counts."""
         return not any(difference.counts for difference in self.differences)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """One step of the compiled program, by the replay of its schedule; None where the compiler estimates nothing."""
+        return None if self.replay is None else self.replay.seconds
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a compiled step takes more than `bounds.SLOWER` times the planned time."""
+        return self.step_seconds is not None and self.step_seconds > bounds.SLOWER * self.planned_seconds
 
     @property
     def collective_seconds(self) -> float:
@@ -115,6 +132,7 @@ class Audit:
         ]
         return {
             "ok": self.ok,
+            "slow": self.is_slow,
             "target": self.target,
             "plan": self.name,
             "topology": self.topology.name,
@@ -125,7 +143,15 @@ class Audit:
                 "planned_collectives": self.planned_collective_seconds,
                 "compiled_compute": self.compute_seconds,
                 "compiled_collectives": self.collective_seconds,
+                "replayed": self.step_seconds,
+                "floor": self.replay and self.replay.floor_seconds,
+                "exposed_communication": self.replay and self.replay.exposed_seconds,
+                "awaited_copies": self.replay and self.replay.copy_seconds,
             },
+            "costliest": [
+                {**asdict(each.instruction), "unplanned_seconds": each.unplanned_seconds}
+                for each in self.costs[:MOST_COSTLY]
+            ],
             "wire_bytes": sent,
             "planned": [asdict(each) for each in self.planned],
             "compiled": [asdict(each) for each in self.collectives],
@@ -228,9 +254,12 @@ def compare(
     topology, estimate = plan.topology, plan.estimate
     compiled = tuple(c for c in hlo_collectives.collectives(text, topology.axis_sizes) if axes_of(c, topology))
     planned, pairs = _paired_with(plan, compiled, target, arrays)
-    due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
+    due, done = findings.planned_flops(plan.operations), matmul_flops(text) if text else {}
     found = _findings(plan, text, pairs, target, peak_bytes, due, done)
     cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
+    replayed = replay(text, topology) if text and target == "tpu" else None
+    costs = attribute_time(replayed.costly, planned_seconds(plan.operations)) if replayed else ()
+    found += findings.find_in_time(estimate.seconds, replayed.seconds, costs) if replayed else ()
     return Audit(
         target=target,
         name=plan.name,
@@ -246,6 +275,8 @@ def compare(
         compute_seconds=cycles / clock if cycles and clock else None,
         planned_flops=sum(due.values()),
         flops=sum(done.values()),
+        replay=replayed,
+        costs=costs,
     )
 
 

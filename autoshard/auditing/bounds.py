@@ -13,6 +13,9 @@ An audit fails when a figure leaves its bounds, whatever the class of the differ
 | missing collectives, unplanned ones | `NOTICEABLE` of the plan's time on the wire | sums of scalars |
 | planned collectives in a dearer form | `HIGHER_COST` of the plan's time on the wire | rows of padding sent to their owners |
 
+A step that takes more than `SLOWER` times the plan by the replay of its schedule is said to be slow; that is a fault of the
+model's or the compiler's, not of the layout, and the program may be as planned all the same.
+
 The bytes that the plan expects are the planned ones, less what compilers save (one array sent once for two uses, float32
 that a matmul reads as bfloat16), and more where host devices send 16-bit floats as float32. Fewer FLOPs than planned are
 within bounds: compilers turn small matmuls into multiplications and sums, which nobody counts.
@@ -32,3 +35,5 @@ NOTICEABLE = 0.01
 """The part of the plan's time on the wire, or of its FLOPs, above which missing and unplanned work counts."""
 HIGHER_COST = 0.02
 """The part of the plan's time on the wire by which the compiler may make the same plan dearer."""
+SLOWER = 1.3
+"""How many times the planned time a compiled step may take until audits say so."""

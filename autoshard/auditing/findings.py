@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
-from autoshard._util.tables import size
+from autoshard._util.tables import size, time
 from autoshard.auditing import bounds
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_interface import CompiledArguments
 from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, literal, sent_bytes
-from autoshard.auditing.redundant_work import repeated
+from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import ArrayPlan, PlannedCollective
+from autoshard.plan import ArrayPlan, OperationPlan, PlannedCollective
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 
@@ -39,6 +39,7 @@ Kind = Literal[
     "result",
     "donation",
     "peak memory",
+    "slower than planned",
 ]
 
 _LIMITS = {
@@ -183,7 +184,44 @@ def _of_axes(pairs: Sequence[Pair], topology: Topology) -> Iterator[Finding]:
             yield Finding("bytes on the wire", text, more, abs(more) / (total or abs(more)), True)
 
 
-# --- work
+# --- work: a partitioner that replicates an operand makes every chip compute what several should share
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A line of the user's code whose matmuls compute more than was planned, in FLOPs per chip and step.
+
+    `again` are those of `compiled` that form a result which was there already.
+    """
+
+    source: str
+    planned: float
+    compiled: float
+    again: float
+
+
+def planned_flops(operations: Sequence[OperationPlan]) -> dict[str, float]:
+    """FLOPs of the planned matmuls of one chip and step by source line, without padding."""
+    found: dict[str, float] = {}
+    for each in operations:
+        if each.matmul:
+            found[each.source] = found.get(each.source, 0.0) + each.flops
+    return found
+
+
+def find_repeated(
+    planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float], tolerance: float
+) -> tuple[Repeated, ...]:
+    """The lines that compute more than planned, the worst first; none where all of them together do not.
+
+    Compilers turn some small matmuls into multiplications and sums, which are not counted: less than planned says nothing.
+    """
+    total = sum(planned.values())
+    if sum(compiled.values()) <= total * (1 + tolerance):
+        return ()
+    more = [Repeated(at, planned.get(at, 0.0), flops, again.get(at, 0.0)) for at, flops in compiled.items()]
+    worst = sorted(more, key=lambda each: each.planned - each.compiled)
+    return tuple(each for each in worst if each.compiled - each.planned > tolerance * total)
 
 
 def find_in_work(
@@ -196,7 +234,7 @@ def find_in_work(
     - `again`: of the compiled ones, those that form again what another fusion forms, too.
     """
     due, done = max(sum(planned.values()), 1.0), sum(compiled.values())
-    for each in repeated(planned, compiled, again, bounds.NOTICEABLE):
+    for each in find_repeated(planned, compiled, again, bounds.NOTICEABLE):
         times = f"{each.compiled / each.planned:.2f} times the planned" if each.planned else "unplanned"
         text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs"
         share = (each.compiled - each.planned) / due
@@ -255,6 +293,45 @@ def _of_donations(
         text = f"{size(kept)} of {size(donated)} donated arguments are not overwritten by results"
         share = kept / planned_peak
         yield Finding("donation", text, kept, share, share > bounds.MEMORY)
+
+
+# --- time
+
+
+def find_in_time(planned: float, replayed: float, costs: Sequence[AuditedCost]) -> Iterator[Finding]:
+    """A step that is much slower than planned, with the instructions that take the most unplanned time.
+
+    The audit does not fail by it: `Audit.is_slow` says it.
+    """
+    if replayed > bounds.SLOWER * planned:
+        causes = _causes(costs, bounds.NOTICEABLE * planned)
+        text = f"a step takes {time(replayed)}, {replayed / planned:.2f} times the planned {time(planned)}"
+        text += f"; the most that is not planned: {', '.join(causes)}" if causes else ""
+        yield Finding("slower than planned", text, 0.0, replayed / planned - 1)
+
+
+_CAUSES = 3
+"""How many operations are named as the cause of a slow step."""
+
+
+def _causes(costs: Sequence[AuditedCost], least: float) -> list[str]:
+    """The operations of the user's lines that take the most unplanned time, as long as they take more than the least."""
+    groups: dict[tuple[str, str], list[AuditedCost]] = {}
+    for each in costs:
+        it = each.instruction
+        groups.setdefault((it.scope.rpartition("/")[2] or it.opcode, it.source), []).append(each)
+    total = {of: sum(each.unplanned_seconds for each in alike) for of, alike in groups.items()}
+    worst = sorted(groups, key=lambda of: -total[of])[:_CAUSES]
+    return [
+        f"{time(total[what, at])} of {what}{f' at {at}' if at else ''} ({_names(groups[what, at])})"
+        for what, at in worst
+        if total[what, at] > least
+    ]
+
+
+def _names(alike: Sequence[AuditedCost]) -> str:
+    first = alike[0].instruction
+    return f"{first.name} × {first.runs}" + (f" and {len(alike) - 1} more" if len(alike) > 1 else "")
 
 
 # --- words
