@@ -1,4 +1,4 @@
-"""What an unrolled model has many of, as one: `params['layers'][*]['wq']` for the `wq` of all layers."""
+"""Groups of equal rows of an unrolled model: `params['layers'][*]['wq']` for the `wq` of all layers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from autoshard.plan import ArrayPlan, OperationPlan, PlannedCollective
 T = TypeVar("T")
 
 _NUMBER = re.compile(r"(?<=[\[_'\"/])\d+(?=[\]_'\"/])")
-"""A number that stands alone in a path, as a list's index or a layer's does, and not that of `w3` or of a line."""
+"""A number that is a whole part of a path, such as an index or a layer's number, unlike the 3 of `w3` or a line number."""
 
 _ROUNDED = 6
-"""Significant digits within which two costs are the same."""
+"""The significant digits in which equal costs agree."""
 
 
 def unnumbered(name: str) -> str:
-    """A name with a star for each number that may tell layers apart: `[3]`, `['3']`, `['layer_3']`, `block_3/`."""
+    """A name with a star for each number that may be a layer's: `[3]`, `['3']`, `['layer_3']`, `block_3/`."""
     return _NUMBER.sub("*", name)
 
 
 def shared_name(names: Iterable[str]) -> str:
-    """The one name of things whose names are alike but for numbers: stars where they differ.
+    """The common name of names that differ only in numbers, with stars where they differ.
 
         shared_name(["h_0/mlp_1/", "h_1/mlp_1/"])  # "h_*/mlp_1/"
 
@@ -39,7 +39,7 @@ def shared_name(names: Iterable[str]) -> str:
 
 
 def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
-    """Operations that are planned alike as one, with the sums of their runs and times."""
+    """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
         each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
@@ -58,7 +58,7 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
 
 
 def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
-    """Collectives of the same kind, axes and bytes for arrays alike as one, with the sums of their runs and times."""
+    """The collectives, with those of the same kind, axes, bytes and array name merged: their runs and times are summed."""
     return [
         replace(
             group[0],
@@ -73,7 +73,7 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
 
 
 def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Arrays of the same shape, type and layout at places alike as one, with the sum of their bytes; and how many they are."""
+    """Groups of arrays of the same shape, dtype, layout and name: one array with the sum of their bytes, and their number."""
     groups = _grouped(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
     return [
         (
