@@ -52,7 +52,7 @@ models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, 
 	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
 
 models-test: $(ZOO_VENV)/.zoo  ## the same models in tiny sizes, run on eight host devices and compared
-	$(ZOO_VENV)/bin/python -m pytest tests/test_models.py -m "slow or not slow" $(ARGS)
+	$(ZOO_VENV)/bin/python -m pytest tests/whole/test_models.py -m "slow or not slow" $(ARGS)
 
 parallelism: $(VENV)/.core  ## which parallelism comes out at which size: sweeps, and benchmarks/results/parallelism.json
 	$(BIN)/python benchmarks/parallelism.py
@@ -74,7 +74,7 @@ bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two wor
 
 browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
 	@mkdir -p $(SCREENSHOTS)
-	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
+	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/report/test_report.py $(ARGS)
 
 screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken again (needs Chromium)
 	PYTHONPATH=. $(BIN)/python docs/screenshots.py
