@@ -1,4 +1,4 @@
-"""`autoshard audit`: hold the compiled program against its plan."""
+"""`autoshard audit`: compare the compiled program with its plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autoshard.cli import common
 
 
 class On(StrEnum):
-    """What to compile for."""
+    """The device kinds to compile for."""
 
     host = "host"
     tpu = "tpu"
@@ -32,7 +32,7 @@ def audit(
 
     autoshard audit plan.json examples/palm.py:decode --set batch=64 --target tpu
 
-    Exits with 1 when the compiled program is not as planned.
+    Exits with 1 if the compiled program is not as planned.
     """
     from json import dumps
 

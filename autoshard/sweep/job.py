@@ -1,4 +1,4 @@
-"""The job file: what a sweep is to find out, in TOML.
+"""The job file of a sweep, in TOML.
 
 ```toml
 name = "palm-62b"
@@ -14,8 +14,8 @@ output_length = 64
 
 [chips]
 kinds = ["v4"]
-counts = [8, 16]                                  # every shape of so many chips that the torus allows
-topologies = ["v4:4x4x4"]                         # or these
+counts = [8, 16]                                  # every shape of that many chips that the torus allows
+topologies = ["v4:4x4x4"]                         # or named topologies
 
 [constraints]                                     # all optional
 seconds_per_token = 0.030
@@ -30,8 +30,8 @@ phases = ["prefill", "decode"]
 shared = "params"
 ```
 
-A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` makes `batch * input_length` tokens a step,
-`decode` makes `batch`, any other says with `tokens` how many.
+The kind of a phase is its name, or `kind`. A step of `prefill` processes `batch * input_length` tokens, a step of `decode`
+`batch`; any other phase states its number with `tokens`.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from autoshard.sweep.extras import needed
 from costmodels.symbols import evaluated, parsed
 
 Knob = bool | int | float | str
-"""One value of what a job varies."""
+"""One value of a variable of a job."""
 
 _LENGTHS = ("input_length", "output_length")
-"""What is other work, not another way to do it, although the first counts tokens."""
+"""Variables that change the work, although the first counts tokens."""
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
 
 
 class JobError(AutoshardError):
-    """A job file says something that makes no sense; names the file, the line and the key."""
+    """Raised for an invalid job file; states the file, the line and the key."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A function to lay out: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens a step."""
+    """A function to plan: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens per step."""
 
     name: str
     kind: str
@@ -72,14 +72,14 @@ class Phase:
     def values(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
         """The keyword arguments at one point.
 
-        **Raises:** `ValueError` where an expression is no number there.
+        **Raises:** `ValueError` if an expression is not a number there.
         """
         return {key: value_of(given, knobs) for key, given in self.arguments.items()}
 
 
 @dataclass(frozen=True)
 class Together:
-    """Phases with one layout of the shared argument; `repeats` says how often each runs in one request."""
+    """Phases with one layout of the shared argument; `repeats` are their runs per request."""
 
     phases: tuple[str, ...]
     shared: str
@@ -88,7 +88,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What an answer must keep to; None where anything will do."""
+    """The limits on answers; None for no limit."""
 
     seconds_per_token: float | None = None
     seconds_to_first_token: float | None = None
@@ -97,7 +97,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep, as its file declares it; there is a frontier for every value of what `per` names."""
+    """A sweep as its file declares it; each combination of values of the variables in `per` has a frontier."""
 
     name: str
     phases: tuple[Phase, ...]
@@ -121,19 +121,19 @@ class Job:
 def load_job(path: str | Path) -> Job:
     """Reads and checks a job file.
 
-    **Raises:** `JobError`, naming every fault with its line and key; `OSError` when there is no such file.
+    **Raises:** `JobError`, with every error by line and key; `OSError` if there is no such file.
     """
     path = Path(path)
     try:
         text = path.read_text("utf-8")
         data = tomllib.loads(text)
     except ValueError as error:
-        raise JobError(f"{path} is no TOML: {error}{_quoted(path, str(error))}.") from error
+        raise JobError(f"{path} is not valid TOML: {error}{_quoted(path, str(error))}.") from error
     return job_of(data, path.parent, path.stem, str(path), text)
 
 
 def _quoted(path: Path, error: str) -> str:
-    """The line that a complaint about TOML is of, which names no key."""
+    """The line to which a TOML error refers."""
     if (found := re.search(r"at line (\d+)", error)) is None:
         return ""
     lines = path.read_text("utf-8").splitlines()
@@ -141,7 +141,7 @@ def _quoted(path: Path, error: str) -> str:
 
 
 def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
-    """A job from plain data, as `load_job` from a file.
+    """The job of plain data, as `load_job` reads it from a file.
 
     **Raises:** `JobError`.
     """
@@ -192,7 +192,7 @@ def _job(read: Any, folder: Path, name: str) -> Job:
 
 
 def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> tuple[str, ...]:
-    """What changes how much a token takes: the lengths, and numbers that make no tokens, such as a width."""
+    """The variables that change the work per token: the lengths, and numbers that no token count uses, such as a width."""
     makes_tokens = set(re.findall(r"\w+", " ".join(phase.tokens for phase in phases))) - set(_LENGTHS)
     numbers = (key for key, values in vary.items() if all(type(value) in (int, float) for value in values))
     return tuple(key for key in numbers if key not in makes_tokens)
@@ -202,9 +202,9 @@ def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> 
 
 
 def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
-    """What an argument is at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
+    """The value of an argument at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
 
-    **Raises:** `ValueError`, naming the expression, where it is no whole number or names no knob.
+    **Raises:** `ValueError`, with the expression, if it is not a whole number or uses an unknown variable.
     """
     if not isinstance(given, Mapping):
         return given
@@ -213,12 +213,12 @@ def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
         return knobs[expression]
     found = number(expression, knobs)
     if found != int(found):
-        raise ValueError(f"{expression} is {found:g} there, which is no whole number")
+        raise ValueError(f"{expression} must be a whole number, got {found:g}")
     return int(found)
 
 
 def number(expression: str, knobs: Mapping[str, Knob]) -> float:
-    """An expression in knobs as a number.
+    """The value of an expression in variables.
 
     **Raises:** `ValueError`.
     """
@@ -227,7 +227,7 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
         return evaluated(parsed(expression), numbers)
     except KeyError as error:
         missing = error.args[0].partition(" in ")[0]
-        raise ValueError(f"{missing} is no number that the job varies; it varies {', '.join(knobs)}") from error
+        raise ValueError(f"{missing} must be a number among the job's variables {', '.join(knobs)}") from error
 
 
 Location = tuple[str | int, ...]
@@ -241,9 +241,9 @@ def _said(fault: Mapping[str, Any]) -> str:
     given = fault.get("input")
     shown = f", got {given!r}" if isinstance(given, Knob) and fault["type"] != "extra_forbidden" else ""
     if fault["type"] == "extra_forbidden":
-        return "is no key of a job; look for a slip of the pen"
+        return "is not a key of a job; check its spelling"
     if fault["type"] == "too_short":
-        return "is empty; at least one would do"
+        return "must have at least one entry, got none"
     return message[0].lower() + message[1:] + shown
 
 
@@ -259,11 +259,11 @@ def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> st
 
 
 _TAGS = ("list", "str", "int", "float", "bool", "constrained-int", "dict[literal['of'],str]", "[key]")
-"""What the schema's library puts into the places of values that may be of several types."""
+"""The tags that pydantic adds to the locations of values with several types."""
 
 
 def line_of(text: str, location: Sequence[str | int]) -> int:
-    """The line of a TOML text that says what a key is, or of the table that lacks it; 0 where there is no text."""
+    """The line of a key in a TOML text, or of the table that lacks it; 0 without a text."""
     path = [str(part) for part in location if part not in _TAGS]
     best, found, table = -1, 0, []
     for count, line in enumerate(text.splitlines(), 1):

@@ -288,7 +288,7 @@ def test_what_is_asked_for_must_be_there() -> None:
         ({"format": "rules", "axes": {"z": "data"}}, "The plan has no mesh axis z; it has x, y."),
         ({"format": "rules", "axes": {"x": "y"}}, "The names of the mesh axes x, y must be unique, got y."),
         ({"format": "specs", "names": NAMES}, "names apply to the formats flax and maxtext only, got format specs."),
-        ({"format": "maxtext"}, "MaxText's models name their dimensions themselves"),
+        ({"format": "maxtext"}, "MaxText's models have their own names of dimensions"),
     )
     for options, said in cases:
         with pytest.raises(ExportError) as error:
