@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 
 T = TypeVar("T")
 
-_NUMBER = re.compile(r"(?<=[\[_'\"/])\d+(?=[\]_'\"/])")
-"""A number that is a whole part of a path, such as an index or a layer's number, unlike the 3 of `w3` or a line number."""
 
 _ROUNDED = 6
 """The significant digits in which equal costs agree."""
-
-
-def unnumbered(name: str) -> str:
-    """A name with a star for each number that may be a layer's: `[3]`, `['3']`, `['layer_3']`, `block_3/`."""
-    return _NUMBER.sub("*", name)
-
-
-def shared_name(names: Iterable[str]) -> str:
-    """The common name of names that differ only in numbers, with stars where they differ.
-
-        shared_name(["h_0/mlp_1/", "h_1/mlp_1/"])  # "h_*/mlp_1/"
-
-    **Arguments:**
-
-    - `names`: at least one; with the same `unnumbered`.
-    """
-    different = list(dict.fromkeys(names))
-    numbers = zip(*map(_NUMBER.findall, different), strict=True)
-    shown = ("*" if len(set(each)) > 1 else each[0] for each in numbers)
-    return _NUMBER.sub(lambda _: next(shown), different[0])
 
 
 def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
