@@ -1,22 +1,22 @@
-"""What a compiled TPU program takes for one step, whoever laid it out.
+"""The step time of a compiled TPU program, for any contestant.
 
-The judge reads nothing but the text of the compiled program and the topology it is for, so that it can prefer nobody:
+The judge reads only the text of the compiled program and its topology, so it cannot prefer a contestant:
 
 $$T = \\frac{\\text{estimated cycles}}{\\text{clock}} + \\sum_{\\text{collectives}} \\text{runs} \\cdot T_{\\text{torus}},$$
 
 where both sums multiply loop bodies by their trip counts. The cycles are the TPU compiler's own, written beside every
-fusion, with the time to read and write HBM in them. It writes none beside collectives; these are priced from their bytes
+fusion, with the time to read and write HBM in them. It writes none beside collectives; they are costed from their bytes
 and their replica groups:
 
-- groups of all chips that share coordinates on the other axes: `costmodels.collectives.seconds` over these axes;
+- groups of all chips that share coordinates on the other axes: `costmodels.machine.collectives.seconds` over these axes;
 - boxes of chips (parts of axes, or every k-th chip): the same over open axes as long as the box; where k groups are
   interleaved each has 1/k of the links;
 - other groups: the same over all axes along which members of a group differ, as if the groups were whole;
-- pairs (a collective-permute): the most loaded link, when every pair takes the shortest way, axis after axis; at most the
-  costliest permutation of `costmodels.collectives`, which takes ways that avoid each other.
+- pairs (a collective-permute): the most loaded link, when every pair takes the shortest way, axis by axis; at most the
+  costliest permutation of `costmodels.machine.collectives`, which uses disjoint routes.
 
-Nothing overlaps: `step_seconds` adds up. `overlapped_seconds` is the other extreme, in which all that the program starts
-asynchronously hides behind computation as far as there is any.
+`step_seconds` assumes no overlap. `overlapped_seconds` is the other extreme: computation hides all asynchronous collectives as
+far as possible.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Sent:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one step of a compiled program takes.
+    """The time of one step of a compiled program.
 
     - `compute_seconds`: estimated cycles over the clock.
-    - `wire_seconds`, `wire_bytes`: collectives, one after the other; bytes that one chip sends.
-    - `prefetch_bytes`: what is copied from HBM into on-chip memory beside computation; in no estimate, hidden or not.
-    - `unestimated`: how many runs of operations that do work carry no estimate, by opcode.
-    - `notes`: what the judge had to guess.
+    - `wire_seconds`, `wire_bytes`: collectives, run serially; bytes that one chip sends.
+    - `prefetch_bytes`: copies from HBM to on-chip memory beside computation; in no estimate.
+    - `unestimated`: the number of runs of working operations without an estimate, by opcode.
+    - `notes`: the judge's assumptions.
     """
 
     compute_seconds: float
@@ -78,7 +78,7 @@ class Verdict:
 
     @property
     def step_seconds(self) -> float:
-        """Computation and collectives, one after the other."""
+        """Computation and collectives, run serially."""
         return self.compute_seconds + self.wire_seconds
 
 
@@ -88,9 +88,9 @@ def judge(text: str, topology: Topology) -> Verdict:
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `topology`: what it is compiled for; device numbers in the text count its chips row-major.
+    - `topology`: its target; device numbers in the text count its chips row-major.
 
-    **Raises:** `ValueError` when the text is no compiled program, or holds no estimates.
+    **Raises:** `ValueError` if the text is not a compiled program, or has no estimates.
     """
     cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
     if cycles is None or not clock:
@@ -120,7 +120,7 @@ def judge(text: str, topology: Topology) -> Verdict:
 
 
 def priced(collective: hlo_collectives.CompiledCollective, topology: Topology) -> Sent:
-    """What all runs of a compiled collective cost; one among no chips has no axes."""
+    """The cost of all runs of a compiled collective; a collective within one chip has no axes."""
     members = hlo_collectives.groups_of(collective.groups, topology.size)
     varying = tuple(axis for i, axis in enumerate(topology.axes) if _differ(members, i, topology))
     if collective.kind == "collective-permute":
