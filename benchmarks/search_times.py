@@ -3,8 +3,8 @@
     python benchmarks/search_times.py             # tables, benchmarks/results/search.json and search_growth.svg
     python benchmarks/search_times.py --cases     # without the growth
 
-Each case runs in a process of its own, so that its peak memory is its own. `reference` is the time that we hold ourselves
-to, in seconds on two cores.
+Each case runs in a process of its own, so that its peak memory is its own. `reference` is the target, in
+seconds on two cores.
 """
 
 from __future__ import annotations
