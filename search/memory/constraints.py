@@ -1,9 +1,10 @@
 """Peak memory as linear rows: at every point of the program, the bytes of what lives there.
 
 An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends, and one
-that a loop piles up is there whole before its first round. Arrays that share memory (a donated argument and its result, a loop's carry, an update in place, a view) are one buffer. What a
-compiler keeps inside a fused kernel takes no memory: results of fused operations count only where an unfused operation, a
-loop or the caller needs them. A change of layout holds the old and the new array at once.
+that a loop piles up is there whole before its first round. Arrays that share memory (a donated argument and its result, a
+loop's carry, an update in place, a view) are one buffer. What a compiler keeps inside a fused kernel takes no memory: results
+of fused operations count only where an unfused operation, a loop or the caller needs them. A change of layout holds the old
+and the new array at once.
 """
 
 from __future__ import annotations
