@@ -110,10 +110,11 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
 
 def _ends_here(program: Program, value: int, carry: int) -> bool:
     """Whether nothing but the carry needs an array that enters the loop, or that a loop's round updates in place."""
-    made_by = program.operations[program.producers[value][0]]
-    if made_by.region == program.operations[carry].region:
+    at, position = program.producers[value]
+    made_by = program.operations[at]
+    if program.values[value].region == program.operations[carry].region:
         return made_by.op_class != "source" and len(program.consumers[value]) == 1
-    return made_by.primitive in IN_PLACE
+    return made_by.primitive in IN_PLACE or (made_by.primitive == "loop_carry" and position == 1)
 
 
 def stack_starts(program: Program) -> dict[int, int]:
