@@ -17,9 +17,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY, CAST
 from costmodels.program.program import Operation, Program, Use
 from search.memory.views import IN_PLACE, is_slice_of_stack
+
+
+def annotate_traffic(traced: Traced) -> Traced:
+    """Gives the operations of a traced function their HBM traffic."""
+    return dataclasses.replace(traced, program=with_traffic(traced.program))
 
 
 def with_traffic(program: Program) -> Program:

@@ -32,13 +32,13 @@ def audit(
 
     autoshard audit plan.json examples/palm.py:decode --set batch=64 --target tpu
 
-    Exits with 1 when the compiled program is not as planned.
+    Exits with 1 when the compiled program is not as planned, or takes more than 1.3 times the planned time.
     """
     from json import dumps
 
     from autoshard.auditing.audit import audit as audit_plan
     from autoshard.emitting import targets
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         found = load(plan)
@@ -48,7 +48,7 @@ def audit(
             work = common.workload(target, common.settings(sizes))
             report = audit_plan(found, work.fn, *work.args, target=on.value)
         typer.echo(dumps(report.to_dict(), indent=2) if json else str(report), nl=json)
-        if not report.ok:
+        if not report.ok or report.is_slow:
             raise typer.Exit(1)
 
 
