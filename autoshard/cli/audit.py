@@ -11,7 +11,7 @@ from autoshard.cli import common
 
 
 class On(StrEnum):
-    """What to compile for."""
+    """The target of the compiler."""
 
     host = "host"
     tpu = "tpu"
