@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from autoshard.emitting import bind, targets
+from autoshard.emitting import bind, placing, targets
+from autoshard.emitting import formats as emitted_formats
+from autoshard.emitting.jitted import Formats, jitted
 from autoshard.emitting.program import spec_of
-from autoshard.errors import ExportError, TopologyError
-from autoshard.tracing import pytrees
+from autoshard.errors import TopologyError
 from costmodels.dimensions import Dimensions
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class ArrayPlan:
     """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip.
 
-    `weak` marks a Python scalar, whose type gives way to the types it meets.
+    `weak` marks a Python scalar, whose type gives way to the types it meets. `order` has the dimensions from major to minor in
+    memory; it is empty where they lie as the device lays out arrays by default.
     """
 
     path: str
@@ -45,6 +47,7 @@ class ArrayPlan:
     bytes_per_chip: float
     donated: bool = False
     weak: bool = False
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,18 +186,10 @@ class Plan:
         return self._arguments_like(placed(self.arguments)), self._results_like(placed(self.results))
 
     def _arguments_like(self, leaves: list[Any]) -> tuple[Any, ...]:
-        return (
-            jax.tree_util.tree_unflatten(self.treedefs[0], leaves)
-            if self.treedefs
-            else pytrees.rebuild(self.in_tree, leaves)
-        )
+        return bind.arguments_like(self, leaves)
 
     def _results_like(self, leaves: list[Any]) -> Any:
-        return (
-            jax.tree_util.tree_unflatten(self.treedefs[1], leaves)
-            if self.treedefs
-            else pytrees.rebuild(self.out_tree, leaves)
-        )
+        return bind.results_like(self, leaves)
 
     # --- execution -----------------------------------------------------------------------------------------------
 
@@ -223,8 +218,8 @@ class Plan:
         """
         return bind.bound(self, fn, None)
 
-    def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
-        """`jax.jit` of `fn` as planned, with the plan's shardings of arguments and results and its donations.
+    def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None, *, formats: Formats = "plan") -> Any:
+        """`jax.jit` of `fn` as planned, with the plan's shardings and formats of arguments and results and its donations.
 
             plan.jit(decode)(params, cache, tokens, position)
             plan.jit(decode, mesh).lower(*args).compile()
@@ -234,25 +229,50 @@ class Plan:
         themselves and to the compiler, which takes it from the plan inside the function. On TPUs whose memory the plan nearly
         fills, the compiler is told not to compute things again before it is full; JAX wants such options outermost, so
         within another `jax.jit` there take `apply`.
+
+        Arrays whose dimensions lie in another order than planned are relaid at each call, and a warning says so once; `place`
+        does it beforehand. With `formats="default"` all arrays lie as the device lays them out by default.
         """
-        mesh = mesh or self._mesh_at_hand()
-        shardings = {}
-        ins, outs = self.shardings(mesh)
-        if self.treedefs or pytrees.unknown_class(self.in_tree) is None:
-            shardings["in_shardings"] = ins
-        if self.treedefs or pytrees.unknown_class(self.out_tree) is None:
-            shardings["out_shardings"] = outs
-        options = bind.compiler_options(self, mesh) or None
-        run = bind.bound(self, fn, mesh)
-        return jax.jit(run, donate_argnums=self.donate_argnums, compiler_options=options, **shardings)
+        return jitted(self, fn, mesh or self._mesh_at_hand(), formats)
+
+    def formats(self, mesh: Mesh | None = None) -> tuple[tuple[Any, ...], Any]:
+        """The arguments' and the results' `jax.experimental.layout.Format`s: shardings, and orders of dimensions in memory.
+
+        The layout of a format is None where the array lies as the device lays it out by default, and on devices of another
+        kind than the plan's chips.
+        """
+        return emitted_formats.formats(self, mesh or self._mesh_at_hand())
+
+    def place(
+        self, tree: Any, argument: str | int | None = None, *, mesh: Mesh | None = None, donate: bool = False
+    ) -> Any:
+        """The arrays of a tree brought into their shards and formats, once: NumPy's, JAX's, or those of a checkpoint.
+
+            params = plan.place(params, argument="params")
+            params, cache, tokens, position = plan.place((params, cache, tokens, position))
+
+        **Arguments:**
+
+        - `argument`: the argument that the tree is, by its name or position, or a part of one by its path, such as
+          `"params/layers/0"`; the tuple of all by default.
+        - `mesh`: the mesh to lie on; that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `donate`: whether the memory of JAX's own arrays may be taken, so that none is there twice.
+
+        **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` when there is no such
+        argument; `TopologyError` if the mesh has not the plan's axes.
+        """
+        return placing.place(self, tree, mesh or self._mesh_at_hand(), argument, donate)
 
     def _mesh_at_hand(self) -> Mesh:
         return bind.mesh_in_context(self) or self.make_mesh()
 
     def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
-        """The arguments as `jax.ShapeDtypeStruct`s that know where they lie: what Orbax restores a checkpoint into.
+        """The arguments as `jax.ShapeDtypeStruct`s that know where and how they lie: what Orbax restores a checkpoint into.
 
             params = checkpointer.restore(path, plan.abstract_args(argument="params"))
+
+        Where the plan has orders of dimensions, Orbax restores into them with `StandardRestore(..., support_layout=True)`;
+        `place` brings what is restored without that into them.
 
         **Arguments:**
 
@@ -264,22 +284,8 @@ class Plan:
         **Raises:** `ExportError` when there is no such argument, or for types that only JAX can make (random keys);
         `TopologyError` if the mesh has not the plan's axes.
         """
-        from autoshard.export.arrays import position
-
-        at = None if argument is None else position(self, argument)
-        mesh = mesh or self._mesh_at_hand()
-        bind.check_mesh(self, mesh)
-        found = self._arguments_like(
-            [
-                jax.ShapeDtypeStruct(
-                    array.shape,
-                    _dtype(array),
-                    sharding=NamedSharding(mesh, spec_of(array.layout)),
-                    weak_type=array.weak,
-                )
-                for array in self.arguments
-            ]
-        )
+        at = None if argument is None else placing.position(self, argument)
+        found = self._arguments_like(placing.abstract(self, mesh or self._mesh_at_hand()))
         return found if at is None else found[at]
 
     # --- words and files -----------------------------------------------------------------------------------------
@@ -364,10 +370,3 @@ class Plan:
         if path is not None:
             write_whole(Path(path), text)
         return text
-
-
-def _dtype(array: ArrayPlan) -> Any:
-    try:
-        return jax.numpy.dtype(array.dtype)
-    except TypeError as error:
-        raise ExportError(f"{array.path} is of type {array.dtype}, which has no abstract form outside JAX.") from error

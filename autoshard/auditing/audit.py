@@ -168,7 +168,7 @@ def audit(
     if target not in ("host", "tpu", "gpu"):
         raise AutoshardError(f'target is {target!r}; "host", "tpu" or "gpu" would do.')
     topology = plan.topology
-    mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
+    mesh = targets.mesh_of(targets.devices_of(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
     lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
@@ -178,19 +178,6 @@ def audit(
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = _peak_bytes(compiled.memory_analysis())
     return compare(plan, compiled.as_text(), target, peak, arrays)
-
-
-def _devices(topology: Topology, target: Target) -> list[Any]:
-    if target == "host":
-        return targets.host_devices(topology.size)
-    if target == "gpu":
-        return targets.gpu_devices(topology)
-    if topology.slices > 1:
-        raise AutoshardError(
-            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
-            ' "host", or a plan for one slice.'
-        )
-    return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
 def _shape(leaf: Any) -> Any:

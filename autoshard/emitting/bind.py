@@ -162,7 +162,7 @@ def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
 # --- the compiler
 
 
-def compiler_options(plan: Plan, mesh: Mesh) -> dict[str, str]:
+def compiler_options(plan: Plan, mesh: Mesh) -> dict[str, str | bool]:
     """What the TPU compiler is told about a plan that nearly fills the memory; nothing in all other cases.
 
     From 95 % of the memory on, which a plan may fill, the compiler (libtpu 0.0.42) computes things again to hold fewer of them:
@@ -201,6 +201,27 @@ def check_mesh(plan: Plan, mesh: Any) -> None:
         raise TopologyError(f"The mesh has the axes {got}; the plan for {plan.topology.name} needs {wanted}.")
 
 
+# --- trees
+
+
+def arguments_like(plan: Plan, leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """A leaf per flat argument, nested as the arguments are."""
+    return (
+        jax.tree_util.tree_unflatten(plan.treedefs[0], leaves)
+        if plan.treedefs
+        else pytrees.rebuild(plan.in_tree, leaves)
+    )
+
+
+def results_like(plan: Plan, leaves: Sequence[Any]) -> Any:
+    """A leaf per flat result, nested as the result is."""
+    return (
+        jax.tree_util.tree_unflatten(plan.treedefs[1], leaves)
+        if plan.treedefs
+        else pytrees.rebuild(plan.out_tree, leaves)
+    )
+
+
 # --- refusals
 
 
@@ -210,9 +231,9 @@ def _check_arguments(
     """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
     alike = pytrees.describe(tuple(args)) == plan.in_tree
     paths = [array.path for array in plan.arguments]
-    planned = {array.path: _typed(array.shape, array.dtype) for array in plan.arguments}
+    planned = {array.path: typed(array.shape, array.dtype) for array in plan.arguments}
     given = {
-        path: _typed(leaf.shape, leaf.dtype)
+        path: typed(leaf.shape, leaf.dtype)
         for path, leaf in zip(paths if alike else pytrees.argument_paths(fn, args), flat, strict=True)
     }
     if alike and planned == given:
@@ -223,9 +244,13 @@ def _check_arguments(
         if planned.get(path) != given.get(path)
     ]
     faults = faults or ["the arguments nest otherwise than planned"]
-    listed = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
-    more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
+    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed(faults)}")
+
+
+def listed(faults: Sequence[str]) -> str:
+    """Differences as the lines of an error, the first few of them."""
+    lines = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
+    return lines + (f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
 
 
 def _check_choice(plan: Plan, program: Program) -> None:
@@ -256,7 +281,8 @@ def _check_choice(plan: Plan, program: Program) -> None:
         raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Plan anew.")
 
 
-def _typed(shape: Sequence[int], dtype: Any) -> str:
+def typed(shape: Sequence[int], dtype: Any) -> str:
+    """An array's type as errors write it: `bfloat16[4096,128]`."""
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 

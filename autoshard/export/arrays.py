@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autoshard.emitting.placing import heads, position
 from autoshard.errors import ExportError
 from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
@@ -57,34 +56,6 @@ def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
         for keys, array in zip(paths, plan.arguments, strict=True)
         if chosen is None or int(keys[0]) == chosen
     )
-
-
-def heads(plan: Plan) -> list[str]:
-    """The names of the arguments; those of `*args` are numbered, and one without arrays is called by its position."""
-    found: dict[int, str] = {}
-    for keys, array in zip(pytrees.paths(plan.in_tree), plan.arguments, strict=True):
-        name = re.match(r"\w*", array.path)
-        found.setdefault(int(keys[0]), name[0] if name and name[0] else "argument")
-    count, shared, seen = len(plan.in_tree["tuple"]), Counter(found.values()), Counter[str]()
-    names = []
-    for at in range(count):
-        name = found.get(at, f"argument{at}")
-        names.append(f"{name}/{seen[name]}" if shared[name] > 1 else name)
-        seen[name] += 1
-    return names
-
-
-def position(plan: Plan, argument: str | int) -> int:
-    """Which argument a name or a position means.
-
-    **Raises:** `ExportError`.
-    """
-    names = heads(plan)
-    if isinstance(argument, str) and argument in names:
-        return names.index(argument)
-    if isinstance(argument, int) and -len(names) <= argument < len(names):
-        return argument % len(names)
-    raise ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(names)}.")
 
 
 def mesh_axes(plan: Plan, axes: Axes) -> dict[str, int]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from autoshard.emitting.placing import heads, position
 from autoshard.errors import ExportError
 from autoshard.export import python
-from autoshard.export.arrays import Axes, Leaf, heads, leaves, mesh_axes, position
+from autoshard.export.arrays import Axes, Leaf, leaves, mesh_axes
 from autoshard.export.python import literal, sequence
 from autoshard.export.specs import module, nested
 from autoshard.tracing import pytrees

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from autoshard.emitting.placing import heads, position
 from autoshard.errors import ExportError
 from autoshard.export import python
-from autoshard.export.arrays import Axes, entries, heads, leaves, mesh_axes, position
+from autoshard.export.arrays import Axes, entries, leaves, mesh_axes
 from autoshard.export.python import Group, Source, assigned, literal, sequence
 from autoshard.tracing import pytrees
 
