@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from autoshard.emitting import bind, placing, targets
 from autoshard.emitting import formats as emitted_formats
+from autoshard.emitting.emission import BY_DEFAULT, Emission
 from autoshard.emitting.jitted import Formats, jitted
 from autoshard.emitting.program import spec_of
 from autoshard.errors import TopologyError
@@ -141,6 +142,7 @@ class Plan:
     - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
       older files have none.
     - `baselines`: what plain layouts would take, if that was asked for.
+    - `emission`: how the plan is emitted where no rule decides, as `choose_formats` and `verify` found it best.
     - `treedefs`: JAX's own structure of arguments and results, which files do not hold.
     """
 
@@ -162,6 +164,7 @@ class Plan:
     program: Program | None = field(default=None, repr=False)
     dimensions: Dimensions | None = field(default=None, repr=False)
     baselines: tuple[Baseline, ...] = ()
+    emission: Emission = BY_DEFAULT
     treedefs: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
 
     # --- layouts as JAX writes them ------------------------------------------------------------------------------

@@ -50,7 +50,9 @@ def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[...
         else:
             traced = traced_as(plan, fn, args)
             own = next(_own_derivatives(jax.make_jaxpr(fn)(*_planned_for(plan, fn, args)).jaxpr), None)
-            run = _undifferentiable(fn, own, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
+            run = _undifferentiable(
+                fn, own, jax.jit(emitted(traced, plan.choice, plan.topology, chosen, plan.emission))
+            )
             if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
         arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]

@@ -115,21 +115,22 @@ def of_the_compiler(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], mes
     results = list(chosen.results)
     for argument, result in donated:
         results[result] = chosen.arguments[argument]
-    return with_orders(plan, chosen.arguments, results)
+    return with_orders(plan, chosen.arguments, results, "compiler")
 
 
-def with_orders(plan: Plan, arguments: Sequence[Order], results: Sequence[Order]) -> Plan:
-    """The plan with these orders of its flat arguments and results."""
+def with_orders(plan: Plan, arguments: Sequence[Order], results: Sequence[Order], source: str = "given") -> Plan:
+    """The plan with these orders of its flat arguments and results; `source` says whose they are."""
 
     def ordered(arrays: Sequence[ArrayPlan], orders: Sequence[Order]) -> tuple[ArrayPlan, ...]:
         return tuple(replace(array, order=tuple(order)) for array, order in zip(arrays, orders, strict=True))
 
-    return replace(plan, arguments=ordered(plan.arguments, arguments), results=ordered(plan.results, results))
+    ins, outs = ordered(plan.arguments, arguments), ordered(plan.results, results)
+    return replace(plan, arguments=ins, results=outs, emission=replace(plan.emission, formats=source))
 
 
 def without_orders(plan: Plan) -> Plan:
     """The plan with every array in the device's default order."""
-    return with_orders(plan, [()] * len(plan.arguments), [()] * len(plan.results))
+    return with_orders(plan, [()] * len(plan.arguments), [()] * len(plan.results), "default")
 
 
 def _compiled_freely(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
+from autoshard.emitting.emission import BY_DEFAULT, Emission
 from autoshard.emitting.min_max_reduce import over_chips
 from autoshard.emitting.reshard_steps import run_step
 from autoshard.emitting.tpu_workarounds.argument_layout import as_an_argument
@@ -131,13 +132,14 @@ class _Scope:
 class Runner:
     """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
 
-    def __init__(self, traced: Traced, choice: Choice, topology: Topology) -> None:
+    def __init__(self, traced: Traced, choice: Choice, topology: Topology, emission: Emission = BY_DEFAULT) -> None:
         self.traced, self.choice, self.topology = traced, choice, topology
         self.program: Program = traced.program
         self.sizes = topology.axis_sizes
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
-        self.resting = resting(traced.program) if topology.chip.kind == "tpu" else frozenset()
+        rests = topology.chip.kind == "tpu" and emission.residual_barriers
+        self.resting = resting(traced.program) if rests else frozenset()
         self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
@@ -364,7 +366,9 @@ def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
     return piece
 
 
-def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Callable[..., list[Any]]:
+def emitted(
+    traced: Traced, choice: Choice, topology: Topology, mesh: Any, emission: Emission = BY_DEFAULT
+) -> Callable[..., list[Any]]:
     """The planned program as a function of flat arguments and constants, each a global array."""
     program = traced.program
     sources = (*program.arguments, *program.constants)
@@ -373,7 +377,7 @@ def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Ca
         spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
         for i in program.results
     ]
-    runner = Runner(traced, choice, topology)
+    runner = Runner(traced, choice, topology, emission)
     avals = [program.values[program.operations[i].outputs[0].value] for i in sources]
     given = [k for k, aval in enumerate(avals) if 0 not in aval.shape]
     if len(given) == len(avals):

@@ -77,6 +77,8 @@ def _header(plan: Plan) -> Iterator[str]:
         f"  peak memory  {size(estimate.peak_bytes)} of {size(room)} per chip ({percent(estimate.peak_bytes / room)}),"
         f" at {estimate.peak_where}"
     )
+    if words := plan.emission.words():
+        yield f"  emission     {words}"
     if proof.status == "OPTIMAL":
         yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
     else:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from autoshard._util.files import write_whole
+from autoshard.emitting.emission import BY_DEFAULT, Emission
 from autoshard.errors import PlanMismatchError
 from autoshard.plan import ArrayPlan, Baseline, Estimate, OperationPlan, Plan, PlannedCollective
 from autoshard.planning import program_file
@@ -174,6 +175,7 @@ def _to_json(plan: Plan) -> Json:
         "in_tree": plan.in_tree,
         "out_tree": plan.out_tree,
         "topology": plan.topology.to_dict(),
+        **({"emission": _plain(plan.emission)} if plan.emission != BY_DEFAULT else {}),
         **({"baselines": [_plain(each) for each in plan.baselines]} if plan.baselines else {}),
         **_program_to_json(plan),
     }
@@ -315,6 +317,7 @@ def _from_json(reader: _Reader) -> Plan:
         jax_version=reader.get("jax_version", str),
         program=program,
         dimensions=dimensions,
+        emission=_record(Emission, reader.inner("emission")) if "emission" in reader.data else BY_DEFAULT,
         baselines=tuple(_record(Baseline, row) for row in reader.each("baselines"))
         if "baselines" in reader.data
         else (),
