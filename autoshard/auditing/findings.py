@@ -17,7 +17,7 @@ from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Axes, Pair, axes_of, literal
 from autoshard.auditing.redundant_work import repeated
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import PlannedCollective
+from autoshard.planning.records import PlannedCollective
 from costmodels.machine.collectives import seconds_on, wire_bytes
 from costmodels.machine.topology import Topology
 

@@ -11,7 +11,7 @@ from autoshard.auditing.findings import Difference
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Pair, axes_of
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import PlannedCollective
+from autoshard.planning.records import PlannedCollective
 
 
 def render(audit: Audit, width: int = WIDTH) -> str:

@@ -10,31 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from autoshard.emitting import bind, targets
-from autoshard.emitting.program import spec_of
+from autoshard.emitting.sharding import check_mesh, spec_of
 from autoshard.errors import AutoshardError
+from autoshard.planning.records import ArrayPlan, PlanRecord
 
-if TYPE_CHECKING:
-    from autoshard.plan import ArrayPlan, Plan
-
+P = TypeVar("P", bound=PlanRecord)
 Order = tuple[int, ...]
 """The dimensions of an array from major to minor; empty for the device's default."""
 
 
-def formats(plan: Plan, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
+def formats(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
     """The arguments' and the results' `Format`s on a mesh that has the plan's axes, shaped like them."""
-    bind.check_mesh(plan, mesh)
+    check_mesh(plan, mesh)
     ins, outs = flat_formats(plan, mesh)
-    return bind.arguments_like(plan, ins), bind.results_like(plan, outs)
+    return plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs)
 
 
-def flat_formats(plan: Plan, mesh: Mesh) -> tuple[list[Format], list[Format]]:
+def flat_formats(plan: PlanRecord, mesh: Mesh) -> tuple[list[Format], list[Format]]:
     """The formats of the flat arguments and of the flat results."""
     ordered = has_orders(plan, mesh)
 
@@ -45,7 +44,7 @@ def flat_formats(plan: Plan, mesh: Mesh) -> tuple[list[Format], list[Format]]:
     return [of(array) for array in plan.arguments], [of(array) for array in plan.results]
 
 
-def has_orders(plan: Plan, mesh: Mesh) -> bool:
+def has_orders(plan: PlanRecord, mesh: Mesh) -> bool:
     """Whether the plan has orders of dimensions that hold on this mesh: they are chosen for one kind of chip."""
     kind = plan.topology.chip.kind
     here = mesh.devices.flat[0].platform
@@ -59,7 +58,7 @@ _KINDS = {"cuda": "gpu", "rocm": "gpu"}
 # --- the compiler's choice
 
 
-def choose_formats(plan: Plan, fn: Callable[..., Any], *args: Any, devices: Sequence[Any] | None = None) -> Plan:
+def choose_formats(plan: P, fn: Callable[..., Any], *args: Any, devices: Sequence[Any] | None = None) -> P:
     """The plan with the formats that the compiler chooses for its arguments and results.
 
         plan = autoshard.choose_formats(plan, decode, params, cache, tokens, position)
@@ -97,7 +96,7 @@ class _Auto:
     results: tuple[Order, ...]
 
 
-def of_the_compiler(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> Plan:
+def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> P:
     """The plan with the orders that the compiler of the mesh's devices chooses for its arguments and results.
 
     This compiles the planned program once more. A donated argument and the result that overwrites it have one order, the
@@ -118,7 +117,7 @@ def of_the_compiler(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], mes
     return with_orders(plan, chosen.arguments, results, "compiler")
 
 
-def with_orders(plan: Plan, arguments: Sequence[Order], results: Sequence[Order], source: str = "given") -> Plan:
+def with_orders(plan: P, arguments: Sequence[Order], results: Sequence[Order], source: str = "given") -> P:
     """The plan with these orders of its flat arguments and results; `source` says whose they are."""
 
     def ordered(arrays: Sequence[ArrayPlan], orders: Sequence[Order]) -> tuple[ArrayPlan, ...]:
@@ -128,12 +127,12 @@ def with_orders(plan: Plan, arguments: Sequence[Order], results: Sequence[Order]
     return replace(plan, arguments=ins, results=outs, emission=replace(plan.emission, formats=source))
 
 
-def without_orders(plan: Plan) -> Plan:
+def without_orders(plan: P) -> P:
     """The plan with every array in the device's default order."""
     return with_orders(plan, [()] * len(plan.arguments), [()] * len(plan.results), "default")
 
 
-def _compiled_freely(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:
+def _compiled_freely(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:
     plain = without_orders(plan)
     ins, outs = (
         [Format(Layout.AUTO if _is_ordered(array) else None, each.sharding) for array, each in zip(*pair, strict=True)]

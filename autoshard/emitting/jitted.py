@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 from jax.core import Tracer
@@ -15,36 +15,35 @@ from jax.sharding import Mesh
 from autoshard._util.tables import size, time
 from autoshard.emitting import bind
 from autoshard.emitting.formats import flat_formats, has_orders
+from autoshard.emitting.sharding import shardings
 from autoshard.errors import AutoshardError
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
 
 Formats = Literal["plan", "default"]
 """The orders of dimensions to compile with: the plan's, or those that the device gives arrays by default."""
 
 
-def jitted(plan: Plan, fn: Callable[..., Any], mesh: Mesh, formats: Formats = "plan") -> Any:
+def jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, formats: Formats = "plan") -> Any:
     """`jax.jit` of a function as planned; where the plan has orders for these devices, a `Step`.
 
     **Raises:** `AutoshardError` for other `formats`.
     """
     if formats not in ("plan", "default"):
         raise AutoshardError(f"formats must be 'plan' or 'default', got {formats!r}.")
-    plain = _jitted(plan, fn, mesh, *plan.shardings(mesh))
+    plain = _jitted(plan, fn, mesh, *shardings(plan, mesh))
     if formats == "default" or not has_orders(plan, mesh):
         return plain
     ins, outs = flat_formats(plan, mesh)
-    ordered = _jitted(plan, fn, mesh, bind.arguments_like(plan, ins), bind.results_like(plan, outs))
+    ordered = _jitted(plan, fn, mesh, plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs))
     return Step(plan, fn, ordered, plain, ins)
 
 
-def _jitted(plan: Plan, fn: Callable[..., Any], mesh: Mesh, ins: Any, outs: Any) -> Any:
+def _jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, ins: Any, outs: Any) -> Any:
     placement = {}
-    if plan.treedefs or pytrees.unknown_class(plan.in_tree) is None:
+    if plan.in_tree.unknown_class is None:
         placement["in_shardings"] = ins
-    if plan.treedefs or pytrees.unknown_class(plan.out_tree) is None:
+    if plan.out_tree.unknown_class is None:
         placement["out_shardings"] = outs
     options = bind.compiler_options(plan, mesh) or None
     run = bind.bound(plan, fn, mesh)
@@ -58,7 +57,9 @@ class Step:
     which JAX does not transform.
     """
 
-    def __init__(self, plan: Plan, fn: Callable[..., Any], ordered: Any, plain: Any, formats: Sequence[Format]) -> None:
+    def __init__(
+        self, plan: PlanRecord, fn: Callable[..., Any], ordered: Any, plain: Any, formats: Sequence[Format]
+    ) -> None:
         self._plan, self._ordered, self._plain, self._formats = plan, ordered, plain, formats
         self._warned = False
         functools.update_wrapper(self, fn)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +12,19 @@ import numpy as np
 from jax.experimental.layout import Format
 from jax.sharding import Mesh
 
-from autoshard.emitting import bind
+from autoshard.emitting import bind, sharding
 from autoshard.emitting.formats import flat_formats
 from autoshard.errors import ExportError, PlanMismatchError
+from autoshard.planning.argument_names import heads, position
+from autoshard.planning.records import ArrayPlan, PlanRecord
 from autoshard.tracing import pytrees
-
-if TYPE_CHECKING:
-    from autoshard.plan import ArrayPlan, Plan
 
 Keys = tuple[str, ...]
 
 
-def place(plan: Plan, tree: Any, mesh: Mesh, argument: str | int | None = None, donate: bool = False) -> Any:
+def place(plan: PlanRecord, tree: Any, mesh: Mesh, argument: str | int | None = None, donate: bool = False) -> Any:
     """The tree with its arrays in their shards and formats; see `Plan.place`."""
-    bind.check_mesh(plan, mesh)
+    sharding.check_mesh(plan, mesh)
     at = under(plan, argument)
     formats, _ = flat_formats(plan, mesh)
     leaves, structure = jax.tree_util.tree_flatten(tree)
@@ -55,22 +53,22 @@ def _typed(leaf: Any, array: ArrayPlan) -> Any:
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, array.dtype)
 
 
-def abstract(plan: Plan, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """The flat arguments as shapes and types that know their shardings, and formats where the plan has orders.
-
-    **Raises:** `ExportError` for types that only JAX can make.
-    """
-    bind.check_mesh(plan, mesh)
+def abstract_args(plan: PlanRecord, mesh: Mesh, argument: str | int | None = None) -> Any:
+    """The arguments as `jax.ShapeDtypeStruct`s with shardings, and formats where they have orders; see `Plan.abstract_args`."""
+    sharding.check_mesh(plan, mesh)
     formats, _ = flat_formats(plan, mesh)
-    return [
-        jax.ShapeDtypeStruct(
-            array.shape,
-            _dtype(array),
-            sharding=each.sharding if each.layout is None else each,
-            weak_type=array.weak,
-        )
-        for array, each in zip(plan.arguments, formats, strict=True)
-    ]
+    structs = plan.in_tree.rebuild(
+        [
+            jax.ShapeDtypeStruct(
+                array.shape,
+                _dtype(array),
+                sharding=each.sharding if each.layout is None else each,
+                weak_type=array.weak,
+            )
+            for array, each in zip(plan.arguments, formats, strict=True)
+        ]
+    )
+    return structs if argument is None else structs[position(plan, argument)]
 
 
 def _dtype(array: ArrayPlan) -> Any:
@@ -83,12 +81,12 @@ def _dtype(array: ArrayPlan) -> Any:
 # --- which arrays
 
 
-def under(plan: Plan, argument: str | int | None) -> dict[Keys, int]:
+def under(plan: PlanRecord, argument: str | int | None) -> dict[Keys, int]:
     """The flat arguments that a name, a path or a position means, by their keys from there on.
 
     **Raises:** `ExportError` when there is none.
     """
-    paths = pytrees.paths(plan.in_tree)
+    paths = pytrees.paths(plan.in_tree.data)
     if argument is None:
         return {keys: at for at, keys in enumerate(paths)}
     if isinstance(argument, int):
@@ -103,7 +101,7 @@ def under(plan: Plan, argument: str | int | None) -> dict[Keys, int]:
     return found
 
 
-def _keys(plan: Plan, known: Sequence[Keys], argument: str) -> Keys:
+def _keys(plan: PlanRecord, known: Sequence[Keys], argument: str) -> Keys:
     """The keys of a path: one that the plan writes, such as `params['layers'][0]`, or one with slashes."""
     for array, keys in zip(plan.arguments, known, strict=True):
         if array.path == argument:
@@ -111,42 +109,14 @@ def _keys(plan: Plan, known: Sequence[Keys], argument: str) -> Keys:
     return tuple(re.findall(r"[^\[\]'\"/.]+", argument))
 
 
-def heads(plan: Plan) -> list[str]:
-    """The names of the arguments; those of `*args` are numbered, and one without arrays is called by its position."""
-    found: dict[int, str] = {}
-    for keys, array in zip(pytrees.paths(plan.in_tree), plan.arguments, strict=True):
-        name = re.match(r"\w*", array.path)
-        found.setdefault(int(keys[0]), name[0] if name and name[0] else "argument")
-    count, shared, seen = len(plan.in_tree["tuple"]), Counter(found.values()), Counter[str]()
-    names = []
-    for at in range(count):
-        name = found.get(at, f"argument{at}")
-        names.append(f"{name}/{seen[name]}" if shared[name] > 1 else name)
-        seen[name] += 1
-    return names
-
-
-def position(plan: Plan, argument: str | int) -> int:
-    """The argument that a name or a position means.
-
-    **Raises:** `ExportError`.
-    """
-    names = heads(plan)
-    if isinstance(argument, str) and argument in names:
-        return names.index(argument)
-    if isinstance(argument, int) and -len(names) <= argument < len(names):
-        return argument % len(names)
-    raise _unknown(plan, argument)
-
-
-def _unknown(plan: Plan, argument: str | int) -> ExportError:
+def _unknown(plan: PlanRecord, argument: str | int) -> ExportError:
     return ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(heads(plan))}.")
 
 
 # --- refusals
 
 
-def _check(plan: Plan, at: Mapping[Keys, int], leaves: Mapping[Keys, Any]) -> None:
+def _check(plan: PlanRecord, at: Mapping[Keys, int], leaves: Mapping[Keys, Any]) -> None:
     """Refuses a tree with other arrays than planned.
 
     **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ.

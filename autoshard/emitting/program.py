@@ -20,13 +20,14 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
-from autoshard.emitting.emission import BY_DEFAULT, Emission
 from autoshard.emitting.min_max_reduce import over_chips
 from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting.sharding import spec_of
 from autoshard.emitting.tpu_workarounds.argument_layout import as_an_argument
 from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
 from autoshard.emitting.tpu_workarounds.residual_barriers import resting
 from autoshard.emitting.tpu_workarounds.vector_matmul import product
+from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.rules import Rule
 from autoshard.tracing.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from costmodels.machine.topology import Topology
@@ -37,14 +38,6 @@ from search.formulation.layouts import Layout, local_shape
 from search.formulation.reshard import reshard_table
 from search.formulation.strategies import Strategy
 from search.memory.views import IN_PLACE
-
-
-def spec_of(layout: Layout) -> PartitionSpec:
-    """A layout as a `PartitionSpec`, without trailing `None`s."""
-    entries: list[Any] = [None if not dim else dim[0] if len(dim) == 1 else dim for dim in layout.dims]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
 
 
 @dataclass(frozen=True)

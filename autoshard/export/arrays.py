@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from autoshard.emitting.placing import heads, position
 from autoshard.errors import ExportError
+from autoshard.planning.argument_names import heads, position
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
 
 Axes = Mapping[str, str] | None
 """Other names for mesh axes; those that are left out keep theirs."""
@@ -44,13 +41,13 @@ class Leaf:
         return self.spec[dimension] if dimension < len(self.spec) else None
 
 
-def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> tuple[Leaf, ...]:
+def leaves(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> tuple[Leaf, ...]:
     """The arrays of all arguments, or of one, in order.
 
     **Raises:** `ExportError` when there is no such argument.
     """
     chosen = None if argument is None else position(plan, argument)
-    names, paths = heads(plan), pytrees.paths(plan.in_tree)
+    names, paths = heads(plan), pytrees.paths(plan.in_tree.data)
     return tuple(
         Leaf(names[int(keys[0])], keys[1:], array.shape, entries(array.layout, axes))
         for keys, array in zip(paths, plan.arguments, strict=True)
@@ -58,7 +55,7 @@ def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
     )
 
 
-def mesh_axes(plan: Plan, axes: Axes) -> dict[str, int]:
+def mesh_axes(plan: PlanRecord, axes: Axes) -> dict[str, int]:
     """The mesh as it is to be called: its axes with their sizes.
 
     **Raises:** `ExportError` for names of axes that the plan has not, or that are given twice.
