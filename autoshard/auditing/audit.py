@@ -37,6 +37,7 @@ from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.matching import Axes, Pair, axes_of, literal, matched
 from autoshard.auditing.redundant_work import planned_flops
 from autoshard.emitting import bind, targets
+from autoshard.emitting.jitted import jitted
 from autoshard.errors import AutoshardError
 from autoshard.planning.records import PlannedCollective, PlanRecord
 from costmodels.machine.topology import Topology
