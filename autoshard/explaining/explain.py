@@ -77,6 +77,8 @@ def _header(plan: PlanRecord) -> Iterator[str]:
         f"  peak memory  {size(estimate.peak_bytes)} of {size(room)} per chip ({percent(estimate.peak_bytes / room)}),"
         f" at {estimate.peak_where}"
     )
+    if words := plan.emission.words():
+        yield f"  emission     {words}"
     if proof.status == "OPTIMAL":
         yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
     else:
@@ -243,14 +245,23 @@ def spec_text(layout: Layout) -> str:
 def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
     if not arrays:
         return
+    alike = arrays_alike(arrays)
     rows = [
         (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
-        for array, count in arrays_alike(arrays)
+        for array, count in alike
     ]
+    headers, sides = ("path", "array", "PartitionSpec", "per chip"), "/~<>"
+    if any(map(order_text, arrays)):
+        rows = [(*row, order_text(array)) for row, (array, _) in zip(rows, alike, strict=True)]
+        headers, sides = (*headers, "major to minor"), sides + "<"
     total = sum(array.bytes_per_chip for array in arrays)
-    headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"
-    yield from _indented(table(headers, rows, "/~<>", width - 2))
+    yield from _indented(table(headers, rows, sides, width - 2))
+
+
+def order_text(array: ArrayPlan) -> str:
+    """The dimensions from major to minor in memory, `0,2,1`; empty for row-major, and for the device's default."""
+    return "" if array.order in ((), tuple(range(len(array.shape)))) else ",".join(map(str, array.order))
 
 
 # --- Constants and warnings

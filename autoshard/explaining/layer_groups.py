@@ -51,8 +51,12 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
 
 
 def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Groups of arrays of the same shape, dtype, layout and name: one array with the sum of their bytes, and their number."""
-    groups = _grouped(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
+    """Arrays that differ in the number of their layer alone as one, with the sum of their bytes; and how many they are."""
+
+    def kind(each: ArrayPlan) -> Hashable:
+        return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
+
+    groups = _grouped(arrays, kind)
     return [
         (
             replace(

@@ -8,7 +8,7 @@ from typing import Any
 
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
-from autoshard.explaining.explain import margin, short_name, spec_text
+from autoshard.explaining.explain import margin, order_text, short_name, spec_text
 from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
@@ -97,6 +97,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
+        "order": order_text(array),
         "bytes": array.bytes_per_chip,
     }
 
