@@ -25,6 +25,7 @@ from autoshard.tracing.blocks import Traced
 from autoshard.tracing.trace import fingerprint, trace
 from costmodels.dimensions import Dimensions
 from costmodels.machine.topology import Topology
+from search.answer.solution import Solver
 from search.solve import Limits, NoPlan, Solution
 from search.solve import search as solve
 
@@ -47,10 +48,11 @@ class Options:
     baselines: bool = False
     dims: Names | None = None
     shapes: tuple[Any, ...] = ()
+    solver: Solver = "presolved"
 
     def limits(self) -> Limits:
         """When the search stops."""
-        limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes)
+        limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes, solver=self.solver)
         return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)
 
 
@@ -85,6 +87,7 @@ def search(
     memory_bytes: float | None = None,
     baselines: bool = False,
     dims: Names | None = None,
+    solver: Solver = "presolved",
 ) -> Plan:
     """Searches the layout of every array and operation of a function that makes one step fastest on a topology.
 
@@ -110,6 +113,7 @@ def search(
     - `baselines`: whether plain layouts (data parallel, Megatron 1D, ...) are searched as well, to compare with.
     - `dims`: names of dimensions for formulas, such as `{"tokens": "B", "layers.wi_gate": "N E F"}` or `{"B": 64}`
       (`autoshard.dimensions`); what has no name is called after its argument.
+    - `solver`: "presolved", or "cp-sat" for CP-SAT on the model as it is built: a reference for small functions and meshes.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
     `InfeasibleError` when no layout fits.
@@ -117,6 +121,9 @@ def search(
     options = Options(
         donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold, memory_bytes, baselines, dims
     )
+    if solver not in ("presolved", "cp-sat"):
+        raise AutoshardError(f'`solver` must be "presolved" or "cp-sat", got {solver!r}.')
+    options = replace(options, solver=solver)
     where = topology_of(topology)
     return planned(traced_for(fn, args, options), where, options)
 

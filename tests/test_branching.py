@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from test_search import TOPOLOGIES, programs
 
 from costmodels.machine.topology import Topology
+from search.answer.solution import Effort
 from search.cpsat import branching
 from search.cpsat.branching import Branching
 from search.cpsat.kernel import combined
-from search.cpsat.model import solve
+from search.cpsat.solver import solve
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
@@ -206,7 +207,7 @@ def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, 
     if not ascent.fits or not seen:
         return
     before = ascent.dual.bound()
-    found = combined(ascent.dual, ascent.rows, seen, ascent.best, ascent.objective, np.inf)
+    found = combined(ascent.dual, ascent.rows, seen, ascent.best, ascent.objective, np.inf, Effort())
     assert ascent.dual.bound() == pytest.approx(before, rel=1e-9, abs=ROUNDING)
     if not any((found == states).all() for states in seen):
         assert (overflow(problem, ascent.rows, found) <= 0).all()

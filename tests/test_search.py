@@ -14,7 +14,7 @@ from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Factor, OpClass, Operation, Program, Region, Use, Value
 from search.answer.assignment import choice_of
 from search.cpsat.branching import Branching
-from search.cpsat.model import solve
+from search.cpsat.solver import solve
 from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import rows

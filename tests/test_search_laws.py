@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 from costmodels.machine.topology import Topology, parse_topology
 from costmodels.program.program import Factor, OpClass, Operation, Program, Use, Value
 from search.answer.assignment import states_of
+from search.cpsat.stages import Task
 from search.formulation.layer_folding import classes
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.k_best import _Parts, ranked
 from search.memory.constraints import rows
 from search.phases import TooSlow, search_phases
-from search.presolve.elimination import Reduction
 from search.presolve.primal import overflow
 from search.presolve.symmetry import renamed
-from search.solve import DEFAULTS, Limits, NoPlan, _Run, search
+from search.solve import DEFAULTS, Limits, NoPlan, search
 from tests.test_search import TOPOLOGIES, programs
 
 SIZES = (4, 6, 8, 64)
@@ -137,10 +138,9 @@ def test_folded_is_the_best_with_like_layers(program):
 def test_elimination_is_exact(program, topology):
     """The problem without the operations between two others has the whole problem's optimum."""
     problem = build(program, topology, topology.chip.usable_hbm_bytes, classes(program))
-    whole = _Run(DEFAULTS, np.inf, lambda _: None, True, np.inf).of(
-        Reduction.none(problem, rows(problem)), lambda _: True
-    )
-    assert whole.ascent.objective == pytest.approx(search(program, topology).proof.objective_seconds, rel=1e-9)
+    task = Task(problem, DEFAULTS, lambda _: None, True, np.inf, None, time.monotonic())
+    whole = task.checked(task.decide(task.branch(task.ascend(task.eliminate(0.0))), last=True))
+    assert whole.proof.objective_seconds == pytest.approx(search(program, topology).proof.objective_seconds, rel=1e-9)
 
 
 @settings(max_examples=CASES)

@@ -44,7 +44,7 @@ class Result:
     """What became of a point; `phases` is empty where there is no plan, and `why` says why.
 
     `handoff_seconds`: of phases that are laid out together, what changing the layout of what one hands to the next takes.
-    `wall_seconds` and `plans` (compressed JSON by phase) are no part of what is compared.
+    `proofs` (by phase), `wall_seconds` and `plans` (compressed JSON by phase) are no part of what is compared.
     """
 
     outcome: str
@@ -54,6 +54,7 @@ class Result:
     gap: float = 0.0
     handoff_seconds: float = 0.0
     wall_seconds: float = field(default=0.0, compare=False)
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
     plans: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:

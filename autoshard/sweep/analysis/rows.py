@@ -31,6 +31,7 @@ class Row:
     - `chip_seconds_per_token`: chips × seconds over the tokens that are made meanwhile, $nt/(BL)$ in Pope et al. 2022; `price`
       is the money per million tokens, None where the job names no price of the chip.
     - `mfu`: FLOPs of the program's matrix products (attention's too, padding of heads too) over the chips' peak.
+    - `proofs`: phase to who decided, and on what.
     - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each;
       `phase_kinds`: what each is.
     """
@@ -59,6 +60,7 @@ class Row:
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     phase_kinds: Mapping[str, str] = field(default_factory=dict)
     handoff_seconds: float = 0.0
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -228,6 +230,7 @@ def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[
         "phase_seconds": {run.phase: each.seconds for run, each in pairs},
         "phase_kinds": {run.phase: run.kind for run, _ in pairs},
         "handoff_seconds": result.handoff_seconds,
+        "proofs": dict(result.proofs),
     }
 
 
