@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from enumeration import best, enumerable
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from layout_strategies import random_states
 
-from costmodels.machine.topology import parse_topology
+from costmodels.machine.topology import Topology, parse_topology
 from costmodels.program.program import Factor, OpClass, Operation, Program, Region, Use, Value
 from search.answer.assignment import choice_of
+from search.answer.solution import Solver
 from search.cpsat.branching import Branching
 from search.cpsat.solver import solve
 from search.formulation.axis_renaming import renamed, renamings
-from search.formulation.problem import FORBIDDEN, Problem, build
+from search.formulation.problem import FORBIDDEN, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
-from search.presolve.primal import overflow
 from search.solve import Limits, NoPlan, search
 
 SIZES = (4, 6, 8, 64)
 
 
 @st.composite
-def programs(draw) -> Program:
-    """A chain of matrix products with an elementwise operation between, with or without a loop and a residual sum."""
+def programs(draw, sizes: tuple[int, ...] = SIZES, products: tuple[int, ...] = (2,)) -> Program:
+    """One or two matrix products and an elementwise operation after the first, with or without a loop and a residual sum."""
     loop = draw(st.booleans())
     residual = draw(st.booleans())
-    rows_, inner, hidden = (draw(st.sampled_from(SIZES)) for _ in range(3))
+    rows_, inner, hidden = (draw(st.sampled_from(sizes)) for _ in range(3))
+    once = draw(st.sampled_from(products)) == 1
+    hidden = inner if once and (loop or residual) else hidden
     region = int(loop)
     values: list[Value] = []
     operations: list[Operation] = []
@@ -80,7 +83,9 @@ def programs(draw) -> Program:
         )
         return out
 
-    x, up, down = source("x", (rows_, inner)), source("up", (inner, hidden)), source("down", (hidden, inner))
+    x, up = source("x", (rows_, inner)), source("up", (inner, hidden))
+    down = -1 if once else source("down", (hidden, inner))
+    arguments = tuple(range(len(operations)))
     regions = [Region("main")]
     body_in = x
     if loop:
@@ -88,55 +93,74 @@ def programs(draw) -> Program:
         body_in = value("carry", (rows_, inner), 1)
     at = len(operations)
     hidden_value = pointwise("relu", [matmul(body_in, up)])
-    out = matmul(hidden_value, down)
+    out = hidden_value if once else matmul(hidden_value, down)
     if residual:
         out = pointwise("add", [out, body_in], (frozenset({0, 1}),))
     result = out
     if loop:
-        result = value("final", (rows_, inner), 0)
+        result = value("final", values[out].shape, 0)
         identity("loop_carry", [(x, 0), (out, 1)], [(body_in, 1), (result, 0)])
         operations.insert(at, operations.pop())
     identity("result", [(result, 0)], [], "sink")
-    return Program("random", tuple(values), tuple(operations), tuple(regions), (0, 1, 2), (), (len(operations) - 1,))
+    return Program("random", tuple(values), tuple(operations), tuple(regions), arguments, (), (len(operations) - 1,))
 
 
 TOPOLOGIES = [parse_topology(text) for text in ("cpu:2", "cpu:4", "cpu:2x2", "h100:2")]
 
 
-def brute_force(problem: Problem) -> float:
-    """The least cost over all choices that fit, by trying every operation's state against the best of the rest.
+MESHES = [parse_topology(text) for text in ("cpu:2x2", "cpu:2x2x2")]
+"""Meshes on which axes have an order, arrays change places (all-to-all, permutations), and several axes make one cut."""
 
-    Nodes are eliminated by enumeration in order, with hubs and operations alike; tiny problems only.
-    """
-    memory = rows(problem)
-    best = np.inf
-    free = [i for i, node in enumerate(problem.nodes) if len(node.states) > 1]
-    states = np.zeros(len(problem.nodes), dtype=int)
-    for chosen in product(*(range(len(problem.nodes[i].states)) for i in free)):
-        states[free] = chosen
-        value = problem.objective(states)
-        if value < min(best, FORBIDDEN / 2) and (overflow(problem, memory, states) <= 0).all():
-            best = value
-    return best
+
+def small_programs() -> st.SearchStrategy[Program]:
+    """Programs with few enough choices on these meshes to price them all: dimensions of 3 cannot be cut."""
+    return programs((2, 3, 4, 8), (1, 2))
+
+
+def limits_of(program: Program, topology: Topology, part: float) -> Limits:
+    """A part of all arrays' bytes is what a chip can hold."""
+    return Limits(reserve_bytes=topology.chip.usable_hbm_bytes - part * sum(value.bytes for value in program.values))
+
+
+def assert_best(program: Program, topology: Topology, part: float, solver: Solver = "presolved") -> None:
+    """What the search proves best costs what enumeration finds; nothing fits only where it finds nothing."""
+    limits = replace(limits_of(program, topology, part), solver=solver)
+    problem = enumerable(build(program, topology, limits.budget_bytes(topology)))
+    least = best(problem)
+    event("nothing fits" if least == np.inf else "fits")
+    try:
+        found = search(program, topology, limits)
+    except NoPlan as error:
+        assert least == np.inf and error.proven
+        return
+    assert (found.proof.status, found.proof.solver_status) == ("OPTIMAL", "OPTIMAL")
+    rounding = 0.0 if solver == "presolved" else found.proof.rounding_seconds
+    assert least * (1 - 1e-9) <= found.proof.objective_seconds <= least * (1 + 1e-9) + rounding
+    assert rounding <= 1e-4 * least
+    assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
+    assert found.check.faults == () and found.check.peak_bytes <= problem.budget_bytes
 
 
 @settings(max_examples=60)
-@given(programs(), st.sampled_from(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
-def test_the_search_equals_brute_force(program, topology, part):
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration(program, topology, part):
     """On small problems, also where memory binds and in loops, nothing is better than what the search proves best."""
-    whole = sum(value.bytes for value in program.values)
-    reserve = topology.chip.usable_hbm_bytes - part * whole
-    problem = build(program, topology, part * whole)
-    if np.prod([float(len(node.states)) for node in problem.nodes]) > 3e5:
-        return
-    least = brute_force(problem)
-    try:
-        found = search(program, topology, Limits(reserve_bytes=reserve))
-    except NoPlan:
-        assert least == np.inf
-        return
-    assert found.proof.status == "OPTIMAL"
-    assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)
+    assert_best(program, topology, part)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration_on_many(program, topology, part):
+    """As above, a thousand times and more."""
+    assert_best(program, topology, part)
+
+
+@settings(max_examples=30)
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_cp_sat_unaided_equals_enumeration(program, topology, part):
+    """The model as it is built, without presolve, hint or bound, is the problem."""
+    assert_best(program, topology, part, "cp-sat")
 
 
 @settings(max_examples=40)

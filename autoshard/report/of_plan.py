@@ -12,7 +12,7 @@ from autoshard.explaining.explain import margin, short_name, spec_text
 from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
 from autoshard.plan import ArrayPlan, Plan
 from costmodels.bottlenecks import Work
-from search.answer.check import alive_bytes
+from search.answer.check_memory import alive_bytes
 from search.answer.solution import Proof
 
 _MOST_CHIPS = 1024

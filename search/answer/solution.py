@@ -87,7 +87,8 @@ class Proof:
     """How good the plan is known to be, relative to the cost model, and what presolve and solver each did.
 
     `gap` is $(\\text{objective} - \\text{bound}) / \\text{objective}$, 0 when the plan is proven best but for
-    `rounding_seconds`: what integer rounding inside CP-SAT may have hidden, at most a millionth of the objective.
+    `rounding_seconds`: what integer rounding inside CP-SAT may have hidden, at most a millionth of the objective
+    (more without presolve, which makes the integers finer).
 
     `solver` and its version decide last, on the strategies and layouts that presolve has left: `fixed_by_presolve` of all
     `states` are gone by then. `solver_status` is the solver's own word for it, `booleans` and `constraints` the size of its

@@ -125,8 +125,15 @@ class Model:
             return [self.model.new_constant(1)]
         found = [self.model.new_bool_var("") for _ in theta]
         self.model.add_exactly_one(found)
-        self._pay(found, theta - theta.min())
+        excess = theta - theta.min()
+        self._exclude([x for x, above in zip(found, excess, strict=True) if above > self.slack])
+        self._pay(found, np.where(excess > self.slack, 0.0, excess))
         return found
+
+    def _exclude(self, found: Sequence[Literal]) -> None:
+        """What costs too much by itself."""
+        for literal in found:
+            self.model.add(literal == 0)
 
     def _pay(self, found: Sequence[Literal], costs: np.ndarray) -> None:
         """Seconds of literals of which a plan takes one."""
@@ -171,9 +178,7 @@ class Model:
                     of[pair[side]].append(reshards[pair])
                 for literal, found in zip(literals, of, strict=True):
                     self.model.add(cp_model.LinearExpr.sum(found) == literal)
-        for pair, literal in reshards.items():
-            if not possible[pair]:
-                self.model.add(literal == 0)
+        self._exclude([literal for pair, literal in reshards.items() if not possible[pair]])
         kept = [pair for pair in reshards if possible[pair]]
         self._pay([reshards[pair] for pair in kept], np.array([excess[pair] for pair in kept]))
         return reshards
@@ -224,7 +229,9 @@ class Model:
         least = ceil((proven - self.constant) / self.unit)
         if least <= 0:
             return enough
-        if least > self.rounding:
+        if least - self.rounding > COEFFICIENT_SUM:
+            self.model.add_bool_or([])  # no plan costs as much as that
+        elif least > self.rounding:
             self.model.add(self._objective >= least - self.rounding)
         return enough + min(least, self.rounding)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from search.answer.assignment import Choice, choice_of
-from search.answer.check import check
+from search.answer.check import Check, check
 from search.answer.solution import Answer, Limits, NoPlan, Proof, Solution
 from search.cpsat.branching import Branching
 from search.cpsat.decision import Domains, answer_on, domains, only
@@ -30,6 +31,8 @@ _LEAST_WALL_SECONDS = 1.0
 """What CP-SAT has at least to confirm a plan, however late it is."""
 _FIRST_SECONDS = 5.0
 """How long CP-SAT may take, on its own clock, over what the bound leaves open, before that is divided."""
+_AGREEMENT = 1e-6
+"""The part by which checker and solver may differ: they add up the same terms in another order."""
 _REFINEMENTS = 4
 """How often CP-SAT is asked again with what it found: costs are then counted in a finer unit."""
 
@@ -219,7 +222,12 @@ class Task:
         if not all(map(len, left.keep)):
             return replace(found, nothing_fits=True, answer=Answer.none())
         answer = self._asked(left, None, found.ascent, True)
-        found.ascent.bound = min(answer.bound_seconds, found.ascent.objective)
+        for _ in range(_REFINEMENTS):
+            if answer.states is None or answer.status != "OPTIMAL" or _is_precise(answer.value, answer.bound_seconds):
+                break
+            found.ascent.offer(answer.states, answer.value)
+            answer = self._asked(left, answer.states, found.ascent, True)
+        found.ascent.bound = answer.bound_seconds
         return replace(found, answer=answer, left=left.count, nothing_fits=answer.status == "INFEASIBLE")
 
     def checked(self, found: Found) -> Solution:
@@ -235,7 +243,16 @@ class Task:
         if self.symmetric:
             choice = tidied(self.problem, choice)
         account = check(self.problem.program, self.problem.topology, choice)
-        return Solution(self.problem, choice, self._proof(found, answer), account)
+        faults = (*account.faults, *self._disagreements(account, answer.value))
+        return Solution(self.problem, choice, self._proof(found, answer), replace(account, faults=faults))
+
+    def _disagreements(self, account: Check, seconds: float) -> Iterator[str]:
+        """What the checker, which counts on its own, finds to be otherwise than the solver."""
+        if abs(account.seconds - seconds) > _AGREEMENT * seconds:
+            yield f"the plan takes {account.seconds} s, and the solver says {seconds} s"
+        budget = self.problem.budget_bytes
+        if account.peak_bytes > budget * (1 + _AGREEMENT):
+            yield f"the plan takes {account.peak_bytes:.0f} bytes of a chip, more than the {budget:.0f} that it may"
 
     def _proof(self, found: Found, answer: Answer) -> Proof:
         """What is proven of the answer's plan, and by whom."""
@@ -244,6 +261,8 @@ class Task:
         ascent, wall = found.ascent, time.monotonic() - self.started
         bound = min(ascent.bound, answer.value)
         apart, proven = answer.value - bound, _is_precise(answer.value, bound)
+        if self.limits.solver == "cp-sat":
+            proven = answer.status == "OPTIMAL"  # but for rounding, which presolve makes finer
         states = _states(self.problem)
         return Proof(
             status="OPTIMAL" if proven else "FEASIBLE",
