@@ -38,7 +38,7 @@ from autoshard.auditing.matching import Axes, Pair, axes_of, literal, matched
 from autoshard.auditing.redundant_work import planned_flops
 from autoshard.emitting import bind, targets
 from autoshard.errors import AutoshardError
-from autoshard.plan import Plan, PlannedCollective
+from autoshard.planning.records import PlannedCollective, PlanRecord
 from costmodels.machine.topology import Topology
 from search.answer.assignment import collectives as solution_collectives
 
@@ -147,7 +147,7 @@ class Audit:
 
 
 def audit(
-    plan: Plan, fn: Callable[..., Any], *args: Any, target: Target = "host", devices: Sequence[Any] | None = None
+    plan: PlanRecord, fn: Callable[..., Any], *args: Any, target: Target = "host", devices: Sequence[Any] | None = None
 ) -> Audit:
     """Compiles a planned function and compares what the compiler made of it with the plan.
 
@@ -171,7 +171,7 @@ def audit(
     mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
-    lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
+    lowered = bind.jit(plan, fn, mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -210,7 +210,7 @@ def _peak_bytes(memory: Any) -> float | None:
     return float(min(peak, in_hbm - memory.alias_size_in_bytes))
 
 
-def _sent_arrays(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
+def _sent_arrays(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
     """The number and type of the array that each planned collective sends."""
     program = bind.traced_as(plan, fn, args).program
     sent = solution_collectives(program, plan.topology, plan.choice)
@@ -218,7 +218,7 @@ def _sent_arrays(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tup
 
 
 def compare(
-    plan: Plan,
+    plan: PlanRecord,
     text: str,
     target: Target = "host",
     peak_bytes: float | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoshard.plan import OperationPlan
+from autoshard.planning.records import OperationPlan
 
 
 @dataclass(frozen=True)
