@@ -191,6 +191,8 @@ class Model:
             least = float(held.min() if at is None else held[at])
             room -= least
             terms += [(x, b - least) for x, b in zip(literals, held.tolist(), strict=True) if b != least]
+        if abs(room) <= TOLERANCE * self.problem.budget_bytes:
+            room = 0.0  # a plan that fills the chip to the last byte, added up in another order
         if sum(max(more, 0.0) for _, more in terms) <= room:
             return
         unit = max(sum(abs(more) for _, more in terms) / COEFFICIENT_SUM, _LEAST_BYTES)
