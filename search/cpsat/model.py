@@ -89,10 +89,12 @@ class Model:
         self.dual, self.problem = dual, dual.problem
         self.model = cp_model.CpModel()
         self.constant = dual.bound()
-        self.slack = min(slack + TOLERANCE * (slack + abs(self.constant)), FORBIDDEN / 2)
         self._costs: list[tuple[Literal, float]] = []
         self._terms = 0  # at most so many of the costs are paid by one plan
         self.hint = self._places(hint)
+        self._excess = [dual.pair_excess(k) for k in range(len(dual.edges))]
+        slack += TOLERANCE * (slack + abs(self.constant))
+        self.slack = min(max(slack, *self._hint_excess(), 0.0), FORBIDDEN / 2)
         self.states = [self._choose_one(theta) for theta in dual.theta]
         self.reshards = [self._link_layouts(k) for k in range(len(dual.edges))]
         for row in rows:
@@ -119,6 +121,13 @@ class Model:
         found = [np.flatnonzero(keep == state) for keep, state in zip(self.dual.keep, hint, strict=True)]
         return [int(at[0]) for at in found] if all(map(len, found)) else None
 
+    def _hint_excess(self) -> Iterator[float]:
+        """What the hint's states and pairs cost above the least; beside forbidden ones they are not exact."""
+        if self.hint is not None:
+            yield from (float(theta[at] - theta.min()) for theta, at in zip(self.dual.theta, self.hint, strict=True))
+            for edge, excess in zip(self.dual.edges, self._excess, strict=True):
+                yield float(excess[edge.rows.group[self.hint[edge.a]], edge.columns.group[self.hint[edge.b]]])
+
     def _choose_one(self, theta: np.ndarray) -> list[Literal]:
         """1. Exactly one state of a node."""
         if len(theta) == 1:
@@ -143,7 +152,7 @@ class Model:
 
     def _link_layouts(self, k: int) -> dict[tuple[int, int], Literal]:
         """2. The layouts at an edge's ends; then its reshards. Costs that differ within a layout go back to the states."""
-        edge, excess = self.dual.edges[k], self.dual.pair_excess(k)
+        edge, excess = self.dual.edges[k], self._excess[k]
         for end, group, given in ((edge.a, edge.rows, edge.left), (edge.b, edge.columns, edge.right)):
             self._pay(self.states[end], -given - group.minimum(-given)[group.group])
         left = [self._layout(edge.a, members) for members in _members(edge.rows.group, excess.shape[0])]
