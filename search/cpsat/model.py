@@ -237,7 +237,7 @@ class Model:
         """9. The bound, less what rounding takes off a plan's cost; returns within how many units of it a plan is best."""
         proven = max(lower, self.constant)
         enough = TOLERANCE * abs(proven) / self.unit
-        least = ceil((proven - self.constant) / self.unit)
+        least = floor((proven - self.constant) / self.unit - enough)
         if least <= 0:
             return enough
         if least - self.rounding > COEFFICIENT_SUM:
