@@ -13,6 +13,7 @@ from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
 from costmodels.machine.topology import Axis
+from search.answer.solution import Proof
 from search.formulation.layouts import Layout
 
 _STOPPED = {"time limit": "the time limit", "interrupted": "an interruption"}
@@ -84,12 +85,25 @@ def _header(plan: PlanRecord) -> Iterator[str]:
     else:
         bound = f"no plan is faster than {time(proof.bound_seconds)}"
         yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
-    tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
-    stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
-    yield f"               {tried}, {proof.wall_seconds:.1f} s{stopped}"
+    yield from _deciders(proof)
     if proof.memory_seconds_per_byte:
         saved = time(proof.memory_seconds_per_byte * 2**30)
         yield f"  memory       is full: by the bound, each GiB more per chip saves about {saved}"
+
+
+def _deciders(proof: Proof) -> Iterator[str]:
+    """What presolve and solver each did; a plan of an older file has it not."""
+    parts = f", {proof.branches} branches" if proof.branches else ""
+    stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
+    if not proof.solver:
+        yield f"               {proof.states:,} strategies and layouts{parts}, {proof.wall_seconds:.1f} s{stopped}"
+        return
+    below = (proof.objective_seconds - proof.presolve_bound_seconds) / proof.objective_seconds
+    left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+    size = f"{proof.booleans:,} booleans, {proof.constraints:,} constraints"
+    bound = f"a bound {percent(max(below, 0.0))} below the plan"
+    yield f"  presolve     left {left}, and {bound}, in {proof.presolve_seconds:.1f} s"
+    yield f"  solver       {proof.solver}: {proof.solver_status}, {size}{parts}, {proof.solver_seconds:.1f} s{stopped}"
 
 
 def _pricing(pricing: Pricing) -> str:

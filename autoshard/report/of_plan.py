@@ -13,7 +13,8 @@ from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, o
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
-from search.answer.check import alive_bytes
+from search.answer.check_memory import alive_bytes
+from search.answer.solution import Proof
 
 _MOST_CHIPS = 1024
 """The maximum number of drawn chips."""
@@ -60,6 +61,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
     return [
         {"name": "step", "value": time(estimate.seconds), "note": f"{time(local)} on the chip, {wire} of collectives"},
         {"name": "proof", "value": proof.status, "note": proven if proof.status == "OPTIMAL" else gap},
+        *_decided(proof),
         {
             "name": "memory",
             "value": size(estimate.peak_bytes),
@@ -67,6 +69,15 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
         },
         {"name": "chips", "value": f"{plan.topology.size} × {plan.topology.chip.name}", "note": plan.topology.name},
     ]
+
+
+def _decided(proof: Proof) -> list[dict[str, str]]:
+    """Which solver decided, on what presolve had left; a plan of an older file has it not."""
+    if not proof.solver:
+        return []
+    left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+    note = f"{proof.solver_status} on {proof.booleans:,} booleans; presolve left {left}"
+    return [{"name": "solver", "value": proof.solver, "note": note}]
 
 
 def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
