@@ -42,8 +42,8 @@ class PhaseResult:
 class Result:
     """The outcome of a point; without a plan `phases` is empty, and `why` has the reason.
 
-    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `proofs` (by phase), `wall_seconds` and
-    `plans` (compressed JSON by phase) are not compared.
+    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `proofs` (by phase),
+    `wall_seconds` and `plans` (compressed JSON by phase) are not compared.
     """
 
     outcome: str
