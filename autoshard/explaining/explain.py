@@ -92,7 +92,7 @@ def _header(plan: PlanRecord) -> Iterator[str]:
 
 
 def _deciders(proof: Proof) -> Iterator[str]:
-    """What presolve and solver each did; a plan of an older file has it not."""
+    """The work of presolve and of the solver; plans of older files lack it."""
     parts = f", {proof.branches} branches" if proof.branches else ""
     stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
     if not proof.solver:
