@@ -226,7 +226,7 @@ def test_phases_as_a_command(tmp_path: Path):
     assert found.exit_code == 0 and "sharing costs" in found.stdout
     assert autoshard.load(tmp_path / "prefill.json").in_specs[0] == autoshard.load(tmp_path / "decode.json").in_specs[0]
     assert "the phase must be one of" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--set", "train.batch=8")
-    assert "no NAME=NUMBER" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--weight", "decode=many")
+    assert "must be NAME=NUMBER" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--weight", "decode=many")
 
 
 # --- verified by a compiler

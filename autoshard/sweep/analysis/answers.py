@@ -279,7 +279,7 @@ def _only(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) 
 
 
 def _recommendations(sweep: SweepResult, width: int) -> Iterator[str]:
-    yield "What to make of it"
+    yield "Recommendations"
     for sentence in advice(sweep):
         yield from item(sentence, width)
 
