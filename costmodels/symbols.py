@@ -107,11 +107,11 @@ def evaluated(expression: Expr, numbers: Mapping[str, float]) -> float:
     missing = [str(symbol) for symbol in symbols if str(symbol) not in numbers]
     if missing:
         raise KeyError(f"{', '.join(missing)} in {text(expression)[:80]} have no number")
-    return float(_compiled(expression, tuple(symbols))(*(numbers[str(symbol)] for symbol in symbols)))
+    return float(_compile(expression, tuple(symbols))(*(numbers[str(symbol)] for symbol in symbols)))
 
 
 @lru_cache(maxsize=4096)
-def _compiled(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., float]:
+def _compile(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., float]:
     return sympy.lambdify(symbols, expression, "math")
 
 

@@ -180,17 +180,17 @@ def _report(calibration: Calibration) -> Iterator[str]:
         )
         for name, c in calibration.measured.items()
     ]
-    yield from _indented(table(("constant", "before", "which was", "measured"), rows, "<><>"))
+    yield from _indent(table(("constant", "before", "which was", "measured"), rows, "<><>"))
     yield from ("", "Errors of predicted times")
     headers = ("series", "sizes", "median", "held out", "median", "worst", "predicted / measured")
     rows = [_residual_row(each) for each in calibration.residuals]
-    yield from _indented(table(headers, rows, "<>>>>>>"))
+    yield from _indent(table(headers, rows, "<>>>>>>"))
     yield "  held out: every third size, and collectives over several axes; never fitted"
     if calibration.checks:
         yield from ("", "Steps")
         headers = ("step", "predicted", "to start it", "measured", "predicted / measured")
         rows = [_check_row(check) for check in calibration.checks]
-        yield from _indented(table(headers, rows, "<>>>>"))
+        yield from _indent(table(headers, rows, "<>>>>"))
         yield "  to start it: the time of an empty program, which plans do not count; the ratio adds it to the prediction"
 
 
@@ -207,5 +207,5 @@ def _check_row(check: StepCheck) -> tuple[str, ...]:
     return (check.name, *map(duration, times), f"{check.ratio:.2f}")
 
 
-def _indented(lines: Sequence[str]) -> Iterator[str]:
+def _indent(lines: Sequence[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

@@ -57,7 +57,7 @@ def sweep(
         path = store or output / "points.sqlite"
         with Store(path) as kept, _progress(asked.name, len(every)) as bar:
             run = Sweep(every, kept, _engine(workers, dask, ray), asked.constraints, bar.say)
-            done = [bar.advanced(each) for each in run]
+            done = [bar.advance_bar(each) for each in run]
         found = sweep_result(asked, done, every, str(path))
         typer.echo(dumps(found.to_dict(), indent=1) if json else render(found), nl=json)
         _write(output / f"{asked.name}.json", found.to_dict())
@@ -109,7 +109,7 @@ class _Bar:
         self.ended = self.searched = 0
         self.began = self.told = monotonic()
 
-    def advanced(self, done: Any) -> Any:
+    def advance_bar(self, done: Any) -> Any:
         self.bar.advance(self.task)
         self.ended += 1
         self.searched += not done.known and done.result.wall_seconds > 0

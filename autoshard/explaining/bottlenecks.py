@@ -71,7 +71,7 @@ class Regimes:
 
     def render(self, width: int = WIDTH) -> str:
         """The step and its operations as plain text tables."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def regimes(plan: PlanRecord) -> Regimes:
@@ -123,7 +123,7 @@ def work_of(op: OperationPlan) -> Work:
     )
 
 
-def _rendered(found: Regimes, width: int) -> Iterator[str]:
+def _lines(found: Regimes, width: int) -> Iterator[str]:
     step, seconds = found.step, found.seconds
     parts = ", ".join(f"{time(seconds[each])} {each}" for each in sorted(REGIMES, key=lambda each: -seconds[each]))
     bound = f"{found.regime}-bound" if found.regime else "free"

@@ -77,7 +77,7 @@ def _block(program: Program, dimensions: Dimensions, last: int) -> Block | None:
     if not (contracted and output and tokens) or any(name.isdigit() for name in (*contracted, *output)):
         return None
     casts = [at for i in (*first, last) for at in _casts(program, i)]
-    part, sizes = _cut_out(program, dimensions, sorted({*first, *between, *casts, last}))
+    part, sizes = _extract(program, dimensions, sorted({*first, *between, *casts, last}))
     weights = dict.fromkeys(_weight_name(program, i) for i in (*first, last))
     return Block(part, sizes, contracted, output, tokens, tuple(weights))
 
@@ -128,7 +128,7 @@ def _weight_name(program: Program, i: int) -> str:
     return value.origin or value.name
 
 
-def _cut_out(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
+def _extract(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
     """Some operations as a program that runs once: their inputs are arguments, and values that others use are results."""
     operations = [program.operations[i] for i in kept]
     made = {use.value for op in operations for use in op.outputs}
@@ -215,7 +215,7 @@ def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[C
     at, best = 0.0, first_of(block, topology, exact)
     while True:
         cheaper = [name for name in by_name if slope[name] < slope[best]]
-        later = [Crossover(best, name, *_solved(by_name[best], by_name[name], numbers)) for name in cheaper]
+        later = [Crossover(best, name, *_solve(by_name[best], by_name[name], numbers)) for name in cheaper]
         later = [each for each in later if each.number >= at]
         if not later:
             return tuple(found)
@@ -240,7 +240,7 @@ def _linear(block: Block, topology: Topology, exact: bool) -> dict[str, tuple[Ex
     return {name: (each.coeff(tokens, 1), each.coeff(tokens, 0)) for name, each in by_name.items()}
 
 
-def _solved(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
+def _solve(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
     tokens = dimension("N_tokens")
     solved = crossover(below[0] * tokens + below[1], above[0] * tokens + above[1], tokens)
     return solved, evaluated(solved, numbers)

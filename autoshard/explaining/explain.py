@@ -118,7 +118,7 @@ def _matmuls(plan: PlanRecord, symbolic: bool, width: int) -> Iterator[str]:
     rows = [_operation_row(op) for op in found]
     lines = table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2)
     yield "Matmuls"
-    yield from _indented(lines[:2])
+    yield from _indent(lines[:2])
     for op, line in zip(found, lines[2:], strict=True):
         yield f"  {line}"
         if symbolic:
@@ -162,7 +162,7 @@ def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     yield "Other operations"
     if listed:
         rows = [_operation_row(op) for op in listed]
-        yield from _indented(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
+        yield from _indent(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
     if rest:
         seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
         each = f"each below {percent(_MENTIONED)} of the step"
@@ -177,7 +177,7 @@ def _baselines(plan: PlanRecord) -> Iterator[str]:
         return
     yield "Baselines, each the best of its kind"
     rows = [(each.name, *margin(plan, each)) for each in plan.baselines]
-    yield from _indented(table(("layout", "step", "against this plan"), rows, "<><"))
+    yield from _indent(table(("layout", "step", "against this plan"), rows, "<><"))
     best = min(plan.baselines, key=lambda each: each.seconds)
     if best.seconds <= plan.estimate.seconds * (1 + NOISE_PART):
         yield f"  Margins below {percent(NOISE_PART)} are within the model's error: {best.name} is good enough."
@@ -215,7 +215,7 @@ def _collectives(plan: PlanRecord, width: int) -> Iterator[str]:
         for each in collectives_alike(found)
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
-    yield from _indented(table(headers, rows, "<<>>>~", width - 2))
+    yield from _indent(table(headers, rows, "<<>>>~", width - 2))
     yield "  in all: " + "; ".join(_totals(found))
 
 
@@ -250,7 +250,7 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
     total = sum(array.bytes_per_chip for array in arrays)
     headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"
-    yield from _indented(table(headers, rows, "/~<>", width - 2))
+    yield from _indent(table(headers, rows, "/~<>", width - 2))
 
 
 # --- Constants and warnings
@@ -262,7 +262,7 @@ def _constants(plan: PlanRecord, width: int) -> Iterator[str]:
     rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
     if rows:
         yield f"Constants of {plan.topology.chip.name} without a published or measured source"
-        yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
+        yield from _indent(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
 
 
 def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
@@ -271,5 +271,5 @@ def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
         yield from (line for warning in plan.warnings for line in item(warning, width))
 
 
-def _indented(lines: Iterable[str]) -> Iterator[str]:
+def _indent(lines: Iterable[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

@@ -20,7 +20,7 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
     """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
-        each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
+        each = (_round(op.seconds / op.count), _round(op.collective_seconds / op.count))
         return (unnumbered(op.name), op.einsum, op.sizes, op.strategy, op.splits, each)
 
     return [
@@ -31,7 +31,7 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
             seconds=sum(op.seconds for op in group),
             collective_seconds=sum(op.collective_seconds for op in group),
         )
-        for group in _grouped(operations, key)
+        for group in _group(operations, key)
     ]
 
 
@@ -44,15 +44,15 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
             seconds=sum(each.seconds for each in group),
             where=shared_name(each.where for each in group),
         )
-        for group in _grouped(
-            collectives, lambda each: (each.kind, frozenset(each.axes), _rounded(each.bytes), unnumbered(each.where))
+        for group in _group(
+            collectives, lambda each: (each.kind, frozenset(each.axes), _round(each.bytes), unnumbered(each.where))
         )
     ]
 
 
 def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
     """Groups of arrays of the same shape, dtype, layout and name: one array with the sum of their bytes, and their number."""
-    groups = _grouped(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
+    groups = _group(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
     return [
         (
             replace(
@@ -72,12 +72,12 @@ def type_of(array: ArrayPlan, count: int = 1) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]{many}{', donated' if array.donated else ''}"
 
 
-def _grouped(found: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def _group(found: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     groups: dict[Hashable, list[T]] = {}
     for each in found:
         groups.setdefault(key(each), []).append(each)
     return list(groups.values())
 
 
-def _rounded(number: float) -> str:
+def _round(number: float) -> str:
     return f"{number:.{_ROUNDED}g}"

@@ -96,11 +96,11 @@ def pinned(
         )
         strategies.append(Strategy(chosen, ((),) * len(op.linear)))
     choice = Choice(tuple(strategies), {})
-    hubs = {value: _kept(program, choice, value) for value, uses in program.consumers.items() if len(uses) > 1}
+    hubs = {value: _stored_layout(program, choice, value) for value, uses in program.consumers.items() if len(uses) > 1}
     return Choice(choice.strategies, hubs)
 
 
-def _kept(program: Program, choice: Choice, value: int) -> Layout:
+def _stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     """The stored layout of an array: that of its uses, if they agree, or that of its producer."""
     wanted = {needed(program, choice, operation, operand) for operation, operand in program.consumers[value]}
     return wanted.pop() if len(wanted) == 1 else produced(program, choice, value)
@@ -136,7 +136,7 @@ def moved(program: Program, dimensions: Dimensions, sizes: Mapping[str, int], ch
     found = []
     for move in moves(program, choice):
         total, runs = array_bytes(program, dimensions, move.value), dimensions.runs(program, move.region)
-        for kind, axes, of in _merged(least_steps(move.source, move.target, sizes)):
+        for kind, axes, of in _merge(least_steps(move.source, move.target, sizes)):
             found.append(Moved(kind, axes, move.value, total / pieces(of.axes), runs))
     return tuple(found)
 
@@ -146,7 +146,7 @@ def total_volume(collectives: Sequence[Moved], exact: bool = False) -> Expr:
     return sympy.Add(*(each.volume(exact) for each in collectives))
 
 
-def _merged(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
+def _merge(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
     """Kind, axes and the layout of the payload, without slices, which send nothing."""
     sending = [step for step in steps if step.kind != "slice"]
     at = 0
@@ -181,7 +181,7 @@ def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tup
         done.add(layout)
         for step in _leaving(layout, target, sizes):
             if step.target not in done:
-                more = _sent(step, sizes)
+                more = _volume(step, sizes)
                 heapq.heappush(frontier, (sent + more, taken + 1, next(order), step.target, (*path, step)))
     raise ValueError(f"no collectives lead from {source} to {target}")
 
@@ -196,7 +196,7 @@ def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
 
 
-def _sent(step: Step, sizes: Mapping[str, int]) -> float:
+def _volume(step: Step, sizes: Mapping[str, int]) -> float:
     """The bytes that a step sends per byte of the array."""
     chips = prod(sizes[axis] for axis in step.axes)
     if step.kind == "slice":

@@ -107,7 +107,7 @@ class Census:
 
     def render(self, width: int = WIDTH) -> str:
         """One line per primitive, the longest first, then the conservative operations and their cost."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def census(fn: Callable[..., Any], *args: Any, chip: str | Chip = "v5e") -> Census:
@@ -186,7 +186,7 @@ def _head(found: Census) -> Iterator[str]:
     yield f"{found.name}: {found.equations} operations; times of {found.basis}"
 
 
-def _rendered(found: Census, width: int) -> Iterator[str]:
+def _lines(found: Census, width: int) -> Iterator[str]:
     yield from _head(found)
     yield ""
     total = sum(row.seconds for row in found.rows) or 1.0

@@ -63,22 +63,22 @@ def nested(data: pytrees.Data, leaves: Sequence[Source], imports: set[str], what
 
     **Raises:** `ExportError` if `rebuild` would return a dict for a node.
     """
-    return _nested(data, iter(leaves), imports, what)
+    return _nest(data, iter(leaves), imports, what)
 
 
-def _nested(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
+def _nest(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
     if data is None:
         return "None"
     if data == pytrees.LEAF:
         return next(leaves)
 
     def pairs(content: Any) -> tuple[tuple[str, Source], ...]:
-        return tuple((f"{_key(key)}: ", _nested(child, leaves, imports, what)) for key, child in content)
+        return tuple((f"{_key(key)}: ", _nest(child, leaves, imports, what)) for key, child in content)
 
     kind = next(iter(data))
     match kind:
         case "list" | "tuple":
-            items = [_nested(child, leaves, imports, what) for child in data[kind]]
+            items = [_nest(child, leaves, imports, what) for child in data[kind]]
             return sequence(items, "[]" if kind == "list" else "()")
         case "dict" | "items":
             return Group("{", pairs(data[kind].items() if kind == "dict" else data[kind]), "}")
@@ -88,9 +88,9 @@ def _nested(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], wha
         case "namedtuple":
             if pytrees.namedtuple_class(data) is None:  # a file may name any class, and the source would call it
                 raise ExportError(_unwritable(data[kind], what))
-            name = _imported(data[kind], imports, what)
+            name = _import_class(data[kind], imports, what)
             fields = data["fields"].items()
-            return Group(f"{name}(", tuple((f"{k}=", _nested(c, leaves, imports, what)) for k, c in fields), ")")
+            return Group(f"{name}(", tuple((f"{k}=", _nest(c, leaves, imports, what)) for k, c in fields), ")")
         case _:
             raise ExportError(_unwritable(data[kind], what))
 
@@ -99,7 +99,7 @@ def _key(key: Any) -> str:
     return literal(key) if isinstance(key, str) else repr(key)
 
 
-def _imported(name: str, imports: set[str], what: str) -> str:
+def _import_class(name: str, imports: set[str], what: str) -> str:
     """The name under which a class is imported."""
     module, _, qualified = name.partition(":")
     if not qualified.isidentifier() or module == "__main__" or not all(map(str.isidentifier, module.split("."))):

@@ -26,7 +26,7 @@ def data_of(plan: PlanRecord, audit: Mapping[str, Any] | None = None) -> dict[st
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
-        "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
+        "summary": [*_summary(plan), *(_audit_figures(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
         "parallelism": str(parallelism(plan.program, plan.topology, plan.choice)) if plan.program is not None else "",
         "plain": [
@@ -69,7 +69,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
     ]
 
 
-def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
+def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
     """The compiled program beside the plan, as a headline figure."""
     planned = sum(each["planned"] for each in audit["wire_bytes"])
     compiled = sum(each["compiled"] for each in audit["wire_bytes"])

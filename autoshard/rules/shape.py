@@ -79,8 +79,8 @@ def common_factors(factors: Factors, before: Sequence[int], after: Sequence[int]
             sizes = [b // a for a, b in pairwise(bounds)]
             made = [factors.new(n) for n in reversed(sizes)]
             table = dict(zip(reversed(bounds[1:]), made, strict=True))
-            left += _cut(group, table)
-            right += _cut(other, table)
+            left += _cut_sizes(group, table)
+            right += _cut_sizes(other, table)
         else:
             major = gcd(group[0], other[0])
             shared = factors.new(major)
@@ -113,7 +113,7 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     return found
 
 
-def _cut(sizes: Sequence[int], table: dict[int, int]) -> list[tuple[int, ...]]:
+def _cut_sizes(sizes: Sequence[int], table: dict[int, int]) -> list[tuple[int, ...]]:
     """The factors of each dimension, major to minor; `table` maps a factor's upper cumulative product to its index."""
     products = _products(sizes)[::-1]
     spans = zip(products[1:], products, strict=False)

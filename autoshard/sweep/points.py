@@ -106,7 +106,7 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     pairs = tuple(knobs.items())
     try:
         runs = tuple(
-            _run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
+            _make_run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
         )
     except ValueError as error:
         words = ", ".join(f"{key} {value}" for key, value in pairs)
@@ -116,7 +116,7 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit)
 
 
-def _run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
+def _make_run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
     file, _, name = phase.target.rpartition(":")
     target = f"{(job.folder / file).resolve()}:{name}"
     arguments = tuple(phase.values(knobs).items())
@@ -190,11 +190,11 @@ def options_of(point: Point) -> Options:
 
 def traced(run: Run) -> AnnotatedFunction:
     """The run as a program."""
-    return _traced(replace(run, phase="", tokens=0.0, repeats=1.0))
+    return _trace(replace(run, phase="", tokens=0.0, repeats=1.0))
 
 
 @lru_cache(maxsize=256)
-def _traced(run: Run) -> AnnotatedFunction:
+def _trace(run: Run) -> AnnotatedFunction:
     work = workload_of(run)
     return annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name, dims=work.dims))
 

@@ -43,7 +43,7 @@ from tests.support.tracing import trace
 @pytest.mark.parametrize(
     ("line", "with_this", "says"),
     [
-        ("batch = [8, 64]", "batch = []", "line 9: vary.batch: is empty"),
+        ("batch = [8, 64]", "batch = []", "line 9: vary.batch: must have at least one entry, got none"),
         ("counts = [4]", "counts = [0]", "line 15: chips.counts.0: input should be greater than or equal to 1, got 0"),
         ("counts = [4]", "cuonts = [4]", "line 15: chips.cuonts: is not a key of a job"),
         ("[price]", "[prices]", "line 17: prices: is not a key of a job"),
@@ -71,7 +71,7 @@ from tests.support.tracing import trace
         (
             "[vary]",
             "[together]\nphases = ['decode']\n[vary]",
-            "line 9: together.phases: names decode, and only two or more",
+            "line 9: together.phases: must name two or more phases, got decode",
         ),
         ('kinds = "v5e"', 'kinds = ["v5e", "v5x"]', "line 14: chips.kinds.1: there is no chip 'v5x' in the catalogue"),
         ("counts = [4]", "counts = [4, 7]", "line 15: chips.counts.1: there is no slice of 7 v5e chips"),
@@ -88,7 +88,7 @@ from tests.support.tracing import trace
         (
             "counts = [4]",
             'counts = [4]\ntopologies = ["v4:2x2x1"]',
-            "line 19: price.per_chip_hour: has no price of v4; all chips of the job need one, or none",
+            "line 19: price.per_chip_hour: lacks a price of v4; give prices of all chips of the job, or of none",
         ),
         (
             "[price]",
@@ -540,7 +540,7 @@ def test_the_command_solves_resumes_and_answers(tmp_path: Path):
             "decode, width 1024: the cheapest at 1.00 ms a token or less is v5e:",
             "decode, width 256: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
             "decode, width 1024: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
-            "decode: the largest width at 1.00 ms a token or less is 1024 (the largest that the job",
+            "decode: the largest width at 1.00 ms a token or less is 1024 (the largest of the job",
             "decode: weights bfloat16 is 1.",
         )
     ):
@@ -565,7 +565,7 @@ def test_the_plan_of_an_answer_is_written(tmp_path: Path):
         (["--first-token-ms", "1"], "That limit does not apply to the phases of"),
         (["--where", "weights=int4"], "No point has weights=int4; weights has bfloat16, float32"),
         (["--where", "wieghts=int4"], "No point has wieghts=int4; there are batch, width, weights, topology, chip"),
-        (["--phase", "prefill"], "The sweep has no phase prefill; it has decode"),
+        (["--phase", "prefill"], "The phase must be one of decode, got prefill"),
     ):
         refused = CliRunner().invoke(app, [*(ask[:2] if "--first-token-ms" in flags else [*ask, "--force"]), *flags])
         assert refused.exit_code == 2 and says in refused.output

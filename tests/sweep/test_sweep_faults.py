@@ -221,7 +221,7 @@ def test_the_command_says_that_a_result_could_not_be_kept(tmp_path: Path):
     done = subprocess.run([*command, "--workers", "0"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "16 with a plan" in done.stdout
-    assert "results could not be kept" in done.stderr
+    assert "results could not be stored" in done.stderr
     assert "Traceback" not in done.stderr
 
 

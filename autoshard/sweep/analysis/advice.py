@@ -23,18 +23,22 @@ Said = tuple[str, str]
 def advice(sweep: SweepResult) -> list[str]:
     """The best layouts of a sweep and where they change; one or two sentences per item."""
     found = [
-        f"{phase}{about and f', {about}'}: {words}" for phase in sweep.phases for about, words in _said(sweep, phase)
+        f"{phase}{about and f', {about}'}: {words}"
+        for phase in sweep.phases
+        for about, words in _sentences(sweep, phase)
     ]
     return found or ["No point has a plan; the table has the reasons."]
 
 
 def advice_of(sweep: SweepResult, phase: str) -> list[str]:
     """The recommendations for one phase, without its name; empty if it has no plan."""
-    words = [f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _said(sweep, phase)]
+    words = [
+        f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _sentences(sweep, phase)
+    ]
     return [each.replace("by ", "By ", 1) if each.startswith("by ") else each for each in words]
 
 
-def _said(sweep: SweepResult, phase: str) -> Iterator[Said]:
+def _sentences(sweep: SweepResult, phase: str) -> Iterator[Said]:
     rows = sweep.of(phase)
     for part in sweep.parts(phase):
         about = part.name.removeprefix(phase).removeprefix(", ")
