@@ -121,3 +121,5 @@ def _show(
     typer.echo(dumps(plan) if json else plan.explain(), nl=False)
     if output is not None:
         typer.echo(f"Wrote {output}.", err=True)
+    if verified is not None and verified.is_slow:
+        raise typer.Exit(1)

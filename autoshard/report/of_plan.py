@@ -77,6 +77,8 @@ def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
     peak = audit["peak_bytes"]
     held = f", peak memory {peak['compiled'] / peak['planned']:.3f}" if peak["compiled"] and peak["planned"] else ""
     verdict = "as planned" if audit["ok"] else "not as planned"
+    if audit.get("slow"):
+        verdict += f", {audit['seconds']['replayed'] / audit['seconds']['planned']:.2f} times as slow"
     return [{"name": f"compiled ({audit['target']})", "value": verdict, "note": f"{wire}{held} of the plan's"}]
 
 

@@ -105,6 +105,13 @@ def test_audit_as_tables_and_as_json(plan_file: Path) -> None:
     assert data["ok"] is True and data["target"] == "host"
 
 
+def test_a_program_that_is_much_slower_than_planned_is_an_answer_that_is_no(
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoshard.auditing.audit.Audit.is_slow", True)
+    assert run("audit", plan_file, PALM, *TINY).exit_code == 1
+
+
 def test_audit_of_another_function(plan_file: Path) -> None:
     found = run("audit", plan_file, PALM, "--set", "size=tiny", "--set", "batch=4", "--set", "context=16")
     assert found.exit_code == 1 and found.stdout == ""

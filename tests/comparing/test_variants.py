@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import autoshard
+from autoshard.auditing.findings import Finding
+from autoshard.auditing.replay import Replay
 from autoshard.comparing.verify import Candidate, Verification
 from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
@@ -256,6 +258,20 @@ def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
     before, after = plan.topology.chip, found.calibrated().chip
     assert after.hbm_efficiency == pytest.approx(before.hbm_efficiency / 3)
     assert "too large" in str(found) and "changes the model's order" in str(found)
+
+
+def test_a_best_program_that_is_much_slower_than_planned_is_said(plan: autoshard.Plan, tmp_path: Path, monkeypatch):
+    work = palm.decode(size="tiny", batch=8, context=16)
+    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
+    took = Replay(3 * plan.estimate.seconds, 0.0, 0.0, 0.0, 0.0, ())
+    why = Finding("slower than planned", "a step takes 3.00 times the planned time", 0.0, 2.0)
+    slow = replace(audit, replay=took, differences=(why,))
+    found = Verification((Candidate(1, plan, slow), Candidate(2, plan, None, "too large")), True)
+    assert found.is_slow and found.ranked[0].seconds == took.seconds
+    assert found.best.warnings[-1] == "Compiled, a step takes 3.00 times the planned time."
+    assert "3.00 × the plan" in str(found) and "a step takes 3.00 times" in str(found)
+    monkeypatch.setattr("autoshard.comparing.verify.verify", lambda *args, **options: found)
+    assert run("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host").exit_code == 1
 
 
 def test_verify_as_a_command(tmp_path: Path):
