@@ -13,7 +13,7 @@ with $c$ and $b$ the model's compute and memory seconds at the constants that th
 communicated bytes. This module evaluates the model for them, with all other constants set to 0 or infinity.
 
 A fit makes $\\sum_i |\\log (\\hat t_i / t_i)|$ small, by reweighted least squares of relative errors: short times count as
-much as long ones, outliers little, and no constant is below 0. Timings that are not `fitted` are held out: they are only
+much as long ones, outliers little, and no constant is below 0. Timings that are not `fit_topology` are held out: they are only
 predicted.
 """
 
@@ -47,7 +47,7 @@ class Timing:
       convention of `costmodels.machine.collectives`.
     - `flops_per_element`: of elementwise work.
     - `axes`: of a collective.
-    - `fitted`: whether the constants may be fitted to it.
+    - `fit_topology`: whether the constants may be fitted to it.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class Timing:
         return f"{self.kind} over {''.join(self.axes)}" if self.axes else f"{self.kind} {self.dtype}"
 
 
-def predicted(timing: Timing, topology: Topology) -> float:
+def predict(timing: Timing, topology: Topology) -> float:
     """The modelled seconds of the work of a timing."""
     if timing.kind in COLLECTIVES:
         axes = tuple(topology.axis(name) for name in timing.axes)
@@ -72,14 +72,14 @@ def predicted(timing: Timing, topology: Topology) -> float:
     return _model_seconds(timing, topology.chip)[2]
 
 
-def fitted(timings: Sequence[Timing], topology: Topology, source: str) -> Topology:
+def fit_topology(timings: Sequence[Timing], topology: Topology, source: str) -> Topology:
     """The topology with every constant that the timings determine; all others are unchanged.
 
     A published rate stays and its efficiency is measured; an assumed rate is itself measured.
 
     **Arguments:**
 
-    - `timings`: of any kinds; timings that are not `fitted` are ignored.
+    - `timings`: of any kinds; timings that are not `fit_topology` are ignored.
     - `source`: the source of the measured constants: machine, date, versions.
     """
     used = [timing for timing in timings if timing.fitted]
@@ -337,7 +337,7 @@ def residuals(timings: Sequence[Timing], topology: Topology) -> list[Residual]:
 
 
 def _residual(name: str, timings: Sequence[Timing], topology: Topology) -> Residual:
-    ratios = np.array([predicted(timing, topology) / timing.seconds for timing in timings])
+    ratios = np.array([predict(timing, topology) / timing.seconds for timing in timings])
     errors, used = np.abs(ratios - 1), np.array([timing.fitted for timing in timings], dtype=bool)
     inside, outside = errors[used], errors[~used]
     return Residual(

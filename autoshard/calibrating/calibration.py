@@ -23,7 +23,7 @@ from autoshard.calibrating.timing import Patience, shortest
 from autoshard.emitting import targets
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
-from costmodels.fitting import Residual, Timing, fitted, predicted, residuals
+from costmodels.fitting import Residual, Timing, fit_topology, predict, residuals
 from costmodels.machine.chips import Constant
 from costmodels.machine.topology import Topology
 from costmodels.machine.topology_file import topology_toml
@@ -77,7 +77,7 @@ class Calibration:
             "constants": {name: constant.value for name, constant in self.measured.items()},
             "residuals": [asdict(each) for each in self.residuals],
             "timings": [
-                asdict(timing) | {"series": timing.series, "predicted_seconds": predicted(timing, self.topology)}
+                asdict(timing) | {"series": timing.series, "predicted_seconds": predict(timing, self.topology)}
                 for timing in self.timings
             ],
             "checks": [asdict(check) for check in self.checks],
@@ -122,7 +122,7 @@ def calibrate(
     times = shortest([case.make(mesh) for case in found], patience or Patience(), progress)
     timings = tuple(replace(case.timing, seconds=each) for case, each in zip(found, times, strict=True))
     source = _source(mesh.devices.flat[0], before)
-    topology = fitted(timings, before, source)
+    topology = fit_topology(timings, before, source)
     room = {name: Constant(value, source, "measured") for name, value in _room(mesh.devices.flat[0], before).items()}
     topology = replace(topology, chip=topology.chip.override(room, source))
     return Calibration(before, topology, timings, source, time.monotonic() - started)

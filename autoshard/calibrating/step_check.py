@@ -37,7 +37,7 @@ class StepCheck:
         return (self.predicted_seconds + self.start_seconds) / self.measured_seconds
 
 
-def checked(workload: Workload, topology: Topology, progress: Callable[[str], None] = lambda _: None) -> StepCheck:
+def check_step(workload: Workload, topology: Topology, progress: Callable[[str], None] = lambda _: None) -> StepCheck:
     """Plans a workload on a topology, runs it on the attached devices, and times it.
 
     Arguments are zeros; a donated argument is the result that took its memory in the previous step.

@@ -48,7 +48,7 @@ def sweep(
     from autoshard.sweep.runner import Sweep
     from autoshard.sweep.store import Store
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if dask is not None and ray is not None:
             raise common.Misuse("Give either --dask or --ray, not both.")
         asked = load_job(job)
@@ -192,7 +192,7 @@ def ask(
     from autoshard.sweep.analysis import answers
     from autoshard.sweep.analysis.rows import load_sweep
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
         found = load_sweep(sweep)
         for each in where or ():
@@ -270,7 +270,7 @@ def _check_limits(limits: dict[str, float | None]) -> None:
 def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) -> None:
     """Writes the plans of the only answer."""
     from autoshard.sweep.store import Store
-    from autoshard.sweep.worker import unpacked
+    from autoshard.sweep.worker import unpack
 
     if len(rows) != 1:
         names = ", ".join(f"{row.phase} on {row.name}" for row in rows) or "none"
@@ -284,9 +284,9 @@ def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) ->
     with Store(store) as kept:
         for phase in row.phase_seconds:
             target = path.with_stem(f"{path.stem}-{phase}") if several else path
-            common.writable(target, force)
+            common.check_output(target, force)
             data = kept.plan(row.key, phase)
             if data is None:
                 raise common.Misuse(f"{store} has no plan of {row.phase} on {row.name}; run the sweep again.")
-            unpacked(data).save(target)
+            unpack(data).save(target)
             typer.echo(f"Wrote {target}.", err=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from autoshard._util.tables import WIDTH, item, size, table, time
 from autoshard.emitting.bind import traced_as
-from autoshard.explaining.bottlenecks import alike_summed
+from autoshard.explaining.bottlenecks import sum_equal_operations
 from autoshard.naming.strategy_names import is_product, weight_operand
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import doubled as doubled_topology
@@ -156,7 +156,7 @@ def remedies(
 
 def _works(program: Program, topology: Topology, plan: Plan, choice: Choice) -> dict[tuple, Work]:
     """Operations with the costs of a what-if; equal operations in one layout are one."""
-    return alike_summed(repriced(program, topology, choice, plan.operations))
+    return sum_equal_operations(repriced(program, topology, choice, plan.operations))
 
 
 def _helping(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:

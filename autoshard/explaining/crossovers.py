@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from autoshard.explaining.named_layouts import Family, Split, families, moved, pinned, total_volume
+from autoshard.explaining.named_layouts import Family, Split, families, find_collectives, pin_by_name, total_volume
 from autoshard.naming.strategy_names import is_product, weight_operand
 from costmodels.dimensions import Dimensions
 from costmodels.machine.lazy_sympy import sympy
@@ -172,7 +172,7 @@ def _here(uses: Sequence[Use]) -> tuple[Use, ...]:
 # --- Volumes and crossovers
 
 
-def sent(block: Block, family: Family, topology: Topology, exact: bool = False) -> Expr:
+def volume_sent(block: Block, family: Family, topology: Topology, exact: bool = False) -> Expr:
     """The bytes that one chip sends in a block under a named layout.
 
     **Arguments:**
@@ -192,14 +192,14 @@ def sent(block: Block, family: Family, topology: Topology, exact: bool = False) 
             by_role = family.hidden if set(block.output) & set(names) else family.outside
         return {name: by_role.get(role, ()) for name, role in roles.items()}
 
-    choice = pinned(block.program, block.dimensions, splits, list(sizes))
-    return total_volume(moved(block.program, block.dimensions, sizes, choice), exact)
+    choice = pin_by_name(block.program, block.dimensions, splits, list(sizes))
+    return total_volume(find_collectives(block.program, block.dimensions, sizes, choice), exact)
 
 
 def volumes(block: Block, topology: Topology, exact: bool = False) -> dict[str, Expr]:
     """Named layout to the bytes that one chip sends in a block, in the order of the family."""
     axes = [axis.name for axis in topology.axes if axis.size > 1]
-    return {family.name: sent(block, family, topology, exact) for family in families(axes)} if axes else {}
+    return {family.name: volume_sent(block, family, topology, exact) for family in families(axes)} if axes else {}
 
 
 def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[Crossover, ...]:
@@ -258,7 +258,7 @@ def numbers_of(block: Block, topology: Topology) -> dict[str, float]:
     return {**{name: float(n) for name, n in block.dimensions.sizes.items()}, **axes}
 
 
-def written(each: Crossover, block: Block) -> str:
+def crossover_text(each: Crossover, block: Block) -> str:
     """A crossover as text: `WG-X sends less than WS-2D from B·L = E (18,432) on`."""
     tokens = text(sympy.Mul(*map(dimension, block.tokens)))
     return f"{each.above} sends less than {each.below} from {tokens} = {text(each.tokens)} ({each.number:,.0f}) on"

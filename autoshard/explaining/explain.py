@@ -8,7 +8,7 @@ from math import isfinite
 
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
@@ -112,7 +112,7 @@ def _axis(axis: Axis) -> str:
 
 
 def _matmuls(plan: PlanRecord, symbolic: bool, width: int) -> Iterator[str]:
-    found = operations_alike(op for op in plan.operations if op.matmul)
+    found = group_operations(op for op in plan.operations if op.matmul)
     if not found:
         return
     rows = [_operation_row(op) for op in found]
@@ -154,7 +154,7 @@ def _formula(op: OperationPlan) -> str:
 
 def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     fused = (op for op in plan.operations if not op.matmul)
-    spent = operations_alike(op for op in fused if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
         return
     listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
@@ -212,7 +212,7 @@ def _collectives(plan: PlanRecord, width: int) -> Iterator[str]:
         return
     rows = [
         (each.kind, _mesh_order(each.axes, plan), size(each.bytes), f"{each.count:g}", time(each.seconds), each.where)
-        for each in collectives_alike(found)
+        for each in group_collectives(found)
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
     yield from _indent(table(headers, rows, "<<>>>~", width - 2))
@@ -245,7 +245,7 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
         return
     rows = [
         (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
-        for array, count in arrays_alike(arrays)
+        for array, count in group_arrays(arrays)
     ]
     total = sum(array.bytes_per_chip for array in arrays)
     headers = ("path", "array", "PartitionSpec", "per chip")

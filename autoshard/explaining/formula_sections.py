@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from textwrap import wrap
 
 from autoshard._util.tables import WIDTH, percent, size, time
-from autoshard.explaining.crossovers import Block, blocks, crossovers, first_of, volumes, written
+from autoshard.explaining.crossovers import Block, blocks, crossover_text, crossovers, first_of, volumes
 from autoshard.explaining.formulas import Cost, Formulas, formulas_of
 from autoshard.explaining.model_shares import breakdown
 from autoshard.naming.strategy_names import is_product, weight_operand
 from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.program.program import Operation
-from costmodels.symbols import Expr, largest_terms, resolved, text
+from costmodels.symbols import Expr, largest_terms, specialize, text
 
 _LEFT_OUT = 0.001
 """The part of a sum that the omitted smallest terms may make up."""
@@ -107,7 +107,7 @@ def _quantities(cost: Cost, found: Formulas, width: int) -> Iterator[str]:
     )
     for name, expression, shown in rows:
         if expression != 0:
-            sum_ = _sum(resolved(expression, found.numbers), found)
+            sum_ = _sum(specialize(expression, found.numbers), found)
             yield from _wrap(f"    {name:10s}", f"{sum_} = {shown(found.at(expression))}", width)
 
 
@@ -176,7 +176,7 @@ def _crossovers(plan: PlanRecord, block: Block, width: int) -> Iterator[str]:
     yield from (f"    {name:8s} {text(each)}" for name, each in volumes(block, plan.topology).items())
     found = crossovers(block, plan.topology)
     yield f"  {found[0].below if found else first_of(block, plan.topology)} sends least with few tokens"
-    yield from (f"  {written(each, block)}" for each in found)
+    yield from (f"  {crossover_text(each, block)}" for each in found)
 
 
 def _wrap(title: str, line: str, width: int) -> Iterator[str]:

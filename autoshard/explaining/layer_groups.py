@@ -16,7 +16,7 @@ _ROUNDED = 6
 """The significant digits in which equal costs agree."""
 
 
-def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
+def group_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
     """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
@@ -35,7 +35,7 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
     ]
 
 
-def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
+def group_collectives(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
     """The collectives, with those of the same kind, axes, bytes and array name merged: their runs and times are summed."""
     return [
         replace(
@@ -50,7 +50,7 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
     ]
 
 
-def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
+def group_arrays(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
     """Groups of arrays of the same shape, dtype, layout and name: one array with the sum of their bytes, and their number."""
     groups = _group(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
     return [

@@ -72,7 +72,7 @@ def families(axes: Sequence[str]) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def pinned(
+def pin_by_name(
     program: Program, dimensions: Dimensions, splits: Callable[[int, Operation], Split], axes: Sequence[str]
 ) -> Choice:
     """The plan that splits named dimensions as given.
@@ -123,7 +123,9 @@ class Moved(NamedTuple):
         return self.runs * volume(self.kind, self.axes, self.payload, exact)
 
 
-def moved(program: Program, dimensions: Dimensions, sizes: Mapping[str, int], choice: Choice) -> tuple[Moved, ...]:
+def find_collectives(
+    program: Program, dimensions: Dimensions, sizes: Mapping[str, int], choice: Choice
+) -> tuple[Moved, ...]:
     """The collectives of a pinned plan, with each reshard by the steps that send least.
 
     Consecutive gathers are one gather over all their axes, and so are scatters: the volume is the same,

@@ -138,7 +138,7 @@ def census_of(program: Program, chip: str | Chip = "v5e") -> Census:
     return Census(program.name, f"one {on.name} that runs all of it", _rows(listed), program.warnings)
 
 
-def planned_census(plan: PlanRecord) -> Census:
+def census_of_plan(plan: PlanRecord) -> Census:
     """The census of a plan: the seconds of every operation as planned, with its reshards.
 
     **Raises:** `ValueError` for a plan from an older file, which lacks its program.

@@ -18,7 +18,7 @@ from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, Leaf, leaves, mesh_axes
 from autoshard.export.python import literal, sequence
-from autoshard.export.specs import module, nested
+from autoshard.export.specs import module, nest
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
@@ -49,7 +49,7 @@ def render_flax(plan: PlanRecord, argument: str | int | None = None, axes: Axes 
     at = None if argument is None else position(plan, argument)
     tree = plan.in_tree.data if at is None else plan.in_tree.data["tuple"][at]
     what = "The arguments" if at is None else f"The arrays of {heads(plan)[at]}"
-    labels = nested(tree, [python.spec(each.names) for each in arrays], imports, what)
+    labels = nest(tree, [python.spec(each.names) for each in arrays], imports, what)
     doc = (
         f"The layouts of {plan.name}, planned for {plan.topology.name}, by logical axes.\n\n"
         "LOGICAL_AXIS_RULES are for flax.linen.logical_axis_rules and flax.nnx.logical_axis_rules; each name has one rule.\n"

@@ -28,7 +28,7 @@ def sequence(items: Sequence[Source], brackets: str = "()") -> Group:
     return Group(brackets[0], tuple(("", item) for item in items), brackets[1])
 
 
-def assigned(name: str, value: Source) -> str:
+def assignment(name: str, value: Source) -> str:
     """The statement `name = value`, on one or several lines."""
     return _write(f"{name} = ", value, "", "")
 

@@ -9,7 +9,7 @@ from typing import Any
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import margin, short_name, spec_text
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
@@ -84,7 +84,7 @@ def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _arrays(plan: PlanRecord) -> list[dict[str, Any]]:
     roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
-    every = [(array, count, role) for role, arrays in roles.items() for array, count in arrays_alike(arrays)]
+    every = [(array, count, role) for role, arrays in roles.items() for array, count in group_arrays(arrays)]
     largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
     return [_array(*found) for found in largest]
 
@@ -102,7 +102,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
 
 
 def _operations(plan: PlanRecord) -> list[dict[str, Any]]:
-    spent = operations_alike(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
     return [
         {
             "name": short_name(op),
@@ -131,7 +131,7 @@ def _collectives(plan: PlanRecord) -> list[dict[str, Any]]:
             "seconds": each.seconds,
             "where": each.where,
         }
-        for each in sorted(collectives_alike(plan.estimate.collectives), key=lambda each: -each.seconds)
+        for each in sorted(group_collectives(plan.estimate.collectives), key=lambda each: -each.seconds)
     ]
 
 

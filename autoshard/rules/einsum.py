@@ -72,7 +72,7 @@ class Einsum:
         return found
 
 
-def parsed(text: str, kinds: Mapping[FactorKind, str]) -> Einsum:
+def parse_rule(text: str, kinds: Mapping[FactorKind, str]) -> Einsum:
     """Parses a rule such as `b s h d, b t h d -> b s h d`.
 
     **Arguments:**

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
-from autoshard.rules.shape import cut_dims, element, shifted_by, single_elements, windowed
+from autoshard.rules.shape import cut_dims, element, shift, single_elements, window_dims
 from costmodels.program.program import FactorKind
 
 # --- Slices at a traced start
@@ -65,7 +65,7 @@ def _local_dynamic_slice(eqn, rule: Rule, pieces: Pieces, operand, *starts):
     own, here = _own_starts(rule, pieces, window, starts)
     for i in cut_dims(rule, pieces, window):
         if window[i]:
-            operand = shifted_by(operand, i, own[i], pieces.size(window[i][0]))
+            operand = shift(operand, i, own[i], pieces.size(window[i][0]))
             own[i] = jnp.zeros_like(own[i])
     found = lax.dynamic_slice(operand, own, local_shape(window, pieces), allow_negative_indices=False)
     return [jnp.where(reduce(and_, here), found, jnp.zeros_like(found)) if here else found]
@@ -76,7 +76,7 @@ def dynamic_slice(inputs, outputs, **_):
     """`[a,b,c],[] -> [a,d,1] sum={b,c}`: as `slice`; a dimension that the window spans may be split."""
     factors = Factors()
     single = "sum" if summable(inputs[0]) else "whole"
-    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, single)
     starts = ((),) * (len(inputs) - 1)
     linear = (frozenset({0}),)
     return Rule(factors.done(), (left, *starts), (right,), linear, flops_per_point=0.0, local=_local_dynamic_slice)
@@ -105,7 +105,7 @@ def _overlap(update, dim: int, start, size: int):
     begin = jnp.clip(start, 0, size - length)
     offset = begin - start
     place = offset + lax.broadcasted_iota(offset.dtype, [length if i == dim else 1 for i in range(update.ndim)], dim)
-    return shifted_by(update, dim, offset, length), begin, (place >= 0) & (place < count)
+    return shift(update, dim, offset, length), begin, (place >= 0) & (place < count)
 
 
 def _row_major(piece):
@@ -122,7 +122,7 @@ def _row_major(piece):
 def dynamic_update_slice(inputs, outputs, **_):
     """`[a,b,c],[a,d,1] -> [a,b,c]`: in place; each chip writes the part on its shard. The traffic is that of the update."""
     factors = Factors()
-    left, right = windowed(factors, inputs[0].shape, inputs[1].shape, "parallel")
+    left, right = window_dims(factors, inputs[0].shape, inputs[1].shape, "parallel")
     starts = ((),) * (len(inputs) - 2)
     return Rule(
         factors.done(),

@@ -12,7 +12,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autoshard.rules.einsum import Einsum, RuleError, parsed, rule_of
+from autoshard.rules.einsum import Einsum, RuleError, parse_rule, rule_of
 from autoshard.rules.rule import REGISTRY, Pieces, Rule, local_shape
 
 _PREFIX = "rule:"
@@ -64,7 +64,7 @@ def rule(
     **Raises:** `RuleError` for an invalid text and, at the call, for arrays that do not fit it.
     """
     kinds = {kind: names for kind, names in (("whole", whole), ("sum", sum), ("max", max)) if names}
-    einsum = parsed(text, kinds)  # pyright: ignore[reportArgumentType]
+    einsum = parse_rule(text, kinds)  # pyright: ignore[reportArgumentType]
     if primitive:
         return functools.partial(_for_primitive, primitive, einsum, flops_per_point)
     return functools.partial(_for_function, einsum, flops_per_point)

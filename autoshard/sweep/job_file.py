@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 from autoshard.sweep.job import LENGTHS, Constraints, Job, JobError, Knob, Location, Phase, Together
 
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
@@ -41,7 +41,7 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
 
     **Raises:** `JobError`.
     """
-    needed("pydantic")
+    require("pydantic")
     from pydantic import ValidationError
 
     from autoshard.sweep.schema import JobFile

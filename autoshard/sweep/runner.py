@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from autoshard.errors import AutoshardError
 from autoshard.sweep.engines import Engine, WorkerDied, here
 from autoshard.sweep.job import Constraints
-from autoshard.sweep.lower_bounds import ruled_out
+from autoshard.sweep.lower_bounds import reason_to_prune
 from autoshard.sweep.points import Point, Unmade, key
 from autoshard.sweep.results import FAILED, PRUNED, Result
 from autoshard.sweep.store import Store, StoreError
@@ -97,7 +97,7 @@ class Sweep:
         if isinstance(point, Unmade):
             return Done(point, Result(FAILED, point.why))
         try:
-            name, why = key(point), ruled_out(point, *self._limits())
+            name, why = key(point), reason_to_prune(point, *self._limits())
         except AutoshardError as error:
             return Done(point, Result(FAILED, str(error)))
         except Exception as error:  # the user's function may raise anything while it is traced

@@ -19,7 +19,7 @@ import pytest
 
 from autoshard.sweep import engines
 from autoshard.sweep.analysis.rows import Row, sweep_result
-from autoshard.sweep.extras import MissingExtra, needed
+from autoshard.sweep.extras import MissingExtra, require
 from autoshard.sweep.points import points
 from autoshard.sweep.results import FAILED, SOLVED, Result
 from autoshard.sweep.runner import Sweep
@@ -283,4 +283,4 @@ def test_a_worker_of_a_cluster_that_dies_costs_its_own_points_only(tmp_path: Pat
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r'pip install "autoshard\[dask\]"'):
-        needed("distributed")
+        require("distributed")

@@ -144,7 +144,7 @@ def _words(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
                     else "as fast as"
                 )
                 over = f"over {len(pairs)} pairs of points{spread}"
-                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {held_said(pairs)}."
+                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {memory_text(pairs)}."
 
 
 _SAME = 0.005
@@ -156,7 +156,7 @@ def mean_gain(pairs: Sequence[Gain]) -> float:
     return exp(sum(log(pair.latency) for pair in pairs) / len(pairs))
 
 
-def held_said(pairs: Sequence[Gain]) -> str:
+def memory_text(pairs: Sequence[Gain]) -> str:
     """The memory of the second rows relative to the first, such as `81.9 % of the memory` or `as much memory`."""
     part = sum(pair.second.peak_bytes for pair in pairs) / sum(pair.first.peak_bytes for pair in pairs)
     if abs(part - 1) <= _SAME:
