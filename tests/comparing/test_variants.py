@@ -71,7 +71,7 @@ def test_pins_are_kept_and_the_program_computes_the_same():
         ({"params.nothing": P("x")}, "matches no argument; there are params.down, params.up, x."),
         ({"params.up": P("w")}, "names axis 'w'; cpu:2x2 has x, y."),
         ({"params.up": P("x", "x")}, "uses an axis twice"),
-        ({"x": P(("x", "y"), None, "x")}, "pins 3 dimensions"),
+        ({"x": P(("x", "y"), None, "x")}, "at most 2 dimensions, got 3"),
         ({"params.*": P("x"), "params.up": P("y")}, "contradicts another pin of params['up']"),
         (({"up": P("x")},), "has 1 leaves, the arguments 3"),
     ),
