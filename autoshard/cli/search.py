@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from autoshard.plan import Plan
 
 
+class Solver(StrEnum):
+    """Who searches."""
+
+    presolved = "presolved"
+    cp_sat = "cp-sat"
+
+
 class Compiler(StrEnum):
     """The compilers that verify plans."""
 
@@ -43,6 +50,9 @@ def search(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Compare with baselines: data parallel, Megatron 1D, ...")
     ] = False,
+    solver: Annotated[
+        Solver, typer.Option(help="CP-SAT after presolve, or alone: a reference for small functions and meshes.")
+    ] = Solver.presolved,
     verify: Annotated[
         Compiler | None,
         typer.Option(help="Compile the best plans, and take the one with the fastest compiled program."),
@@ -87,6 +97,7 @@ def search(
                 fold=fold,
                 memory_bytes=None if memory is None else memory * 2**30,
                 baselines=baselines,
+                solver=solver.value,
                 dims={**work.dims, **common.names(dims)},
             )
             verified = None

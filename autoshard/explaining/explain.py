@@ -13,6 +13,7 @@ from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
 from costmodels.machine.topology import Axis
+from search.answer.solution import Proof
 from search.formulation.layouts import Layout
 
 _STOPPED = {"time limit": "the time limit", "interrupted": "an interruption"}
@@ -77,17 +78,32 @@ def _header(plan: PlanRecord) -> Iterator[str]:
         f"  peak memory  {size(estimate.peak_bytes)} of {size(room)} per chip ({percent(estimate.peak_bytes / room)}),"
         f" at {estimate.peak_where}"
     )
+    if words := plan.emission.words():
+        yield f"  emission     {words}"
     if proof.status == "OPTIMAL":
         yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
     else:
         bound = f"no plan is faster than {time(proof.bound_seconds)}"
         yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
-    tried = f"{proof.states:,} strategies and layouts, {proof.branches} branches"
-    stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
-    yield f"               {tried}, {proof.wall_seconds:.1f} s{stopped}"
+    yield from _deciders(proof)
     if proof.memory_seconds_per_byte:
         saved = time(proof.memory_seconds_per_byte * 2**30)
         yield f"  memory       is full: by the bound, each GiB more per chip saves about {saved}"
+
+
+def _deciders(proof: Proof) -> Iterator[str]:
+    """The work of presolve and of the solver; a plan from an older file has only the totals."""
+    parts = f", {proof.branches} branches" if proof.branches else ""
+    stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
+    if not proof.solver:
+        yield f"               {proof.states:,} strategies and layouts{parts}, {proof.wall_seconds:.1f} s{stopped}"
+        return
+    below = (proof.objective_seconds - proof.presolve_bound_seconds) / proof.objective_seconds
+    left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+    size = f"{proof.booleans:,} booleans, {proof.constraints:,} constraints"
+    bound = f"a bound {percent(max(below, 0.0))} below the plan"
+    yield f"  presolve     left {left}, and {bound}, in {proof.presolve_seconds:.1f} s"
+    yield f"  solver       {proof.solver}: {proof.solver_status}, {size}{parts}, {proof.solver_seconds:.1f} s{stopped}"
 
 
 def _pricing(pricing: Pricing) -> str:
@@ -243,14 +259,23 @@ def spec_text(layout: Layout) -> str:
 def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
     if not arrays:
         return
+    alike = group_arrays(arrays)
     rows = [
         (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
-        for array, count in group_arrays(arrays)
+        for array, count in alike
     ]
+    headers, sides = ("path", "array", "PartitionSpec", "per chip"), "/~<>"
+    if any(map(order_text, arrays)):
+        rows = [(*row, order_text(array)) for row, (array, _) in zip(rows, alike, strict=True)]
+        headers, sides = (*headers, "major to minor"), sides + "<"
     total = sum(array.bytes_per_chip for array in arrays)
-    headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"
-    yield from _indent(table(headers, rows, "/~<>", width - 2))
+    yield from _indent(table(headers, rows, sides, width - 2))
+
+
+def order_text(array: ArrayPlan) -> str:
+    """The dimensions from major to minor in memory, `0,2,1`; empty for row-major, and for the device's default."""
+    return "" if array.order in ((), tuple(range(len(array.shape)))) else ",".join(map(str, array.order))
 
 
 # --- Constants and warnings

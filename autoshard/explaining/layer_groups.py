@@ -51,8 +51,12 @@ def group_collectives(collectives: Iterable[PlannedCollective]) -> list[PlannedC
 
 
 def group_arrays(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Groups of arrays of the same shape, dtype, layout and name: one array with the sum of their bytes, and their number."""
-    groups = _group(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
+    """Groups of arrays that differ only in their layer's number: one array with the sum of their bytes, and their number."""
+
+    def kind(each: ArrayPlan) -> Hashable:
+        return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
+
+    groups = _group(arrays, kind)
     return [
         (
             replace(

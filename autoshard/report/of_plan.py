@@ -8,12 +8,13 @@ from typing import Any
 
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
-from autoshard.explaining.explain import margin, short_name, spec_text
+from autoshard.explaining.explain import margin, order_text, short_name, spec_text
 from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
-from search.answer.check import alive_bytes
+from search.answer.check_memory import alive_bytes
+from search.answer.solution import Proof
 
 _MOST_CHIPS = 1024
 """The maximum number of drawn chips."""
@@ -60,6 +61,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
     return [
         {"name": "step", "value": time(estimate.seconds), "note": f"{time(local)} on the chip, {wire} of collectives"},
         {"name": "proof", "value": proof.status, "note": proven if proof.status == "OPTIMAL" else gap},
+        *_decided(proof),
         {
             "name": "memory",
             "value": size(estimate.peak_bytes),
@@ -67,6 +69,15 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
         },
         {"name": "chips", "value": f"{plan.topology.size} × {plan.topology.chip.name}", "note": plan.topology.name},
     ]
+
+
+def _decided(proof: Proof) -> list[dict[str, str]]:
+    """The deciding solver, with the rest of presolve; empty for a plan from an older file."""
+    if not proof.solver:
+        return []
+    left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+    note = f"{proof.solver_status} on {proof.booleans:,} booleans; presolve left {left}"
+    return [{"name": "solver", "value": proof.solver, "note": note}]
 
 
 def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -97,6 +108,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
+        "order": order_text(array),
         "bytes": array.bytes_per_chip,
     }
 

@@ -42,8 +42,8 @@ class PhaseResult:
 class Result:
     """The outcome of a point; without a plan `phases` is empty, and `why` has the reason.
 
-    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `wall_seconds` and `plans`
-    (compressed JSON by phase) are not compared.
+    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `proofs` (by phase),
+    `wall_seconds` and `plans` (compressed JSON by phase) are not compared.
     """
 
     outcome: str
@@ -53,6 +53,7 @@ class Result:
     gap: float = 0.0
     handoff_seconds: float = 0.0
     wall_seconds: float = field(default=0.0, compare=False)
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
     plans: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:

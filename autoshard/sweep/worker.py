@@ -42,6 +42,7 @@ def solve(point: Point, expected: str = "") -> Result:
         gap=max(proof.gap for proof in proofs),
         handoff_seconds=handoff_seconds,
         wall_seconds=time.monotonic() - started,
+        proofs={name: plan.proof.account() for name, plan in plans.items()},
         plans={name: pack(plan) for name, plan in plans.items()},
     )
 

@@ -19,6 +19,7 @@ from autoshard.auditing.replay import Replay
 from autoshard.comparing.verify import Candidate, Verification
 from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
+from autoshard.planning.emission import Emission
 from autoshard.planning.plan_file import dumps
 from examples import palm
 from tests.support.cli import refused, run
@@ -272,6 +273,36 @@ def test_a_best_program_that_is_much_slower_than_planned_is_said(plan: autoshard
     assert "3.00 × the plan" in str(found) and "a step takes 3.00 times" in str(found)
     monkeypatch.setattr("autoshard.comparing.verify.verify", lambda *args, **options: found)
     assert run("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host").exit_code == 1
+
+
+def test_the_fastest_way_to_emit_is_kept_and_said(plan: autoshard.Plan):
+    work = palm.decode(size="tiny", batch=8, context=16)
+    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
+    other = replace(plan, emission=Emission("compiler", residual_barriers=False))
+    first = Candidate(1, plan, replace(audit, compute_seconds=4e-3))
+    for seconds, kept in ((1e-3, other), (8e-3, plan)):
+        variant = Candidate(1, other, replace(audit, compute_seconds=seconds))
+        found = Verification((first,), True, (variant, Candidate(1, other, None, "too large")))
+        assert found.best is kept and loads(dumps(found.best)).emission == kept.emission
+        assert found.gain == pytest.approx(first.seconds / min(first.seconds, variant.seconds))
+    assert "The plan stays as it was." in str(found) and "too large" in str(found)
+    faster = str(Verification((first,), True, (replace(variant, audit=replace(audit, compute_seconds=1e-3)),)))
+    assert "The plan keeps the compiler's formats, no barriers in residual sums" in faster
+
+
+@pytest.mark.tpu
+def test_formats_that_save_a_relayout_are_found():
+    """By default a table of 2,880 columns lies with its rows along the lanes, where they pad less; a look-up wants columns."""
+
+    def step(table, tokens):
+        return table[tokens] * jnp.bfloat16(2)
+
+    args = jax.ShapeDtypeStruct((20_000, 2_880), jnp.bfloat16), jax.ShapeDtypeStruct((32,), jnp.int32)
+    plan = autoshard.search(step, *args, topology="v5e:1x1")
+    found = autoshard.verify(plan, step, *args, k=1)
+    assert found.gain > 10 and found.best.emission == Emission("compiler")
+    assert found.best.arguments[0].order == (0, 1)
+    assert not autoshard.verify(plan, step, *args, k=1, tune=False).variants
 
 
 def test_verify_as_a_command(tmp_path: Path):

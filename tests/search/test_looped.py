@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import autoshard
@@ -21,8 +21,9 @@ from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import build
 from search.formulation.reshard import reshard_table
 from search.solve import Limits, NoPlan, search
+from tests.support.enumeration import best, enumerable
 from tests.support.layout_strategies import random_states
-from tests.support.programs import TOPOLOGIES, brute_force, programs
+from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
 
 
 def pieces_first(text: str | Topology, faster: float = 1.0, **pricing) -> Topology:
@@ -44,13 +45,10 @@ def exposed(topology: Topology, overlap: float = 0.0) -> Topology:
 
 
 @settings(max_examples=20)
-@given(programs(), topologies(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
-def test_the_search_equals_brute_force(program, topology, part):
+@given(small_programs(), topologies(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration(program, topology, part):
     whole = part * sum(value.bytes for value in program.values)
-    problem = build(program, topology, whole)
-    if np.prod([float(len(node.states)) for node in problem.nodes]) > 3e4:
-        return
-    least = brute_force(problem)
+    least = best(enumerable(build(program, topology, whole)))
     try:
         found = search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - whole))
     except NoPlan:
@@ -75,8 +73,8 @@ def test_looping_lies_between_hiding_nothing_and_hiding_all(program, topology):
 def test_the_checker_prices_any_choice_as_the_search_does(program, topology, seed):
     problem = build(program, topology, np.inf)
     states = random_states(problem, np.random.default_rng(seed))
-    if states is None:
-        return
+    assume(states is not None)
+    assert states is not None
     choice = choice_of(problem, states)
     found, plain = check(program, topology, choice), check(program, exposed(topology), choice)
     assert found.seconds == pytest.approx(problem.objective(states), rel=1e-9)
@@ -94,8 +92,8 @@ def test_a_given_layout_loops_what_hides_the_most(program, topology, seed):
     problem = build(program, topology, np.inf)
     rng = np.random.default_rng(seed)
     states = random_states(problem, rng)
-    if states is None:
-        return
+    assume(states is not None)
+    assert states is not None
     best = looped(program, topology, choice_of(problem, states))
     other = tuple(s._replace(looped=int(rng.integers(-1, 2))) for s in best.strategies)
     least = check(program, topology, best).seconds

@@ -31,6 +31,7 @@ class Row:
     - `chip_seconds_per_token`: chips × seconds / tokens, $nt/(BL)$ in Pope et al. 2022; `price` is the money per million
       tokens, None without a price of the chip.
     - `mfu`: FLOPs of the program's matmuls (with attention, and with padded heads) over the chips' peak.
+    - `proofs`: phase to the solver and its proof.
     - `layout`: phase to matmul to strategy, the largest matmuls first. `phase_seconds`: of one step of each phase;
       `phase_kinds`: the kind of each.
     """
@@ -59,6 +60,7 @@ class Row:
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     phase_kinds: Mapping[str, str] = field(default_factory=dict)
     handoff_seconds: float = 0.0
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -226,6 +228,7 @@ def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[
         "phase_seconds": {run.phase: each.seconds for run, each in pairs},
         "phase_kinds": {run.phase: run.kind for run, _ in pairs},
         "handoff_seconds": result.handoff_seconds,
+        "proofs": dict(result.proofs),
     }
 
 
