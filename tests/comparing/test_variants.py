@@ -136,6 +136,7 @@ def test_operations_account_for_the_whole_difference(plan: autoshard.Plan):
     assert json.loads(json.dumps(found.to_dict()))["after"]["seconds"] == found.after.estimate.seconds
 
 
+@pytest.mark.long
 def test_less_memory_is_priced_or_refused(plan: autoshard.Plan):
     peak = plan.estimate.peak_bytes
     assert autoshard.why_not(plan, memory_bytes=0.9 * peak).seconds >= -1e-9 * plan.estimate.seconds
@@ -258,6 +259,7 @@ def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
     assert "too large" in str(found) and "changes the model's order" in str(found)
 
 
+@pytest.mark.long
 def test_verify_as_a_command(tmp_path: Path):
     found = run(
         "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"
