@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.naming.strategy_names import strategy_name, weight_operand
 from autoshard.tracing.blocks import Traced
 from autoshard.tracing.trace import trace
@@ -115,7 +116,7 @@ def workload(row: Row) -> Workload:
 def traced(row: Row) -> Traced:
     """The row's program."""
     work = workload(row)
-    return trace(work.fn, *work.args, donate_argnums=work.donate_argnums)
+    return annotate_traffic(trace(work.fn, *work.args, donate_argnums=work.donate_argnums))
 
 
 Allow = Callable[[int, Strategy], bool]

@@ -47,10 +47,11 @@ def cache_bytes_of_a_token(size: str, batch: int) -> float:
 
 
 def _decode_program(size: str, batch: int, context: int) -> Program:
+    from autoshard.annotating.hbm_traffic import annotate_traffic
     from autoshard.tracing.trace import trace
 
     work = palm.decode(size, batch=batch, context=context)
-    return trace(work.fn, *work.args, donate_argnums=work.donate_argnums).program
+    return annotate_traffic(trace(work.fn, *work.args, donate_argnums=work.donate_argnums)).program
 
 
 def _caches(program: Program) -> list[int]:

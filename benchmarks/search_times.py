@@ -106,12 +106,13 @@ def measured(case: Case) -> dict[str, Any]:
         weights = {phase: weight for phase, weight, _ in case.phases}
         proof = search_phases(works, shared="params", weights=weights, topology=case.topology).proof
     else:
+        from autoshard.annotating.hbm_traffic import annotate_traffic
         from autoshard.tracing.trace import trace
         from costmodels.machine.topology import parse_topology
         from search.solve import search
 
         (work,) = works.values()
-        traced = trace(work.fn, *work.args, donate_argnums=work.donate_argnums)
+        traced = annotate_traffic(trace(work.fn, *work.args, donate_argnums=work.donate_argnums))
         proof = search(traced.program, parse_topology(case.topology)).proof
     return {
         "row": case.name,

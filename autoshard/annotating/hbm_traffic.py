@@ -14,8 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CAST
 from costmodels.program.program import Operation, Program, Use
+
+
+def annotate_traffic(traced: Traced) -> Traced:
+    """Gives the operations of a traced function their HBM traffic."""
+    return dataclasses.replace(traced, program=with_traffic(traced.program))
 
 
 def with_traffic(program: Program) -> Program:

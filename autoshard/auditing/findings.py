@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import size
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Axes, Pair, axes_of, literal
 from autoshard.auditing.redundant_work import repeated
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.planning.records import PlannedCollective
 from costmodels.machine.collectives import seconds_on, wire_bytes
 from costmodels.machine.topology import Topology

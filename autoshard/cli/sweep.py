@@ -40,7 +40,7 @@ def sweep(
 
     from autoshard.sweep.analysis.answers import render
     from autoshard.sweep.analysis.rows import sweep_result
-    from autoshard.sweep.job import load_job
+    from autoshard.sweep.job_file import load_job
     from autoshard.sweep.points import points
     from autoshard.sweep.results import FAILED
     from autoshard.sweep.runner import Sweep

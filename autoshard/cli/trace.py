@@ -25,6 +25,7 @@ def trace(
 
     autoshard trace --census examples/palm.py:decode --set batch=64
     """
+    from autoshard.annotating.hbm_traffic import annotate_traffic
     from autoshard.explaining.rule_coverage import census_of, summary
     from autoshard.tracing.trace import trace as traced
     from costmodels.machine.chips import UnknownChipError
@@ -36,7 +37,9 @@ def trace(
         except UnknownChipError as error:
             raise common.Misuse(str(error)) from error
         work = common.workload(target, common.settings(sizes))
-        found = traced(work.fn, *work.args, donate_argnums=work.donate_argnums, name=work.name, strict=strict)
+        found = annotate_traffic(
+            traced(work.fn, *work.args, donate_argnums=work.donate_argnums, name=work.name, strict=strict)
+        )
         counted = census_of(found.program, on)
         if json:
             typer.echo(json_module.dumps(counted.to_dict(), indent=1))

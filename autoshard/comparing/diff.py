@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import WIDTH, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.explain import short_name
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.plan import Plan
 from autoshard.planning.records import ArrayPlan, OperationPlan
 

@@ -9,9 +9,9 @@ from math import isfinite
 from operator import add
 from typing import Any
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import WIDTH, percent, table, time
 from autoshard.explaining.explain import short_name
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.bottlenecks import REGIMES, Work, divided, regime, total
 from costmodels.machine.collectives import seconds as collective_seconds

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autoshard._util.tables import WIDTH, item, percent, table, time
+from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing.trace import trace
 from costmodels.machine.chips import Chip
@@ -121,7 +122,7 @@ def census(fn: Callable[..., Any], *args: Any, chip: str | Chip = "v5e") -> Cens
 
     **Raises:** `TraceError`.
     """
-    return census_of(trace(fn, *args).program, chip)
+    return census_of(annotate_traffic(trace(fn, *args)).program, chip)
 
 
 def census_of(program: Program, chip: str | Chip = "v5e") -> Census:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from autoshard.annotating.hbm_traffic import with_traffic
 from autoshard.errors import TraceError
 from autoshard.tracing.blocks import Literal, Traced
 from autoshard.tracing.closed_over import closed_over, first_alike
@@ -61,7 +60,7 @@ def trace(
         tuple(dict.fromkeys(tracer.warnings)),
     )
     return Traced(
-        program=with_traffic(program),
+        program=program,
         block=block,
         argument_values=tuple(argument_values),
         constant_values=tuple(constant_values),

@@ -13,9 +13,9 @@ from jax import lax
 
 import autoshard
 from autoshard.explaining.rule_coverage import census_of, planned_census
-from autoshard.tracing.trace import trace
 from tests.support.cli import refused, run
 from tests.support.paths import PALM, TINY
+from tests.support.tracing import trace
 
 X = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 

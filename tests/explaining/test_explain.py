@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import percent, size, table, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import render, spec_text
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.plan import Plan
 from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from autoshard.sweep.results import _layout

@@ -18,7 +18,6 @@ from autoshard.comparing.what_if import batch_of, state_values, weight_values
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.roofline import draw, save_roofline
 from autoshard.planning.infeasibility import doubled as twice_the_chips
-from autoshard.tracing.trace import trace
 from costmodels.bottlenecks import REGIMES, Work, divided, regime
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.conventions import Pricing
@@ -28,6 +27,7 @@ from examples import palm
 from search.answer.check import check
 from tests.support.cli import run
 from tests.support.paths import PALM, TINY
+from tests.support.tracing import trace
 
 SECONDS = st.floats(0, 10, allow_subnormal=False)
 

@@ -19,8 +19,8 @@ from jax.interpreters import mlir
 import autoshard
 from autoshard.rules.einsum import parsed, rule_of
 from autoshard.rules.rule import REGISTRY
-from autoshard.tracing.trace import trace
 from tests.support.layout_strategies import assert_layouts_do_not_matter, op_steps
+from tests.support.tracing import trace
 
 Q, K, V = (
     jnp.asarray(np.random.default_rng(i).standard_normal((4, 8, n, 4)), jnp.float32) for i, n in enumerate((8, 4, 4))

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoshard.tracing.trace import trace
 from costmodels.program.program import Program
 from search.formulation.colour_refinement import refine
 from search.formulation.layer_folding import classes, folds
 from tests.support.effort import examples
+from tests.support.tracing import trace
 
 WIDTH, LAYERS = 8, 12
 

@@ -19,7 +19,8 @@ from autoshard.sweep.analysis.advice import advice
 from autoshard.sweep.analysis.answers import render
 from autoshard.sweep.analysis.frontier import cheapest, fastest, frontier, gains, longest, switches
 from autoshard.sweep.analysis.rows import Row, SweepResult, family, load_sweep, sweep_result
-from autoshard.sweep.job import Job, JobError, job_of, line_of
+from autoshard.sweep.job import Job, JobError
+from autoshard.sweep.job_file import job_of, line_of
 from autoshard.sweep.lower_bounds import bound_of, ruled_out
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
@@ -27,7 +28,6 @@ from autoshard.sweep.runner import Sweep
 from autoshard.sweep.slice_shapes import shapes
 from autoshard.sweep.store import Store
 from autoshard.sweep.worker import solve, unpacked
-from autoshard.tracing.trace import trace
 from costmodels.machine.chips import chip
 from costmodels.machine.topology import parse_topology
 from tests.support.effort import examples
@@ -36,6 +36,7 @@ from tests.support.layout_strategies import blocks
 from tests.support.models import Block, arguments, function
 from tests.support.paths import SUPPORT
 from tests.support.sweep_target import network
+from tests.support.tracing import trace
 
 # --- The job file
 
