@@ -69,6 +69,9 @@ class PhasePlans(Mapping[str, Plan]):
             f"Weighted sum {time(proof.objective_seconds)}: {proof.status}, gap {proof.gap:.2%},"
             f" found in {proof.wall_seconds:.1f} s."
         )
+        if proof.solver:
+            left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+            lines.append(f"{proof.solver}: {proof.solver_status} on {proof.booleans:,} booleans; presolve left {left}.")
         return "\n".join(lines) + "\n"
 
 

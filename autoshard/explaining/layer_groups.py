@@ -1,4 +1,4 @@
-"""What an unrolled model has many of, as one: `params['layers'][*]['wq']` for the `wq` of all layers."""
+"""Groups of equal rows of an unrolled model: `params['layers'][*]['wq']` for the `wq` of all layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 _ROUNDED = 6
-"""Significant digits within which two costs are the same."""
+"""The significant digits in which equal costs agree."""
 
 
 def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
-    """Operations that are planned alike as one, with the sums of their runs and times."""
+    """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
         each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
@@ -36,7 +36,7 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
 
 
 def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
-    """Collectives of the same kind, axes and bytes for arrays alike as one, with the sums of their runs and times."""
+    """The collectives, with those of the same kind, axes, bytes and array name merged: their runs and times are summed."""
     return [
         replace(
             group[0],
@@ -51,8 +51,12 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
 
 
 def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Arrays of the same shape, type and layout at places alike as one, with the sum of their bytes; and how many they are."""
-    groups = _grouped(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
+    """Arrays that differ in the number of their layer alone as one, with the sum of their bytes; and how many they are."""
+
+    def kind(each: ArrayPlan) -> Hashable:
+        return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
+
+    groups = _grouped(arrays, kind)
     return [
         (
             replace(

@@ -17,19 +17,19 @@ _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
 def load_job(path: str | Path) -> Job:
     """Reads and checks a job file.
 
-    **Raises:** `JobError`, naming every fault with its line and key; `OSError` when there is no such file.
+    **Raises:** `JobError`, with every error by line and key; `OSError` if there is no such file.
     """
     path = Path(path)
     try:
         text = path.read_text("utf-8")
         data = tomllib.loads(text)
     except ValueError as error:
-        raise JobError(f"{path} is no TOML: {error}{_quoted(path, str(error))}.") from error
+        raise JobError(f"{path} is not valid TOML: {error}{_quoted(path, str(error))}.") from error
     return job_of(data, path.parent, path.stem, str(path), text)
 
 
 def _quoted(path: Path, error: str) -> str:
-    """The line that a complaint about TOML is of, which names no key."""
+    """The line to which a TOML error refers."""
     if (found := re.search(r"at line (\d+)", error)) is None:
         return ""
     lines = path.read_text("utf-8").splitlines()
@@ -37,7 +37,7 @@ def _quoted(path: Path, error: str) -> str:
 
 
 def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
-    """A job from plain data, as `load_job` from a file.
+    """The job of plain data, as `load_job` reads it from a file.
 
     **Raises:** `JobError`.
     """
@@ -88,7 +88,7 @@ def _job(read: Any, folder: Path, name: str) -> Job:
 
 
 def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> tuple[str, ...]:
-    """What changes how much a token takes: the lengths, and numbers that make no tokens, such as a width."""
+    """The variables that change the work per token: the lengths, and numbers that no token count uses, such as a width."""
     makes_tokens = set(re.findall(r"\w+", " ".join(phase.tokens for phase in phases))) - set(LENGTHS)
     numbers = (key for key, values in vary.items() if all(type(value) in (int, float) for value in values))
     return tuple(key for key in numbers if key not in makes_tokens)
@@ -99,9 +99,9 @@ def _said(fault: Mapping[str, Any]) -> str:
     given = fault.get("input")
     shown = f", got {given!r}" if isinstance(given, Knob) and fault["type"] != "extra_forbidden" else ""
     if fault["type"] == "extra_forbidden":
-        return "is no key of a job; look for a slip of the pen"
+        return "is not a key of a job; check its spelling"
     if fault["type"] == "too_short":
-        return "is empty; at least one would do"
+        return "must have at least one entry, got none"
     return message[0].lower() + message[1:] + shown
 
 
@@ -117,11 +117,11 @@ def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> st
 
 
 _TAGS = ("list", "str", "int", "float", "bool", "constrained-int", "dict[literal['of'],str]", "[key]")
-"""What the schema's library puts into the places of values that may be of several types."""
+"""The tags that pydantic adds to the locations of values with several types."""
 
 
 def line_of(text: str, location: Sequence[str | int]) -> int:
-    """The line of a TOML text that says what a key is, or of the table that lacks it; 0 where there is no text."""
+    """The line of a key in a TOML text, or of the table that lacks it; 0 without a text."""
     path = [str(part) for part in location if part not in _TAGS]
     best, found, table = -1, 0, []
     for count, line in enumerate(text.splitlines(), 1):

@@ -32,7 +32,7 @@ def test_what_has_no_rule_is_named_with_its_share() -> None:
     assert found.exact["equations"] == 0.5
     assert found.exact["flops"] == 1.0
     assert 0 < found.exact["seconds"] < 1
-    assert "Without a rule, and so whole on every chip: pure_callback." in str(found)
+    assert "Without a rule, and so replicated on every chip: pure_callback." in str(found)
 
 
 def test_shares_add_up_and_loops_count_their_rounds() -> None:

@@ -190,7 +190,7 @@ def test_the_tpu_compiler_leaves_the_gathers_as_they_are(fn: Any, gathered: list
     sent = [(each.kind, each.bytes) for each in plan.estimate.collectives]
     assert sent == [("all-gather", 16 * 3 * 4 * k) for k in gathered]
     audit = autoshard.audit(plan, fn, x, target="tpu")
-    assert [each for each in audit.differences if each.kind != "peak memory"] == []
+    assert [each for each in audit.differences if each.kind not in ("peak memory", "slower than planned")] == []
 
 
 @pytest.mark.tpu
@@ -207,4 +207,4 @@ def test_the_tpu_compiler_leaves_exchanges_as_they_are(parts: int) -> None:
     sent = [(each.kind, "".join(each.axes), each.bytes) for each in plan.estimate.collectives]
     assert sent == [("collective-permute", each, 64 * 4096 * 2 / 16) for each in axes]
     audit = autoshard.audit(plan, fused, *args, target="tpu")
-    assert [each for each in audit.differences if each.kind != "peak memory"] == []
+    assert [each for each in audit.differences if each.kind not in ("peak memory", "slower than planned")] == []

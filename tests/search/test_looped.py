@@ -22,8 +22,9 @@ from search.formulation.problem import build
 from search.formulation.reshard import reshard_table
 from search.solve import Limits, NoPlan, search
 from tests.support.effort import examples
+from tests.support.enumeration import best, enumerable
 from tests.support.layout_strategies import random_states
-from tests.support.programs import TOPOLOGIES, brute_force, programs
+from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
 
 
 def pieces_first(text: str | Topology, faster: float = 1.0, **pricing) -> Topology:
@@ -45,12 +46,10 @@ def exposed(topology: Topology, overlap: float = 0.0) -> Topology:
 
 
 @examples(20)
-@given(programs(), topologies(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
-def test_the_search_equals_brute_force(program, topology, part):
+@given(small_programs(), topologies(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration(program, topology, part):
     whole = part * sum(value.bytes for value in program.values)
-    problem = build(program, topology, whole)
-    assume(np.prod([float(len(node.states)) for node in problem.nodes]) <= 3e4)
-    least = brute_force(problem)
+    least = best(enumerable(build(program, topology, whole)))
     try:
         found = search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - whole))
     except NoPlan:
