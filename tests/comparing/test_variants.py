@@ -139,6 +139,7 @@ def test_operations_account_for_the_whole_difference(plan: autoshard.Plan):
     assert json.loads(json.dumps(found.to_dict()))["after"]["seconds"] == found.after.estimate.seconds
 
 
+@pytest.mark.long
 def test_less_memory_is_priced_or_refused(plan: autoshard.Plan):
     peak = plan.estimate.peak_bytes
     assert autoshard.why_not(plan, memory_bytes=0.9 * peak).seconds >= -1e-9 * plan.estimate.seconds
@@ -305,6 +306,7 @@ def test_formats_that_save_a_relayout_are_found():
     assert not autoshard.verify(plan, step, *args, k=1, tune=False).variants
 
 
+@pytest.mark.long
 def test_verify_as_a_command(tmp_path: Path):
     found = run(
         "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"
