@@ -22,11 +22,12 @@ demo: $(VENV)/.tpu  ## lay out PaLM 540B, audit it with the TPU compiler, run a 
 test: $(VENV)/.test $(VENV)/.tpu  ## the tests (ARGS="-k name" picks some, ARGS="-m slow" runs the long sweeps)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.dev  ## style, types and the layer contract
+lint: $(VENV)/.dev  ## style, types, the layer contract and the prose
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python docs/prose_lint.py
 
 format: $(VENV)/.dev  ## put the code in house style
 	$(BIN)/ruff check --fix
@@ -51,7 +52,7 @@ models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, 
 	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
 
 models-test: $(ZOO_VENV)/.zoo  ## the same models in tiny sizes, run on eight host devices and compared
-	$(ZOO_VENV)/bin/python -m pytest tests/test_models.py -m "slow or not slow" $(ARGS)
+	$(ZOO_VENV)/bin/python -m pytest tests/whole/test_models.py -m "slow or not slow" $(ARGS)
 
 parallelism: $(VENV)/.core  ## which parallelism comes out at which size: sweeps, and benchmarks/results/parallelism.json
 	$(BIN)/python benchmarks/parallelism.py
@@ -73,9 +74,9 @@ bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two wor
 
 browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
 	@mkdir -p $(SCREENSHOTS)
-	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/test_report.py $(ARGS)
+	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/report/test_report.py $(ARGS)
 
-screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken anew (needs Chromium)
+screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken again (needs Chromium)
 	PYTHONPATH=. $(BIN)/python docs/screenshots.py
 
 docs: $(VENV)/.docs  ## the documentation site, in site/, its notebooks run

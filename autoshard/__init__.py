@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from autoshard.annotating.pins import PinError as PinError
-from autoshard.annotating.pins import pin as pin
 from autoshard.comparing.diff import Difference as Difference
 from autoshard.comparing.diff import diff as diff
 from autoshard.comparing.what_if import Remedies as Remedies
@@ -20,8 +18,10 @@ from autoshard.explaining.rule_coverage import Census as Census
 from autoshard.explaining.rule_coverage import census as census
 from autoshard.pipeline import search as search
 from autoshard.plan import Plan as Plan
-from autoshard.planning.plan_file import load as load
+from autoshard.plan import load as load
 from autoshard.rules.einsum import RuleError as RuleError
+from autoshard.rules.pin import PinError as PinError
+from autoshard.rules.pin import pin as pin
 from autoshard.rules.registered import rule as rule
 from autoshard.workload import Workload as Workload
 

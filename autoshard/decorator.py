@@ -13,12 +13,14 @@ import jax
 from jax.core import Tracer
 
 from autoshard.emitting.attached import topology_of
-from autoshard.emitting.bind import abstract
-from autoshard.pipeline import Options, planned, traced_for
+from autoshard.pipeline import annotated_function, plan_function
 from autoshard.plan import Plan
 from autoshard.planning.multihost import agreed
+from autoshard.planning.options import Options
 from autoshard.planning.plan_cache import cached, default_directory, key_of
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
+from autoshard.tracing.arguments import abstract
 from costmodels.machine.topology import Topology
 
 
@@ -106,11 +108,11 @@ class _Planner:
 
     def plan(self, args: tuple[Any, ...]) -> Plan:
         topology = topology_of(self.topology)
-        target = traced_for(self.fn, args, self.options)
+        target = annotated_function(self.fn, args, self.options)
         key = key_of(target, topology, self.options)
 
-        def find() -> Plan:
-            return cached(self.directory, key, lambda: planned(target, topology, self.options))
+        def find() -> PlanRecord:
+            return cached(self.directory, key, lambda: plan_function(target, topology, self.options))
 
-        plan = agreed(target.traced.program.name, key, find)
-        return replace(plan, treedefs=(target.traced.in_tree, target.traced.out_tree))
+        plan = agreed(target.program.name, key, find)
+        return Plan.of(replace(plan, in_tree=target.in_tree, out_tree=target.out_tree))

@@ -29,3 +29,7 @@ class TraceError(AutoshardError):
 
 class ExportError(AutoshardError):
     """A plan cannot be said in another format; names the arrays that cannot, and what would do."""
+
+
+class MissingProgramError(AutoshardError, ValueError):
+    """A plan from an older file does not hold its program, so it cannot be analysed."""

@@ -8,12 +8,15 @@ from os import PathLike
 
 from autoshard._util.collector import seldom_collected
 from autoshard._util.tables import time
+from autoshard.annotating.annotate import AnnotatedFunction, annotate_pins
 from autoshard.annotating.pins import dotted
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
-from autoshard.pipeline import Options, Target, plan_of, traced_for
+from autoshard.pipeline import annotated_function
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import explained
+from autoshard.planning.options import Options
+from autoshard.planning.record import record
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
 from search.phases import Phases, Place, TooSlow
@@ -105,7 +108,9 @@ def search_phases(
     where = topology_of(topology)
     options = Options(reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
     targets = {
-        name: traced_for(work.fn, work.args, Options(work.donate_argnums, work.name or name))
+        name: annotate_pins(
+            annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name or name)), where, None
+        )
         for name, work in workloads.items()
     }
     rates = [float((weights or {}).get(name, 1.0)) for name in targets]
@@ -114,7 +119,7 @@ def search_phases(
     pairs = _handed(targets, handoffs)
     try:
         found = solve(
-            [target.traced.program for target in targets.values()],
+            [target.program for target in targets.values()],
             rates,
             where,
             _shared(targets, shared),
@@ -133,7 +138,7 @@ def search_phases(
     return _plans(targets, found, tuple(dict.fromkeys(words for _, _, words in pairs)))
 
 
-def _limit(targets: Mapping[str, Target], at_most: Mapping[str, float] | None) -> tuple[int, float] | None:
+def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float] | None) -> tuple[int, float] | None:
     """The phase that has a limit, and the limit."""
     if not at_most:
         return None
@@ -143,10 +148,10 @@ def _limit(targets: Mapping[str, Target], at_most: Mapping[str, float] | None) -
     return list(targets).index(name), float(seconds)
 
 
-def _plans(targets: Mapping[str, Target], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:
+def _plans(targets: Mapping[str, AnnotatedFunction], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:
     names = list(targets)
     return PhasePlans(
-        {name: plan_of(targets[name], part) for name, part in zip(names, found.solutions, strict=True)},
+        {name: Plan.of(record(targets[name], part)) for name, part in zip(names, found.solutions, strict=True)},
         dict(zip(names, found.weights, strict=True)),
         {name: alone.check.seconds for name, alone in zip(names, found.alone, strict=True)},
         found.proof,
@@ -155,7 +160,7 @@ def _plans(targets: Mapping[str, Target], found: Phases, handed: tuple[Handoff, 
     )
 
 
-def _shared(targets: Mapping[str, Target], shared: str | Mapping[str, str]) -> list[tuple[Place, Place]]:
+def _shared(targets: Mapping[str, AnnotatedFunction], shared: str | Mapping[str, str]) -> list[tuple[Place, Place]]:
     """Pairs of the first phase's shared arguments with those of every other, by the path inside the argument."""
     heads = {name: shared if isinstance(shared, str) else shared.get(name, "") for name in targets}
     each = [_inside(target, heads[name]) for name, target in targets.items()]
@@ -177,12 +182,14 @@ def _shared(targets: Mapping[str, Target], shared: str | Mapping[str, str]) -> l
     return pairs
 
 
-def _two(targets: Mapping[str, Target], phase: int, first: int, position: int) -> list[tuple[Target, int]]:
+def _two(
+    targets: Mapping[str, AnnotatedFunction], phase: int, first: int, position: int
+) -> list[tuple[AnnotatedFunction, int]]:
     each = list(targets.values())
     return [(each[0], first), (each[phase], position)]
 
 
-def _inside(target: Target, head: str) -> dict[str, int]:
+def _inside(target: AnnotatedFunction, head: str) -> dict[str, int]:
     """The arguments below a name: the path inside it to the position."""
     return {
         path[len(head) :]: at
@@ -191,28 +198,30 @@ def _inside(target: Target, head: str) -> dict[str, int]:
     }
 
 
-def _argument(target: Target, position: int) -> tuple[tuple[int, ...], str]:
-    program = target.traced.program
+def _argument(target: AnnotatedFunction, position: int) -> tuple[tuple[int, ...], str]:
+    program = target.program
     value = program.values[program.operations[program.arguments[position]].outputs[0].value]
     return value.shape, value.dtype
 
 
-def _result(target: Target, position: int) -> tuple[tuple[int, ...], str] | None:
-    program = target.traced.program
+def _result(target: AnnotatedFunction, position: int) -> tuple[tuple[int, ...], str] | None:
+    program = target.program
     uses = program.operations[program.results[position]].inputs
     return (program.values[uses[0].value].shape, program.values[uses[0].value].dtype) if uses else None
 
 
-def _handed(targets: Mapping[str, Target], handoffs: Sequence[Handoff] | None) -> list[tuple[Place, Place, Handoff]]:
+def _handed(
+    targets: Mapping[str, AnnotatedFunction], handoffs: Sequence[Handoff] | None
+) -> list[tuple[Place, Place, Handoff]]:
     """The handed-over arrays, leaf by leaf, with the words for them."""
     return _alike(targets) if handoffs is None else [pair for each in handoffs for pair in _named(targets, each)]
 
 
-def _alike(targets: Mapping[str, Target]) -> list[tuple[Place, Place, Handoff]]:
+def _alike(targets: Mapping[str, AnnotatedFunction]) -> list[tuple[Place, Place, Handoff]]:
     """Donated arguments, each with the one earlier result that it could be."""
     names, found = list(targets), []
     for phase, target in enumerate(targets.values()):
-        for argument, _ in target.traced.program.donated:
+        for argument, _ in target.program.donated:
             path = target.traced.paths[argument]
             fits = [
                 (before, at)
@@ -239,7 +248,7 @@ def _nearly(result: tuple[tuple[int, ...], str] | None, argument: tuple[tuple[in
     return sum(n != m for n, m in zip(result[0], argument[0], strict=True)) <= 1
 
 
-def _named(targets: Mapping[str, Target], handoff: Handoff) -> Iterator[tuple[Place, Place, Handoff]]:
+def _named(targets: Mapping[str, AnnotatedFunction], handoff: Handoff) -> Iterator[tuple[Place, Place, Handoff]]:
     """The leaves of a handoff that the user named."""
     sides = []
     for text, kind in zip(handoff, ("result", "argument"), strict=True):

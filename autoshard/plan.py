@@ -1,200 +1,49 @@
-"""The plan: what every array and operation does on the mesh, what it costs, and how far that is proven.
-
-A `Plan` is plain frozen data that a file can hold. It names operations by their position in the traced program and carries
-the program's fingerprint; to run, it is bound to the function again, which is traced anew and must have the same
-fingerprint.
-"""
+"""`Plan`: a plan with the methods that users call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import fields
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from autoshard.emitting import bind, targets
-from autoshard.emitting.program import spec_of
-from autoshard.errors import ExportError, TopologyError
-from autoshard.tracing import pytrees
-from costmodels.dimensions import Dimensions
-from costmodels.machine.topology import Topology
-from costmodels.program.program import Program
-from search.answer.assignment import Choice
-from search.formulation.layouts import Layout
-from search.solve import Proof
+from autoshard.emitting import bind, sharding
+from autoshard.planning import plan_file
+from autoshard.planning.records import PlanRecord
 
 if TYPE_CHECKING:
     from autoshard.explaining.formulas import Formulas
     from autoshard.naming.parallelism import Parallelism
 
 
-@dataclass(frozen=True)
-class ArrayPlan:
-    """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip.
-
-    `weak` marks a Python scalar, whose type gives way to the types it meets.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    layout: Layout
-    bytes_per_chip: float
-    donated: bool = False
-    weak: bool = False
-
-
-@dataclass(frozen=True)
-class PlannedCollective:
-    """One collective of the plan.
-
-    `bytes` is the payload per chip: the gathered result of an all-gather, the local operand otherwise. `count` executions
-    in one step take `seconds` together. `where` says which array changes layout for which operation, in the user's words.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    bytes: float
-    count: float
-    seconds: float
-    where: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What one step costs under the cost model; seconds, and bytes per chip.
-
-    `compute_seconds` and `memory_seconds` are the two sides of the operations' rooflines, each summed over operations as
-    if it were alone; `seconds` sums the larger of the two per operation and all collectives.
-    """
-
-    seconds: float
-    compute_seconds: float
-    memory_seconds: float
-    collective_seconds: float
-    peak_bytes: float
-    peak_where: str
-    budget_bytes: float
-    collectives: tuple[PlannedCollective, ...]
-
-
-@dataclass(frozen=True)
-class OperationPlan:
-    """One operation: its strategy by name and per factor, and its cost in one step of the program.
-
-    `einsum` writes the factors as letters (factor 0 is `a`, and so on), `sizes` their sizes and `splits` their mesh axes, in
-    that order. `seconds` is all its runs; `collective_seconds` the changes of layout of its operands, and the reductions
-    inside it. `regime` is what takes longest: "compute", "HBM", "communication" or "overhead". `runner_up` describes the
-    cheapest other strategy, with what the step would cost more if this operation alone changed.
-    """
-
-    name: str
-    primitive: str
-    source: str
-    einsum: str
-    splits: tuple[tuple[str, ...], ...]
-    strategy: str
-    count: float
-    flops: float
-    bytes: float
-    compute_seconds: float
-    memory_seconds: float
-    seconds: float
-    collective_seconds: float
-    regime: str
-    runner_up: str = ""
-    matmul: bool = False
-    sizes: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A plain layout, such as "Megatron 1D": the seconds of its best plan, and a bound that no plan of its kind is below.
-
-    Where it has no plan, the seconds are infinite, and `why` says why.
-    """
-
-    name: str
-    seconds: float
-    bound_seconds: float
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(PlanRecord):
     """A layout of a function over a topology, with its cost and its proof; made by `autoshard.search`.
 
-    **Attributes:**
-
-    - `arguments`, `constants`, `results`: an `ArrayPlan` each, flat, in order.
-    - `in_tree`, `out_tree`: how flat arguments and results nest, as `autoshard.trees` writes it to files.
-    - `operations`: an `OperationPlan` per operation of the traced program, in its numbering; those that only bring arrays in,
-      out or round a loop cost nothing.
-    - `choice`: the strategies and layouts by operation and value number, for emission.
-    - `warnings`: everything the plan does not vouch for, in sentences.
-    - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
-      older files have none.
-    - `baselines`: what plain layouts would take, if that was asked for.
-    - `treedefs`: JAX's own structure of arguments and results, which files do not hold.
+    Its attributes are those of `PlanRecord`: `arguments`, `results`, `operations`, `estimate`, `proof`, `warnings` and more.
     """
 
-    name: str
-    topology: Topology
-    fingerprint: str
-    arguments: tuple[ArrayPlan, ...]
-    constants: tuple[ArrayPlan, ...]
-    results: tuple[ArrayPlan, ...]
-    in_tree: Any
-    out_tree: Any
-    choice: Choice
-    estimate: Estimate
-    proof: Proof
-    operations: tuple[OperationPlan, ...]
-    donate_argnums: tuple[int, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
-    jax_version: str = ""
-    program: Program | None = field(default=None, repr=False)
-    dimensions: Dimensions | None = field(default=None, repr=False)
-    baselines: tuple[Baseline, ...] = ()
-    treedefs: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+    @classmethod
+    def of(cls, record: PlanRecord) -> Plan:
+        """The same plan with methods."""
+        return cls(**{each.name: getattr(record, each.name) for each in fields(record)})
 
     # --- layouts as JAX writes them ------------------------------------------------------------------------------
 
     @property
     def in_specs(self) -> tuple[Any, ...]:
         """The arguments' `PartitionSpec`s, shaped like the arguments."""
-        return self._arguments_like([spec_of(array.layout) for array in self.arguments])
+        return sharding.in_specs(self)
 
     @property
     def out_specs(self) -> Any:
         """The results' `PartitionSpec`s, shaped like the result."""
-        return self._results_like([spec_of(array.layout) for array in self.results])
+        return sharding.out_specs(self)
 
     def shardings(self, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
         """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes."""
-        bind.check_mesh(self, mesh)
-
-        def placed(arrays: Sequence[ArrayPlan]) -> list[NamedSharding]:
-            return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
-
-        return self._arguments_like(placed(self.arguments)), self._results_like(placed(self.results))
-
-    def _arguments_like(self, leaves: list[Any]) -> tuple[Any, ...]:
-        return (
-            jax.tree_util.tree_unflatten(self.treedefs[0], leaves)
-            if self.treedefs
-            else pytrees.rebuild(self.in_tree, leaves)
-        )
-
-    def _results_like(self, leaves: list[Any]) -> Any:
-        return (
-            jax.tree_util.tree_unflatten(self.treedefs[1], leaves)
-            if self.treedefs
-            else pytrees.rebuild(self.out_tree, leaves)
-        )
+        return sharding.shardings(self, mesh)
 
     # --- execution -----------------------------------------------------------------------------------------------
 
@@ -205,12 +54,7 @@ class Plan:
 
         **Raises:** `TopologyError` when there are not as many devices as the plan has chips.
         """
-        try:
-            if devices is None and self.topology.chip.kind == "cpu":
-                devices = targets.host_devices(self.topology.size)
-            return targets.mesh_of(jax.devices() if devices is None else devices, self.topology.axis_sizes)
-        except targets.TargetError as error:
-            raise TopologyError(f"The plan is for {self.topology.name}, {self.topology.size} chips. {error}") from error
+        return sharding.make_mesh(self, devices)
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` as planned: a function of the same arguments, in which every array lies and moves as the plan says.
@@ -235,19 +79,7 @@ class Plan:
         fills, the compiler is told not to compute things again before it is full; JAX wants such options outermost, so
         within another `jax.jit` there take `apply`.
         """
-        mesh = mesh or self._mesh_at_hand()
-        shardings = {}
-        ins, outs = self.shardings(mesh)
-        if self.treedefs or pytrees.unknown_class(self.in_tree) is None:
-            shardings["in_shardings"] = ins
-        if self.treedefs or pytrees.unknown_class(self.out_tree) is None:
-            shardings["out_shardings"] = outs
-        options = bind.compiler_options(self, mesh) or None
-        run = bind.bound(self, fn, mesh)
-        return jax.jit(run, donate_argnums=self.donate_argnums, compiler_options=options, **shardings)
-
-    def _mesh_at_hand(self) -> Mesh:
-        return bind.mesh_in_context(self) or self.make_mesh()
+        return bind.jit(self, fn, mesh)
 
     def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
         """The arguments as `jax.ShapeDtypeStruct`s that know where they lie: what Orbax restores a checkpoint into.
@@ -264,23 +96,7 @@ class Plan:
         **Raises:** `ExportError` when there is no such argument, or for types that only JAX can make (random keys);
         `TopologyError` if the mesh has not the plan's axes.
         """
-        from autoshard.export.arrays import position
-
-        at = None if argument is None else position(self, argument)
-        mesh = mesh or self._mesh_at_hand()
-        bind.check_mesh(self, mesh)
-        found = self._arguments_like(
-            [
-                jax.ShapeDtypeStruct(
-                    array.shape,
-                    _dtype(array),
-                    sharding=NamedSharding(mesh, spec_of(array.layout)),
-                    weak_type=array.weak,
-                )
-                for array in self.arguments
-            ]
-        )
-        return found if at is None else found[at]
+        return sharding.abstract_args(self, mesh, argument)
 
     # --- words and files -----------------------------------------------------------------------------------------
 
@@ -298,7 +114,7 @@ class Plan:
             found.at(found.total.seconds)                          # plan.estimate.seconds
             found.at(found.total.wire_bytes, B=128)                # with the same strategies, at another batch
 
-        **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
+        **Raises:** `MissingProgramError` for a plan from an older file, which does not hold the program.
         """
         from autoshard.explaining.formula_sections import formulas
 
@@ -315,13 +131,11 @@ class Plan:
 
             str(plan.parallelism())     # "fully sharded data parallel (ZeRO-3) over x, 4 ways; tensor parallel over y, 4 ways"
 
-        **Raises:** `ValueError` for a plan from an older file, which does not hold the program.
+        **Raises:** `MissingProgramError` for a plan from an older file, which does not hold the program.
         """
         from autoshard.naming.parallelism import parallelism
 
-        if self.program is None:
-            raise ValueError(f"The plan {self.name!r} does not hold its program: it is from an older file. Plan anew.")
-        return parallelism(self.program, self.topology, self.choice)
+        return parallelism(self.require_program(), self.topology, self.choice)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
@@ -366,8 +180,18 @@ class Plan:
         return text
 
 
-def _dtype(array: ArrayPlan) -> Any:
-    try:
-        return jax.numpy.dtype(array.dtype)
-    except TypeError as error:
-        raise ExportError(f"{array.path} is of type {array.dtype}, which has no abstract form outside JAX.") from error
+def loads(text: str | bytes, where: str = "The plan") -> Plan:
+    """Reads a plan from JSON text; `where` names the text in messages.
+
+    **Raises:** `PlanMismatchError`.
+    """
+    return Plan.of(plan_file.loads(text, where))
+
+
+def load(path: str | PathLike[str]) -> Plan:
+    """Reads a plan from a file.
+
+    **Raises:** `PlanMismatchError`, with the reason, for anything that is not a plan of this version or an older one;
+    `OSError` when there is no such file.
+    """
+    return Plan.of(plan_file.load(path))

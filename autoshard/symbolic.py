@@ -15,13 +15,15 @@ from typing import Any
 
 import jax
 
+from autoshard.annotating.annotate import AnnotatedFunction
 from autoshard.annotating.dimension_names import Names, named, primes, with_numbers
+from autoshard.annotating.fingerprint import fingerprint
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError, TraceError
-from autoshard.pipeline import Options, Target, planned, traced_for
+from autoshard.pipeline import annotated_function, plan_function
 from autoshard.plan import Plan
+from autoshard.planning.options import Options
 from autoshard.tracing.blocks import Traced
-from autoshard.tracing.trace import fingerprint
 from costmodels.dimensions import DimensionError, Dimensions, rebound
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
@@ -38,7 +40,7 @@ class SymbolicTrace:
     - `fixed`: the names that cannot be bound, each with the reason in a sentence.
     """
 
-    target: Target
+    target: AnnotatedFunction
     dimensions: Dimensions
     fixed: Mapping[str, str]
     options: Options
@@ -68,8 +70,7 @@ class SymbolicTrace:
         except DimensionError as error:
             raise AutoshardError(f"These sizes cannot be bound: {error}.") from error
         dimensions = replace(self.dimensions, sizes={**self.dimensions.sizes, **sizes})
-        traced = replace(self.target.traced, program=program)
-        target = replace(self.target, traced=traced, dimensions=dimensions, fingerprint=fingerprint(program))
+        target = self.target.with_program(program, dimensions=dimensions)
         return replace(self, target=target, dimensions=dimensions)
 
     def search(
@@ -84,7 +85,7 @@ class SymbolicTrace:
         **Raises:** `TopologyError`, `InfeasibleError`.
         """
         options = replace(self.options, reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
-        return planned(self.target, topology_of(topology), options)
+        return plan_function(self.target, topology_of(topology), options)
 
 
 def trace_symbolic(
@@ -115,7 +116,7 @@ def trace_symbolic(
     """
     shapes = [tuple(leaf.shape) if hasattr(leaf, "shape") else () for leaf in jax.tree_util.tree_leaves(args)]
     options = Options(donate_argnums, name, strict, dims=dims, shapes=tuple(shapes))
-    target = traced_for(fn, with_numbers(args, dict(sizes or {})), options)
+    target = annotated_function(fn, with_numbers(args, dict(sizes or {})), options)
     dimensions, fixed = _verified(fn, args, target, options)
     target = replace(target, dimensions=dimensions)
     return SymbolicTrace(target, dimensions, fixed, replace(options, shapes=()))
@@ -133,7 +134,9 @@ def _check(trace: SymbolicTrace, name: str, size: int) -> None:
         raise AutoshardError(f"{name} cannot be bound to 1: JAX treats dimensions of 1 apart. Trace with {name} = 1.")
 
 
-def _verified(fn: Callable[..., Any], args: Any, target: Target, options: Options) -> tuple[Dimensions, dict[str, str]]:
+def _verified(
+    fn: Callable[..., Any], args: Any, target: AnnotatedFunction, options: Options
+) -> tuple[Dimensions, dict[str, str]]:
     """The names that hold at other sizes too, and why the rest cannot be bound."""
     first = target.dimensions
     fixed = {name: _of_one(name) for name, size in first.sizes.items() if size == 1}
@@ -202,7 +205,7 @@ class _Probing:
     """Traces of the function at other sizes than those given."""
 
     fn: Callable[..., Any]
-    target: Target
+    target: AnnotatedFunction
     options: Options
 
     def traced(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Traced:
@@ -218,7 +221,7 @@ class _Probing:
         ]
         assert len(flat) == len(program.arguments)
         args = jax.tree_util.tree_unflatten(self.target.traced.in_tree, flat)
-        return traced_for(self.fn, args, replace(self.options, dims=None, shapes=())).traced
+        return annotated_function(self.fn, args, replace(self.options, dims=None, shapes=())).traced
 
     def program_at(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Program | None:
         try:

@@ -1,1 +1,1 @@
-"""What things cost: operations, chips, collectives, regimes. Knows neither JAX nor OR-Tools."""
+"""Cost models of operations, collectives and chips. Imports neither JAX nor OR-Tools."""

@@ -1,9 +1,9 @@
-"""Which of four things an operation waits for, and how near it is to what the chip can do.
+"""Bottlenecks of operations: compute, HBM, communication or overhead, and the distance to the roofline.
 
-An operation with $F$ FLOPs and $B$ bytes through HBM has the intensity $F/B$. Where that exceeds the *ridge* of the roofline,
-FLOP/s over bytes/s, it is compute-bound, else HBM-bound; where its collectives take longer than both it is
-communication-bound, and where starting it does, overhead-bound (Lienhart, "LLM Inference Series: 5. Dissecting model
-performance"). All from the same seconds as the price.
+An operation with $F$ FLOPs and $B$ bytes through HBM has the intensity $F/B$. If that exceeds the *ridge* of the roofline,
+FLOP/s over bytes/s, it is compute-bound, else HBM-bound. If its collectives take longer than both it is
+communication-bound, and if its start-up does, overhead-bound (Lienhart, "LLM Inference Series: 5. Dissecting model
+performance"). All seconds are those of the cost model.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ REGIMES: tuple[str, ...] = ("compute", "HBM", "communication", "overhead")
 
 
 def regime(compute: float, memory: float, communication: float, overhead: float) -> str:
-    """The largest of the four; of equal ones the first; "" where all are 0."""
+    """The name of the largest of the four; the first of equal ones; "" if all are 0."""
     sides = dict(zip(REGIMES, (compute, memory, communication, overhead), strict=True))
     return max(sides, key=lambda side: sides[side]) if any(sides.values()) else ""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation does in one step on one chip, and the seconds that each side of it takes by itself.
+    """The work of an operation in one step on one chip, and the seconds of each resource alone.
 
-    `seconds` is on the chip, the longer of compute and memory with the overhead.
+    `seconds` is the on-chip time: the longer of compute and memory, plus the overhead.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Work:
 
     @property
     def regime(self) -> str:
-        """What takes longest: "compute", "HBM", "communication" or "overhead"."""
+        """The slowest resource: "compute", "HBM", "communication" or "overhead"."""
         return regime(self.compute_seconds, self.memory_seconds, self.communication_seconds, self.overhead_seconds)
 
     @property
@@ -50,27 +50,24 @@ class Work:
 
     @property
     def ridge(self) -> float:
-        """The intensity from which on it would be compute-bound, at the rates that it is priced at."""
+        """The intensity above which it is compute-bound, at the rates of the cost model."""
         if not self.compute_seconds or not self.memory_seconds:
             return 0.0
         return self.intensity * self.memory_seconds / self.compute_seconds
 
     @property
     def total_seconds(self) -> float:
-        """On the chip and in collectives."""
+        """The on-chip time and the time of its collectives."""
         return self.seconds + self.communication_seconds
 
     @property
     def of_flops(self) -> float:
-        """The fraction of the FLOP/s that it is priced at (efficiency and padding in them) that it achieves.
-
-        Its collectives are included.
-        """
+        """The achieved fraction of the model's FLOP/s (efficiency and padding included), with its collectives."""
         return self.compute_seconds / self.total_seconds if self.total_seconds else 0.0
 
     @property
     def of_roofline(self) -> float:
-        """The fraction of what the roofline allows at its intensity that it achieves, its collectives included."""
+        """The achieved fraction of the roofline at its intensity, with its collectives."""
         return max(self.compute_seconds, self.memory_seconds) / self.total_seconds if self.total_seconds else 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -88,9 +85,9 @@ class Work:
 
 
 def divided(works: Iterable[Work]) -> dict[str, float]:
-    """The seconds of a step by what is waited for; they add up to the step.
+    """The seconds of a step by bottleneck; they add up to the step.
 
-    On the chip an operation waits for the longer side of its roofline, and for its overhead; all collectives are
+    On the chip an operation counts for the longer side of its roofline, and for its overhead; all collectives count for
     communication.
     """
     spent = dict.fromkeys(REGIMES, 0.0)
@@ -104,7 +101,7 @@ def divided(works: Iterable[Work]) -> dict[str, float]:
 
 
 def total(works: Iterable[Work], name: str) -> Work:
-    """A whole step as one piece of work."""
+    """The work of a whole step."""
     summed = Work(name, 0, 0, 0, 0, 0, 0, 0, 0)
     for work in works:
         summed = summed + work

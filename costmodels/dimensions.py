@@ -1,9 +1,9 @@
-"""Names for the sizes of a program: which dimensions are one and the same, followed through its factors.
+"""Names for the sizes of a program: equal dimensions, followed through its factors.
 
 The same factor is the same dimension: `[b,i,k],[b,k,j] -> [b,i,j]` makes the last dimension of its first operand and the
 middle one of its second one dimension, and so on through the program. Dimensions that are cut or joined (a reshape, a
-concatenation) are products and sums of others. Names enter with the arguments, and every factor of every operation, every
-dimension of every array and every trip count becomes an expression in them; what no argument decides stays a number.
+concatenation) are products and sums of others. Names enter with the arguments. Every factor, every dimension of every array
+and every trip count becomes an expression in them; a size that depends on no argument stays a number.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from costmodels.symbols import Expr, dimension, evaluated, parsed, text
 
 
 class DimensionError(ValueError):
-    """Names or sizes of dimensions do not fit together; says which, and what would."""
+    """Raised for names or sizes of dimensions that contradict each other or the program."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
     """The sizes of a program as expressions in named dimensions, written as text such as `2*F`.
 
-    - `factors`: per operation its factors; `shapes`: per value its dimensions; `counts`: per region how often it runs.
-    - `sizes`: name to the number it stands for.
-    - `relations`: pairs of expressions that the program makes equal, such as `("H*D", "E")`.
+    - `factors`: per operation its factors; `shapes`: per value its dimensions; `counts`: per region its runs.
+    - `sizes`: name to number.
+    - `relations`: pairs of expressions that are equal in the program, such as `("H*D", "E")`.
     """
 
     factors: tuple[tuple[str, ...], ...]
@@ -45,11 +45,11 @@ class Dimensions:
         return parsed(self.factors[operation][factor])
 
     def elements(self, value: int) -> Expr:
-        """The elements of a value."""
+        """The number of elements of a value."""
         return sympy.Mul(*map(parsed, self.shapes[value]))
 
     def runs(self, program: Program, region: int) -> Expr:
-        """How often a region runs in one step of the program."""
+        """The number of runs of a region in one step of the program."""
         count = sympy.Integer(1)
         while region >= 0:
             count *= parsed(self.counts[region])
@@ -63,7 +63,7 @@ class Dimensions:
 
 
 class Given(NamedTuple):
-    """A dimension of an argument with its expression: `value` and `at` say which."""
+    """The expression of a dimension of an argument: its value and its position."""
 
     value: int
     at: int
@@ -75,10 +75,10 @@ def dimensions_of(program: Program, given: Sequence[Given], automatic: Sequence[
 
     **Arguments:**
 
-    - `given`: dimensions by the user's names; they hold.
-    - `automatic`: names for dimensions that are not yet expressions of those, taken in order where they are needed.
+    - `given`: dimensions with the user's names.
+    - `automatic`: names for dimensions that are not yet expressions of those, used in order where needed.
 
-    **Raises:** `DimensionError` when one name stands for two numbers, or for none.
+    **Raises:** `DimensionError` if a name stands for two numbers, or for none.
     """
     sizes = _sizes(program, given)
     flow = _Flow(program, sizes)
@@ -118,8 +118,8 @@ def _sizes(program: Program, given: Sequence[Given]) -> dict[str, int]:
         if len(left) == len(waiting):
             each, number = left[0]
             raise DimensionError(
-                f"dimension {each.at} of {program.values[each.value].name} is {number}, which says not what every name in"
-                f" {text(each.size)} stands for; name a dimension by each of them alone"
+                f"dimension {each.at} of {program.values[each.value].name} is {number}, but {text(each.size)} has"
+                " several unknown names; name a dimension by each of them alone"
             )
         waiting = left
     return sizes
@@ -129,7 +129,7 @@ def _sizes(program: Program, given: Sequence[Given]) -> dict[str, int]:
 
 
 class _Sum(NamedTuple):
-    """`whole` is the sum of `parts`, or the product of them, and `offset` more."""
+    """`whole` is the sum of `parts`, or their product, plus `offset`."""
 
     whole: int
     parts: tuple[int, ...]
@@ -138,7 +138,7 @@ class _Sum(NamedTuple):
 
 
 class _Flow:
-    """Classes of equal dimensions, what is known of them, and the products and sums between them."""
+    """Classes of equal dimensions, their known expressions, and the products and sums between them."""
 
     def __init__(self, program: Program, sizes: dict[str, int]) -> None:
         self.program, self.sizes = program, sizes
@@ -184,7 +184,7 @@ class _Flow:
         return self.known[self.root(node)]
 
     def _join(self, i: int, op: Operation) -> None:
-        """What one operation says: same factor, same dimension; a compound dimension is a product."""
+        """Adds one operation: equal factors are equal dimensions; a compound dimension is a product."""
         for use in (*op.inputs, *op.outputs):
             for at, dim in enumerate(use.dims):
                 node, parts = self.value(use.value, at), tuple(self.factors[i] + factor for factor in dim)
@@ -192,7 +192,7 @@ class _Flow:
                     self._union(node, parts[0])
                 elif len(parts) > 1:
                     self.rules.append(_Sum(node, parts, product=True))
-                    if op.factors[dim[0]].kind == "exchanged":  # how many parts there are is the program's own number
+                    if op.factors[dim[0]].kind == "exchanged":  # the number of parts is a constant of the program
                         self.settle(parts[1], sympy.Integer(self.numbers[parts[1]]))
         self.rules += [
             _Sum(self.factors[i] + whole, tuple(self.factors[i] + part for part in parts), False, offset)
@@ -207,7 +207,7 @@ class _Flow:
             self.parent[max(a, b)] = min(a, b)
 
     def settle(self, node: int, size: Expr) -> None:
-        """Says what a class is; where that is known already, the two are related."""
+        """Sets the expression of a class; if it has one already, records a relation."""
         root = self.root(node)
         if root not in self.known:
             self.known[root] = size
@@ -216,9 +216,9 @@ class _Flow:
             self.relations[str(self.known[root]), str(size)] = None
 
     def propagate(self) -> None:
-        """Works out what products and sums leave open, until there is nothing more to be had.
+        """Derives unknown classes from products and sums, until nothing changes.
 
-        In rounds over the rules in order, of which only those are asked again that anything new is known about.
+        Each round visits, in order, the rules whose classes have changed.
         """
         while self.stirred:
             ahead, asked = sorted(self.stirred), self.stirred
@@ -235,7 +235,7 @@ class _Flow:
                 asked |= later
 
     def _apply(self, rule: _Sum) -> bool:
-        """Whether a rule has said all it can."""
+        """Applies a rule; returns whether it is exhausted."""
         open_parts = {self.root(part) for part in rule.parts if self.unknown(part)}
         if not open_parts:
             self.settle(rule.whole, self._combined(rule, rule.parts))
@@ -258,12 +258,12 @@ class _Flow:
         return sympy.Mul(*sizes) if rule.product else sympy.Add(*sizes, rule.offset)
 
     def _rest(self, rule: _Sum) -> Expr:
-        """What is left of the whole for the parts that are open."""
+        """The rest of the whole for the unknown parts."""
         settled = self._combined(rule, [part for part in rule.parts if not self.unknown(part)])
         return self.of(rule.whole) / settled if rule.product else sympy.expand(self.of(rule.whole) - settled)
 
     def _matched(self, parts: set[int], rest: Expr) -> bool:
-        """Gives each part the one product of names that has its size, if every part has just one."""
+        """Sets each part to the product of names that has its size, if every part has exactly one."""
         names = [symbol for symbol in rest.as_ordered_factors() if symbol.is_Symbol]
         if sympy.Mul(*names) != rest or len(names) > 6:
             return False
@@ -284,7 +284,7 @@ class _Flow:
         return True
 
     def finish(self) -> None:
-        """What is left: of a cut dimension all parts but the last are the program's own numbers, and so is all else."""
+        """Completes the rest: all parts of a cut dimension except the last are constants, and so are all other unknowns."""
         while self.open:
             rule = next((rule for rule in self.open.values() if not self.unknown(rule.whole)), None)
             if rule is None:
@@ -321,7 +321,7 @@ class _Flow:
 
 
 def _joined(op: Operation) -> Iterator[tuple[int, tuple[int, ...], int]]:
-    """Factors that are the sum of others: whole, parts, and what padding adds."""
+    """Factors that are the sum of others: the whole, the parts, and the padding."""
     if op.primitive in ("concatenate", "pad") and op.inputs:
         wholes, sides = op.outputs[0].dims, [use.dims for use in op.inputs if use.dims]
     elif op.primitive == "split":
@@ -336,7 +336,7 @@ def _joined(op: Operation) -> Iterator[tuple[int, tuple[int, ...], int]]:
 
 
 def _trips(op: Operation) -> Iterator[tuple[int, int]]:
-    """Factors that count a loop's rounds: the leading dimension of what is cut into slices, or piled up."""
+    """Factors that count a loop's iterations: the leading dimension of its stacked inputs and results."""
     if op.primitive == "loop_slice":
         yield op.inputs[0].dims[0][0], op.outputs[0].region
     elif op.primitive == "loop_stack" and op.inputs:
@@ -347,15 +347,15 @@ def _trips(op: Operation) -> Iterator[tuple[int, int]]:
 
 
 def rebound(program: Program, dimensions: Dimensions, sizes: Mapping[str, int]) -> Program:
-    """The program with other numbers for its named dimensions: what tracing it anew would give.
+    """The program with other numbers for its named dimensions, as another trace would give it.
 
-    **Raises:** `DimensionError` for names that there are not, for sizes that break a relation of the program, and for
-    those that leave some dimension no whole number.
+    **Raises:** `DimensionError` for unknown names, for sizes that break a relation of the program, and for sizes that
+    make a dimension fractional.
     """
     unknown = sorted(set(sizes) - set(dimensions.sizes))
     if unknown:
         raise DimensionError(
-            f"there is no dimension {' and no '.join(unknown)}; there are {', '.join(dimensions.sizes)}"
+            f"unknown dimension {', '.join(unknown)}; the dimensions are {', '.join(dimensions.sizes)}"
         )
     numbers = {**dimensions.sizes, **sizes}
     for left, right in dimensions.relations:
@@ -391,5 +391,5 @@ def _whole(size: str, numbers: Mapping[str, int]) -> int:
     found = parsed(size).xreplace({dimension(name): sympy.Integer(numbers[name]) for name in names})
     if not found.is_Integer or found < 0:
         asked = ", ".join(f"{symbol} = {numbers[str(symbol)]}" for symbol in sorted(parsed(size).free_symbols, key=str))
-        raise DimensionError(f"{text(parsed(size))} would be {found}, which is no size, with {asked}")
+        raise DimensionError(f"{text(parsed(size))} must be a whole number of 0 or more, got {found} with {asked}")
     return int(found)

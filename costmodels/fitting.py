@@ -1,20 +1,20 @@
-"""The constants of a topology from timings: least squares on the cost model itself.
+"""Least-squares fits of a topology's constants to timings.
 
-Every time that the model gives is a sum of unknown constants, each times a number that the model knows:
+Every modelled time is a sum of unknown constants, each times a known number:
 
 | piece of work | seconds | unknown |
 |---|---|---|
-| matmul | $o + μ_d c$ | $o$ overhead of an operation, $μ_d$ how much slower than stated a dtype is |
+| matmul | $o + μ_d c$ | $o$ overhead of an operation, $μ_d$ the slowdown of a dtype against its stated rate |
 | vector | $μ_v c$ | $μ_v$, of the vector unit |
-| memory | $μ_m b + $ the overhead, if the model has one | $μ_m$, of HBM |
-| collective | $l + h α_i + w / W_i$ | $l$ launch; of the links of axis $i$, $α_i$ a hop and $W_i$ bandwidth |
+| memory | $μ_m b$, plus the overhead if the model has one | $μ_m$, of HBM |
+| collective | $l + h α_i + w / W_i$ | $l$ launch; $α_i$ a hop and $W_i$ the bandwidth of the links of axis $i$ |
 
 with $c$ and $b$ the model's compute and memory seconds at the constants that the topology has, and $h$, $w$ its hops and
-bytes on the wire. None of these is written down here: the model is asked for them, at constants that leave only one.
+communicated bytes. This module evaluates the model for them, with all other constants set to 0 or infinity.
 
 A fit makes $\\sum_i |\\log (\\hat t_i / t_i)|$ small, by reweighted least squares of relative errors: short times count as
-much as long ones, outliers little, and no constant is below 0.
-Timings that are not `fitted` are held out: they are predicted, and take no part.
+much as long ones, outliers little, and no constant is below 0. Timings that are not `fitted` are held out: they are only
+predicted.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from costmodels.program.program import Factor, Operation, Program, Use, Value
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FAST = 1e30
-"""Bytes per second of links that cost nothing beside anything else."""
+"""Bytes per second of links with negligible cost."""
 _ITEMSIZES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "float64": 8.0, "int8": 1.0}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one piece of work took, run by every chip at the same time.
+    """The measured time of one piece of work that all chips run at the same time.
 
-    - `kind`: "matmul", "vector" (elementwise work on what a cache holds), "memory" (elementwise work on what none holds),
-      "one row" (a matmul that waits for its weight), or a kind of collective.
-    - `sizes`: of a matmul m, k and n; of elementwise work the elements; of a collective the bytes per chip, by the
-      convention of `costmodels.collectives`.
+    - `kind`: "matmul", "vector" (elementwise work on arrays that fit a cache), "memory" (elementwise work on arrays that do
+      not), "one row" (a matmul bound by reading its weight), or a kind of collective.
+    - `sizes`: m, k and n of a matmul; the elements of elementwise work; the bytes per chip of a collective, by the
+      convention of `costmodels.machine.collectives`.
     - `flops_per_element`: of elementwise work.
     - `axes`: of a collective.
     - `fitted`: whether the constants may be fitted to it.
@@ -60,12 +60,12 @@ class Timing:
 
     @property
     def series(self) -> str:
-        """What it has in common with timings of other sizes: "matmul float32", "all-gather over xy"."""
+        """Its name without its size: "matmul float32", "all-gather over xy"."""
         return f"{self.kind} over {''.join(self.axes)}" if self.axes else f"{self.kind} {self.dtype}"
 
 
 def predicted(timing: Timing, topology: Topology) -> float:
-    """Seconds that the cost model gives for the work of a timing."""
+    """The modelled seconds of the work of a timing."""
     if timing.kind in COLLECTIVES:
         axes = tuple(topology.axis(name) for name in timing.axes)
         return float(collective_seconds(timing.kind, axes, float(timing.sizes[0])))
@@ -73,14 +73,14 @@ def predicted(timing: Timing, topology: Topology) -> float:
 
 
 def fitted(timings: Sequence[Timing], topology: Topology, source: str) -> Topology:
-    """The topology with every constant that the timings tell, measured, and all others as they were.
+    """The topology with every constant that the timings determine; all others are unchanged.
 
-    A rate that was published stays, and its efficiency is measured; one that was assumed is itself measured.
+    A published rate stays and its efficiency is measured; an assumed rate is itself measured.
 
     **Arguments:**
 
-    - `timings`: of any kinds; those that are not `fitted` are passed over.
-    - `source`: what the constants carry as theirs: machine, date, versions.
+    - `timings`: of any kinds; timings that are not `fitted` are ignored.
+    - `source`: the source of the measured constants: machine, date, versions.
     """
     used = [timing for timing in timings if timing.fitted]
     chip = topology.chip
@@ -96,7 +96,7 @@ def fitted(timings: Sequence[Timing], topology: Topology, source: str) -> Topolo
 
 
 def _priced(timing: Timing, chip: Chip) -> tuple[float, float, float]:
-    """Compute, memory and all seconds of one run, as the model has them."""
+    """Modelled seconds of one run: compute, memory, all."""
     program = _program(timing)
     op = program.operations[0]
     cost = price(program, op, np.ones((1, len(op.factors))), chip)
@@ -127,7 +127,7 @@ def _program(timing: Timing) -> Program:
 
 
 def _overhead(timing: Timing, chip: Chip) -> float:
-    """Seconds that the model adds to the longer side of an operation."""
+    """The seconds that the model adds to the longer side of an operation."""
     compute, memory, seconds = _priced(timing, chip)
     return max(seconds - max(compute, memory), 0.0)
 
@@ -150,15 +150,15 @@ def _fit_matmul(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
 
 
 def _slowed(chip: Chip, efficiency: str, rates: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Rates that are so many times slower than stated.
+    """Measured rates, as constants.
 
-    Where the chip has an efficiency and the first rate is published, that one stands and the efficiency takes the blame;
-    the others are stated so that the same efficiency gives what was measured. Otherwise, or where more than what was
-    published was reached, every rate is what was measured, and the efficiency 1.
+    If the chip has an efficiency and the first rate is published, that rate stays and the efficiency changes; the other
+    rates are set so that the same efficiency gives the measured ones. Otherwise, or if the measured rate exceeds the
+    published one, all rates are the measured ones and the efficiency is 1.
 
     **Arguments:**
 
-    - `rates`: name to the stated rate, and by how much the model at the chip's constants is too fast.
+    - `rates`: name to the stated rate, and the factor by which the model at the chip's constants is too fast.
     """
     constants = chip.constants
     reached = constants[efficiency].value if efficiency in constants else 1.0
@@ -199,7 +199,7 @@ def _fit_memory(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
 
 
 def _fit_collectives(timings: Sequence[Timing], topology: Topology) -> dict[str, float]:
-    """Launch, hops and bandwidth from collectives over single axes; axes with links alike share theirs."""
+    """Launch, hops and bandwidth from collectives over single axes; axes with equal links share their constants."""
     used = [timing for timing in timings if timing.kind in COLLECTIVES and len(timing.axes) == 1]
     if not used:
         return {}
@@ -214,7 +214,7 @@ def _fit_collectives(timings: Sequence[Timing], topology: Topology) -> dict[str,
     for group, hop, wire in zip(groups, found[: len(groups)], found[len(groups) :], strict=True):
         constants[f"{group}hop_seconds"] = hop
         name, many = _bandwidth(topology, group)
-        if wire:  # else too fast to be told from the launch: as it was
+        if wire:  # else not distinguishable from the launch: unchanged
             rates[name] = (stated[name].value, stated[name].value * reached * wire / many)
     return constants | _slowed(topology.chip, "wire_efficiency", rates)
 
@@ -222,7 +222,7 @@ def _fit_collectives(timings: Sequence[Timing], topology: Topology) -> dict[str,
 def _column(
     timings: Iterable[Timing], topology: Topology, alike: dict[str, str], group: str, **constants: float
 ) -> np.ndarray:
-    """What one constant of a group of links is multiplied by in each timing."""
+    """The coefficient of one constant of a group of links in each timing."""
 
     def alone(axis: Axis) -> Axis:
         return replace(axis, launch_seconds=0.0, **constants)
@@ -247,7 +247,7 @@ def _links(topology: Topology) -> dict[str, str]:
 
 
 def _bandwidth(topology: Topology, group: str) -> tuple[str, float]:
-    """The constant that a group's bandwidth is, and of how many axes' links it is the sum."""
+    """The constant of a group's bandwidth, and the number of axes whose links it sums."""
     match topology.chip.interconnect:
         case Torus():
             return "torus.link_bytes_per_second", 1.0
@@ -261,19 +261,19 @@ def _bandwidth(topology: Topology, group: str) -> tuple[str, float]:
 
 
 _ROUNDS = 20
-"""How often a robust fit is weighted anew."""
+"""Reweightings of a robust fit."""
 _CLOSE = 0.02
 """The error, in logarithms, below which a timing has its full weight in a robust fit."""
 
 
 def robust_fit(columns: Sequence[np.ndarray], target: Sequence[float]) -> list[float]:
-    """The $x \\ge 0$ that about minimises $\\sum_i |\\log (\\sum_j a_{ij} x_j / t_i)|$, half of the errors on either side.
+    """The $x \\ge 0$ that approximately minimises $\\sum_i |\\log (\\sum_j a_{ij} x_j / t_i)|$.
 
-    Least squares of relative errors alone would follow the shortest times: one that is ten times too long is off by 0.9,
-    one that is ten times too short by 9. So they are solved again and again, with weights that make them this sum. Where
-    least squares leave no error, nothing changes.
+    Plain least squares of relative errors would follow the shortest times: a prediction that is ten times too short has
+    error 0.9, one that is ten times too long 9. Iteratively reweighted least squares give this sum instead. If plain least
+    squares leave no error, nothing changes.
 
-    **Arguments:** as of `relative_least_squares`.
+    **Arguments:** as for `relative_least_squares`.
     """
     matrix, times = np.stack(columns, axis=1), np.asarray(target, dtype=float)
     found = relative_least_squares(columns, target)
@@ -290,14 +290,14 @@ def relative_least_squares(
 ) -> list[float]:
     """The $x \\ge 0$ that minimises $\\sum_i ((\\sum_j a_{ij} x_j) / t_i - 1)^2$.
 
-    For so few unknowns it is found by looking: the best of the plain least-squares fits to every subset of columns that
-    are nowhere below 0. (The minimum under $x \\ge 0$ is the plain minimum over its own positive columns.)
+    With few unknowns, enumeration is enough: the best nonnegative one of the plain least-squares fits to every subset of
+    columns. (The minimum under $x \\ge 0$ is the plain minimum over its own positive columns.)
 
     **Arguments:**
 
     - `columns`: $a_j$, one array for each unknown.
     - `target`: $t$, above 0.
-    - `weights`: of each error before it is squared; 1 by default.
+    - `weights`: the weight of each error before squaring; 1 by default.
     """
     goal = np.ones(len(target)) if weights is None else weights
     scaled = np.stack(columns, axis=1) / np.asarray(target)[:, None] * goal[:, None]
@@ -317,7 +317,7 @@ def relative_least_squares(
 
 @dataclass(frozen=True)
 class Residual:
-    """How far the model is from the timings of one series, fitted and held out: relative errors, and None for none."""
+    """Relative errors of the model on one series of timings, fitted and held out; None if there are none."""
 
     series: str
     fitted: int
@@ -326,11 +326,11 @@ class Residual:
     held_out_median: float | None
     held_out_worst: float | None
     bias: float
-    """The median of predicted over measured, of all its timings."""
+    """The median of predicted / measured over all its timings."""
 
 
 def residuals(timings: Sequence[Timing], topology: Topology) -> list[Residual]:
-    """The errors of a topology's predictions, series by series, and "all" at the end."""
+    """The errors of a topology's predictions per series, with "all" as the last."""
     names = list(dict.fromkeys(timing.series for timing in timings))
     groups = [(name, [timing for timing in timings if timing.series == name]) for name in names]
     return [_residual(name, group, topology) for name, group in [*groups, ("all", list(timings))]]

@@ -1,30 +1,29 @@
-"""What one operation costs on one chip, as one symbolic expression per quantity.
+"""The cost of one operation on one chip, as one symbolic expression per quantity.
 
-With factor sizes $d_i$ and shard counts $s_i$ (into how many pieces factor $i$ is cut), the chip runs
+With factor sizes $d_i$ and shard counts $s_i$ (the number of shards of factor $i$), the chip runs
 
 $$\\text{flops} = c \\prod_i d_i / s_i, \\qquad \\text{bytes} = \\sum_{u} w_u \\prod_{i \\in u} d_i / s_i,$$
 
 where $u$ ranges over the operands and results that pass through HBM and $w_u$ is their element size. One expression,
-compiled once, prices all strategies of an operation at once as numpy arrays.
+compiled once, costs all strategies of an operation at once as numpy arrays.
 
 The time is the roofline $\\max(\\text{padded flops}/C, \\text{bytes}/W) + o$ (Pope et al. 2022 §2; "How To Scale Your
-Model", "All About Rooflines"), where $C$ and $W$ are the rates that are reached, the peak times an efficiency, and $o$
+Model", "All About Rooflines"), where $C$ and $W$ are the achieved rates (the peak times an efficiency) and $o$
 is the overhead of an operation on the matrix unit.
 
-A matrix unit works in tiles of $t \\times t$. One matrix is held in it tile by tile, the other streams through, row by
-row; taking in the next tile meanwhile takes as long as $t/2$ rows. Of a product of $R \\times K$ with $K \\times C$ it
-therefore does
+A matrix unit works in tiles of $t \\times t$. One matrix is loaded tile by tile; the other streams through it row by
+row. Loading the next tile takes as long as streaming $t/2$ rows. A batch of $B$ products of $R \\times K$ with
+$K \\times C$ therefore does
 
 $$c B \\, \\lceil K \\rceil_t \\min(\\lceil C \\rceil_t \\max(R, t/2),\\; \\lceil R \\rceil_t \\max(C, t/2)),$$
 
-where $B$ counts the products of a batch and $\\lceil n \\rceil_t$ is the next multiple of $t$: the compiler has either
-matrix stream. (That is what the cycles say which libtpu estimates for products of 8 to 8192 rows on v4 to v6e: with few
-rows the time does not fall below that of about $t/2$, and between multiples of $t$ it grows in proportion.)
+where $\\lceil n \\rceil_t$ is the next multiple of $t$. The minimum is there because the compiler streams either matrix. This
+matches libtpu's cycle estimates for products of 8 to 8192 rows on v4 to v6e: with few rows the time does not fall below that
+of about $t/2$, and between multiples of $t$ it grows in proportion.
 
-A chip with a large memory of its own keeps in it what one operation makes and the next uses: an array of at most $m$ bytes
-that is the result of arithmetic, and does not leave its region, passes through no HBM; $k$ arrays that go round a loop share
-the room, $k$ times the bytes of each are then at most $m$ (`costmodels.on_chip`). ($m$ is `on_chip_bytes`, 0 unless the chip
-says otherwise. The TPU compiler does so on v4, v5e and v6e.)
+On chips with a large on-chip memory, a result of arithmetic of at most $m$ bytes that does not leave its region never touches
+HBM. $k$ loop carries share the room: $k$ times the bytes of each must be at most $m$ (`costmodels.program.on_chip`). $m$ is
+`on_chip_bytes`, 0 by default. The TPU compiler does so on v4, v5e and v6e.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def size_symbol(factor: int) -> sympy.Symbol:
 
 @cache
 def shards_symbol(factor: int) -> sympy.Symbol:
-    """$s_i$: the number of pieces that factor `i` is cut into."""
+    """$s_i$: the number of shards of factor `i`."""
     return sympy.Symbol(f"s{factor}", positive=True, integer=True)
 
 
@@ -72,7 +71,7 @@ def tile_symbol() -> sympy.Symbol:
 
 @dataclass(frozen=True)
 class MatrixFactors:
-    """The factors of a product of two operands: of the batch, the rows, the columns, and what is summed."""
+    """The factors of a matmul: batch, rows, columns, and contracted factors."""
 
     batch: tuple[int, ...]
     rows: tuple[int, ...]
@@ -81,7 +80,7 @@ class MatrixFactors:
 
 
 def matrix_factors(operation: Operation) -> MatrixFactors | None:
-    """How the factors of an operation make a product of matrices; None when it is none."""
+    """The factors of an operation as those of a matmul; None if it is not a matmul."""
     if operation.op_class != "matmul" or len(operation.inputs) != 2:
         return None
     left, right = (set(_flat(use.dims)) for use in operation.inputs)
@@ -94,7 +93,7 @@ def matrix_factors(operation: Operation) -> MatrixFactors | None:
 
 
 def padded_flops(operation: Operation) -> sympy.Expr:
-    """What the compute units of one chip do for an operation, whole tiles of a matrix unit, in $d_i$, $s_i$ and $t$."""
+    """The FLOPs of one chip for an operation, in whole tiles of the matrix unit; in $d_i$, $s_i$ and $t$."""
     found = matrix_factors(operation)
     if found is None:
         return flops(operation)
@@ -118,7 +117,7 @@ def on_chip_symbol() -> sympy.Symbol:
 
 
 def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sympy.Expr:
-    """Bytes that one chip moves between HBM and its compute units, in $d_i$ and $s_i$; in $m$ too where the chip `keeps`."""
+    """HBM bytes that one chip moves, in $d_i$ and $s_i$, and in $m$ if the chip `keeps` values on the chip."""
     terms = []
     for index in operation.traffic:
         use = operation.use(index)
@@ -132,7 +131,7 @@ def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sy
 
 
 def hbm_traffic(program: Program, operation: Operation) -> tuple[tuple[int, float, int], ...]:
-    """What copies of an operation may differ in: per use in `traffic` the bytes of a stored element, and its `sharers`."""
+    """Per use in `traffic` its index, the bytes of a stored element, and its `sharers`: all that copies may differ in."""
     uses = ((index, operation.use(index)) for index in operation.traffic)
     return tuple((index, use.stored_itemsize, sharers(program, use.value)) for index, use in uses)
 
@@ -156,7 +155,7 @@ def evaluate(
 ) -> Array:
     """The expression at the operation's sizes and at each row of `shards` (`[strategies, factors]`)."""
     count, rows = len(operation.factors), len(shards)
-    # All as arrays of one length: what NumPy's maximum of several expressions is compiled to takes no others.
+    # All arguments as arrays of one length: the compiled maximum of several expressions requires it.
     sizes = [np.full(rows, float(factor.size)) for factor in operation.factors]
     columns = [shards[:, i] for i in range(count)]
     constants = (np.full(rows, float(tile)), np.full(rows, float(on_chip_bytes)))
@@ -166,9 +165,9 @@ def evaluate(
 
 @dataclass(frozen=True)
 class OperationCost:
-    """What the strategies of one operation cost on one chip, each an array over strategies; seconds for one execution.
+    """The costs of the strategies of one operation on one chip, as arrays over strategies; seconds are of one execution.
 
-    `flops` are those that the program asks for; `compute_seconds` has those that padding adds.
+    `flops` are those of the program; `compute_seconds` includes those that padding adds.
     """
 
     flops: Array
@@ -179,11 +178,11 @@ class OperationCost:
 
 
 def price(program: Program, operation: Operation, shards: Array, chip: Chip) -> OperationCost:
-    """Prices every strategy of an operation.
+    """Costs every strategy of an operation.
 
     **Arguments:**
 
-    - `shards`: `[strategies, factors]`, the number of pieces of each factor.
+    - `shards`: `[strategies, factors]`, the number of shards of each factor.
 
     **Returns:** an `OperationCost`; `seconds` is the roofline's maximum plus the chip's overhead per operation.
     """

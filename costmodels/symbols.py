@@ -1,21 +1,21 @@
-"""Formulas as people write them: named dimensions, axis sizes X, Y, Z and hardware rates, as SymPy expressions.
+"""Formulas in named dimensions, axis sizes X, Y, Z and hardware rates, as SymPy expressions.
 
-Rates are those that are reached, the peak times the chip's efficiency.
+Rates are achieved rates: the peak times the chip's efficiency.
 
 | symbol | meaning | unit |
 |---|---|---|
-| $B, L, E, F, ...$ | dimensions of the program, by the names that `costmodels.dimensions` gives them | elements |
+| $B, L, E, F, ...$ | dimensions of the program, by their names in `costmodels.dimensions` | elements |
 | $X, Y, Z, W$ | sizes of the mesh axes | chips |
 | $C_{bfloat16}, ..., C_{vector}$ | rate of matrix products in a dtype, of the vector unit | FLOP/s |
 | $t_{tile}$ | side of the matrix unit | elements |
 | $W_{hbm}$ | HBM bandwidth | bytes/s |
 | $m_{chip}$ | the largest array that stays on the chip between two operations | bytes |
-| $W_{ici}$, or $W_x, W_y, ...$ where axes differ | one-way bandwidth of a link | bytes/s |
-| $W_{total}$ | bandwidth of all links of a chip together, where pricing is "total" | bytes/s |
-| $f_{overlap}$ | the part of the time on the wire that is hidden behind computation | 1 |
-| $α_{ici}$, or $α_x, ...$; $o_{op}$, $o_{coll}$ | latency of a hop; to launch an operation, a collective | s |
+| $W_{ici}$, or $W_x, W_y, ...$ if axes differ | one-way bandwidth of a link | bytes/s |
+| $W_{total}$ | bandwidth of all links of a chip together, under the convention "total" | bytes/s |
+| $f_{overlap}$ | the part of the bandwidth time that computation hides | 1 |
+| $α_{ici}$, or $α_x, ...$; $o_{op}$, $o_{coll}$ | latency of a hop; launch of an operation, of a collective | s |
 
-Expressions are written to files as text and read back by `parsed`, which knows arithmetic and nothing else.
+Expressions are written to files as text and read back by `parsed`, which accepts arithmetic only.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _ARITHMETIC: Mapping[type, Callable[[Expr, Expr], Expr]] = {
 _FUNCTIONS = ("floor", "ceiling", "Max", "Min", "Mod")
 _SPELT = {"max": "Max", "min": "Min", "mod": "Mod"}
 _LONGEST = 1000
-"""Characters of one dimension's text at most; what is longer is no dimension."""
+"""The maximum number of characters of one dimension's text."""
 _GREATEST_POWER = 16
 
 
 @lru_cache(maxsize=4096)
 def parsed(text: str) -> Expr:
-    """The expression that a text such as `2*F` or `H*D/(X*Y)` stands for; nothing in it is ever run.
+    """The expression of a text such as `2*F` or `H*D/(X*Y)`; the text is never executed.
 
     **Raises:** `ValueError` for anything but names, whole numbers, arithmetic and `floor`, `ceiling`, `max`, `min`, `mod`.
     """
@@ -68,7 +68,7 @@ def parsed(text: str) -> Expr:
             raise ValueError(f"it has {len(text)} characters")
         return _expression(ast.parse(text.strip().replace("^", "**"), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, ZeroDivisionError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text[:60]!r} is no size: names, whole numbers and + - * / would do ({error})") from error
+        raise ValueError(f"Invalid size {text[:60]!r}: expected names, whole numbers and + - * / ({error})") from error
 
 
 def _expression(node: ast.AST) -> Expr:
@@ -87,11 +87,11 @@ def _expression(node: ast.AST) -> Expr:
             return sympy.floor(_expression(left) / _expression(right))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if _SPELT.get(name, name) in _FUNCTIONS:
             return getattr(sympy, _SPELT.get(name, name))(*map(_expression, args))
-    raise ValueError(f"{type(node).__name__} has no place in it")
+    raise ValueError(f"it contains {type(node).__name__}")
 
 
 def text(expression: Expr) -> str:
-    """An expression for people: `2·B·E·F/(X·Y)`."""
+    """An expression as readable text: `2·B·E·F/(X·Y)`."""
     return str(expression).replace("**", "^").replace("*", "·")
 
 
@@ -99,9 +99,9 @@ def text(expression: Expr) -> str:
 
 
 def evaluated(expression: Expr, numbers: Mapping[str, float]) -> float:
-    """The expression at these numbers, by the names of its symbols.
+    """The value of an expression, with numbers by the names of its symbols.
 
-    **Raises:** `KeyError`, with their names, where symbols are left without a number.
+    **Raises:** `KeyError`, with the names of symbols without a number.
     """
     symbols = sorted(expression.free_symbols, key=str)
     missing = [str(symbol) for symbol in symbols if str(symbol) not in numbers]
@@ -116,7 +116,7 @@ def _compiled(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[.
 
 
 def replaced(expression: Expr, table: Mapping[Expr, Expr]) -> Expr:
-    """`xreplace` that leaves maxima and minima as they are: SymPy would compare their terms pair by pair, for seconds."""
+    """`xreplace` without evaluation of maxima and minima: SymPy would compare their terms pair by pair, for seconds."""
     if expression in table:
         return table[expression]
     if not expression.args or not expression.free_symbols & table.keys():
@@ -131,17 +131,17 @@ def replaced(expression: Expr, table: Mapping[Expr, Expr]) -> Expr:
 
 
 def axis_size(name: str) -> sympy.Symbol:
-    """The size of a mesh axis: X of the axis x."""
+    """The symbol of a mesh axis' size: X of the axis x."""
     return dimension(name.upper())
 
 
 def pieces(axes: Iterable[str]) -> Expr:
-    """Into how many pieces these axes cut a dimension."""
+    """The number of shards into which these axes split a dimension."""
     return sympy.Mul(*map(axis_size, axes))
 
 
 def matmul_rate(dtype: str) -> sympy.Symbol:
-    """$C$: FLOP/s of matrix products in a dtype."""
+    """$C$: FLOP/s of matmuls in a dtype."""
     return rate(f"C_{dtype}")
 
 
@@ -152,7 +152,7 @@ def rate(name: str) -> sympy.Symbol:
 
 
 def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
-    """What the symbols of rates, overheads and axis sizes stand for on a topology, for matrix products in these dtypes."""
+    """The values of the symbols of rates, overheads and axis sizes on a topology, for matmuls in these dtypes."""
     chip, links = topology.chip, _link_symbols(topology.axes)
     launches = [axis.launch_seconds for axis in topology.axes if axis.size > 1]
     found = {str(axis_size(name)): float(size) for name, size in topology.axis_sizes.items()}
@@ -174,7 +174,7 @@ def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
 
 
 def _link_symbols(axes: Sequence[Axis]) -> dict[str, tuple[sympy.Symbol, sympy.Symbol]]:
-    """Bandwidth and latency of each axis: one symbol for all where they are alike."""
+    """Bandwidth and latency of each axis; equal axes share one symbol."""
     taking_part = [axis for axis in axes if axis.size > 1]
     alike = len({(axis.bytes_per_second, axis.hop_seconds) for axis in taking_part}) <= 1
 
@@ -193,7 +193,7 @@ def operation_seconds(done: Expr, moved: Expr, matmul: bool, dtype: str) -> Expr
 
     **Arguments:**
 
-    - `done`: what the compute units do: FLOPs, in whole tiles on a matrix unit.
+    - `done`: FLOPs, in whole tiles on a matrix unit.
     - `moved`: HBM bytes.
     """
     compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
@@ -203,7 +203,7 @@ def operation_seconds(done: Expr, moved: Expr, matmul: bool, dtype: str) -> Expr
 
 
 def collective_seconds(kind: str, axes: Sequence[str], payload: Expr, topology: Topology) -> Expr:
-    """Seconds of a collective, or of a local slice, for a payload by the convention of `costmodels.collectives`."""
+    """Seconds of a collective, or of a local slice, for a payload by the convention of `costmodels.machine.collectives`."""
     if kind == "slice":
         return 2 * payload / rate("W_hbm")
     return replaced(_collective(kind, tuple(sorted(axes)), topology), {_payload(): payload})
@@ -216,7 +216,7 @@ def _payload() -> sympy.Symbol:
 
 @lru_cache(maxsize=1024)
 def _collective(kind: str, axes: tuple[str, ...], topology: Topology) -> Expr:
-    """`costmodels.collectives.expression` in the symbols of this module."""
+    """`costmodels.machine.collectives.expression` in the symbols of this module."""
     links, taking_part = _link_symbols(topology.axes), [topology.axis(name) for name in axes]
     known = {"V": _payload(), "o": rate("o_coll"), "B": rate("W_total"), "f": rate("f_overlap")}
     for axis in taking_part:
@@ -230,11 +230,12 @@ def _collective(kind: str, axes: tuple[str, ...], topology: Topology) -> Expr:
 
 
 def volume(kind: str, axes: Sequence[str], payload: Expr, exact: bool = True) -> Expr:
-    """What one chip sends in a collective, in the payload's unit: `costmodels.collectives.wire_bytes` as a formula.
+    """The volume that one chip sends in a collective, in the payload's unit: `costmodels.machine.collectives.wire_bytes` as a
+    formula.
 
     **Arguments:**
 
-    - `exact`: with the factor $(N-1)/N$ of $N$ chips; without, as Pope et al. 2022, appendix A.1, count.
+    - `exact`: whether to include the factor $(N-1)/N$ of $N$ chips, which Pope et al. 2022, appendix A.1, omit.
     """
     if kind == "slice" or not axes:
         return sympy.Integer(0)
@@ -249,11 +250,11 @@ def volume(kind: str, axes: Sequence[str], payload: Expr, exact: bool = True) ->
 
 
 def crossover(below: Expr, above: Expr, tokens: sympy.Symbol) -> Expr | None:
-    """The number of tokens from which on `above` costs less than `below`; None where they never meet.
+    """The number of tokens above which `above` costs less than `below`; None if they never meet.
 
     Both must be linear in `tokens`, as volumes of weights and activations are.
 
-    **Raises:** `ValueError` when one is not.
+    **Raises:** `ValueError` if one is not.
     """
     difference = sympy.expand(below - above)
     rate, rest = difference.coeff(tokens, 1), difference.coeff(tokens, 0)
@@ -262,13 +263,13 @@ def crossover(below: Expr, above: Expr, tokens: sympy.Symbol) -> Expr | None:
     return None if rate == 0 else sympy.simplify(-rest / rate)
 
 
-# --- For people
+# --- Simplification
 
 
 def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
-    """The expression as it is at these numbers and near.
+    """The expression that holds at these numbers and near them.
 
-    Of a maximum the larger side, of several cases the one at hand, whole numbers without rounding.
+    Maxima become their larger side, piecewise expressions their active case, and floors and ceilings are dropped.
     """
     if not expression.has(sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.Piecewise):
         return expression
@@ -289,9 +290,9 @@ def _holds(condition: Any, numbers: Mapping[str, float]) -> bool:
 
 
 def largest_terms(expression: Expr, numbers: Mapping[str, float], part: float) -> tuple[list[Expr], list[Expr]]:
-    """The terms of a sum, largest first at these numbers: those that make up all but `part` of it, and the rest.
+    """The terms of a sum, largest first at these numbers: those that make up at least 1 - `part` of it, and the rest.
 
-    Products are multiplied out, but for factors such as $XYZ - 1$.
+    Products are multiplied out, except factors such as $XYZ - 1$.
     """
     kept: dict[Expr, Expr] = {}
 

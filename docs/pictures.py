@@ -2,7 +2,7 @@
 
     python docs/pictures.py          # docs/images/concept-*.svg
 
-Plain text files, so that a change of one is a change that can be read; `tests/test_docs.py` holds them against this script.
+Plain text files, so that a change of one is a change that can be read; `tests/whole/test_docs.py` holds them against this script.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Picture:
             self.text(x + length / 2, y - 10 - 16 * (len(words.split("\n")) - 1 - i), line, 12, "middle")
 
     def legend(self, x: float, y: float) -> None:
-        """Which colour is which chip."""
+        """The colours of the chips."""
         for chip, name in enumerate(NAMES):
             self.parts.append(
                 f'<rect x="{x + 92 * chip}" y="{y - 11}" width="13" height="13" rx="3" fill="{CHIPS[chip]}"/>'

@@ -2,8 +2,8 @@
 
     make screenshots        # docs/images/palm-*.png: 540B decode planned and audited, and the sweep of `make frontier`
 
-The sweep is read from `benchmarks/results/frontier_points.json`, the plan is searched and audited by the TPU compiler anew, and
-the plot of `make frontier` is copied.
+The sweep is read from `benchmarks/results/frontier_points.json`, the plan is searched and audited again by the TPU compiler,
+and the plot of `make frontier` is copied.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("tests.support")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])

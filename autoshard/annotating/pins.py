@@ -15,88 +15,17 @@ from math import prod
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from autoshard.errors import AutoshardError
+from autoshard.rules.pin import PIN, PinError, Pins, dims_of
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Pinned, Program
-
-PIN = "autoshard_pin"
-Pins = Mapping[str, PartitionSpec] | Sequence[Any]
-"""Patterns over dotted paths with their specs, or one tree of specs (or `None`: free) per argument."""
-
-
-class PinError(AutoshardError):
-    """A pin that names nothing, cannot hold, or contradicts another; says which, and what would fit."""
-
 
 _WORDS = {
     PIN: "the pin at ",
     "sharding_constraint": "the sharding constraint at ",
     "shard_map_layout": "a layout of the shard_map at ",
 }
-
-# --- in the function
-
-_pin = Primitive(PIN)
-_pin.def_impl(lambda x, *, dims: x)
-_pin.def_abstract_eval(lambda x, *, dims: x)
-mlir.register_lowering(_pin, lambda ctx, x, *, dims: [x])
-ad.deflinear2(_pin, lambda cotangent, x, *, dims: [_pin.bind(cotangent, dims=dims)])
-batching.primitive_batchers[_pin] = lambda args, axes, *, dims: (
-    _pin.bind(args[0], dims=(*dims[: axes[0]], None, *dims[axes[0] :])),
-    axes[0],
-)
-
-
-_wish = Primitive("shard_map_layout")
-_wish.def_impl(lambda x, *, dims: x)
-_wish.def_abstract_eval(lambda x, *, dims: x)
-
-
-def asked(x: Any, dims: Sequence[tuple[str, ...]]) -> Any:
-    """`x`, pinned like a sharding constraint: only on a topology that has these axes."""
-    return _wish.bind(x, dims=(*dims, *((),) * (x.ndim - len(dims)))) if any(dims) else x
-
-
-def pin(x: Any, spec: PartitionSpec) -> Any:
-    """`x`, to be laid out like `spec` when a plan is searched; the identity wherever the function runs without one.
-
-        hidden = autoshard.pin(hidden, P("x", None, ("y", "z")))
-
-    **Arguments:**
-
-    - `x`: an array, or a pytree of arrays of one rank.
-    - `spec`: mesh axes of the topology per dimension; what it leaves out is not split, `P.UNCONSTRAINED` is free.
-    """
-    return jax.tree.map(lambda leaf: _pin.bind(leaf, dims=dims_of(spec, leaf.ndim, "autoshard.pin")), x)
-
-
-def dims_of(spec: PartitionSpec, rank: int, what: str) -> Pinned:
-    """A `PartitionSpec` as axes per dimension; `None` for a dimension that is free."""
-    if len(spec) > rank:
-        raise PinError(f"{what} pins {len(spec)} dimensions by {spec}; the array has {rank}.")
-
-    def axes(part: Any) -> tuple[str, ...] | None:
-        if part is PartitionSpec.UNCONSTRAINED:
-            return None
-        return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-    return (*map(axes, spec), *((),) * (rank - len(spec)))
-
-
-def pinned_by(primitive: str, params: Mapping[str, Any], rank: int) -> Pinned | None:
-    """What an equation pins its result to, if it does."""
-    if primitive in (PIN, _wish.name):
-        return params["dims"]
-    if primitive == "sharding_constraint" and isinstance(params.get("sharding"), NamedSharding):
-        return dims_of(params["sharding"].spec, rank, "with_sharding_constraint")
-    return None
-
-
-# --- from outside
 
 
 @dataclass(frozen=True)
@@ -131,7 +60,7 @@ def parsed(text: str) -> tuple[str, PartitionSpec]:
     return pattern, PartitionSpec(*map(part, parts.split(",")))
 
 
-def with_pins(
+def pin_program(
     program: Program, paths: Sequence[str], topology: Topology, pins: Pins | None
 ) -> tuple[Program, tuple[Pin, ...]]:
     """The program with its pins put in terms of the topology.

@@ -44,7 +44,7 @@ from autoshard.auditing.replay import MOST_COSTLY, Replay, replay
 from autoshard.auditing.unplanned_time import AuditedCost, attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
 from autoshard.errors import AutoshardError
-from autoshard.plan import Plan, PlannedCollective
+from autoshard.planning.records import PlannedCollective, PlanRecord
 from costmodels.machine.topology import Topology
 from search.answer.assignment import collectives as solution_collectives
 
@@ -165,7 +165,11 @@ class Audit:
 
 
 def audit(
-    plan: Plan, fn: Callable[..., Any], *args: Any, target: CompileTarget = "host", devices: Sequence[Any] | None = None
+    plan: PlanRecord,
+    fn: Callable[..., Any],
+    *args: Any,
+    target: CompileTarget = "host",
+    devices: Sequence[Any] | None = None,
 ) -> Audit:
     """Compiles a planned function and compares what the compiler made of it with the plan.
 
@@ -189,7 +193,7 @@ def audit(
     mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
-    lowered = plan.jit(fn, mesh=mesh).lower(*shapes)
+    lowered = bind.jit(plan, fn, mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -228,7 +232,7 @@ def _peak_bytes(memory: Any) -> float | None:
     return float(min(peak, in_hbm - memory.alias_size_in_bytes))
 
 
-def _sent_arrays(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
+def _sent_arrays(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
     """The number and type of the array that each planned collective sends."""
     program = bind.traced_as(plan, fn, args).program
     sent = solution_collectives(program, plan.topology, plan.choice)
@@ -236,7 +240,7 @@ def _sent_arrays(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tup
 
 
 def compare(
-    plan: Plan,
+    plan: PlanRecord,
     text: str,
     target: CompileTarget = "host",
     peak_bytes: float | None = None,
@@ -281,7 +285,7 @@ def compare(
 
 
 def _paired_with(
-    plan: Plan,
+    plan: PlanRecord,
     compiled: Sequence[CompiledCollective],
     target: CompileTarget,
     arrays: Sequence[tuple[int, str]],
@@ -298,7 +302,7 @@ def _paired_with(
 
 
 def _findings(
-    plan: Plan,
+    plan: PlanRecord,
     text: str,
     pairs: Sequence[Pair],
     target: CompileTarget,

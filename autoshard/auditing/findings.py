@@ -20,7 +20,7 @@ from autoshard.auditing.hlo_interface import CompiledArguments
 from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, literal, sent_bytes
 from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import ArrayPlan, OperationPlan, PlannedCollective
+from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoshard.auditing.hlo_collectives import CompiledCollective
-from autoshard.plan import PlannedCollective
+from autoshard.planning.records import PlannedCollective
 from costmodels.machine.collectives import wire_bytes
 from costmodels.machine.topology import Topology
 

@@ -13,7 +13,7 @@ from autoshard.auditing.matching import Pair, axes_of
 from autoshard.auditing.replay import MOST_COSTLY
 from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import PlannedCollective
+from autoshard.planning.records import PlannedCollective
 
 
 def render(audit: Audit, width: int = WIDTH) -> str:

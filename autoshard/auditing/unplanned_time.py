@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from autoshard.auditing.hlo_collectives import COLLECTIVE_KINDS
 from autoshard.auditing.replay import Costly
-from autoshard.plan import OperationPlan
+from autoshard.planning.records import OperationPlan
 
 
 @dataclass(frozen=True)

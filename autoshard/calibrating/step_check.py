@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autoshard.pipeline import Options, planned, traced_for
+from autoshard.pipeline import annotated_function, plan_function
+from autoshard.planning.options import Options
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
 
@@ -44,8 +45,8 @@ def checked(workload: Workload, topology: Topology, progress: Callable[[str], No
     **Raises:** what `autoshard.search` raises.
     """
     options = Options(workload.donate_argnums, workload.name, progress=progress)
-    target = traced_for(workload.fn, workload.args, options)
-    plan = planned(target, topology, options)
+    target = annotated_function(workload.fn, workload.args, options)
+    plan = plan_function(target, topology, options)
     mesh = plan.make_mesh()
     step = plan.jit(workload.fn, mesh)
     progress("running the step")

@@ -38,7 +38,7 @@ def audit(
 
     from autoshard.auditing.audit import audit as audit_plan
     from autoshard.emitting import targets
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         found = load(plan)

@@ -23,7 +23,7 @@ def diff(
 ) -> None:
     """Compare two plans: step, operations that differ and what each costs, arrays that lie otherwise."""
     from autoshard.comparing.diff import diff as compare
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         found = compare(load(before), load(after))
@@ -48,7 +48,7 @@ def why_not(
     autoshard why-not plan.json --pin "params.*.wq=None,x,yz"
     """
     from autoshard.comparing.other_plans import why_not as compare
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         if not family and not pin and memory is None:
@@ -75,7 +75,7 @@ def best(
     from autoshard._util.tables import time as in_words
     from autoshard.comparing.diff import diff as compare
     from autoshard.comparing.other_plans import best_plans
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         with common.progress(f"Searching the {count} best plans", verbose) as say:

@@ -38,7 +38,7 @@ def explain(
 ) -> None:
     """Print a plan: every matmul with its strategy, arrays, collectives, memory, proof, warnings."""
     from autoshard.explaining.explain import render
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         if remedies and target is None:

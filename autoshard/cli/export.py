@@ -52,7 +52,7 @@ def export(
 
     autoshard export plan.json --format rules --argument params -o partition_rules.py
     """
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         common.writable(output, force)

@@ -26,7 +26,7 @@ def roofline(
     autoshard roofline prefill.json decode.json -o roofline.png
     """
     from autoshard.explaining.roofline import save_roofline
-    from autoshard.planning.plan_file import load
+    from autoshard.plan import load
 
     with common.reported(verbose):
         common.writable(output, force)

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autoshard._util.tables import WIDTH, percent, size, table, time
-from autoshard.emitting.program import spec_of
+from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.explain import short_name
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import ArrayPlan, OperationPlan, Plan
+from autoshard.plan import Plan
+from autoshard.planning.records import ArrayPlan, OperationPlan
 
 _LISTED = 0.002
 """The part of a step from which on an operation's difference is listed."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autoshard.annotating.pins import PinError, Pins, with_pins
+from autoshard.annotating.pins import pin_program
 from autoshard.comparing.diff import Difference, diff
 from autoshard.errors import AutoshardError
-from autoshard.plan import ArrayPlan, Plan
+from autoshard.plan import Plan
 from autoshard.planning import records_of
 from autoshard.planning.baselines import FAMILIES
 from autoshard.planning.baselines import solved as solved_family
 from autoshard.planning.infeasibility import conflict, explained
+from autoshard.planning.records import ArrayPlan
+from autoshard.rules.pin import PinError, Pins
 from costmodels.program.program import Program
 from search.answer.assignment import needed, produced
 from search.answer.check import check
@@ -86,7 +88,7 @@ def why_not(
     program, topology = _program(plan), plan.topology
     limits = _limits(plan, time_limit)
     limits = limits if memory_bytes is None else replace(limits, memory_bytes=memory_bytes)
-    program, pinned = with_pins(program, [array.path for array in plan.arguments], topology, pins)
+    program, pinned = pin_program(program, [array.path for array in plan.arguments], topology, pins)
     try:
         other = (
             solved_family(family, program, topology, limits) if family else search(program, topology, limits, progress)

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from autoshard._util.tables import WIDTH, item, size, table, time
-from autoshard.errors import PlanMismatchError
+from autoshard.emitting.bind import traced_as
 from autoshard.explaining.bottlenecks import alike_summed
 from autoshard.naming.strategy_names import is_product, weight_operand
-from autoshard.pipeline import Options, traced_for
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import doubled as doubled_topology
 from autoshard.planning.records_of import repriced
@@ -131,10 +130,7 @@ def remedies(
 
     **Raises:** `PlanMismatchError` if the plan is for another function or other arguments.
     """
-    target = traced_for(fn, args, Options(plan.donate_argnums, plan.name))
-    if target.fingerprint != plan.fingerprint:
-        raise PlanMismatchError(f"The plan {plan.name!r} is for another function, or for other arguments.")
-    program, topology = target.traced.program, plan.topology
+    program, topology = traced_as(plan, fn, args).program, plan.topology
     before = check(program, topology, plan.choice).seconds
     works = _works(program, topology, plan, plan.choice)
     found, left_out, under = [], [], {}

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend import core as jex
 from jax.sharding import AxisType, Mesh, reshard
 
-from autoshard.emitting.program import emitted, spec_of
-from autoshard.errors import AutoshardError, PlanMismatchError, TopologyError, TraceError
+from autoshard.annotating.fingerprint import fingerprint
+from autoshard.annotating.pins import pin_program
+from autoshard.emitting.program import emitted
+from autoshard.emitting.sharding import current_mesh, make_mesh, mesh_in_context, shardings, spec_of
+from autoshard.errors import AutoshardError, PlanMismatchError
+from autoshard.planning.records import PlanRecord
+from autoshard.rules.pin import spec_of_pin
 from autoshard.tracing import pytrees
+from autoshard.tracing.arguments import abstract
 from autoshard.tracing.blocks import Traced
-from autoshard.tracing.source_lines import source_of
-from autoshard.tracing.trace import fingerprint, trace
+from autoshard.tracing.trace import trace
 from costmodels.program.program import Program
 from search.formulation.layouts import Axes
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
 
 _NAMED = 8
 """How many differences an error lists."""
@@ -35,7 +36,7 @@ _COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
 """The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
 
 
-def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would."""
     known: dict[Any, tuple[Traced, Any]] = {}
 
@@ -43,14 +44,13 @@ def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[...
     def planned(*args: Any, **keywords: Any) -> Any:
         args = pytrees.positional(fn, args, keywords)
         flat, structure = jax.tree_util.tree_flatten(args)
-        chosen = mesh or mesh_in_context(plan, abstract=True) or plan.make_mesh()
+        chosen = mesh or mesh_in_context(plan, abstract=True) or make_mesh(plan)
         if (structure, chosen) in known:
             traced, run = known[structure, chosen]
             _check_arguments(plan, fn, args, abstract(fn, args))
         else:
             traced = traced_as(plan, fn, args)
-            own = next(_own_derivatives(jax.make_jaxpr(fn)(*_planned_for(plan, fn, args)).jaxpr), None)
-            run = _undifferentiable(fn, own, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
+            run = _undifferentiable(fn, traced.custom_vjp, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
             if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
         arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
@@ -60,24 +60,46 @@ def bound(plan: Plan, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[...
     return planned
 
 
+def jit(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
+    """`jax.jit` of `fn` as planned; see `Plan.jit`."""
+    mesh = mesh or current_mesh(plan)
+    arguments, results = shardings(plan, mesh)
+    known = {}
+    if plan.in_tree.unknown_class is None:
+        known["in_shardings"] = arguments
+    if plan.out_tree.unknown_class is None:
+        known["out_shardings"] = results
+    options = compiler_options(plan, mesh) or None
+    return jax.jit(bound(plan, fn, mesh), donate_argnums=plan.donate_argnums, compiler_options=options, **known)
+
+
 def _typed_as(leaf: Any, dtype: str) -> Any:
     """A leaf as an array of the planned type; keys are arrays already, and of no type that NumPy knows."""
     return leaf if dtype.startswith("key<") else jnp.asarray(leaf, dtype)
 
 
-def traced_as(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
+def traced_as(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
     """`fn` traced anew, with the plan's numbering of operations and values.
 
     **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ, or where the function does.
     """
     found = trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums)
-    if fingerprint(found.program) != plan.fingerprint:
+    program, _ = pin_program(found.program, found.paths, plan.topology, _argument_pins(plan))
+    if fingerprint(program) != plan.fingerprint:
         raise PlanMismatchError(_other_program(plan, found))
-    _check_choice(plan, found.program)
+    _check_choice(plan, program)
     return found
 
 
-def _planned_for(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
+def _argument_pins(plan: PlanRecord) -> list[Any] | None:
+    """The pins of the arguments that the plan was searched with, as a flat list of specs."""
+    if plan.program is None:
+        return None
+    pins = (plan.program.operations[op_index].pinned for op_index in plan.program.arguments)
+    return [None if dims is None else spec_of_pin(dims) for dims in pins]
+
+
+def _planned_for(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments as they were planned for: their nesting, with planned shapes and types.
 
     **Raises:** `PlanMismatchError` when they are others.
@@ -91,39 +113,12 @@ def _planned_for(plan: Plan, fn: Callable[..., Any], args: Sequence[Any]) -> tup
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tuple(args)), avals)
 
 
-def abstract(fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """The shapes and types of the flat arguments.
-
-    **Raises:** `TraceError` for an argument that is no array.
-    """
-    leaves = jax.tree_util.tree_leaves(tuple(args))
-    found = [_aval(leaf) for leaf in leaves]
-    if None in found:
-        at = found.index(None)
-        path, leaf = pytrees.argument_paths(fn, args)[at], leaves[at]
-        raise TraceError(
-            f"{path} is {leaf!r} ({type(leaf).__name__}), which is no array; bind it beforehand, with functools.partial."
-        )
-    return found
-
-
-def _aval(leaf: Any) -> Any:
-    """The shape and type of one leaf as JAX takes it; `None` if it does not."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        weak = getattr(leaf, "weak_type", False)  # arrays of keys do not say
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
-    try:
-        return jax.eval_shape(lambda array: array, leaf)
-    except TypeError:
-        return None
-
-
 # --- what is no part of a planned program
 
 
-def _undifferentiable(fn: Callable[..., Any], own: str | None, run: Callable[..., Any]) -> Callable[..., Any]:
+def _undifferentiable(fn: Callable[..., Any], own: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, which refuses to be differentiated if `fn` has a derivative of its own: a program of factors loses it."""
-    if own is None:
+    if not own:
         return run
     guarded = jax.custom_jvp(run)
 
@@ -131,27 +126,13 @@ def _undifferentiable(fn: Callable[..., Any], own: str | None, run: Callable[...
     def refuse(primals: Any, tangents: Any) -> Any:
         raise AutoshardError(
             f"{getattr(fn, '__name__', fn)} has a derivative of its own (custom_vjp at {own}), which its planned form does not"
-            " keep. Plan the gradient instead: autoshard.search(jax.grad(loss), ...)."
+            " keep. PlanRecord the gradient instead: autoshard.search(jax.grad(loss), ...)."
         )
 
     return guarded
 
 
-def _own_derivatives(jaxpr: Any) -> Iterator[str]:
-    """Where a `custom_vjp` is called, at any depth."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name.startswith("custom_vjp_call"):
-            yield source_of(eqn)
-        for inner in jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from _own_derivatives(inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner)
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)
-
-
-def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
+def _placed(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
     """The arrays as the plan lays them out, where the mesh's axes are explicit and nothing is moved unasked."""
     if AxisType.Explicit not in mesh.axis_types:
         return arrays
@@ -162,7 +143,7 @@ def _placed(plan: Plan, mesh: Any, arrays: list[Any]) -> list[Any]:
 # --- the compiler
 
 
-def compiler_options(plan: Plan, mesh: Mesh) -> dict[str, str]:
+def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str]:
     """What the TPU compiler is told about a plan that nearly fills the memory; nothing in all other cases.
 
     From 95 % of the memory on, which a plan may fill, the compiler (libtpu 0.0.42) computes things again to hold fewer of them:
@@ -177,38 +158,14 @@ def compiler_options(plan: Plan, mesh: Mesh) -> dict[str, str]:
 # --- meshes
 
 
-def mesh_in_context(plan: Plan, abstract: bool = False) -> Any:
-    """The mesh of `jax.set_mesh`, or its abstract shape; `None` where there is none.
-
-    **Raises:** `TopologyError` if it has not the plan's axes.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    check_mesh(plan, mesh)
-    return mesh if abstract else jax.sharding.get_mesh()
-
-
-def check_mesh(plan: Plan, mesh: Any) -> None:
-    """Refuses a mesh without the plan's axes; it may have more.
-
-    **Raises:** `TopologyError`.
-    """
-    sizes = plan.topology.axis_sizes
-    if any(mesh.shape.get(name) != size for name, size in sizes.items()):
-        got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise TopologyError(f"The mesh has the axes {got}; the plan for {plan.topology.name} needs {wanted}.")
-
-
 # --- refusals
 
 
 def _check_arguments(
-    plan: Plan, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]
+    plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]
 ) -> None:
     """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
-    alike = pytrees.describe(tuple(args)) == plan.in_tree
+    alike = pytrees.describe(tuple(args)) == plan.in_tree.data
     paths = [array.path for array in plan.arguments]
     planned = {array.path: _typed(array.shape, array.dtype) for array in plan.arguments}
     given = {
@@ -228,7 +185,7 @@ def _check_arguments(
     raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
 
 
-def _check_choice(plan: Plan, program: Program) -> None:
+def _check_choice(plan: PlanRecord, program: Program) -> None:
     """Refuses strategies and layouts that the program cannot have: a file may say anything.
 
     **Raises:** `PlanMismatchError`, with the first that it cannot.
@@ -253,14 +210,14 @@ def _check_choice(plan: Plan, program: Program) -> None:
         elif not divides(program.values[value].shape, layout.dims):
             faults.append(f"it keeps value {value}, of shape {program.values[value].shape}, as {layout}")
     if faults:
-        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Plan anew.")
+        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. PlanRecord anew.")
 
 
 def _typed(shape: Sequence[int], dtype: Any) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _other_program(plan: Plan, found: Traced) -> str:
+def _other_program(plan: PlanRecord, found: Traced) -> str:
     """Where another function with the same arguments first differs."""
     planned = [(row.primitive, row.sizes, row.name) for row in plan.operations]
     given = [(op.primitive, tuple(f.size for f in op.factors), op.name) for op in found.program.operations]

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from autoshard.emitting.min_max_reduce import over_chips
 from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting.sharding import spec_of
 from autoshard.emitting.tpu_workarounds.argument_layout import as_an_argument
 from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
 from autoshard.emitting.tpu_workarounds.residual_barriers import resting
@@ -36,14 +37,6 @@ from search.formulation.layouts import Layout, local_shape
 from search.formulation.reshard import reshard_table
 from search.formulation.strategies import Strategy
 from search.memory.views import IN_PLACE
-
-
-def spec_of(layout: Layout) -> PartitionSpec:
-    """A layout as a `PartitionSpec`, without trailing `None`s."""
-    entries: list[Any] = [None if not dim else dim[0] if len(dim) == 1 else dim for dim in layout.dims]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
 
 
 @dataclass(frozen=True)

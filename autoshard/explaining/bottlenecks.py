@@ -12,7 +12,7 @@ from typing import Any
 from autoshard._util.tables import WIDTH, percent, table, time
 from autoshard.explaining.explain import short_name
 from autoshard.explaining.layer_groups import shared_name, unnumbered
-from autoshard.plan import OperationPlan, Plan
+from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.bottlenecks import REGIMES, Work, divided, regime, total
 from costmodels.machine.collectives import seconds as collective_seconds
 
@@ -74,7 +74,7 @@ class Regimes:
         return "\n".join(_rendered(self, width)) + "\n"
 
 
-def regimes(plan: Plan) -> Regimes:
+def regimes(plan: PlanRecord) -> Regimes:
     """The regimes of a plan, from the numbers it holds."""
     listed = [*alike_summed(plan.operations).values(), *_slices(plan)]
     works = tuple(sorted(listed, key=lambda work: -work.total_seconds))
@@ -85,7 +85,7 @@ def regimes(plan: Plan) -> Regimes:
     return Regimes(plan.name, plan.topology.name, plan.topology.chip.name, works, latency)
 
 
-def _slices(plan: Plan) -> Iterator[Work]:
+def _slices(plan: PlanRecord) -> Iterator[Work]:
     """What the step takes beyond its operations and collectives: arrays that a chip cuts its own piece of, in HBM."""
     left = plan.estimate.seconds - sum(op.seconds + op.collective_seconds for op in plan.operations)
     if left > _NOTHING * plan.estimate.seconds:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
-from autoshard.emitting.program import spec_of
+from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
-from autoshard.plan import ArrayPlan, Baseline, OperationPlan, Plan, PlannedCollective
-from autoshard.planning.baselines import NOISE_PART
+from autoshard.naming.parallelism import parallelism
+from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
 from costmodels.machine.topology import Axis
 from search.formulation.layouts import Layout
@@ -22,7 +22,7 @@ _EQUAL = 1e-4
 """The relative difference within which a plain layout is this plan."""
 
 
-def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
+def render(plan: PlanRecord, symbolic: bool = False, width: int = WIDTH) -> str:
     """The whole plan as plain text tables.
 
     Layers of an unrolled model that are planned alike are one row, with a star for what numbers them.
@@ -49,7 +49,7 @@ def render(plan: Plan, symbolic: bool = False, width: int = WIDTH) -> str:
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
 
-def _formulas(plan: Plan, width: int) -> Iterator[Iterator[str]]:
+def _formulas(plan: PlanRecord, width: int) -> Iterator[Iterator[str]]:
     from autoshard.explaining.formula_sections import sections
 
     return sections(plan, width)
@@ -58,7 +58,7 @@ def _formulas(plan: Plan, width: int) -> Iterator[Iterator[str]]:
 # --- What the plan is
 
 
-def _header(plan: Plan) -> Iterator[str]:
+def _header(plan: PlanRecord) -> Iterator[str]:
     estimate, proof, topology = plan.estimate, plan.proof, plan.topology
     local = estimate.seconds - estimate.collective_seconds
     room = estimate.budget_bytes
@@ -66,7 +66,7 @@ def _header(plan: Plan) -> Iterator[str]:
     yield f"  chips        {topology.size} × {topology.chip.name}; {'; '.join(map(_axis, topology.axes))}"
     yield f"  collectives  {_pricing(topology.pricing)}"
     if plan.program is not None:
-        yield f"  parallelism  {plan.parallelism()}"
+        yield f"  parallelism  {parallelism(plan.program, topology, plan.choice)}"
     wire = time(estimate.collective_seconds)
     yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
     yield (
@@ -111,7 +111,7 @@ def _axis(axis: Axis) -> str:
 # --- Operations
 
 
-def _matmuls(plan: Plan, symbolic: bool, width: int) -> Iterator[str]:
+def _matmuls(plan: PlanRecord, symbolic: bool, width: int) -> Iterator[str]:
     found = operations_alike(op for op in plan.operations if op.matmul)
     if not found:
         return
@@ -152,7 +152,7 @@ def _formula(op: OperationPlan) -> str:
     return f"2 · {' · '.join(cut)} = {op.flops / op.count:.4g} where {sizes}"
 
 
-def _others(plan: Plan, width: int) -> Iterator[str]:
+def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     fused = (op for op in plan.operations if not op.matmul)
     spent = operations_alike(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
@@ -172,7 +172,7 @@ def _others(plan: Plan, width: int) -> Iterator[str]:
 # --- Plain layouts
 
 
-def _baselines(plan: Plan) -> Iterator[str]:
+def _baselines(plan: PlanRecord) -> Iterator[str]:
     if not plan.baselines:
         return
     yield "Plain layouts, each as good as its kind can be"
@@ -183,7 +183,7 @@ def _baselines(plan: Plan) -> Iterator[str]:
         yield f"  The model does not tell margins below {percent(NOISE_PART)} apart: {best.name} will do."
 
 
-def margin(plan: Plan, found: Baseline) -> tuple[str, str]:
+def margin(plan: PlanRecord, found: Baseline) -> tuple[str, str]:
     """What a plain layout takes, and how that compares with the plan: `1.59 ms`, `12.0 % slower`."""
     if not isfinite(found.seconds):
         return "-", found.why
@@ -204,7 +204,7 @@ def margin(plan: Plan, found: Baseline) -> tuple[str, str]:
 # --- Collectives
 
 
-def _collectives(plan: Plan, width: int) -> Iterator[str]:
+def _collectives(plan: PlanRecord, width: int) -> Iterator[str]:
     yield "Collectives"
     found = plan.estimate.collectives
     if not found:
@@ -228,7 +228,7 @@ def _totals(found: Sequence[PlannedCollective]) -> Iterator[str]:
         yield f"{runs} {kind}{'s' if runs > 1 else ''}, {size(payload)}, {time(seconds)}"
 
 
-def _mesh_order(axes: Sequence[str], plan: Plan) -> str:
+def _mesh_order(axes: Sequence[str], plan: PlanRecord) -> str:
     return "".join(axis.name for axis in plan.topology.axes if axis.name in axes)
 
 
@@ -256,7 +256,7 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
 # --- What stands behind the numbers
 
 
-def _constants(plan: Plan, width: int) -> Iterator[str]:
+def _constants(plan: PlanRecord, width: int) -> Iterator[str]:
     unused = plan.topology.unused_constants
     constants = [(name, c) for name, c in plan.topology.chip.constants.items() if name not in unused]
     rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
@@ -265,7 +265,7 @@ def _constants(plan: Plan, width: int) -> Iterator[str]:
         yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
 
 
-def _warnings(plan: Plan, width: int) -> Iterator[str]:
+def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
     if plan.warnings:
         yield "Warnings"
         yield from (line for warning in plan.warnings for line in item(warning, width))

@@ -10,7 +10,7 @@ from autoshard.explaining.crossovers import Block, blocks, crossovers, first_of,
 from autoshard.explaining.formulas import Cost, Formulas, formulas_of
 from autoshard.explaining.model_shares import breakdown
 from autoshard.naming.strategy_names import is_product, weight_operand
-from autoshard.plan import OperationPlan, Plan
+from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.program.program import Operation
 from costmodels.symbols import Expr, largest_terms, resolved, text
 
@@ -20,7 +20,7 @@ _MENTIONED = 0.005
 """The share of the step above which an operation is listed."""
 
 
-def formulas(plan: Plan) -> Formulas:
+def formulas(plan: PlanRecord) -> Formulas:
     """The plan's closed forms: `formulas(plan).total.seconds` at its own numbers is `plan.estimate.seconds`.
 
     **Raises:** `ValueError` for a plan from a file that does not hold the program.
@@ -32,7 +32,7 @@ def formulas(plan: Plan) -> Formulas:
     return formulas_of(plan.program, plan.dimensions, plan.topology, plan.choice)
 
 
-def sections(plan: Plan, width: int = WIDTH) -> Iterator[Iterator[str]]:
+def sections(plan: PlanRecord, width: int = WIDTH) -> Iterator[Iterator[str]]:
     """The sections that `plan.explain(symbolic=True)` adds."""
     found = formulas(plan)
     yield _symbols(plan, found, width)
@@ -44,7 +44,7 @@ def sections(plan: Plan, width: int = WIDTH) -> Iterator[Iterator[str]]:
     yield from (_crossovers(plan, block, width) for block in blocks(found.program, found.dimensions))
 
 
-def _symbols(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
+def _symbols(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
     yield "Symbols (formulas are of one chip)"
     used = {str(symbol) for cost in found.total for symbol in cost.free_symbols}
     dims = {name: f"{number:,}" for name, number in found.dimensions.sizes.items() if name in used}
@@ -63,7 +63,7 @@ def _symbols(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
         yield f"  {left.replace('*', '·')} = {right.replace('*', '·')} in this program"
 
 
-def _operations(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
+def _operations(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
     yield "Operations, one run"
     rows = [(i, op) for i, op in enumerate(plan.operations) if _matters(plan, op)]
     lines: dict[tuple[str, ...], list[str]] = {}
@@ -75,7 +75,7 @@ def _operations(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
         yield from body
 
 
-def _matters(plan: Plan, op: OperationPlan) -> bool:
+def _matters(plan: PlanRecord, op: OperationPlan) -> bool:
     return op.matmul or op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds
 
 
@@ -119,7 +119,7 @@ def _sum(expression: Expr, found: Formulas) -> str:
     return f"{shown} + {len(rest)} smaller term{'s' if len(rest) > 1 else ''}"
 
 
-def _kinds(plan: Plan, found: Formulas, width: int) -> Iterator[str]:
+def _kinds(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
     yield "Kinds of operations, one step"
     whole = plan.estimate.seconds
     for kind, cost in found.by_kind(lambda i, op: kind_of(found, i, op)).items():
@@ -169,7 +169,7 @@ def _shares(found: Formulas, width: int) -> Iterator[str]:
                 yield from _wrapped(f"    {name:10s}", line, width)
 
 
-def _crossovers(plan: Plan, block: Block, width: int) -> Iterator[str]:
+def _crossovers(plan: PlanRecord, block: Block, width: int) -> Iterator[str]:
     """What the named layouts of a block send, and where one beats the next."""
     yield f"Weights still or gathered: {' · '.join(block.weights)}"
     yield "  bytes that a chip sends for one block, all links of a chip together and (N-1)/N taken as 1 (Pope et al. 2022)"

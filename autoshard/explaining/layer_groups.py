@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from autoshard.plan import ArrayPlan, OperationPlan, PlannedCollective
+from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 
 T = TypeVar("T")
 

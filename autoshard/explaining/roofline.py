@@ -19,7 +19,7 @@ from autoshard._util.files import write_whole
 from autoshard._util.tables import percent, time
 from autoshard.errors import AutoshardError
 from autoshard.explaining.bottlenecks import Regimes, regimes
-from autoshard.plan import Plan
+from autoshard.planning.records import PlanRecord
 from costmodels.bottlenecks import REGIMES, Work
 from costmodels.machine.chips import Chip
 
@@ -43,7 +43,7 @@ _LARGEST_DOT = 1200.0
 """The area, in square points, that the whole step's time would have."""
 
 
-def save_roofline(plans: Sequence[Plan], path: str | PathLike[str]) -> None:
+def save_roofline(plans: Sequence[PlanRecord], path: str | PathLike[str]) -> None:
     """Draws the rooflines of plans, such as prefill and decode, side by side into one file.
 
     **Arguments:**
@@ -62,7 +62,7 @@ def save_roofline(plans: Sequence[Plan], path: str | PathLike[str]) -> None:
         figure.savefig(where, dpi=150)
 
 
-def draw(plans: Sequence[Plan]) -> Any:
+def draw(plans: Sequence[PlanRecord]) -> Any:
     """The rooflines as a matplotlib `Figure`, one panel a plan.
 
     **Raises:** `AutoshardError` where matplotlib is not installed.
@@ -266,7 +266,7 @@ def _flops(rate: float) -> str:
     return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e11 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
-def _page(plans: Sequence[Plan], figure: Any) -> str:
+def _page(plans: Sequence[PlanRecord], figure: Any) -> str:
     """A page that stands alone: the plot, and the tables below it."""
     from html import escape
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autoshard._util.tables import WIDTH, item, percent, table, time
-from autoshard.plan import Plan
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing.trace import trace
 from costmodels.machine.chips import Chip
 from costmodels.machine.chips import chip as chip_named
@@ -137,7 +137,7 @@ def census_of(program: Program, chip: str | Chip = "v5e") -> Census:
     return Census(program.name, f"one {on.name} that runs all of it", _rows(listed), program.warnings)
 
 
-def planned_census(plan: Plan) -> Census:
+def planned_census(plan: PlanRecord) -> Census:
     """The census of a plan: the seconds of every operation as planned, with its changes of layout.
 
     **Raises:** `ValueError` for a plan from an older file, which does not hold its program.

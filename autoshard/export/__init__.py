@@ -14,14 +14,12 @@ alone: give `plan.apply(fn)` to whatever places arrays by an export.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoshard.errors import ExportError
 from autoshard.export import logical, rules, specs
 from autoshard.export.arrays import Axes, mesh_axes
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
+from autoshard.planning.records import PlanRecord
 
 FORMATS: Mapping[str, Callable[..., str]] = {
     "specs": specs.render,
@@ -33,7 +31,9 @@ FORMATS: Mapping[str, Callable[..., str]] = {
 _NAMED = ("flax", "maxtext")
 
 
-def export(plan: Plan, format: str, argument: str | int | None = None, names: Any = None, axes: Axes = None) -> str:
+def export(
+    plan: PlanRecord, format: str, argument: str | int | None = None, names: Any = None, axes: Axes = None
+) -> str:
     """A plan's layouts in a format of `FORMATS`, as text; see `Plan.export`.
 
     **Raises:** `ExportError`.

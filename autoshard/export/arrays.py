@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autoshard.errors import ExportError
+from autoshard.planning.argument_names import heads, position
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
 
 Axes = Mapping[str, str] | None
 """Other names for mesh axes; those that are left out keep theirs."""
@@ -45,13 +41,13 @@ class Leaf:
         return self.spec[dimension] if dimension < len(self.spec) else None
 
 
-def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> tuple[Leaf, ...]:
+def leaves(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> tuple[Leaf, ...]:
     """The arrays of all arguments, or of one, in order.
 
     **Raises:** `ExportError` when there is no such argument.
     """
     chosen = None if argument is None else position(plan, argument)
-    names, paths = heads(plan), pytrees.paths(plan.in_tree)
+    names, paths = heads(plan), pytrees.paths(plan.in_tree.data)
     return tuple(
         Leaf(names[int(keys[0])], keys[1:], array.shape, entries(array.layout, axes))
         for keys, array in zip(paths, plan.arguments, strict=True)
@@ -59,35 +55,7 @@ def leaves(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
     )
 
 
-def heads(plan: Plan) -> list[str]:
-    """The names of the arguments; those of `*args` are numbered, and one without arrays is called by its position."""
-    found: dict[int, str] = {}
-    for keys, array in zip(pytrees.paths(plan.in_tree), plan.arguments, strict=True):
-        name = re.match(r"\w*", array.path)
-        found.setdefault(int(keys[0]), name[0] if name and name[0] else "argument")
-    count, shared, seen = len(plan.in_tree["tuple"]), Counter(found.values()), Counter[str]()
-    names = []
-    for at in range(count):
-        name = found.get(at, f"argument{at}")
-        names.append(f"{name}/{seen[name]}" if shared[name] > 1 else name)
-        seen[name] += 1
-    return names
-
-
-def position(plan: Plan, argument: str | int) -> int:
-    """Which argument a name or a position means.
-
-    **Raises:** `ExportError`.
-    """
-    names = heads(plan)
-    if isinstance(argument, str) and argument in names:
-        return names.index(argument)
-    if isinstance(argument, int) and -len(names) <= argument < len(names):
-        return argument % len(names)
-    raise ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(names)}.")
-
-
-def mesh_axes(plan: Plan, axes: Axes) -> dict[str, int]:
+def mesh_axes(plan: PlanRecord, axes: Axes) -> dict[str, int]:
     """The mesh as it is to be called: its axes with their sizes.
 
     **Raises:** `ExportError` for names of axes that the plan has not, or that are given twice.

@@ -10,19 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from autoshard.errors import ExportError
 from autoshard.export import python
-from autoshard.export.arrays import Axes, Leaf, heads, leaves, mesh_axes, position
+from autoshard.export.arrays import Axes, Leaf, leaves, mesh_axes
 from autoshard.export.python import literal, sequence
 from autoshard.export.specs import module, nested
+from autoshard.planning.argument_names import heads, position
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
 
 Name = str | None
 Entry = str | tuple[str, ...] | None
@@ -39,7 +38,7 @@ class _Named:
     names: tuple[Name, ...]
 
 
-def render_flax(plan: Plan, argument: str | int | None = None, axes: Axes = None, names: Any = None) -> str:
+def render_flax(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None, names: Any = None) -> str:
     """`MESH_SHAPE`, `LOGICAL_AXIS_RULES` and `LOGICAL_AXES`, the names of all dimensions, for Flax Linen and NNX.
 
     **Raises:** `ExportError`.
@@ -48,7 +47,7 @@ def render_flax(plan: Plan, argument: str | int | None = None, axes: Axes = None
     found = [sequence([literal(name), python.axes(entry)]) for name, entry in _rules(arrays).items()]
     imports: set[str] = set()
     at = None if argument is None else position(plan, argument)
-    tree = plan.in_tree if at is None else plan.in_tree["tuple"][at]
+    tree = plan.in_tree.data if at is None else plan.in_tree.data["tuple"][at]
     what = "The arguments" if at is None else f"The arrays of {heads(plan)[at]}"
     labels = nested(tree, [python.spec(each.names) for each in arrays], imports, what)
     doc = (
@@ -59,7 +58,7 @@ def render_flax(plan: Plan, argument: str | int | None = None, axes: Axes = None
     return module(plan, doc, axes, imports, {"LOGICAL_AXIS_RULES": sequence(found), "LOGICAL_AXES": labels})
 
 
-def render_maxtext(plan: Plan, argument: str | int | None = None, axes: Axes = None, names: Any = None) -> str:
+def render_maxtext(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None, names: Any = None) -> str:
     """The YAML of a `custom_mesh_and_rule`: `mesh_axes`, `data_sharding`, `logical_axis_rules`.
 
     **Raises:** `ExportError`, also without names: MaxText's models have their own, and ignore others.
@@ -105,7 +104,7 @@ def _quoted(name: str) -> str:
 # --- names of dimensions
 
 
-def _named(plan: Plan, argument: str | int | None, axes: Axes, names: Any) -> list[_Named]:
+def _named(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any) -> list[_Named]:
     """The arrays with their names, by what the user gave, or by the sizes of the dimensions.
 
     **Raises:** `ExportError` for an array that is not named, or has more or fewer dimensions than names.
@@ -164,12 +163,12 @@ def _by_rule(names: Mapping[str, Sequence[Name]], leaf: Leaf, inside: bool) -> S
     return () if found is None and not leaf.shape else found
 
 
-def _by_tree(plan: Plan, argument: str | int | None, names: Any) -> list[Any]:
+def _by_tree(plan: PlanRecord, argument: str | int | None, names: Any) -> list[Any]:
     """Names as a pytree shaped like the arguments, or like one of them.
 
     **Raises:** `ExportError` where it is shaped otherwise.
     """
-    tree = plan.in_tree if argument is None else plan.in_tree["tuple"][position(plan, argument)]
+    tree = plan.in_tree.data if argument is None else plan.in_tree.data["tuple"][position(plan, argument)]
     found = jax.tree_util.tree_flatten_with_path(names, is_leaf=_is_leaf)[0]
     given = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in found]
     planned = pytrees.paths(tree)

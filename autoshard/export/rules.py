@@ -12,16 +12,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, Leaf, Spec, leaves
 from autoshard.export.python import sequence
 from autoshard.export.specs import module
-
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
+from autoshard.planning.records import PlanRecord
 
 Rule = tuple[str, Spec]
 _Path = tuple[str, ...]
@@ -30,7 +27,7 @@ _EMBEDDED = ("opt_state", "0", "mu")
 """Where an optimizer may hold a copy of the parameters: what rules are checked with."""
 
 
-def render(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> str:
+def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> str:
     """`MESH_SHAPE` and `PARTITION_RULES`.
 
     **Raises:** `ExportError` where two arrays that lie differently have the same path.
@@ -51,7 +48,7 @@ def _pattern(pattern: str) -> str:
     return f'r"{pattern}"' if raw else python.literal(pattern)
 
 
-def partition_rules(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> tuple[Rule, ...]:
+def partition_rules(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> tuple[Rule, ...]:
     """The rules for all arguments, or for one, whose name then is no part of its paths.
 
     **Raises:** `ExportError`.

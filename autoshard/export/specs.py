@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoshard.errors import ExportError
 from autoshard.export import python
-from autoshard.export.arrays import Axes, entries, heads, leaves, mesh_axes, position
+from autoshard.export.arrays import Axes, entries, leaves, mesh_axes
 from autoshard.export.python import Group, Source, assigned, literal, sequence
+from autoshard.planning.argument_names import heads, position
+from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
 
-if TYPE_CHECKING:
-    from autoshard.plan import Plan
 
-
-def render(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> str:
+def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> str:
     """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested as these are.
 
     **Raises:** `ExportError` where the arrays are nested in classes that only know themselves how they are made.
@@ -24,13 +23,13 @@ def render(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
     if argument is None:
         results = [python.spec(entries(array.layout, axes)) for array in plan.results]
         values = {
-            "IN_SPECS": nested(plan.in_tree, _specs(plan, None, axes), imports, "The arguments"),
-            "OUT_SPECS": nested(plan.out_tree, results, imports, "The results"),
+            "IN_SPECS": nested(plan.in_tree.data, _specs(plan, None, axes), imports, "The arguments"),
+            "OUT_SPECS": nested(plan.out_tree.data, results, imports, "The results"),
         }
         what = f"IN_SPECS are those of the arguments ({', '.join(heads(plan))}), OUT_SPECS those of the result."
     else:
         at = position(plan, argument)
-        tree = plan.in_tree["tuple"][at]
+        tree = plan.in_tree.data["tuple"][at]
         values = {"SPECS": nested(tree, _specs(plan, at, axes), imports, f"The arrays of {heads(plan)[at]}")}
         what = f"SPECS are those of {heads(plan)[at]}."
     return module(
@@ -38,11 +37,11 @@ def render(plan: Plan, argument: str | int | None = None, axes: Axes = None) -> 
     )
 
 
-def _specs(plan: Plan, argument: int | None, axes: Axes) -> list[str]:
+def _specs(plan: PlanRecord, argument: int | None, axes: Axes) -> list[str]:
     return [python.spec(leaf.spec) for leaf in leaves(plan, argument, axes)]
 
 
-def module(plan: Plan, doc: str, axes: Axes, imports: set[str], values: dict[str, Source]) -> str:
+def module(plan: PlanRecord, doc: str, axes: Axes, imports: set[str], values: dict[str, Source]) -> str:
     """A Python module: its docstring, its imports, `MESH_SHAPE` and some constants."""
     mesh = Group("{", tuple((f"{literal(name)}: ", str(size)) for name, size in mesh_axes(plan, axes).items()), "}")
     quoted = doc.replace("\\", "\\\\").replace('"', "'")

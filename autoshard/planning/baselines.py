@@ -19,7 +19,7 @@ from dataclasses import replace
 from math import inf
 
 from autoshard.naming.strategy_names import is_product, weight_operand, weight_roles
-from autoshard.plan import Baseline
+from autoshard.planning.records import Baseline
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
 from search.formulation.layouts import shards
@@ -29,8 +29,6 @@ from search.solve import Limits, NoPlan, Solution, search
 
 LARGE_PART = 1 / 64
 """The part of all weights' bytes from which on a weight is large."""
-NOISE_PART = 0.03
-"""Margins below this part of a step are within what the cost model can tell apart."""
 MOST_SECONDS = 10.0
 """How long a baseline is searched; what is found by then is a plan of its kind, not always the best."""
 

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from autoshard import errors
-from autoshard.plan import Plan
 from autoshard.planning.plan_file import dumps, loads
+from autoshard.planning.records import PlanRecord
 
 
-def agreed(name: str, key: str, make: Callable[[], Plan]) -> Plan:
+def agreed(name: str, key: str, make: Callable[[], PlanRecord]) -> PlanRecord:
     """The plan that the first process makes, in all of them; by itself if there is one process only.
 
     **Arguments:**
@@ -65,7 +65,7 @@ def _refuse_others(name: str, key: str) -> None:
         )
 
 
-def _message(plan: Plan | None, failure: Exception | None) -> dict[str, Any]:
+def _message(plan: PlanRecord | None, failure: Exception | None) -> dict[str, Any]:
     error = None
     if failure is not None:
         ours = isinstance(failure, errors.AutoshardError)

@@ -17,10 +17,11 @@ import jax
 import platformdirs
 
 from autoshard._util.files import write_whole
+from autoshard.annotating.annotate import AnnotatedFunction
 from autoshard.errors import PlanMismatchError
-from autoshard.pipeline import Options, Target
-from autoshard.plan import Plan
+from autoshard.planning.options import Options
 from autoshard.planning.plan_file import dumps, load
+from autoshard.planning.records import PlanRecord
 from costmodels.machine.topology import Topology
 
 
@@ -29,10 +30,10 @@ def default_directory() -> Path:
     return platformdirs.user_cache_path("autoshard", appauthor=False) / "plans"
 
 
-def key_of(target: Target, topology: Topology, options: Options) -> str:
+def key_of(target: AnnotatedFunction, topology: Topology, options: Options) -> str:
     """What a plan depends on, as a hash: the program and its paths, every constant of the topology, options, versions."""
     everything = [
-        (target.fingerprint, target.traced.program.name, target.in_tree, target.donate_argnums, target.weak),
+        (target.fingerprint, target.program.name, target.in_tree.data, target.donate_argnums, target.weak),
         (target.traced.paths, target.traced.result_paths),
         topology.to_dict(),
         (options.strict, options.reserve_bytes, options.time_limit, options.fold, options.memory_bytes),
@@ -49,7 +50,7 @@ def _version() -> str:
         return "uninstalled"
 
 
-def cached(directory: str | PathLike[str], key: str, make: Callable[[], Plan]) -> Plan:
+def cached(directory: str | PathLike[str], key: str, make: Callable[[], PlanRecord]) -> PlanRecord:
     """The plan of this key, from the directory or made anew and kept there.
 
     A file that cannot be read is replaced, a directory that cannot be written is done without; each with a warning.
@@ -69,7 +70,7 @@ def cached(directory: str | PathLike[str], key: str, make: Callable[[], Plan]) -
     return plan
 
 
-def _read(path: Path) -> Plan | None:
+def _read(path: Path) -> PlanRecord | None:
     try:
         return load(path)
     except FileNotFoundError:

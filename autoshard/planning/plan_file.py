@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from autoshard._util.files import write_whole
+from autoshard.annotating.fingerprint import fingerprint
 from autoshard.errors import PlanMismatchError
-from autoshard.plan import ArrayPlan, Baseline, Estimate, OperationPlan, Plan, PlannedCollective
 from autoshard.planning import program_file
+from autoshard.planning.records import ArrayPlan, Baseline, Estimate, OperationPlan, PlannedCollective, PlanRecord
 from autoshard.tracing import pytrees
-from autoshard.tracing.trace import fingerprint
+from autoshard.tracing.pytrees import Nesting
 from costmodels.dimensions import Dimensions
 from costmodels.machine.topology import Topology, topology_from_dict
 from costmodels.program.program import Program
@@ -63,7 +64,7 @@ _AXIS: dict[str, Any] = {
 Json = dict[str, Any]
 
 
-def save(plan: Plan, path: str | PathLike[str]) -> None:
+def save(plan: PlanRecord, path: str | PathLike[str]) -> None:
     """Writes a plan to a file, all or nothing: whoever reads it meanwhile sees the old file or the new one.
 
     **Raises:** `OSError` when the file cannot be written; nothing is left behind then.
@@ -71,7 +72,7 @@ def save(plan: Plan, path: str | PathLike[str]) -> None:
     write_whole(Path(path), dumps(plan))
 
 
-def load(path: str | PathLike[str]) -> Plan:
+def load(path: str | PathLike[str]) -> PlanRecord:
     """Reads a plan from a file.
 
     **Raises:** `PlanMismatchError`, with the reason, for anything that is no plan of this version or an older one;
@@ -83,12 +84,12 @@ def load(path: str | PathLike[str]) -> Plan:
     return loads(Path(path).read_bytes(), str(path))
 
 
-def dumps(plan: Plan) -> str:
+def dumps(plan: PlanRecord) -> str:
     """A plan as JSON text."""
     return _lines(_to_json(plan)) + "\n"
 
 
-def loads(text: str | bytes, where: str = "The plan") -> Plan:
+def loads(text: str | bytes, where: str = "The plan") -> PlanRecord:
     """The inverse of `dumps`; `where` names the text in messages.
 
     **Raises:** `PlanMismatchError`.
@@ -154,7 +155,7 @@ def _beyond_splits(strategy: Strategy) -> Json:
     return {"carried": [list(axes) for axes in strategy.carried], **looped}
 
 
-def _to_json(plan: Plan) -> Json:
+def _to_json(plan: PlanRecord) -> Json:
     rows = zip(plan.operations, plan.choice.strategies, strict=True)
     return {
         "autoshard_plan": VERSION,
@@ -170,15 +171,15 @@ def _to_json(plan: Plan) -> Json:
         "results": [_plain(array) for array in plan.results],
         "operations": [_plain(row) | _beyond_splits(strategy) for row, strategy in rows],
         "kept": [{"value": value, "layout": _layout(layout)} for value, layout in sorted(plan.choice.hubs.items())],
-        "in_tree": plan.in_tree,
-        "out_tree": plan.out_tree,
+        "in_tree": plan.in_tree.data,
+        "out_tree": plan.out_tree.data,
         "topology": plan.topology.to_dict(),
         **({"baselines": [_plain(each) for each in plan.baselines]} if plan.baselines else {}),
         **_program_to_json(plan),
     }
 
 
-def _program_to_json(plan: Plan) -> Json:
+def _program_to_json(plan: PlanRecord) -> Json:
     if plan.program is None or plan.dimensions is None:
         return {}
     return {"program": program_file.to_json(plan.program, plan.dimensions)}
@@ -278,7 +279,7 @@ def _record(kind: type, reader: _Reader, **special: Callable[[_Reader], Any]) ->
     return kind(**values)
 
 
-def _from_json(reader: _Reader) -> Plan:
+def _from_json(reader: _Reader) -> PlanRecord:
     topology = _topology(reader.inner("topology"))
     operations = tuple(
         _record(OperationPlan, row, splits=lambda row: _splits(topology, row.get("splits", list), row.where))
@@ -291,15 +292,15 @@ def _from_json(reader: _Reader) -> Plan:
     hubs = {row.get("value", int): _layout_of(topology, row) for row in reader.each("kept")}
     program, dimensions = _program(reader)
     arguments, constants, results = (_arrays(topology, reader, key) for key in ("arguments", "constants", "results"))
-    plan = Plan(
+    plan = PlanRecord(
         name=reader.get("name", str),
         topology=topology,
         fingerprint=reader.get("fingerprint", str),
         arguments=arguments,
         constants=constants,
         results=results,
-        in_tree=pytrees.checked(reader.get("in_tree", dict)),
-        out_tree=pytrees.checked(reader.get("out_tree", (dict, str, type(None)))),
+        in_tree=Nesting(pytrees.checked(reader.get("in_tree", dict))),
+        out_tree=Nesting(pytrees.checked(reader.get("out_tree", (dict, str, type(None))))),
         choice=Choice(strategies, hubs),
         estimate=_record(Estimate, reader.inner("estimate"), collectives=_collectives),
         proof=_record(Proof, reader.inner("proof")),
@@ -313,10 +314,10 @@ def _from_json(reader: _Reader) -> Plan:
         if "baselines" in reader.data
         else (),
     )
-    if not isinstance(plan.in_tree, dict) or "tuple" not in plan.in_tree:
-        raise ValueError(f"in_tree is {_short(plan.in_tree)}, which is no tuple of arguments")
-    _count("in_tree", pytrees.leaf_count(plan.in_tree), "arguments", len(arguments))
-    _count("out_tree", pytrees.leaf_count(plan.out_tree), "results", len(results))
+    if not isinstance(plan.in_tree.data, dict) or "tuple" not in plan.in_tree.data:
+        raise ValueError(f"in_tree is {_short(plan.in_tree.data)}, which is no tuple of arguments")
+    _count("in_tree", pytrees.leaf_count(plan.in_tree.data), "arguments", len(arguments))
+    _count("out_tree", pytrees.leaf_count(plan.out_tree.data), "results", len(results))
     return plan
 
 

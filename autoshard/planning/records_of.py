@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from autoshard.naming.strategy_names import strategy_name
-from autoshard.plan import ArrayPlan, Estimate, OperationPlan, PlannedCollective
+from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from autoshard.planning.runner_up import Alternatives
 from autoshard.tracing.blocks import Literal, Traced
 from costmodels.bottlenecks import regime

@@ -10,7 +10,8 @@ from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import margin, short_name, spec_text
 from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
-from autoshard.plan import ArrayPlan, Plan
+from autoshard.naming.parallelism import parallelism
+from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
 from search.answer.check import alive_bytes
 
@@ -20,14 +21,14 @@ _MOST_ARRAYS = 200
 """How many arrays can be chosen in the drawing, the largest first."""
 
 
-def data_of(plan: Plan, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def data_of(plan: PlanRecord, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that the page shows of a plan; no number in it is infinite or undefined."""
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
         "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
-        "parallelism": str(plan.parallelism()) if plan.program is not None else "",
+        "parallelism": str(parallelism(plan.program, plan.topology, plan.choice)) if plan.program is not None else "",
         "plain": [
             dict(zip(("step", "margin"), margin(plan, each), strict=True)) | {"name": each.name}
             for each in plan.baselines
@@ -49,7 +50,7 @@ def data_of(plan: Plan, audit: Mapping[str, Any] | None = None) -> dict[str, Any
     }
 
 
-def _summary(plan: Plan) -> list[dict[str, str]]:
+def _summary(plan: PlanRecord) -> list[dict[str, str]]:
     estimate, proof = plan.estimate, plan.proof
     local = estimate.seconds - estimate.collective_seconds
     wire = time(estimate.collective_seconds)
@@ -81,7 +82,7 @@ def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"name": f"compiled ({audit['target']})", "value": verdict, "note": f"{wire}{held} of the plan's"}]
 
 
-def _arrays(plan: Plan) -> list[dict[str, Any]]:
+def _arrays(plan: PlanRecord) -> list[dict[str, Any]]:
     roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
     every = [(array, count, role) for role, arrays in roles.items() for array, count in arrays_alike(arrays)]
     largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
@@ -100,7 +101,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
     }
 
 
-def _operations(plan: Plan) -> list[dict[str, Any]]:
+def _operations(plan: PlanRecord) -> list[dict[str, Any]]:
     spent = operations_alike(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
     return [
         {
@@ -120,7 +121,7 @@ def _operations(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _collectives(plan: Plan) -> list[dict[str, Any]]:
+def _collectives(plan: PlanRecord) -> list[dict[str, Any]]:
     return [
         {
             "kind": each.kind,
@@ -134,7 +135,7 @@ def _collectives(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _memory(plan: Plan) -> dict[str, Any]:
+def _memory(plan: PlanRecord) -> dict[str, Any]:
     """Bytes of a chip while each operation runs; a plan from an older file does not say."""
     if plan.program is None:
         return {"points": [], "given": 0, "budget": plan.estimate.budget_bytes}
@@ -155,7 +156,7 @@ def _dot(work: Work) -> dict[str, Any]:
     }
 
 
-def _roofline(plan: Plan, dots: list[dict[str, Any]]) -> dict[str, Any]:
+def _roofline(plan: PlanRecord, dots: list[dict[str, Any]]) -> dict[str, Any]:
     chip = plan.topology.chip
     dtype = next((op.dtype for _, op in plan.program.matmuls()), "bfloat16") if plan.program else "bfloat16"
     return {
@@ -166,7 +167,7 @@ def _roofline(plan: Plan, dots: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _formulas(plan: Plan) -> str:
+def _formulas(plan: PlanRecord) -> str:
     if plan.program is None:
         return ""
     from autoshard.explaining.formula_sections import sections

@@ -10,8 +10,8 @@ from typing import Any
 
 from autoshard._util.files import write_whole
 from autoshard.errors import AutoshardError
-from autoshard.plan import Plan
 from autoshard.planning.plan_file import load
+from autoshard.planning.records import PlanRecord
 from autoshard.sweep.analysis.rows import SweepResult, load_sweep
 from autoshard.sweep.extras import needed
 
@@ -39,7 +39,7 @@ def write_report(
     **Raises:** `ReportError` for a file that is neither, `MissingExtra`, `OSError`.
     """
     output, found = Path(output), read(source)
-    if audit is not None and not isinstance(found, Plan):
+    if audit is not None and not isinstance(found, PlanRecord):
         raise ReportError(f"{source} is a sweep, and audits are of plans.")
     if output.suffix in _PICTURES:
         _picture(found, output)
@@ -49,7 +49,7 @@ def write_report(
         raise ReportError(f"{output} has no ending that is known; .html, {', '.join(_PICTURES)} would do.")
 
 
-def read(source: str | PathLike[str]) -> Plan | SweepResult:
+def read(source: str | PathLike[str]) -> PlanRecord | SweepResult:
     """The plan or the sweep in a file.
 
     **Raises:** `ReportError`.
@@ -72,21 +72,21 @@ def _json(path: str | PathLike[str]) -> Mapping[str, Any]:
     return found
 
 
-def _audit(path: str | PathLike[str], plan: Plan | SweepResult) -> Mapping[str, Any]:
+def _audit(path: str | PathLike[str], plan: PlanRecord | SweepResult) -> Mapping[str, Any]:
     """What `autoshard audit --json` printed, if it is of this plan."""
     found = _json(path)
     if not {"ok", "target", "topology", "wire_bytes", "peak_bytes", "seconds", "differences"} <= found.keys():
         raise ReportError(f"{path} is no audit: what autoshard audit PLAN.json FILE.py:NAME --json prints would do.")
-    if isinstance(plan, Plan) and (found["plan"], found["topology"]) != (plan.name, plan.topology.name):
+    if isinstance(plan, PlanRecord) and (found["plan"], found["topology"]) != (plan.name, plan.topology.name):
         raise ReportError(
             f"{path} is of {found['plan']} on {found['topology']}, and the plan is {plan.name} on {plan.topology.name}."
         )
     return found
 
 
-def _picture(found: Plan | SweepResult, output: Path) -> None:
+def _picture(found: PlanRecord | SweepResult, output: Path) -> None:
     needed("matplotlib")
-    if isinstance(found, Plan):
+    if isinstance(found, PlanRecord):
         from autoshard.explaining.roofline import save_roofline
 
         save_roofline([found], output)
@@ -96,13 +96,13 @@ def _picture(found: Plan | SweepResult, output: Path) -> None:
         save_frontier(found, output)
 
 
-def page(found: Plan | SweepResult, audit: Mapping[str, Any] | None = None) -> str:
+def page(found: PlanRecord | SweepResult, audit: Mapping[str, Any] | None = None) -> str:
     """The page of a plan or a sweep: HTML with all that it shows inside."""
     needed("jinja2")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined)
-    if isinstance(found, Plan):
+    if isinstance(found, PlanRecord):
         from autoshard.report.of_plan import data_of
 
         name, data = "plan", data_of(found, audit)

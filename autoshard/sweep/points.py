@@ -10,9 +10,11 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from autoshard.annotating.annotate import AnnotatedFunction
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
-from autoshard.pipeline import Options, Target, traced_for
+from autoshard.pipeline import annotated_function
+from autoshard.planning.options import Options
 from autoshard.planning.plan_cache import key_of
 from autoshard.sweep.job import Job, JobError, Knob, Phase, number
 from autoshard.sweep.slice_shapes import shapes
@@ -173,7 +175,7 @@ def workload_of(run: Run) -> Workload:
 
     **Raises:** `AutoshardError`, in a sentence, when the user's file or function fails.
     """
-    from autoshard.cli.common import Misuse, workload
+    from autoshard.target_file import Misuse, workload
 
     try:
         return workload(run.target, dict(run.arguments))
@@ -186,15 +188,15 @@ def options_of(point: Point) -> Options:
     return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
 
 
-def traced(run: Run) -> Target:
+def traced(run: Run) -> AnnotatedFunction:
     """The run as a program."""
     return _traced(replace(run, phase="", tokens=0.0, repeats=1.0))
 
 
 @lru_cache(maxsize=256)
-def _traced(run: Run) -> Target:
+def _traced(run: Run) -> AnnotatedFunction:
     work = workload_of(run)
-    return traced_for(work.fn, work.args, Options(work.donate_argnums, work.name, dims=work.dims))
+    return annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name, dims=work.dims))
 
 
 def key(point: Point) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from autoshard.explaining.explain import short_name
 from autoshard.explaining.layer_groups import operations_alike
-from autoshard.plan import Plan
+from autoshard.planning.records import PlanRecord
 
 SOLVED, INFEASIBLE, PRUNED, FAILED = "solved", "infeasible", "pruned", "failed"
 """What can become of a point: a plan; no layout fits; not searched, because a lower bound rules it out; an error."""
@@ -67,7 +67,7 @@ def result_from_dict(data: Mapping[str, Any]) -> Result:
     return Result(**{**data, "phases": phases})
 
 
-def phase_result(plan: Plan) -> PhaseResult:
+def phase_result(plan: PlanRecord) -> PhaseResult:
     """A plan in numbers."""
     estimate, program = plan.estimate, plan.program
     useful: dict[str, float] = {}
@@ -91,7 +91,7 @@ def phase_result(plan: Plan) -> PhaseResult:
     )
 
 
-def _layout(plan: Plan) -> dict[str, str]:
+def _layout(plan: PlanRecord) -> dict[str, str]:
     """Strategy by matrix product, the products with most FLOPs first; those of like layers are one."""
     found: dict[str, tuple[float, str]] = {}
     for op in operations_alike(op for op in plan.operations if op.matmul):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from autoshard.cli.common import Misuse, factory
 from autoshard.errors import TopologyError
 from autoshard.sweep.job import Job, Knob, Location, Phase, number
 from autoshard.sweep.points import named_in, read_by, topology_named
 from autoshard.sweep.slice_shapes import shapes
+from autoshard.target_file import Misuse, factory
 from costmodels.machine.chips import UnknownChipError, chip
 
 Fault = tuple[Location, str]

@@ -7,9 +7,10 @@ import zlib
 
 from autoshard.errors import AutoshardError, InfeasibleError
 from autoshard.phases import search_phases
-from autoshard.pipeline import planned
+from autoshard.pipeline import plan_function
 from autoshard.plan import Plan
 from autoshard.planning.plan_file import dumps, loads
+from autoshard.planning.records import PlanRecord
 from autoshard.sweep.points import Point, key, options_of, traced, workload_of
 from autoshard.sweep.results import FAILED, INFEASIBLE, SOLVED, Result, phase_result
 
@@ -45,11 +46,11 @@ def solve(point: Point, expected: str = "") -> Result:
     )
 
 
-def _plans(point: Point) -> tuple[dict[str, Plan], float]:
+def _plans(point: Point) -> tuple[dict[str, PlanRecord], float]:
     """The plan of each phase, and the seconds of the handoffs between them, as often as they happen."""
     if len(point.runs) == 1:
         (run,) = point.runs
-        return {run.phase: planned(traced(run), point.topology, options_of(point))}, 0.0
+        return {run.phase: plan_function(traced(run), point.topology, options_of(point))}, 0.0
     repeats = {run.phase: run.repeats for run in point.runs}
     found = search_phases(
         {run.phase: workload_of(run) for run in point.runs},
@@ -63,11 +64,11 @@ def _plans(point: Point) -> tuple[dict[str, Plan], float]:
     return dict(found.plans), found.handoff_seconds * max((repeats[phase] for phase in makers), default=1.0)
 
 
-def packed(plan: Plan) -> bytes:
+def packed(plan: PlanRecord) -> bytes:
     """A plan as compressed JSON."""
     return zlib.compress(dumps(plan).encode())
 
 
 def unpacked(data: bytes) -> Plan:
     """The inverse of `packed`."""
-    return loads(zlib.decompress(data), "The stored plan")
+    return Plan.of(loads(zlib.decompress(data), "The stored plan"))

@@ -96,7 +96,8 @@ class Block:
 class Traced:
     """A traced function: the program, how to run it, and how to get from pytrees to flat arrays and back.
 
-    `paths` names every flat argument in the user's words; `constants` are the arrays the function closes over.
+    `paths` names every flat argument in the user's words; `constants` are the arrays the function closes over. `custom_vjp` is
+    the source line of the first `custom_vjp` call, "" if there is none.
     """
 
     program: Program
@@ -109,3 +110,4 @@ class Traced:
     paths: tuple[str, ...]
     result_paths: tuple[str, ...]
     literal_results: tuple[Atom, ...]
+    custom_vjp: str = ""

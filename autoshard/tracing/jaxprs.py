@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
+
+from autoshard.tracing.source_lines import source_of
 
 INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 CALLS = """
@@ -78,3 +80,17 @@ def unbatched(condition: Any, body: Any, n_cond: int, n_body: int) -> tuple[Any,
 
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*condition.in_avals[:n_cond], *body.in_avals)]
     return jax.make_jaxpr(go_on)(*specs[:n_cond], *specs[n_cond + n_body :]), jax.make_jaxpr(change)(*specs)
+
+
+def custom_vjps(jaxpr: Any) -> Iterator[str]:
+    """The source lines that call a `custom_vjp`, at any depth."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("custom_vjp_call"):
+            yield source_of(eqn)
+        for inner in jax.tree_util.tree_leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from custom_vjps(inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)

@@ -20,6 +20,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,6 +29,37 @@ Data = Any
 """A tree's structure: strings, `None`, lists and dicts with string keys, as above."""
 
 LEAF = "*"
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """How the flat arrays of the arguments, or of the results, nest.
+
+    - `data`: the structure as plain data, which a plan file holds.
+    - `treedef`: JAX's own structure, which knows custom nodes and which no file holds; `None` after loading.
+    """
+
+    data: Data
+    treedef: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def unknown_class(self) -> str | None:
+        """The name of the first class that `rebuild` replaces by a dict; `None` when it rebuilds everything."""
+        return None if self.treedef is not None else unknown_class(self.data)
+
+    def rebuild(self, leaves: Sequence[Any]) -> Any:
+        """A pytree of this structure with these leaves, in JAX's order.
+
+        **Raises:** `ValueError` when there are more or fewer leaves than the structure has.
+        """
+        if self.treedef is not None:
+            return jax.tree_util.tree_unflatten(self.treedef, leaves)
+        return rebuild(self.data, leaves)
+
+
+def nesting_of(tree: Any) -> Nesting:
+    """The nesting of a pytree."""
+    return Nesting(describe(tree), jax.tree_util.tree_structure(tree))
 
 
 def describe(tree: Any) -> Data:

@@ -19,8 +19,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-from autoshard.annotating.pins import asked
 from autoshard.errors import TraceError
+from autoshard.rules.pin import soft_pin
 from autoshard.tracing.jaxprs import CALLS, INLINED, scan_counts
 
 Sizes = Mapping[str, int]
@@ -56,11 +56,11 @@ def _meaning(same: _Same) -> Any:
     before, after = (tuple(_axes_of(spec, mapped) for spec in params[key]) for key in ("in_specs", "out_specs"))
 
     def whole(*arrays: Any) -> list[Any]:
-        arrays = tuple(asked(array, spec) for array, spec in zip(arrays, before, strict=True))
+        arrays = tuple(soft_pin(array, spec) for array, spec in zip(arrays, before, strict=True))
         blocks = [_cut(array, spec, mapped, sizes) for array, spec in zip(arrays, before, strict=True)]
         found = _over_blocks(body, mapped, before, after, blocks)
         joined = [_join(array, spec, mapped, sizes) for array, spec in zip(found, after, strict=True)]
-        return [asked(array, spec) for array, spec in zip(joined, after, strict=True)]
+        return [soft_pin(array, spec) for array, spec in zip(joined, after, strict=True)]
 
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     return jax.make_jaxpr(whole)(*avals)

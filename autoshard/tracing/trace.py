@@ -6,7 +6,6 @@ The function is traced to a jaxpr by public JAX; calls, remat and custom derivat
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from autoshard.annotating.hbm_traffic import with_traffic
 from autoshard.errors import TraceError
 from autoshard.tracing.blocks import Literal, Traced
 from autoshard.tracing.closed_over import closed_over, first_alike
+from autoshard.tracing.jaxprs import custom_vjps
 from autoshard.tracing.walk import Tracer
 from costmodels.program.program import Program
 
@@ -61,16 +61,17 @@ def trace(
         tuple(dict.fromkeys(tracer.warnings)),
     )
     return Traced(
-        with_traffic(program),
-        block,
-        tuple(argument_values),
-        tuple(constant_values),
-        tuple(constants),
-        in_tree,
-        out_tree,
-        paths,
-        result_paths,
-        block.outputs,
+        program=with_traffic(program),
+        block=block,
+        argument_values=tuple(argument_values),
+        constant_values=tuple(constant_values),
+        constants=tuple(constants),
+        in_tree=in_tree,
+        out_tree=out_tree,
+        paths=paths,
+        result_paths=result_paths,
+        literal_results=block.outputs,
+        custom_vjp=next(custom_vjps(closed.jaxpr), ""),
     )
 
 
@@ -82,23 +83,6 @@ def _held(tracer: Tracer, closed: Any) -> tuple[list[Any], list[int]]:
     values = {at: tracer.hold(arrays[at], f"constant {k}") for k, at in enumerate(kept)}
     tracer.held[0] = {id(array): values[at] for array, at in zip(arrays, first, strict=True)}
     return [arrays[at] for at in kept], list(values.values())
-
-
-def fingerprint(program: Program) -> str:
-    """A hash of what the program computes and costs: operations, factors, shapes, types; free of names and JAX's spelling."""
-    digest = hashlib.sha256()
-    for value in program.values:
-        digest.update(repr((value.shape, value.dtype, value.region)).encode())
-    for op in program.operations:
-        costs = (op.op_class, [sorted(group) for group in op.linear], op.traffic, op.flops_per_point, op.dtype)
-        digest.update(repr((op.primitive, op.factors, op.inputs, op.outputs, op.region, costs)).encode())
-        if op.pinned is not None:
-            digest.update(repr(op.pinned).encode())
-    regions = [
-        (region.kind, region.parent, region.count) for region in program.regions
-    ]  # names have the line they stand at
-    digest.update(repr((regions, program.results, program.donated)).encode())
-    return digest.hexdigest()
 
 
 def _name_of(fn: Callable[..., Any]) -> str:

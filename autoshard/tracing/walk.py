@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from autoshard.annotating.pins import pinned_by
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.rules import Rule, rule_for
+from autoshard.rules.pin import pinned_by
 from autoshard.tracing.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Step
 from autoshard.tracing.closed_over import closed_over
 from autoshard.tracing.decompositions import expandable, expanded

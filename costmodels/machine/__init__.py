@@ -1,1 +1,1 @@
-""""""
+"""Chips, topologies, and the collectives on them."""

@@ -1,7 +1,7 @@
-"""What a chip can do: FLOP/s, memory and interconnect, each number with its source and how sure it is.
+"""The catalogue of chips: FLOP/s, memory and interconnect, each number with its source and status.
 
-The catalogue is `chips.toml`, beside this file. A `Chip` holds plain numbers for the formulas; `Chip.constants` says
-where each came from, so that a report can list what it assumed.
+The catalogue is `chips.toml`, beside this file. A `Chip` holds plain numbers for the formulas; `Chip.constants` has
+the source of each, so that reports can list the assumed ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 Status = Literal["published", "measured", "derived", "fitted", "assumed", "given"]
-"""How sure a number is; `fitted` to published or measured times, `given` is the user's own."""
+"""The origin of a number: `fitted` means to published or measured times, `given` by the user."""
 
 Wraparound = Literal["all axes multiples of 4", "axis of 16", "never"]
 """When the two ends of a torus axis are joined ("How To Scale Your Model", part 2)."""
@@ -25,16 +25,16 @@ ChipKind = Literal["tpu", "gpu", "cpu"]
 
 
 class UnknownChipError(ValueError):
-    """The catalogue has no chip of this name; names the nearest and all."""
+    """Raised for a name that is not in the catalogue; lists similar names and all names."""
 
 
 class ChipFormatError(ValueError):
-    """A chip is described wrongly: which chip, which key, what was got, what would fit."""
+    """Raised for an invalid description of a chip; states the chip, the key, the value and what is expected."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """One number about a chip, in the unit its name says."""
+    """One number of a chip, in the unit of its name."""
 
     value: float
     source: str
@@ -71,7 +71,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Bus:
-    """Any number of devices that reach each other alike, such as the devices of one host."""
+    """Devices with equal links to each other, such as the devices of one host."""
 
     egress_bytes_per_second: float
     hop_seconds: float
@@ -82,7 +82,7 @@ Interconnect = Torus | Switch | Bus
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip: rates, capacities and overheads, all per chip and in the units that the names say.
+    """One chip: rates, capacities and overheads, per chip and in the units of their names.
 
     ```python
     v4 = chip("v4")
@@ -92,17 +92,17 @@ class Chip:
 
     - `flops_per_second`: dense matrix multiplication, by dtype; `matmul_flops_per_second` looks up any dtype.
     - `vector_flops_per_second`: elementwise work and reductions (a TPU's vector unit, a GPU's CUDA cores).
-    - `hbm_bytes`: capacity on paper; `usable_hbm_bytes`: what a program may fill.
+    - `hbm_bytes`: nominal capacity; `usable_hbm_bytes`: the part that a program may fill.
     - `matrix_tile`: side of the matrix unit, to which matrix dimensions are padded, in elements.
-    - `matmul_efficiency`, `hbm_efficiency`, `wire_efficiency`: the parts of the rates of matrix multiplication, memory
-      and interconnect that programs reach; `reached_hbm_bytes_per_second` and its like have them in.
-    - `on_chip_bytes`: of the memory on the chip, the largest array that programs keep there between two operations; 0, where
-      they keep none, is what a chip has that does not say (`costmodels.operations.hbm_bytes`).
-    - `dcn_egress_bytes_per_second`, `dcn_hop_seconds`: one-way, per chip, out of its slice into the data centre's network;
-      0 where the chip does not say.
-    - `op_overhead_seconds`, `collective_overhead_seconds`: to start a matrix multiplication, a collective.
-    - `clock_hertz`: to turn a compiler's cycles into seconds; None where unknown.
-    - `catalogued`: where the numbers came from; read it through `constants`.
+    - `matmul_efficiency`, `hbm_efficiency`, `wire_efficiency`: the parts of the peak rates that programs achieve;
+      `reached_hbm_bytes_per_second` and `reached_matmul_flops_per_second` include them.
+    - `on_chip_bytes`: the largest array that programs keep in on-chip memory between two operations; 0 by default
+      (`costmodels.operations.hbm_bytes`).
+    - `dcn_egress_bytes_per_second`, `dcn_hop_seconds`: one-way, per chip, out of its slice into the data-center
+      network; 0 by default.
+    - `op_overhead_seconds`, `collective_overhead_seconds`: the start-up time of a matmul, of a collective.
+    - `clock_hertz`: converts a compiler's cycles to seconds; None if unknown.
+    - `catalogued`: the sources of the numbers; read it through `constants`.
     """
 
     name: str
@@ -128,9 +128,9 @@ class Chip:
     def matmul_flops_per_second(self, dtype: str) -> float:
         """FLOP/s of matrix multiplication in a dtype, by its JAX name.
 
-        A chip that has no rate of its own for a dtype runs it as the next wider: 8-bit and narrower integers and floats
-        as bfloat16, bfloat16 and float16 as float32. Every other dtype (float64, int32, complex) is priced as float32,
-        too fast rather than free.
+        A dtype without a rate runs at the rate of the next wider one: 8-bit and narrower integers and floats as bfloat16,
+        bfloat16 and float16 as float32. Every other dtype (float64, int32, complex) is costed as float32, which is too
+        fast rather than free.
         """
         return next(self.flops_per_second[name] for name in _run_as(dtype) if name in self.flops_per_second)
 
@@ -153,13 +153,14 @@ class Chip:
         return known if known is not None and known.value == value else Constant(value, "set in Python", "given")
 
     def override(self, numbers: Mapping[str, float | Constant], source: str) -> Chip:
-        """The same chip with some numbers, by dotted name, replaced: by the user's own, or by constants with their status.
+        """A copy of the chip with some numbers replaced, by dotted name.
 
         **Arguments:**
 
-        - `source`: where plain numbers come from; their status is "given".
+        - `numbers`: plain numbers, or constants with their own status and source.
+        - `source`: the source of plain numbers; their status is "given".
 
-        **Raises:** `ChipFormatError` for a name the chip does not have or a value that is no number, or is negative.
+        **Raises:** `ChipFormatError` for an unknown name, and for a value that is not a number or is negative.
         """
         constants = dict(self.constants)
         for name, given in numbers.items():
@@ -212,8 +213,8 @@ def chip_from_dict(table: Mapping[str, Any]) -> Chip:
     return _build(name, table["kind"], wraparound, dict(_constants(name, table)))
 
 
-# A chip's numbers live at three places: its own attributes, its interconnect's, its rates by dtype. Their dotted names
-# are those of the tables in chips.toml.
+# A chip's numbers are in three places: its attributes, its interconnect's attributes, its rates by dtype. Their dotted
+# names are those of the tables in chips.toml.
 
 _INTERCONNECTS: Mapping[str, type[Torus] | type[Switch] | type[Bus]] = {"torus": Torus, "switch": Switch, "bus": Bus}
 _OWN = (
@@ -228,8 +229,8 @@ _OWN = (
 _EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency", "wire_efficiency")
 _OPTIONAL = ("on_chip_bytes", "dcn_egress_bytes_per_second", "dcn_hop_seconds")
 _LEFT_OUT = {**dict.fromkeys(_EFFICIENCIES, 1.0), **dict.fromkeys(_OPTIONAL, 0.0)}
-"""What a chip has that does not say: it reaches its peak rates, and all arrays pass through HBM. So were plans priced that
-were saved before there were such numbers."""
+"""Defaults of optional numbers: peak rates, and all arrays pass through HBM. Plan files older than these numbers were costed
+so."""
 _MAY_BE_ZERO = (
     *_OPTIONAL,
     "op_overhead_seconds",
@@ -241,7 +242,7 @@ _WIDER = {"float8": "bfloat16", "int8": "bfloat16", "bfloat16": "float32"}
 
 
 def _run_as(dtype: str) -> Iterator[str]:
-    """The names of rates that fit a dtype, best first."""
+    """The names of the rates that apply to a dtype, best first."""
     name = "bfloat16" if dtype == "float16" else dtype.removeprefix("u").partition("_")[0]  # float8_e4m3fn, uint4
     name = {"float4": "float8", "float6": "float8", "int1": "int8", "int2": "int8", "int4": "int8"}.get(name, name)
     name = name if name in _WIDER else "float32"
@@ -288,7 +289,7 @@ def _interconnect(name: str, wraparound: Wraparound, groups: Mapping[str, Mappin
     present = [key for key in groups if key not in ("", "flops_per_second")]
     if len(present) != 1 or present[0] not in _INTERCONNECTS:
         got = f"has {' and '.join(present)}" if present else "has none"
-        raise ChipFormatError(f"The chip {name!r} {got} for its interconnect; one of torus, switch, bus would do.")
+        raise ChipFormatError(f"The chip {name!r} {got} for its interconnect; expected one of torus, switch, bus.")
     kind = _INTERCONNECTS[present[0]]
     values: dict[str, Any] = dict(groups[present[0]])
     _exactly(name, f"{present[0]}.", values, [key for key in kind.__dataclass_fields__ if key != "wraparound"])
@@ -304,7 +305,7 @@ def _constants(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterat
         if dotted in ("name", "kind", "torus.wraparound"):
             continue
         if not isinstance(entry, Mapping):
-            raise ChipFormatError(f"{dotted} of the chip {owner!r} is {entry!r}; {{ value, status, source }} would do.")
+            raise ChipFormatError(f"{dotted} of the chip {owner!r} must be {{ value, status, source }}, got {entry!r}.")
         if "value" not in entry:
             yield from _constants(owner, entry, f"{dotted}.")
         else:
@@ -330,20 +331,20 @@ def _exactly(owner: str, prefix: str, got: Mapping[str, object], wanted: Sequenc
 
 def _one_of(owner: str, key: str, got: object, allowed: tuple[str, ...]) -> None:
     if got not in allowed:
-        raise ChipFormatError(f"{key} of the chip {owner!r} is {got!r}; one of {', '.join(allowed)} would do.")
+        raise ChipFormatError(f"{key} of the chip {owner!r} must be one of {', '.join(allowed)}, got {got!r}.")
 
 
 def _number(owner: str, dotted: str, value: Any) -> float:
     key = dotted.rpartition(".")[2]
     number = isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
     if key in _MAY_BE_ZERO:
-        fits, right = "a number that is 0 or more", number and value >= 0
+        fits, right = "a number of 0 or more", number and value >= 0
     elif key in _EFFICIENCIES:
-        fits, right = "a number above 0, and 1 at most,", number and 0 < value <= 1
+        fits, right = "a number above 0 and at most 1", number and 0 < value <= 1
     else:
         fits, right = "a number above 0", number and value > 0
     if not right:
-        raise ChipFormatError(f"{dotted} of the chip {owner!r} is {value!r}; {fits} would do.")
+        raise ChipFormatError(f"{dotted} of the chip {owner!r} must be {fits}, got {value!r}.")
     return float(value)
 
 

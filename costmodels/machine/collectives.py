@@ -1,4 +1,4 @@
-"""What a collective costs on a torus of links or a switch.
+"""The cost of collectives on a torus of links or a switch.
 
 One symbolic expression per kind of collective and set of axes, with the symbols
 
@@ -8,9 +8,9 @@ One symbolic expression per kind of collective and set of axes, with the symbols
 | $n_x$ | size of axis x | chips |
 | $W_x$ | one-way bandwidth: of each link of a torus axis, out of each chip on a switch axis | bytes/s |
 | $α_x$ | latency of one hop | s |
-| $o$ | to launch the collective | s |
+| $o$ | launch of the collective | s |
 | $B$ | bandwidth of all links of a chip together, under the convention "total" | bytes/s |
-| $f$ | the part of the time on the wire that is hidden behind computation | 1 |
+| $f$ | the part of the bandwidth time that computation hides | 1 |
 
 and the conventions for $V$: of an all-gather, the gathered *result* on one chip; of a reduce-scatter and an all-reduce,
 the unreduced *operand*; of an all-to-all and a collective-permute, the chip's own *operand*.
@@ -23,12 +23,12 @@ $$T_{A2A} = V \\max_i \\frac{m_i}{B_i} + \\sum_i α_i h_i + o,$$
 
 where $S$ runs over sets of axes, $N_S$ and $B_S$ are their chips and their bandwidth together, $h_i$ is the longest way
 along an axis in hops, and $m_i = \\lfloor n_i^2/4 \\rfloor / n_i$ (on a switch $(n_i - 1)/n_i$). On a torus the
-costliest collective-permute takes the wires as long as two all-to-alls. All is derived below. Where all links are
-alike, the maximum is at $S$ = all axes, and the first term is $V (N-1) / (N \\sum B_i)$.
+costliest collective-permute occupies the links as long as two all-to-alls. The derivations are below. If all links are
+equal, the maximum is at $S$ = all axes, and the first term is $V (N-1) / (N \\sum B_i)$.
 
-That is "per-axis", as the links are. Under "total" (`costmodels.pricing`) the torus axes of a collective are one switch of
-bandwidth $B$ with their chips, whichever they are; latency stays. Overlap multiplies the first term by $1 - f$; what a
-looped einsum hides depends on its product, and is no part of these expressions.
+This is the convention "per-axis". Under "total" (`costmodels.machine.conventions`) the torus axes of a collective are one
+switch of bandwidth $B$ with all their chips; latency is unchanged. Overlap multiplies the first term by $1 - f$. The overlap of
+looped einsums depends on their matmul and is not part of these expressions.
 
 The formulas are those of "How To Scale Your Model", part 3 (tori) and part 12 (switches), with the factor $(N-1)/N$
 that the book drops, and latency added rather than maximised over; and of Pope et al. 2022, appendix A.1, if all axes of
@@ -64,19 +64,19 @@ def bytes_symbol() -> sympy.Symbol:
 
 @cache
 def launch_symbol() -> sympy.Symbol:
-    """$o$: seconds to launch the collective."""
+    """$o$: the launch time of the collective in seconds."""
     return sympy.Symbol("o", nonnegative=True)
 
 
 @cache
 def total_symbol() -> sympy.Symbol:
-    """$B$: bytes per second over all links of a chip, where bandwidth is priced in total."""
+    """$B$: bytes per second over all links of a chip, under the convention "total"."""
     return sympy.Symbol("B", positive=True)
 
 
 @cache
 def overlap_symbol() -> sympy.Symbol:
-    """$f$: the part of the time on the wire that computation hides."""
+    """$f$: the part of the bandwidth time that computation hides."""
     return sympy.Symbol("f", nonnegative=True)
 
 
@@ -98,7 +98,7 @@ def hop_symbol(axis: Axis) -> sympy.Symbol:
 def values(
     axes: Sequence[Axis], pricing: Pricing = PHYSICAL, total_bytes_per_second: float = 0.0
 ) -> dict[sympy.Symbol, float]:
-    """What the symbols of `expression` stand for on these axes; all but the bytes."""
+    """The values of the symbols of `expression` on these axes, without the bytes."""
     launches = (axis.launch_seconds for axis in axes if axis.size > 1)
     found: dict[sympy.Symbol, float] = {
         launch_symbol(): max(launches, default=0.0),
@@ -113,14 +113,13 @@ def values(
 def expression(kind: str, axes: Sequence[Axis], pricing: Pricing = PHYSICAL) -> sympy.Expr:
     """Seconds of a collective over these axes, in the symbols of this module.
 
-    Axes of size 1 take no part; over none at all, every collective is free. Whether an axis is a ring, a line or a
-    switch is the expression's form, not a symbol in it, and so are the convention of bandwidth and whether there is any
-    overlap.
+    Axes of size 1 are ignored; over no axes every collective is free. The kind of an axis (ring, line or switch), the
+    bandwidth convention and the presence of overlap determine the form of the expression and are not symbols in it.
 
     **Raises:** `ValueError` for an unknown kind.
     """
     if kind not in _SECONDS:
-        raise ValueError(f"There is no collective {kind!r}; there are {', '.join(_SECONDS)}.")
+        raise ValueError(f"A collective must be one of {', '.join(_SECONDS)}, got {kind!r}.")
     taking_part = tuple(axis for axis in axes if axis.size > 1)
     if not taking_part:
         return sympy.Integer(0)
@@ -139,8 +138,8 @@ def seconds(
 ) -> Bytes:
     """Seconds of a collective for a number of bytes per chip, or an array of them.
 
-    The numbers of `expression`, compiled once per kind and axes; axes that are alike but for their names share it, so
-    that symmetric layouts cost the same to the last bit.
+    `expression`, compiled once per kind and axes. Axes that differ only in name share the compiled function, so symmetric
+    layouts cost the same to the last bit.
 
     ```python
     topology = parse_topology("v5e:8x4")
@@ -151,22 +150,22 @@ def seconds(
 
     - `kind`: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute" (the costliest
       permutation).
-    - `axes`: the axes it runs over, in any order.
-    - `bytes`: per chip; of an all-gather the result, of the others the operand.
+    - `axes`: its axes, in any order.
+    - `bytes`: per chip; the result of an all-gather, the operand of the others.
     - `pricing`, `total_bytes_per_second`: the conventions, and the bandwidth of all links of a chip, which only
-      "total" asks for; `seconds_on` takes both from a topology.
+      "total" needs; `seconds_on` takes both from a topology.
     """
     return _compiled(kind, tuple(axes), pricing, total_bytes_per_second)(bytes)
 
 
 def seconds_on(topology: Topology, kind: str, axes: Iterable[str], bytes: Bytes) -> Bytes:
-    """`seconds` over the axes of these names, by the conventions of their topology."""
+    """`seconds` over the named axes, under the conventions of their topology."""
     along = tuple(topology.axis(name) for name in axes)
     return seconds(kind, along, bytes, topology.pricing, topology.total_bytes_per_second)
 
 
 def wire_bytes(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
-    """Bytes that one chip has to send, whatever joins it to the others, without what it passes on.
+    """Bytes that one chip sends on any network, without the bytes that it forwards.
 
     $V(N-1)/N$, with $V$ by the convention of this module; twice that for an all-reduce; $V$ for a collective-permute.
     """
@@ -180,12 +179,12 @@ def wire_bytes(kind: str, axes: Sequence[Axis], bytes: Bytes) -> Bytes:
 
 def _largest(terms: Iterable[sympy.Expr]) -> sympy.Expr:
     first, *others = terms
-    # Unevaluated: SymPy would compare every pair of terms symbolically, seconds of work for four axes.
+    # Unevaluated: SymPy would compare all pairs of terms symbolically, which takes seconds for four axes.
     return sympy.Max(first, *others, evaluate=False) if others else first
 
 
-# Latency: the last byte must travel the longest way along each axis. On a ring of n chips both directions lead there,
-# so it is floor(n/2) hops; on a line n - 1; through a switch 1.
+# Latency: the last byte travels the longest way along each axis: floor(n/2) hops on a ring of n chips, which has two
+# directions; n - 1 on a line; 1 through a switch.
 
 
 def _hops(axis: Axis) -> sympy.Expr:
@@ -198,14 +197,14 @@ def _latency(axes: Axes) -> sympy.Expr:
     return sympy.Add(*(hop_symbol(axis) * _hops(axis) for axis in axes))
 
 
-# Bandwidth of an axis. A chip on a ring takes in 2W, W from either side. So does an inner chip of a line, but the chip
-# at its end has one link, and must take in as much as the others: a gather along a line runs at W. Two chips have one
-# link between them, and are a line. A chip on a switch takes in W. Where all links of a chip count together, the axes
-# of a torus that take part are one switch.
+# Bandwidth of an axis. A chip on a ring receives 2W, W from either side. So does an inner chip of a line. The chip at the
+# end of a line has one link but must receive as much as the others, so a gather along a line runs at W. Two chips have
+# one link between them and are a line. A chip on a switch receives W. Under "total", the torus axes that take part are
+# one switch.
 
 
 class _Wire(NamedTuple):
-    """An axis, or several that work as one: how many chips, at which bandwidth; `speed` is that of its links."""
+    """An axis, or several that act as one: number of chips, bandwidth, and `speed`, the bandwidth of its links."""
 
     chips: sympy.Expr
     bandwidth: sympy.Expr
@@ -224,14 +223,14 @@ def _wire(axis: Axis) -> _Wire:
     return _Wire(size_symbol(axis), bandwidth, axis.kind == "switch", axis.bytes_per_second)
 
 
-# All-gather. A chip starts with V/N of the result and takes in the rest, V (N-1)/N, over its axes. Along one axis that
-# is all: the ring keeps every link busy with a piece no neighbour has yet, for (N-1)/(N B) seconds a byte.
+# All-gather. A chip starts with V/N of the result and receives the rest, V (N-1)/N, over its axes. Along one axis every
+# link of the ring always carries a shard that the neighbour lacks, which takes (N-1)/(N B) seconds a byte.
 #
-# Over several axes it goes one axis after the other, and each stage multiplies what there is: the axis that comes after
-# a set S of others carries V N_S (n-1)/N. Cut the array into parts that take the axes in different orders, and all axes
-# are busy at once. However it is cut, the axes of a set S carry at least what they carry when they come first, which is
-# V (N_S - 1)/N; and mixed orders reach all shares that respect this for every S (they are the base of a supermodular
-# function: Edmonds 1970). The best cut therefore takes
+# Over several axes it runs axis by axis, and each stage multiplies the data: the axis that comes after a set S of others
+# carries V N_S (n-1)/N. If the array is cut into parts that take the axes in different orders, all axes are busy at
+# once. For any cut, the axes of a set S carry at least what they carry when they come first, which is V (N_S - 1)/N.
+# Mixed orders reach all shares that respect this for every S (they are the base of a supermodular function: Edmonds
+# 1970). The best cut therefore takes
 #
 #     max over S of V (N_S - 1) / (N B_S).
 #
@@ -240,7 +239,7 @@ def _wire(axis: Axis) -> _Wire:
 # on a ring, of n >= 3, and B = W otherwise, of n >= 2: never a loss.
 #
 # On M nodes of G GPUs the nodes' network is the slow tier, and S = {nodes} gives V (M-1) / (M G W), G W being the
-# node's egress: the formula of "How To Scale Your Model", part 12. Switches that add in flight (SHARP) are left out.
+# node's egress: the formula of "How To Scale Your Model", part 12. In-network reduction (SHARP) is not modelled.
 #
 # A reduce-scatter is an all-gather backwards in time.
 
@@ -264,18 +263,17 @@ def _deciding(wires: Wires) -> Iterator[Wires]:
 
 # All-reduce: a reduce-scatter, then an all-gather, launched as one.
 #
-# All-to-all. A chip sends V/N to each chip, going along one axis after the other. On axis i it is then a uniform
-# exchange in every row, in which the pairs (a, b) of coordinates are equally frequent: V/n_i from each chip to each
-# coordinate.
+# All-to-all. A chip sends V/N to each chip, axis by axis. On axis i this is a uniform exchange in every row, in which
+# the pairs (a, b) of coordinates are equally frequent: V/n_i from each chip to each coordinate.
 #
 #   line    the middle link parts floor(n/2) chips from ceil(n/2), so one way it carries floor(n/2) ceil(n/2) V/n,
 #           and floor(n/2) ceil(n/2) = floor(n^2/4): V floor(n^2/4)/n at W bytes a second;
 #   ring    the distances from a chip add up to floor(n^2/4), half of them to either side, as many as go through each of
 #           its two links: V floor(n^2/4)/n at 2W (for even n, V n / 8W = nV / (4 * 2W), the book's all-gather / 4);
-#   switch  everything but the chip's own part: V (n-1)/n at W.
+#   switch  everything except the chip's own part: V (n-1)/n at W.
 #
-# So V m / B with m = floor(n^2/4)/n (a switch: (n-1)/n). Axes work at the same time, the slowest decides. Cutting the
-# torus across that axis shows that no other routing does better.
+# So V m / B with m = floor(n^2/4)/n (a switch: (n-1)/n). The axes work at the same time, and the slowest
+# determines the time. A cut of the torus across that axis shows that no other routing is faster.
 
 
 def _exchange_load(wires: Wires) -> sympy.Expr:
@@ -288,10 +286,10 @@ def _exchange(wire: _Wire) -> sympy.Expr:
 
 
 # Collective-permute: each chip sends V to one other, and receives from one. The permutation is not known here, so this
-# is the costliest. Sending everything to a place chosen evenly at random, and on from there, makes any permutation two
-# uniform exchanges (Valiant and Brebner 1981): at most 2 V m / B. A shift by half an even ring is V (n/2) over two
-# links, n V / 4W, and swapping the halves of an even line V (n/2) over its middle link, n V / 2W: both are just that. A
-# switch sends V out of a chip once. A shift to the neighbour is far cheaper than all this.
+# is the costliest. Routing everything through a uniformly random chip turns any permutation into two uniform exchanges
+# (Valiant and Brebner 1981): at most 2 V m / B. Two permutations reach this bound: a shift by half an even ring, V (n/2)
+# over two links, n V / 4W, and a swap of the halves of an even line, V (n/2) over its middle link, n V / 2W. On a switch
+# a chip sends V once. A shift to the neighbour is far cheaper than all this.
 
 
 def _permute_load(wires: Wires) -> sympy.Expr:
@@ -305,7 +303,7 @@ _SECONDS: Mapping[str, tuple[int, Callable[[Wires], sympy.Expr]]] = {
     "all-to-all": (1, _exchange_load),
     "collective-permute": (1, _permute_load),
 }
-"""Kind to the number of its rounds, and the seconds on the wire of each for one byte."""
+"""Kind to its number of rounds, and the bandwidth time of one round for one byte, in seconds."""
 
 
 @cache
@@ -318,7 +316,7 @@ def _compiled(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable
 
 @cache
 def _compiled_nameless(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
-    """Seconds as a function of bytes alone: the axes' numbers are put in before it is compiled."""
+    """Seconds as a function of the bytes alone, with the axes' numbers substituted before compilation."""
     numbers = {symbol: sympy.sympify(value) for symbol, value in values(axes, pricing, total).items()}
     cost = expression(kind, axes, pricing).xreplace(numbers)
     return sympy.lambdify(bytes_symbol(), cost, "numpy") if axes else lambda bytes: bytes * 0.0

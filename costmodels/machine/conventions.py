@@ -1,4 +1,4 @@
-"""By which conventions collectives are priced; part of a `Topology`, as what its plans are proven against."""
+"""Conventions for the cost of collectives; part of a `Topology`, since a proof holds under them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ Overlap = float | Literal["looped"]
 
 
 class PricingError(ValueError):
-    """A convention that there is not; says what would fit."""
+    """Raised for an unknown convention; states the known ones."""
 
 
 @dataclass(frozen=True)
 class Pricing:
-    """The conventions of a cost model that a machine alone does not decide.
+    """Conventions of the cost model that do not follow from the machine.
 
-    - `bandwidth`: "per-axis", as the links are: a collective has the links of the axes it runs over. Or "total", as in
-      Pope et al. 2022, appendix A.1: over any axes of a torus it has all the links of a chip, $T = D (K - 1) / (K b)$
-      for $D$ bytes over $K$ chips. A switch gives a chip all it has either way.
-    - `overlap`: the part of every collective's time on the wire that hides behind computation, from 0 (none does) to
-      less than 1; or "looped". Latency and launch are never hidden.
+    - `bandwidth`: "per-axis": a collective uses the links of its axes. Or "total", as in Pope et al. 2022, appendix A.1:
+      over any axes of a torus it uses all links of a chip, $T = D (K - 1) / (K b)$ for $D$ bytes over $K$ chips. A
+      switch gives a chip its full bandwidth under both.
+    - `overlap`: the part of every collective's bandwidth time that computation hides, from 0 (none) to less than 1; or
+      "looped". Latency and launch are never hidden.
 
-    A looped collective einsum (Wang et al. 2023; Pope et al. 2022, §3.5) cuts a product into as many pieces as there are
-    chips on the collective's axes: of a gathered operand each piece is multiplied as it comes, of a result that is
-    reduced and scattered each piece is sent as soon as it is made. One piece runs with nothing to send: of a gathered operand
-    the last, of a result the first. With $t$ seconds of a product (the longer of compute and HBM), $w$ on the wire and $N$
-    chips the pair takes
+    A looped collective einsum (Wang et al. 2023; Pope et al. 2022, §3.5) cuts a matmul into as many pieces as there are
+    chips on the collective's axes. Each piece of a gathered operand is multiplied as it arrives; each piece of a
+    reduce-scattered result is sent as soon as it is computed. One piece runs with nothing to send: the last of a gathered
+    operand, the first of a result. With $t$ seconds of the matmul (the longer of compute and HBM), $w$ of bandwidth time and
+    $N$ chips the pair takes
 
     $$t/N + \\max(t (N-1)/N, w) = t + w - \\min(w, t (N-1)/N).$$
 
-    Under "looped" each product hides one collective so: the all-gather that ends the change of layout of one operand, or
-    the reduce-scatter that begins that of its result. Which one is part of the plan, chosen by the search, so that a
-    product's time is never counted twice.
+    Under "looped" each matmul hides one collective: the all-gather that ends the reshard of one operand, or the
+    reduce-scatter that begins the reshard of its result. The search chooses it as part of the plan, so a matmul's time is
+    never used twice.
     """
 
     bandwidth: Bandwidth = "per-axis"
@@ -45,22 +45,22 @@ class Pricing:
     def __post_init__(self) -> None:
         if self.bandwidth not in get_args(Bandwidth):
             fits = " or ".join(map(repr, get_args(Bandwidth)))
-            raise PricingError(f"bandwidth is {self.bandwidth!r}; {fits} would do.")
+            raise PricingError(f"bandwidth must be {fits}, got {self.bandwidth!r}.")
         if self.looped:
             return
         overlap: Any = self.overlap
         number = isinstance(overlap, int | float) and not isinstance(overlap, bool)
         if not number or not 0 <= overlap < 1:
-            raise PricingError(f'overlap is {overlap!r}; a number from 0 to less than 1, or "{LOOPED}", would do.')
+            raise PricingError(f'overlap must be a number from 0 to less than 1, or "{LOOPED}", got {overlap!r}.')
 
     @property
     def looped(self) -> bool:
-        """Whether products hide collectives as looped einsums do."""
+        """Whether matmuls hide collectives as looped einsums do."""
         return self.overlap == LOOPED
 
     @property
     def hidden_part(self) -> float:
-        """The part of every collective's time on the wire that is hidden, whatever it is for."""
+        """The part of every collective's bandwidth time that is hidden."""
         return 0.0 if isinstance(self.overlap, str) else self.overlap
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,11 +69,11 @@ class Pricing:
 
 
 PHYSICAL = Pricing()
-"""The conventions by default: the links as they are, and nothing hidden."""
+"""The default conventions: per-axis bandwidth, no overlap."""
 
 
 def pricing_from_dict(data: Mapping[str, Any]) -> Pricing:
-    """The inverse of `Pricing.to_dict`; what is left out is as by default.
+    """The inverse of `Pricing.to_dict`; missing keys have their defaults.
 
     **Raises:** `PricingError`.
     """

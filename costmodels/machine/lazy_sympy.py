@@ -1,8 +1,8 @@
 """SymPy, imported when it is first used.
 
-It takes half a second to import, which `import autoshard` and a run by a plan from a file need not wait for:
+Its import takes half a second, which `import autoshard` and a run of a plan from a file do not need:
 
-    from costmodels.symbolic import sympy
+    from costmodels.machine.lazy_sympy import sympy
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
-"""How chips are joined: the mesh axes of a topology, each with its links.
+"""Topologies: meshes of chips, and the links along each axis.
 
 `parse_topology("v4:4x4x4")` is a torus of TPUs, `"h100:4x8"` four nodes of eight GPUs, `"cpu:2x4"` eight devices of one
-host. Axes are named x, y, z, w in the order of their sizes. `"2xv4:4x4x4"` is two slices of v4:4x4x4 on the data centre's
-network, which is the axis w, before the others. A TOML file says the same and may put other numbers in:
+host. Axes are named x, y, z, w in the order of their sizes. `"2xv4:4x4x4"` is two slices of v4:4x4x4 on the data-center
+network, which is the axis w, before the others. A TOML file has the same information and may set other numbers:
 
 ```toml
 chip = "v4"
 shape = [4, 4, 4]
-name = "our v4 slice"                # optional, as is all below
-slices = 2                           # so many of that shape, on the data centre's network
+name = "our v4 slice"                # optional, like everything below
+slices = 2                           # number of slices of that shape, on the data-center network
 
 [constants]                          # any number of the chip, by its name in the catalogue
 hbm_bytes_per_second = 1.1e12
-flops_per_second.bfloat16 = 2.5e14   # "given", or with where it is from, as `autoshard calibrate` writes it:
+flops_per_second.bfloat16 = 2.5e14   # "given"; or with its source, as `autoshard calibrate` writes it:
 matrix_tile = { value = 128, status = "measured", source = "our machine, 2026-11-21" }
 
 [axes.z]                             # any of bytes_per_second, wraparound, hop_seconds
 wraparound = false
 
-[pricing]                            # the conventions of costmodels.pricing
+[pricing]                            # the conventions of costmodels.machine.conventions
 bandwidth = "total"
 overlap = 0.4                        # or "looped"
 ```
@@ -49,21 +49,21 @@ from costmodels.machine.conventions import PHYSICAL, Pricing, PricingError, pric
 
 AXIS_NAMES = ("x", "y", "z", "w")
 DCN_AXIS = "w"
-"""The axis along which slices of a torus lie, on the data centre's network; no torus has as many axes of its own."""
+"""The axis between slices of a torus, on the data-center network; no torus has that many axes of its own."""
 
 
 class TopologyFormatError(ValueError):
-    """A topology is written wrongly, or its chips cannot be joined like that; says what would fit."""
+    """Raised for an invalid topology; states what is expected."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh and what joins the chips along it.
+    """One axis of the mesh, and the links along it.
 
-    - `bytes_per_second`: one-way, as it is reached; of each link on a `torus` axis, out of each chip on a `switch` axis.
+    - `bytes_per_second`: one-way, as achieved; of each link on a `torus` axis, out of each chip on a `switch` axis.
     - `wraparound`: whether a torus axis closes to a ring.
     - `hop_seconds`: latency from a chip to its neighbour, or through the switch.
-    - `launch_seconds`: to start a collective.
+    - `launch_seconds`: the start-up time of a collective.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Axis:
 
     def __post_init__(self) -> None:
         if self.size < 1 or not self.bytes_per_second > 0 or self.kind not in ("torus", "switch"):
-            fits = "a size of 1 or more, bytes_per_second above 0 and kind 'torus' or 'switch' would do"
+            fits = "an axis must have a size of 1 or more, bytes_per_second above 0 and kind 'torus' or 'switch'"
             raise TopologyFormatError(f"{self}: {fits}.")
 
     @property
@@ -87,7 +87,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Topology:
-    """A mesh of equal chips, and by which conventions its collectives are priced.
+    """A mesh of equal chips, with the conventions for the cost of its collectives.
 
     ```python
     topology = parse_topology("v4:4x4x8")
@@ -105,7 +105,7 @@ class Topology:
     def __post_init__(self) -> None:
         names = [axis.name for axis in self.axes]
         if len(set(names)) < len(names):
-            raise TopologyFormatError(f"The axes of {self.name} are named {', '.join(names)}; each needs its own name.")
+            raise TopologyFormatError(f"The axes of {self.name} must have different names, got {', '.join(names)}.")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,18 +119,18 @@ class Topology:
 
     @property
     def slices(self) -> int:
-        """How many slices of a torus there are, on the data centre's network."""
+        """The number of slices of a torus, on the data-center network."""
         return prod(self.shape) // prod(axis.size for axis in self.within_slice)
 
     @property
     def within_slice(self) -> tuple[Axis, ...]:
-        """The axes but the one between slices."""
+        """The axes without the one between slices."""
         torus = isinstance(self.chip.interconnect, Torus)
         return tuple(axis for axis in self.axes if axis.kind == "torus" or not torus)
 
     @property
     def unused_constants(self) -> tuple[str, ...]:
-        """The constants of its chip that price nothing here."""
+        """The constants of its chip that no cost of this topology depends on."""
         return () if self.slices > 1 else ("dcn_egress_bytes_per_second", "dcn_hop_seconds")
 
     @cached_property
@@ -140,7 +140,7 @@ class Topology:
 
     @cached_property
     def total_bytes_per_second(self) -> float:
-        """What all links of a chip on the torus take in together, also those of torus axes that the mesh leaves out."""
+        """The bandwidth of all links of a chip on the torus, including those of torus axes that the mesh omits."""
         links = [axis.bytes_per_second for axis in self.axes if axis.kind == "torus"]
         if isinstance(torus := self.chip.interconnect, Torus):
             link = torus.link_bytes_per_second * self.chip.wire_efficiency
@@ -154,14 +154,14 @@ class Topology:
     def axis(self, name: str) -> Axis:
         """The axis of this name.
 
-        **Raises:** `KeyError`, naming the axes there are.
+        **Raises:** `KeyError`, with the names of all axes.
         """
         if name not in self._by_name:
             raise KeyError(f"{self.name} has no axis {name!r}; it has {', '.join(self._by_name)}")
         return self._by_name[name]
 
     def symmetries(self) -> tuple[tuple[str, ...], ...]:
-        """The axes in groups that could change names without changing any cost, in order."""
+        """The axes in groups of interchangeable ones, which have the same costs, in order."""
         groups: dict[Axis, list[str]] = {}
         for axis in self.axes:
             groups.setdefault(replace(axis, name="", wraparound=axis.ring), []).append(axis.name)
@@ -176,10 +176,10 @@ class Topology:
 def topology_from_dict(data: Mapping[str, Any]) -> Topology:
     """The inverse of `Topology.to_dict`.
 
-    Without `pricing`, the conventions are those by default, as of plans that were saved before there were others.
+    Without `pricing` the conventions are the defaults, as in older plan files.
 
     **Raises:** `TopologyFormatError` for missing or unknown keys, `ChipFormatError` for a malformed chip, `PricingError`
-    for conventions that there are not.
+    for unknown conventions.
     """
     _keys("The topology", data, required=("name", "chip", "axes"), optional=("pricing",))
     known = [f.name for f in fields(Axis)]
@@ -196,7 +196,7 @@ def parse_topology(text: str | Path) -> Topology:
       and v5p all, if every axis is a multiple of 4; on v5e and v6e those of size 16.
     - A GPU has one size, the GPUs of one node, or two: nodes × GPUs per node.
     - `cpu` has one to four.
-    - Before a TPU, `2x` and the like say how many such slices there are; between them is the data centre's network.
+    - A prefix such as `2x` before a TPU is the number of slices; between them is the data-center network.
 
     **Raises:** `TopologyFormatError` for a malformed or impossible topology, `UnknownChipError` for a chip that is not
     in the catalogue. Both are `ValueError`s.
@@ -206,44 +206,44 @@ def parse_topology(text: str | Path) -> Topology:
     found = re.fullmatch(r"(?:(\d+)x(?=[a-z]))?([\w-]+):(\d+(?:x\d+)*)", text)
     if not found:
         raise TopologyFormatError(
-            f"{text!r} is no topology; write CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path of a"
-            " .toml file."
+            f"Invalid topology {text!r}: expected CHIP:AxBxC, such as v4:4x4x4 or h100:2x8 (nodes × GPUs), or the path"
+            " of a .toml file."
         )
     return topology_of_chip(text, chip(found[2]), [int(size) for size in found[3].split("x")], int(found[1] or 1))
 
 
 def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int], slices: int = 1) -> Topology:
-    """Chips, which need not be the catalogue's, joined as `CHIP:AxBxC` says of theirs; so many slices of them.
+    """The topology `CHIP:AxBxC` of chips that need not be in the catalogue, in a number of slices.
 
     **Raises:** `TopologyFormatError`.
     """
     if not 1 <= len(sizes) <= len(AXIS_NAMES):
-        raise TopologyFormatError(f"{name} has {len(sizes)} sizes; 1 to {len(AXIS_NAMES)} would do.")
+        raise TopologyFormatError(f"{name} must have 1 to {len(AXIS_NAMES)} sizes, got {len(sizes)}.")
     if min(sizes) < 1:
-        raise TopologyFormatError(f"{name} has an axis of size {min(sizes)}; 1 or more would do.")
+        raise TopologyFormatError(f"The sizes of {name} must be 1 or more, got {min(sizes)}.")
     return Topology(name, chip, (*_between_slices(name, chip, slices), *_axes(name, chip, sizes)))
 
 
 def as_its_chip_has_it(topology: Topology) -> Topology:
-    """The topology with the axes that its chip and sizes alone make: whatever was set for single axes is left out."""
+    """The topology with the axes that follow from its chip and sizes, without settings for single axes."""
     sizes = [axis.size for axis in topology.within_slice]
     return replace(topology, axes=topology_of_chip(topology.name, topology.chip, sizes, topology.slices).axes)
 
 
 def _between_slices(name: str, chip: Chip, slices: int) -> Iterator[Axis]:
     if slices < 1:
-        raise TopologyFormatError(f"{name} has {slices} slices; 1 or more would do.")
+        raise TopologyFormatError(f"{name} must have 1 or more slices, got {slices}.")
     if slices == 1:
         return
     if not isinstance(chip.interconnect, Torus):
         raise TopologyFormatError(
-            f"{name} has {slices} slices, but only chips on a torus come in slices; GPUs are written nodes × GPUs, such as"
+            f"{name} has {slices} slices, but only chips on a torus come in slices. Write GPUs as nodes × GPUs, such as"
             " h100:4x8."
         )
     egress = chip.dcn_egress_bytes_per_second
     if not egress:
         raise TopologyFormatError(
-            f"{name} has {slices} slices, but {chip.name} does not say how fast the network between them is; give"
+            f"{name} has {slices} slices, but {chip.name} has no bandwidth for the network between them. Set"
             " dcn_egress_bytes_per_second in a .toml file."
         )
     yield Axis(DCN_AXIS, slices, "switch", egress, False, chip.dcn_hop_seconds, chip.collective_overhead_seconds)
@@ -260,7 +260,7 @@ def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
         case Switch() as switch:
             _check_switch(name, chip, switch, sizes)
             if len(sizes) == 2:
-                # A node's ports are its GPUs': each has its share, however many of them the topology uses.
+                # The node's ports are shared by all its GPUs, including those that the topology does not use.
                 share = switch.node_egress_bytes_per_second * reached / switch.chips_per_node
                 yield Axis("x", sizes[0], "switch", share, False, switch.node_hop_seconds, launch)
             egress, hop = switch.egress_bytes_per_second * reached, switch.hop_seconds
@@ -272,7 +272,7 @@ def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
 
 
 def _closed(torus: Torus, sizes: Sequence[int]) -> list[bool]:
-    """Which axes are rings. Sizes that are left out are 1, so a v4:4x4 is a slice of a cube, and open."""
+    """Whether each axis is a ring. Omitted sizes are 1, so v4:4x4 is a slice of a cube, and open."""
     rule: Wraparound = torus.wraparound
     if rule == "all axes multiples of 4":
         whole_cubes = len(sizes) == torus.axes and all(size % 4 == 0 for size in sizes)
@@ -292,7 +292,7 @@ def _check_switch(name: str, chip: Chip, switch: Switch, sizes: Sequence[int]) -
     most = int(switch.chips_per_node)
     if len(sizes) > 2:
         raise TopologyFormatError(
-            f"{name} has {len(sizes)} sizes; GPUs have one or two, nodes × GPUs, such as {chip.name}:4x{most}."
+            f"{name} must have one or two sizes, nodes × GPUs, such as {chip.name}:4x{most}; got {len(sizes)}."
         )
     if sizes[-1] > most:
         nodes = -(-prod(sizes) // most)
@@ -309,7 +309,7 @@ def _from_file(path: Path) -> Topology:
         raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
     _keys(str(path), data, required=("chip", "shape"), optional=("name", "slices", "constants", "axes", "pricing"))
     slices = _typed(path, "slices", data.get("slices", 1), int, "a whole number")
-    shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4],")
+    shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4]")
     for size in shape:
         _typed(path, "shape", size, int, "a list of whole numbers")
     base = chip(_typed(path, "chip", data["chip"], str, "the name of a chip in quotes"))
@@ -347,17 +347,19 @@ def _changed(path: Path, axis: Axis, changes: object) -> Axis:
         if key == "wraparound":
             _typed(path, f"{where}.{key}", value, bool, "true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise TopologyFormatError(f"{path}: {where}.{key} is {value!r}; a number that is 0 or more would do.")
+            raise TopologyFormatError(f"{path}: {where}.{key} must be a number of 0 or more, got {value!r}.")
     if table.get("bytes_per_second") == 0:
-        raise TopologyFormatError(f"{path}: {where}.bytes_per_second is 0; a number above 0 would do.")
+        raise TopologyFormatError(f"{path}: {where}.bytes_per_second must be a number above 0, got 0.")
     if table.get("wraparound") and axis.kind == "switch":
-        raise TopologyFormatError(f"{path}: {where}.wraparound is true, but a switch has no ends; leave it out.")
+        raise TopologyFormatError(
+            f"{path}: {where}.wraparound applies to torus axes only; this axis is a switch. Remove it."
+        )
     return replace(axis, **table)
 
 
 def _typed(path: Path, key: str, value: Any, kind: type, fits: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise TopologyFormatError(f"{path}: {key} is {value!r}; {fits} would do.")
+        raise TopologyFormatError(f"{path}: {key} must be {fits}, got {value!r}.")
     return value
 
 

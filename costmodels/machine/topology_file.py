@@ -1,4 +1,4 @@
-"""A topology as a TOML file: the inverse of reading one by `costmodels.topology.parse_topology`."""
+"""Topologies as TOML files: the inverse of `costmodels.machine.topology.parse_topology`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _AXIS_KEYS = ("bytes_per_second", "wraparound", "hop_seconds")
 
 
 def topology_toml(topology: Topology, heading: str = "") -> str:
-    """A topology as the text of a file that `parse_topology` reads back, with every constant's status and source.
+    """The text of a TOML file that `parse_topology` reads back, with every constant's status and source.
 
-    Only what differs from the chip of the catalogue is written.
+    It has only the constants that differ from the catalogue's.
 
     **Arguments:**
 
-    - `heading`: put in front, as a comment.
+    - `heading`: a comment at the top.
     """
     shape = [axis.size for axis in topology.within_slice]
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
@@ -49,5 +49,5 @@ def _table(constant: Constant) -> str:
 
 
 def _text(text: str) -> str:
-    """A basic string of TOML: JSON's, but for one character that TOML wants escaped too."""
+    """A basic string of TOML: a JSON string with one more escaped character."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""Several programs as one: the phases of serving or training, each with its weight in the sum of their times."""
+"""Programs of several phases, each with its weight in the sum of their times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from costmodels.program.program import Operation, Program, Region, Use
 
 @dataclass(frozen=True)
 class Span:
-    """Where a phase is in the joined program: how far its operations, values, arguments and results are shifted."""
+    """The place of a phase in the joined program: the offsets of its operations, values, arguments and results."""
 
     operations: int
     values: int
@@ -19,13 +19,13 @@ class Span:
 
 
 def join(programs: Sequence[Program], weights: Sequence[float]) -> tuple[Program, tuple[Span, ...]]:
-    """One program of several phases that run one after the other, none using the other's memory.
+    """One program of several phases that run serially and share no memory.
 
     **Arguments:**
 
-    - `weights`: how often each phase counts, which need not be whole: 1 prefill to 64 decode steps, say.
+    - `weights`: the number of runs of each phase, which may be a fraction: for example 1 prefill and 64 decode steps.
 
-    **Returns:** the program, whose cost is the weighted sum of the phases', and where each phase is in it.
+    **Returns:** the program, whose cost is the weighted sum of the phases' costs, and the place of each phase in it.
     """
     values, operations, arguments, constants, results, donated = [], [], [], [], [], []
     regions, spans = [Region("main")], []

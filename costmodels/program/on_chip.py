@@ -1,13 +1,13 @@
-"""Which arrays may stay in a chip's own memory, and how many at once: they pass through no HBM.
+"""Residents of on-chip memory: values that cause no HBM traffic between two operations.
 
-A compiler keeps there what arithmetic makes and arithmetic uses. An array that goes round a loop stays too if every round
-makes it anew by arithmetic, as a residual or a sum of gradients, and if no result takes the memory of the argument that it
-began as: a donated buffer is updated where it lies. What all rounds only read, and what is updated or sliced in place, as
-a cache of keys and values, does not.
+A compiler keeps the results of arithmetic there if arithmetic uses them. A loop carry stays too if every iteration
+recomputes it by arithmetic, as a residual or a sum of gradients, and if it does not begin as a donated argument: a donated
+buffer is updated in place in HBM. Values that all iterations only read, and values that are updated or sliced in place, such
+as a cache of keys and values, do not stay.
 
-All that a loop carries lies there at once, and shares the room: of $k$ such arrays each may be $1/k$ of what one alone may
-be. (Compiled for v5e, loops that carry one array of up to 96 MiB keep it; of 16 or 32 sums of gradients of 8 MiB each they
-keep 11 and 10; of donated ones none.)
+All carries of a loop share the room: each of $k$ such arrays may be $1/k$ of the size that one alone may have. (Compiled
+for v5e, loops that carry one array of up to 96 MiB keep it; of 16 or 32 sums of gradients of 8 MiB each they keep 11 and
+10; of donated ones none.)
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from collections.abc import Iterator
 from costmodels.program.program import Operation, Program
 
 CAST = "convert_element_type"
-"""The primitive that changes a type: it moves nothing of its own."""
+"""The primitive that converts a dtype; it has no traffic of its own."""
 
 CARRY = "loop_carry"
-"""The primitive of what goes round a loop: what enters it and what a round makes go in, a round's own and the last come out."""
+"""The primitive of a loop carry. Operands: the initial value and the value of an iteration. Results: the carry inside the loop,
+and the final value."""
 
 _ARITHMETIC = ("matmul", "fused")
 
 
 def sharers(program: Program, value: int) -> int:
-    """Among how many arrays that lie on the chip at once an array may be one; 0 if it passes through HBM, however small."""
+    """The number of arrays that share the on-chip memory with a value, itself included; 0 if it never stays there."""
     made, users = _made_by(program, value), [*_users(program, value)]
     if made is None or not users:
         return 0
@@ -39,7 +40,7 @@ def sharers(program: Program, value: int) -> int:
 
 
 def _carries(program: Program) -> dict[int, int]:
-    """Per carry that may stay on the chip, how many such arrays its loop has."""
+    """Per carry that may stay on the chip, the number of such carries of its loop."""
     key = ("carries on the chip",)
     if key not in program.memo:
         carries = [i for i, op in enumerate(program.operations) if op.primitive == CARRY]
@@ -53,7 +54,7 @@ def _carries(program: Program) -> dict[int, int]:
 
 
 def _goes_round_on_the_chip(program: Program, carry: int, known: set[int]) -> bool:
-    """Whether arithmetic makes and uses what goes round; a loop within may take it over if it is `known` to keep it."""
+    """Whether arithmetic computes and uses a carry; an inner loop may take it over if it is `known` to keep it."""
     op, loop = program.operations[carry], _loop(program, carry)
     after = [use.value for use in op.inputs if use.region == loop]
     if not after or _donated(program, carry):
@@ -67,12 +68,12 @@ def _goes_round_on_the_chip(program: Program, carry: int, known: set[int]) -> bo
 
 
 def _but_stacks(program: Program, users: list[int]) -> list[int]:
-    """Without the loops' stacks of what each round makes, to which an array is copied wherever it lies."""
+    """The users without the stacks of a loop's results per iteration, into which an array is copied from any memory."""
     return [at for at in users if program.operations[at].primitive != "loop_stack"]
 
 
 def _donated(program: Program, carry: int) -> bool:
-    """Whether what goes round began as an argument whose memory a result takes."""
+    """Whether a carry begins as a donated argument."""
     at: int | None = carry
     while at is not None and (op := program.operations[at]).primitive == CARRY:
         begins = [use.value for use in op.inputs if use.region == op.region]
@@ -81,7 +82,7 @@ def _donated(program: Program, carry: int) -> bool:
 
 
 def _loop(program: Program, carry: int) -> int:
-    """The region that an array goes round in."""
+    """The region of the loop that has a carry."""
     return program.operations[carry].outputs[0].region
 
 
@@ -100,7 +101,7 @@ def _shows(op: Operation) -> bool:
 
 
 def _made_by(program: Program, value: int) -> int | None:
-    """What makes the array that a value is a view or a cast of; None where the program does not say."""
+    """The producer of the array that a value is a view or a cast of; None if there is none."""
     while value in program.producers:
         at = program.producers[value][0]
         op = program.operations[at]
@@ -112,7 +113,7 @@ def _made_by(program: Program, value: int) -> int | None:
 
 
 def _users(program: Program, value: int) -> Iterator[int]:
-    """What uses a value, or a view of it."""
+    """The operations that use a value or a view of it."""
     for at, _ in program.consumers.get(value, ()):
         op = program.operations[at]
         if _shows(op):

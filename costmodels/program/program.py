@@ -1,7 +1,7 @@
-"""The program as it is costed: values, operations over factors, and the regions that repeat them.
+"""The program that is costed: values, operations over factors, and the regions that repeat them.
 
 A *factor* is a dimension of an operation, as in an einsum. `[b,i,k],[b,k,j] -> [b,i,j]` has four factors; splitting
-`k` over a mesh axis leaves a partial sum, splitting `b`, `i` or `j` leaves whole results in pieces. Each dimension of an
+`k` over a mesh axis leaves a partial sum, splitting `b`, `i` or `j` leaves shards of the result. Each dimension of an
 operand or result is a tuple of factors, major to minor: a reshape that merges heads and head size has the compound
 dimension `(h, d)`.
 
@@ -19,24 +19,26 @@ from math import prod
 from typing import Any, Literal
 
 FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "exchanged", "whole"]
-"""What splitting a factor does.
+"""The effect of splitting a factor.
 
-`parallel` splits the result; `sum` leaves a partial sum; `max`, `min`, `and`, `or` are reduced across the split within the
-operation, by an all-reduce; `gathered` splits the result, if that has the factor, and what chips must know of one another's
-pieces is all-gathered within the operation; `exchanged` splits the result, whose pieces lie on other chips than the
-operand's: permutations within the operation move them; `whole` cannot be split.
+- `parallel`: splits the result.
+- `sum`: leaves a partial sum.
+- `max`, `min`, `and`, `or`: an all-reduce within the operation.
+- `gathered`: splits the result if it has the factor; the operation all-gathers what chips need of each other's shards.
+- `exchanged`: splits the result, whose shards are on other chips than the operand's; the operation permutes them.
+- `whole`: cannot be split.
 """
 
 OpClass = Literal["matmul", "fused", "memory", "boundary", "source", "sink"]
-"""What an operation costs.
+"""The cost class of an operation.
 
 `matmul` runs on the matrix unit and moves its operands and results through HBM; `fused` runs on the vector unit inside
-its neighbours' kernels; `memory` moves data through HBM; `boundary` enters, leaves or goes round a loop; `source` and
+its neighbours' kernels; `memory` moves data through HBM; `boundary` is a loop's input, result or carry; `source` and
 `sink` are the program's arguments and results.
 """
 
 Pinned = tuple[tuple[str, ...] | None, ...]
-"""Per dimension the mesh axes that split it, because the user says so; `None` where the dimension is free."""
+"""Per dimension the mesh axes that the user pinned; `None` for a free dimension."""
 
 REDUCED_INSIDE = ("max", "min", "and", "or")
 CLOSED_INSIDE = (*REDUCED_INSIDE, "gathered", "exchanged")
@@ -44,7 +46,7 @@ CLOSED_INSIDE = (*REDUCED_INSIDE, "gathered", "exchanged")
 
 @dataclass(frozen=True)
 class Factor:
-    """One dimension of an operation: its size in elements and what splitting it does."""
+    """One dimension of an operation: its size in elements, and the effect of splitting it."""
 
     size: int
     kind: FactorKind = "parallel"
@@ -54,8 +56,8 @@ class Factor:
 class Value:
     """An array of the program.
 
-    `name` is in the user's words (an argument path, or the operation and source line that made it); `region` is the region
-    that the array is defined in; `origin` is the argument path that the array is a mere view or cast of, if there is one.
+    `name` is an argument path, or the operation and source line that produced the array; `region` is the region that
+    defines it; `origin` is the path of the argument that it is a view or a cast of, if any.
     """
 
     name: str
@@ -73,10 +75,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Use:
-    """An operand or a result of an operation: the value, its dimensions as factors, where its change of layout runs.
+    """An operand or a result of an operation: the value, its dimensions as factors, and the region of its reshard.
 
-    `stored_itemsize` is what an element takes in HBM where a cast on the way there or from there makes that another size
-    than the value's own, and 0 where it does not.
+    `stored_itemsize` is the size of an element in HBM if a fused cast makes it differ from the value's own, and 0
+    otherwise.
     """
 
     value: int
@@ -91,11 +93,11 @@ class Operation:
 
     **Arguments:**
 
-    - `linear`: the sets of operands through which a partial sum may travel, e.g. `({0, 1},)` for an addition (both
-      are partial) and `({0}, {1})` for a product (either is).
+    - `linear`: the sets of operands that may be partial sums together, e.g. `({0, 1},)` for an addition (both) and
+      `({0}, {1})` for a product (either one).
     - `traffic`: the operands (0, 1, ...) and results (-1, -2, ...) that are read from or written to HBM.
     - `flops_per_point`: floating-point operations per point of the product of all factors.
-    - `pinned`: the layout that the first result must come in, where the user decided it.
+    - `pinned`: the layout of the first result, if the user pinned it.
     """
 
     name: str
@@ -119,7 +121,7 @@ class Operation:
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """What the strategies of the operation depend on: factors, dimensions and linearity; neither names nor values."""
+        """The properties that determine the strategies: factors, dimensions and linearity, without names and values."""
         return (
             self.factors,
             tuple(use.dims for use in self.inputs),
@@ -131,9 +133,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Region:
-    """A piece of the program that runs `count` times each time its parent runs once.
+    """A part of the program that runs `count` times per run of its parent.
 
-    A `phase` is one of several programs joined into one; its count is the phase's weight, which need not be whole.
+    A `phase` is one of several joined programs; its count is the phase's weight, which may be a fraction.
     """
 
     kind: Literal["main", "loop", "branch", "phase"]
@@ -144,14 +146,14 @@ class Region:
 
 @dataclass(frozen=True)
 class Program:
-    """A traced program: what is costed and searched.
+    """A traced program, to be costed and searched.
 
     `arguments` and `results` hold, per flat argument and result of the function, the index of its source and sink
     operation; `constants` the sources of arrays the function closes over; `donated` pairs a donated argument's position
     with the position of the result that takes its memory.
 
-    Several programs joined into one (`costmodels.phases.join`) have one phase each: `phases` holds the first operation of each.
-    `handoffs` pairs a result's position in one phase with the argument's in another that takes it over.
+    Joined programs (`costmodels.program.joined.join`) have one phase each: `phases` holds the first operation of each.
+    `handoffs` pairs a result's position in one phase with the position of the argument in another phase that takes it.
     """
 
     name: str
@@ -167,7 +169,7 @@ class Program:
     handoffs: tuple[tuple[int, int], ...] = ()
 
     def multiplicity(self, region: int) -> float:
-        """How many times a region runs in one step of the program."""
+        """The number of runs of a region in one step of the program."""
         count: float = 1
         while region >= 0:
             count *= self.regions[region].count
@@ -176,7 +178,7 @@ class Program:
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
-        """What was worked out about it, by whoever did; a program never changes."""
+        """A cache for analyses of this program, which never changes."""
         return {}
 
     @cached_property
@@ -195,7 +197,7 @@ class Program:
 
     @cached_property
     def reads(self) -> dict[str, int]:
-        """Argument path to how often operations read the argument or a view of it, but for those that make further views."""
+        """Argument path to the number of operations that read the argument or a view of it, without those that make views."""
         found: Counter[str] = Counter()
         for op in self.operations:
             made = {self.values[use.value].origin for use in op.outputs}
@@ -206,7 +208,7 @@ class Program:
 
     @cached_property
     def matmul_before(self) -> tuple[int, ...]:
-        """Per operation the matmul before it in its region; -1 where there is none."""
+        """Per operation the previous matmul in its region; -1 if there is none."""
         last: dict[int, int] = {}
         found = []
         for i, op in enumerate(self.operations):

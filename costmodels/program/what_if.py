@@ -1,7 +1,7 @@
 """What-if programs: the same operations with narrower arrays, or with a dimension twice as long.
 
-Each is a pure function from a program to a program. Operations keep their numbers, so that a plan of one is a plan of the
-other, and the search can be asked for a better one.
+Each is a pure function from a program to a program. Operations keep their numbers, so a plan of one program is a plan of the
+other, and the search can look for a better one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from costmodels.program.program import Operation, Program, Use
 
 
 class NotDoubled(ValueError):
-    """A dimension that cannot be doubled by itself: says which operation, or which array, stands in the way."""
+    """Raised for a dimension that cannot be doubled alone; states the operation or the array that prevents it."""
 
 
 def with_itemsize(program: Program, values: Iterable[int], itemsize: float) -> Program:
-    """The program with these values stored in elements of so many bytes, where they had more; nothing else changes."""
+    """The program with these values in elements of at most `itemsize` bytes; nothing else changes."""
     narrowed = set(values)
     return replace(
         program,
@@ -30,9 +30,9 @@ def with_itemsize(program: Program, values: Iterable[int], itemsize: float) -> P
 
 
 def views_of(program: Program, value: int) -> frozenset[int]:
-    """A value and all that holds its elements and does no arithmetic on them: slices, views, updates, what a loop carries.
+    """A value and all values that hold its elements without arithmetic: slices, views, updates, loop carries.
 
-    What flows through an operation's first operand flows on; other operands (indices, what is written into an array) do not.
+    Elements flow through an operation's first operand; other operands (indices, the update of an array) do not count.
     """
     found, waiting = {value}, [value]
     while waiting:
@@ -48,12 +48,12 @@ def views_of(program: Program, value: int) -> frozenset[int]:
 
 
 def doubled(program: Program, value: int, dim: int) -> Program:
-    """The program with one dimension of a value twice as long, and with it every dimension that it is tied to.
+    """The program with one dimension of a value, and every dimension tied to it, twice as long.
 
-    Dimensions are tied by the factors of operations: `b` of `ab,bc->ac` is a dimension of both operands. Where a dimension
-    is made of several factors, as by a reshape, it is the first of them that grows.
+    Dimensions are tied by the factors of operations: `b` of `ab,bc->ac` is a dimension of both operands. If a dimension
+    consists of several factors, as after a reshape, the first of them grows.
 
-    **Raises:** `NotDoubled` where that would make an array and its use differ.
+    **Raises:** `NotDoubled` if an array and its use would then differ.
     """
     dims, factors = _tied(program, value, dim)
     values = tuple(
@@ -103,7 +103,9 @@ def _dims_with(op: Operation, factor: int) -> Iterator[tuple[int, int]]:
 
 
 def _check(before: Program, after: Program) -> None:
-    """Whether every use has grown as its array has, and nothing was cut from what grew or made longer of what did not."""
+    """Checks that every use has grown as its array has, and that no slice or concatenation runs along a grown dimension.
+
+    **Raises:** `NotDoubled`."""
     for old, new in zip(before.operations, after.operations, strict=True):
         for f, (was, now) in enumerate(zip(old.factors, new.factors, strict=True)):
             sides = [any(f in made_of for use in uses for made_of in use.dims) for uses in (old.inputs, old.outputs)]

@@ -1,0 +1,68 @@
+"""The annotation of a traced function: HBM traffic, names of dimensions, pins, and the fingerprint after the pins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoshard.annotating.dimension_names import Names, named
+from autoshard.annotating.fingerprint import fingerprint
+from autoshard.annotating.pins import Pin, pin_program
+from autoshard.rules.pin import Pins
+from autoshard.tracing.traced_function import TracedFunction
+from costmodels.dimensions import Dimensions
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+
+
+@dataclass(frozen=True)
+class AnnotatedFunction(TracedFunction):
+    """A traced function whose program is ready to be searched.
+
+    **Attributes:**
+
+    - `dimensions`: the sizes of the program by name.
+    - `fingerprint`: that of the program with its pins.
+    - `pinned`: what is pinned in the program.
+    """
+
+    dimensions: Dimensions
+    fingerprint: str
+    pinned: tuple[Pin, ...] = ()
+
+    @property
+    def program(self) -> Program:
+        """The annotated program."""
+        return self.traced.program
+
+    def with_program(self, program: Program, **changes: Any) -> AnnotatedFunction:
+        """The same function with another program, and its fingerprint."""
+        traced = replace(self.traced, program=program)
+        return replace(self, traced=traced, fingerprint=fingerprint(program), **changes)
+
+
+def annotate(
+    function: TracedFunction, dims: Names | None = None, shapes: Sequence[Sequence[Any]] = ()
+) -> AnnotatedFunction:
+    """Annotates a traced function with the names of its dimensions.
+
+    **Arguments:**
+
+    - `dims`: names of dimensions, by argument path or by size.
+    - `shapes`: the shapes of the flat arguments as the user gave them, with symbolic dimensions.
+
+    **Raises:** `AutoshardError` for names that fit no dimension.
+    """
+    traced = function.traced
+    dimensions = named(traced.program, traced.argument_values, traced.paths, dims, tuple(shapes))
+    return AnnotatedFunction(**vars(function), dimensions=dimensions, fingerprint=fingerprint(traced.program))
+
+
+def annotate_pins(function: AnnotatedFunction, topology: Topology, pins: Pins | None) -> AnnotatedFunction:
+    """Puts the pins of a function, and those given for its arguments, in terms of a topology.
+
+    **Raises:** `PinError` for pins that cannot hold.
+    """
+    program, pinned = pin_program(function.program, function.traced.paths, topology, pins)
+    return function.with_program(program, pinned=pinned)

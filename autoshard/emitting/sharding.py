@@ -1,0 +1,113 @@
+"""A plan's layouts as JAX's `PartitionSpec`s, shardings, abstract arrays and meshes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from autoshard.emitting import targets
+from autoshard.errors import ExportError, TopologyError
+from autoshard.planning.argument_names import position
+from autoshard.planning.records import ArrayPlan, PlanRecord
+from search.formulation.layouts import Layout
+
+
+def spec_of(layout: Layout) -> PartitionSpec:
+    """A layout as a `PartitionSpec`, without trailing `None`s."""
+    entries: list[Any] = [None if not dim else dim[0] if len(dim) == 1 else dim for dim in layout.dims]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def in_specs(plan: PlanRecord) -> tuple[Any, ...]:
+    """The arguments' `PartitionSpec`s, shaped like the arguments."""
+    return plan.in_tree.rebuild([spec_of(array.layout) for array in plan.arguments])
+
+
+def out_specs(plan: PlanRecord) -> Any:
+    """The results' `PartitionSpec`s, shaped like the result."""
+    return plan.out_tree.rebuild([spec_of(array.layout) for array in plan.results])
+
+
+def shardings(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
+    """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes.
+
+    **Raises:** `TopologyError`.
+    """
+    check_mesh(plan, mesh)
+
+    def sharded(arrays: Sequence[ArrayPlan]) -> list[NamedSharding]:
+        return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
+
+    return plan.in_tree.rebuild(sharded(plan.arguments)), plan.out_tree.rebuild(sharded(plan.results))
+
+
+def abstract_args(plan: PlanRecord, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
+    """The arguments as `jax.ShapeDtypeStruct`s with shardings; see `Plan.abstract_args`."""
+    mesh = mesh or current_mesh(plan)
+    check_mesh(plan, mesh)
+    structs = plan.in_tree.rebuild(
+        [
+            jax.ShapeDtypeStruct(
+                array.shape, _dtype(array), sharding=NamedSharding(mesh, spec_of(array.layout)), weak_type=array.weak
+            )
+            for array in plan.arguments
+        ]
+    )
+    return structs if argument is None else structs[position(plan, argument)]
+
+
+def _dtype(array: ArrayPlan) -> Any:
+    try:
+        return jax.numpy.dtype(array.dtype)
+    except TypeError as error:
+        raise ExportError(f"{array.path} is of type {array.dtype}, which has no abstract form outside JAX.") from error
+
+
+# --- meshes
+
+
+def make_mesh(plan: PlanRecord, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the plan's axes over `devices`, ordered by their torus coordinates; see `Plan.make_mesh`.
+
+    **Raises:** `TopologyError` when there are not as many devices as the plan has chips.
+    """
+    try:
+        if devices is None and plan.topology.chip.kind == "cpu":
+            devices = targets.host_devices(plan.topology.size)
+        return targets.mesh_of(jax.devices() if devices is None else devices, plan.topology.axis_sizes)
+    except targets.TargetError as error:
+        raise TopologyError(f"The plan is for {plan.topology.name}, {plan.topology.size} chips. {error}") from error
+
+
+def current_mesh(plan: PlanRecord) -> Mesh:
+    """The mesh of `jax.set_mesh` if there is one, else a new one with the plan's axes."""
+    return mesh_in_context(plan) or make_mesh(plan)
+
+
+def mesh_in_context(plan: PlanRecord, abstract: bool = False) -> Any:
+    """The mesh of `jax.set_mesh`, or its abstract shape; `None` where there is none.
+
+    **Raises:** `TopologyError` if it has not the plan's axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    check_mesh(plan, mesh)
+    return mesh if abstract else jax.sharding.get_mesh()
+
+
+def check_mesh(plan: PlanRecord, mesh: Any) -> None:
+    """Refuses a mesh without the plan's axes; it may have more.
+
+    **Raises:** `TopologyError`.
+    """
+    sizes = plan.topology.axis_sizes
+    if any(mesh.shape.get(name) != size for name, size in sizes.items()):
+        got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise TopologyError(f"The mesh has the axes {got}; the plan for {plan.topology.name} needs {wanted}.")

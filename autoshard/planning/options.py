@@ -1,0 +1,34 @@
+"""Options of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoshard.annotating.dimension_names import Names
+from autoshard.rules.pin import Pins
+from search.solve import Limits
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan; each as `search` explains it."""
+
+    donate_argnums: int | Sequence[int] = ()
+    name: str = ""
+    strict: bool = False
+    reserve_bytes: float | None = None
+    time_limit: float | None = None
+    progress: Callable[[str], None] | None = None
+    pins: Pins | None = None
+    fold: bool = True
+    memory_bytes: float | None = None
+    baselines: bool = False
+    dims: Names | None = None
+    shapes: tuple[Any, ...] = ()
+
+    def limits(self) -> Limits:
+        """When the search stops."""
+        limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes)
+        return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)

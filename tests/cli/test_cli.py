@@ -1,0 +1,262 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoshard import load
+from costmodels.machine.conventions import Pricing
+from tests.support.cli import refused, run
+from tests.support.paths import PALM, ROOT, TINY
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    assert run("search", PALM, "-t", "cpu:2x2x2", *TINY, "-o", path).exit_code == 0
+    return path
+
+
+# --- search and explain
+
+
+def test_search_explains_and_writes_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    found = run("search", PALM, "--topology", "cpu:2x4", *TINY, "-o", path)
+    assert found.exit_code == 0
+    assert found.stdout.startswith("palm-tiny-decode on cpu:2x4\n") and "Matmuls" in found.stdout
+    assert f"Wrote {path}." in found.stderr
+    assert load(path).topology.name == "cpu:2x4"
+
+
+def test_conventions_of_pricing_are_printed_and_saved(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    found = run("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "total", "--overlap", "0.5", "-o", path)
+    assert "total bandwidth (all links of a chip); 50.0 % hidden behind computation" in found.stdout
+    assert load(path).topology.pricing == Pricing("total", 0.5)
+
+
+def test_conventions_that_there_are_not() -> None:
+    said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "all")
+    assert said == "bandwidth must be 'per-axis' or 'total', got 'all'."
+    said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--overlap", "1.5")
+    assert said == 'overlap must be a number from 0 to less than 1, or "looped", got 1.5.'
+
+
+def test_json_is_alone_on_standard_output(plan_file: Path) -> None:
+    found = run("search", PALM, "-t", "cpu:2x2x2", *TINY, "--json")
+    printed, written = json.loads(found.stdout), json.loads(plan_file.read_text())
+    assert printed["autoshard_plan"] == 1
+    printed["proof"]["wall_seconds"] = written["proof"]["wall_seconds"] = 0
+    assert printed == written
+
+
+def test_verbose_says_what_the_search_does() -> None:
+    found = run("search", PALM, "-t", "cpu:2", *TINY, "--json", "--verbose")
+    assert json.loads(found.stdout) and " nodes, " in found.stderr
+
+
+def test_a_file_is_not_overwritten_unasked(plan_file: Path) -> None:
+    before = plan_file.read_text()
+    said = refused("search", PALM, "-t", "cpu:2", *TINY, "-o", plan_file)
+    assert said == f"{plan_file} exists; --force overwrites it."
+    assert plan_file.read_text() == before
+
+
+def test_force_overwrites(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    assert run("search", PALM, "-t", "cpu:2", *TINY, "-o", path, "--force").exit_code == 0
+    assert load(path).topology.name == "cpu:2"
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", tmp_path) == f"{tmp_path} is a directory; name a file."
+    away = tmp_path / "nowhere" / "plan.json"
+    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", away) == f"{away.parent} is no directory; make it first."
+
+
+def test_explain_prints_what_search_printed(plan_file: Path) -> None:
+    found = run("explain", plan_file)
+    assert found.exit_code == 0 and found.stdout == load(plan_file).explain()
+    assert "sends less than" in run("explain", plan_file, "--symbolic").stdout
+
+
+# --- audit
+
+
+def test_audit_as_tables_and_as_json(plan_file: Path) -> None:
+    found = run("audit", plan_file, PALM, *TINY)
+    assert found.exit_code == 0
+    assert found.stdout.startswith("palm-tiny-decode on cpu:2x2x2, compiled for host devices: as planned\n")
+    data = json.loads(run("audit", plan_file, PALM, *TINY, "--json").stdout)
+    assert data["ok"] is True and data["target"] == "host"
+
+
+def test_a_program_that_is_much_slower_than_planned_is_an_answer_that_is_no(
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoshard.auditing.audit.Audit.is_slow", True)
+    assert run("audit", plan_file, PALM, *TINY).exit_code == 1
+
+
+def test_audit_of_another_function(plan_file: Path) -> None:
+    found = run("audit", plan_file, PALM, "--set", "size=tiny", "--set", "batch=4", "--set", "context=16")
+    assert found.exit_code == 1 and found.stdout == ""
+    assert "The plan 'palm-tiny-decode' is for other arguments" in found.stderr
+    assert "tokens is int32[4], planned int32[8]" in found.stderr
+
+
+def test_audit_makes_as_many_host_devices_as_the_plan_needs(tmp_path: Path) -> None:
+    """Even for a file that starts JAX, where the environment asks for no devices."""
+    (tmp_path / "starts.py").write_text(
+        "import sys\n"
+        f"sys.path.append({str(ROOT)!r})\n"
+        "import jax, jax.numpy as jnp\n"
+        "from autoshard import Workload\n"
+        "one = jnp.ones(())\n"
+        "def make():\n"
+        "    return Workload(lambda x: x + one, (jax.ShapeDtypeStruct((8, 8), jnp.float32),))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", "from autoshard.cli import main; main()"]
+    search = [*command, "search", "starts.py:make", "-t", "cpu:2x3", "-o", "plan.json"]
+    audit = [*command, "audit", "plan.json", "starts.py:make", "--json"]
+    for each in (search, audit):
+        found = subprocess.run(each, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["topology"] == "cpu:2x3"
+
+
+# --- chips
+
+
+def test_the_catalogue() -> None:
+    lines = run("chips").stdout.splitlines()
+    assert lines[0].split() == "chip TFLOP/s GiB HBM GB/s interconnect its numbers are".split()
+    assert [line.split()[0] for line in lines[2:-2]] == "v4 v5e v5p v6e a100 h100 h200 b200 cpu".split()
+    assert "275" in lines[2] and "3D torus, 45 GB/s a link" in lines[2] and "published" in lines[2]
+    assert max(map(len, lines)) <= 120
+
+
+def test_one_chip_with_sources() -> None:
+    found = run("chips", "v4").stdout
+    row = next(line for line in found.splitlines() if line.startswith("hbm_bytes_per_second"))
+    assert row.split(maxsplit=3) == ["hbm_bytes_per_second", "1.2e+12", "published", "Cloud TPU docs, v4"]
+    assert json.loads(run("chips", "v4", "--json").stdout)[0]["name"] == "v4"
+
+
+def test_no_such_chip() -> None:
+    assert refused("chips", "v44").startswith("There is no chip 'v44' in the catalogue. Did you mean v4?")
+
+
+# --- target files and settings that make no sense
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "target.py"
+    path.write_text(text)
+    return path
+
+
+def search(target: str, *more: str, code: int = 2) -> str:
+    return refused("search", target, "-t", "cpu:2", *more, code=code)
+
+
+def test_targets_that_are_none(tmp_path: Path) -> None:
+    assert search("palm.py") == "palm.py is no FILE.py:NAME, such as examples/palm.py:decode."
+    assert search(f"{tmp_path / 'gone.py'}:make") == f"There is no file {tmp_path / 'gone.py'}."
+    other = tmp_path / "notes.txt"
+    other.write_text("")
+    assert search(f"{other}:make") == f"{other} is no .py file."
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nowhere_to_be_found", "ModuleNotFoundError: No module named 'nowhere_to_be_found' (target.py:1)"),
+        ("x = 1\nraise SystemExit(3)", "SystemExit: 3 (target.py:2)"),
+        ("def broken(:", "SyntaxError: invalid syntax (target.py, line 1)"),
+    ],
+)
+def test_files_that_do_not_import(text: str, said: str, tmp_path: Path) -> None:
+    path = file(tmp_path, text)
+    assert search(f"{path}:make") == f"{path} could not be imported: {said}"
+
+
+def test_names_that_will_not_do(tmp_path: Path) -> None:
+    path = file(tmp_path, "sizes = 3\ndef make(batch=1): return batch\ndef fail(): raise ValueError('not\\ntoday')\n")
+    assert search(f"{path}:mak") == f"{path} has no mak. Did you mean make?"
+    assert search(f"{path}:zzz") == f"{path} has no zzz. It has make, fail."
+    assert search(f"{path}:sizes") == f"sizes in {path} is int, which cannot be called."
+    assert search(f"{path}:make") == f"make in {path} returned int; an autoshard.Workload(fn, args) would do."
+    assert search(f"{path}:fail") == f"fail in {path} failed: ValueError: not today (target.py:3)"
+    assert search(f"{path}:make", "--set", "bacth=2") == (
+        "make takes batch: got an unexpected keyword argument 'bacth'."
+    )
+    assert search(f"{path}:make", "--set", "batch") == "--set batch is no KEY=VALUE, such as batch=64."
+
+
+def test_values_are_numbers_truths_or_text(tmp_path: Path) -> None:
+    path = file(tmp_path, "def make(**given): raise ValueError(given)")
+    settings = [part for pair in ("a=1", "b=2.5", "c=true", "d=int8", "e=x=y") for part in ("--set", pair)]
+    said = "ValueError: {'a': 1, 'b': 2.5, 'c': True, 'd': 'int8', 'e': 'x=y'}"
+    assert said in search(f"{path}:make", *settings)
+
+
+def test_a_target_may_import_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "sizes_beside.py").write_text("ROWS = 8\n")
+    path = file(
+        tmp_path,
+        "import jax\nimport jax.numpy as jnp\nfrom autoshard import Workload\nfrom sizes_beside import ROWS\n"
+        "def make():\n    return Workload(lambda x: x + 1, (jax.ShapeDtypeStruct((ROWS,), jnp.float32),), name='beside')\n",
+    )
+    before = list(sys.path)
+    found = run("search", f"{path}:make", "-t", "cpu:2")
+    assert found.exit_code == 0 and found.stdout.startswith("beside on cpu:2\n")
+    assert sys.path == before
+
+
+# --- answers that are no
+
+
+def test_topologies_that_are_none() -> None:
+    said = refused("search", PALM, "-t", "v4:4x4x4x4", *TINY, code=1)
+    assert said.startswith("v4:4x4x4x4 has 4 sizes, but the torus of v4 has 3 axes")
+
+
+def test_plans_that_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("{")
+    assert refused("explain", path, code=1).startswith(f"{path} is no JSON, or is cut off")
+    assert run("explain", tmp_path / "gone.json").exit_code == 2
+
+
+def test_what_does_not_fit() -> None:
+    found = run("search", PALM, "-t", "v5e:2x2", "--set", "layers=20")
+    assert found.exit_code == 1 and found.stdout == "" and "Traceback" not in found.stderr
+
+
+def test_verbose_errors_have_a_traceback() -> None:
+    found = run("search", PALM, "-t", "v4:4x4x4x4", *TINY, "--verbose")
+    assert found.exit_code == 1 and "Traceback" in found.stderr and "TopologyError" in found.stderr
+
+
+def test_a_command_without_arguments_shows_help() -> None:
+    assert "Usage" in run().output
+
+
+def test_the_command_is_also_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["autoshard", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("autoshard", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("autoshard ")

@@ -1,0 +1,169 @@
+"""Looped collective einsums as a value of `overlap`: the search against brute force and the checker, and what may be hidden."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import autoshard
+from costmodels.machine.conventions import Pricing
+from costmodels.machine.topology import Topology, parse_topology
+from search.answer.assignment import Choice, choice_of, collectives, looped
+from search.answer.check import check
+from search.formulation.all_pairs import FORBIDDEN
+from search.formulation.axis_renaming import renamed, renamings
+from search.formulation.problem import build
+from search.formulation.reshard import reshard_table
+from search.solve import Limits, NoPlan, search
+from tests.support.layout_strategies import random_states
+from tests.support.programs import TOPOLOGIES, brute_force, programs
+
+
+def pieces_first(text: str | Topology, faster: float = 1.0, **pricing) -> Topology:
+    """A topology whose collectives take no time but on the wire, so that something of tiny arrays can be hidden."""
+    plain = parse_topology(text) if isinstance(text, str) else text
+    axes = tuple(
+        replace(axis, bytes_per_second=axis.bytes_per_second * faster, hop_seconds=0.0, launch_seconds=0.0)
+        for axis in plain.axes
+    )
+    return replace(plain, axes=axes, pricing=Pricing(**{"overlap": "looped", **pricing}))
+
+
+def topologies(of=TOPOLOGIES) -> st.SearchStrategy[Topology]:
+    return st.builds(pieces_first, st.sampled_from(of), st.sampled_from((1.0, 30.0)))
+
+
+def exposed(topology: Topology, overlap: float = 0.0) -> Topology:
+    return replace(topology, pricing=replace(topology.pricing, overlap=overlap))
+
+
+@settings(max_examples=20)
+@given(programs(), topologies(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
+def test_the_search_equals_brute_force(program, topology, part):
+    whole = part * sum(value.bytes for value in program.values)
+    problem = build(program, topology, whole)
+    if np.prod([float(len(node.states)) for node in problem.nodes]) > 3e4:
+        return
+    least = brute_force(problem)
+    try:
+        found = search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - whole))
+    except NoPlan:
+        assert least == np.inf
+        return
+    assert found.proof.status == "OPTIMAL"
+    assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)
+
+
+@settings(max_examples=25)
+@given(programs(), topologies())
+def test_looping_lies_between_hiding_nothing_and_hiding_all(program, topology):
+    found = search(program, topology)
+    assert found.check.faults == () and found.proof.gap == 0.0
+    assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
+    nothing, everything = (search(program, exposed(topology, part)).check.seconds for part in (0.0, 1 - 1e-9))
+    assert everything * (1 - 1e-6) <= found.check.seconds <= nothing * (1 + 1e-9)
+
+
+@settings(max_examples=60)
+@given(programs(), topologies(), st.integers(0, 2**31))
+def test_the_checker_prices_any_choice_as_the_search_does(program, topology, seed):
+    problem = build(program, topology, np.inf)
+    states = random_states(problem, np.random.default_rng(seed))
+    if states is None:
+        return
+    choice = choice_of(problem, states)
+    found, plain = check(program, topology, choice), check(program, exposed(topology), choice)
+    assert found.seconds == pytest.approx(problem.objective(states), rel=1e-9)
+    sent = collectives(program, topology, choice)
+    assert found.collective_seconds <= plain.collective_seconds * (1 + 1e-9)
+    hidden = sum(each.hidden_seconds for each in sent)
+    assert hidden == pytest.approx(plain.seconds - found.seconds, rel=1e-6, abs=1e-12 * plain.seconds)
+    assert (found.compute_seconds, found.memory_seconds) == (plain.compute_seconds, plain.memory_seconds)
+
+
+@settings(max_examples=40)
+@given(programs(), topologies(), st.integers(0, 2**31))
+def test_a_given_layout_loops_what_hides_the_most(program, topology, seed):
+    """No other word on which collective a product loops makes the same layouts faster."""
+    problem = build(program, topology, np.inf)
+    rng = np.random.default_rng(seed)
+    states = random_states(problem, rng)
+    if states is None:
+        return
+    best = looped(program, topology, choice_of(problem, states))
+    other = tuple(s._replace(looped=int(rng.integers(-1, 2))) for s in best.strategies)
+    least = check(program, topology, best).seconds
+    assert least <= check(program, topology, Choice(other, best.hubs)).seconds * (1 + 1e-9)
+
+
+@settings(max_examples=15)
+@given(programs())
+def test_renaming_interchangeable_axes_changes_no_cost(program):
+    topology = pieces_first("cpu:2x2")
+    best = search(program, topology)
+    for names in renamings(topology.symmetries()):
+        strategies = tuple(renamed(s, names) for s in best.choice.strategies)
+        hubs = {value: renamed(layout, names) for value, layout in best.choice.hubs.items()}
+        cost = check(program, topology, Choice(strategies, hubs)).seconds
+        assert cost == pytest.approx(best.check.seconds, rel=1e-9)
+
+
+@pytest.mark.parametrize("text", ["cpu:2x2", "v4:2x2x2", "2xv5e:2x2"])
+@pytest.mark.parametrize("shape", [(64, 2048), (8, 64, 1024)])
+def test_paths_with_ends_are_the_cheapest(text: str, shape: tuple[int, ...]):
+    """Which of several cheapest paths is taken changes no cost; it begins and ends with what is said to be looped."""
+    plain = parse_topology(text)
+    topology = replace(plain, pricing=Pricing(overlap="looped"))
+    table, usual = (reshard_table(shape, 2.0, where, True) for where in (topology, plain))
+    price = dict(zip(table.graph.steps, table.step_seconds.tolist(), strict=True))
+    assert np.array_equal(table.seconds, usual.seconds)
+    rng, reachable = np.random.default_rng(0), np.argwhere(table.seconds < FORBIDDEN)
+    for i, j in reachable[rng.permutation(len(reachable))[:300]]:
+        path = table.path(table.layouts[i], table.layouts[j])
+        assert sum(price[step] for step in path) == pytest.approx(table.seconds[i, j], rel=1e-8)
+        ends = [table.graph.steps[k] if k >= 0 else None for k in (table.ends.first[i, j], table.ends.last[i, j])]
+        assert [step in (None, path[at]) if path else step is None for at, step in zip((0, -1), ends, strict=True)]
+        if path and path[-1].kind == "all-gather":
+            assert ends[1] == path[-1]
+        if path and path[0].kind == "reduce-scatter":
+            assert ends[0] == path[0]
+
+
+def _one_product(a, b):
+    return autoshard.pin(
+        autoshard.pin(a, jax.sharding.PartitionSpec(None, "x")) @ autoshard.pin(b, jax.sharding.PartitionSpec("x")),
+        jax.sharding.PartitionSpec(None, "x"),
+    )
+
+
+@pytest.mark.parametrize("inner", [4096, 65_536])
+def test_the_pair_takes_the_longer_of_both_but_for_one_piece(inner: int):
+    """Both operands are split along what is contracted: partial sums, each chip's piece sent as it is made."""
+    args = (jax.ShapeDtypeStruct((512, inner), jnp.bfloat16), jax.ShapeDtypeStruct((inner, 8192), jnp.bfloat16))
+    topology = pieces_first("v4:4x1x1")
+    plan = autoshard.search(_one_product, *args, topology=topology)
+    (scatter,), (product,) = plan.estimate.collectives, [op for op in plan.operations if op.matmul]
+    assert scatter.kind == "reduce-scatter"
+    (alone,) = autoshard.search(_one_product, *args, topology=exposed(topology)).estimate.collectives
+    overhead = product.seconds - max(product.compute_seconds, product.memory_seconds)
+    work = product.seconds - overhead
+    assert (work * 3 / 4 > alone.seconds) == (inner == 65_536)
+    assert plan.estimate.seconds == pytest.approx(work / 4 + max(work * 3 / 4, alone.seconds) + overhead, rel=1e-9)
+    assert plan.formulas().at(plan.formulas().total.seconds) == pytest.approx(plan.estimate.seconds, rel=1e-9)
+
+
+def test_a_looped_plan_is_kept_in_its_file_and_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    a, b = (jnp.array(rng.standard_normal(shape), jnp.float32) for shape in ((16, 64), (64, 32)))
+    plan = autoshard.search(_one_product, a, b, topology=pieces_first("cpu:2x2"))
+    assert [s.looped for s in plan.choice.strategies if s.looped is not None]
+    plan.save(tmp_path / "plan.json")
+    again = autoshard.load(tmp_path / "plan.json")
+    assert again.choice == plan.choice and again.topology.pricing.looped
+    np.testing.assert_allclose(again.jit(_one_product)(a, b), a @ b, rtol=1e-4, atol=1e-4)
