@@ -39,7 +39,7 @@ from autoshard.auditing.findings import CompileTarget, Finding, seconds_of, wire
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.hlo_interface import read_arguments
-from autoshard.auditing.matching import Axes, Pair, axes_of, matched, sent_bytes
+from autoshard.auditing.matching import Axes, Pair, axes_of, match_collectives, sent_bytes
 from autoshard.auditing.replay import MOST_COSTLY, Replay, replay
 from autoshard.auditing.unplanned_time import AuditedCost, attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
@@ -298,7 +298,7 @@ def _paired_with(
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
     narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]
     values = [value for _, value, _ in rows]
-    return planned, matched(planned, values, compiled, plan.topology, widths, narrow)
+    return planned, match_collectives(planned, values, compiled, plan.topology, widths, narrow)
 
 
 def _findings(

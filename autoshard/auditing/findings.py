@@ -1,4 +1,4 @@
-"""What differs between a plan and its compiled program, and which differences the audit fails by.
+"""The differences between a plan and its compiled program, and those by which the audit fails.
 
 Differences of an unrolled model's layers are one each, and each counts if all of its kind come to something together: what
 is little in one layer is much in a hundred. Whatever leaves the bounds of `autoshard.auditing.bounds` counts, also where
@@ -17,7 +17,7 @@ from autoshard._util.tables import size, time
 from autoshard.auditing import bounds
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_interface import CompiledArguments
-from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, literal, sent_bytes
+from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, sent_bytes
 from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
@@ -129,7 +129,7 @@ def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds
         if any(each.only_sliced for each in pair.compiled):
             text += ", and only slices of it are used (an involuntary full rematerialization)"
         return Finding("unplanned", text, bytes, share)
-    if literal(pair):
+    if is_literal(pair):
         return None
     text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):

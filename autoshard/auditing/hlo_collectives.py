@@ -1,4 +1,4 @@
-"""What a compiled program sends over the wire, read back from its HLO text.
+"""The collectives of a compiled program, read from its HLO text.
 
 Every spelling of a collective becomes one `CompiledCollective`: the plain instruction, the `-start` of an asynchronous
 pair (its `-done` is not counted again), a combined instruction with a tuple of operands, the TPU's fusions that hold
