@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from os import PathLike
 
 from autoshard._util.collector import seldom_collected
+from autoshard._util.paths import dotted
 from autoshard._util.tables import time
 from autoshard.annotating.annotate import AnnotatedFunction, annotate_pins
-from autoshard.annotating.pins import dotted
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.pipeline import annotated_function

@@ -3,7 +3,7 @@
     python benchmarks/calibration.py             # eight host devices: one table, and benchmarks/results/calibration.json
     python benchmarks/calibration.py auto        # the devices that JAX sees
 
-One row a series of held-out sizes, `ours` being the median error; `reference` is the error that we hold ourselves to. The last
+One row a series of held-out sizes, `ours` being the median error; `reference` is the target. The last
 rows are the wall time and whole steps of a model, which have no reference on host devices.
 """
 
@@ -24,7 +24,7 @@ SECONDS = 120.0
 
 
 def rows(calibration: Any) -> list[dict[str, Any]]:
-    """What was held out, by series and in all, the wall time, and the steps."""
+    """The held-out errors per series and in all, the wall time, and the steps."""
     found: list[dict[str, Any]] = [
         {
             "row": f"median error, held out, {each.series}",

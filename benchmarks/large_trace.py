@@ -42,7 +42,7 @@ def loss(params: Any, cache: Any, tokens: Any, position: Any, following: Any) ->
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the processor's seconds it took."""
+    """The result, and the processor seconds."""
     started = time.process_time()
     found = run()
     return found, round(time.process_time() - started, 1)

@@ -3,8 +3,8 @@
     python benchmarks/search_times.py             # tables, benchmarks/results/search.json and search_growth.svg
     python benchmarks/search_times.py --cases     # without the growth
 
-Each case runs in a process of its own, so that its peak memory is its own. `reference` is the time that we hold ourselves
-to, in seconds on two cores.
+Each case runs in a process of its own, so that its peak memory is its own. `reference` is the target, in
+seconds on two cores.
 """
 
 from __future__ import annotations
@@ -106,12 +106,13 @@ def measured(case: Case) -> dict[str, Any]:
         weights = {phase: weight for phase, weight, _ in case.phases}
         proof = search_phases(works, shared="params", weights=weights, topology=case.topology).proof
     else:
+        from autoshard.annotating.hbm_traffic import annotate_traffic
         from autoshard.tracing.trace import trace
         from costmodels.machine.topology import parse_topology
         from search.solve import search
 
         (work,) = works.values()
-        traced = trace(work.fn, *work.args, donate_argnums=work.donate_argnums)
+        traced = annotate_traffic(trace(work.fn, *work.args, donate_argnums=work.donate_argnums))
         proof = search(traced.program, parse_topology(case.topology)).proof
     return {
         "row": case.name,

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import size, time
 from autoshard.auditing import bounds
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_interface import CompiledArguments
 from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, sent_bytes
 from autoshard.auditing.unplanned_time import AuditedCost
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology

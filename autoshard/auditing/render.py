@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.auditing.audit import Audit
 from autoshard.auditing.findings import Finding
@@ -12,7 +13,6 @@ from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Pair, axes_of
 from autoshard.auditing.replay import MOST_COSTLY
 from autoshard.auditing.unplanned_time import AuditedCost
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.planning.records import PlannedCollective
 
 

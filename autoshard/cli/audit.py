@@ -11,7 +11,7 @@ from autoshard.cli import common
 
 
 class On(StrEnum):
-    """What to compile for."""
+    """The target of the compiler."""
 
     host = "host"
     tpu = "tpu"
@@ -32,7 +32,7 @@ def audit(
 
     autoshard audit plan.json examples/palm.py:decode --set batch=64 --target tpu
 
-    Exits with 1 when the compiled program is not as planned, or takes more than 1.3 times the planned time.
+    Exits with 1 if the compiled program is not as planned or takes more than 1.3 times the planned time.
     """
     from json import dumps
 

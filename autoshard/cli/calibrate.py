@@ -25,11 +25,11 @@ def calibrate(
         typer.Option("--check", metavar="FILE.py:NAME", help="Plan and run this step, and compare its time."),
     ] = None,
     sizes: common.Settings = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few and small sizes: for trying it out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and small sizes, for a trial.")] = False,
     json: common.AsJson = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Measure matmuls, memory and collectives on the attached devices; fit the constants of the cost model to them.
+    """Measure matmuls, memory and collectives on the attached devices, and fit the cost model's constants to them.
 
     autoshard calibrate --devices cpu:8 -o host.toml
 

@@ -1,4 +1,4 @@
-"""Two plans side by side: what differs, and what each difference costs."""
+"""The difference of two plans: operations and arrays that differ, and the cost of each difference."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import WIDTH, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.explain import short_name
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.plan import Plan
 from autoshard.planning.records import ArrayPlan, OperationPlan
 
 _LISTED = 0.002
-"""The part of a step from which on an operation's difference is listed."""
+"""The part of a step above which an operation's difference is listed."""
 
 
 @dataclass(frozen=True)
 class OperationDifference:
-    """Like operations in two plans: their strategies, and seconds with the collectives that they need.
+    """Corresponding operations of two plans: their strategies, and their seconds with their collectives.
 
-    A strategy is empty where a plan has no such operation.
+    A strategy is empty if a plan has no such operation.
     """
 
     name: str
@@ -35,13 +35,13 @@ class OperationDifference:
 
     @property
     def seconds(self) -> float:
-        """How much longer it takes in the second plan."""
+        """The additional seconds in the second plan."""
         return self.after_seconds - self.before_seconds
 
 
 @dataclass(frozen=True)
 class ArrayDifference:
-    """Arrays that two plans keep otherwise; a layout is empty where a plan has no such array."""
+    """Arrays with different layouts in two plans; a layout is empty if a plan has no such array."""
 
     path: str
     count: int
@@ -51,7 +51,7 @@ class ArrayDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between two plans, `before` and `after`; the costliest operations first."""
+    """The differences of two plans, `before` and `after`; the costliest operations first."""
 
     before: Plan
     after: Plan
@@ -60,7 +60,7 @@ class Difference:
 
     @property
     def seconds(self) -> float:
-        """How much longer a step takes in the second plan."""
+        """The additional seconds of a step in the second plan."""
         return self.after.estimate.seconds - self.before.estimate.seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Difference:
         return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
     def render_operations(self, width: int = WIDTH) -> str:
-        """Only what operations do otherwise."""
+        """The table of operations alone."""
         return "\n".join(self._operations(width)) + "\n"
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ class Difference:
             if abs(each.seconds) >= least or (each.matmul and each.before != each.after)
         ]
         if rows:
-            yield "Operations, with the collectives that they need"
+            yield "Operations, with their collectives"
             yield from _indented(
                 table(("operation", "alike", "before", "after", "difference"), rows, "<>~~>", width - 2)
             )
@@ -128,7 +128,7 @@ class Difference:
 
 
 def diff(before: Plan, after: Plan) -> Difference:
-    """Compares two plans, operation by operation and array by array: of one function, or of two that resemble each other.
+    """Compares two plans of one function or of similar functions, operation by operation and array by array.
 
     print(autoshard.diff(autoshard.load("a.json"), autoshard.load("b.json")))
     """
@@ -175,7 +175,7 @@ def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
 
 
 def _paired(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int | None, int | None]]:
-    """Positions of like names in both, the first with the first; `None` where there is no partner."""
+    """Pairs of positions of equal names, in order; `None` for a name without a partner."""
     left: dict[tuple[str, int], int] = dict(_numbered(after))
     for key, at in _numbered(before):
         yield at, left.pop(key, None)

@@ -1,45 +1,23 @@
-"""What an unrolled model has many of, as one: `params['layers'][*]['wq']` for the `wq` of all layers."""
+"""Groups of equal rows of an unrolled model: `params['layers'][*]['wq']` for the `wq` of all layers."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 
 T = TypeVar("T")
 
-_NUMBER = re.compile(r"(?<=[\[_'\"/])\d+(?=[\]_'\"/])")
-"""A number that stands alone in a path, as a list's index or a layer's does, and not that of `w3` or of a line."""
 
 _ROUNDED = 6
-"""Significant digits within which two costs are the same."""
-
-
-def unnumbered(name: str) -> str:
-    """A name with a star for each number that may tell layers apart: `[3]`, `['3']`, `['layer_3']`, `block_3/`."""
-    return _NUMBER.sub("*", name)
-
-
-def shared_name(names: Iterable[str]) -> str:
-    """The one name of things whose names are alike but for numbers: stars where they differ.
-
-        shared_name(["h_0/mlp_1/", "h_1/mlp_1/"])  # "h_*/mlp_1/"
-
-    **Arguments:**
-
-    - `names`: at least one; with the same `unnumbered`.
-    """
-    different = list(dict.fromkeys(names))
-    numbers = zip(*map(_NUMBER.findall, different), strict=True)
-    shown = ("*" if len(set(each)) > 1 else each[0] for each in numbers)
-    return _NUMBER.sub(lambda _: next(shown), different[0])
+"""The significant digits in which equal costs agree."""
 
 
 def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
-    """Operations that are planned alike as one, with the sums of their runs and times."""
+    """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
         each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
@@ -58,7 +36,7 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
 
 
 def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
-    """Collectives of the same kind, axes and bytes for arrays alike as one, with the sums of their runs and times."""
+    """The collectives, with those of the same kind, axes, bytes and array name merged: their runs and times are summed."""
     return [
         replace(
             group[0],
@@ -73,8 +51,12 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
 
 
 def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Arrays of the same shape, type and layout at places alike as one, with the sum of their bytes; and how many they are."""
-    groups = _grouped(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
+    """Arrays that differ in the number of their layer alone as one, with the sum of their bytes; and how many they are."""
+
+    def kind(each: ArrayPlan) -> Hashable:
+        return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
+
+    groups = _grouped(arrays, kind)
     return [
         (
             replace(

@@ -1,4 +1,4 @@
-"""Values as Python source, formatted as ruff and black would: one line where it fits, else one entry a line."""
+"""Values as Python source in the format of ruff and black: one line if it fits, else one entry per line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INDENT = "    "
 
 @dataclass(frozen=True)
 class Group:
-    """Something in brackets: what opens it, its entries each with what comes before it (a key), what closes it."""
+    """A bracketed expression: the opening, its entries, each with a prefix (a key), and the closing."""
 
     opening: str
     entries: tuple[tuple[str, Source], ...]
@@ -29,12 +29,12 @@ def sequence(items: Sequence[Source], brackets: str = "()") -> Group:
 
 
 def assigned(name: str, value: Source) -> str:
-    """The statement `name = value`, over as many lines as it takes."""
+    """The statement `name = value`, on one or several lines."""
     return _written(f"{name} = ", value, "", "")
 
 
 def literal(value: str) -> str:
-    """Text in double quotes where it has none itself."""
+    """A string literal, in double quotes unless the text contains them."""
     plain = repr(value)
     return f'"{plain[1:-1]}"' if plain.startswith("'") and '"' not in plain else plain
 

@@ -1,4 +1,4 @@
-"""A plan's layouts as a pytree of `PartitionSpec`s, in Python source that stands alone."""
+"""Exports as a pytree of `PartitionSpec`s, in self-contained Python source."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from autoshard.tracing import pytrees
 
 
 def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> str:
-    """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested as these are.
+    """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested like the arguments.
 
-    **Raises:** `ExportError` where the arrays are nested in classes that only know themselves how they are made.
+    **Raises:** `ExportError` if the arrays are nested in classes whose constructors are unknown.
     """
     imports: set[str] = set()
     if argument is None:
@@ -59,9 +59,9 @@ def _import_order(line: str) -> list[str]:
 
 
 def nested(data: pytrees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
-    """A structure of `autoshard.trees` with these leaves, as source; adds to `imports` what it needs.
+    """A structure of `autoshard.tracing.pytrees` with these leaves, as source; adds its imports to `imports`.
 
-    **Raises:** `ExportError` where `rebuild` would make a dict of a node.
+    **Raises:** `ExportError` if `rebuild` would return a dict for a node.
     """
     return _nested(data, iter(leaves), imports, what)
 
@@ -86,7 +86,7 @@ def _nested(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], wha
             imports.add("from collections import OrderedDict")
             return Group("OrderedDict({", pairs(data[kind]), "})")
         case "namedtuple":
-            if pytrees.namedtuple_class(data) is None:  # a file may name anything, and the source would call it
+            if pytrees.namedtuple_class(data) is None:  # a file may name any class, and the source would call it
                 raise ExportError(_unwritable(data[kind], what))
             name = _imported(data[kind], imports, what)
             fields = data["fields"].items()
@@ -100,7 +100,7 @@ def _key(key: Any) -> str:
 
 
 def _imported(name: str, imports: set[str], what: str) -> str:
-    """The name of a class under which it is imported."""
+    """The name under which a class is imported."""
     module, _, qualified = name.partition(":")
     if not qualified.isidentifier() or module == "__main__" or not all(map(str.isidentifier, module.split("."))):
         raise ExportError(_unwritable(name, what))
@@ -115,6 +115,6 @@ def _imported(name: str, imports: set[str], what: str) -> str:
 
 def _unwritable(name: str, what: str) -> str:
     return (
-        f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: only the class knows how it is"
-        " made (or, a namedtuple, it is not imported). Export rules, which need no nesting, or another argument."
+        f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: its constructor is unknown"
+        " (or it is a namedtuple that is not imported). Export rules, which need no nesting, or another argument."
     )

@@ -1,4 +1,4 @@
-"""What the page of a plan shows, as plain data."""
+"""The data of a plan's page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
-from autoshard.explaining.explain import margin, short_name, spec_text
+from autoshard.explaining.explain import margin, order_text, short_name, spec_text
 from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
@@ -16,13 +16,13 @@ from costmodels.bottlenecks import Work
 from search.answer.check import alive_bytes
 
 _MOST_CHIPS = 1024
-"""How many chips are drawn."""
+"""The maximum number of drawn chips."""
 _MOST_ARRAYS = 200
-"""How many arrays can be chosen in the drawing, the largest first."""
+"""The maximum number of arrays in the drawing, the largest first."""
 
 
 def data_of(plan: PlanRecord, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that the page shows of a plan; no number in it is infinite or undefined."""
+    """The data of a plan's page; all numbers are finite."""
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
@@ -70,7 +70,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
 
 
 def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the compiled program is beside the plan."""
+    """The compiled program beside the plan, as a headline figure."""
     planned = sum(each["planned"] for each in audit["wire_bytes"])
     compiled = sum(each["compiled"] for each in audit["wire_bytes"])
     wire = f"wire {compiled / planned:.3f}" if planned else f"{size(compiled)} on the wire"
@@ -97,6 +97,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
+        "order": order_text(array),
         "bytes": array.bytes_per_chip,
     }
 
@@ -136,7 +137,7 @@ def _collectives(plan: PlanRecord) -> list[dict[str, Any]]:
 
 
 def _memory(plan: PlanRecord) -> dict[str, Any]:
-    """Bytes of a chip while each operation runs; a plan from an older file does not say."""
+    """Bytes of a chip during each operation; empty for a plan from an older file."""
     if plan.program is None:
         return {"points": [], "given": 0, "budget": plan.estimate.budget_bytes}
     alive = alive_bytes(plan.program, plan.topology, plan.choice)

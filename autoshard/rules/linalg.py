@@ -1,7 +1,7 @@
-"""Rules for decompositions of matrices and Fourier transforms: each matrix or signal is whole, the batch of them is free.
+"""Rules of matrix decompositions and Fourier transforms: each matrix or signal is whole, batches may be split.
 
 Operation counts are those of the textbook algorithms (Golub and Van Loan, "Matrix Computations", 4th edition; the transform
-by Cooley and Tukey), on the vector unit; iterations that wait for one another take longer than that.
+by Cooley and Tukey), on the vector unit; dependent iterations take longer than that.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from autoshard.rules.rule import Factors, Rule, register
 def _batched(
     inputs: Sequence[Any], outputs: Sequence[Any], rank: int, flops: float, linear: Sequence[int] = ()
 ) -> Rule:
-    """A rule of which the first operand's last `rank` dimensions are whole, and what all others have beyond the batch.
+    """A rule with a free batch: the last `rank` dimensions of the first operand, and the rest of all other arrays, are whole.
 
     **Arguments:**
 
     - `flops`: of one element of the batch.
-    - `linear`: the operands through which, one at a time, a partial sum may pass.
+    - `linear`: the operands that may be partial sums, one at a time.
     """
     factors = Factors()
     batch = factors.each(inputs[0].shape[: inputs[0].ndim - rank])
@@ -75,7 +75,7 @@ for _name, _count in _COUNTS.items():
 
 @register("triangular_solve")
 def triangular_solve(inputs, outputs, **_):
-    """`[a,b,c],[a,d,e] -> [a,f,g]`, all but the batch whole: $n^2$ for each right-hand side, and linear in these."""
+    """`[a,b,c],[a,d,e] -> [a,f,g]`, whole except the batch: $n^2$ for each right-hand side, linear in the right-hand sides."""
     return _batched(inputs, outputs, 2, float(prod(inputs[1].shape[-2:]) * inputs[0].shape[-1]), linear=[1])
 
 

@@ -1,4 +1,4 @@
-"""The points of a sweep: one search each, and the key that tells equal ones."""
+"""The points of a sweep: one search each, and the key that identifies it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from costmodels.machine.chips import UnknownChipError, chip
 from costmodels.machine.topology import Topology
 
 Pairs = tuple[tuple[str, Knob], ...]
-"""A mapping that can be hashed and compared."""
+"""A hashable mapping."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One function at one point: `FILE.py:NAME` and its keyword arguments, the tokens of a step, and how often it runs."""
+    """One function at one point: `FILE.py:NAME`, its keyword arguments, the tokens of a step, and its number of runs."""
 
     phase: str
     kind: str
@@ -40,10 +40,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One search: the runs that are laid out together (most often one), on a topology.
+    """One search: runs with a shared layout (most often one run), on a topology.
 
-    `shared` names the argument whose layout several runs share. `memory_bytes` bounds what a plan may fill of a chip,
-    0 for the default part of what a chip can use.
+    `shared` is the argument whose layout several runs share. `memory_bytes` is the memory limit of a plan per chip, 0 for
+    the default.
     """
 
     runs: tuple[Run, ...]
@@ -60,7 +60,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The point in words."""
+        """The point as text."""
         knobs = ", ".join(f"{key} {value}" for key, value in self.knobs)
         return f"{self.phase} on {self.topology.name}{f', {knobs}' if knobs else ''}"
 
@@ -74,7 +74,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Unmade:
-    """A point that cannot even be put together, and why."""
+    """A point that cannot be constructed, with the reason."""
 
     name: str
     phase: str
@@ -84,7 +84,7 @@ class Unmade:
 
 
 def points(job: Job) -> Iterator[Point | Unmade]:
-    """Every point of a job, in order: phases, topologies, then what is varied."""
+    """Every point of a job, in order: phases, topologies, variables."""
     where = topologies(job)
     groups = [(phase.name,) for phase in job.phases] + ([job.together.phases] if job.together else [])
     for names in groups:
@@ -93,7 +93,7 @@ def points(job: Job) -> Iterator[Point | Unmade]:
             knobs = dict(zip(job.vary, values, strict=True))
             found = _point(job, names, topology, knobs)
             same = (found.runs, found.topology.name) if isinstance(found, Point) else found.name
-            if same not in seen:  # a phase need not depend on everything that is varied
+            if same not in seen:  # a phase need not depend on all variables
                 seen.add(same)
                 yield found
 
@@ -124,13 +124,13 @@ def _run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> R
 
 
 def read_by(phase: Phase, job: Job) -> set[str]:
-    """What a phase depends on, of what the job varies."""
+    """The variables that a phase depends on."""
     texts = [given["of"] for given in phase.arguments.values() if isinstance(given, Mapping)]
     return named_in([*texts, phase.tokens], job)
 
 
 def named_in(expressions: Iterable[str], job: Job) -> set[str]:
-    """What the job varies, of what expressions name."""
+    """The variables that expressions use."""
     words = set[str]().union(*map(_words, expressions))
     return {key for key in job.vary if key in words}
 
@@ -140,7 +140,7 @@ def _words(text: str) -> set[str]:
 
 
 def topology_named(job: Job, name: str) -> Topology:
-    """A topology by what a job calls it: `CHIP:AxBxC`, or a TOML file from the job's folder.
+    """A topology by its name in a job: `CHIP:AxBxC`, or a TOML file relative to the job's folder.
 
     **Raises:** `TopologyError`, `OSError`.
     """
@@ -148,9 +148,9 @@ def topology_named(job: Job, name: str) -> Topology:
 
 
 def topologies(job: Job) -> tuple[Topology, ...]:
-    """The topologies of a job: those it names, and each shape of its counts of chips.
+    """The topologies of a job: the named ones, and each shape of its numbers of chips.
 
-    **Raises:** `JobError` for chips that are unknown, or come in no slice of a count.
+    **Raises:** `JobError` for unknown chips, and for a number of chips that no slice has.
     """
     names: list[str] = list(job.topologies)
     for kind, count in product(job.kinds, job.counts):
@@ -159,7 +159,7 @@ def topologies(job: Job) -> tuple[Topology, ...]:
         except UnknownChipError as error:
             raise JobError(f"chips.kinds: {error}") from error
         if not found:
-            raise JobError(f"chips.counts: {kind} comes in no slice of {count} chips.")
+            raise JobError(f"chips.counts: there is no slice of {count} {kind} chips.")
         names += [f"{kind}:{'x'.join(map(str, sides))}" for sides in found]
     try:
         return tuple(topology_named(job, name) for name in dict.fromkeys(names))
@@ -167,13 +167,13 @@ def topologies(job: Job) -> tuple[Topology, ...]:
         raise JobError(f"chips.topologies: {error}") from error
 
 
-# --- What a point is made of
+# --- The parts of a point
 
 
 def workload_of(run: Run) -> Workload:
     """The workload of a run.
 
-    **Raises:** `AutoshardError`, in a sentence, when the user's file or function fails.
+    **Raises:** `AutoshardError` if the user's file or function fails.
     """
     from autoshard.target_file import Misuse, workload
 
@@ -184,7 +184,7 @@ def workload_of(run: Run) -> Workload:
 
 
 def options_of(point: Point) -> Options:
-    """How a traced run of a point is planned."""
+    """The options of a point's search."""
     return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
 
 
@@ -200,9 +200,9 @@ def _traced(run: Run) -> AnnotatedFunction:
 
 
 def key(point: Point) -> str:
-    """What the result of a point depends on, as a hash: programs, topology with every constant, options, versions.
+    """A hash of everything that the result of a point depends on: programs, topology with every constant, options, versions.
 
-    Two points of different jobs that are the same search have the same key.
+    Equal searches of different jobs have the same key.
     """
     each = []
     for run in point.runs:
@@ -214,4 +214,4 @@ def key(point: Point) -> str:
 
 
 _FORMAT = 2
-"""The version of what is stored of a result."""
+"""The version of the stored format of a result."""

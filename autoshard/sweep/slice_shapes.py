@@ -1,4 +1,4 @@
-"""Which slices of so many chips there are: the shapes that a chip's torus, or its nodes, allow."""
+"""The shapes of slices with a given number of chips, as a chip's torus or nodes allow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BUS_AXES = 2
 
 
 def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
-    """Every shape of `count` chips, axes of one chip left out and sizes in rising order.
+    """Every shape of `count` chips, without axes of size 1 and with rising sizes.
 
         shapes(chip("v4"), 16)          # ((2, 2, 4), (4, 4)): parts of a cube
         shapes(chip("v4"), 128)         # ((4, 4, 8),): whole cubes
@@ -22,7 +22,7 @@ def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
 
     A torus of cubes has slices inside one cube, of sides 1, 2 and 4, and slices of whole cubes; a torus with fixed links has
     sides of powers of two up to a full row ("How To Scale Your Model", part 2, and Cloud TPU's list of slices). GPUs fill
-    nodes one after the other. Any other chips may have any two sides. Empty where there is no such slice.
+    whole nodes. Other chips may have any two sides. Empty if there is no such slice.
     """
     match chip.interconnect:
         case Torus() as torus:

@@ -1,4 +1,4 @@
-"""One point solved: what workers run, in this process or on another machine."""
+"""The solution of one point, as workers run it in this process or on another machine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from autoshard.sweep.results import FAILED, INFEASIBLE, SOLVED, Result, phase_re
 
 
 def solve(point: Point, expected: str = "") -> Result:
-    """Searches a point; what goes wrong is a result that says so.
+    """Searches a point; an error becomes a result.
 
     **Arguments:**
 
-    - `expected`: the point's key where it was made; a worker that reads other files has another.
+    - `expected`: the point's key on the job's machine; a worker that reads other files has another key.
     """
     started = time.monotonic()
     try:
@@ -32,7 +32,7 @@ def solve(point: Point, expected: str = "") -> Result:
         return Result(INFEASIBLE, str(error), wall_seconds=time.monotonic() - started)
     except AutoshardError as error:
         return Result(FAILED, str(error))
-    except Exception as error:  # one point's trouble is not the others'
+    except Exception as error:  # an error of one point must not stop the others
         return Result(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}")
     proofs = [plan.proof for plan in plans.values()]
     return Result(
@@ -47,7 +47,7 @@ def solve(point: Point, expected: str = "") -> Result:
 
 
 def _plans(point: Point) -> tuple[dict[str, PlanRecord], float]:
-    """The plan of each phase, and the seconds of the handoffs between them, as often as they happen."""
+    """The plan of each phase, and the total seconds of the hand-overs between them."""
     if len(point.runs) == 1:
         (run,) = point.runs
         return {run.phase: plan_function(traced(run), point.topology, options_of(point))}, 0.0

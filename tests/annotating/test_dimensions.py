@@ -11,11 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard.annotating.dimension_names import dotted, named
+from autoshard._util.paths import dotted
+from autoshard.annotating.dimension_names import named
 from autoshard.errors import AutoshardError
-from autoshard.tracing.trace import trace
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.symbols import dimension, evaluated, largest_terms, parsed, resolved, text
+from tests.support.tracing import trace
 
 
 def shape(*sizes: int) -> jax.ShapeDtypeStruct:

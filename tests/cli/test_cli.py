@@ -78,9 +78,14 @@ def test_force_overwrites(tmp_path: Path) -> None:
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", tmp_path) == f"{tmp_path} is a directory; name a file."
+    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", tmp_path) == (
+        f"The output must be a file, got the directory {tmp_path}."
+    )
     away = tmp_path / "nowhere" / "plan.json"
-    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", away) == f"{away.parent} is no directory; make it first."
+    assert (
+        refused("search", PALM, "-t", "cpu:2", *TINY, "-o", away)
+        == f"{away.parent} is not a directory; create it first."
+    )
 
 
 def test_explain_prints_what_search_printed(plan_file: Path) -> None:
@@ -202,7 +207,7 @@ def test_names_that_will_not_do(tmp_path: Path) -> None:
     assert search(f"{path}:make", "--set", "bacth=2") == (
         "make takes batch: got an unexpected keyword argument 'bacth'."
     )
-    assert search(f"{path}:make", "--set", "batch") == "--set batch is no KEY=VALUE, such as batch=64."
+    assert search(f"{path}:make", "--set", "batch") == "--set must be KEY=VALUE, such as batch=64, got batch."
 
 
 def test_values_are_numbers_truths_or_text(tmp_path: Path) -> None:

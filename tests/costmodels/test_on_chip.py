@@ -18,13 +18,13 @@ import autoshard
 from autoshard.auditing.hlo_costs import compiled_costs
 from autoshard.emitting import targets
 from autoshard.sweep.lower_bounds import bound_of
-from autoshard.tracing.trace import trace
 from costmodels.machine.chips import chip
 from costmodels.machine.topology import parse_topology
 from costmodels.operations import price
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Program
 from search.solve import Limits, search
+from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32

@@ -20,7 +20,6 @@ from autoshard.emitting import targets
 from autoshard.emitting.program import emitted
 from autoshard.emitting.reshard_steps import run_step
 from autoshard.emitting.sharding import spec_of
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.layouts import Layout
@@ -37,6 +36,7 @@ from tests.support.layout_strategies import (
     quick,
 )
 from tests.support.models import Block, arguments, function
+from tests.support.tracing import trace
 
 
 def wrong_steps(steps: Sequence[Step], shape: tuple[int, ...], mesh_shape: str) -> list[Step]:

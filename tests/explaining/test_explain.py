@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import percent, size, table, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import render, spec_text
-from autoshard.explaining.layer_groups import shared_name, unnumbered
 from autoshard.plan import Plan
 from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from autoshard.sweep.results import _layout
@@ -135,7 +135,7 @@ Results (128 KiB per chip)
   ──────  ───────────────────  ───────────────────  ────────
   result  bfloat16[8,64,2048]  P(None, ('y', 'x'))   128 KiB
 
-Constants of v4 that no source vouches for
+Constants of v4 without a published or measured source
   constant                     value  status   why
   ───────────────────────────  ─────  ───────  ─────────────────────────────────────────────────────────────────────────
   collective_overhead_seconds  1e-06  assumed  about one hop more; Scaling Book, part 3, measured 8 us where its 3 hops…

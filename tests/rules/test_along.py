@@ -17,7 +17,6 @@ import autoshard
 from autoshard.auditing import hlo_collectives
 from autoshard.emitting.program import emitted
 from autoshard.explaining.formulas import formulas_of
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Operation
 from search.answer.assignment import choice_of
@@ -38,6 +37,7 @@ from tests.support.layout_strategies import (
     traced_on,
 )
 from tests.support.rule_laws import Call, best, calls, parts, reduced_again, running
+from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
 

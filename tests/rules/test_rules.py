@@ -19,7 +19,6 @@ from jax.sharding import AxisType, PartitionSpec
 from autoshard.rules.pin import pin
 from autoshard.rules.rule import REGISTRY, rule_for
 from autoshard.tracing.blocks import OpStep
-from autoshard.tracing.trace import trace
 from search.answer.assignment import Choice
 from tests.support.decompositions import DEFINED
 from tests.support.layout_strategies import (
@@ -31,6 +30,7 @@ from tests.support.layout_strategies import (
     run_planned,
     traced_on,
 )
+from tests.support.tracing import trace
 
 
 class Example:

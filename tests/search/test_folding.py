@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoshard.tracing.trace import trace
 from costmodels.program.program import Program
 from search.formulation.colour_refinement import refine
 from search.formulation.layer_folding import classes, folds
+from tests.support.tracing import trace
 
 WIDTH, LAYERS = 8, 12
 

@@ -170,7 +170,7 @@ def test_a_worker_that_dies_costs_its_own_points_only(tmp_path: Path):
     found = swept(tmp_path, engines.processes(2), deadly(tmp_path))
     assert {(row.knobs["width"], row.outcome) for row in found} == {(256, SOLVED), (512, FAILED)}
     assert {row.why for row in found if row.outcome == FAILED} == {
-        "The worker died: its process died, twice. Out of memory is the usual cause; fewer workers may do."
+        "The worker died: its process died, twice. The usual cause is a lack of memory; try fewer workers."
     }
 
 

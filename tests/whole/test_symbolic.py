@@ -20,7 +20,6 @@ from autoshard.explaining.formula_sections import formulas
 from autoshard.explaining.formulas import formulas_of
 from autoshard.plan import loads
 from autoshard.planning.plan_file import dumps
-from autoshard.tracing.trace import trace as plainly_traced
 from costmodels.dimensions import rebound
 from costmodels.machine.collectives import seconds_on, wire_bytes
 from costmodels.machine.conventions import Pricing
@@ -32,6 +31,7 @@ from search.answer.check import check
 from search.solve import search
 from tests.support.models import Block, arguments, function
 from tests.support.strategies import axis_sets, topologies
+from tests.support.tracing import trace as plainly_traced
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

@@ -63,7 +63,7 @@ table(byId("collectives"), data.collectives, [
   ["kind", (c) => c.kind], ["axes", (c) => c.axes], ["payload", (c) => c.bytes, bytes, "number"], ["runs", (c) => c.runs, three, "number"],
   ["time", (c) => c.seconds, time, "number"], ["array, for operation", (c) => c.where, null, "wide"]]);
 table(byId("arrays"), data.arrays, [
-  ["path", (a) => a.path, null, "name"], ["role", (a) => a.role], ["array", (a) => a.type, null, "wide"], ["PartitionSpec", (a) => a.spec, null, "wide"], ["per chip", (a) => a.bytes, bytes, "number"]]);
+  ["path", (a) => a.path, null, "name"], ["role", (a) => a.role], ["array", (a) => a.type, null, "wide"], ["PartitionSpec", (a) => a.spec, null, "wide"], ...(data.arrays.some((a) => a.order) ? [["major to minor", (a) => a.order]] : []), ["per chip", (a) => a.bytes, bytes, "number"]]);
 table(byId("constants"), data.constants, [
   ["constant", (c) => c.name], ["value", (c) => c.value, null, "number"], ["status", (c) => c.status], ["source", (c) => c.source, null, "wide"]]);
 
