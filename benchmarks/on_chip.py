@@ -242,7 +242,7 @@ def main() -> None:
         return
     chosen = [name for name in CASES if not options.only or any(part in name for part in options.only)]
     if not chosen:
-        sys.exit(f"There is no case like {options.only[0]!r}; there are {', '.join(CASES)}.")
+        sys.exit(f"--only must be a part of a case's name, got {options.only[0]!r}. Cases: {', '.join(CASES)}.")
     known = {row["row"]: row for row in json.loads(RESULTS.read_text("utf-8"))} if RESULTS.exists() else {}
     print(HEAD)
     for name in chosen:

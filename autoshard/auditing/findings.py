@@ -67,7 +67,7 @@ class Finding:
 
 
 def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
-    """What one execution of a compiled collective costs under the plan's model."""
+    """Seconds of one execution of a compiled collective under the plan's model."""
     axes = axes_of(collective, topology)
     return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
 
@@ -78,7 +78,7 @@ def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
 def find_in_collectives(
     pairs: Sequence[Pair], topology: Topology, target: CompileTarget, wire_seconds: float
 ) -> list[Finding]:
-    """What pairs of planned and compiled collectives say about the compiled program; nothing where all is as planned.
+    """The findings of pairs of planned and compiled collectives; none where all is as planned.
 
     **Arguments:**
 
@@ -113,7 +113,7 @@ def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Findin
 
 
 def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds: float) -> Finding | None:
-    """What a pair says about the compiled program; None when it says that all is as planned.
+    """The finding of a pair; None where all is as planned.
 
     Host devices are no such topology: there the cost of a form is its bytes, not the time of its pieces.
     """
@@ -227,7 +227,7 @@ def find_repeated(
 def find_in_work(
     planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """What matmuls compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
+    """Matmuls that compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
 
     **Arguments:**
 
@@ -251,7 +251,7 @@ def find_in_work(
 
 
 def find_in_memory(planned: float, compiled: float) -> Iterator[Finding]:
-    """What the compiled program needs more or less than the planned peak, in bytes."""
+    """The finding of a peak, in bytes, that leaves its bounds."""
     share = (compiled - planned) / planned
     if abs(share) > bounds.MEMORY:
         text = f"the compiled program needs {compiled / planned:.3f} times the planned peak"

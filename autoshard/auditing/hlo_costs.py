@@ -48,7 +48,7 @@ class CompiledCosts:
 
 
 def compiled_costs(text: str) -> CompiledCosts:
-    """What one run of a compiled program costs.
+    """Costs of one run of a compiled program.
 
     **Arguments:**
 

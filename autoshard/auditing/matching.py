@@ -139,7 +139,7 @@ def join_repetitions(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 
 def expected_bytes(pair: Pair, topology: Topology) -> float:
-    """What one chip sends in one step where a pair is as the plan expects: never more than planned, but in the pair's width.
+    """Bytes that the plan expects one chip to send in one step for a pair: at most the planned ones, in the pair's width.
 
     Several uses of one array may be served by sending it once, and several arrays sent as one: what a compiler saves, the
     plan expects it to save.
@@ -151,7 +151,7 @@ def expected_bytes(pair: Pair, topology: Topology) -> float:
 
 
 def sent_bytes(each: PlannedCollective | CompiledCollective, topology: Topology) -> float:
-    """What one chip sends in one run of a collective."""
+    """Bytes that one chip sends in one run of a collective."""
     along = tuple(topology.axis(name) for name in axes_of(each, topology))
     return float(wire_bytes(each.kind, along, float(each.bytes)))
 

@@ -326,7 +326,7 @@ def test_peak_memory_within_five_percent(peak: float, kinds: list[str], monkeypa
 
 
 def layers(count: int, of: str) -> list[PlannedCollective]:
-    """What each layer of an unrolled model sends, at a place of its own."""
+    """The all-reduces of an unrolled model, one a layer, each at a place of its own."""
     each = p(AR, "x", 4096 * KIB)
     return [replace(each, where=f"params['h']['{i}']['{of}']") for i in range(count)]
 
