@@ -105,6 +105,7 @@ def test_a_carried_cache_is_read_as_it_lies() -> None:
         results = [cache, NamedSharding(mesh, spec_of(plan.results[1].layout))]
         jitted = jax.jit(run, in_shardings=[cache, *plain[1:]], out_shardings=results, donate_argnums=0)
         compiled = jitted.lower(*args).compile()
-        assert not re.search(r"bf16\[4,8,\S* copy\(", compiled.as_text())
+        text = compiled.as_text() or ""
+        assert not re.search(r"bf16\[4,8,\S* copy\(", text)
         cycles[order] = estimated_cycles(text) or 0.0
     assert cycles[ORDER] < cycles[()] / 2
