@@ -77,13 +77,12 @@ def _renames(program: Program, op: Operation) -> bool:
 
 def _only_read(program: Program, op: Operation, known: set[int]) -> bool:
     """Whether operations that read it are all that use a result; `known` are the views among those after it."""
-    users = [at for at, _ in program.consumers.get(op.outputs[0].value, ())]
     return all(
         at in known
         or (
-            not (_shows(program, program.operations[at]))
+            not _shows(program, program.operations[at])
             and program.operations[at].op_class in ("matmul", "fused", "memory")
-            and program.operations[at].primitive not in IN_PLACE
+            and (position > 0 or program.operations[at].primitive not in IN_PLACE)
         )
-        for at in users
+        for at, position in program.consumers.get(op.outputs[0].value, ())
     )
