@@ -10,7 +10,7 @@ class Emission:
     """How a plan is emitted.
 
     - `formats`: where the orders of dimensions of arguments and results are from: "default", the device's own, without any in
-      the plan; "compiler", chosen by `Layout.AUTO`; "given", by the user.
+      the plan; "rule", by what reads an array (`search.answer.orders`); "compiler", chosen by `Layout.AUTO`; "given".
     - `residual_barriers`: whether long residual sums begin again at barriers, on TPUs
       (`autoshard.emitting.tpu_workarounds.residual_barriers`).
     """
@@ -20,7 +20,9 @@ class Emission:
 
     def words(self) -> str:
         """What is not by default, in words; empty where all is."""
-        found = [_FORMATS.get(self.formats, f"formats {self.formats}")] if self.formats != "default" else []
+        found = (
+            [_FORMATS.get(self.formats, f"formats {self.formats}")] if self.formats not in ("default", "rule") else []
+        )
         found += [] if self.residual_barriers else ["no barriers in residual sums"]
         return ", ".join(found)
 
