@@ -19,14 +19,12 @@ class Emission:
     residual_barriers: bool = True
 
     def words(self) -> str:
-        """What is not by default, in words; empty where all is."""
-        found = (
-            [_FORMATS.get(self.formats, f"formats {self.formats}")] if self.formats not in ("default", "rule") else []
-        )
+        """The choices that are not by default, in words; empty where all are."""
+        found = [_FORMATS[self.formats]] if self.formats in _FORMATS else []
         found += [] if self.residual_barriers else ["no barriers in residual sums"]
         return ", ".join(found)
 
 
 BY_DEFAULT = Emission()
 """How plans are emitted that nobody has compiled."""
-_FORMATS = {"compiler": "the compiler's formats", "given": "formats as given"}
+_FORMATS = {"rule": "formats by rule", "compiler": "the compiler's formats", "given": "formats as given"}

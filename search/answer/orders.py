@@ -141,18 +141,12 @@ def _of_operand(op: Operation, operand: int, dims: Order, sizes: Order) -> Order
     summed = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.contracted)]
     batch = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.batch)]
     kept = [at for at in dims if at not in (*summed, *batch)]
-    return _for_product(batch, summed, kept, sizes)
+    return _for_product(batch, summed, kept, sizes) if summed and kept else None
 
 
 def _for_product(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
     """Dimensions of the batch, then those gone through one by one, then the matrix: the way round that pads it less."""
-    matrix = sorted(
-        [max(summed, key=lambda i: (sizes[i], -i))] * bool(summed)
-        + [max(kept, key=lambda i: (sizes[i], i))] * bool(kept)
-    )
-    rest = [i for i in (*batch, *kept, *summed) if i not in matrix]
-    if len(matrix) == 2:
-        rows, lanes = matrix
-        if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
-            matrix = [lanes, rows]
-    return (*rest, *matrix)
+    rows, lanes = sorted((max(summed, key=lambda i: (sizes[i], -i)), max(kept, key=lambda i: (sizes[i], i))))
+    if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
+        rows, lanes = lanes, rows
+    return (*(i for i in (*batch, *kept, *summed) if i not in (rows, lanes)), rows, lanes)
