@@ -1,4 +1,4 @@
-"""What Pope et al. 2022 measured on TPU v4, and the machine that the cost model takes for theirs.
+"""The measurements of Pope et al. 2022 on TPU v4, and the machine that the cost model assumes for them.
 
 Latencies: tables 2 and 3, and the points of figure 1 (left), read from the image to about 3 %; "Efficiently Scaling
 Transformer Inference", arXiv 2211.05102. Chips are joined as in the code released with it.
@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.naming.strategy_names import strategy_name, weight_operand
 from autoshard.tracing.blocks import Traced
 from autoshard.tracing.trace import trace
@@ -115,7 +116,7 @@ def workload(row: Row) -> Workload:
 def traced(row: Row) -> Traced:
     """The row's program."""
     work = workload(row)
-    return trace(work.fn, *work.args, donate_argnums=work.donate_argnums)
+    return annotate_traffic(trace(work.fn, *work.args, donate_argnums=work.donate_argnums))
 
 
 Allow = Callable[[int, Strategy], bool]
@@ -140,7 +141,7 @@ def mfu(row: Row, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Families:
-    """What the search chose, in the words of `autoshard.naming`."""
+    """The layout of a plan, by the names of `autoshard.naming`."""
 
     feed_forward: str
     attention: str

@@ -2,7 +2,7 @@
 
     python docs/pictures.py          # docs/images/concept-*.svg
 
-Plain text files, so that a change of one is a change that can be read; `tests/whole/test_docs.py` holds them against this script.
+The pictures are text files with readable diffs. `tests/whole/test_docs.py` compares them with this script.
 """
 
 from __future__ import annotations

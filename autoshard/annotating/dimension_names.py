@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from autoshard._util.paths import dotted, matches_end
 from autoshard.errors import AutoshardError
 from costmodels.dimensions import DimensionError, Dimensions, Given, dimensions_of
 from costmodels.machine.topology import AXIS_NAMES
@@ -82,7 +83,7 @@ def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Ite
         raise AutoshardError("Two names are given for one size; name those dimensions by their arguments' paths.")
     unused = dict.fromkeys([*by_path, *by_size.values()])
     for path, shape in zip(paths, shapes, strict=True):
-        key = next((key for key in by_path if _matches(key, path)), None)
+        key = next((key for key in by_path if matches_end(key, path)), None)
         words = _words(path, shape, by_path[key]) if key is not None else [""] * len(shape)
         row = [by_size.get(n, "") if word == "" else word for word, n in zip(words, shape, strict=True)]
         unused = {name: None for name in unused if name != key and name not in row}
@@ -104,20 +105,6 @@ def _words(path: str, shape: Shape, text: str) -> list[str]:
             f"{path} is [{written}], but {text!r} names {len(words)} dimensions; one word each would do, _ for none."
         )
     return words
-
-
-def dotted(path: str) -> str:
-    """`params['layers'][3]['wq']` as `params.layers.3.wq`."""
-    return ".".join(re.findall(r"[^\[\]'\".\s]+", path))
-
-
-def _matches(key: str, path: str) -> bool:
-    """Whether a key names a path: itself, its dotted form, or the end of that; `*` is any one component."""
-    if key == path:
-        return True
-    wanted, found = key.split("."), dotted(path).split(".")
-    ends = zip(found[-len(wanted) :], wanted, strict=False)
-    return len(wanted) <= len(found) and all(each in (word, "*") for word, each in ends)
 
 
 def _automatic(

@@ -7,16 +7,15 @@ pays. A `jax.lax.with_sharding_constraint` whose mesh axes the topology has is a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
+from autoshard._util.paths import dotted, matches
 from autoshard.rules.pin import PIN, PinError, Pins, dims_of
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Pinned, Program
@@ -34,11 +33,6 @@ class Pin:
 
     words: str
     operation: int
-
-
-def dotted(path: str) -> str:
-    """`params['layers'][0]['wq']` as `params.layers.0.wq`."""
-    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
 
 
 def parsed(text: str) -> tuple[str, PartitionSpec]:
@@ -115,7 +109,7 @@ def _asked(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterato
     if isinstance(pins, Mapping):
         for pattern, spec in pins.items():
             words = f"the pin {pattern}={spec}"
-            hit = [i for i, path in enumerate(paths) if pattern == path or fnmatchcase(dotted(path), pattern)]
+            hit = [i for i, path in enumerate(paths) if matches(pattern, path)]
             if not hit:
                 some = ", ".join(dotted(path) for path in paths[:4])
                 raise PinError(f"{words} matches no argument; there are {some}{', ...' if len(paths) > 4 else ''}.")

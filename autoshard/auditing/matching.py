@@ -13,6 +13,7 @@ from typing import Any
 
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.planning.records import PlannedCollective
+from costmodels.machine.collectives import wire_bytes
 from costmodels.machine.topology import Topology
 
 Axes = tuple[str, ...]
@@ -37,11 +38,16 @@ _NARROWER = 0.75
 
 @dataclass(frozen=True)
 class Pair:
-    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
+    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty.
+
+    `width` is by which factor the numbers are sent wider than planned: 2 for 16-bit floats on host devices, 1/2 for float32
+    that a matmul reads as bfloat16.
+    """
 
     planned: tuple[PlannedCollective, ...]
     compiled: tuple[CompiledCollective, ...]
     count: int
+    width: float = 1.0
 
 
 def matched(
@@ -129,6 +135,24 @@ def shared(pairs: Sequence[Pair], arrays: Mapping[int, int]) -> tuple[Pair, ...]
     return tuple(found)
 
 
+def expected_bytes(pair: Pair, topology: Topology) -> float:
+    """What one chip sends in one step where a pair is as the plan expects: never more than planned, but in the pair's width.
+
+    Several uses of one array may be served by sending it once, and several arrays sent as one: what a compiler saves, the
+    plan expects it to save.
+    """
+    planned = pair.width * sum(sent_bytes(each, topology) for each in pair.planned)
+    compiled = sum(sent_bytes(each, topology) for each in pair.compiled)
+    saves = pair.compiled and not literal(pair) and compiled < planned
+    return pair.count * (compiled if saves else planned)
+
+
+def sent_bytes(each: PlannedCollective | CompiledCollective, topology: Topology) -> float:
+    """What one chip sends in one run of a collective."""
+    along = tuple(topology.axis(name) for name in axes_of(each, topology))
+    return float(wire_bytes(each.kind, along, float(each.bytes)))
+
+
 def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
     """The axes of a collective in mesh order, without those of one chip; all where its groups are no set of axes."""
     order = [axis.name for axis in topology.axes if axis.size > 1]
@@ -203,8 +227,11 @@ class _Pairing:
         count = min(lot.left for lot in lots)
         for lot in lots:
             lot.left -= count
-        sides = [[lot.of for lot in lots if lot in side] for side in (self.planned, self.compiled)]
-        self.pairs.append(Pair(tuple(sides[0]), tuple(sides[1]), count))
+        planned, compiled = ([lot for lot in lots if lot in side] for side in (self.planned, self.compiled))
+        width = _sum(planned) / (sum(lot.of.bytes for lot in planned) or 1.0)
+        self.pairs.append(
+            Pair(tuple(lot.of for lot in planned), tuple(lot.of for lot in compiled), count, width or 1.0)
+        )
 
 
 def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:

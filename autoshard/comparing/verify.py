@@ -11,7 +11,7 @@ from math import isfinite
 from statistics import median
 from typing import Any, Literal
 
-from autoshard._util.tables import WIDTH, size, table, time
+from autoshard._util.tables import WIDTH, item, size, table, time
 from autoshard.auditing.audit import Audit, AuditError, audit
 from autoshard.comparing.other_plans import best_plans, plain_plans
 from autoshard.emitting import bind
@@ -43,10 +43,21 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """A step of the compiled program: the compiler's cycles, and its collectives under the plan's model."""
-        if self.audit is None or self.audit.compute_seconds is None:
+        """A step of the compiled program: its schedule replayed, else the compiler's cycles and the plan's collectives."""
+        if self.audit is None:
+            return float("inf")
+        if self.audit.step_seconds is not None:
+            return self.audit.step_seconds
+        if self.audit.compute_seconds is None:
             return float("inf")
         return self.audit.compute_seconds + self.audit.collective_seconds
+
+    @property
+    def slowdown(self) -> str:
+        """How much slower than planned the compiled program is, and why; empty where it is not much slower."""
+        if self.audit is None or not self.audit.is_slow:
+            return ""
+        return next((each.text for each in self.audit.differences if each.kind == "slower than planned"), "")
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,19 @@ class Verification:
 
     @property
     def best(self) -> Plan:
-        """The plan to take, emitted in the fastest way; where it is not the model's first, a warning says so."""
-        first, plan = self.ranked[0], self.chosen.plan
-        if first.place == 1:
-            return plan
-        what = first.name or f"the model's place {first.place}"
-        words = f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."
-        return replace(plan, warnings=(*plan.warnings, words))
+        """The plan to take, emitted in the fastest way. Warnings say if it is not the model's first, or if it is slow."""
+        first, plan, words = self.ranked[0], self.chosen.plan, []
+        if first.place != 1:
+            what = first.name or f"the model's place {first.place}"
+            words += [f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."]
+        if self.is_slow:
+            words += [f"Compiled, {self.chosen.slowdown}."]
+        return replace(plan, warnings=(*plan.warnings, *words)) if words else plan
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether even the best of the compiled programs takes much longer than planned."""
+        return bool(self.chosen.slowdown)
 
     @property
     def gain(self) -> float:
@@ -126,6 +143,8 @@ class Verification:
         lines.append(
             f"  The compiler {agreed}. On the chip its programs take {self.correction():.2f} times what is planned."
         )
+        if self.is_slow:
+            lines += item(f"Of the best of them {self.chosen.slowdown}.", width)
         lines += self._emissions(width) if self.variants else ()
         if not self.proven:
             lines.append("  The time limit came first: there may be other plans between these.")
@@ -255,4 +274,7 @@ def _row(each: Candidate) -> tuple[str, ...]:
     compiled = ("-", "-") if on_chip is None else (time(each.seconds), time(on_chip))
     peak = "-" if each.audit.peak_bytes is None else size(each.audit.peak_bytes)
     wire = time(each.audit.collective_seconds)
-    return (*head, time(planned.collective_seconds), *compiled, wire, peak, "" if each.audit.ok else "not as planned")
+    said = "" if each.audit.ok else "not as planned"
+    if each.slowdown:
+        said += f"{', ' if said else ''}{each.seconds / planned.seconds:.2f} × the plan"
+    return (*head, time(planned.collective_seconds), *compiled, wire, peak, said)

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, reshard
 
 from autoshard.annotating.fingerprint import fingerprint
+from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.annotating.pins import pin_program
 from autoshard.emitting.program import emitted
 from autoshard.emitting.sharding import make_mesh, mesh_in_context, spec_of
@@ -72,7 +73,7 @@ def traced_as(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> 
 
     **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ, or where the function does.
     """
-    found = trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums)
+    found = annotate_traffic(trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums))
     program, _ = pin_program(found.program, found.paths, plan.topology, _argument_pins(plan))
     if fingerprint(program) != plan.fingerprint:
         raise PlanMismatchError(_other_program(plan, found))

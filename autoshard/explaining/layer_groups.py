@@ -1,48 +1,26 @@
-"""What an unrolled model has many of, as one: `params['layers'][*]['wq']` for the `wq` of all layers."""
+"""Groups of equal rows of an unrolled model: `params['layers'][*]['wq']` for the `wq` of all layers."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+from autoshard._util.paths import shared_name, unnumbered
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 
 T = TypeVar("T")
 
-_NUMBER = re.compile(r"(?<=[\[_'\"/])\d+(?=[\]_'\"/])")
-"""A number that stands alone in a path, as a list's index or a layer's does, and not that of `w3` or of a line."""
 
 _ROUNDED = 6
-"""Significant digits within which two costs are the same."""
+"""The significant digits in which equal costs agree."""
 
 
-def unnumbered(name: str) -> str:
-    """A name with a star for each number that may tell layers apart: `[3]`, `['3']`, `['layer_3']`, `block_3/`."""
-    return _NUMBER.sub("*", name)
-
-
-def shared_name(names: Iterable[str]) -> str:
-    """The one name of things whose names are alike but for numbers: stars where they differ.
-
-        shared_name(["h_0/mlp_1/", "h_1/mlp_1/"])  # "h_*/mlp_1/"
-
-    **Arguments:**
-
-    - `names`: at least one; with the same `unnumbered`.
-    """
-    different = list(dict.fromkeys(names))
-    numbers = zip(*map(_NUMBER.findall, different), strict=True)
-    shown = ("*" if len(set(each)) > 1 else each[0] for each in numbers)
-    return _NUMBER.sub(lambda _: next(shown), different[0])
-
-
-def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
-    """Operations that are planned alike as one, with the sums of their runs and times."""
+def group_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
+    """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
-        each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
+        each = (_round(op.seconds / op.count), _round(op.collective_seconds / op.count))
         return (unnumbered(op.name), op.einsum, op.sizes, op.strategy, op.splits, each)
 
     return [
@@ -53,12 +31,12 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
             seconds=sum(op.seconds for op in group),
             collective_seconds=sum(op.collective_seconds for op in group),
         )
-        for group in _grouped(operations, key)
+        for group in _group(operations, key)
     ]
 
 
-def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
-    """Collectives of the same kind, axes and bytes for arrays alike as one, with the sums of their runs and times."""
+def group_collectives(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
+    """The collectives, with those of the same kind, axes, bytes and array name merged: their runs and times are summed."""
     return [
         replace(
             group[0],
@@ -66,19 +44,19 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
             seconds=sum(each.seconds for each in group),
             where=shared_name(each.where for each in group),
         )
-        for group in _grouped(
-            collectives, lambda each: (each.kind, frozenset(each.axes), _rounded(each.bytes), unnumbered(each.where))
+        for group in _group(
+            collectives, lambda each: (each.kind, frozenset(each.axes), _round(each.bytes), unnumbered(each.where))
         )
     ]
 
 
-def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Arrays that differ in the number of their layer alone as one, with the sum of their bytes; and how many they are."""
+def group_arrays(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
+    """Groups of arrays that differ only in their layer's number: one array with the sum of their bytes, and their number."""
 
     def kind(each: ArrayPlan) -> Hashable:
         return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
 
-    groups = _grouped(arrays, kind)
+    groups = _group(arrays, kind)
     return [
         (
             replace(
@@ -98,12 +76,12 @@ def type_of(array: ArrayPlan, count: int = 1) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]{many}{', donated' if array.donated else ''}"
 
 
-def _grouped(found: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def _group(found: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     groups: dict[Hashable, list[T]] = {}
     for each in found:
         groups.setdefault(key(each), []).append(each)
     return list(groups.values())
 
 
-def _rounded(number: float) -> str:
+def _round(number: float) -> str:
     return f"{number:.{_ROUNDED}g}"

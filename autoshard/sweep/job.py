@@ -1,4 +1,4 @@
-"""The job file: what a sweep is to find out, in TOML.
+"""The job file of a sweep, in TOML.
 
 ```toml
 name = "palm-62b"
@@ -14,8 +14,8 @@ output_length = 64
 
 [chips]
 kinds = ["v4"]
-counts = [8, 16]                                  # every shape of so many chips that the torus allows
-topologies = ["v4:4x4x4"]                         # or these
+counts = [8, 16]                                  # every shape of that many chips that the torus allows
+topologies = ["v4:4x4x4"]                         # or named topologies
 
 [constraints]                                     # all optional
 seconds_per_token = 0.030
@@ -30,38 +30,34 @@ phases = ["prefill", "decode"]
 shared = "params"
 ```
 
-A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` makes `batch * input_length` tokens a step,
-`decode` makes `batch`, any other says with `tokens` how many.
+The kind of a phase is its name, or `kind`. A step of `prefill` processes `batch * input_length` tokens, a step of `decode`
+`batch`; any other phase states its number with `tokens`.
 """
 
 from __future__ import annotations
 
-import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoshard.errors import AutoshardError
-from autoshard.sweep.extras import needed
 from costmodels.symbols import evaluated, parsed
 
 Knob = bool | int | float | str
-"""One value of what a job varies."""
+"""One value of a variable of a job."""
 
-_LENGTHS = ("input_length", "output_length")
-"""What is other work, not another way to do it, although the first counts tokens."""
-_TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
+LENGTHS = ("input_length", "output_length")
+"""Variables that change the work, although the first counts tokens."""
 
 
 class JobError(AutoshardError):
-    """A job file says something that makes no sense; names the file, the line and the key."""
+    """Raised for an invalid job file; states the file, the line and the key."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A function to lay out: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens a step."""
+    """A function to plan: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens per step."""
 
     name: str
     kind: str
@@ -72,14 +68,14 @@ class Phase:
     def values(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
         """The keyword arguments at one point.
 
-        **Raises:** `ValueError` where an expression is no number there.
+        **Raises:** `ValueError` if an expression is not a number there.
         """
         return {key: value_of(given, knobs) for key, given in self.arguments.items()}
 
 
 @dataclass(frozen=True)
 class Together:
-    """Phases with one layout of the shared argument; `repeats` says how often each runs in one request."""
+    """Phases with one layout of the shared argument; `repeats` are their runs per request."""
 
     phases: tuple[str, ...]
     shared: str
@@ -88,7 +84,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What an answer must keep to; None where anything will do."""
+    """The limits on answers; None for no limit."""
 
     seconds_per_token: float | None = None
     seconds_to_first_token: float | None = None
@@ -97,7 +93,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep, as its file declares it; there is a frontier for every value of what `per` names."""
+    """A sweep as its file declares it; each combination of values of the variables in `per` has a frontier."""
 
     name: str
     phases: tuple[Phase, ...]
@@ -118,93 +114,13 @@ class Job:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def load_job(path: str | Path) -> Job:
-    """Reads and checks a job file.
-
-    **Raises:** `JobError`, naming every fault with its line and key; `OSError` when there is no such file.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-        data = tomllib.loads(text)
-    except ValueError as error:
-        raise JobError(f"{path} is no TOML: {error}{_quoted(path, str(error))}.") from error
-    return job_of(data, path.parent, path.stem, str(path), text)
-
-
-def _quoted(path: Path, error: str) -> str:
-    """The line that a complaint about TOML is of, which names no key."""
-    if (found := re.search(r"at line (\d+)", error)) is None:
-        return ""
-    lines = path.read_text("utf-8").splitlines()
-    return f": {lines[min(int(found[1]), len(lines)) - 1].strip()}"
-
-
-def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
-    """A job from plain data, as `load_job` from a file.
-
-    **Raises:** `JobError`.
-    """
-    needed("pydantic")
-    from pydantic import ValidationError
-
-    from autoshard.sweep.schema import JobFile
-
-    try:
-        read = JobFile.model_validate(data)
-    except ValidationError as error:
-        faults = [(each["loc"], _said(each)) for each in error.errors()]
-        raise JobError(_listed(where, text, faults)) from error
-    from autoshard.sweep.validation import faults_of
-
-    job = _job(read, folder, name)
-    if faults := list(faults_of(job)):
-        raise JobError(_listed(where, text, faults))
-    return job
-
-
-def _job(read: Any, folder: Path, name: str) -> Job:
-    phases = tuple(
-        Phase(key, each.kind or key, each.target, each.arguments, each.tokens or _TOKENS.get(each.kind or key, ""))
-        for key, each in read.phases.items()
-    )
-    together = None
-    if read.together is not None:
-        names = tuple(read.together.phases or read.phases)
-        kinds = {phase.name: phase.kind for phase in phases}
-        own = {each: "output_length" if kinds.get(each) == "decode" else "1" for each in names}
-        together = Together(names, read.together.shared, own | {k: str(v) for k, v in read.together.repeats.items()})
-    return Job(
-        name=read.name or name,
-        phases=phases,
-        vary={key: tuple(values) for key, values in read.vary.items()},
-        kinds=tuple(read.chips.kinds),
-        counts=tuple(read.chips.counts),
-        topologies=tuple(read.chips.topologies),
-        constraints=Constraints(**read.constraints.model_dump()),
-        per_chip_hour=read.price.per_chip_hour if read.price else None,
-        currency=read.price.currency if read.price else "USD",
-        together=together,
-        time_limit=read.search.time_limit,
-        folder=folder,
-        per=_other_work(phases, read.vary) if read.frontier.per is None else tuple(read.frontier.per),
-    )
-
-
-def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> tuple[str, ...]:
-    """What changes how much a token takes: the lengths, and numbers that make no tokens, such as a width."""
-    makes_tokens = set(re.findall(r"\w+", " ".join(phase.tokens for phase in phases))) - set(_LENGTHS)
-    numbers = (key for key, values in vary.items() if all(type(value) in (int, float) for value in values))
-    return tuple(key for key in numbers if key not in makes_tokens)
-
-
 # --- Expressions
 
 
 def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
-    """What an argument is at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
+    """The value of an argument at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
 
-    **Raises:** `ValueError`, naming the expression, where it is no whole number or names no knob.
+    **Raises:** `ValueError`, with the expression, if it is not a whole number or uses an unknown variable.
     """
     if not isinstance(given, Mapping):
         return given
@@ -213,12 +129,12 @@ def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
         return knobs[expression]
     found = number(expression, knobs)
     if found != int(found):
-        raise ValueError(f"{expression} is {found:g} there, which is no whole number")
+        raise ValueError(f"{expression} must be a whole number, got {found:g}")
     return int(found)
 
 
 def number(expression: str, knobs: Mapping[str, Knob]) -> float:
-    """An expression in knobs as a number.
+    """The value of an expression in variables.
 
     **Raises:** `ValueError`.
     """
@@ -227,58 +143,10 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
         return evaluated(parsed(expression), numbers)
     except KeyError as error:
         missing = error.args[0].partition(" in ")[0]
-        raise ValueError(f"{missing} is no number that the job varies; it varies {', '.join(knobs)}") from error
+        raise ValueError(f"{missing} must be a number among the job's variables {', '.join(knobs)}") from error
 
 
 Location = tuple[str | int, ...]
 
 
 # --- Lines
-
-
-def _said(fault: Mapping[str, Any]) -> str:
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault.get("input")
-    shown = f", got {given!r}" if isinstance(given, Knob) and fault["type"] != "extra_forbidden" else ""
-    if fault["type"] == "extra_forbidden":
-        return "is no key of a job; look for a slip of the pen"
-    if fault["type"] == "too_short":
-        return "is empty; at least one would do"
-    return message[0].lower() + message[1:] + shown
-
-
-def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> str:
-    lines = []
-    for location, message in faults:
-        key = ".".join(str(part) for part in location if part not in _TAGS)
-        line = line_of(text, location)
-        lines.append(
-            f"{where}{f', line {line}' if line else ''}: {key}: {message}{'' if message.endswith('?') else '.'}"
-        )
-    return "\n".join(dict.fromkeys(lines))
-
-
-_TAGS = ("list", "str", "int", "float", "bool", "constrained-int", "dict[literal['of'],str]", "[key]")
-"""What the schema's library puts into the places of values that may be of several types."""
-
-
-def line_of(text: str, location: Sequence[str | int]) -> int:
-    """The line of a TOML text that says what a key is, or of the table that lacks it; 0 where there is no text."""
-    path = [str(part) for part in location if part not in _TAGS]
-    best, found, table = -1, 0, []
-    for count, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if stripped.startswith("["):
-            table = _keys(stripped.split("]")[0].strip("[ "))
-            here = table
-        elif "=" in stripped and not stripped.startswith("#"):
-            here = [*table, *_keys(stripped.split("=")[0])]
-        else:
-            continue
-        if here == path[: len(here)] and len(here) > best:
-            best, found = len(here), count
-    return found
-
-
-def _keys(dotted: str) -> list[str]:
-    return [key.strip().strip("\"'") for key in dotted.split(".")]

@@ -20,13 +20,13 @@ from autoshard.emitting import targets
 from autoshard.emitting.program import emitted
 from autoshard.emitting.reshard_steps import run_step
 from autoshard.emitting.sharding import spec_of
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, Step, reshard_table
 from search.formulation.strategies import Strategy
 from search.solve import search
+from tests.support.effort import examples
 from tests.support.layout_strategies import (
     assert_layouts_do_not_matter,
     blocks,
@@ -37,6 +37,7 @@ from tests.support.layout_strategies import (
     quick,
 )
 from tests.support.models import Block, arguments, function
+from tests.support.tracing import trace
 
 
 def wrong_steps(steps: Sequence[Step], shape: tuple[int, ...], mesh_shape: str) -> list[Step]:
@@ -117,7 +118,7 @@ def test_columns_of_odd_rows_are_scattered_by_the_tpu_compiler() -> None:
 
 
 @given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
-@settings(max_examples=15)
+@examples(15)
 def test_layouts_do_not_change_what_a_model_computes(block: Block, shape: str, seed: int) -> None:
     assert_layouts_do_not_matter(function(block), *arguments(block), shape=shape, count=1, seed=seed)
 

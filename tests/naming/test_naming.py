@@ -8,11 +8,11 @@ import pytest
 from jax import lax
 
 from autoshard.naming.strategy_names import _Origins, product_roles, strategy_name, weight_operand
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Program
 from search.answer.assignment import Choice
 from search.formulation.strategies import Strategy
+from tests.support.tracing import trace
 
 MESH = parse_topology("v4:4x4x4")
 

@@ -21,7 +21,6 @@ import autoshard
 from autoshard._util.collector import seldom_collected
 from autoshard.emitting.attached import name_of
 from autoshard.planning.runner_up import Alternatives
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import parse_topology
 from search.answer.assignment import states_of
 from search.memory.constraints import rows
@@ -35,6 +34,7 @@ from tests.support.plans import (
     planned_block,
     well_linked,
 )
+from tests.support.tracing import trace
 
 # --- planned execution = unsharded execution
 

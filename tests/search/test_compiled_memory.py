@@ -21,11 +21,11 @@ from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
 from autoshard.emitting.tpu_workarounds.residual_barriers import resting
 from autoshard.tracing.blocks import BarrierStep
 from autoshard.tracing.loop_invariants import split
-from autoshard.tracing.trace import trace
 from examples import llama
 from search.formulation.tpu_tiles import argument_tile
 from search.memory.views import views
 from tests.support.plans import well_linked
+from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32

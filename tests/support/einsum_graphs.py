@@ -101,8 +101,8 @@ def assert_as_planned(graph: Graph, mesh_shape: str, seed: int) -> None:
     """Runs a graph under one random choice of layouts: results equal to the bit, and nothing on the wire but the plan."""
     from autoshard.auditing import hlo_collectives
     from autoshard.emitting.program import emitted
-    from autoshard.tracing.trace import trace
     from tests.support.layout_strategies import cpu_topology, mesh_of, problem_of, quick, random_choices
+    from tests.support.tracing import trace
 
     topology, arguments = cpu_topology(mesh_shape), arguments_of(graph)
     traced = trace(graph, *arguments)

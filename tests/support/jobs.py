@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import dedent
 
-from autoshard.sweep.job import Job, load_job
+from autoshard.sweep.job import Job
+from autoshard.sweep.job_file import load_job
 from tests.support import sweep_target
 
 JOB = """

@@ -26,12 +26,12 @@ from autoshard.annotating.pins import pin_program
 from autoshard.emitting.program import emitted
 from autoshard.tracing.blocks import Block as StepBlock
 from autoshard.tracing.blocks import BranchStep, LoopStep, OpStep, Traced
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import Topology, parse_topology
 from search.answer.assignment import Choice, choice_of
 from search.formulation.layouts import Layout
 from search.formulation.problem import FORBIDDEN, Edge, Problem, build
 from tests.support.models import Block
+from tests.support.tracing import trace
 
 FEASIBLE = FORBIDDEN / 10
 """Seconds: what costs more is impossible."""

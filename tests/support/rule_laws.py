@@ -26,11 +26,11 @@ from autoshard.emitting.program import run_locally
 from autoshard.emitting.sharding import spec_of
 from autoshard.rules.rule import local_shape
 from autoshard.tracing.blocks import Literal, OpStep
-from autoshard.tracing.trace import trace
 from costmodels.program.program import REDUCED_INSIDE, Operation
 from search.formulation.layouts import Layout
 from search.formulation.strategies import Strategy, input_layout, output_layout, strategy_space
 from tests.support.layout_strategies import op_steps
+from tests.support.tracing import trace
 
 SIZES = {"x": 2, "y": 2, "z": 2}
 Data = st.DataObject

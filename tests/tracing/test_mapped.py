@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.errors import TraceError
-from autoshard.tracing.trace import trace
 from tests.support.layout_strategies import assert_layouts_do_not_matter
+from tests.support.tracing import trace
 
 X = jnp.arange(64.0).reshape(8, 8) / 64
 W = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)

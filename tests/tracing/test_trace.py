@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
-from autoshard.tracing.trace import trace
 from tests.support.layout_strategies import assert_layouts_do_not_matter
+from tests.support.tracing import trace
 
 X = jnp.arange(32.0).reshape(8, 4) / 32
 W = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4)), jnp.float32)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import Array, lax
 
-from autoshard.tracing.trace import trace
 from tests.support.layout_strategies import assert_layouts_do_not_matter
+from tests.support.tracing import trace
 
 X = jnp.arange(16.0).reshape(4, 4) / 16
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from autoshard.tracing.blocks import Traced
-from autoshard.tracing.trace import trace
 from costmodels.machine.topology import Topology, parse_topology
 from examples import palm
 from search.formulation.strategies import Strategy
 from search.solve import Limits, NoPlan, Solution, search
+from tests.support.tracing import trace
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 from autoshard.annotating.dimension_names import Names, named
 from autoshard.annotating.fingerprint import fingerprint
+from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.annotating.pins import Pin, pin_program
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import TracedFunction
@@ -45,7 +46,7 @@ class AnnotatedFunction(TracedFunction):
 def annotate(
     function: TracedFunction, dims: Names | None = None, shapes: Sequence[Sequence[Any]] = ()
 ) -> AnnotatedFunction:
-    """Annotates a traced function with the names of its dimensions.
+    """Annotates a traced function with its HBM traffic and the names of its dimensions.
 
     **Arguments:**
 
@@ -54,9 +55,11 @@ def annotate(
 
     **Raises:** `AutoshardError` for names that fit no dimension.
     """
-    traced = function.traced
+    traced = annotate_traffic(function.traced)
     dimensions = named(traced.program, traced.argument_values, traced.paths, dims, tuple(shapes))
-    return AnnotatedFunction(**vars(function), dimensions=dimensions, fingerprint=fingerprint(traced.program))
+    return AnnotatedFunction(
+        **vars(replace(function, traced=traced)), dimensions=dimensions, fingerprint=fingerprint(traced.program)
+    )
 
 
 def annotate_pins(function: AnnotatedFunction, topology: Topology, pins: Pins | None) -> AnnotatedFunction:

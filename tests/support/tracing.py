@@ -1,0 +1,14 @@
+"""`trace`: a function as the program that is searched: traced, with its HBM traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autoshard.annotating.hbm_traffic import annotate_traffic
+from autoshard.tracing import trace as tracing
+from autoshard.tracing.blocks import Traced
+
+
+def trace(*args: Any, **options: Any) -> Traced:
+    """As `autoshard.tracing.trace.trace`, annotated."""
+    return annotate_traffic(tracing.trace(*args, **options))
