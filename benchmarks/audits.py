@@ -119,6 +119,7 @@ def audited(case: Case, keep: Path | None = None) -> dict[str, Any]:
     return {
         **judged(found),
         "gap": plan.proof.gap,
+        **plan.proof.account(),
         "search_seconds": round(searched - started, 1),
         "compile_seconds": round(time.monotonic() - searched, 1),
     }

@@ -83,6 +83,7 @@ class Bench:
             **row,
             **spent,
             "proof": plan.proof.status,
+            **plan.proof.account(),
             "planned_ms": estimate.seconds * 1e3,
             "planned_wire_ms": estimate.collective_seconds * 1e3,
             "planned_peak_gib": estimate.peak_bytes / _GIB,

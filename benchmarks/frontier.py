@@ -136,6 +136,7 @@ def compared(rows: dict[tuple, Row]) -> Iterator[dict[str, Any]]:
             "reference_mfu": pope2022.mfu(case, case.seconds),
             "status": row.status,
             "gap": row.gap,
+            **row.proofs.get(case.phase, {}),
             "layout": row.headline,
         }
 

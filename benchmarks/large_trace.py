@@ -75,6 +75,7 @@ def main() -> None:
             "search_seconds": round(plan.proof.wall_seconds, 1),
             "status": plan.proof.status,
             "gap": plan.proof.gap,
+            **plan.proof.account(),
             "operations": len(program.operations),
             "folds": [f"{fold.copies} × {fold.period}" for fold in folds(program)],
         },

@@ -96,7 +96,7 @@ def measured(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
         "step_seconds": plan.estimate.seconds,
         "collective_seconds": plan.estimate.collective_seconds,
         "peak_gib": round(plan.estimate.peak_bytes / 2**30, 2),
-        "states": plan.proof.states,
+        **plan.proof.account(),
         "warnings": [text for text in plan.warnings if "constants of" not in text],
     }
     return {**row, "audit": _audit(plan, work) if with_audit else None}

@@ -176,7 +176,13 @@ def row(name: str) -> dict[str, Any]:
         "reference": list(sweep.ends),
         "ours": flips(named),
         "points": [
-            {"at": point, "parallelism": text, "step_seconds": plan.estimate.seconds, "gap": plan.proof.gap}
+            {
+                "at": point,
+                "parallelism": text,
+                "step_seconds": plan.estimate.seconds,
+                "gap": plan.proof.gap,
+                **plan.proof.account(),
+            }
             for (point, text), (_, plan) in zip(named, plans, strict=True)
         ],
         "as_expected": sweep.ends[0] in named[0][1] and sweep.ends[1] in named[-1][1] and len(flips(named)) > 0,

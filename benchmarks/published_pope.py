@@ -114,6 +114,7 @@ def measured(say: Any = print) -> Iterator[dict[str, Any]]:
         say(f"{name}: {seconds:.4g} s of {each.seconds:.4g}")
         found.append((each, seconds))
         about = {"source": PAPER, "fitted": each.fitted, "proof": plan.proof.status, "gap": plan.proof.gap}
+        about |= plan.proof.account()
         yield {"row": f"{name}: seconds", "reference": each.seconds, "ours": seconds, **about}
         if each in TABLES:
             yield {"row": f"{name}: MFU", "reference": mfu(each, each.seconds), "ours": mfu(each, seconds), **about}
@@ -139,6 +140,7 @@ def _free(each: Row, name: str, paper: Solution) -> dict[str, Any]:
         "same_layout": same,
         "proof": plan.proof.status,
         "gap": plan.proof.gap,
+        **plan.proof.account(),
         "note": told + stopped,
     }
 

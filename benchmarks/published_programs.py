@@ -45,6 +45,7 @@ def rows() -> list[dict[str, Any]]:
         flops = sum(op.flops for op in plan.operations if op.matmul)
         moved = sum(op.bytes for op in plan.operations)
         row: dict[str, Any] = {"source": "libtpu, ahead of time; loops multiplied", "proof": plan.proof.status}
+        row |= plan.proof.account()
         sides = (("FLOPs a chip", flops, FLOPS_WITHIN), ("HBM bytes a chip", moved, BYTES_WITHIN))
         try:
             got = compiled(plan, work)

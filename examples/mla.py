@@ -124,6 +124,12 @@ def attended(layer: Params, scores: Array, visible: Array) -> Array:
 
 def decode_layer(layer: Params, x: Array, cache: Params, position: Array, chosen: int) -> tuple[Array, Params]:
     """One layer on `x` `[B, E]` with its own cache of latents `[B, S, L]` and rotated keys `[B, S, R]`."""
+    x, cache = cached_attention_half(layer, x, cache, position)
+    return experts_half(layer, x, chosen, dense_experts), cache
+
+
+def cached_attention_half(layer: Params, x: Array, cache: Params, position: Array) -> tuple[Array, Params]:
+    """The first half of `decode_layer`."""
     normed = rms_norm(x, layer["attention_norm"])
     new = latents(layer, normed, position)
     cache = {name: lax.dynamic_update_slice(cache[name], new[name][:, None], (0, position, 0)) for name in cache}
@@ -134,8 +140,7 @@ def decode_layer(layer: Params, x: Array, cache: Params, position: Array, chosen
     scores = scores + jnp.einsum("bhr,bsr->bhs", rotated, cache["rotated"], **f32)
     weights = attended(layer, scores, jnp.arange(scores.shape[-1]) <= position)
     values = jnp.einsum("bhl,lhd->bhd", jnp.einsum("bhs,bsl->bhl", weights, cache["latent"]), layer["wv"])
-    x = x + jnp.einsum("bhd,hde->be", values, layer["wo"])
-    return experts_half(layer, x, chosen, dense_experts), cache
+    return x + jnp.einsum("bhd,hde->be", values, layer["wo"]), cache
 
 
 def prefill_layer(layer: Params, x: Array, chosen: int) -> tuple[Array, Params]:

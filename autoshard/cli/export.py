@@ -54,8 +54,8 @@ def export(
     """
     from autoshard.plan import load
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         text = load(plan).export(format.value, output, argument=argument, names=_names(names), axes=_axes(axes))
         if output is None:
             typer.echo(text, nl=False)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from autoshard.plan import Plan
 
 
+class Solver(StrEnum):
+    """Who searches."""
+
+    presolved = "presolved"
+    cp_sat = "cp-sat"
+
+
 class Compiler(StrEnum):
     """The compilers that verify plans."""
 
@@ -43,6 +50,9 @@ def search(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Compare with baselines: data parallel, Megatron 1D, ...")
     ] = False,
+    solver: Annotated[
+        Solver, typer.Option(help="CP-SAT after presolve, or alone: a reference for small functions and meshes.")
+    ] = Solver.presolved,
     verify: Annotated[
         Compiler | None,
         typer.Option(help="Compile the best plans, and take the one with the fastest compiled program."),
@@ -64,12 +74,12 @@ def search(
     from autoshard.emitting.targets import host_devices
     from autoshard.pipeline import search as search_plan
 
-    with common.reported(verbose):
-        common.writable(output, force)
-        common.writable(calibration, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
+        common.check_output(calibration, force)
         if calibration is not None and verify is not Compiler.tpu:
             raise common.Misuse("--calibration needs --verify tpu: only the TPU compiler reports cycles.")
-        where = common.priced(topology, bandwidth, overlap)
+        where = common.with_conventions(topology, bandwidth, overlap)
         if verify is Compiler.host:
             host_devices(where.size)  # before the target file starts JAX with fewer
         with common.progress(f"Searching {target} on {topology}", verbose) as say:
@@ -87,6 +97,7 @@ def search(
                 fold=fold,
                 memory_bytes=None if memory is None else memory * 2**30,
                 baselines=baselines,
+                solver=solver.value,
                 dims={**work.dims, **common.names(dims)},
             )
             verified = None

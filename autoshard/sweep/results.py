@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoshard.explaining.explain import short_name
-from autoshard.explaining.layer_groups import operations_alike
+from autoshard.explaining.layer_groups import group_operations
 from autoshard.planning.records import PlanRecord
 
 SOLVED, INFEASIBLE, PRUNED, FAILED = "solved", "infeasible", "pruned", "failed"
@@ -42,8 +42,8 @@ class PhaseResult:
 class Result:
     """The outcome of a point; without a plan `phases` is empty, and `why` has the reason.
 
-    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `wall_seconds` and `plans`
-    (compressed JSON by phase) are not compared.
+    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `proofs` (by phase),
+    `wall_seconds` and `plans` (compressed JSON by phase) are not compared.
     """
 
     outcome: str
@@ -53,6 +53,7 @@ class Result:
     gap: float = 0.0
     handoff_seconds: float = 0.0
     wall_seconds: float = field(default=0.0, compare=False)
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
     plans: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def phase_result(plan: PlanRecord) -> PhaseResult:
 def _layout(plan: PlanRecord) -> dict[str, str]:
     """Strategy by matmul, those with most FLOPs first; equal layers are merged."""
     found: dict[str, tuple[float, str]] = {}
-    for op in operations_alike(op for op in plan.operations if op.matmul):
+    for op in group_operations(op for op in plan.operations if op.matmul):
         name = short_name(op)
         done = found.get(name, (0.0, ""))[0] + op.count * _size(op.sizes)
         found[name] = (done, op.strategy)

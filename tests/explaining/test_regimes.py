@@ -253,7 +253,7 @@ def test_explain_prints_regimes_and_remedies(plan_file: Path):
 
 def test_remedies_need_the_function(plan_file: Path):
     found = run("explain", plan_file, "--remedies")
-    assert found.exit_code == 2 and "--remedies needs what the plan was searched for" in found.stderr
+    assert found.exit_code == 2 and "--remedies needs the plan's workload" in found.stderr
 
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".html"])

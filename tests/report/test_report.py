@@ -311,7 +311,7 @@ def test_the_page_of_a_plan_works_in_a_browser(
     at.locator("#operations th button", has_text="time").click()
     assert at.locator("#operations th[aria-sort=descending]").count() == 1
     at.locator("#array").select_option(index=1)
-    assert "pieces" in at.locator("#spec").inner_text() or "whole" in at.locator("#spec").inner_text()
+    assert "shards" in at.locator("#spec").inner_text() or "replicated" in at.locator("#spec").inner_text()
     assert at.locator("#roofline circle").count() > 0
     assert at.locator("#memory path").count() > 0
     assert "as planned" in at.locator("#verdict").inner_text()

@@ -31,6 +31,7 @@ class Row:
     - `chip_seconds_per_token`: chips × seconds / tokens, $nt/(BL)$ in Pope et al. 2022; `price` is the money per million
       tokens, None without a price of the chip.
     - `mfu`: FLOPs of the program's matmuls (with attention, and with padded heads) over the chips' peak.
+    - `proofs`: phase to the solver and its proof.
     - `layout`: phase to matmul to strategy, the largest matmuls first. `phase_seconds`: of one step of each phase;
       `phase_kinds`: the kind of each.
     """
@@ -59,6 +60,7 @@ class Row:
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     phase_kinds: Mapping[str, str] = field(default_factory=dict)
     handoff_seconds: float = 0.0
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -77,14 +79,14 @@ class Row:
     def headline(self) -> str:
         """The layout in a line: the largest matmul by a weight, and attention; with names of phases if there are several."""
         several = len(self.layout) > 1
-        lines = ((phase, " | ".join(_chosen(layout))) for phase, layout in self.layout.items())
+        lines = ((phase, " | ".join(_main_strategies(layout))) for phase, layout in self.layout.items())
         return "; ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
     @property
     def family(self) -> str:
         """The headline without axes, `WS-1D with batch-sharded`."""
         several = len(self.layout) > 1
-        lines = ((phase, " with ".join(map(_bare, _chosen(layout)))) for phase, layout in self.layout.items())
+        lines = ((phase, " with ".join(map(_bare, _main_strategies(layout)))) for phase, layout in self.layout.items())
         return ", ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
 
@@ -92,7 +94,7 @@ def _bare(chosen: str) -> str:
     return family(chosen.removeprefix("attention "))
 
 
-def _chosen(layout: Mapping[str, str]) -> tuple[str, ...]:
+def _main_strategies(layout: Mapping[str, str]) -> tuple[str, ...]:
     """The strategies of the largest matmul by a weight and of the largest one of attention."""
     attention = next((each for each in layout.values() if _of_attention(each)), None)
     weights = next((each for each in layout.values() if not _of_attention(each)), None)
@@ -226,6 +228,7 @@ def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[
         "phase_seconds": {run.phase: each.seconds for run, each in pairs},
         "phase_kinds": {run.phase: run.kind for run, _ in pairs},
         "handoff_seconds": result.handoff_seconds,
+        "proofs": dict(result.proofs),
     }
 
 
