@@ -317,7 +317,7 @@ def _annotation(site: Site, module: Module, of: Callable[[Instruction], str]) ->
 
 def op_name_of(inst: Instruction) -> str:
     found = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', inst.attributes)
-    return found[1] if found else ""
+    return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
 
 
 # Replica groups. With the mesh row-major over its axes, a device number is a coordinate on each axis. A collective

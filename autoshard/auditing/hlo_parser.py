@@ -30,6 +30,8 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
 _TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 
+_OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+"""The folder of autoshard's own code, of which no line is the user's."""
 _NARROW_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _TRANSPARENT = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "broadcast", "optimization-barrier"}
 _CALLERS = {"call", "fusion", "conditional", "custom-call", "async-start", "call-start", "fusion-start"}
@@ -89,8 +91,8 @@ class Module:
         """`file.py:12` in the user's code that an instruction stems from, "" where the compiler kept nothing."""
         if frame := re.search(r"\bstack_frame_id=(\d+)", inst.attributes):
             return self.sources.get(frame[1], "")
-        found = re.search(r'source_file="(?:[^"]*/)?([^"]*)" source_line=(\d+)', inst.attributes)
-        return f"{found[1]}:{found[2]}" if found else ""
+        found = re.search(r'source_file="([^"]*)" source_line=(\d+)', inst.attributes)
+        return f"{os.path.basename(found[1])}:{found[2]}" if found and not found[1].startswith(_OWN_FOLDER) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +159,13 @@ def _closing(line: str, start: int) -> int:
 
 
 def _sources(tables: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    files = {key: os.path.basename(row.strip('"')) for key, row in tables.get("FileNames", {}).items()}
+    paths = {key: row.strip('"') for key, row in tables.get("FileNames", {}).items()}
+    files = {key: os.path.basename(path) for key, path in paths.items() if not path.startswith(_OWN_FOLDER)}
     places = {}
     for key, row in tables.get("FileLocations", {}).items():
         file, line = re.search(r"file_name_id=(\d+)", row), re.search(r"\bline=(\d+)", row)
-        if file and line:
-            places[key] = f"{files.get(file[1], '')}:{line[1]}"
+        if file and line and file[1] in files:
+            places[key] = f"{files[file[1]]}:{line[1]}"
     frames = {}
     for key, row in tables.get("StackFrames", {}).items():
         place = re.search(r"file_location_id=(\d+)", row)
