@@ -20,29 +20,16 @@ head sizes are output factors of earlier weights, batch and positions are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
 from costmodels.machine.topology import Topology
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program, Use
 from search.answer.assignment import Choice, needed, produced
 from search.formulation.layouts import Layout
 
 T = TypeVar("T")
-
-
-def _once(judged: Callable[[Program, int], T]) -> Callable[[Program, int], T]:
-    """Caches a property of an operation that does not depend on its layout."""
-
-    @wraps(judged)
-    def known(program: Program, i: int) -> T:
-        key = judged.__name__, i
-        if key not in program.memo:
-            program.memo[key] = judged(program, i)
-        return program.memo[key]
-
-    return known
 
 
 def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) -> str:
@@ -142,7 +129,7 @@ def _dimensions(op: Operation) -> list[str]:
 # --- Matmuls by a weight
 
 
-@_once
+@cached_analysis
 def weight_operand(program: Program, i: int) -> int | None:
     """The operand of a matmul that is a weight; None if both are activations.
 
@@ -181,7 +168,7 @@ def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     return produced(program, choice, value)
 
 
-@_once
+@cached_analysis
 def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
     """The kind of a matmul, its weight operand, and the roles of its factors.
 
@@ -221,7 +208,7 @@ def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
 # --- Contractions of two activations
 
 
-@_once
+@cached_analysis
 def _attention_roles(program: Program, i: int) -> list[str]:
     """Heads come from weights, positions do not. A factor of both operands that comes from no weight is the batch."""
     op, origins = program.operations[i], _Origins(program)
@@ -238,12 +225,18 @@ def _attention_roles(program: Program, i: int) -> list[str]:
     return roles
 
 
+@cached_analysis
+def _known_weights(program: Program) -> dict[int, int | None]:
+    """The weight operands that are classified already, by matmul."""
+    return {}
+
+
 class _Origins:
     """The origins of dimensions: whether a dimension is an output factor of a weight, here or earlier."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._known: dict[int, int | None] = program.memo.setdefault("weights", {})
+        self._known: dict[int, int | None] = _known_weights(program)
         self._assumed: dict[int, int | None] = {}
 
     def weight(self, i: int) -> int | None:

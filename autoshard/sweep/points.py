@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
 from autoshard.pipeline import annotated_function

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
 
 CAST = "convert_element_type"
@@ -39,18 +40,16 @@ def sharers(program: Program, value: int) -> int:
     return max(room) if all(room) else 0
 
 
+@cached_analysis
 def _carries(program: Program) -> dict[int, int]:
     """Per carry that may stay on the chip, the number of such carries of its loop."""
-    key = ("carries on the chip",)
-    if key not in program.memo:
-        carries = [i for i, op in enumerate(program.operations) if op.primitive == CARRY]
-        found: set[int] = set()
-        for i in sorted(carries, key=lambda i: -_depth(program, _loop(program, i))):
-            if _stays_on_chip(program, i, found):
-                found.add(i)
-        room = Counter(_loop(program, i) for i in found if program.operations[i].factors)
-        program.memo[key] = {i: max(room[_loop(program, i)], 1) for i in found}
-    return program.memo[key]
+    carries = [i for i, op in enumerate(program.operations) if op.primitive == CARRY]
+    found: set[int] = set()
+    for i in sorted(carries, key=lambda i: -_depth(program, _loop(program, i))):
+        if _stays_on_chip(program, i, found):
+            found.add(i)
+    room = Counter(_loop(program, i) for i in found if program.operations[i].factors)
+    return {i: max(room[_loop(program, i)], 1) for i in found}
 
 
 def _stays_on_chip(program: Program, carry: int, known: set[int]) -> bool:
