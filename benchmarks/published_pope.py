@@ -59,7 +59,7 @@ def _caches(program: Program) -> list[int]:
 
 
 def shards(size: str, batch: int, by: str) -> int:
-    """The number of shards into which 64 chips can split the cache of a traced program: by its heads, its batch, or not at all."""
+    """The most shards of the cache of a traced program on 64 chips: by its heads, its batch, or not at all."""
     from search.formulation.strategies import strategy_space
 
     if by == "none":
