@@ -222,7 +222,7 @@ def _dtype_bits(dtype: str) -> int:
 def follow(
     name: str, scope: Scope, module: Module, index: int | None = None
 ) -> tuple[Instruction | None, int | None, Scope]:
-    """What a value is, seen through copies, tuples, fusions and calls, up to the loop it is in.
+    """The origin of a value, seen through copies, tuples, fusions and calls, up to the loop it is in.
 
     **Returns:** (instruction, tuple index or None, scope). The instruction is a `parameter` when
     the value is carried by the loop whose region `scope` is; None when the name is not known.
@@ -245,7 +245,7 @@ def follow(
 
 
 def _position(parameter: Instruction, caller: Instruction, scope: Scope) -> int:
-    """Which operand of its caller a parameter is; a conditional's first operand chooses, then comes one a branch."""
+    """The operand of its caller that a parameter is; a conditional's first operand chooses, then comes one a branch."""
     if caller.opcode == "conditional":
         return caller.called().index(scope.computation.name) + 1
     return int(parameter.arguments)
@@ -297,7 +297,7 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
 
 
 def _terms(name: str, scope: Scope, module: Module, holds: bool) -> Iterator[tuple[Instruction | None, Scope, bool]]:
-    """What must all hold for a condition to be `holds`: each with where it is, and whether it must be true or false."""
+    """The terms of a condition that must all hold for it to be `holds`, each with its scope and the value it must have."""
     test, _, where = follow(name, scope, module)
     if test is not None and test.opcode == ("and" if holds else "or"):
         for operand in test.operands:
@@ -339,7 +339,7 @@ def _rounds(
 
 
 def _counter(name: str, scope: Scope, condition: Scope, module: Module) -> tuple[int | None, int]:
-    """Which carried value a side of a comparison is, None if it is none; and the constant that is added to it."""
+    """The carried value that a side of a comparison is (None if it is none), and the constant that is added to it."""
     found, index, at = follow(name, scope, module)
     if found is None:
         return None, 0

@@ -92,7 +92,7 @@ def _header(plan: PlanRecord) -> Iterator[str]:
 
 
 def _deciders(proof: Proof) -> Iterator[str]:
-    """The work of presolve and of the solver; plans of older files lack it."""
+    """The work of presolve and of the solver; a plan from an older file has only the totals."""
     parts = f", {proof.branches} branches" if proof.branches else ""
     stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
     if not proof.solver:

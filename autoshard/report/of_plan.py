@@ -72,7 +72,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
 
 
 def _decided(proof: Proof) -> list[dict[str, str]]:
-    """The solver, and the problem that presolve left it; plans of older files lack it."""
+    """The deciding solver, with the rest of presolve; empty for a plan from an older file."""
     if not proof.solver:
         return []
     left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"

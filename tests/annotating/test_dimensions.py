@@ -7,7 +7,7 @@ import unicodedata
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import example, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 import autoshard
@@ -175,7 +175,9 @@ def test_no_text_is_run(written) -> None:
     try:
         size = parsed(written)
     except ValueError:
+        event("refused")
         return
+    event("read")
     assert all(symbol.name in unicodedata.normalize("NFKC", written) for symbol in size.free_symbols)
     assert not size.atoms(sympy.core.function.AppliedUndef)
 

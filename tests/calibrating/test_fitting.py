@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.fitting import (
@@ -18,6 +18,7 @@ from costmodels.fitting import (
     residuals,
 )
 from costmodels.machine.topology import Topology, parse_topology
+from tests.support.effort import examples
 
 TOPOLOGIES = ("cpu:8", "cpu:2x4", "v5e:4x4", "v4:4x4x4", "h100:8", "h100:2x8")
 POSITIVE = st.floats(0.5, 2.0)
@@ -61,7 +62,7 @@ def timed(topology: Topology, true: Topology, noise=lambda: 1.0) -> list[Timing]
     ]
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.sampled_from(TOPOLOGIES), st.lists(POSITIVE, min_size=7, max_size=7))
 def test_what_the_model_made_is_predicted_exactly(name: str, by: list[float]):
     topology = parse_topology(name)

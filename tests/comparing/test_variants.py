@@ -17,6 +17,7 @@ import autoshard
 from autoshard.auditing.findings import Finding
 from autoshard.auditing.replay import Replay
 from autoshard.comparing.verify import Candidate, Verification
+from autoshard.emitting.formats import without_orders
 from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
 from autoshard.planning.emission import Emission
@@ -139,6 +140,7 @@ def test_operations_account_for_the_whole_difference(plan: autoshard.Plan):
     assert json.loads(json.dumps(found.to_dict()))["after"]["seconds"] == found.after.estimate.seconds
 
 
+@pytest.mark.long
 def test_less_memory_is_priced_or_refused(plan: autoshard.Plan):
     peak = plan.estimate.peak_bytes
     assert autoshard.why_not(plan, memory_bytes=0.9 * peak).seconds >= -1e-9 * plan.estimate.seconds
@@ -298,13 +300,14 @@ def test_formats_that_save_a_relayout_are_found():
         return table[tokens] * jnp.bfloat16(2)
 
     args = jax.ShapeDtypeStruct((20_000, 2_880), jnp.bfloat16), jax.ShapeDtypeStruct((32,), jnp.int32)
-    plan = autoshard.search(step, *args, topology="v5e:1x1")
+    plan = without_orders(autoshard.search(step, *args, topology="v5e:1x1"))
     found = autoshard.verify(plan, step, *args, k=1)
     assert found.gain > 10 and found.best.emission == Emission("compiler")
     assert found.best.arguments[0].order == (0, 1)
     assert not autoshard.verify(plan, step, *args, k=1, tune=False).variants
 
 
+@pytest.mark.long
 def test_verify_as_a_command(tmp_path: Path):
     found = run(
         "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"

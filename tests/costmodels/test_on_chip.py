@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -24,6 +24,7 @@ from costmodels.operations import price
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Program
 from search.solve import Limits, search
+from tests.support.effort import examples
 from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
@@ -146,7 +147,7 @@ def totals(rounds: int, sides: list[int]) -> Program:
     return trace(fn, [S((n, n), f32) for n in sides], [S((rounds, n, n), f32) for n in sides]).program
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from((8, 16)), st.floats(0, 4096))
 def test_what_goes_round_a_loop_shares_the_room(rounds: int, count: int, side: int, kept: float) -> None:
     each = 4 * side * side

@@ -76,6 +76,7 @@ def test_two_jobs_may_write_to_one_store(tmp_path: Path):
 # --- Kills
 
 
+@pytest.mark.long
 def test_killed_ten_times_and_resumed_nothing_is_lost_or_repeated(tmp_path: Path):
     """Each time at a random moment of the sweep itself; the store in the end is that of an undisturbed run."""
     path = written(tmp_path, MORE)
@@ -166,6 +167,7 @@ def deadly(tmp_path: Path) -> str:
     return text.replace("width = 256", "width = [256, 512]")
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_costs_its_own_points_only(tmp_path: Path):
     found = swept(tmp_path, engines.processes(2), deadly(tmp_path))
     assert {(row.knobs["width"], row.outcome) for row in found} == {(256, SOLVED), (512, FAILED)}
@@ -233,6 +235,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, ...]:
     return swept(tmp_path_factory.mktemp("alone"), engines.here)
 
 
+@pytest.mark.long
 def test_one_and_two_processes_find_the_same(tmp_path: Path, alone: tuple[Row, ...]):
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()
@@ -264,6 +267,7 @@ def on_ray() -> Iterator[engines.Engine]:
 CLUSTERS = pytest.mark.parametrize("cluster", [on_dask, on_ray], ids=["dask", "ray"])
 
 
+@pytest.mark.long
 @CLUSTERS
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_finds_the_same(tmp_path: Path, alone: tuple[Row, ...], cluster: Cluster):
@@ -271,6 +275,7 @@ def test_a_cluster_finds_the_same(tmp_path: Path, alone: tuple[Row, ...], cluste
         assert swept(tmp_path, engine) == alone
 
 
+@pytest.mark.long
 @CLUSTERS
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_of_a_cluster_that_dies_costs_its_own_points_only(tmp_path: Path, cluster: Cluster):
