@@ -7,6 +7,7 @@ from autoshard.comparing.diff import diff as diff
 from autoshard.comparing.what_if import Remedies as Remedies
 from autoshard.comparing.what_if import remedies as remedies
 from autoshard.decorator import autoshard as autoshard
+from autoshard.emitting.formats import choose_formats as choose_formats
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import ExportError as ExportError
 from autoshard.errors import InfeasibleError as InfeasibleError

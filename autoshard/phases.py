@@ -9,14 +9,14 @@ from os import PathLike
 from autoshard._util.collector import seldom_collected
 from autoshard._util.paths import dotted
 from autoshard._util.tables import time
-from autoshard.annotating.annotate import AnnotatedFunction, annotate_pins
+from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.pipeline import annotated_function
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import explained
 from autoshard.planning.options import Options
-from autoshard.planning.record import record
+from autoshard.planning.recording import record
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
 from search.phases import Phases, Place, TooSlow
@@ -69,6 +69,9 @@ class PhasePlans(Mapping[str, Plan]):
             f"Weighted sum {time(proof.objective_seconds)}: {proof.status}, gap {proof.gap:.2%},"
             f" found in {proof.wall_seconds:.1f} s."
         )
+        if proof.solver:
+            left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+            lines.append(f"{proof.solver}: {proof.solver_status} on {proof.booleans:,} booleans; presolve left {left}.")
         return "\n".join(lines) + "\n"
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 from autoshard._util.collector import seldom_collected
-from autoshard.annotating.annotate import AnnotatedFunction, annotate, annotate_pins
+from autoshard.annotating.annotated_function import AnnotatedFunction, annotate, annotate_pins
 from autoshard.annotating.dimension_names import Names, symbols_of
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
 from autoshard.planning.options import Options
-from autoshard.planning.record import record
+from autoshard.planning.recording import record
 from autoshard.planning.solving import solve
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import trace_function
 from costmodels.machine.topology import Topology
+from search.answer.solution import Solver
 
 
 def search(
@@ -35,6 +36,7 @@ def search(
     memory_bytes: float | None = None,
     baselines: bool = False,
     dims: Names | None = None,
+    solver: Solver = "presolved",
 ) -> Plan:
     """Searches the layout of every array and operation of a function that makes one step fastest on a topology.
 
@@ -60,12 +62,26 @@ def search(
     - `baselines`: whether plain layouts (data parallel, Megatron 1D, ...) are searched as well, to compare with.
     - `dims`: names of dimensions for formulas, such as `{"tokens": "B", "layers.wi_gate": "N E F"}` or `{"B": 64}`
       (`autoshard.dimensions`); what has no name is called after its argument.
+    - `solver`: "presolved", or "cp-sat" for CP-SAT on the model as it is built: a reference for small functions and meshes.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
     `InfeasibleError` when no layout fits.
     """
+    if solver not in get_args(Solver):
+        raise AutoshardError(f'`solver` must be "presolved" or "cp-sat", got {solver!r}.')
     options = Options(
-        donate_argnums, name, strict, reserve_bytes, time_limit, progress, pins, fold, memory_bytes, baselines, dims
+        donate_argnums=donate_argnums,
+        name=name,
+        strict=strict,
+        reserve_bytes=reserve_bytes,
+        time_limit=time_limit,
+        progress=progress,
+        pins=pins,
+        fold=fold,
+        memory_bytes=memory_bytes,
+        baselines=baselines,
+        dims=dims,
+        solver=solver,
     )
     where = topology_of(topology)
     return plan_function(annotated_function(fn, args, options), where, options)

@@ -1,11 +1,11 @@
-"""Is the compiled program the plan? Every model, phase and slice searched, emitted, compiled and held against its plan.
+"""Does the compiled program match its plan? Every model, phase and slice is searched, emitted, compiled and compared.
 
     python benchmarks/audits.py [--only CASE ...] [--resume] [--gpu-python .venv-gpu/bin/python]
 
-Each case is one row: planned against compiled bytes on the wire for every set of mesh axes, the share of bytes that no plan
-asked for, planned against compiled peak memory, and the estimated step. TPU rows go through the real TPU compiler (libtpu),
-GPU rows through the real XLA:GPU compiler, both without such a chip; host rows through the CPU compiler. A row passes when
-every limit of `LIMITS` holds; what does not is named in `misses`.
+Each case is one row: planned against compiled bytes for every set of mesh axes, the share of unplanned bytes,
+planned against compiled peak memory, and the estimated step. TPU rows use the real TPU compiler (libtpu), GPU rows the real
+XLA:GPU compiler, both without such a chip; host rows use the CPU compiler. A row passes if every limit of `LIMITS` holds;
+`misses` lists those that do not.
 
 Compilers may send less than was planned (an array gathered once for two uses): such differences are classed *same plan at
 lower cost*. They are taken out of the comparison of bytes, and listed.
@@ -31,9 +31,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "audits.json"
 GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
 CASE_SECONDS = 1500
 SEARCH_SECONDS = 90.0
-"""How long a plan is searched: what is audited need not be proven best; a row says its gap."""
+"""The time limit of a search: an audited plan need not be proven optimal; its row has the gap."""
 LIMITS = {"wire": 0.02, "unplanned": 0.01, "peak": 0.05}
-"""By how much compiled may differ from planned: bytes on the wire per set of axes, bytes not planned, peak memory."""
+"""The allowed differences between compiled and planned: bytes on the wire per set of axes, bytes not planned, peak memory."""
 
 
 Target = Literal["tpu", "host", "gpu"]
@@ -119,6 +119,7 @@ def audited(case: Case, keep: Path | None = None) -> dict[str, Any]:
     return {
         **judged(found),
         "gap": plan.proof.gap,
+        **plan.proof.account(),
         "search_seconds": round(searched - started, 1),
         "compile_seconds": round(time.monotonic() - searched, 1),
     }
@@ -158,7 +159,7 @@ def judged(found: Any) -> dict[str, Any]:
 
 
 def _ratio(planned: float, compiled: float) -> float:
-    """Compiled over planned; what nothing was planned for counts as twice."""
+    """Compiled over planned; 2 if nothing was planned."""
     return compiled / planned if planned else 2.0 if compiled else 1.0
 
 

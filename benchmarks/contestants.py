@@ -1,4 +1,4 @@
-"""Compiling every contestant for the same slice with the same options, and having it judged."""
+"""Compilation and judgement of every contestant, for the same slice with the same options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from costmodels.machine.topology import Topology
 
 _GIB, _MIB = 2**30, 2**20
 _SHOWN = 8
-"""How many of the dearest collectives a row lists."""
+"""The number of costliest collectives in a row."""
 
 
 def workload_of(case: Any) -> autoshard.Workload:
@@ -83,6 +83,7 @@ class Bench:
             **row,
             **spent,
             "proof": plan.proof.status,
+            **plan.proof.account(),
             "planned_ms": estimate.seconds * 1e3,
             "planned_wire_ms": estimate.collective_seconds * 1e3,
             "planned_peak_gib": estimate.peak_bytes / _GIB,
@@ -110,7 +111,7 @@ class Bench:
                 yield self.partitioned(layout.name, specs)
 
     def judged(self, name: str, run: dict[str, Any]) -> dict[str, Any]:
-        """What another process compiled, judged alike."""
+        """The judgement of another process' program."""
         row = self._row(name, run["text"], run["peak_bytes"])
         spent = {"search_seconds": run["seconds"], "search_cpu_seconds": run["cpu_seconds"]}
         return {**row, **spent, "mesh": run["mesh"], "compiler": run["versions"]}
@@ -200,7 +201,7 @@ def _listed(specs: Any) -> list[str]:
 
 
 def _said(error: Exception) -> str:
-    """The part of a compiler's error that says what is wrong."""
+    """The part of a compiler's error with the reason."""
     text = str(error)
     used = re.search(r"(?:Ran out of memory|Used|Exceeded)[^\n]*", text)
     head = "RESOURCE_EXHAUSTED: " if "RESOURCE_EXHAUSTED" in text else ""

@@ -2,10 +2,10 @@
 
     python benchmarks/emission.py [--only TOPOLOGY ...]
 
-One row per step: `ours` is 1 where the compiled program holds exactly the planned collective (kind, axes, bytes but for the
-few rows by which odd ones are padded), `reference` is 1 where the search may plan it (`search.reshard.emittable`). A step that
-is planned but compiles to something else is unfaithful, and a miss; one that is never planned but would compile as written
-costs nothing but choice. Run it under every JAX that is supported: the table says with which it was made.
+One row per step: `ours` is 1 if the compiled program has exactly the planned collective (kind, axes, bytes except for padded
+rows), `reference` is 1 if the search may plan it (`search.formulation.reshard.emittable`). A step that is planned
+but compiles to something else is a miss. A step that is never planned but compiles as written only reduces the choice. Run it
+under every supported JAX: the table has the version.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Which efficiencies and overheads make the model's times those of Pope et al. 2022: half of the rows are fitted.
+"""The fit of the model's efficiencies and overheads to Pope et al. 2022, on half of the rows.
 
-What is fitted is the paper's own layout: feed-forward network and attention as its tables say, all else as the search
-chooses. Plans depend on the constants and the constants on the plans, so the two are found in turn: search every fitted
+The rows use the paper's own layout for the feed-forward network and attention; the search chooses the rest. Plans depend on
+the constants and the constants on the plans, so they alternate: search every fitted
 row's plan, fit the constants to their times (least squares of log ratios), search again. Writes `pope2022_machine.json`, which
 `published.py` reads.
 
-Collectives are looped with their products, as the paper's are (§3.5), and all links of a chip count for each, as in its
-appendix. With nothing hidden the same rows fit as well, but by a matrix unit at its peak, which has to make up for the time on
-the wire that was hidden in truth; looped, it is not. What is left of the links' bandwidth is about one way of one of the six:
-most collectives of these layouts run along one axis.
+Collectives are looped with their matmuls, as in the paper (§3.5), and each uses all links of a chip, as in its appendix.
+Without overlap the same rows fit as well, but with a matrix unit at its peak, which compensates for the hidden communication;
+with looping it is below its peak. The fitted bandwidth is about one way of one of the six links: most collectives of these
+layouts run along one axis.
 """
 
 from __future__ import annotations

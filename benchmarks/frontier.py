@@ -136,6 +136,7 @@ def compared(rows: dict[tuple, Row]) -> Iterator[dict[str, Any]]:
             "reference_mfu": pope2022.mfu(case, case.seconds),
             "status": row.status,
             "gap": row.gap,
+            **row.proofs.get(case.phase, {}),
             "layout": row.headline,
         }
 
@@ -148,7 +149,7 @@ def ordered(rows: Sequence[dict[str, Any]], ours: str, reference: str) -> float:
 
 
 def processor_seconds() -> float:
-    """What this process and its workers took of the processors; unlike the wall's, it is the same on a busy machine."""
+    """The processor seconds of this process and its workers, which do not depend on other load."""
     own, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(each.ru_utime + each.ru_stime for each in (own, workers))
 
@@ -156,7 +157,7 @@ def processor_seconds() -> float:
 def summary(
     rows: dict[tuple, Row], compare: Sequence[dict[str, Any]], wall: float, known: int
 ) -> Iterator[dict[str, Any]]:
-    """What the whole shows, as rows; a run that found `known` points in its store did not do the whole."""
+    """Rows on the whole run; none if `known` points were in the store already."""
     solved = [row for row in rows.values() if row.outcome == SOLVED]
     proven = sum(row.status == "OPTIMAL" for row in solved)
     worst = max((row.gap for row in solved), default=0.0)

@@ -1,6 +1,6 @@
-"""The time of one step of a compiled TPU program, whoever laid it out.
+"""The step time of a compiled TPU program, for any contestant.
 
-The judge reads nothing but the text of the compiled program and the topology it is for, so that it can prefer nobody:
+The judge reads only the text of the compiled program and its topology, so it cannot prefer a contestant:
 
 $$T = \\frac{\\text{estimated cycles}}{\\text{clock}} + \\sum_{\\text{collectives}} \\text{runs} \\cdot T_{\\text{torus}},$$
 
@@ -37,7 +37,7 @@ class Verdict:
     """The time of one step of a compiled program.
 
     - `compute_seconds`: estimated cycles over the clock.
-    - `wire_seconds`, `wire_bytes`: collectives, one after the other; bytes that one chip sends.
+    - `wire_seconds`, `wire_bytes`: collectives, run serially; bytes that one chip sends.
     - `replayed_seconds`: the schedule replayed, with copies and collectives beside the core.
     - `floor_seconds`: the bytes that the step must read once, over HBM's rate on paper.
     - `prefetch_bytes`: what is copied from HBM into on-chip memory beside computation; in no estimate, hidden or not.
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def step_seconds(self) -> float:
-        """Computation and collectives, one after the other."""
+        """Computation and collectives, run serially."""
         return self.compute_seconds + self.wire_seconds
 
 
@@ -70,7 +70,7 @@ def judge(text: str, topology: Topology) -> Verdict:
     - `text`: `compiled.as_text()`.
     - `topology`: what it is compiled for; device numbers in the text count its chips row-major.
 
-    **Raises:** `ValueError` when the text is no compiled program, or holds no estimates.
+    **Raises:** `ValueError` if the text is not a compiled program, or has no estimates.
     """
     cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
     replayed = replay(text, topology)

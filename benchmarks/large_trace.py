@@ -42,7 +42,7 @@ def loss(params: Any, cache: Any, tokens: Any, position: Any, following: Any) ->
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the processor's seconds it took."""
+    """The result, and the processor seconds."""
     started = time.process_time()
     found = run()
     return found, round(time.process_time() - started, 1)
@@ -75,6 +75,7 @@ def main() -> None:
             "search_seconds": round(plan.proof.wall_seconds, 1),
             "status": plan.proof.status,
             "gap": plan.proof.gap,
+            **plan.proof.account(),
             "operations": len(program.operations),
             "folds": [f"{fold.copies} × {fold.period}" for fold in folds(program)],
         },

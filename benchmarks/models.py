@@ -1,12 +1,12 @@
-"""Which transformers that nobody here wrote go through untouched, how far, and how fast?
+"""How far and how fast are unmodified third-party models planned?
 
     python benchmarks/models.py                          # one table, and benchmarks/results/models.json
     python benchmarks/models.py --only "llama-7b decode" # the rows whose name contains this; the others are kept
     python benchmarks/models.py --audit                  # compiled with the TPU compiler, too
 
 A row is a model, a phase and a slice of chips: equations of the trace, the share of the estimated time under exact rules,
-the folds that were found (copies × operations of one), seconds from trace to plan, the gap of the proof, and what the audit
-of the compiled program says, judged as `benchmarks/audits.py` does. Each row runs in a process of its own (with `--together`
+the folds that were found (copies × operations of one), seconds from trace to plan, the gap of the proof, and the audit
+of the compiled program with the limits of `benchmarks/audits.py`. Each row runs in a process of its own (with `--together`
 all in one, which is quicker).
 """
 
@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there
 ZOO = ("models_own", "models_huggingface", "models_beyond", "models_frameworks")
 SLICES = ("v5e:4x4", "v5p:2x2x4")
 TARGET_SECONDS = 30.0
-"""What a row may take from trace to plan; `reference` of every row. Judged by seconds of processor time, which are those of the
-clock on a machine that does nothing else: nothing here runs in parallel. Both are in the table."""
+"""The target from trace to plan; `reference` of every row. It applies to processor time, which equals wall time on an idle
+machine: nothing here runs in parallel. Both are in the table."""
 TIME_LIMIT = 120.0
 """Seconds after which a search is cut off, with the gap that is left."""
 
@@ -96,14 +96,14 @@ def measured(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
         "step_seconds": plan.estimate.seconds,
         "collective_seconds": plan.estimate.collective_seconds,
         "peak_gib": round(plan.estimate.peak_bytes / 2**30, 2),
-        "states": plan.proof.states,
+        **plan.proof.account(),
         "warnings": [text for text in plan.warnings if "constants of" not in text],
     }
     return {**row, "audit": _audit(plan, work) if with_audit else None}
 
 
 def _check_room(work: Any, topology: str) -> None:
-    """Says at once what a search would take long to prove: arguments that are larger than all memory together.
+    """Refuses arguments that are larger than all memory together, which a search would take long to prove.
 
     **Raises:** `ValueError`.
     """
@@ -127,7 +127,7 @@ def _equations(work: Any) -> int:
 
 
 def _audit(plan: Any, work: Any) -> dict[str, Any]:
-    """The plan held against the TPU compiler's program: the figures, and whether they are within bounds."""
+    """The audit by the TPU compiler: the figures, and whether they are within bounds."""
     import autoshard
     from benchmarks.audits import judged
 

@@ -1,4 +1,4 @@
-"""Hugging Face's Flax models that are no language models alone: encoder-decoders, vision, speech, two towers, block-sparse.
+"""Hugging Face's Flax models beyond language models: encoder-decoders, vision, speech, two towers, block-sparse.
 
 Published sizes are those of the checkpoints' config.json on huggingface.co; nothing is downloaded.
 """

@@ -1,10 +1,10 @@
-"""Which kind of parallelism comes out of the search, and where does it flip?
+"""Which kind of parallelism does the search choose, and where does it change?
 
     python benchmarks/parallelism.py                     # one table, and benchmarks/results/parallelism.json
 
-Each sweep changes one size, or the memory of a chip, and names the parallelism of every plan as `Plan.parallelism` reads it off
-the layouts. `reference` is what textbooks say of the two ends: kinds that some plan at the first and at the last
-point of the sweep must have.
+Each sweep changes one size, or the memory of a chip, and names the parallelism of every plan by `Plan.parallelism`.
+`reference` are the kinds that textbooks recommend at the two ends: the plans at the first and at the last point of the sweep
+must have them.
 """
 
 from __future__ import annotations
@@ -176,7 +176,13 @@ def row(name: str) -> dict[str, Any]:
         "reference": list(sweep.ends),
         "ours": flips(named),
         "points": [
-            {"at": point, "parallelism": text, "step_seconds": plan.estimate.seconds, "gap": plan.proof.gap}
+            {
+                "at": point,
+                "parallelism": text,
+                "step_seconds": plan.estimate.seconds,
+                "gap": plan.proof.gap,
+                **plan.proof.account(),
+            }
             for (point, text), (_, plan) in zip(named, plans, strict=True)
         ],
         "as_expected": sweep.ends[0] in named[0][1] and sweep.ends[1] in named[-1][1] and len(flips(named)) > 0,

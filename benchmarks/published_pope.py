@@ -1,9 +1,9 @@
-"""Pope et al. 2022, "Efficiently Scaling Transformer Inference" (arXiv 2211.05102): tables 1 to 3, figure 1, and what it says
-of int8 weights, the serial block and multihead attention.
+"""Pope et al. 2022, "Efficiently Scaling Transformer Inference" (arXiv 2211.05102): tables 1 to 3, figure 1, and its
+results on int8 weights, the serial block and multihead attention.
 
 Bandwidth is the paper's, all links of a chip for every collective, and einsums are looped, as theirs are (§3.5). One set of
-constants prices all rows (`fit_published.py` found it, `pope2022_machine.json` holds it); what was fitted is said per row.
-Of tables 2 and 3 every row is priced twice: in the paper's layout, and as the free search has it.
+constants is used for all rows (fitted by `fit_published.py`, stored in `pope2022_machine.json`); fitted rows are marked.
+Every row of tables 2 and 3 is costed twice: in the paper's layout, and in that of the free search.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def measured(say: Any = print) -> Iterator[dict[str, Any]]:
         say(f"{name}: {seconds:.4g} s of {each.seconds:.4g}")
         found.append((each, seconds))
         about = {"source": PAPER, "fitted": each.fitted, "proof": plan.proof.status, "gap": plan.proof.gap}
+        about |= plan.proof.account()
         yield {"row": f"{name}: seconds", "reference": each.seconds, "ours": seconds, **about}
         if each in TABLES:
             yield {"row": f"{name}: MFU", "reference": mfu(each, each.seconds), "ours": mfu(each, seconds), **about}
@@ -139,6 +140,7 @@ def _free(each: Row, name: str, paper: Solution) -> dict[str, Any]:
         "same_layout": same,
         "proof": plan.proof.status,
         "gap": plan.proof.gap,
+        **plan.proof.account(),
         "note": told + stopped,
     }
 
@@ -210,7 +212,7 @@ def comparisons() -> Iterator[dict[str, Any]]:
 
 
 def _serial_block() -> Iterator[dict[str, Any]]:
-    """What it costs that attention and feed-forward network follow each other, and why the search would pay less for it."""
+    """The cost of serial attention and feed-forward network, and the reason for the search's lower cost."""
     decode, prefill = ("decode", 512), ("prefill", 1)
     cases: tuple[tuple[tuple[str, int], bool, Overlap, float | None, str, str], ...] = (
         (decode, True, LOOPED, 1.14, "§4.3: +14 %", "gathers and scatters the activations twice a layer, not once"),
@@ -229,7 +231,7 @@ def _serial_block() -> Iterator[dict[str, Any]]:
 
 
 def constants() -> Iterator[dict[str, Any]]:
-    """What all rows are priced with, and what the fitted bandwidth means."""
+    """The constants of all rows, and the meaning of the fitted bandwidth."""
     on = machine()
     for name, constant in on.constants.items():
         if constant.value is not None:

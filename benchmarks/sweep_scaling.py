@@ -22,7 +22,7 @@ from typing import Any
 
 from autoshard.emitting.attached import topology_of
 from autoshard.sweep import engines
-from autoshard.sweep.extras import MissingExtra, needed
+from autoshard.sweep.extras import MissingExtra, require
 from autoshard.sweep.points import Point, Run
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.store import Store
@@ -51,7 +51,7 @@ def local(workers: int) -> Iterator[engines.Engine]:
 
 @contextmanager
 def on_dask(workers: int) -> Iterator[engines.Engine]:
-    needed("distributed")
+    require("distributed")
     from distributed import LocalCluster  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
@@ -62,7 +62,7 @@ def on_dask(workers: int) -> Iterator[engines.Engine]:
 
 @contextmanager
 def on_ray(workers: int) -> Iterator[engines.Engine]:
-    needed("ray")
+    require("ray")
     import ray  # pyright: ignore[reportMissingImports]
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})

@@ -1,4 +1,4 @@
-"""Llama 3 8B, 70B and 405B in plain JAX: one decode step and prefill, with not a word about sharding.
+"""Llama 3 8B, 70B and 405B in plain JAX: one decode step and prefill, without sharding code.
 
 The model is that of Grattafiori et al. 2024, "The Llama 3 Herd of Models" (arXiv 2407.21783), §3.2: grouped-query
 attention, SwiGLU, RMS norm before each of the two halves of a block, rotary positions, no biases, input and output
@@ -52,7 +52,7 @@ SIZES = {
 def config_of(size: str, layers: int | None = None) -> Config:
     """The published sizes of a Llama 3, cut to its first `layers` layers if that is given."""
     if size not in SIZES:
-        raise ValueError(f"There is no Llama 3 of size {size!r}; there are {', '.join(SIZES)}.")
+        raise ValueError(f"The size must be one of {', '.join(SIZES)}, got {size!r}.")
     config = SIZES[size]
     return config if layers is None else replace(config, layers=layers)
 

@@ -21,9 +21,9 @@ from costmodels.program.program import Operation, Program
 from search.answer.assignment import states_of
 from search.formulation.problem import FORBIDDEN, Node
 from search.formulation.strategies import Strategy
-from search.presolve.ascent import Say
+from search.presolve.limits import Say
 from search.presolve.symmetry import axis_classes
-from search.solve import DEFAULTS, Limits, NoPlan, Solution, solved
+from search.solve import DEFAULTS, Limits, NoPlan, Solution, solve
 
 MATTERS = 0.01
 """The part of the step from which on a matmul's strategy matters."""
@@ -101,7 +101,7 @@ class _Parts:
             return None
         limits = replace(self.limits, wall_seconds=left)
         try:
-            found = solved(replace(self.problem, nodes=tuple(nodes)), limits, self.say, True, cutoff)
+            found = solve(replace(self.problem, nodes=tuple(nodes)), limits, self.say, True, cutoff)
         except NoPlan as error:
             self.proven = self.proven and error.proven
             return None

@@ -12,10 +12,9 @@ from costmodels.program.joined import Span, join
 from costmodels.program.program import Program
 from search.answer.assignment import Choice, collectives
 from search.answer.check import check
-from search.cpsat.branching import PRECISION
 from search.formulation.layer_folding import classes
 from search.formulation.problem import build
-from search.presolve.ascent import Say
+from search.presolve.limits import PRECISION, Say
 from search.solve import DEFAULTS, Limits, Proof, Solution, search
 
 Place = tuple[int, int]

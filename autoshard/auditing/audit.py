@@ -43,6 +43,7 @@ from autoshard.auditing.matching import Axes, Pair, axes_of, matched, sent_bytes
 from autoshard.auditing.replay import MOST_COSTLY, Replay, replay
 from autoshard.auditing.unplanned_time import AuditedCost, attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
+from autoshard.emitting.jitted import jitted
 from autoshard.errors import AutoshardError
 from autoshard.planning.records import PlannedCollective, PlanRecord
 from costmodels.machine.topology import Topology
@@ -190,29 +191,16 @@ def audit(
     if target not in ("host", "tpu", "gpu"):
         raise AutoshardError(f'target must be "host", "tpu" or "gpu", got {target!r}.')
     topology = plan.topology
-    mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
+    mesh = targets.mesh_of(targets.devices_of(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
-    lowered = bind.jit(plan, fn, mesh).lower(*shapes)
+    lowered = jitted(plan, fn, mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = _peak_bytes(compiled.memory_analysis())
     return compare(plan, compiled.as_text(), target, peak, arrays)
-
-
-def _devices(topology: Topology, target: CompileTarget) -> list[Any]:
-    if target == "host":
-        return targets.host_devices(topology.size)
-    if target == "gpu":
-        return targets.gpu_devices(topology)
-    if topology.slices > 1:
-        raise AutoshardError(
-            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
-            ' "host", or a plan for one slice.'
-        )
-    return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
 def _shape(leaf: Any) -> Any:

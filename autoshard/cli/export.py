@@ -13,7 +13,7 @@ from autoshard.cli import common
 
 
 class Format(StrEnum):
-    """What to write."""
+    """The formats to write."""
 
     specs = "specs"
     rules = "rules"
@@ -30,7 +30,7 @@ def export(
         ),
     ],
     argument: Annotated[
-        str | None, typer.Option(metavar="NAME", help="This argument only; paths then start inside it.")
+        str | None, typer.Option(metavar="NAME", help="Only this argument; paths then start inside it.")
     ] = None,
     axes: Annotated[
         list[str] | None, typer.Option("--axis", metavar="AXIS=NAME", help="Rename a mesh axis; may be repeated.")
@@ -48,14 +48,14 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Write the layouts of a plan's arguments in a format that other programs read.
+    """Write the layouts of a plan's arguments in a format of other libraries.
 
     autoshard export plan.json --format rules --argument params -o partition_rules.py
     """
     from autoshard.plan import load
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         text = load(plan).export(format.value, output, argument=argument, names=_names(names), axes=_axes(axes))
         if output is None:
             typer.echo(text, nl=False)
@@ -68,7 +68,7 @@ def _axes(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or ():
         axis, sign, name = pair.partition("=")
         if not sign or not name.isidentifier():
-            raise common.Misuse(f"--axis {pair} is no AXIS=NAME, such as x=data.")
+            raise common.Misuse(f"--axis must be AXIS=NAME, such as x=data, got {pair}.")
         found[axis] = name
     return found
 
@@ -79,7 +79,9 @@ def _names(path: Path | None) -> Any:
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise common.Misuse(f"{path} is no JSON: {error}.") from error
+        raise common.Misuse(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(found, dict) or not found or not all(isinstance(each, list) for each in found.values()):
-        raise common.Misuse(f'{path} maps no regular expressions to lists of names: {{"mlp/wi$": ["embed", "mlp"]}}.')
+        raise common.Misuse(
+            f'{path} must map regular expressions to lists of names, such as {{"mlp/wi$": ["embed", "mlp"]}}.'
+        )
     return found

@@ -29,6 +29,7 @@ from autoshard.emitting.tpu_workarounds.argument_layout import as_an_argument
 from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
 from autoshard.emitting.tpu_workarounds.residual_barriers import resting
 from autoshard.emitting.tpu_workarounds.vector_matmul import product
+from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.rules import Rule
 from autoshard.tracing.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from costmodels.machine.topology import Topology
@@ -127,14 +128,22 @@ class _Scope:
 class Runner:
     """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
 
-    def __init__(self, traced: Traced, choice: Choice, topology: Topology, orders: Sequence[Order] = ()) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        choice: Choice,
+        topology: Topology,
+        emission: Emission = BY_DEFAULT,
+        orders: Sequence[Order] = (),
+    ) -> None:
         self.traced, self.choice, self.topology = traced, choice, topology
         self.program: Program = traced.program
         self.sizes = topology.axis_sizes
         self.orders = orders_of_values(traced.program, orders)
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
-        self.resting = resting(traced.program) if topology.chip.kind == "tpu" else frozenset()
+        rests = topology.chip.kind == "tpu" and emission.residual_barriers
+        self.resting = resting(traced.program) if rests else frozenset()
         self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
@@ -362,14 +371,19 @@ def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
 
 
 def emitted(
-    traced: Traced, choice: Choice, topology: Topology, mesh: Any, orders: Sequence[Order] = ()
+    traced: Traced,
+    choice: Choice,
+    topology: Topology,
+    mesh: Any,
+    emission: Emission = BY_DEFAULT,
+    orders: Sequence[Order] = (),
 ) -> Callable[..., list[Any]]:
     """The planned program as a function of flat arguments and constants, each a global array.
 
     **Arguments:**
 
     - `orders`: per flat argument the order in which its dimensions lie, major to minor, where that is not the device's default
-      and the argument comes so; loops that carry it keep to it.
+      and the argument comes so. Loops that carry it keep to it.
     """
     program = traced.program
     sources = (*program.arguments, *program.constants)
@@ -378,7 +392,7 @@ def emitted(
         spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
         for i in program.results
     ]
-    runner = Runner(traced, choice, topology, orders)
+    runner = Runner(traced, choice, topology, emission, orders)
     avals = [program.values[program.operations[i].outputs[0].value] for i in sources]
     given = [k for k, aval in enumerate(avals) if 0 not in aval.shape]
     if len(given) == len(avals):

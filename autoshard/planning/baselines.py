@@ -24,7 +24,7 @@ from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
 from search.formulation.layouts import shards
 from search.formulation.strategies import Strategy, output_layout, strategy_space
-from search.presolve.ascent import Say
+from search.presolve.limits import Say
 from search.solve import Limits, NoPlan, Solution, search
 
 LARGE_PART = 1 / 64

@@ -8,7 +8,7 @@ from typing import Any
 
 from autoshard.annotating.dimension_names import Names
 from autoshard.rules.pin import Pins
-from search.solve import Limits
+from search.answer.solution import Limits, Solver
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Options:
     baselines: bool = False
     dims: Names | None = None
     shapes: tuple[Any, ...] = ()
+    solver: Solver = "presolved"
 
     def limits(self) -> Limits:
         """When the search stops."""
-        limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes)
+        limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes, solver=self.solver)
         return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from autoshard.errors import MissingProgramError
+from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.tracing.pytrees import Nesting
 from costmodels.dimensions import Dimensions
 from costmodels.machine.topology import Topology
@@ -18,7 +19,8 @@ from search.solve import Proof
 class ArrayPlan:
     """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip.
 
-    `weak` marks a Python scalar, whose type gives way to the types it meets.
+    `weak` marks a Python scalar, whose type gives way to the types it meets. `order` has the dimensions from major to minor in
+    memory; it is empty where they lie as the device lays out arrays by default.
     """
 
     path: str
@@ -28,6 +30,7 @@ class ArrayPlan:
     bytes_per_chip: float
     donated: bool = False
     weak: bool = False
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class PlanRecord:
     - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
       older files have none.
     - `baselines`: what plain layouts would take, if that was asked for.
+    - `emission`: how the plan is emitted where no rule decides, as `choose_formats` and `verify` found it best.
     """
 
     name: str
@@ -148,6 +152,7 @@ class PlanRecord:
     program: Program | None = field(default=None, repr=False)
     dimensions: Dimensions | None = field(default=None, repr=False)
     baselines: tuple[Baseline, ...] = ()
+    emission: Emission = BY_DEFAULT
 
     def require_program(self) -> Program:
         """The program that was costed.

@@ -1,4 +1,4 @@
-"""What the page of a plan shows, as plain data."""
+"""The data of a plan's page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
-from autoshard.explaining.explain import margin, short_name, spec_text
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.explain import margin, order_text, short_name, spec_text
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
-from search.answer.check import alive_bytes
+from search.answer.check_memory import alive_bytes
+from search.answer.solution import Proof
 
 _MOST_CHIPS = 1024
-"""How many chips are drawn."""
+"""The maximum number of drawn chips."""
 _MOST_ARRAYS = 200
-"""How many arrays can be chosen in the drawing, the largest first."""
+"""The maximum number of arrays in the drawing, the largest first."""
 
 
 def data_of(plan: PlanRecord, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that the page shows of a plan; no number in it is infinite or undefined."""
+    """The data of a plan's page; all numbers are finite."""
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
-        "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
+        "summary": [*_summary(plan), *(_audit_figures(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
         "parallelism": str(parallelism(plan.program, plan.topology, plan.choice)) if plan.program is not None else "",
         "plain": [
@@ -60,6 +61,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
     return [
         {"name": "step", "value": time(estimate.seconds), "note": f"{time(local)} on the chip, {wire} of collectives"},
         {"name": "proof", "value": proof.status, "note": proven if proof.status == "OPTIMAL" else gap},
+        *_decided(proof),
         {
             "name": "memory",
             "value": size(estimate.peak_bytes),
@@ -69,8 +71,17 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
     ]
 
 
-def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the compiled program is beside the plan."""
+def _decided(proof: Proof) -> list[dict[str, str]]:
+    """The deciding solver, with the rest of presolve; empty for a plan from an older file."""
+    if not proof.solver:
+        return []
+    left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
+    note = f"{proof.solver_status} on {proof.booleans:,} booleans; presolve left {left}"
+    return [{"name": "solver", "value": proof.solver, "note": note}]
+
+
+def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The compiled program beside the plan, as a headline figure."""
     planned = sum(each["planned"] for each in audit["wire_bytes"])
     compiled = sum(each["compiled"] for each in audit["wire_bytes"])
     wire = f"wire {compiled / planned:.3f}" if planned else f"{size(compiled)} on the wire"
@@ -84,7 +95,7 @@ def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _arrays(plan: PlanRecord) -> list[dict[str, Any]]:
     roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
-    every = [(array, count, role) for role, arrays in roles.items() for array, count in arrays_alike(arrays)]
+    every = [(array, count, role) for role, arrays in roles.items() for array, count in group_arrays(arrays)]
     largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
     return [_array(*found) for found in largest]
 
@@ -97,12 +108,13 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
+        "order": order_text(array),
         "bytes": array.bytes_per_chip,
     }
 
 
 def _operations(plan: PlanRecord) -> list[dict[str, Any]]:
-    spent = operations_alike(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
     return [
         {
             "name": short_name(op),
@@ -131,12 +143,12 @@ def _collectives(plan: PlanRecord) -> list[dict[str, Any]]:
             "seconds": each.seconds,
             "where": each.where,
         }
-        for each in sorted(collectives_alike(plan.estimate.collectives), key=lambda each: -each.seconds)
+        for each in sorted(group_collectives(plan.estimate.collectives), key=lambda each: -each.seconds)
     ]
 
 
 def _memory(plan: PlanRecord) -> dict[str, Any]:
-    """Bytes of a chip while each operation runs; a plan from an older file does not say."""
+    """Bytes of a chip during each operation; empty for a plan from an older file."""
     if plan.program is None:
         return {"points": [], "given": 0, "budget": plan.estimate.budget_bytes}
     alive = alive_bytes(plan.program, plan.topology, plan.choice)

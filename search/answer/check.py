@@ -2,7 +2,7 @@
 
 It shares with the solver the definition of a plan (strategies, layouts, steps, what is looped with what) and the physical
 prices, and none of its arrays: costs are plain arithmetic over factors, changes of layout are searched anew by Dijkstra's
-algorithm, memory is counted by walking the program.
+algorithm, and memory is counted on its own (`search.answer.check_memory`).
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import count
 from math import ceil, prod
 
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import REDUCED_INSIDE, Operation, Program, Value
-from search.answer.assignment import Choice, Move, kept, moves, needed, produced, products_behind, steps
+from search.answer.assignment import Choice, Move, moves, needed, produced, products_behind, steps
+from search.answer.check_memory import alive_bytes
 from search.formulation.intra_op import exchange_axes, gathers
 from search.formulation.layouts import Layout, divides, layouts, shards
 from search.formulation.reshard import Step, emittable, permuted_axes, steps_from
-from search.memory.constraints import buffers, copy_life, region_ends
-from search.memory.result_copies import copied_bytes
 
 
 @dataclass(frozen=True)
@@ -255,29 +254,3 @@ def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, 
     alive = alive_bytes(program, topology, choice)
     peak = max(alive, default=0.0)
     return peak, alive.index(peak) if alive else 0
-
-
-def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[float]:
-    """The bytes that one chip holds while each operation of the program runs, in order."""
-    sizes = topology.axis_sizes
-    changes = [0.0] * (len(program.operations) + 1)
-
-    def hold(first: int, last: int, held: float) -> None:
-        changes[first] += held
-        changes[last + 1] -= held
-
-    for buffer in buffers(program):
-        held = program.values[buffer.value].bytes / shards(kept(program, choice, buffer.value), sizes)
-        hold(buffer.first, buffer.last, held)
-    ends = region_ends(program)
-    for move in moves(program, choice):
-        total = program.values[move.value].bytes
-        if move.operation < 0:
-            at = program.producers[move.value][0]
-            hold(at, at, total / shards(move.source, sizes))
-        else:
-            hold(*copy_life(program, move.value, move.operation, ends), total / shards(move.target, sizes))
-    for at in program.results:
-        if program.operations[at].inputs:
-            hold(at, at, copied_bytes(program, topology, at, needed(program, choice, at, 0)))
-    return list(accumulate(changes[:-1]))

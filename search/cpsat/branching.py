@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from search.answer.solution import Answer
 from search.cpsat.branching_rule import Probing, Split
 from search.formulation.problem import FORBIDDEN
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Snapshot
+from search.presolve.limits import PRECISION
 from search.presolve.primal import decode
 from search.presolve.repricing import bracketed
 from search.presolve.symmetry import surroundings
-
-if TYPE_CHECKING:
-    from search.cpsat.model import Answer
 
 _FIRST_WINDOW = 1e-6
 """The first window that CP-SAT searches, as a part of the bound."""
@@ -25,8 +23,6 @@ _WINDOW_GROWTH = 30.0
 """How much wider each further window is."""
 _WIDEST = FORBIDDEN / 100
 """The widest window, in seconds: what lies beyond costs as much as the impossible."""
-PRECISION = 1e-6
-"""The part of a plan's cost that rounding in the integer model may leave undecided; the proof reports how much it was."""
 _LITTLE = 0.01
 """The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
 _FEW = 0.01
@@ -52,7 +48,7 @@ class Branching:
         self.ascent, self.dual = ascent, ascent.dual
         self.deterministic_seconds = deterministic_seconds
         self._probing = Probing(ascent, [surroundings(ascent.problem, i) for i in range(len(ascent.problem.nodes))])
-        self.branches = self.booleans = 0
+        self.branches = 0
         self.unproven = np.inf
 
     def run(self) -> None:
@@ -230,12 +226,12 @@ class Branching:
         return self.dual.bound()
 
     def _window(self, width: float) -> Answer:
-        from search.cpsat.model import solve  # brings in OR-Tools, which takes long and most runs do without
+        from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
 
         left = sum(len(keep) for keep in self.dual.keep)
         wall = max(self.ascent.deadline - time.monotonic(), 0.1)
         answer = solve(self.dual, self.ascent.rows, self.ascent.best, width, self.deterministic_seconds, wall)
-        self.booleans = max(self.booleans, answer.booleans)
+        self.ascent.effort.add(answer)
         self.ascent.say(f"CP-SAT within {width:.2e} s: {left} states, {answer.booleans} booleans, {answer.status}")
         if answer.states is not None:
             self.ascent.offer(answer.states, answer.value)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from search.answer.solution import Effort
 from search.memory.constraints import Row
 from search.presolve.dual import Dual
 
@@ -34,6 +35,7 @@ def combined(
     best: np.ndarray | None,
     objective: float,
     deadline: float,
+    effort: Effort,
 ) -> np.ndarray:
     """The best plan that can be put together from the plans seen, or the last of these; the dual is left as it was.
 
@@ -41,8 +43,9 @@ def combined(
 
     - `best`, `objective`: the best plan that fits, if one is known, and its seconds.
     - `deadline`: of the monotonic clock.
+    - `effort`: CP-SAT's is counted there.
     """
-    from search.cpsat.model import solve  # brings in OR-Tools, which takes long and most runs do without
+    from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
 
     before = dual.snapshot()
     known = objective if np.isfinite(objective) else 2 * abs(dual.bound())
@@ -54,6 +57,7 @@ def combined(
     wall = max(deadline - time.monotonic(), 0.1)
     slack = max(objective - dual.bound(), 0.0)
     answer = solve(dual, rows, best, slack, _DETERMINISTIC_SECONDS, wall, _GAP)
+    effort.add(answer)
     dual.load(before)
     return seen[-1] if answer.states is None else answer.states
 

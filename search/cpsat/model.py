@@ -1,201 +1,260 @@
-"""The CP-SAT model of what the bound could not decide.
+"""The CP-SAT model: which strategy every operation takes, so that a step is fastest within each chip's memory.
 
-One boolean per surviving state, exactly one per node; per edge one boolean per surviving pair of layouts, whose marginals
-are the ends' booleans (the local polytope). The objective is the excess over the lower bound, taken from the
-reparametrised costs: its coefficients are at most the gap, so that integers resolve it finely although no linear's coefficients
-may sum past $2^{30}$ (CP-SAT 9.15 has certified wrong optima above: google/or-tools#5293).
+It is built from the whole problem, or from what presolve has left of it (`search.presolve`): fewer states, and costs that
+have been moved between nodes and edges, which changes no plan's cost.
+
+Sets
+    $i$     nodes: an operation, or an array with several uses (a *hub*: the layout in which it is kept)
+    $S_i$   the states of a node: an operation's strategies, a hub's layouts
+    $ij$    edges: an array that node $i$ leaves in one layout and node $j$ needs in one
+    $P_{ij}, Q_{ij}$   those layouts, at either end
+    $r$     points of the program at which memory may be full
+
+Variables, all boolean
+    $x_{is}$     node $i$ takes state $s$
+    $u_{ijp}$    the array of edge $ij$ is left in layout $p$; $v_{ijq}$: it is needed in layout $q$
+    $y_{ijpq}$   it is resharded from $p$ to $q$ (from $p$ to $p$, it stays)
+
+Objective: seconds of one step; what a loop repeats counts as often as it runs
+    $\\min \\sum_{is} \\theta_i(s)\\, x_{is} + \\sum_{ijpq} \\theta_{ij}(p, q)\\, y_{ijpq}$
+    implemented in `_price`
+
+Constraints
+ 1. Every operation takes exactly one strategy, every hub one layout.
+    $\\sum_s x_{is} = 1$
+    implemented in `_choose_one`
+ 2. The layouts at an edge's ends are those that the chosen strategies leave and need.
+    $u_{ijp} = \\sum_{s:\\, \\mathrm{out}(s) = p} x_{is}$, and $v_{ijq}$ likewise
+    implemented in `_link_layouts`
+ 3. Every edge makes one reshard, between the layouts at its ends (the local polytope).
+    $\\sum_q y_{ijpq} = u_{ijp}$, $\\sum_p y_{ijpq} = v_{ijq}$
+    implemented in `_link_reshards`
+ 4. At every point of the program, what lives there fits a chip, the copies that reshards make included.
+    $\\sum_{is} b_{ri}(s)\\, x_{is} + \\sum_{ijpq} b_{rij}(p, q)\\, y_{ijpq} \\le M$
+    implemented in `_bound_memory`
+ 5. Pinned layouts are kept, and what does not divide is not split: $x_{is} = 0$ for all others.
+    Such states are left out of $S_i$; implemented in `search.formulation.problem` (`build`, `allowing`)
+ 6. A donated argument and the result in its memory have one layout: $y_{ijpq} = 0$ for $p \\ne q$.
+    Such pairs are left out; implemented in `_link_reshards`
+ 7. Folded layers, and the arguments that phases share, are laid out alike: one node stands for all copies.
+    Implemented in `search.formulation.layer_folding` and `search.phases`; so is a loop's body, for all rounds
+ 8. Phases: each costs its weight, has its own points, and hands arrays over along edges like any others.
+    Implemented in `search.phases`
+ 9. No plan is faster than presolve has proven.
+    $\\sum \\theta x + \\sum \\theta y \\ge L$
+    implemented in `_cut_at_bound`
+
+Numbers: a linear's coefficients are integers that sum to at most $2^{29}$ (CP-SAT 9.15 has certified wrong optima above
+$2^{30}$: google/or-tools#5293). Seconds are rounded down, so that what is proven holds; bytes up, so that no plan overflows,
+and counted from those of the hint, so that a hint that fits is not rounded away.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from math import ceil, floor
 
 import numpy as np
 from ortools.sat.python import cp_model
 
+from search.formulation.problem import FORBIDDEN
 from search.memory.constraints import Row
 from search.presolve.dual import Dual
+from search.presolve.limits import TOLERANCE
 
 COEFFICIENT_SUM = 2**29
 """The most that the coefficients of one linear may sum to."""
-_MEGABYTES = 1500
-"""The memory that CP-SAT may take."""
-_GRACE_SECONDS = 2.0
-"""How much longer than its limit CP-SAT may take (its presolve does) before its answer is no longer waited for."""
+_LEAST_BYTES = 0.125
+"""The finest unit of memory: one bit."""
+
+Literal = cp_model.IntVar
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What CP-SAT found: its status, the states (or `None`) and their cost, and a bound in seconds despite rounding."""
-
-    status: str
-    states: np.ndarray | None
-    value: float
-    bound_seconds: float
-    booleans: int
-
-
-class _Model:
-    def __init__(self, dual: Dual, rows: tuple[Row, ...], slack: float) -> None:
-        self.dual, self.problem, self.slack = dual, dual.problem, slack
-        self.model = cp_model.CpModel()
-        self.costs: list[tuple[cp_model.IntVar, float]] = []
-        self.constant = dual.bound()
-        self.states = [self._one_hot(i) for i in range(len(self.problem.nodes))]
-        self.pairs = [self._pairs(k) for k in range(len(self.problem.edges))]
-        for row in rows:
-            self._row(row)
-
-    def _one_hot(self, i: int) -> list[cp_model.IntVar]:
-        theta = self.dual.theta[i]
-        found = [self.model.new_bool_var("") for _ in theta]
-        self.model.add_exactly_one(found)
-        self._price(found, theta - theta.min())
-        return found
-
-    def _price(self, found: list[cp_model.IntVar], costs: np.ndarray) -> None:
-        self.costs += [(var, float(cost)) for var, cost in zip(found, costs, strict=True) if cost > 0]
-
-    def _pairs(self, k: int) -> dict[tuple[int, int], cp_model.IntVar]:
-        """Pair booleans over layout groups; the messages, which differ within a group, go back to the states."""
-        edge = self.dual.edges[k]
-        left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
-        self._price(self.states[edge.a], -edge.left - left[edge.rows.group])
-        self._price(self.states[edge.b], -edge.right - right[edge.columns.group])
-        excess = self.dual.pair_excess(k)
-        rows = [self._group(self.states[edge.a], edge.rows.group, p) for p in range(excess.shape[0])]
-        columns = [self._group(self.states[edge.b], edge.columns.group, q) for q in range(excess.shape[1])]
-        if excess.shape[1] == 1:
-            pairs = {(p, 0): row for p, row in enumerate(rows)}
-        elif excess.shape[0] == 1:
-            pairs = {(0, q): column for q, column in enumerate(columns)}
-        else:
-            pairs = self._linked(excess, rows, columns)
-        for (p, q), var in pairs.items():
-            if excess[p, q] > self.slack:
-                self.model.add(var == 0)
-            elif excess[p, q] > 0:
-                self.costs.append((var, float(excess[p, q])))
-        return pairs
-
-    def _group(self, states: list[cp_model.IntVar], group: np.ndarray, p: int) -> cp_model.IntVar:
-        members = [states[s] for s in np.flatnonzero(group == p)]
-        if len(members) == 1:
-            return members[0]
-        var = self.model.new_bool_var("")
-        self.model.add(sum(members) == var)
-        return var
-
-    def _linked(self, excess, rows, columns) -> dict[tuple[int, int], cp_model.IntVar]:
-        pairs = {
-            (p, q): self.model.new_bool_var("")
-            for p in range(len(rows))
-            for q in range(len(columns))
-            if excess[p, q] <= self.slack
-        }
-        for p, row in enumerate(rows):
-            self.model.add(sum(var for (a, _), var in pairs.items() if a == p) == row)
-        for q, column in enumerate(columns):
-            self.model.add(sum(var for (_, b), var in pairs.items() if b == q) == column)
-        return pairs
-
-    def _row(self, row: Row) -> None:
-        """Bytes at one point, in units that keep the coefficients' sum small; rounded up, so that no plan overflows."""
-        terms: list[tuple[cp_model.IntVar, float]] = []
-        fixed = 0.0
-        for i, vector in row.nodes:
-            held = vector[self.dual.keep[i]]
-            fixed += float(held.min())
-            terms += [(v, b) for v, b in zip(self.states[i], held - held.min(), strict=True) if b > 0]
-        for k, table in row.edges:
-            edge = self.dual.edges[k]
-            held = table[np.ix_(edge.rows.unique, edge.columns.unique)]
-            terms += [(v, float(held[pair])) for pair, v in self.pairs[k].items() if held[pair] > 0]
-        room = self.problem.budget_bytes - fixed
-        if sum(b for _, b in terms) <= room:
-            return
-        unit = max(sum(b for _, b in terms) / COEFFICIENT_SUM, 1.0)
-        self.model.add(sum(int(np.ceil(b / unit)) * v for v, b in terms) <= int(np.floor(room / unit)))
-
-    def objective(self) -> float:
-        """Minimises the excess; returns the seconds of one unit."""
-        total = sum(cost for _, cost in self.costs)
-        unit = max(total / COEFFICIENT_SUM, 1e-18)
-        self.model.minimize(sum(int(cost / unit) * var for var, cost in self.costs if cost >= unit))
-        return unit
-
-
-def solve(
-    dual: Dual,
-    rows: tuple[Row, ...],
-    incumbent: np.ndarray | None,
-    slack: float,
-    deterministic_seconds: float,
-    wall_seconds: float,
-    gap: float = 0.0,
-) -> Answer:
-    """Closes what is left of the problem with one deterministic worker.
+class Model:
+    """The model of a problem, restricted to the surviving states of a dual, with costs as the dual has moved them.
 
     **Arguments:**
 
-    - `slack`: seconds by which the best known solution exceeds the bound; what lies above cannot improve it.
-    - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an answer that is overdue is left.
-    - `gap`: the part of the excess over the bound within which a plan is good enough.
+    - `dual`: surviving states and moved costs; its multipliers are 0, as memory has rows of its own.
+    - `rows`: memory at every point.
+    - `hint`: states of a plan, if one is known.
+    - `slack`: seconds above the dual's bound beyond which no plan is of interest.
+    - `lower`: seconds; no plan is faster.
+
+    `unit` are the seconds that the objective is counted in. Rounding hides at most `rounding` of them of a plan's cost; a plan
+    that is within `enough` of them of what is proven counts as best.
     """
-    built = _Model(dual, rows, slack)
-    unit = built.objective()
-    if incumbent is not None:
-        for i, found in enumerate(built.states):
-            for var, state in zip(found, dual.keep[i], strict=True):
-                built.model.add_hint(var, int(state == incumbent[i]))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 1
-    solver.parameters.max_deterministic_time = deterministic_seconds
-    solver.parameters.max_time_in_seconds = wall_seconds
-    solver.parameters.max_memory_in_mb = _MEGABYTES
-    solver.parameters.catch_sigint_signal = False
-    solver.parameters.relative_gap_limit = gap
-    problem = built.model.validate()
-    if problem:
-        raise ValueError(f"the CP-SAT model is invalid: {problem}")
-    status = _status(solver, built.model, wall_seconds)
-    if status is None:
-        return Answer("OVERDUE", None, np.inf, built.constant, len(built.model.proto.variables))
-    states = None
-    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        states = np.array(
-            [
-                dual.keep[i][next(k for k, v in enumerate(found) if solver.boolean_value(v))]
-                for i, found in enumerate(built.states)
-            ]
-        )
-    bound = built.constant + unit * max(solver.best_objective_bound, 0.0) if status != cp_model.INFEASIBLE else np.inf
-    value = dual.problem.objective(states) if states is not None else np.inf
-    return Answer(solver.status_name(status), states, value, bound, len(built.model.proto.variables))
+
+    def __init__(self, dual: Dual, rows: Sequence[Row], hint: np.ndarray | None, slack: float, lower: float) -> None:
+        self.dual, self.problem = dual, dual.problem
+        self.model = cp_model.CpModel()
+        self.constant = dual.bound()
+        self._costs: list[tuple[Literal, float]] = []
+        self._terms = 0  # at most so many of the costs are paid by one plan
+        self.hint = self._places(hint)
+        self._excess = [dual.pair_excess(k) for k in range(len(dual.edges))]
+        slack += TOLERANCE * (slack + abs(self.constant))
+        self.slack = min(max(slack, *self._hint_excess(), 0.0), FORBIDDEN / 2)
+        self.states = [self._choose_one(theta) for theta in dual.theta]
+        self.reshards = [self._link_layouts(k) for k in range(len(dual.edges))]
+        for row in rows:
+            self._bound_memory(row)
+        self.unit = self._price()
+        self.rounding = self._terms
+        self.enough = self._cut_at_bound(lower)
+        self._give_hint()
+
+    @property
+    def booleans(self) -> int:
+        """How many variables there are."""
+        return len(self.model.proto.variables)
+
+    @property
+    def constraints(self) -> int:
+        """How many constraints there are."""
+        return len(self.model.proto.constraints)
+
+    def _places(self, hint: np.ndarray | None) -> list[int] | None:
+        """Per node the place of the hint's state among those that survive."""
+        if hint is None:
+            return None
+        found = [np.flatnonzero(keep == state) for keep, state in zip(self.dual.keep, hint, strict=True)]
+        return [int(at[0]) for at in found] if all(map(len, found)) else None
+
+    def _hint_excess(self) -> Iterator[float]:
+        """What the hint's states and pairs cost above the least; beside forbidden ones they are not exact."""
+        if self.hint is not None:
+            yield from (float(theta[at] - theta.min()) for theta, at in zip(self.dual.theta, self.hint, strict=True))
+            for edge, excess in zip(self.dual.edges, self._excess, strict=True):
+                yield float(excess[edge.rows.group[self.hint[edge.a]], edge.columns.group[self.hint[edge.b]]])
+
+    def _choose_one(self, theta: np.ndarray) -> list[Literal]:
+        """1. Exactly one state of a node."""
+        if len(theta) == 1:
+            return [self.model.new_constant(1)]
+        found = [self.model.new_bool_var("") for _ in theta]
+        self.model.add_exactly_one(found)
+        excess = theta - theta.min()
+        self._exclude([x for x, above in zip(found, excess, strict=True) if above > self.slack])
+        self._pay(found, np.where(excess > self.slack, 0.0, excess))
+        return found
+
+    def _exclude(self, found: Sequence[Literal]) -> None:
+        """What costs too much by itself."""
+        for literal in found:
+            self.model.add(literal == 0)
+
+    def _pay(self, found: Sequence[Literal], costs: np.ndarray) -> None:
+        """Seconds of literals of which a plan takes one."""
+        paid = [(literal, cost) for literal, cost in zip(found, costs.tolist(), strict=True) if cost > 0]
+        self._costs += paid
+        self._terms += bool(paid)
+
+    def _link_layouts(self, k: int) -> dict[tuple[int, int], Literal]:
+        """2. The layouts at an edge's ends; then its reshards. Costs that differ within a layout go back to the states."""
+        edge, excess = self.dual.edges[k], self._excess[k]
+        for end, group, given in ((edge.a, edge.rows, edge.left), (edge.b, edge.columns, edge.right)):
+            self._pay(self.states[end], -given - group.minimum(-given)[group.group])
+        left = [self._layout(edge.a, members) for members in _members(edge.rows.group, excess.shape[0])]
+        right = [self._layout(edge.b, members) for members in _members(edge.columns.group, excess.shape[1])]
+        return self._link_reshards(excess, left, right)
+
+    def _layout(self, node: int, members: np.ndarray) -> Literal:
+        states = [self.states[node][s] for s in members]
+        if len(states) == 1:
+            return states[0]
+        if len(states) == len(self.states[node]):
+            return self.model.new_constant(1)
+        literal = self.model.new_bool_var("")
+        self.model.add(cp_model.LinearExpr.sum(states) == literal)
+        return literal
+
+    def _link_reshards(
+        self, excess: np.ndarray, left: list[Literal], right: list[Literal]
+    ) -> dict[tuple[int, int], Literal]:
+        """3. One reshard of an edge, between the layouts at its ends; 6. none that is forbidden, or costs too much."""
+        possible = excess <= self.slack
+        if len(right) == 1:
+            reshards = {(p, 0): literal for p, literal in enumerate(left)}
+        elif len(left) == 1:
+            reshards = {(0, q): literal for q, literal in enumerate(right)}
+        else:
+            pairs = [(int(p), int(q)) for p, q in np.argwhere(possible)]
+            reshards = {pair: self.model.new_bool_var("") for pair in pairs}
+            for literals, side in ((left, 0), (right, 1)):
+                of: list[list[Literal]] = [[] for _ in literals]
+                for pair in pairs:
+                    of[pair[side]].append(reshards[pair])
+                for literal, found in zip(literals, of, strict=True):
+                    self.model.add(cp_model.LinearExpr.sum(found) == literal)
+        self._exclude([literal for pair, literal in reshards.items() if not possible[pair]])
+        kept = [pair for pair in reshards if possible[pair]]
+        self._pay([reshards[pair] for pair in kept], np.array([excess[pair] for pair in kept]))
+        return reshards
+
+    def _bound_memory(self, row: Row) -> None:
+        """4. Bytes at one point, counted from those of the hint, or else from the least of each node."""
+        room = self.problem.budget_bytes
+        terms: list[tuple[Literal, float]] = []
+        for literals, held, at in self._held(row):
+            least = float(held.min() if at is None else held[at])
+            room -= least
+            terms += [(x, b - least) for x, b in zip(literals, held.tolist(), strict=True) if b != least]
+        if abs(room) <= TOLERANCE * self.problem.budget_bytes:
+            room = 0.0  # a plan that fills the chip to the last byte, added up in another order
+        if sum(max(more, 0.0) for _, more in terms) <= room:
+            return
+        unit = max(sum(abs(more) for _, more in terms) / COEFFICIENT_SUM, _LEAST_BYTES)
+        coefficients = [ceil(more / unit) for _, more in terms]
+        bytes_ = cp_model.LinearExpr.weighted_sum([x for x, _ in terms], coefficients)
+        self.model.add(bytes_ <= floor(room / unit))
+
+    def _held(self, row: Row) -> Iterator[tuple[list[Literal], np.ndarray, int | None]]:
+        """What a row counts: literals of which a plan takes one, the bytes of each, and which the hint takes."""
+        for i, vector in row.nodes:
+            yield self.states[i], vector[self.dual.keep[i]], None if self.hint is None else self.hint[i]
+        for k, table in row.edges:
+            edge, pairs = self.dual.edges[k], list(self.reshards[k])
+            if not pairs:
+                continue  # nothing is possible here: the model has no plan
+            held = table[edge.window][tuple(np.array(pairs).T)]
+            at = None
+            if self.hint is not None:
+                hinted = int(edge.rows.group[self.hint[edge.a]]), int(edge.columns.group[self.hint[edge.b]])
+                at = pairs.index(hinted) if hinted in self.reshards[k] else None
+            yield list(self.reshards[k].values()), held, at
+
+    def _price(self) -> float:
+        """The objective, above the dual's bound; returns the seconds of one unit."""
+        total = sum(cost for _, cost in self._costs)
+        unit = max(total / COEFFICIENT_SUM, 1e-18)
+        paid = [(literal, int(cost / unit)) for literal, cost in self._costs if cost >= unit]
+        self._objective = cp_model.LinearExpr.weighted_sum([x for x, _ in paid], [cost for _, cost in paid])
+        self.model.minimize(self._objective)
+        return unit
+
+    def _cut_at_bound(self, lower: float) -> float:
+        """9. The bound, less what rounding takes off a plan's cost; returns within how many units of it a plan is best."""
+        proven = max(lower, self.constant)
+        enough = TOLERANCE * abs(proven) / self.unit
+        least = floor((proven - self.constant) / self.unit - enough)
+        if least <= 0:
+            return enough
+        if least - self.rounding > COEFFICIENT_SUM:
+            self.model.add_bool_or([])  # no plan costs as much as that
+        elif least > self.rounding:
+            self.model.add(self._objective >= least - self.rounding)
+        return enough + min(least, self.rounding)
+
+    def _give_hint(self) -> None:
+        if self.hint is None:
+            return
+        for literals, at in zip(self.states, self.hint, strict=True):
+            for s, literal in enumerate(literals if len(literals) > 1 else ()):
+                self.model.add_hint(literal, int(s == at))
 
 
-def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: float):
-    """How the solver ends, or `None` if it does not end in time; an interruption (Ctrl-C) stops it and goes on its way."""
-    answers: list = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(solver.solve(model))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        thread.join(min(wall_seconds + _GRACE_SECONDS, threading.TIMEOUT_MAX))
-    except BaseException:
-        solver.stop_search()
-        raise
-    if thread.is_alive():
-        solver.stop_search()
-    if errors:
-        raise errors[0]
-    return answers[0] if answers else None
+def _members(group: np.ndarray, count: int) -> list[np.ndarray]:
+    """The states of each layout."""
+    order = np.argsort(group, kind="stable")
+    return np.split(order, np.searchsorted(group[order], np.arange(1, count)))

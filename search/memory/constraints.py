@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Program
 from search.formulation.layouts import Layout, shards
 from search.formulation.problem import Problem
@@ -242,14 +243,9 @@ class _Term:
     table: Any
 
 
+@cached_analysis
 def rows(problem: Problem) -> Rows:
     """The rows that can bind: one per point at which no more lives at any other point."""
-    if "rows" not in problem.memo:
-        problem.memo["rows"] = _rows(problem)
-    return problem.memo["rows"]
-
-
-def _rows(problem: Problem) -> Rows:
     terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []

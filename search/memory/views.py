@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from math import prod
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
 
 _RENAMING = ("transpose", "reshape", "squeeze", "broadcast_in_dim")
@@ -27,17 +28,16 @@ IN_PLACE = (
 """Primitives that may write into their first operand."""
 
 
+@cached_analysis
 def views(program: Program) -> frozenset[int]:
     """The operations whose result is their operand, seen in another shape."""
-    if "views" not in program.memo:
-        found: set[int] = set()
-        for i in reversed(range(len(program.operations))):
-            op = program.operations[i]
-            shows = _renames(program, op) or (is_slice_of_stack(program, op) and _read_in_time(program, op, found))
-            if shows and _only_read(program, op, found):
-                found.add(i)
-        program.memo["views"] = frozenset(found)
-    return program.memo["views"]
+    found: set[int] = set()
+    for i in reversed(range(len(program.operations))):
+        op = program.operations[i]
+        shows = _renames(program, op) or (is_slice_of_stack(program, op) and _read_in_time(program, op, found))
+        if shows and _only_read(program, op, found):
+            found.add(i)
+    return frozenset(found)
 
 
 def _shows(program: Program, op: Operation) -> bool:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 
+from search.answer.solution import Effort
 from search.cpsat.kernel import combined
 from search.formulation.problem import FORBIDDEN, Node, Problem
 from search.memory.constraints import Row, together
 from search.presolve.dual import Dual
+from search.presolve.limits import TOLERANCE, Say
 from search.presolve.pool import Pool, Seen
 from search.presolve.pricing import settled
 from search.presolve.primal import decode, improve
 from search.presolve.symmetry import representatives
 
-Say = Callable[[str], None]
-
-TOLERANCE = 1e-9
-"""Relative difference between bound and plan that counts as none."""
 _REPAIRS = 8
 """How often the prices of overflowing rows are raised to make a plan fit."""
 _RAISE = 1.3
@@ -74,6 +71,7 @@ class Ascent:
         self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
         self.prices = np.zeros(len(rows))
         self.pool = Pool(problem, rows)
+        self.effort = Effort()
         self._given, self._combined = False, 0
         if symmetric:
             self._hold_symmetry()
@@ -155,7 +153,7 @@ class Ascent:
         if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
             return
         before = self.objective
-        self.attempt(combined(self.dual, self.rows, self.pool.states, self.best, before, self.deadline))
+        self.attempt(combined(self.dual, self.rows, self.pool.states, self.best, before, self.deadline, self.effort))
         self._combined = len(self.pool)
         self.say(f"put together from {len(self.pool)} plans: best {self.objective:.6e} s")
 

@@ -14,6 +14,7 @@ optimum of it that fits the whole rows is one of the whole problem.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -66,6 +67,48 @@ class Reduction:
                 cost = cost + table[groups[found[other]]]
             found[each.node] = int(np.argmin(cost))
         return found
+
+    def surviving(self, keep: Sequence[np.ndarray], width: float) -> list[np.ndarray]:
+        """Per node of the whole problem the states that a plan within `width` seconds of the bound may have.
+
+        **Arguments:**
+
+        - `keep`: the states that survive in the smaller problem.
+        """
+        found = [np.zeros(0, dtype=int)] * len(self.whole.nodes)
+        for node, states in zip(self.kept, keep, strict=True):
+            found[node] = states
+        for each in reversed(self.gone):
+            found[each.node] = _possible_beside(each, found, width)
+        return found
+
+
+def _possible_beside(gone: _Gone, left: Sequence[np.ndarray], width: float) -> np.ndarray:
+    """The states of an eliminated node that some choice of its neighbours' surviving states wants, but for `width` seconds."""
+    if len(gone.cost) == 1:
+        return np.zeros(1, dtype=int)
+    tables = _beside(gone, left)
+    one = tables[0] + gone.cost
+    other = tables[1] if len(tables) > 1 else np.zeros((1, len(gone.cost)))
+    least = np.full(len(gone.cost), np.inf)
+    rows = max(1, _CHUNK // other.size)
+    if one.size * len(other) > _TRIPLES:
+        return np.flatnonzero(gone.cost < FORBIDDEN / 2)
+    for at in range(0, len(one), rows):
+        cost = one[at : at + rows, None, :] + other[None, :, :]
+        best = cost.min(axis=2, keepdims=True)
+        np.minimum(least, np.where(best < FORBIDDEN / 2, cost - best, np.inf).min(axis=(0, 1)), out=least)
+    return np.flatnonzero(least <= width)
+
+
+def _beside(gone: _Gone, left: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Per neighbour the cost of every state of an eliminated node beside each kind of surviving state."""
+    found = []
+    for other in dict.fromkeys(other for other, _, _ in gone.edges):
+        sides = [(groups[left[other]], table) for at, groups, table in gone.edges if at == other]
+        kinds = np.unique(np.stack([groups for groups, _ in sides], axis=1), axis=0)
+        found.append(np.sum([table[kinds[:, k]] for k, (_, table) in enumerate(sides)], axis=0))
+    return found
 
 
 class _Side:

@@ -26,6 +26,7 @@ from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, Step, reshard_table
 from search.formulation.strategies import Strategy
 from search.solve import search
+from tests.support.effort import examples
 from tests.support.layout_strategies import (
     assert_layouts_do_not_matter,
     blocks,
@@ -117,7 +118,7 @@ def test_columns_of_odd_rows_are_scattered_by_the_tpu_compiler() -> None:
 
 
 @given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
-@settings(max_examples=15)
+@examples(15)
 def test_layouts_do_not_change_what_a_model_computes(block: Block, shape: str, seed: int) -> None:
     assert_layouts_do_not_matter(function(block), *arguments(block), shape=shape, count=1, seed=seed)
 

@@ -24,13 +24,14 @@ from autoshard.planning.records import PlannedCollective
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, reshard_table
+from tests.support.effort import examples
 from tests.support.einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
 from tests.support.layout_strategies import cpu_topology, mesh_of, pieces, quick
 from tests.support.paths import ROOT
 
 
 @given(graph=graphs(), mesh_shape=st.sampled_from(MESH_SHAPES), seed=st.integers(0, 2**16))
-@settings(max_examples=10)
+@examples(10)
 def test_compiled_collectives_are_the_planned_ones(graph: Graph, mesh_shape: str, seed: int) -> None:
     assert_as_planned(graph, mesh_shape, seed)
 

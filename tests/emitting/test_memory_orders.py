@@ -65,7 +65,7 @@ def test_arrays_that_go_round_in_another_order_are_the_same(fn: Any) -> None:
     plan = autoshard.search(fn, *args, topology=well_linked("cpu:2x2"), donate_argnums=0)
     traced = trace(fn, *args, donate_argnums=(0,))
     mesh = plan.make_mesh(jax.devices()[:4])
-    found = emitted(traced, plan.choice, plan.topology, mesh, [ORDER, (), (), ()])
+    found = emitted(traced, plan.choice, plan.topology, mesh, orders=[ORDER, (), (), ()])
     assert str(jax.make_jaxpr(found)(*args)).count("permutation=(0, 1, 3, 2, 4)") >= 2
     for one, other in zip(jax.jit(found)(*args), fn(*args), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -99,7 +99,7 @@ def test_a_carried_cache_is_read_as_it_lies() -> None:
     mesh = targets.mesh_of(targets.tpu_devices(where.name, where.shape, where.chip.name), where.axis_sizes)
     cycles = {}
     for order in ((), ORDER):
-        run = emitted(traced, plan.choice, where, mesh, [order, (), (), ()])
+        run = emitted(traced, plan.choice, where, mesh, orders=[order, (), (), ()])
         plain = [NamedSharding(mesh, spec_of(array.layout)) for array in plan.arguments]
         cache = Format(Layout(order), plain[0]) if order else plain[0]
         results = [cache, NamedSharding(mesh, spec_of(plan.results[1].layout))]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import autoshard
@@ -21,8 +21,10 @@ from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import build
 from search.formulation.reshard import reshard_table
 from search.solve import Limits, NoPlan, search
+from tests.support.effort import examples
+from tests.support.enumeration import best, enumerable
 from tests.support.layout_strategies import random_states
-from tests.support.programs import TOPOLOGIES, brute_force, programs
+from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
 
 
 def pieces_first(text: str | Topology, faster: float = 1.0, **pricing) -> Topology:
@@ -43,14 +45,11 @@ def exposed(topology: Topology, overlap: float = 0.0) -> Topology:
     return replace(topology, pricing=replace(topology.pricing, overlap=overlap))
 
 
-@settings(max_examples=20)
-@given(programs(), topologies(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
-def test_the_search_equals_brute_force(program, topology, part):
+@examples(20)
+@given(small_programs(), topologies(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration(program, topology, part):
     whole = part * sum(value.bytes for value in program.values)
-    problem = build(program, topology, whole)
-    if np.prod([float(len(node.states)) for node in problem.nodes]) > 3e4:
-        return
-    least = brute_force(problem)
+    least = best(enumerable(build(program, topology, whole)))
     try:
         found = search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - whole))
     except NoPlan:
@@ -60,7 +59,7 @@ def test_the_search_equals_brute_force(program, topology, part):
     assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(programs(), topologies())
 def test_looping_lies_between_hiding_nothing_and_hiding_all(program, topology):
     found = search(program, topology)
@@ -70,13 +69,13 @@ def test_looping_lies_between_hiding_nothing_and_hiding_all(program, topology):
     assert everything * (1 - 1e-6) <= found.check.seconds <= nothing * (1 + 1e-9)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(programs(), topologies(), st.integers(0, 2**31))
 def test_the_checker_prices_any_choice_as_the_search_does(program, topology, seed):
     problem = build(program, topology, np.inf)
     states = random_states(problem, np.random.default_rng(seed))
-    if states is None:
-        return
+    assume(states is not None)
+    assert states is not None
     choice = choice_of(problem, states)
     found, plain = check(program, topology, choice), check(program, exposed(topology), choice)
     assert found.seconds == pytest.approx(problem.objective(states), rel=1e-9)
@@ -87,22 +86,22 @@ def test_the_checker_prices_any_choice_as_the_search_does(program, topology, see
     assert (found.compute_seconds, found.memory_seconds) == (plain.compute_seconds, plain.memory_seconds)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(programs(), topologies(), st.integers(0, 2**31))
 def test_a_given_layout_loops_what_hides_the_most(program, topology, seed):
     """No other word on which collective a product loops makes the same layouts faster."""
     problem = build(program, topology, np.inf)
     rng = np.random.default_rng(seed)
     states = random_states(problem, rng)
-    if states is None:
-        return
+    assume(states is not None)
+    assert states is not None
     best = looped(program, topology, choice_of(problem, states))
     other = tuple(s._replace(looped=int(rng.integers(-1, 2))) for s in best.strategies)
     least = check(program, topology, best).seconds
     assert least <= check(program, topology, Choice(other, best.hubs)).seconds * (1 + 1e-9)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(programs())
 def test_renaming_interchangeable_axes_changes_no_cost(program):
     topology = pieces_first("cpu:2x2")

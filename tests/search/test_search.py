@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from costmodels.machine.topology import parse_topology
+from costmodels.machine.topology import Topology, parse_topology
 from costmodels.program.program import Factor, Operation, Program, Use, Value
 from search.answer.assignment import choice_of
+from search.answer.solution import Solver
 from search.cpsat.branching import Branching
-from search.cpsat.model import solve
+from search.cpsat.solver import solve
 from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import FORBIDDEN, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
 from search.solve import Limits, NoPlan, search
+from tests.support.enumeration import best, enumerable
 from tests.support.layout_strategies import random_states
-from tests.support.programs import TOPOLOGIES, brute_force, programs
+from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
+
+
+def limits_of(program: Program, topology: Topology, part: float) -> Limits:
+    """A part of all arrays' bytes is what a chip can hold."""
+    return Limits(reserve_bytes=topology.chip.usable_hbm_bytes - part * sum(value.bytes for value in program.values))
+
+
+def assert_best(program: Program, topology: Topology, part: float, solver: Solver = "presolved") -> None:
+    """What the search proves best costs what enumeration finds; nothing fits only where it finds nothing."""
+    limits = replace(limits_of(program, topology, part), solver=solver)
+    problem = enumerable(build(program, topology, limits.budget_bytes(topology)))
+    least = best(problem)
+    event("nothing fits" if least == np.inf else "fits")
+    try:
+        found = search(program, topology, limits)
+    except NoPlan as error:
+        assert least == np.inf and error.proven
+        return
+    assert (found.proof.status, found.proof.solver_status) == ("OPTIMAL", "OPTIMAL")
+    rounding = 0.0 if solver == "presolved" else found.proof.rounding_seconds
+    assert least * (1 - 1e-9) <= found.proof.objective_seconds <= least * (1 + 1e-9) + rounding
+    assert rounding <= 1e-4 * least
+    assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
+    assert found.check.faults == () and found.check.peak_bytes <= problem.budget_bytes
 
 
 @settings(max_examples=60)
-@given(programs(), st.sampled_from(TOPOLOGIES[:1]), st.floats(0.3, 1.2))
-def test_the_search_equals_brute_force(program, topology, part):
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration(program, topology, part):
     """On small problems, also where memory binds and in loops, nothing is better than what the search proves best."""
-    whole = sum(value.bytes for value in program.values)
-    reserve = topology.chip.usable_hbm_bytes - part * whole
-    problem = build(program, topology, part * whole)
-    if np.prod([float(len(node.states)) for node in problem.nodes]) > 3e5:
-        return
-    least = brute_force(problem)
-    try:
-        found = search(program, topology, Limits(reserve_bytes=reserve))
-    except NoPlan:
-        assert least == np.inf
-        return
-    assert found.proof.status == "OPTIMAL"
-    assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)
+    assert_best(program, topology, part)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_the_search_equals_enumeration_on_many(program, topology, part):
+    """As above, a thousand times and more."""
+    assert_best(program, topology, part)
+
+
+@settings(max_examples=30)
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_cp_sat_unaided_equals_enumeration(program, topology, part):
+    """The model as it is built, without presolve, hint or bound, is the problem."""
+    assert_best(program, topology, part, "cp-sat")
 
 
 @settings(max_examples=40)

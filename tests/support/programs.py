@@ -3,33 +3,29 @@
 | name | is |
 |---|---|
 | `programs()` | a chain of matrix products, with or without a loop and a residual sum |
+| `small_programs()` | the same with few choices, for `enumeration.py` |
 | `layered()`, `unrolled` | layers as a Python loop unrolls them |
-| `TOPOLOGIES` | small machines |
-| `brute_force` | the least cost of a problem, by enumeration |
+| `TOPOLOGIES`, `MESHES` | small machines; those with two and three axes of two host devices |
 """
 
 from __future__ import annotations
 
-from itertools import product
-
-import numpy as np
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Factor, OpClass, Operation, Program, Region, Use, Value
-from search.formulation.problem import FORBIDDEN, Problem
-from search.memory.constraints import rows
-from search.presolve.primal import overflow
 
 SIZES = (4, 6, 8, 64)
 
 
 @st.composite
-def programs(draw) -> Program:
-    """A chain of matrix products with an elementwise operation between, with or without a loop and a residual sum."""
+def programs(draw, sizes: tuple[int, ...] = SIZES, products: tuple[int, ...] = (2,)) -> Program:
+    """One or two matrix products and an elementwise operation after the first, with or without a loop and a residual sum."""
     loop = draw(st.booleans())
     residual = draw(st.booleans())
-    rows_, inner, hidden = (draw(st.sampled_from(SIZES)) for _ in range(3))
+    rows_, inner, hidden = (draw(st.sampled_from(sizes)) for _ in range(3))
+    once = draw(st.sampled_from(products)) == 1
+    hidden = inner if once and (loop or residual) else hidden
     region = int(loop)
     values: list[Value] = []
     operations: list[Operation] = []
@@ -78,7 +74,9 @@ def programs(draw) -> Program:
         )
         return out
 
-    x, up, down = source("x", (rows_, inner)), source("up", (inner, hidden)), source("down", (hidden, inner))
+    x, up = source("x", (rows_, inner)), source("up", (inner, hidden))
+    down = -1 if once else source("down", (hidden, inner))
+    arguments = tuple(range(len(operations)))
     regions = [Region("main")]
     body_in = x
     if loop:
@@ -86,36 +84,28 @@ def programs(draw) -> Program:
         body_in = value("carry", (rows_, inner), 1)
     at = len(operations)
     hidden_value = pointwise("relu", [matmul(body_in, up)])
-    out = matmul(hidden_value, down)
+    out = hidden_value if once else matmul(hidden_value, down)
     if residual:
         out = pointwise("add", [out, body_in], (frozenset({0, 1}),))
     result = out
     if loop:
-        result = value("final", (rows_, inner), 0)
+        result = value("final", values[out].shape, 0)
         identity("loop_carry", [(x, 0), (out, 1)], [(body_in, 1), (result, 0)])
         operations.insert(at, operations.pop())
     identity("result", [(result, 0)], [], "sink")
-    return Program("random", tuple(values), tuple(operations), tuple(regions), (0, 1, 2), (), (len(operations) - 1,))
+    return Program("random", tuple(values), tuple(operations), tuple(regions), arguments, (), (len(operations) - 1,))
 
 
 TOPOLOGIES = [parse_topology(text) for text in ("cpu:2", "cpu:4", "cpu:2x2", "h100:2")]
 
 
-def brute_force(problem: Problem) -> float:
-    """The least cost over all choices that fit, by trying every operation's state against the best of the rest.
+MESHES = [parse_topology(text) for text in ("cpu:2x2", "cpu:2x2x2")]
+"""Meshes on which axes have an order, arrays change places (all-to-all, permutations), and several axes make one cut."""
 
-    Nodes are eliminated by enumeration in order, with hubs and operations alike; tiny problems only.
-    """
-    memory = rows(problem)
-    best = np.inf
-    free = [i for i, node in enumerate(problem.nodes) if len(node.states) > 1]
-    states = np.zeros(len(problem.nodes), dtype=int)
-    for chosen in product(*(range(len(problem.nodes[i].states)) for i in free)):
-        states[free] = chosen
-        value = problem.objective(states)
-        if value < min(best, FORBIDDEN / 2) and (overflow(problem, memory, states) <= 0).all():
-            best = value
-    return best
+
+def small_programs() -> st.SearchStrategy[Program]:
+    """Programs with few enough choices on these meshes to price them all: dimensions of 3 cannot be cut."""
+    return programs((2, 3, 4, 8), (1, 2))
 
 
 @st.composite

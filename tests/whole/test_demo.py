@@ -13,6 +13,8 @@ import pytest
 import autoshard
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 DEMO = ROOT / "examples" / "demo.py"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.annotating.pins import unpinned
 from autoshard.planning import records_of
 from autoshard.planning.baselines import baselines

@@ -1,0 +1,237 @@
+"""The checker's own account of memory: what one chip holds while each operation runs, from the program and a plan alone.
+
+It shares no code with the solver's rows (`search.memory`), so that an error in those is found. Arrays that share memory are the
+components of a graph of values; how long each is needed is asked of its readers, one after the other; bytes are added up
+operation by operation. The rules are those of XLA's buffers that tests hold against compiled programs:
+
+- A view (a transposition, a change of shape) that is only read takes no memory; its source lives until its readers are done.
+- An update in place takes its operand's memory when nothing reads that any more; a loop's carry that of what enters it, when
+  nothing else needs it; a result that of the donated argument.
+- What is fused lives in registers, unless an operation that is not fused, a loop or the caller needs it.
+- What enters a loop lives until the loop ends; arguments live as long as their phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+from costmodels.machine.topology import Topology
+from costmodels.operations import matrix_factors
+from costmodels.program.program import Operation, Program
+from search.answer.assignment import Choice, Move, kept, moves, needed
+from search.formulation.layouts import shards
+from search.formulation.tpu_tiles import argument_tile
+
+_SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
+
+
+def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[float]:
+    """The bytes that one chip holds while each operation of the program runs, in order."""
+    account, sizes = _Account(program), topology.axis_sizes
+    changes = [0.0] * (len(program.operations) + 1)
+
+    def hold(first: int, last: int, held: float) -> None:
+        changes[first] += held
+        changes[last + 1] -= held
+
+    for value, first, last in account.arrays():
+        hold(first, last, program.values[value].bytes / shards(kept(program, choice, value), sizes))
+    for move in moves(program, choice):
+        moved = program.values[move.value].bytes
+        if move.operation < 0:
+            at = account.maker[move.value]
+            hold(at, at, moved / shards(move.source, sizes))
+        else:
+            hold(*account.copy_life(move), moved / shards(move.target, sizes))
+    for at in program.results:
+        if program.operations[at].inputs:
+            hold(at, at, account.copied_result(topology, choice, at))
+    return list(accumulate(changes[:-1]))
+
+
+class _Account:
+    """Who makes, shares and reads what."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
+        self.readers: dict[int, list[int]] = {}
+        for i, op in enumerate(program.operations):
+            for use in op.inputs:
+                self.readers.setdefault(use.value, []).append(i)
+
+    def arrays(self) -> Iterator[tuple[int, int, int]]:
+        """Per array in memory one of its values, and the first and last operation during which it is there."""
+        for values in self._sharing():
+            if any(self._is_stored(value) for value in values):
+                makers = [self.maker[value] for value in values]
+                first, last = min(makers), max(self.needed_until(value) for value in values)
+                if any(self.program.operations[at].op_class == "source" for at in makers):
+                    first = self._phase(first)[0]
+                yield min(values), first, last
+
+    def needed_until(self, value: int) -> int:
+        """The last operation during which a value is needed."""
+        if self.program.operations[self.maker[value]].op_class == "source":
+            return self._phase(self.maker[value])[1]
+        return max((self._done(at) for at in self.readers.get(value, ())), default=self.maker[value])
+
+    def _done(self, at: int) -> int:
+        """When a reader no longer needs what it reads: a view when its readers do not, a loop when it ends."""
+        op = self.program.operations[at]
+        if at in self.views:
+            return max((self._done(other) for other in self.readers.get(op.outputs[0].value, ())), default=at)
+        entered = {use.region for use in op.outputs} - {op.region}
+        ends = [self._ends[region] for region in entered] if op.op_class == "boundary" else []
+        return max(ends, default=at)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The last operation inside each region; regions come after the ones around them."""
+        regions = range(len(self.program.regions))
+        found = [
+            max((i for i, op in enumerate(self.program.operations) if op.region == r), default=-1) for r in regions
+        ]
+        for region in reversed(regions):
+            around = self.program.regions[region].parent
+            if around >= 0:
+                found[around] = max(found[around], found[region])
+        return found
+
+    def _phase(self, at: int) -> tuple[int, int]:
+        begun = [start for start in self.program.phases if start <= at]
+        later = [start for start in self.program.phases if start > at]
+        return begun[-1], min(later, default=len(self.program.operations)) - 1
+
+    @cached_property
+    def views(self) -> set[int]:
+        """The operations whose result is their operand, read in another order or shape."""
+        found: set[int] = set()
+        for i, op in reversed(list(enumerate(self.program.operations))):
+            if self._shows(op) and all(self._only_reads(at, found) for at in self.readers.get(op.outputs[0].value, ())):
+                found.add(i)
+        return found
+
+    def _shows(self, op: Operation) -> bool:
+        if op.primitive not in _SHOWN or op.op_class != "fused" or len(op.inputs) != 1:
+            return False
+        before, after = self.program.values[op.inputs[0].value], self.program.values[op.outputs[0].value]
+        return (prod(before.shape), before.itemsize) == (prod(after.shape), after.itemsize)
+
+    def _only_reads(self, at: int, views: set[int]) -> bool:
+        op = self.program.operations[at]
+        plain = op.op_class in ("matmul", "fused", "memory") and not self._shows(op) and not _writes(op)
+        return at in views or plain
+
+    def _sharing(self) -> Iterator[list[int]]:
+        """Values that are one array in memory."""
+        beside: dict[int, set[int]] = {value: set() for value in self.maker}
+        for a, b in self._pairs():
+            beside[a].add(b)
+            beside[b].add(a)
+        seen: set[int] = set()
+        for value in beside:
+            group, new = [], [] if value in seen else [value]
+            while new:
+                each = new.pop()
+                if each not in seen:
+                    seen.add(each)
+                    group.append(each)
+                    new += beside[each]
+            if group:
+                yield group
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        for i, op in enumerate(self.program.operations):
+            given = [use.value for use in op.inputs]
+            made = [use.value for use in op.outputs]
+            written = _writes(op) and self.needed_until(given[0]) <= i
+            if i in self.views or op.primitive == "loop_constant" or written:
+                yield given[0], made[0]
+            if op.primitive == "loop_carry":
+                yield made[0], made[1]
+                yield from ((value, made[0]) for value in given if self._becomes_carry(value, i))
+        for argument, result in self.program.donated:
+            giver = self.program.operations[self.program.arguments[argument]]
+            taker = self.program.operations[self.program.results[result]]
+            yield giver.outputs[0].value, taker.inputs[0].value
+
+    def _becomes_carry(self, value: int, carry: int) -> bool:
+        maker = self.program.operations[self.maker[value]]
+        if maker.region == self.program.operations[carry].region:
+            return len(self.readers[value]) == 1
+        return _writes(maker)
+
+    def _is_stored(self, value: int) -> bool:
+        """Whether a value has to be in memory."""
+        at = self.maker[value]
+        op = self.program.operations[at]
+        if op.primitive == "loop_slice" or at in self.views:
+            return False
+        return not self._is_fused(at) or self._leaves(value)
+
+    def _leaves(self, value: int) -> bool:
+        """Whether anything but fused operations reads a value or a view of it."""
+        for at in self.readers.get(value, ()):
+            shown = self.program.operations[at].outputs[0].value if at in self.views else -1
+            if self._leaves(shown) if shown >= 0 else not self._is_fused(at):
+                return True
+        return False
+
+    def _is_fused(self, at: int) -> bool:
+        """Elementwise work, and a scatter of one number to each row of one number all over: XLA compares columns instead."""
+        op = self.program.operations[at]
+        if op.op_class == "fused" or not op.primitive.startswith("scatter") or len(op.inputs) != 3:
+            return op.op_class == "fused"
+        onto, indices, updates = op.inputs
+        filled = self.program.operations[self.maker[onto.value]]
+        rows = {i for dim in onto.dims for i in dim}
+        single = all(i in rows or op.factors[i].size == 1 for dim in updates.dims for i in dim)
+        count = prod(self.program.values[indices.value].shape[:-1])
+        each = single and prod(self.program.values[updates.value].shape) == count
+        return each and filled.primitive == "broadcast_in_dim" and not filled.inputs
+
+    def copy_life(self, move: Move) -> tuple[int, int]:
+        """During which operations an operand's changed copy is there; gathers begin beside the matmul before theirs."""
+        at = move.operation
+        before = self._matmuls_before[at] if self.program.operations[at].op_class == "matmul" else None
+        return at if before is None else max(before, self.maker[move.value]), self._done(at)
+
+    @cached_property
+    def _matmuls_before(self) -> list[int | None]:
+        latest: dict[int, int] = {}
+        found: list[int | None] = []
+        for i, op in enumerate(self.program.operations):
+            found.append(latest.get(op.region))
+            if op.op_class == "matmul":
+                latest[op.region] = i
+        return found
+
+    def copied_result(self, topology: Topology, choice: Choice, at: int) -> float:
+        """Bytes of a second array: a product that a TPU writes in other tiles than those of an argument of its shape."""
+        value = self.program.operations[at].inputs[0].value
+        maker, array = self.program.operations[self.maker[value]], self.program.values[value]
+        groups = matrix_factors(maker)
+        if topology.chip.kind != "tpu" or groups is None or groups.batch:
+            return 0.0
+        dims = next(use.dims for use in maker.outputs if use.value == value)
+        cuts = needed(self.program, choice, at, 0).dims
+        pieces = [prod(topology.axis_sizes[axis] for axis in axes) for axes in cuts]
+        local = [size // count for size, count in zip(array.shape, pieces, strict=True)]
+        sides = [[i for i, dim in enumerate(dims) if set(dim) <= set(side)] for side in (groups.rows, groups.columns)]
+        held = array.itemsize * prod(local)
+        if not all(sides) or held <= topology.chip.on_chip_bytes:
+            return 0.0
+        tiles = {max(side, key=lambda i: (local[i], i)) for side in sides}
+        return 0.0 if set(argument_tile(tuple(local), array.itemsize)) == tiles else held
+
+
+def _writes(op: Operation) -> bool:
+    """Whether an operation may write into its first operand."""
+    kind, _, how = op.primitive.partition("-")
+    return op.primitive == "dynamic_update_slice" or (
+        kind == "scatter" and how in ("", "add", "sub", "mul", "min", "max")
+    )

@@ -1,0 +1,106 @@
+"""CP-SAT decides among what presolve has left of the whole problem.
+
+It sees every operation, those that elimination took out of the bound's problem, too, and memory at every point as it is. The
+incumbent is its hint, the bound a cut. Where the bound has met the incumbent, the survivors are plans that cost the same; when
+they are many, light choices are held to the incumbent's, as any one of them is as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from search.answer.solution import Answer
+from search.formulation.problem import Problem
+from search.memory.constraints import Rows
+from search.presolve.dual import Dual
+from search.presolve.symmetry import surroundings
+
+_SWEEPS = 2
+"""How often the survivors' costs are evened out before CP-SAT sees them: of two or three states a node, that is enough."""
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Per node of the whole problem the states that are left; `complete` says that no plan of interest has any other."""
+
+    keep: tuple[np.ndarray, ...]
+    complete: bool
+
+    @property
+    def count(self) -> int:
+        """How many states are left."""
+        return sum(map(len, self.keep))
+
+
+def domains(
+    problem: Problem, surviving: Sequence[np.ndarray], incumbent: np.ndarray | None, most_pairs: int
+) -> Domains | None:
+    """The surviving states and the incumbent's; with the incumbent's alone where more would make too many pairs of layouts.
+
+    **Returns:** `None` if they are too many and there is no incumbent.
+    """
+    left = tuple(surviving)
+    if incumbent is not None:
+        left = tuple(np.union1d(keep, [state]) for keep, state in zip(left, incumbent, strict=True))
+    if sum(_pairs(problem, k, left) for k in range(len(problem.edges))) <= most_pairs:
+        return Domains(left, True)
+    return None if incumbent is None else Domains(_opened(problem, left, incumbent, most_pairs), False)
+
+
+def only(incumbent: np.ndarray) -> Domains:
+    """One plan's states alone."""
+    return Domains(tuple(np.array([state]) for state in incumbent), False)
+
+
+def _pairs(problem: Problem, k: int, keep: Sequence[np.ndarray]) -> int:
+    """Pairs of layouts of an edge, where there is a choice of them."""
+    edge = problem.edges[k]
+    if len(keep[edge.a]) == 1 or len(keep[edge.b]) == 1:
+        return 0
+    return len(np.unique(edge.rows[keep[edge.a]])) * len(np.unique(edge.columns[keep[edge.b]]))
+
+
+def _opened(
+    problem: Problem, left: Sequence[np.ndarray], incumbent: np.ndarray, most_pairs: int
+) -> tuple[np.ndarray, ...]:
+    """All states of the nodes with the most bytes around them, as long as the pairs are few; the incumbent's of the others."""
+    found = [np.array([state]) for state in incumbent]
+    room = most_pairs
+    for i in sorted(range(len(left)), key=lambda i: (-surroundings(problem, i), i)):
+        before, found[i] = found[i], left[i]
+        more = sum(_pairs(problem, k, found) for k in problem.incident[i])
+        if more > room:
+            found[i] = before
+        else:
+            room -= more
+    return tuple(found)
+
+
+def answer_on(
+    problem: Problem,
+    rows: Rows,
+    left: Domains,
+    incumbent: np.ndarray | None,
+    lower: float,
+    most: float,
+    deterministic_seconds: float,
+    wall_seconds: float,
+) -> Answer:
+    """CP-SAT's answer on what is left of the whole problem.
+
+    **Arguments:**
+
+    - `incumbent`: the best plan known, if it fits.
+    - `lower`: seconds that are proven for every plan; where nothing is, the model is as it is built.
+    - `most`: seconds; no slower plan is of interest.
+    """
+    from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
+
+    dual = Dual(problem, rows, left.keep)
+    for _ in range(_SWEEPS if np.isfinite(lower) else 0):
+        dual.sweep()
+    slack = most - dual.bound() if np.isfinite(most) else np.inf
+    return solve(dual, rows, incumbent, slack, deterministic_seconds, wall_seconds, lower=lower)

@@ -1,0 +1,100 @@
+"""CP-SAT at work on a model: one worker, so that the answer is the same on every machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import ortools
+from ortools.sat.python import cp_model
+
+from search.answer.solution import Answer
+from search.cpsat.model import Model
+from search.memory.constraints import Row
+from search.presolve.dual import Dual
+
+NAME = f"CP-SAT {ortools.__version__}"
+_MEGABYTES = 1500
+"""The memory that CP-SAT may take."""
+_GRACE_SECONDS = 2.0
+"""How much longer than its limit CP-SAT may take (its presolve does) before its answer is no longer waited for."""
+
+
+def solve(
+    dual: Dual,
+    rows: Sequence[Row],
+    hint: np.ndarray | None,
+    slack: float,
+    deterministic_seconds: float,
+    wall_seconds: float,
+    gap: float = 0.0,
+    lower: float = -np.inf,
+) -> Answer:
+    """Decides what a dual has left of a problem.
+
+    **Arguments:**
+
+    - `rows`: memory at every point, of which none may overflow.
+    - `hint`: the states of the best plan known.
+    - `slack`: seconds by which it exceeds the dual's bound; what lies above cannot improve it.
+    - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an answer that is overdue is left.
+    - `gap`: the part of the excess over the bound within which a plan is good enough.
+    - `lower`: seconds that are proven for every plan; where the hint reaches them there is nothing to look for.
+    """
+    started = time.monotonic()
+    built = Model(dual, rows, hint, slack, max(lower, -1e300))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 1
+    solver.parameters.max_deterministic_time = deterministic_seconds
+    solver.parameters.max_time_in_seconds = wall_seconds
+    solver.parameters.max_memory_in_mb = _MEGABYTES
+    solver.parameters.catch_sigint_signal = False
+    solver.parameters.relative_gap_limit = gap
+    solver.parameters.absolute_gap_limit = max(built.enough, 1e-4)
+    problem = built.model.validate()
+    if problem:
+        raise ValueError(f"the CP-SAT model is invalid: {problem}")
+    status = _status(solver, built.model, wall_seconds)
+    size = built.booleans, built.constraints
+    if status is None:
+        return Answer("OVERDUE", None, np.inf, max(built.constant, lower), *size, time.monotonic() - started)
+    states = _states(dual, built, solver) if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None
+    bound = max(built.constant + built.unit * max(solver.best_objective_bound, 0.0), lower)
+    if status == cp_model.INFEASIBLE:
+        bound = np.inf
+    value = dual.problem.objective(states) if states is not None else np.inf
+    return Answer(solver.status_name(status), states, value, bound, *size, time.monotonic() - started)
+
+
+def _states(dual: Dual, built: Model, solver: cp_model.CpSolver) -> np.ndarray:
+    """The chosen state of every node."""
+    chosen = [next(s for s, x in enumerate(found) if solver.boolean_value(x)) for found in built.states]
+    return np.array([keep[s] for keep, s in zip(dual.keep, chosen, strict=True)])
+
+
+def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: float):
+    """How the solver ends, or `None` if it does not end in time; an interruption (Ctrl-C) stops it and goes on its way."""
+    answers: list = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(solver.solve(model))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join(min(wall_seconds + _GRACE_SECONDS, threading.TIMEOUT_MAX))
+    except BaseException:
+        solver.stop_search()
+        raise
+    if thread.is_alive():
+        solver.stop_search()
+    if errors:
+        raise errors[0]
+    return answers[0] if answers else None

@@ -1,0 +1,295 @@
+"""The stages of a search: eliminate, ascend, decide, branch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from search.answer.assignment import Choice, choice_of
+from search.answer.check import Check, check
+from search.answer.solution import Answer, Limits, NoPlan, Proof, Solution
+from search.cpsat.branching import Branching
+from search.cpsat.decision import Domains, answer_on, domains, only
+from search.formulation.problem import FORBIDDEN, Problem
+from search.memory.constraints import Rows
+from search.memory.constraints import rows as memory_rows
+from search.presolve.ascent import Ascent
+from search.presolve.dual import Snapshot
+from search.presolve.elimination import Reduction, reduced
+from search.presolve.limits import PRECISION, TOLERANCE, Say
+from search.presolve.primal import overflow
+from search.presolve.symmetry import tidied
+from search.presolve.warm_start import starting_states
+
+_OPEN_PAIRS, _TIED_PAIRS = 30_000, 3_000
+"""The most pairs of layouts that CP-SAT is given at once: where the bound leaves something open, and where it does not."""
+_LEAST_WALL_SECONDS = 1.0
+"""What CP-SAT has at least to confirm a plan, however late it is."""
+_FIRST_SECONDS = 5.0
+"""How long CP-SAT may take, on its own clock, over what the bound leaves open, before that is divided."""
+_AGREEMENT = 1e-6
+"""The part by which checker and solver may differ: they add up the same terms in another order."""
+_REFINEMENTS = 4
+"""How often CP-SAT is asked again with what it found: costs are then counted in a finer unit."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """How far a search has come: presolve's state, and CP-SAT's answer on the whole problem.
+
+    `root` is the dual before branching, `presolve_bound` what it had proven by then, `parts` how many parts were decided apart,
+    and `left` how many states CP-SAT saw in the end.
+    """
+
+    presolved: Reduction
+    ascent: Ascent
+    root: Snapshot | None = None
+    presolve_bound: float = -np.inf
+    stopped: str = ""
+    parts: int = 0
+    nothing_fits: bool = False
+    answer: Answer | None = None
+    left: int = 0
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is a plan, or none to be found."""
+        return self.ascent.best is None or (self.answer is not None and self.answer.states is not None)
+
+    @property
+    def ended(self) -> str:
+        """What ended the search before its end."""
+        return self.stopped or ("time limit" if self.ascent.late else "")
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """Presolve's best states of the whole problem; the leanest where none fits."""
+        found = self.ascent.leanest[1] if self.ascent.best is None else self.ascent.best
+        return self.presolved.expanded(np.zeros(len(self.presolved.kept), dtype=int) if found is None else found)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one search is told: the problem, limits, whether axes are alike, and what is too slow to be of interest.
+
+    `started` is when, on the monotonic clock.
+    """
+
+    problem: Problem
+    limits: Limits
+    say: Say
+    symmetric: bool
+    cutoff: float
+    start: Choice | None
+    started: float
+
+    @cached_property
+    def memory(self) -> Rows:
+        """Memory at every point that can bind."""
+        return memory_rows(self.problem)
+
+    @property
+    def deadline(self) -> float:
+        """When time is up."""
+        return self.started + self.limits.wall_seconds
+
+    def eliminate(self, part: float) -> Reduction:
+        """The problem without nodes on which less than a part of a chip's memory hangs; 0 for all of it."""
+        return reduced(self.problem, self.memory, part) if part else Reduction.none(self.problem, self.memory)
+
+    def ascend(self, presolved: Reduction, before: Found | None = None) -> Found:
+        """Lifts the bound and lowers the best plan until they meet or stall; when interrupted, ends with those.
+
+        `before` is a relaxation: its bound holds here, too, and its plans may fit.
+        """
+        self.say(f"{len(self.problem.nodes)} nodes, {len(presolved.problem.nodes)} after elimination")
+        ascent = self._ascent(presolved)
+        kept = list(presolved.kept)
+        states = None if self.start is None else starting_states(self.problem, self.start)
+        if states is not None:
+            ascent.begin_with(states[kept])
+        try:
+            if before is not None:
+                ascent.effort, ascent.bound = before.ascent.effort, before.ascent.bound
+                for seen in before.ascent.pool.states:
+                    ascent.look(before.presolved.expanded(seen)[kept])
+                ascent.attempt(before.states[kept])
+            ascent.run(None if before is None else before.ascent.prices)
+        except KeyboardInterrupt:
+            if ascent.best is None:
+                raise
+            return Found(presolved, ascent, None, ascent.bound, "interrupted")
+        return Found(presolved, ascent, ascent.dual.snapshot(), ascent.bound, nothing_fits=not ascent.fits)
+
+    def _ascent(self, presolved: Reduction) -> Ascent:
+        rounds, rows = self.limits.rounds, presolved.rows
+        return Ascent(presolved.problem, rows, rounds, self.say, self.symmetric, self.deadline, self.cutoff)
+
+    def branch(self, found: Found) -> Found:
+        """Divides what is too much for CP-SAT at once, and lifts the bound to what is proven of all parts."""
+        if found.ended or not found.ascent.fits or found.root is None:
+            return found
+        found.ascent.dual.load(found.root)
+        branching = Branching(found.ascent, self.limits.deterministic_seconds)
+        try:
+            branching.run()
+        except KeyboardInterrupt:
+            if found.ascent.best is None:
+                raise
+            found = replace(found, stopped="interrupted")
+        nothing = found.ascent.best is None and branching.unproven == np.inf
+        return replace(found, parts=branching.branches, nothing_fits=nothing)
+
+    def decide(self, found: Found, last: bool = False) -> Found:
+        """CP-SAT on the whole problem: its answer, or none if that is too much at once and this is not the `last` word."""
+        ascent, states = found.ascent, found.states
+        settled = last or ascent.closed or bool(found.ended) or not ascent.fits
+        if ascent.best is None:
+            return replace(found, answer=Answer.none()) if settled else self._answered(found, None, _OPEN_PAIRS)
+        if (overflow(self.problem, self.memory, states) > 0).any():
+            found = self._answered(found, None, _TIED_PAIRS)
+            return found if found.answer is not None else replace(found, answer=Answer.none())
+        if settled:
+            return self._answered(found, states, _TIED_PAIRS, settled=True)
+        return self._answered(found, states, _OPEN_PAIRS)
+
+    def _answered(self, found: Found, incumbent: np.ndarray | None, most_pairs: int, settled: bool = False) -> Found:
+        """With CP-SAT's answer on what is left; what it finds and proves goes to the ascent.
+
+        Unless all is settled but for that, there is none where too much is left, or where CP-SAT does not come to an end.
+        """
+        ascent = found.ascent
+        for _ in range(_REFINEMENTS):
+            left = self._left(found, incumbent, most_pairs)
+            if left is None or not (settled or left.complete):
+                return found
+            answer = self._asked(left, incumbent, ascent, settled)
+            if left.complete:
+                ascent.bound = max(ascent.bound, min(answer.bound_seconds, ascent.objective))
+            if answer.states is not None:
+                ascent.offer(answer.states[list(found.presolved.kept)], answer.value)
+            if answer.status == "INFEASIBLE" and incumbent is None:
+                nothing = ascent.best is None and left.complete
+                return replace(found, answer=answer, left=left.count, nothing_fits=nothing)
+            if settled or _is_precise(answer.value, ascent.bound):
+                return replace(found, answer=answer, left=left.count)
+            if answer.status != "OPTIMAL":
+                return found
+            incumbent = answer.states
+        return found
+
+    def _asked(self, left: Domains, incumbent: np.ndarray | None, ascent: Ascent, settled: bool) -> Answer:
+        """CP-SAT's answer; the incumbent where rounding or time leave it nothing better."""
+        seconds = self.limits.deterministic_seconds
+        wall = max(self.deadline - time.monotonic(), _LEAST_WALL_SECONDS)
+        proven, best = min(ascent.bound, ascent.objective), ascent.objective
+        seconds = seconds if settled else min(seconds, _FIRST_SECONDS)
+        answer = answer_on(self.problem, self.memory, left, incumbent, proven, best, seconds, wall)
+        ascent.effort.add(answer)
+        self.say(
+            f"CP-SAT: {answer.status}, {left.count} states left of {_states(self.problem)}, {answer.booleans} booleans,"
+            f" {answer.seconds:.2f} s"
+        )
+        if incumbent is not None:
+            value = self.problem.objective(incumbent)
+            if answer.states is None or value <= answer.value:
+                return replace(answer, states=incumbent, value=value)
+        return answer
+
+    def _left(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
+        """What presolve leaves of the whole problem; the incumbent alone where time is up."""
+        ascent, dual = found.ascent, found.ascent.dual
+        if found.root is None or found.ended:
+            return None if incumbent is None else only(incumbent)
+        dual.load(found.root)
+        width = np.inf
+        if np.isfinite(ascent.objective):
+            width = max(ascent.objective - dual.bound(), 0.0) + TOLERANCE * abs(ascent.objective)
+        keep = dual.within(width)
+        if not all(map(len, keep)):  # nothing is better than the incumbent
+            return None if incumbent is None else only(incumbent)
+        return domains(self.problem, found.presolved.surviving(keep, width), incumbent, most_pairs)
+
+    def decide_unaided(self) -> Found:
+        """CP-SAT on the problem as it is built: the reference for all that presolve does."""
+        whole = Reduction.none(self.problem, self.memory)
+        found = Found(whole, self._ascent(whole))
+        left = Domains(tuple(np.flatnonzero(node.cost < FORBIDDEN / 2) for node in self.problem.nodes), True)
+        if not all(map(len, left.keep)):
+            return replace(found, nothing_fits=True, answer=Answer.none())
+        answer = self._asked(left, None, found.ascent, True)
+        for _ in range(_REFINEMENTS):
+            if answer.states is None or answer.status != "OPTIMAL" or _is_precise(answer.value, answer.bound_seconds):
+                break
+            found.ascent.offer(answer.states, answer.value)
+            answer = self._asked(left, answer.states, found.ascent, True)
+        found.ascent.bound = answer.bound_seconds
+        return replace(found, answer=answer, left=left.count, nothing_fits=answer.status == "INFEASIBLE")
+
+    def checked(self, found: Found) -> Solution:
+        """The plan with its proof and the checker's account of it.
+
+        **Raises:** `NoPlan`.
+        """
+        ascent, answer = found.ascent, found.answer
+        if answer is None or answer.states is None:
+            least = self.problem.budget_bytes + ascent.leanest[0]
+            raise NoPlan(self.problem, found.states, least, found.nothing_fits or ascent.closed)
+        choice = choice_of(self.problem, answer.states)
+        if self.symmetric:
+            choice = tidied(self.problem, choice)
+        account = check(self.problem.program, self.problem.topology, choice)
+        faults = (*account.faults, *self._disagreements(account, answer.value))
+        return Solution(self.problem, choice, self._proof(found, answer), replace(account, faults=faults))
+
+    def _disagreements(self, account: Check, seconds: float) -> Iterator[str]:
+        """What the checker, which counts on its own, finds to be otherwise than the solver."""
+        if abs(account.seconds - seconds) > _AGREEMENT * seconds:
+            yield f"the plan takes {account.seconds} s, and the solver says {seconds} s"
+        budget = self.problem.budget_bytes
+        if account.peak_bytes > budget * (1 + _AGREEMENT):
+            yield f"the plan takes {account.peak_bytes:.0f} bytes of a chip, more than the {budget:.0f} that it may"
+
+    def _proof(self, found: Found, answer: Answer) -> Proof:
+        """What is proven of the answer's plan, and by whom."""
+        from search.cpsat.solver import NAME
+
+        ascent, wall = found.ascent, time.monotonic() - self.started
+        bound = min(ascent.bound, answer.value)
+        apart, proven = answer.value - bound, _is_precise(answer.value, bound)
+        if self.limits.solver == "cp-sat":
+            proven = answer.status == "OPTIMAL"  # but for rounding, which presolve makes finer
+        states = _states(self.problem)
+        return Proof(
+            status="OPTIMAL" if proven else "FEASIBLE",
+            objective_seconds=answer.value,
+            bound_seconds=bound,
+            gap=0.0 if proven else apart / answer.value,
+            wall_seconds=wall,
+            rounding_seconds=apart if proven and apart > TOLERANCE * answer.value else 0.0,
+            booleans=ascent.effort.booleans,
+            states=states,
+            branches=found.parts if found.parts > 1 else 0,
+            stopped="" if proven else found.ended,
+            memory_seconds_per_byte=float(ascent.prices.sum()),
+            solver=NAME,
+            solver_status=answer.status if proven or answer.status != "OPTIMAL" else "FEASIBLE",
+            constraints=ascent.effort.constraints,
+            fixed_by_presolve=states - found.left,
+            presolve_bound_seconds=min(max(found.presolve_bound, 0.0), answer.value),
+            presolve_seconds=wall - ascent.effort.seconds,
+            solver_seconds=ascent.effort.seconds,
+        )
+
+
+def _states(problem: Problem) -> int:
+    return sum(len(node.states) for node in problem.nodes)
+
+
+def _is_precise(value: float, bound: float) -> bool:
+    """Whether no more than rounding lies between a plan and what is proven."""
+    return bool(np.isfinite(value)) and value - bound <= PRECISION * abs(value)
