@@ -37,8 +37,14 @@ _COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
 """The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
 
 
-def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would."""
+def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None, ordered: bool = False) -> Callable[..., Any]:
+    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would.
+
+    **Arguments:**
+
+    - `ordered`: whether the arguments lie in the plan's orders of dimensions, so that loops keep to them.
+    """
+    orders = [array.order for array in plan.arguments] if ordered else []
     known: dict[Any, tuple[Traced, Any]] = {}
 
     @functools.wraps(fn)
@@ -51,9 +57,8 @@ def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callab
             _check_arguments(plan, fn, args, abstract(fn, args))
         else:
             traced = traced_as(plan, fn, args)
-            run = _undifferentiable(
-                fn, traced.custom_vjp, jax.jit(emitted(traced, plan.choice, plan.topology, chosen, plan.emission))
-            )
+            run = jax.jit(emitted(traced, plan.choice, plan.topology, chosen, plan.emission, orders))
+            run = _undifferentiable(fn, traced.custom_vjp, run)
             if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
         arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]

@@ -35,18 +35,18 @@ def jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, formats: Format
     if formats == "default" or not has_orders(plan, mesh):
         return plain
     ins, outs = flat_formats(plan, mesh)
-    ordered = _jitted(plan, fn, mesh, plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs))
+    ordered = _jitted(plan, fn, mesh, plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs), ordered=True)
     return Step(plan, fn, ordered, plain, ins)
 
 
-def _jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, ins: Any, outs: Any) -> Any:
+def _jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, ins: Any, outs: Any, ordered: bool = False) -> Any:
     placement = {}
     if plan.in_tree.unknown_class is None:
         placement["in_shardings"] = ins
     if plan.out_tree.unknown_class is None:
         placement["out_shardings"] = outs
     options = bind.compiler_options(plan, mesh) or None
-    run = bind.bound(plan, fn, mesh)
+    run = bind.bound(plan, fn, mesh, ordered)
     return jax.jit(run, donate_argnums=plan.donate_argnums, compiler_options=options, **placement)
 
 
