@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autoshard.auditing.replay import Replay, replay, replay_steps
@@ -378,7 +378,11 @@ def test_more_bandwidth_never_costs_more(steps: Any, hbm: float, links: float) -
     assert at_most(replay_steps(changed(steps, faster)).seconds, replay_steps(steps).seconds)
 
 
+LONG = Label("long", "copy-start", "", "")
+
+
 @given(schedules(depth=1), st.integers(0, 6), schedules(depth=0))
+@example((Work(LONG, 1.0, 0.0),), 6, (Copy(LONG, 5.0), Wait(LONG.name)))
 def test_a_loop_is_its_rounds_one_after_the_other(body: Any, rounds: int, before: Any) -> None:
     """Also where copies and collectives are under way before it that are awaited after it."""
     started = changed(before, lambda step: None if isinstance(step, Wait) else step)
