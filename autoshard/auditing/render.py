@@ -26,10 +26,9 @@ def render(audit: Audit, width: int = WIDTH) -> str:
         _differences(audit, width),
     )
     verdict = "as planned" if audit.ok else "NOT as planned"
-    head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}: {verdict}"
     if audit.is_slow and audit.step_seconds:
-        times = audit.step_seconds / audit.planned_seconds
-        head += f"\nA step takes {times:.2f} times the planned time. The differences name the instructions."
+        verdict += f", {audit.step_seconds / audit.planned_seconds:.2f} times the planned time"
+    head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}: {verdict}"
     return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
 
 
