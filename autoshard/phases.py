@@ -9,14 +9,15 @@ from os import PathLike
 from autoshard._util.collector import seldom_collected
 from autoshard._util.paths import dotted
 from autoshard._util.tables import time
-from autoshard.annotating.annotate import AnnotatedFunction, annotate_pins
+from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
 from autoshard.emitting.attached import topology_of
+from autoshard.emitting.formats import without_orders
 from autoshard.errors import AutoshardError
 from autoshard.pipeline import annotated_function
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import explained
 from autoshard.planning.options import Options
-from autoshard.planning.record import record
+from autoshard.planning.recording import record
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
 from search.phases import Phases, Place, TooSlow
@@ -154,7 +155,10 @@ def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float
 def _plans(targets: Mapping[str, AnnotatedFunction], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:
     names = list(targets)
     return PhasePlans(
-        {name: Plan.of(record(targets[name], part)) for name, part in zip(names, found.solutions, strict=True)},
+        {
+            name: Plan.of(without_orders(record(targets[name], part)))  # what phases share must lie alike in all
+            for name, part in zip(names, found.solutions, strict=True)
+        },
         dict(zip(names, found.weights, strict=True)),
         {name: alone.check.seconds for name, alone in zip(names, found.alone, strict=True)},
         found.proof,

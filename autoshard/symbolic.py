@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.annotating.dimension_names import Names, named, primes, with_numbers
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.emitting.attached import topology_of

@@ -56,12 +56,12 @@ def rows(calibration: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     from autoshard import calibrate
-    from autoshard.calibrating.step_check import checked
+    from autoshard.calibrating.step_check import check_step
     from examples import palm
 
     found = calibrate(sys.argv[1] if len(sys.argv) > 1 else "cpu:8")
     steps = (palm.decode("tiny", batch=8, context=16), palm.prefill("tiny", batch=8, length=64))
-    found = replace(found, checks=tuple(checked(work, found.topology) for work in steps))
+    found = replace(found, checks=tuple(check_step(work, found.topology) for work in steps))
     print(found, end="")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows(found), indent=1) + "\n")

@@ -23,7 +23,7 @@ from autoshard.calibrating.timing import Patience, shortest
 from autoshard.emitting import targets
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
-from costmodels.fitting import Residual, Timing, fitted, predicted, residuals
+from costmodels.fitting import Residual, Timing, fit_topology, predict, residuals
 from costmodels.machine.chips import Constant
 from costmodels.machine.topology import Topology
 from costmodels.machine.topology_file import topology_toml
@@ -77,7 +77,7 @@ class Calibration:
             "constants": {name: constant.value for name, constant in self.measured.items()},
             "residuals": [asdict(each) for each in self.residuals],
             "timings": [
-                asdict(timing) | {"series": timing.series, "predicted_seconds": predicted(timing, self.topology)}
+                asdict(timing) | {"series": timing.series, "predicted_seconds": predict(timing, self.topology)}
                 for timing in self.timings
             ],
             "checks": [asdict(check) for check in self.checks],
@@ -122,7 +122,7 @@ def calibrate(
     times = shortest([case.make(mesh) for case in found], patience or Patience(), progress)
     timings = tuple(replace(case.timing, seconds=each) for case, each in zip(found, times, strict=True))
     source = _source(mesh.devices.flat[0], before)
-    topology = fitted(timings, before, source)
+    topology = fit_topology(timings, before, source)
     room = {name: Constant(value, source, "measured") for name, value in _room(mesh.devices.flat[0], before).items()}
     topology = replace(topology, chip=topology.chip.override(room, source))
     return Calibration(before, topology, timings, source, time.monotonic() - started)
@@ -180,17 +180,17 @@ def _report(calibration: Calibration) -> Iterator[str]:
         )
         for name, c in calibration.measured.items()
     ]
-    yield from _indented(table(("constant", "before", "which was", "measured"), rows, "<><>"))
+    yield from _indent(table(("constant", "before", "which was", "measured"), rows, "<><>"))
     yield from ("", "Errors of predicted times")
     headers = ("series", "sizes", "median", "held out", "median", "worst", "predicted / measured")
     rows = [_residual_row(each) for each in calibration.residuals]
-    yield from _indented(table(headers, rows, "<>>>>>>"))
+    yield from _indent(table(headers, rows, "<>>>>>>"))
     yield "  held out: every third size, and collectives over several axes; never fitted"
     if calibration.checks:
         yield from ("", "Steps")
         headers = ("step", "predicted", "to start it", "measured", "predicted / measured")
         rows = [_check_row(check) for check in calibration.checks]
-        yield from _indented(table(headers, rows, "<>>>>"))
+        yield from _indent(table(headers, rows, "<>>>>"))
         yield "  to start it: the time of an empty program, which plans do not count; the ratio adds it to the prediction"
 
 
@@ -207,5 +207,5 @@ def _check_row(check: StepCheck) -> tuple[str, ...]:
     return (check.name, *map(duration, times), f"{check.ratio:.2f}")
 
 
-def _indented(lines: Sequence[str]) -> Iterator[str]:
+def _indent(lines: Sequence[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

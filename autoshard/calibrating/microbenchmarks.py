@@ -75,7 +75,7 @@ def _between(least: float, most: float, count: int) -> list[float]:
     return [float(each) for each in np.geomspace(least, most, count)]
 
 
-def _rounded(number: float, step: float) -> int:
+def _round_to(number: float, step: float) -> int:
     return int(max(round(number / step), 1) * step)
 
 
@@ -85,14 +85,14 @@ def _rounded(number: float, step: float) -> int:
 def _matmuls(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
     rate = chip.matmul_flops_per_second(dtype)
     sides = [(seconds * rate / 2) ** (1 / 3) for seconds in _between(*ranges.matmul_seconds, ranges.count)]
-    for n, fitted in _series(_rounded(side, chip.matrix_tile) for side in sides):
+    for n, fitted in _series(_round_to(side, chip.matrix_tile) for side in sides):
         yield Case(Timing("matmul", (n, n, n), 0.0, dtype, fitted=fitted), _product(n, n, dtype))
 
 
 def _one_row(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
     width = jnp.dtype(dtype).itemsize
     sides = [(size / width) ** 0.5 for size in _array_bytes(chip, ranges)]
-    for n, fitted in _series(_rounded(side, chip.matrix_tile) for side in sides):
+    for n, fitted in _series(_round_to(side, chip.matrix_tile) for side in sides):
         yield Case(Timing("one row", (1, n, n), 0.0, dtype, fitted=fitted), _product(1, n, dtype))
 
 
@@ -117,12 +117,12 @@ def _vector(chip: Chip, ranges: Ranges) -> Iterator[Case]:
     counts = [
         seconds * chip.vector_flops_per_second / flops for seconds in _between(*ranges.vector_seconds, ranges.count)
     ]
-    for n, fitted in _series(_rounded(count, 1) for count in counts):
+    for n, fitted in _series(_round_to(count, 1) for count in counts):
         yield Case(Timing("vector", (n,), 0.0, flops_per_element=flops, fitted=fitted), _elementwise(n, _STEPS))
 
 
 def _memory(chip: Chip, ranges: Ranges) -> Iterator[Case]:
-    for n, fitted in _series(_rounded(size / 4, 1) for size in _array_bytes(chip, ranges)):
+    for n, fitted in _series(_round_to(size / 4, 1) for size in _array_bytes(chip, ranges)):
         yield Case(Timing("memory", (n,), 0.0, fitted=fitted), _elementwise(n, 1))
 
 
@@ -150,7 +150,7 @@ def _collective(topology: Topology, ranges: Ranges, kind: str, names: tuple[str,
     speed = min(topology.axis(name).bytes_per_second for name in names)
     least, most = ranges.collective_bytes
     sizes = _between(least, max(most, ranges.collective_seconds * speed), ranges.count)
-    for size, fitted in _series(_rounded(size, 4 * chips) for size in sizes):
+    for size, fitted in _series(_round_to(size, 4 * chips) for size in sizes):
         timing = Timing(kind, (size,), 0.0, axes=names, fitted=fitted)
         yield Case(timing, _exchange(kind, names, chips, size // 4))
 

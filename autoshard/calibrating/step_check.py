@@ -37,7 +37,7 @@ class StepCheck:
         return (self.predicted_seconds + self.start_seconds) / self.measured_seconds
 
 
-def checked(workload: Workload, topology: Topology, progress: Callable[[str], None] = lambda _: None) -> StepCheck:
+def check_step(workload: Workload, topology: Topology, progress: Callable[[str], None] = lambda _: None) -> StepCheck:
     """Plans a workload on a topology, runs it on the attached devices, and times it.
 
     Arguments are zeros; a donated argument is the result that took its memory in the previous step.
@@ -58,14 +58,14 @@ def checked(workload: Workload, topology: Topology, progress: Callable[[str], No
     ]
     shortest = _shortest(step, flat, tree, dict(target.traced.program.donated))
     empty = jax.jit(lambda x: x, out_shardings=shardings[0], in_shardings=shardings[0])
-    start = min(_timed(empty, flat[0])[0] for _ in range(_WARM_UP + _REPEATS))
+    start = min(_time_call(empty, flat[0])[0] for _ in range(_WARM_UP + _REPEATS))
     return StepCheck(plan.name, plan.estimate.seconds, start, shortest)
 
 
 def _shortest(step: Any, flat: list[Any], tree: Any, donated: dict[int, int]) -> float:
     best = float("inf")
     for repeat in range(_WARM_UP + _REPEATS):
-        seconds, results = _timed(step, *jax.tree_util.tree_unflatten(tree, flat))
+        seconds, results = _time_call(step, *jax.tree_util.tree_unflatten(tree, flat))
         found = jax.tree_util.tree_leaves(results)
         for argument, result in donated.items():
             flat[argument] = found[result]
@@ -74,7 +74,7 @@ def _shortest(step: Any, flat: list[Any], tree: Any, donated: dict[int, int]) ->
     return best
 
 
-def _timed(run: Any, *args: Any) -> tuple[float, Any]:
+def _time_call(run: Any, *args: Any) -> tuple[float, Any]:
     started = time.perf_counter()
     results = jax.block_until_ready(run(*args))
     return time.perf_counter() - started, results

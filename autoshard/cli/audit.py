@@ -40,7 +40,7 @@ def audit(
     from autoshard.emitting import targets
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         found = load(plan)
         if on is On.host:
             targets.host_devices(found.topology.size)  # before the target file starts JAX with fewer

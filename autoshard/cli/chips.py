@@ -22,7 +22,7 @@ def chips(
     """List the chip catalogue, or every constant of one chip with its status and source."""
     from json import dumps
 
-    with common.reported():
+    with common.report_errors():
         found = list(catalogue().values()) if name is None else [_chip(name)]
     if json:
         typer.echo(dumps([each.to_dict() for each in found], indent=2))

@@ -65,7 +65,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print progress m
 
 
 @contextmanager
-def reported(verbose: bool = False) -> Iterator[None]:
+def report_errors(verbose: bool = False) -> Iterator[None]:
     """Turns errors into a message on standard error and an exit code."""
     try:
         yield
@@ -91,7 +91,7 @@ def progress(doing: str, verbose: bool = False) -> Iterator[Callable[[str], None
         yield lambda message: status.update(escape(f"{doing}: {message}"))
 
 
-def writable(path: Path | None, force: bool) -> None:
+def check_output(path: Path | None, force: bool) -> None:
     """Refuses an output file that exists or cannot be written, before any work.
 
     **Raises:** `Misuse`.
@@ -106,7 +106,7 @@ def writable(path: Path | None, force: bool) -> None:
         raise Misuse(f"{path.parent} is not a directory; create it first.")
 
 
-def priced(topology: str, bandwidth: str | None, overlap: str | None) -> Topology:
+def with_conventions(topology: str, bandwidth: str | None, overlap: str | None) -> Topology:
     """The topology of a text, with the requested conventions instead of its own.
 
     **Raises:** `TopologyError`; `Misuse` for unknown conventions.

@@ -25,7 +25,7 @@ def diff(
     from autoshard.comparing.diff import diff as compare
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         found = compare(load(before), load(after))
         typer.echo(json_module.dumps(found.to_dict(), indent=2) if json else found.render(width), nl=json)
 
@@ -48,7 +48,7 @@ def why_not(
     from autoshard.comparing.other_plans import why_not as compare
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if not family and not pin and memory is None:
             from autoshard.planning.baselines import FAMILIES
 
@@ -75,7 +75,7 @@ def best(
     from autoshard.comparing.other_plans import best_plans
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         with common.progress(f"Searching the {count} best plans", verbose) as say:
             found = best_plans(load(plan), count, time_limit, say)
         for place, other in enumerate(found):

@@ -41,7 +41,7 @@ def explain(
     from autoshard.explaining.explain import render
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if remedies and target is None:
             raise common.Misuse("--remedies needs the plan's workload: FILE.py:NAME, with the same --set.")
         if json and regimes == remedies:

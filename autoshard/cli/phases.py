@@ -52,12 +52,12 @@ def phases(
     """
     from autoshard.phases import search_phases
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         names = [target.rpartition(":")[2] for target in targets]
         if len(set(names)) < len(names) or len(names) < 2:
             raise common.Misuse(f"Expected two or more phases with different names, got {', '.join(names)}.")
         weights, limits = _numbers("--weight", weight, names), _numbers("--at-most", at_most, names)
-        where = common.priced(topology, bandwidth, overlap)
+        where = common.with_conventions(topology, bandwidth, overlap)
         with common.progress(f"Searching {', '.join(names)} on {topology}", verbose) as say:
             works = {
                 name: common.workload(target, common.settings(_own(sizes, name, names)))

@@ -32,7 +32,7 @@ def report(
     """
     from autoshard.report import write_report
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         write_report(source, output, audit)
         typer.echo(f"Wrote {output}.", err=True)

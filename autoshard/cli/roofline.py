@@ -28,7 +28,7 @@ def roofline(
     from autoshard.explaining.roofline import save_roofline
     from autoshard.plan import load
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         save_roofline([load(plan) for plan in plans], output)
         typer.echo(f"Wrote {output}.", err=True)

@@ -74,12 +74,12 @@ def search(
     from autoshard.emitting.targets import host_devices
     from autoshard.pipeline import search as search_plan
 
-    with common.reported(verbose):
-        common.writable(output, force)
-        common.writable(calibration, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
+        common.check_output(calibration, force)
         if calibration is not None and verify is not Compiler.tpu:
             raise common.Misuse("--calibration needs --verify tpu: only the TPU compiler reports cycles.")
-        where = common.priced(topology, bandwidth, overlap)
+        where = common.with_conventions(topology, bandwidth, overlap)
         if verify is Compiler.host:
             host_devices(where.size)  # before the target file starts JAX with fewer
         with common.progress(f"Searching {target} on {topology}", verbose) as say:

@@ -48,7 +48,7 @@ def sweep(
     from autoshard.sweep.runner import Sweep
     from autoshard.sweep.store import Store
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if dask is not None and ray is not None:
             raise common.Misuse("Give either --dask or --ray, not both.")
         asked = load_job(job)
@@ -57,7 +57,7 @@ def sweep(
         path = store or output / "points.sqlite"
         with Store(path) as kept, _progress(asked.name, len(every)) as bar:
             run = Sweep(every, kept, _engine(workers, dask, ray), asked.constraints, bar.say)
-            done = [bar.advanced(each) for each in run]
+            done = [bar.advance_bar(each) for each in run]
         found = sweep_result(asked, done, every, str(path))
         typer.echo(dumps(found.to_dict(), indent=1) if json else render(found), nl=json)
         _write(output / f"{asked.name}.json", found.to_dict())
@@ -109,7 +109,7 @@ class _Bar:
         self.ended = self.searched = 0
         self.began = self.told = monotonic()
 
-    def advanced(self, done: Any) -> Any:
+    def advance_bar(self, done: Any) -> Any:
         self.bar.advance(self.task)
         self.ended += 1
         self.searched += not done.known and done.result.wall_seconds > 0
@@ -192,7 +192,7 @@ def ask(
     from autoshard.sweep.analysis import answers
     from autoshard.sweep.analysis.rows import load_sweep
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
         found = load_sweep(sweep)
         for each in where or ():
@@ -270,7 +270,7 @@ def _check_limits(limits: dict[str, float | None]) -> None:
 def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) -> None:
     """Writes the plans of the only answer."""
     from autoshard.sweep.store import Store
-    from autoshard.sweep.worker import unpacked
+    from autoshard.sweep.worker import unpack
 
     if len(rows) != 1:
         names = ", ".join(f"{row.phase} on {row.name}" for row in rows) or "none"
@@ -284,9 +284,9 @@ def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) ->
     with Store(store) as kept:
         for phase in row.phase_seconds:
             target = path.with_stem(f"{path.stem}-{phase}") if several else path
-            common.writable(target, force)
+            common.check_output(target, force)
             data = kept.plan(row.key, phase)
             if data is None:
                 raise common.Misuse(f"{store} has no plan of {row.phase} on {row.name}; run the sweep again.")
-            unpacked(data).save(target)
+            unpack(data).save(target)
             typer.echo(f"Wrote {target}.", err=True)

@@ -31,7 +31,7 @@ def trace(
     from costmodels.machine.chips import UnknownChipError
     from costmodels.machine.chips import chip as chip_named
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         try:
             on = chip_named(chip)
         except UnknownChipError as error:

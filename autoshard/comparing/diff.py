@@ -99,7 +99,7 @@ class Difference:
         rows.append(("peak memory", size(peaks[0]), size(peaks[1]), _percent_more(*peaks)))
         proved, proves = (f"{plan.proof.status}, gap {percent(plan.proof.gap)}" for plan in (self.before, self.after))
         rows.append(("proof", proved, proves, ""))
-        yield from _indented(table(("", "before", "after", "after - before"), rows, "<>>>"))
+        yield from _indent(table(("", "before", "after", "after - before"), rows, "<>>>"))
 
     def _operations(self, width: int) -> Iterator[str]:
         least = _LISTED * self.before.estimate.seconds
@@ -116,15 +116,13 @@ class Difference:
         ]
         if rows:
             yield "Operations, with their collectives"
-            yield from _indented(
-                table(("operation", "alike", "before", "after", "difference"), rows, "<>~~>", width - 2)
-            )
+            yield from _indent(table(("operation", "alike", "before", "after", "difference"), rows, "<>~~>", width - 2))
 
     def _arrays(self, width: int) -> Iterator[str]:
         if self.arrays:
             yield "Arrays"
             rows = [(each.path, str(each.count), each.before or "-", each.after or "-") for each in self.arrays]
-            yield from _indented(table(("array", "alike", "before", "after"), rows, "/>~~", width - 2))
+            yield from _indent(table(("array", "alike", "before", "after"), rows, "/>~~", width - 2))
 
 
 def diff(before: Plan, after: Plan) -> Difference:
@@ -137,7 +135,7 @@ def diff(before: Plan, after: Plan) -> Difference:
 
 def _operations(before: Plan, after: Plan) -> list[OperationDifference]:
     groups: dict[tuple[str, bool, str, str], list[tuple[str, float, float]]] = {}
-    for a, b in _paired([_named(op) for op in before.operations], [_named(op) for op in after.operations]):
+    for a, b in _pair_names([_named(op) for op in before.operations], [_named(op) for op in after.operations]):
         one, other = (plan.operations[i] if i is not None else None for plan, i in ((before, a), (after, b)))
         named = one or other
         if named is None or not (_seconds(one) or _seconds(other)):
@@ -165,7 +163,7 @@ def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for kind in ("arguments", "constants", "results"):
         ones, others = getattr(before, kind), getattr(after, kind)
-        for a, b in _paired([array.path for array in ones], [array.path for array in others]):
+        for a, b in _pair_names([array.path for array in ones], [array.path for array in others]):
             one, other = (ones[a] if a is not None else None), (others[b] if b is not None else None)
             if _spec(one) != _spec(other):
                 named = one or other
@@ -174,16 +172,16 @@ def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
     return [ArrayDifference(shared_name(paths), len(paths), one, other) for (_, one, other), paths in groups.items()]
 
 
-def _paired(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int | None, int | None]]:
+def _pair_names(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int | None, int | None]]:
     """Pairs of positions of equal names, in order; `None` for a name without a partner."""
-    left: dict[tuple[str, int], int] = dict(_numbered(after))
-    for key, at in _numbered(before):
+    left: dict[tuple[str, int], int] = dict(_number_repeats(after))
+    for key, at in _number_repeats(before):
         yield at, left.pop(key, None)
     for at in left.values():
         yield None, at
 
 
-def _numbered(names: Sequence[str]) -> Iterator[tuple[tuple[str, int], int]]:
+def _number_repeats(names: Sequence[str]) -> Iterator[tuple[tuple[str, int], int]]:
     seen: Counter[str] = Counter()
     for at, name in enumerate(names):
         yield (name, seen[name]), at
@@ -227,5 +225,5 @@ def _summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _indented(lines: Sequence[str]) -> Iterator[str]:
+def _indent(lines: Sequence[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

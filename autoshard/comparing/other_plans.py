@@ -96,7 +96,7 @@ def why_not(
     except NoPlan as error:
         clash = conflict(program, pinned, topology, limits)
         raise (PinError(clash) if clash else explained(error)) from error
-    return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_asked(family, pins, memory_bytes)}"))
+    return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_name_of_request(family, pins, memory_bytes)}"))
 
 
 def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
@@ -109,7 +109,7 @@ def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> I
             continue
 
 
-def _asked(family: str, pins: Pins | None, memory_bytes: float | None) -> str:
+def _name_of_request(family: str, pins: Pins | None, memory_bytes: float | None) -> str:
     parts = (family, "pinned" if pins else "", f"in {memory_bytes / 2**30:g} GiB" if memory_bytes is not None else "")
     return ", ".join(part for part in parts if part) or "searched anew"
 
@@ -135,17 +135,17 @@ def _sources(solution: Solution, operations: Sequence[int], arrays: Sequence[Arr
     program = solution.problem.program
     for at, array in zip(operations, arrays, strict=True):
         value = program.operations[at].outputs[0].value
-        yield _kept_so(solution, array, produced(program, solution.choice, value))
+        yield _stored_array(solution, array, produced(program, solution.choice, value))
 
 
 def _sinks(solution: Solution, arrays: Sequence[ArrayPlan]) -> Iterator[ArrayPlan]:
     program = solution.problem.program
     for at, array in zip(program.results, arrays, strict=True):
         found = program.operations[at].inputs
-        yield _kept_so(solution, array, needed(program, solution.choice, at, 0)) if found else array
+        yield _stored_array(solution, array, needed(program, solution.choice, at, 0)) if found else array
 
 
-def _kept_so(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
+def _stored_array(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
     sizes = solution.problem.topology.axis_sizes
     whole = array.bytes_per_chip * shards(array.layout, sizes)
     return replace(array, layout=layout, bytes_per_chip=whole / shards(layout, sizes))

@@ -14,7 +14,7 @@ import numpy as np
 
 from autoshard._util.tables import WIDTH, item, size, table, time
 from autoshard.emitting.bind import traced_as
-from autoshard.explaining.bottlenecks import alike_summed
+from autoshard.explaining.bottlenecks import sum_equal_operations
 from autoshard.naming.strategy_names import is_product, weight_operand
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import doubled as doubled_topology
@@ -107,7 +107,7 @@ class Remedies:
 
     def render(self, width: int = WIDTH) -> str:
         """The remedies as plain text tables."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def remedies(
@@ -140,7 +140,7 @@ def remedies(
             continue
         progress(change.name)
         choice = _choice(change, plan)
-        kept = _kept(change, plan, choice)
+        kept = _seconds_kept(change, plan, choice)
         if isinstance(kept, float) and change.sequences == 1:
             under[change.name] = _works(change.program, change.topology, plan, choice)
         found.append(
@@ -156,7 +156,7 @@ def remedies(
 
 def _works(program: Program, topology: Topology, plan: Plan, choice: Choice) -> dict[tuple, Work]:
     """Operations with the costs of a what-if; equal operations in one layout are one."""
-    return alike_summed(repriced(program, topology, choice, plan.operations))
+    return sum_equal_operations(repriced(program, topology, choice, plan.operations))
 
 
 def _helping(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:
@@ -182,7 +182,7 @@ def _choice(change: Change, plan: Plan) -> Choice:
     return looped(change.program, change.topology, plan.choice) if loops else plan.choice
 
 
-def _kept(change: Change, plan: Plan, choice: Choice) -> float | str:
+def _seconds_kept(change: Change, plan: Plan, choice: Choice) -> float | str:
     """Seconds of the plan's own layout under a change, or the reason why there are none; "" for other chips."""
     if change.topology.axis_sizes != plan.topology.axis_sizes:
         return ""
@@ -216,10 +216,10 @@ def _remedy(
 def _changes(program: Program, topology: Topology) -> Iterator[Change | str]:
     """Every applicable what-if, and a sentence for each inapplicable one."""
     weights, state = weight_values(program), state_values(program)
-    yield from _narrowed(program, topology, "int8 weights", weights)
-    yield from _narrowed(program, topology, "int8 cache", state - weights)
+    yield from _narrow_change(program, topology, "int8 weights", weights)
+    yield from _narrow_change(program, topology, "int8 cache", state - weights)
     if weights and state - weights:
-        yield from _narrowed(program, topology, "int8 weights and cache", weights | state)
+        yield from _narrow_change(program, topology, "int8 weights and cache", weights | state)
     yield _twice_the_batch(program, topology)
     wider = doubled_topology(topology)
     if wider is None:
@@ -258,7 +258,7 @@ def state_values(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
-def _narrowed(program: Program, topology: Topology, name: str, values: frozenset[int]) -> Iterator[Change | str]:
+def _narrow_change(program: Program, topology: Topology, name: str, values: frozenset[int]) -> Iterator[Change | str]:
     arguments = [program.operations[at].outputs[0].value for at in (*program.arguments, *program.constants)]
     wide = [value for value in arguments if value in values and program.values[value].itemsize > _NARROW]
     if not wide:
@@ -345,7 +345,7 @@ def _with(topology: Topology, numbers: dict[str, float]) -> Topology:
 # --- the report
 
 
-def _rendered(found: Remedies, width: int) -> Iterator[str]:
+def _lines(found: Remedies, width: int) -> Iterator[str]:
     yield f"Remedies for {found.name} on {found.topology}, {time(found.seconds)} a step"
     rows = [_row(each) for each in found.remedies]
     headers = ("what if", "", "layout kept", "re-solved", "per sequence", "chip-seconds")

@@ -71,12 +71,12 @@ class Regimes:
 
     def render(self, width: int = WIDTH) -> str:
         """The step and its operations as plain text tables."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def regimes(plan: PlanRecord) -> Regimes:
     """The regimes of a plan, from its own numbers."""
-    listed = [*alike_summed(plan.operations).values(), *_slices(plan)]
+    listed = [*sum_equal_operations(plan.operations).values(), *_slices(plan)]
     works = tuple(sorted(listed, key=lambda work: -work.total_seconds))
     latency = sum(
         each.count * float(collective_seconds(each.kind, tuple(plan.topology.axis(a) for a in each.axes), 0.0))
@@ -93,7 +93,7 @@ def _slices(plan: PlanRecord) -> Iterator[Work]:
         yield Work("slices of arrays", 0.0, left * moved / took if took else 0.0, 0.0, left, 0.0, 0.0, left)
 
 
-def alike_summed(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
+def sum_equal_operations(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
     """The operations with a cost; equal operations of unrolled layers in one layout are one."""
     groups: dict[tuple, list[OperationPlan]] = {}
     for op in operations:
@@ -123,7 +123,7 @@ def work_of(op: OperationPlan) -> Work:
     )
 
 
-def _rendered(found: Regimes, width: int) -> Iterator[str]:
+def _lines(found: Regimes, width: int) -> Iterator[str]:
     step, seconds = found.step, found.seconds
     parts = ", ".join(f"{time(seconds[each])} {each}" for each in sorted(REGIMES, key=lambda each: -seconds[each]))
     bound = f"{found.regime}-bound" if found.regime else "free"

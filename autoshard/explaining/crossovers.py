@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from autoshard.explaining.named_layouts import Family, Split, families, moved, pinned, total_volume
+from autoshard.explaining.named_layouts import Family, Split, families, find_collectives, pin_by_name, total_volume
 from autoshard.naming.strategy_names import is_product, weight_operand
 from costmodels.dimensions import Dimensions
 from costmodels.machine.lazy_sympy import sympy
@@ -77,7 +77,7 @@ def _block(program: Program, dimensions: Dimensions, last: int) -> Block | None:
     if not (contracted and output and tokens) or any(name.isdigit() for name in (*contracted, *output)):
         return None
     casts = [at for i in (*first, last) for at in _casts(program, i)]
-    part, sizes = _cut_out(program, dimensions, sorted({*first, *between, *casts, last}))
+    part, sizes = _extract(program, dimensions, sorted({*first, *between, *casts, last}))
     weights = dict.fromkeys(_weight_name(program, i) for i in (*first, last))
     return Block(part, sizes, contracted, output, tokens, tuple(weights))
 
@@ -128,7 +128,7 @@ def _weight_name(program: Program, i: int) -> str:
     return value.origin or value.name
 
 
-def _cut_out(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
+def _extract(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
     """Some operations as a program that runs once: their inputs are arguments, and values that others use are results."""
     operations = [program.operations[i] for i in kept]
     made = {use.value for op in operations for use in op.outputs}
@@ -172,7 +172,7 @@ def _here(uses: Sequence[Use]) -> tuple[Use, ...]:
 # --- Volumes and crossovers
 
 
-def sent(block: Block, family: Family, topology: Topology, exact: bool = False) -> Expr:
+def volume_sent(block: Block, family: Family, topology: Topology, exact: bool = False) -> Expr:
     """The bytes that one chip sends in a block under a named layout.
 
     **Arguments:**
@@ -192,14 +192,14 @@ def sent(block: Block, family: Family, topology: Topology, exact: bool = False) 
             by_role = family.hidden if set(block.output) & set(names) else family.outside
         return {name: by_role.get(role, ()) for name, role in roles.items()}
 
-    choice = pinned(block.program, block.dimensions, splits, list(sizes))
-    return total_volume(moved(block.program, block.dimensions, sizes, choice), exact)
+    choice = pin_by_name(block.program, block.dimensions, splits, list(sizes))
+    return total_volume(find_collectives(block.program, block.dimensions, sizes, choice), exact)
 
 
 def volumes(block: Block, topology: Topology, exact: bool = False) -> dict[str, Expr]:
     """Named layout to the bytes that one chip sends in a block, in the order of the family."""
     axes = [axis.name for axis in topology.axes if axis.size > 1]
-    return {family.name: sent(block, family, topology, exact) for family in families(axes)} if axes else {}
+    return {family.name: volume_sent(block, family, topology, exact) for family in families(axes)} if axes else {}
 
 
 def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[Crossover, ...]:
@@ -215,7 +215,7 @@ def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[C
     at, best = 0.0, first_of(block, topology, exact)
     while True:
         cheaper = [name for name in by_name if slope[name] < slope[best]]
-        later = [Crossover(best, name, *_solved(by_name[best], by_name[name], numbers)) for name in cheaper]
+        later = [Crossover(best, name, *_solve(by_name[best], by_name[name], numbers)) for name in cheaper]
         later = [each for each in later if each.number >= at]
         if not later:
             return tuple(found)
@@ -240,7 +240,7 @@ def _linear(block: Block, topology: Topology, exact: bool) -> dict[str, tuple[Ex
     return {name: (each.coeff(tokens, 1), each.coeff(tokens, 0)) for name, each in by_name.items()}
 
 
-def _solved(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
+def _solve(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
     tokens = dimension("N_tokens")
     solved = crossover(below[0] * tokens + below[1], above[0] * tokens + above[1], tokens)
     return solved, evaluated(solved, numbers)
@@ -258,7 +258,7 @@ def numbers_of(block: Block, topology: Topology) -> dict[str, float]:
     return {**{name: float(n) for name, n in block.dimensions.sizes.items()}, **axes}
 
 
-def written(each: Crossover, block: Block) -> str:
+def crossover_text(each: Crossover, block: Block) -> str:
     """A crossover as text: `WG-X sends less than WS-2D from B·L = E (18,432) on`."""
     tokens = text(sympy.Mul(*map(dimension, block.tokens)))
     return f"{each.above} sends less than {each.below} from {tokens} = {text(each.tokens)} ({each.number:,.0f}) on"

@@ -8,7 +8,7 @@ from math import isfinite
 
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
@@ -92,7 +92,7 @@ def _header(plan: PlanRecord) -> Iterator[str]:
 
 
 def _deciders(proof: Proof) -> Iterator[str]:
-    """What presolve and solver each did; a plan of an older file has it not."""
+    """The work of presolve and of the solver; a plan from an older file has only the totals."""
     parts = f", {proof.branches} branches" if proof.branches else ""
     stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
     if not proof.solver:
@@ -128,13 +128,13 @@ def _axis(axis: Axis) -> str:
 
 
 def _matmuls(plan: PlanRecord, symbolic: bool, width: int) -> Iterator[str]:
-    found = operations_alike(op for op in plan.operations if op.matmul)
+    found = group_operations(op for op in plan.operations if op.matmul)
     if not found:
         return
     rows = [_operation_row(op) for op in found]
     lines = table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2)
     yield "Matmuls"
-    yield from _indented(lines[:2])
+    yield from _indent(lines[:2])
     for op, line in zip(found, lines[2:], strict=True):
         yield f"  {line}"
         if symbolic:
@@ -170,7 +170,7 @@ def _formula(op: OperationPlan) -> str:
 
 def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     fused = (op for op in plan.operations if not op.matmul)
-    spent = operations_alike(op for op in fused if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
         return
     listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
@@ -178,7 +178,7 @@ def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     yield "Other operations"
     if listed:
         rows = [_operation_row(op) for op in listed]
-        yield from _indented(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
+        yield from _indent(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
     if rest:
         seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
         each = f"each below {percent(_MENTIONED)} of the step"
@@ -193,7 +193,7 @@ def _baselines(plan: PlanRecord) -> Iterator[str]:
         return
     yield "Baselines, each the best of its kind"
     rows = [(each.name, *margin(plan, each)) for each in plan.baselines]
-    yield from _indented(table(("layout", "step", "against this plan"), rows, "<><"))
+    yield from _indent(table(("layout", "step", "against this plan"), rows, "<><"))
     best = min(plan.baselines, key=lambda each: each.seconds)
     if best.seconds <= plan.estimate.seconds * (1 + NOISE_PART):
         yield f"  Margins below {percent(NOISE_PART)} are within the model's error: {best.name} is good enough."
@@ -228,10 +228,10 @@ def _collectives(plan: PlanRecord, width: int) -> Iterator[str]:
         return
     rows = [
         (each.kind, _mesh_order(each.axes, plan), size(each.bytes), f"{each.count:g}", time(each.seconds), each.where)
-        for each in collectives_alike(found)
+        for each in group_collectives(found)
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
-    yield from _indented(table(headers, rows, "<<>>>~", width - 2))
+    yield from _indent(table(headers, rows, "<<>>>~", width - 2))
     yield "  in all: " + "; ".join(_totals(found))
 
 
@@ -259,7 +259,7 @@ def spec_text(layout: Layout) -> str:
 def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
     if not arrays:
         return
-    alike = arrays_alike(arrays)
+    alike = group_arrays(arrays)
     rows = [
         (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
         for array, count in alike
@@ -270,7 +270,7 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
         headers, sides = (*headers, "major to minor"), sides + "<"
     total = sum(array.bytes_per_chip for array in arrays)
     yield f"{title} ({size(total)} per chip)"
-    yield from _indented(table(headers, rows, sides, width - 2))
+    yield from _indent(table(headers, rows, sides, width - 2))
 
 
 def order_text(array: ArrayPlan) -> str:
@@ -287,7 +287,7 @@ def _constants(plan: PlanRecord, width: int) -> Iterator[str]:
     rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
     if rows:
         yield f"Constants of {plan.topology.chip.name} without a published or measured source"
-        yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
+        yield from _indent(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
 
 
 def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
@@ -296,5 +296,5 @@ def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
         yield from (line for warning in plan.warnings for line in item(warning, width))
 
 
-def _indented(lines: Iterable[str]) -> Iterator[str]:
+def _indent(lines: Iterable[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

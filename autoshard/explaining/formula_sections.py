@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from textwrap import wrap
 
 from autoshard._util.tables import WIDTH, percent, size, time
-from autoshard.explaining.crossovers import Block, blocks, crossovers, first_of, volumes, written
+from autoshard.explaining.crossovers import Block, blocks, crossover_text, crossovers, first_of, volumes
 from autoshard.explaining.formulas import Cost, Formulas, formulas_of
 from autoshard.explaining.model_shares import breakdown
 from autoshard.naming.strategy_names import is_product, weight_operand
 from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.program.program import Operation
-from costmodels.symbols import Expr, largest_terms, resolved, text
+from costmodels.symbols import Expr, largest_terms, specialize, text
 
 _LEFT_OUT = 0.001
 """The part of a sum that the omitted smallest terms may make up."""
@@ -52,7 +52,7 @@ def _symbols(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
     rates = {name: f"{found.numbers[name]:g}" for name in found.numbers if name in used - {*dims, *axes}}
     for title, table in (("dimensions", dims), ("mesh axes", axes), ("rates, in SI units", rates)):
         if table:
-            yield from _wrapped(title, ", ".join(f"{name} = {number}" for name, number in table.items()), width)
+            yield from _wrap(title, ", ".join(f"{name} = {number}" for name, number in table.items()), width)
     yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm; a matmul counts whole tiles and o_op;"
     yield "  only the longer one is shown, without roundings that have no effect here"
     if found.numbers["m_chip"]:
@@ -107,8 +107,8 @@ def _quantities(cost: Cost, found: Formulas, width: int) -> Iterator[str]:
     )
     for name, expression, shown in rows:
         if expression != 0:
-            sum_ = _sum(resolved(expression, found.numbers), found)
-            yield from _wrapped(f"    {name:10s}", f"{sum_} = {shown(found.at(expression))}", width)
+            sum_ = _sum(specialize(expression, found.numbers), found)
+            yield from _wrap(f"    {name:10s}", f"{sum_} = {shown(found.at(expression))}", width)
 
 
 def _sum(expression: Expr, found: Formulas) -> str:
@@ -166,7 +166,7 @@ def _shares(found: Formulas, width: int) -> Iterator[str]:
             if expression != 0:
                 part = found.at(expression) / sum(found.at(each[at]) for each in rows)
                 line = f"{_sum(expression, found)} = {found.at(expression):.4g}, {percent(part)}"
-                yield from _wrapped(f"    {name:10s}", line, width)
+                yield from _wrap(f"    {name:10s}", line, width)
 
 
 def _crossovers(plan: PlanRecord, block: Block, width: int) -> Iterator[str]:
@@ -176,10 +176,10 @@ def _crossovers(plan: PlanRecord, block: Block, width: int) -> Iterator[str]:
     yield from (f"    {name:8s} {text(each)}" for name, each in volumes(block, plan.topology).items())
     found = crossovers(block, plan.topology)
     yield f"  {found[0].below if found else first_of(block, plan.topology)} sends least with few tokens"
-    yield from (f"  {written(each, block)}" for each in found)
+    yield from (f"  {crossover_text(each, block)}" for each in found)
 
 
-def _wrapped(title: str, line: str, width: int) -> Iterator[str]:
+def _wrap(title: str, line: str, width: int) -> Iterator[str]:
     """A line after its title, with indented continuations."""
     first = f"  {title}  "
     yield from wrap(

@@ -59,7 +59,7 @@ class Cost(NamedTuple):
         return Cost(*(count * each for each in self))
 
 
-def added(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
+def sum_costs(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
     """The sum of costs."""
     columns = zip(*costs, strict=True)
     return Cost(*(sympy.Add(*column) for column in columns)) if (costs := list(costs)) else Cost()
@@ -106,14 +106,14 @@ class Formulas:
     @cached_property
     def total(self) -> Cost:
         """The whole step."""
-        return added([*self._operations_in_step(), *self._steps_in_step()])
+        return sum_costs([*self._operations_in_step(), *self._steps_in_step()])
 
     def of_operation(self, i: int) -> Cost:
         """One operation with its collectives, in one step of the program."""
         own = self.operations[i].times(self.runs(self.program.operations[i].region))
         made = {use.value for use in self.program.operations[i].outputs}
         mine = [s for s in self.steps if s.operation == i or (s.operation < 0 and s.value in made)]
-        return added([own, *(step.cost.times(self.runs(step.region)) for step in mine)])
+        return sum_costs([own, *(step.cost.times(self.runs(step.region)) for step in mine)])
 
     def by_kind(self, kind: Callable[[int, Operation], str] = lambda i, op: op.op_class) -> dict[str, Cost]:
         """The step by kind of operation and kind of collective; by default by `op_class`."""
@@ -122,7 +122,7 @@ class Formulas:
             groups.setdefault(kind(i, self.program.operations[i]), []).append(cost)
         for step, cost in zip(self.steps, self._steps_in_step(), strict=True):
             groups.setdefault(step.kind, []).append(cost)
-        return {name: cost for name, costs in groups.items() if any(cost := added(costs))}
+        return {name: cost for name, costs in groups.items() if any(cost := sum_costs(costs))}
 
     def by_region(self) -> dict[int, Cost]:
         """Per region the cost of one run, without inner regions; for a loop over layers, one layer."""
@@ -131,7 +131,7 @@ class Formulas:
             groups.setdefault(op.region, []).append(cost)
         for step in self.steps:
             groups.setdefault(step.region, []).append(step.cost)
-        return {region: added(costs) for region, costs in sorted(groups.items())}
+        return {region: sum_costs(costs) for region, costs in sorted(groups.items())}
 
     def _operations_in_step(self) -> Iterator[Cost]:
         pairs = zip(self.program.operations, self.operations, strict=True)

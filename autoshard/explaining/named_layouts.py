@@ -72,7 +72,7 @@ def families(axes: Sequence[str]) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def pinned(
+def pin_by_name(
     program: Program, dimensions: Dimensions, splits: Callable[[int, Operation], Split], axes: Sequence[str]
 ) -> Choice:
     """The plan that splits named dimensions as given.
@@ -96,11 +96,11 @@ def pinned(
         )
         strategies.append(Strategy(chosen, ((),) * len(op.linear)))
     choice = Choice(tuple(strategies), {})
-    hubs = {value: _kept(program, choice, value) for value, uses in program.consumers.items() if len(uses) > 1}
+    hubs = {value: _stored_layout(program, choice, value) for value, uses in program.consumers.items() if len(uses) > 1}
     return Choice(choice.strategies, hubs)
 
 
-def _kept(program: Program, choice: Choice, value: int) -> Layout:
+def _stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     """The stored layout of an array: that of its uses, if they agree, or that of its producer."""
     wanted = {needed(program, choice, operation, operand) for operation, operand in program.consumers[value]}
     return wanted.pop() if len(wanted) == 1 else produced(program, choice, value)
@@ -123,7 +123,9 @@ class Moved(NamedTuple):
         return self.runs * volume(self.kind, self.axes, self.payload, exact)
 
 
-def moved(program: Program, dimensions: Dimensions, sizes: Mapping[str, int], choice: Choice) -> tuple[Moved, ...]:
+def find_collectives(
+    program: Program, dimensions: Dimensions, sizes: Mapping[str, int], choice: Choice
+) -> tuple[Moved, ...]:
     """The collectives of a pinned plan, with each reshard by the steps that send least.
 
     Consecutive gathers are one gather over all their axes, and so are scatters: the volume is the same,
@@ -136,7 +138,7 @@ def moved(program: Program, dimensions: Dimensions, sizes: Mapping[str, int], ch
     found = []
     for move in moves(program, choice):
         total, runs = array_bytes(program, dimensions, move.value), dimensions.runs(program, move.region)
-        for kind, axes, of in _merged(least_steps(move.source, move.target, sizes)):
+        for kind, axes, of in _merge(least_steps(move.source, move.target, sizes)):
             found.append(Moved(kind, axes, move.value, total / pieces(of.axes), runs))
     return tuple(found)
 
@@ -146,7 +148,7 @@ def total_volume(collectives: Sequence[Moved], exact: bool = False) -> Expr:
     return sympy.Add(*(each.volume(exact) for each in collectives))
 
 
-def _merged(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
+def _merge(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
     """Kind, axes and the layout of the payload, without slices, which send nothing."""
     sending = [step for step in steps if step.kind != "slice"]
     at = 0
@@ -181,7 +183,7 @@ def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tup
         done.add(layout)
         for step in _leaving(layout, target, sizes):
             if step.target not in done:
-                more = _sent(step, sizes)
+                more = _volume(step, sizes)
                 heapq.heappush(frontier, (sent + more, taken + 1, next(order), step.target, (*path, step)))
     raise ValueError(f"no collectives lead from {source} to {target}")
 
@@ -196,7 +198,7 @@ def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
 
 
-def _sent(step: Step, sizes: Mapping[str, int]) -> float:
+def _volume(step: Step, sizes: Mapping[str, int]) -> float:
     """The bytes that a step sends per byte of the array."""
     chips = prod(sizes[axis] for axis in step.axes)
     if step.kind == "slice":

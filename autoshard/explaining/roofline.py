@@ -122,7 +122,7 @@ def _roofs(axes: Any, chip: Chip, left: float, right: float) -> None:
         matrix = "vector unit" not in names
         style: dict[str, Any] = {"color": "#333333" if matrix else "#999999", "linewidth": 1.2, "zorder": 2}
         axes.plot([left, ridge, right], [left * bandwidth, rate, rate], **style)
-        part, reached = _reached(chip, matrix), _part(chip, "hbm_efficiency") * bandwidth
+        part, reached = _achievable_part(chip, matrix), _part(chip, "hbm_efficiency") * bandwidth
         if part * rate < rate or reached < bandwidth:
             axes.plot(
                 [left, part * rate / reached, right],
@@ -153,7 +153,7 @@ def _roofs(axes: Any, chip: Chip, left: float, right: float) -> None:
     axes.annotate(slope, (at, at * bandwidth), xytext=(-2, 6), rotation_mode="anchor", gid=_SLOPE, **beside)
 
 
-def _reached(chip: Chip, matrix: bool) -> float:
+def _achievable_part(chip: Chip, matrix: bool) -> float:
     """The achievable part of a rate, by the chip's constants."""
     return _part(chip, "matmul_efficiency") if matrix else 1.0
 
@@ -190,7 +190,7 @@ def _labels(axes: Any, works: Sequence[Work], step: float) -> None:
         names = ", ".join(_short(each.name) for each in group)
         share = percent(sum(each.total_seconds for each in group) / step)
         place = (group[0].intensity, max(group[0].flops / group[0].total_seconds, axes.get_ylim()[0]))
-        taken.append(_placed(axes, f"{names}: {share}", place, taken))
+        taken.append(_place(axes, f"{names}: {share}", place, taken))
 
 
 def _dots(axes: Any) -> list[Any]:
@@ -217,7 +217,7 @@ def _roof_boxes(axes: Any) -> list[Any]:
     return found
 
 
-def _placed(axes: Any, text: str, place: tuple[float, float], taken: Sequence[Any]) -> Any:
+def _place(axes: Any, text: str, place: tuple[float, float], taken: Sequence[Any]) -> Any:
     """Writes a text at the nearest free spot inside the axes; returns its box."""
     from matplotlib.text import Text
 

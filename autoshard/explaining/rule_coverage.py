@@ -107,7 +107,7 @@ class Census:
 
     def render(self, width: int = WIDTH) -> str:
         """One line per primitive, the longest first, then the conservative operations and their cost."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def census(fn: Callable[..., Any], *args: Any, chip: str | Chip = "v5e") -> Census:
@@ -138,7 +138,7 @@ def census_of(program: Program, chip: str | Chip = "v5e") -> Census:
     return Census(program.name, f"one {on.name} that runs all of it", _rows(listed), program.warnings)
 
 
-def planned_census(plan: PlanRecord) -> Census:
+def census_of_plan(plan: PlanRecord) -> Census:
     """The census of a plan: the seconds of every operation as planned, with its reshards.
 
     **Raises:** `ValueError` for a plan from an older file, which lacks its program.
@@ -186,7 +186,7 @@ def _head(found: Census) -> Iterator[str]:
     yield f"{found.name}: {found.equations} operations; times of {found.basis}"
 
 
-def _rendered(found: Census, width: int) -> Iterator[str]:
+def _lines(found: Census, width: int) -> Iterator[str]:
     yield from _head(found)
     yield ""
     total = sum(row.seconds for row in found.rows) or 1.0

@@ -18,7 +18,7 @@ from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, Leaf, leaves, mesh_axes
 from autoshard.export.python import literal, sequence
-from autoshard.export.specs import module, nested
+from autoshard.export.specs import module, nest
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
@@ -49,7 +49,7 @@ def render_flax(plan: PlanRecord, argument: str | int | None = None, axes: Axes 
     at = None if argument is None else position(plan, argument)
     tree = plan.in_tree.data if at is None else plan.in_tree.data["tuple"][at]
     what = "The arguments" if at is None else f"The arrays of {heads(plan)[at]}"
-    labels = nested(tree, [python.spec(each.names) for each in arrays], imports, what)
+    labels = nest(tree, [python.spec(each.names) for each in arrays], imports, what)
     doc = (
         f"The layouts of {plan.name}, planned for {plan.topology.name}, by logical axes.\n\n"
         "LOGICAL_AXIS_RULES are for flax.linen.logical_axis_rules and flax.nnx.logical_axis_rules; each name has one rule.\n"
@@ -70,19 +70,19 @@ def render_maxtext(plan: PlanRecord, argument: str | int | None = None, axes: Ax
         )
     rules = _rules(_named(plan, argument, axes, names))
     mesh = mesh_axes(plan, axes)
-    batch = _listed(rules[_BATCH]) if _BATCH in rules else list(mesh)
+    batch = _axes_list(rules[_BATCH]) if _BATCH in rules else list(mesh)
     sizes = " ".join(f"ici_{name}_parallelism={size}" for name, size in mesh.items())
     assumed = (
         ""
         if _BATCH in rules
         else f"# No array has the name {_BATCH}: the batch is split over all mesh axes, the default.\n"
     )
-    lines = [f"  [{_quoted(name)}, {_quoted_list(_listed(entry))}]," for name, entry in rules.items()]
+    lines = [f"  [{_quote(name)}, {_quote_list(_axes_list(entry))}]," for name, entry in rules.items()]
     return (
         f"# The layouts of {_line(plan.name)}, planned for {_line(plan.topology.name)}.\n"
         f"# Sizes of the mesh: {_line(sizes)}\n{assumed}"
-        f"mesh_axes: {_quoted_list(list(mesh))}\n"
-        f"data_sharding: [{_quoted_list(batch)}]\n"
+        f"mesh_axes: {_quote_list(list(mesh))}\n"
+        f"data_sharding: [{_quote_list(batch)}]\n"
         "logical_axis_rules: [\n" + "\n".join(lines) + "\n]\n"
     )
 
@@ -91,15 +91,15 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _listed(entry: Entry) -> list[str]:
+def _axes_list(entry: Entry) -> list[str]:
     return [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
 
 
-def _quoted_list(names: Sequence[str]) -> str:
-    return f"[{', '.join(map(_quoted, names))}]"
+def _quote_list(names: Sequence[str]) -> str:
+    return f"[{', '.join(map(_quote, names))}]"
 
 
-def _quoted(name: str) -> str:
+def _quote(name: str) -> str:
     return "'" + name.replace("'", "''") + "'"
 
 
@@ -123,7 +123,9 @@ def _named(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any)
         given = _by_tree(plan, argument, names)
     given = [tuple(found) if isinstance(found, jax.sharding.PartitionSpec) else found for found in given]
     faults = [
-        f"{leaf.path} has {_said(found, leaf)}" for leaf, found in zip(arrays, given, strict=True) if _bad(found, leaf)
+        f"{leaf.path} has {_fault_text(found, leaf)}"
+        for leaf, found in zip(arrays, given, strict=True)
+        if _bad(found, leaf)
     ]
     if faults:
         raise ExportError(f"Each dimension needs a name, or None for one that stays whole:{_several(faults)}")
@@ -148,7 +150,7 @@ def _bad(found: Any, leaf: Leaf) -> bool:
     return found is None or not _is_names(found) or len(found) != len(leaf.shape)
 
 
-def _said(found: Any, leaf: Leaf) -> str:
+def _fault_text(found: Any, leaf: Leaf) -> str:
     size = f"{len(leaf.shape)} dimensions"
     return f"{size} and no names" if found is None else f"{size}, and the names {found!r}"
 
@@ -216,7 +218,7 @@ def _rules(arrays: Iterable[_Named]) -> dict[str, Entry]:
 
 
 def _over(entry: Entry) -> str:
-    return "whole" if entry is None else f"split over {' '.join(_listed(entry))}"
+    return "whole" if entry is None else f"split over {' '.join(_axes_list(entry))}"
 
 
 def _several(faults: Sequence[str]) -> str:

@@ -28,9 +28,9 @@ def sequence(items: Sequence[Source], brackets: str = "()") -> Group:
     return Group(brackets[0], tuple(("", item) for item in items), brackets[1])
 
 
-def assigned(name: str, value: Source) -> str:
+def assignment(name: str, value: Source) -> str:
     """The statement `name = value`, on one or several lines."""
-    return _written(f"{name} = ", value, "", "")
+    return _write(f"{name} = ", value, "", "")
 
 
 def literal(value: str) -> str:
@@ -55,12 +55,12 @@ def _entry(entry: str | tuple[str, ...] | None) -> str:
     return f"({', '.join(map(literal, entry))})"
 
 
-def _written(before: str, value: Source, after: str, indent: str) -> str:
+def _write(before: str, value: Source, after: str, indent: str) -> str:
     line = f"{indent}{before}{_flat(value)}{after}"
     if isinstance(value, str) or not value.entries or len(line) <= _COLUMNS:
         return line
     inner = indent + _INDENT
-    rows = [_written(key, entry, ",", inner) for key, entry in value.entries]
+    rows = [_write(key, entry, ",", inner) for key, entry in value.entries]
     return "\n".join([f"{indent}{before}{value.opening}", *rows, f"{indent}{value.closing}{after}"])
 
 

@@ -66,10 +66,10 @@ def rules_for(arrays: Sequence[Leaf], inside: bool = False) -> tuple[Rule, ...]:
     **Raises:** `ExportError`.
     """
     _refuse_ambiguous(arrays, inside)
-    needed = _needed(arrays, inside)
-    ordered = sorted(_merged(needed), key=lambda rule: (-len(rule[0]), rule[1]))
+    needed = _rule_paths(arrays, inside)
+    ordered = sorted(_merge(needed), key=lambda rule: (-len(rule[0]), rule[1]))
     found = [("(^|/)" + "/".join(parts) + "$", spec) for parts, _, spec in ordered]
-    rules = _without_needless([*found, (_REST, ())], _expected(needed, arrays, inside))
+    rules = _without_needless([*found, (_REST, ())], _expected_specs(needed, arrays, inside))
     wrong = [leaf for leaf in arrays if spec_at(rules, _own(leaf, inside)) != leaf.spec]
     exact = [(f"^{re.escape(_own(leaf, inside))}$", leaf.spec) for leaf in wrong]
     return (*exact, *rules)
@@ -90,7 +90,7 @@ def _refuse_ambiguous(arrays: Sequence[Leaf], inside: bool) -> None:
             )
 
 
-def _needed(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
+def _rule_paths(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
     """The paths of the rules: inside the argument, or with its name if arguments disagree."""
     by_form: dict[_Path, set[Spec]] = defaultdict(set)
     for leaf in arrays:
@@ -102,7 +102,7 @@ def _needed(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
     return found
 
 
-def _expected(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -> dict[str, Spec]:
+def _expected_specs(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -> dict[str, Spec]:
     """The expected layout of each array, and of its copy in an optimizer's state unless an array has that path."""
     found = {_own(leaf, inside): leaf.spec for leaf in arrays}
     for path, leaf in needed.items():
@@ -111,7 +111,7 @@ def _expected(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -
     return found
 
 
-def _merged(needed: dict[_Path, Leaf]) -> list[tuple[_Path, str, Spec]]:
+def _merge(needed: dict[_Path, Leaf]) -> list[tuple[_Path, str, Spec]]:
     """The paths as patterns; paths that differ only in numbers or in their last part share one: (parts, name, spec)."""
     forms: dict[_Path, dict[Spec, list[_Path]]] = defaultdict(lambda: defaultdict(list))
     for path, leaf in needed.items():

@@ -152,17 +152,17 @@ class _Layouts:
 
     def _name(self, role: str, axis: str) -> str:
         if role == "tensor":
-            return f"tensor parallel{' with sharded activations' if self._scattered(axis) else ''}"
+            return f"tensor parallel{' with sharded activations' if self._has_scattered_activations(axis) else ''}"
         if role not in _TOKENS:
             return _PLAIN[role]
-        gathered = self._stored(self._weights, axis)
-        if gathered and self._gathered_late(axis):
+        gathered = self._is_stored_split(self._weights, axis)
+        if gathered and self._is_gathered_late(axis):
             return f"fully sharded {_PLAIN[role]}" + (" (ZeRO-3)" if self.gradients else ": weights gathered")
         if gathered and not self.gradients:
             return f"{_PLAIN[role]}: weights gathered once"
-        if not self._stored(self._state, axis):
+        if not self._is_stored_split(self._state, axis):
             return _PLAIN[role]
-        if self._gradients_scattered(axis):
+        if self._has_scattered_gradients(axis):
             return f"{_PLAIN[role]} with sharded optimizer state and gradients (ZeRO-2)"
         return f"{_PLAIN[role]} with sharded optimizer state (ZeRO-1)"
 
@@ -191,13 +191,13 @@ class _Layouts:
     def _operand(self, i: int, k: int) -> int:
         return self.program.operations[i].inputs[k].value
 
-    def _stored(self, values: Sequence[int], axis: str) -> bool:
+    def _is_stored_split(self, values: Sequence[int], axis: str) -> bool:
         """Whether most bytes of these arguments are split over the axis."""
         total = sum(self.program.values[value].bytes for value in values)
         split = (v for v in values if axis in produced(self.program, self.choice, v).axes)
         return sum(self.program.values[value].bytes for value in split) > MOST_PART * total > 0
 
-    def _gathered_late(self, axis: str) -> bool:
+    def _is_gathered_late(self, axis: str) -> bool:
         """Whether most weights are gathered where they are used, and not once for the whole step.
 
         Where they are used means for one use alone, or for the uses in one iteration of a loop.
@@ -215,7 +215,7 @@ class _Layouts:
                 late += self._work(i) if looped else 0.0
         return late > MOST_PART * total > 0
 
-    def _gradients_scattered(self, axis: str) -> bool:
+    def _has_scattered_gradients(self, axis: str) -> bool:
         """Whether partial sums over the axis are mostly reduce-scattered; if tokens are split, these are gradients."""
         scattered = whole = 0.0
         for move in self._moves:
@@ -228,25 +228,25 @@ class _Layouts:
     def _moves(self):
         return tuple(moves(self.program, self.choice))
 
-    def _scattered(self, axis: str) -> bool:
+    def _has_scattered_activations(self, axis: str) -> bool:
         """Whether the activations of matmuls that are split over the axis are split by tokens over it before."""
         gathered = total = 0.0
         moved = {(move.operation, move.operand): move.source for move in self._moves}
         for i, (weight, roles) in self.by_weight.items():
             op = self.program.operations[i]
-            if self._role(i, roles, axis) != "tensor" or self._contracted(op, roles, i, axis):
+            if self._role(i, roles, axis) != "tensor" or self._is_contracted(op, roles, i, axis):
                 continue
             other = 1 - weight
             source = moved.get((i, other), needed(self.program, self.choice, i, other))
             total += self._work(i)
-            gathered += self._work(i) if self._split_by_tokens(op, roles, other, source, axis) else 0.0
+            gathered += self._work(i) if self._is_split_by_tokens(op, roles, other, source, axis) else 0.0
         return gathered > MOST_PART * total > 0
 
-    def _contracted(self, op: Operation, roles: Sequence[str], i: int, axis: str) -> bool:
+    def _is_contracted(self, op: Operation, roles: Sequence[str], i: int, axis: str) -> bool:
         pairs = zip(roles, self.choice.strategies[i].splits, strict=True)
         return any(axis in axes and role == "contracted" for role, axes in pairs)
 
-    def _split_by_tokens(self, op: Operation, roles: Sequence[str], operand: int, layout: Layout, axis: str) -> bool:
+    def _is_split_by_tokens(self, op: Operation, roles: Sequence[str], operand: int, layout: Layout, axis: str) -> bool:
         dims = zip(op.inputs[operand].dims, layout.dims, strict=True)
         return any(axis in axes and any(roles[f] in ("batch", "sequence") for f in dim) for dim, axes in dims)
 

@@ -52,13 +52,13 @@ def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) 
     split: dict[str, list[str]] = {}
     for role, axes in zip(roles, strategy.splits, strict=True):
         split.setdefault(role, []).extend(axes)
-    parts = [f"{role} over {_written(split[role], order)}" for role in sorted(split, key=_place) if split[role]]
+    parts = [f"{role} over {_join_axes(split[role], order)}" for role in sorted(split, key=_place) if split[role]]
     partial = {axis for axes in strategy.carried for axis in axes}
-    parts += [f"partial sums over {_written(partial, order)}"] if partial else []
+    parts += [f"partial sums over {_join_axes(partial, order)}"] if partial else []
     if not parts and not family.startswith("WG"):
         return "replicated"
     idle = set(order) - set(strategy.axes) - partial
-    parts += [f"repeated over {_written(idle, order)}"] if idle else []
+    parts += [f"repeated over {_join_axes(idle, order)}"] if idle else []
     return (f"{family}: " if family else "") + ", ".join(parts)
 
 
@@ -66,14 +66,14 @@ def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[
     """The role of each factor, and the family of the weight, if there is one."""
     op = program.operations[i]
     if not is_product(op):
-        return _grouped(op) or (_dimensions(op), "")
+        return _expert_roles(op) or (_dimensions(op), "")
     weight = weight_operand(program, i)
     if weight is None:
         return _attention_roles(program, i), ""
     roles = weight_roles(op, weight)
     gathered = _gathered_axes(program, choice, i, weight)
     if gathered:
-        return roles, f"WG-{_written(gathered, order).upper()}"
+        return roles, f"WG-{_join_axes(gathered, order).upper()}"
     split = {role for role, axes in zip(roles, choice.strategies[i].splits, strict=True) if axes}
     kinds = len(split & {"contracted", "output"})
     return roles, f"WS-{kinds}D" if kinds else "data parallel"
@@ -98,11 +98,11 @@ def _place(role: str) -> tuple[int, str]:
     return (_ROLES.index(role) if role in _ROLES else len(_ROLES), role)
 
 
-def _written(axes: Iterable[str], order: Sequence[str]) -> str:
+def _join_axes(axes: Iterable[str], order: Sequence[str]) -> str:
     return "".join(axis for axis in order if axis in set(axes))
 
 
-def _grouped(op: Operation) -> tuple[list[str], str] | None:
+def _expert_roles(op: Operation) -> tuple[list[str], str] | None:
     """The roles in a matmul of groups of rows with one matrix each: the groups are a mixture's experts."""
     if op.primitive != "ragged_dot_general" or op.op_class != "matmul":
         return None
@@ -187,7 +187,7 @@ def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
             roles = ["experts" if f in shared and role == "output" else role for f, role in enumerate(roles)]
         return "weight", weight, roles
     left = _factors(op.outputs[0].dims)
-    if left and all(origins.given_by_weight(i, factor) for factor in left):
+    if left and all(origins.is_from_weight(i, factor) for factor in left):
         return "gradient", -1, []
     return "attention", -1, _attention_roles(program, i)
 
@@ -215,7 +215,7 @@ def _attention_roles(program: Program, i: int) -> list[str]:
     left, right = (set(_factors(use.dims)) for use in op.inputs)
     roles = []
     for factor in range(len(op.factors)):
-        given = origins.given_by_weight(i, factor)
+        given = origins.is_from_weight(i, factor)
         if op.factors[factor].kind == "sum" or factor not in left:
             roles.append("head-size-sharded" if given else "sequence-sharded")
         elif given:
@@ -270,14 +270,14 @@ class _Origins:
         mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
         shared = [f for f in mine & others if op.factors[f].kind != "sum"]
         # Experts are shared too, but they come from a router's weight, or from an iota as in one-hot arrays.
-        return all(self._reached(_places(op.inputs[1 - k], f)) in ("weight", "nothing") for f in shared)
+        return all(self._find_origin(_places(op.inputs[1 - k], f)) in ("weight", "nothing") for f in shared)
 
-    def given_by_weight(self, i: int, factor: int) -> bool:
+    def is_from_weight(self, i: int, factor: int) -> bool:
         """Whether an operand of a matmul gets this factor from a weight."""
         places = [place for use in self.program.operations[i].inputs for place in _places(use, factor)]
-        return self._reached(places) == "weight"
+        return self._find_origin(places) == "weight"
 
-    def _reached(self, places: list[tuple[int, int]]) -> Literal["weight", "argument", "nothing"]:
+    def _find_origin(self, places: list[tuple[int, int]]) -> Literal["weight", "argument", "nothing"]:
         """Follows dimensions (value, position) to their origins.
 
         Returns "weight" if one is an output factor of a weight, else "argument" if one comes from an argument, else "nothing".

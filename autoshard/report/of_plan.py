@@ -9,7 +9,7 @@ from typing import Any
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import margin, order_text, short_name, spec_text
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
@@ -27,7 +27,7 @@ def data_of(plan: PlanRecord, audit: Mapping[str, Any] | None = None) -> dict[st
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
-        "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
+        "summary": [*_summary(plan), *(_audit_figures(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
         "parallelism": str(parallelism(plan.program, plan.topology, plan.choice)) if plan.program is not None else "",
         "plain": [
@@ -72,7 +72,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
 
 
 def _decided(proof: Proof) -> list[dict[str, str]]:
-    """Which solver decided, on what presolve had left; a plan of an older file has it not."""
+    """The deciding solver, with the rest of presolve; empty for a plan from an older file."""
     if not proof.solver:
         return []
     left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
@@ -80,7 +80,7 @@ def _decided(proof: Proof) -> list[dict[str, str]]:
     return [{"name": "solver", "value": proof.solver, "note": note}]
 
 
-def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
+def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
     """The compiled program beside the plan, as a headline figure."""
     planned = sum(each["planned"] for each in audit["wire_bytes"])
     compiled = sum(each["compiled"] for each in audit["wire_bytes"])
@@ -95,7 +95,7 @@ def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _arrays(plan: PlanRecord) -> list[dict[str, Any]]:
     roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
-    every = [(array, count, role) for role, arrays in roles.items() for array, count in arrays_alike(arrays)]
+    every = [(array, count, role) for role, arrays in roles.items() for array, count in group_arrays(arrays)]
     largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
     return [_array(*found) for found in largest]
 
@@ -114,7 +114,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
 
 
 def _operations(plan: PlanRecord) -> list[dict[str, Any]]:
-    spent = operations_alike(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
     return [
         {
             "name": short_name(op),
@@ -143,7 +143,7 @@ def _collectives(plan: PlanRecord) -> list[dict[str, Any]]:
             "seconds": each.seconds,
             "where": each.where,
         }
-        for each in sorted(collectives_alike(plan.estimate.collectives), key=lambda each: -each.seconds)
+        for each in sorted(group_collectives(plan.estimate.collectives), key=lambda each: -each.seconds)
     ]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoshard.sweep.analysis.advice import advice_of
-from autoshard.sweep.analysis.answers import answers, limits_said, uncomparable
-from autoshard.sweep.analysis.frontier import frontier, switches, wasted
+from autoshard.sweep.analysis.answers import answers, limits_text, uncomparable
+from autoshard.sweep.analysis.frontier import frontier, negative_mfu, switches
 from autoshard.sweep.analysis.rows import Part, Row, SweepResult
 from autoshard.sweep.results import SOLVED
 
@@ -27,7 +27,7 @@ def data_of(sweep: SweepResult) -> dict[str, Any]:
             {"name": "slices", "value": str(len({row.topology for row in solved})), "note": _span(solved)},
         ],
         "currency": sweep.currency,
-        "limits": limits_said(sweep),
+        "limits": limits_text(sweep),
         "answers": [each.words for each in answers(sweep)],
         "notes": [each for each in (uncomparable(sweep),) if each],
         "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
@@ -48,7 +48,7 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     rows = sweep.of(phase)
     parts = sweep.parts(phase)
     best = {id(row) for part in parts for row in frontier(part.rows)}
-    best_mfu = {id(row) for part in parts for row in frontier(part.rows, wasted)}
+    best_mfu = {id(row) for part in parts for row in frontier(part.rows, negative_mfu)}
     return {
         "name": phase,
         "kind": rows[0].kind,

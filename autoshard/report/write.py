@@ -13,7 +13,7 @@ from autoshard.errors import AutoshardError
 from autoshard.planning.plan_file import load
 from autoshard.planning.records import PlanRecord
 from autoshard.sweep.analysis.rows import SweepResult, load_sweep
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 
 _PAGES = Path(__file__).parent / "pages"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -87,7 +87,7 @@ def _audit(path: str | PathLike[str], plan: PlanRecord | SweepResult) -> Mapping
 
 
 def _picture(found: PlanRecord | SweepResult, output: Path) -> None:
-    needed("matplotlib")
+    require("matplotlib")
     if isinstance(found, PlanRecord):
         from autoshard.explaining.roofline import save_roofline
 
@@ -100,7 +100,7 @@ def _picture(found: PlanRecord | SweepResult, output: Path) -> None:
 
 def page(found: PlanRecord | SweepResult, audit: Mapping[str, Any] | None = None) -> str:
     """The page of a plan or a sweep: self-contained HTML."""
-    needed("jinja2")
+    require("jinja2")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined)

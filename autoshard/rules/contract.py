@@ -86,12 +86,12 @@ def _reduce_again(inputs, outputs, axes):
 
 def _local_reduce_again(eqn, rule: Rule, pieces: Pieces, operand):
     found = eqn.primitive.bind(operand, **eqn.params)
-    for factor in _gathered(rule, pieces):
+    for factor in _split_gathered_factors(rule, pieces):
         found = eqn.primitive.bind(pieces.gathered(factor, found), **{**eqn.params, "axes": (0,)})
     return [found]
 
 
-def _gathered(rule: Rule, pieces: Pieces) -> list[int]:
+def _split_gathered_factors(rule: Rule, pieces: Pieces) -> list[int]:
     """The split factors along which shards need data from each other."""
     return [i for i, factor in enumerate(rule.factors) if factor.kind == "gathered" and pieces.is_split(i)]
 
@@ -124,7 +124,7 @@ def _cumulative(inputs, axis, linear=()):
 def _local_cumulative(eqn, rule: Rule, pieces: Pieces, operand):
     """Scans the chip's own shard, gathers the totals of all shards, and combines those before it with the scan."""
     found, axis, reverse = eqn.primitive.bind(operand, **eqn.params), eqn.params["axis"], eqn.params["reverse"]
-    for factor in _gathered(rule, pieces):
+    for factor in _split_gathered_factors(rule, pieces):
         total = lax.index_in_dim(found, 0 if reverse else -1, axis, keepdims=False)
         totals = eqn.primitive.bind(pieces.gathered(factor, total), **{**eqn.params, "axis": 0})
         before = pieces.start(factor) // pieces.size(factor) + (1 if reverse else -1)
@@ -184,7 +184,7 @@ def _local_top_k(eqn, rule: Rule, pieces: Pieces, operand):
     """Ties are broken by position within a shard and among shards, so the result is that of one chip."""
     axis = eqn.params.get("axis", -1) % operand.ndim
     values, places = eqn.primitive.bind(operand, **eqn.params)
-    for factor in _gathered(rule, pieces):
+    for factor in _split_gathered_factors(rule, pieces):
         places = places + pieces.start(factor).astype(places.dtype)
         every, at = (_in_a_row(pieces.gathered(factor, each), axis) for each in (values, places))
         values, best = eqn.primitive.bind(every, **eqn.params)

@@ -33,7 +33,7 @@ class Einsum:
     kinds: tuple[tuple[str, FactorKind], ...]
 
     def __str__(self) -> str:
-        return " -> ".join(", ".join(map(_written, side)) for side in (self.inputs, self.outputs))
+        return " -> ".join(", ".join(map(_names_text, side)) for side in (self.inputs, self.outputs))
 
     def batched(self, inputs: Sequence[bool]) -> Einsum:
         """The rule with a new leading dimension for the marked operands and for every result."""
@@ -51,12 +51,12 @@ class Einsum:
         pairs = [
             (f"{side} {k}", names, shape)
             for side, texts, shapes in (("operand", self.inputs, inputs), ("result", self.outputs, outputs))
-            for k, (names, shape) in enumerate(_paired(what, side, texts, shapes))
+            for k, (names, shape) in enumerate(_pair(what, side, texts, shapes))
         ]
         for where, names, shape in pairs:
             if len(names) != len(shape):
                 raise RuleError(
-                    f"The rule of {what} gives {where} {len(names)} dimensions ({_written(names)}); it has the shape"
+                    f"The rule of {what} gives {where} {len(names)} dimensions ({_names_text(names)}); it has the shape"
                     f" {list(shape)}."
                 )
         dims = [(where, dim, n) for where, names, shape in pairs for dim, n in zip(names, shape, strict=True)]
@@ -72,7 +72,7 @@ class Einsum:
         return found
 
 
-def parsed(text: str, kinds: Mapping[FactorKind, str]) -> Einsum:
+def parse_rule(text: str, kinds: Mapping[FactorKind, str]) -> Einsum:
     """Parses a rule such as `b s h d, b t h d -> b s h d`.
 
     **Arguments:**
@@ -138,11 +138,11 @@ def _dimensions(text: str, whole: str) -> Names:
     return names
 
 
-def _written(names: Names) -> str:
+def _names_text(names: Names) -> str:
     return " ".join("1" if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in names)
 
 
-def _paired(what: str, side: str, texts: Sequence[Names], shapes: Sequence[Sequence[int]]):
+def _pair(what: str, side: str, texts: Sequence[Names], shapes: Sequence[Sequence[int]]):
     if len(texts) != len(shapes):
         raise RuleError(f"The rule of {what} has {len(texts)} {side}s, got {len(shapes)}.")
     return zip(texts, shapes, strict=True)
@@ -157,7 +157,7 @@ def _settle(what: str, where: str, dim: Sequence[str], n: int, found: dict[str, 
     elif (not unknown and known != n) or len(unknown) == 1:
         sizes = ", ".join(f"{name}={found[name]}" for name in dim if name in found)
         raise RuleError(
-            f"The rule of {what} has {_written((tuple(dim),))} for {where}, whose size is {n}"
+            f"The rule of {what} has {_names_text((tuple(dim),))} for {where}, whose size is {n}"
             + (
                 f", with {sizes} from the dimensions before it."
                 if sizes

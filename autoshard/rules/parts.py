@@ -35,7 +35,7 @@ def _parts(whole, parts, axis: int) -> tuple[Factors, Dims, tuple[Dims, ...]]:
 def _local_concatenate(eqn, rule: Rule, pieces: Pieces, *operands):
     """Sends blocks of the parts to the chips that hold them in the concatenated array."""
     axis = eqn.params["dimension"]
-    found = _exchanged(rule, pieces, rule.inputs[0][axis][0])
+    found = _find_exchange(rule, pieces, rule.inputs[0][axis][0])
     if found is None:
         return [eqn.primitive.bind(*operands, **eqn.params)]
     factor, rounds, own = found
@@ -53,7 +53,7 @@ def _local_concatenate(eqn, rule: Rule, pieces: Pieces, *operands):
 def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
     """Sends blocks of the array to the chips that hold them in the parts."""
     axis = eqn.params["axis"]
-    found = _exchanged(rule, pieces, rule.outputs[0][axis][0])
+    found = _find_exchange(rule, pieces, rule.outputs[0][axis][0])
     if found is None:
         return eqn.primitive.bind(operand, **eqn.params)
     factor, rounds, own = found
@@ -66,7 +66,7 @@ def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
     return _in_turn(received, parts, own)
 
 
-def _exchanged(rule: Rule, pieces: Pieces, factor: int):
+def _find_exchange(rule: Rule, pieces: Pieces, factor: int):
     """The factor of equal parts, the rounds of sending their blocks, and this chip's position; None if it is not split."""
     if not pieces.is_split(factor):
         return None

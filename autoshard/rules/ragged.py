@@ -34,7 +34,7 @@ def ragged_dot(inputs, outputs, *, ragged_dot_dimension_numbers, group_offset=No
     right.update({int(j): groups for j in numbers.rhs_group_dimensions})
     for i, j in zip(lhs_sum, rhs_sum, strict=True):
         left[int(i)] = right[int(j)] = factors.new(lhs.shape[i], "sum")
-    free = [*_filled(factors, left, lhs), *_filled(factors, right, rhs)]
+    free = [*_fill(factors, left, lhs), *_fill(factors, right, rhs)]
     result = [groups, *batch, *free] if ragged in lhs_sum else [*batch, *free]
     counts = [counted] if shared else [*batch, counted]
     return Rule(
@@ -50,7 +50,7 @@ def ragged_dot(inputs, outputs, *, ragged_dot_dimension_numbers, group_offset=No
     )
 
 
-def _filled(factors: Factors, side: dict[int, int], aval) -> list[int]:
+def _fill(factors: Factors, side: dict[int, int], aval) -> list[int]:
     """New factors for the dimensions of an operand that have none yet."""
     made = {i: factors.new(aval.shape[i]) for i in range(aval.ndim) if i not in side}
     side.update(made)

@@ -12,7 +12,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autoshard.rules.einsum import Einsum, RuleError, parsed, rule_of
+from autoshard.rules.einsum import Einsum, RuleError, parse_rule, rule_of
 from autoshard.rules.rule import REGISTRY, Pieces, Rule, local_shape
 
 _PREFIX = "rule:"
@@ -64,7 +64,7 @@ def rule(
     **Raises:** `RuleError` for an invalid text and, at the call, for arrays that do not fit it.
     """
     kinds = {kind: names for kind, names in (("whole", whole), ("sum", sum), ("max", max)) if names}
-    einsum = parsed(text, kinds)  # pyright: ignore[reportArgumentType]
+    einsum = parse_rule(text, kinds)  # pyright: ignore[reportArgumentType]
     if primitive:
         return functools.partial(_for_primitive, primitive, einsum, flops_per_point)
     return functools.partial(_for_function, einsum, flops_per_point)
@@ -94,7 +94,7 @@ def _primitive(name: str) -> Primitive:
     ad.primitive_jvps[made] = lambda primals, tangents, *, kernel: jax.jvp(
         kernel, primals, tuple(map(ad.instantiate_zeros, tangents))
     )
-    batching.primitive_batchers[made] = functools.partial(_batched, made)
+    batching.primitive_batchers[made] = functools.partial(_batch, made)
     REGISTRY[made.name] = _rule_of_kernel
     return made
 
@@ -105,7 +105,7 @@ def _abstract(*avals: Any, kernel: _Kernel) -> list[Any]:
     return [ShapedArray(each.shape, each.dtype) for each in made]
 
 
-def _batched(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, kernel: _Kernel) -> tuple[Any, Any]:
+def _batch(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, kernel: _Kernel) -> tuple[Any, Any]:
     has = [axis is not None for axis in axes]
     moved = [jax.numpy.moveaxis(a, axis, 0) if there else a for a, axis, there in zip(arrays, axes, has, strict=True)]
     body = jax.vmap(kernel, in_axes=tuple(0 if there else None for there in has))
@@ -114,10 +114,12 @@ def _batched(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, ker
 
 
 def _rule_of_kernel(inputs: Sequence[Any], outputs: Sequence[Any], *, kernel: _Kernel) -> Rule:
-    return replace(_costed(kernel.einsum, kernel.name, kernel.flops_per_point, inputs, outputs), local=_run)
+    return replace(_kernel_rule(kernel.einsum, kernel.name, kernel.flops_per_point, inputs, outputs), local=_run_kernel)
 
 
-def _costed(einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[Any], outputs: Sequence[Any]) -> Rule:
+def _kernel_rule(
+    einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> Rule:
     made = rule_of(einsum, name, [aval.shape for aval in inputs], [aval.shape for aval in outputs])
     traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
     return replace(
@@ -128,12 +130,12 @@ def _costed(einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[
     )
 
 
-def _run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
+def _run_kernel(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
     kernel: _Kernel = eqn.params["kernel"]
-    return _checked(kernel.name, made, pieces, kernel(*operands))
+    return _check_shapes(kernel.name, made, pieces, kernel(*operands))
 
 
-def _checked(name: str, made: Rule, pieces: Pieces, found: Sequence[Any]) -> Sequence[Any]:
+def _check_shapes(name: str, made: Rule, pieces: Pieces, found: Sequence[Any]) -> Sequence[Any]:
     for k, (piece, dims) in enumerate(zip(found, made.outputs, strict=True)):
         wanted = local_shape(dims, pieces)
         if tuple(piece.shape) != wanted:
@@ -148,10 +150,10 @@ def _for_primitive(
     primitive: str, einsum: Einsum, flops_per_point: float, local: Callable[..., Any]
 ) -> Callable[..., Any]:
     def run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
-        return _checked(primitive, made, pieces, jax.tree.leaves(local(*operands, **eqn.params)))
+        return _check_shapes(primitive, made, pieces, jax.tree.leaves(local(*operands, **eqn.params)))
 
     def maker(inputs: Sequence[Any], outputs: Sequence[Any], **_: Any) -> Rule:
-        return replace(_costed(einsum, primitive, flops_per_point, inputs, outputs), local=run)
+        return replace(_kernel_rule(einsum, primitive, flops_per_point, inputs, outputs), local=run)
 
     REGISTRY[primitive] = maker
     return local

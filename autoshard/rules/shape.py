@@ -79,8 +79,8 @@ def common_factors(factors: Factors, before: Sequence[int], after: Sequence[int]
             sizes = [b // a for a, b in pairwise(bounds)]
             made = [factors.new(n) for n in reversed(sizes)]
             table = dict(zip(reversed(bounds[1:]), made, strict=True))
-            left += _cut(group, table)
-            right += _cut(other, table)
+            left += _cut_sizes(group, table)
+            right += _cut_sizes(other, table)
         else:
             major = gcd(group[0], other[0])
             shared = factors.new(major)
@@ -113,7 +113,7 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     return found
 
 
-def _cut(sizes: Sequence[int], table: dict[int, int]) -> list[tuple[int, ...]]:
+def _cut_sizes(sizes: Sequence[int], table: dict[int, int]) -> list[tuple[int, ...]]:
     """The factors of each dimension, major to minor; `table` maps a factor's upper cumulative product to its index."""
     products = _products(sizes)[::-1]
     spans = zip(products[1:], products, strict=False)
@@ -169,7 +169,7 @@ def tile(inputs, outputs, *, reps, **_):
     return Rule(factors.done(), (dims,), (result,), _FIRST, flops_per_point=0.0, local=_local_tile)
 
 
-def windowed(
+def window_dims(
     factors: Factors,
     full: Sequence[int],
     part: Sequence[int],
@@ -217,7 +217,7 @@ def single_elements(rule: Rule, pieces: Pieces, window: Dims) -> list[int]:
     return [i for i in cut_dims(rule, pieces, window) if not window[i]]
 
 
-def shifted_by(array, dim: int, start, size: int):
+def shift(array, dim: int, start, size: int):
     """`size` elements along a dimension from `start` on, with zeros before the first and past the last element."""
     config = [(size, size, 0) if i == dim else (0, 0, 0) for i in range(array.ndim)]
     padded = lax.pad(array, jnp.zeros((), array.dtype), config)
@@ -236,7 +236,7 @@ def _local_slice(eqn, rule: Rule, pieces: Pieces, operand, *_):
             here = here & inside
         else:
             begin = starts[i] - pieces.start(rule.inputs[0][i][0])
-            operand = shifted_by(operand, i, begin, limits[i] - starts[i])
+            operand = shift(operand, i, begin, limits[i] - starts[i])
     for i, dim in enumerate(rule.inputs[0]):
         if any(pieces.is_split(f) for f in dim):
             starts[i], limits[i] = 0, operand.shape[i]
@@ -249,7 +249,7 @@ def slice_(inputs, outputs, **_):
     """`[a,b,c] -> [a,d,1] sum={b,c}`: along a split dimension each chip contributes its part of the window, and zeros."""
     factors = Factors()
     single = "sum" if summable(inputs[0]) else "whole"
-    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, single)
     return Rule(factors.done(), (left,), (right,), _FIRST, flops_per_point=0.0, local=_local_slice)
 
 
@@ -258,7 +258,7 @@ def pad(inputs, outputs, *, padding_config, **_):
     """`[a,b],[] -> [a,c]`: the padded dimensions stay whole."""
     factors = Factors()
     padded = [i for i, config in enumerate(padding_config) if any(config)]
-    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, shifted=padded)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, shifted=padded)
     return Rule(factors.done(), (left, ()), (right,), flops_per_point=0.0)
 
 

@@ -32,13 +32,13 @@ def convolution(inputs, outputs, *, dimension_numbers, feature_group_count, batc
         for aval, spec in zip((image, kernel, outputs[0]), (of_image, of_kernel, of_result), strict=True)
     ]
     sides = (
-        _placed(of_image, [(batches, batch), (features, summed), *space[0]]),
-        _placed(of_kernel, [(features, batches, made), (summed,), *space[1]]),
+        _in_array_order(of_image, [(batches, batch), (features, summed), *space[0]]),
+        _in_array_order(of_kernel, [(features, batches, made), (summed,), *space[1]]),
     )
     return Rule(
         factors.done(),
         sides,
-        (_placed(of_result, [*result, *space[2]]),),
+        (_in_array_order(of_result, [*result, *space[2]]),),
         op_class="matmul",
         traffic=(0, 1, -1),
         flops_per_point=2.0 / max(1, prod(image.shape[i] for i in of_image[2:])),  # the image is not a loop of its own
@@ -46,7 +46,7 @@ def convolution(inputs, outputs, *, dimension_numbers, feature_group_count, batc
     )
 
 
-def _placed(spec, dims) -> Dims:
+def _in_array_order(spec, dims) -> Dims:
     """Dimensions given as batch, feature, space, in the order of the array."""
     return tuple(dim for _, dim in sorted(zip(spec, dims, strict=True)))
 

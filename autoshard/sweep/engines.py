@@ -13,7 +13,7 @@ from threading import Thread
 from time import sleep
 from typing import Any, Protocol
 
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 
 Outcome = Any
 """The result of a task, or its exception."""
@@ -53,7 +53,7 @@ _AHEAD = 1
 
 def processes(workers: int) -> Engine:
     """That many processes of this machine (joblib's loky)."""
-    needed("joblib")
+    require("joblib")
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         waiting = iter(tasks)
@@ -119,7 +119,7 @@ def leave_with(parent: int) -> None:
 
 def dask(address: str) -> Engine:
     """The workers of the Dask cluster whose scheduler listens at an address such as `tcp://10.0.0.1:8786`."""
-    needed("distributed")
+    require("distributed")
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         from distributed import Client, KilledWorker, as_completed  # pyright: ignore[reportMissingImports]
@@ -150,7 +150,7 @@ def dask(address: str) -> Engine:
 
 def ray(address: str = "") -> Engine:
     """The workers of a Ray cluster; without an address, of one that is started on this machine."""
-    needed("ray")
+    require("ray")
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         import ray as cluster  # pyright: ignore[reportMissingImports]

@@ -20,7 +20,7 @@ class MissingExtra(AutoshardError, ImportError):
     """Raised if a library of an extra is not installed; states the extra."""
 
 
-def needed(module: str) -> None:
+def require(module: str) -> None:
     """Checks that a library is installed.
 
     **Raises:** `MissingExtra`, with the command that installs it.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 from autoshard.sweep.job import LENGTHS, Constraints, Job, JobError, Knob, Location, Phase, Together
 
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
@@ -24,11 +24,11 @@ def load_job(path: str | Path) -> Job:
         text = path.read_text("utf-8")
         data = tomllib.loads(text)
     except ValueError as error:
-        raise JobError(f"{path} is not valid TOML: {error}{_quoted(path, str(error))}.") from error
+        raise JobError(f"{path} is not valid TOML: {error}{_quote_line(path, str(error))}.") from error
     return job_of(data, path.parent, path.stem, str(path), text)
 
 
-def _quoted(path: Path, error: str) -> str:
+def _quote_line(path: Path, error: str) -> str:
     """The line to which a TOML error refers."""
     if (found := re.search(r"at line (\d+)", error)) is None:
         return ""
@@ -41,7 +41,7 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
 
     **Raises:** `JobError`.
     """
-    needed("pydantic")
+    require("pydantic")
     from pydantic import ValidationError
 
     from autoshard.sweep.schema import JobFile
@@ -49,13 +49,13 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
     try:
         read = JobFile.model_validate(data)
     except ValidationError as error:
-        faults = [(each["loc"], _said(each)) for each in error.errors()]
-        raise JobError(_listed(where, text, faults)) from error
+        faults = [(each["loc"], _fault_text(each)) for each in error.errors()]
+        raise JobError(_list_faults(where, text, faults)) from error
     from autoshard.sweep.validation import faults_of
 
     job = _job(read, folder, name)
     if faults := list(faults_of(job)):
-        raise JobError(_listed(where, text, faults))
+        raise JobError(_list_faults(where, text, faults))
     return job
 
 
@@ -94,7 +94,7 @@ def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> 
     return tuple(key for key in numbers if key not in makes_tokens)
 
 
-def _said(fault: Mapping[str, Any]) -> str:
+def _fault_text(fault: Mapping[str, Any]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
     shown = f", got {given!r}" if isinstance(given, Knob) and fault["type"] != "extra_forbidden" else ""
@@ -105,7 +105,7 @@ def _said(fault: Mapping[str, Any]) -> str:
     return message[0].lower() + message[1:] + shown
 
 
-def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> str:
+def _list_faults(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> str:
     lines = []
     for location, message in faults:
         key = ".".join(str(part) for part in location if part not in _TAGS)

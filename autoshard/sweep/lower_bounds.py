@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autoshard._util.tables import size, time
-from autoshard.sweep.points import Point, traced
+from autoshard.sweep.points import Point, trace_run
 from costmodels.machine.topology import Topology
 from costmodels.operations import price
 from costmodels.program.program import Program
@@ -32,7 +32,7 @@ class Bound:
     bytes: float
 
 
-def bound_of(program: Program, topology: Topology) -> Bound:
+def lower_bound(program: Program, topology: Topology) -> Bound:
     """The bound of one program."""
     seconds, chip = 0.0, topology.chip
     if chip.on_chip_bytes:
@@ -49,7 +49,7 @@ def bound_of(program: Program, topology: Topology) -> Bound:
     return Bound(seconds * (1 - _ROUNDING), sum(value.bytes for value in values) / topology.size * (1 - _ROUNDING))
 
 
-def ruled_out(point: Point, seconds_per_token: float | None, seconds_to_first_token: float | None) -> str:
+def reason_to_prune(point: Point, seconds_per_token: float | None, seconds_to_first_token: float | None) -> str:
     """The reason why a point needs no search; empty if it needs one.
 
     **Raises:** `AutoshardError` if the target cannot be traced.
@@ -57,7 +57,7 @@ def ruled_out(point: Point, seconds_per_token: float | None, seconds_to_first_to
     chip = point.topology.chip
     budget = point.memory_bytes or chip.usable_hbm_bytes * (1 - RESERVE_PART)
     for run in point.runs:
-        found = bound_of(traced(run).traced.program, point.topology)
+        found = lower_bound(trace_run(run).traced.program, point.topology)
         if found.bytes > budget:
             return f"{run.phase}: its arrays take at least {size(found.bytes)} per chip, of {size(budget)} available"
         limit = {"decode": seconds_per_token, "prefill": seconds_to_first_token}.get(run.kind)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
 from autoshard.pipeline import annotated_function
@@ -102,11 +102,11 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     joint = job.together if len(names) > 1 else None
     phases = [job.phase(name) for name in names]
     if joint is None:
-        knobs = {key: value for key, value in knobs.items() if key in read_by(phases[0], job)}
+        knobs = {key: value for key, value in knobs.items() if key in variables_of(phases[0], job)}
     pairs = tuple(knobs.items())
     try:
         runs = tuple(
-            _run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
+            _make_run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
         )
     except ValueError as error:
         words = ", ".join(f"{key} {value}" for key, value in pairs)
@@ -116,20 +116,20 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit)
 
 
-def _run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
+def _make_run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
     file, _, name = phase.target.rpartition(":")
     target = f"{(job.folder / file).resolve()}:{name}"
     arguments = tuple(phase.values(knobs).items())
     return Run(phase.name, phase.kind, target, arguments, number(phase.tokens, knobs), repeats)
 
 
-def read_by(phase: Phase, job: Job) -> set[str]:
+def variables_of(phase: Phase, job: Job) -> set[str]:
     """The variables that a phase depends on."""
     texts = [given["of"] for given in phase.arguments.values() if isinstance(given, Mapping)]
-    return named_in([*texts, phase.tokens], job)
+    return variables_in([*texts, phase.tokens], job)
 
 
-def named_in(expressions: Iterable[str], job: Job) -> set[str]:
+def variables_in(expressions: Iterable[str], job: Job) -> set[str]:
     """The variables that expressions use."""
     words = set[str]().union(*map(_words, expressions))
     return {key for key in job.vary if key in words}
@@ -139,7 +139,7 @@ def _words(text: str) -> set[str]:
     return {text, *"".join(sign if sign.isalnum() or sign == "_" else " " for sign in text).split()}
 
 
-def topology_named(job: Job, name: str) -> Topology:
+def find_topology(job: Job, name: str) -> Topology:
     """A topology by its name in a job: `CHIP:AxBxC`, or a TOML file relative to the job's folder.
 
     **Raises:** `TopologyError`, `OSError`.
@@ -162,7 +162,7 @@ def topologies(job: Job) -> tuple[Topology, ...]:
             raise JobError(f"chips.counts: there is no slice of {count} {kind} chips.")
         names += [f"{kind}:{'x'.join(map(str, sides))}" for sides in found]
     try:
-        return tuple(topology_named(job, name) for name in dict.fromkeys(names))
+        return tuple(find_topology(job, name) for name in dict.fromkeys(names))
     except TopologyError as error:
         raise JobError(f"chips.topologies: {error}") from error
 
@@ -188,13 +188,13 @@ def options_of(point: Point) -> Options:
     return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
 
 
-def traced(run: Run) -> AnnotatedFunction:
+def trace_run(run: Run) -> AnnotatedFunction:
     """The run as a program."""
-    return _traced(replace(run, phase="", tokens=0.0, repeats=1.0))
+    return _trace(replace(run, phase="", tokens=0.0, repeats=1.0))
 
 
 @lru_cache(maxsize=256)
-def _traced(run: Run) -> AnnotatedFunction:
+def _trace(run: Run) -> AnnotatedFunction:
     work = workload_of(run)
     return annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name, dims=work.dims))
 
@@ -206,7 +206,7 @@ def key(point: Point) -> str:
     """
     each = []
     for run in point.runs:
-        target = traced(run)
+        target = trace_run(run)
         each.append((key_of(target, point.topology, options_of(point)), run.repeats if len(point.runs) > 1 else 1.0))
     phases = [run.phase for run in point.runs] if len(point.runs) > 1 else []
     everything = (_FORMAT, each, phases, point.shared)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoshard.explaining.explain import short_name
-from autoshard.explaining.layer_groups import operations_alike
+from autoshard.explaining.layer_groups import group_operations
 from autoshard.planning.records import PlanRecord
 
 SOLVED, INFEASIBLE, PRUNED, FAILED = "solved", "infeasible", "pruned", "failed"
@@ -94,7 +94,7 @@ def phase_result(plan: PlanRecord) -> PhaseResult:
 def _layout(plan: PlanRecord) -> dict[str, str]:
     """Strategy by matmul, those with most FLOPs first; equal layers are merged."""
     found: dict[str, tuple[float, str]] = {}
-    for op in operations_alike(op for op in plan.operations if op.matmul):
+    for op in group_operations(op for op in plan.operations if op.matmul):
         name = short_name(op)
         done = found.get(name, (0.0, ""))[0] + op.count * _size(op.sizes)
         found[name] = (done, op.strategy)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from autoshard.errors import AutoshardError
 from autoshard.sweep.engines import Engine, WorkerDied, here
 from autoshard.sweep.job import Constraints
-from autoshard.sweep.lower_bounds import ruled_out
+from autoshard.sweep.lower_bounds import reason_to_prune
 from autoshard.sweep.points import Point, Unmade, key
 from autoshard.sweep.results import FAILED, PRUNED, Result
 from autoshard.sweep.store import Store, StoreError
@@ -60,7 +60,7 @@ class Sweep:
     def __iter__(self) -> Iterator[Done]:
         first, rest = None, iter(self.points)
         for point in rest:  # points without a search are done at once
-            found = self._settled(point)
+            found = self._settle(point)
             if isinstance(found, Done):
                 yield found
             elif found is not None:
@@ -86,18 +86,18 @@ class Sweep:
         """The points to search; the next one is traced while workers search the previous ones."""
         yield first
         for point in rest:
-            found = self._settled(point)
+            found = self._settle(point)
             if isinstance(found, Task):
                 yield found
             elif found is not None:
                 settled.append(found)
 
-    def _settled(self, point: Point | Unmade) -> Done | Task | None:
+    def _settle(self, point: Point | Unmade) -> Done | Task | None:
         """The result of a point that needs no search, or the task to search it; None if an equal one is being searched."""
         if isinstance(point, Unmade):
             return Done(point, Result(FAILED, point.why))
         try:
-            name, why = key(point), ruled_out(point, *self._limits())
+            name, why = key(point), reason_to_prune(point, *self._limits())
         except AutoshardError as error:
             return Done(point, Result(FAILED, str(error)))
         except Exception as error:  # the user's function may raise anything while it is traced
@@ -107,7 +107,7 @@ class Sweep:
             return None
         if name in self._ended:
             return Done(point, self._ended[name], name)
-        if (found := self._known(name)) is not None:
+        if (found := self._look_up(name)) is not None:
             return Done(point, found, name, True)
         if why:
             return Done(point, Result(PRUNED, why))
@@ -117,7 +117,7 @@ class Sweep:
     def _limits(self) -> tuple[float | None, float | None]:
         return self.constraints.seconds_per_token, self.constraints.seconds_to_first_token
 
-    def _known(self, name: str) -> Result | None:
+    def _look_up(self, name: str) -> Result | None:
         return self.store.get(name) if self.store is not None else None
 
     def _begun(self, tasks: Iterable[Task]) -> Iterator[Task]:

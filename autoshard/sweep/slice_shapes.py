@@ -26,16 +26,16 @@ def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
     """
     match chip.interconnect:
         case Torus() as torus:
-            found = [sides for sides in _factored(count, int(torus.axes)) if _allowed(torus, sides)]
+            found = [sides for sides in _factorisations(count, int(torus.axes)) if _is_allowed(torus, sides)]
         case Switch() as switch:
             node = int(switch.chips_per_node)
             found = [(count,)] if count <= node else [(count // node, node)] if count % node == 0 else []
         case _:
-            found = list(_factored(count, _BUS_AXES))
+            found = list(_factorisations(count, _BUS_AXES))
     return tuple(sides or (1,) for sides in found)
 
 
-def _allowed(torus: Torus, sides: tuple[int, ...]) -> bool:
+def _is_allowed(torus: Torus, sides: tuple[int, ...]) -> bool:
     if torus.wraparound == "all axes multiples of 4":
         whole = len(sides) == torus.axes and all(side % _CUBE == 0 for side in sides)
         return whole or all(side in (2, _CUBE) for side in sides)
@@ -44,7 +44,7 @@ def _allowed(torus: Torus, sides: tuple[int, ...]) -> bool:
     return True
 
 
-def _factored(count: int, axes: int, least: int = 2) -> Iterator[tuple[int, ...]]:
+def _factorisations(count: int, axes: int, least: int = 2) -> Iterator[tuple[int, ...]]:
     """Products of up to `axes` sizes of `least` or more, in rising order."""
     if count == 1:
         yield ()
@@ -53,5 +53,5 @@ def _factored(count: int, axes: int, least: int = 2) -> Iterator[tuple[int, ...]
         return
     for side in range(least, count + 1):
         if count % side == 0 and (side == count or side * side <= count):
-            for rest in _factored(count // side, axes - 1, side):
+            for rest in _factorisations(count // side, axes - 1, side):
                 yield (side, *rest)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from autoshard.errors import TopologyError
 from autoshard.sweep.job import Job, Knob, Location, Phase, number
-from autoshard.sweep.points import named_in, read_by, topology_named
+from autoshard.sweep.points import find_topology, variables_in, variables_of
 from autoshard.sweep.slice_shapes import shapes
 from autoshard.target_file import Misuse, factory
 from costmodels.machine.chips import UnknownChipError, chip
@@ -45,7 +45,7 @@ def _chip_faults(job: Job) -> Iterator[Fault]:
                 yield ("chips", "counts", j), f"there is no slice of {count} {kind} chips"
     for i, name in enumerate(job.topologies):
         try:
-            topology_named(job, name)
+            find_topology(job, name)
         except (TopologyError, OSError) as error:
             yield ("chips", "topologies", i), _clause(error)
 
@@ -54,7 +54,7 @@ def _price_faults(job: Job) -> Iterator[Fault]:
     """Errors in the prices: either all chips of the job have a price or none, since money and chip-seconds do not compare."""
     if job.per_chip_hour is None:
         return
-    chips = list(dict.fromkeys([*job.kinds, *(topology_named(job, each).chip.name for each in job.topologies)]))
+    chips = list(dict.fromkeys([*job.kinds, *(find_topology(job, each).chip.name for each in job.topologies)]))
     for name in job.per_chip_hour:
         if name not in chips:
             yield ("price", "per_chip_hour", name), f"the job has no chip {name}; it has {', '.join(chips)}"
@@ -121,8 +121,8 @@ def _together_faults(job: Job, sample: Mapping[str, Knob]) -> Iterator[Fault]:
 
 
 def _unread(job: Job) -> Iterator[Fault]:
-    used = named_in(job.together.repeats.values() if job.together else (), job)
-    used = used.union(*(read_by(phase, job) for phase in job.phases))
+    used = variables_in(job.together.repeats.values() if job.together else (), job)
+    used = used.union(*(variables_of(phase, job) for phase in job.phases))
     for key in job.vary:
         if key not in used:
             yield (

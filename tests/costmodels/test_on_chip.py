@@ -17,7 +17,7 @@ from jax import lax
 import autoshard
 from autoshard.auditing.hlo_costs import compiled_costs
 from autoshard.emitting import targets
-from autoshard.sweep.lower_bounds import bound_of
+from autoshard.sweep.lower_bounds import lower_bound
 from costmodels.machine.chips import chip
 from costmodels.machine.topology import parse_topology
 from costmodels.operations import price
@@ -200,5 +200,5 @@ def test_what_no_round_makes_by_arithmetic_does_not_stay(fn: Any, shapes: Any, s
 
 def test_no_bound_counts_what_may_stay_beside_many_others() -> None:
     program, v5e = totals(2, [256] + [2] * 12), parse_topology("v5e:2x2")
-    kept, read = (bound_of(program, replace(v5e, chip=replace(v5e.chip, on_chip_bytes=each))) for each in (1.0, 0.0))
+    kept, read = (lower_bound(program, replace(v5e, chip=replace(v5e.chip, on_chip_bytes=each))) for each in (1.0, 0.0))
     assert kept.seconds == pytest.approx(read.seconds / 3, rel=0.01)

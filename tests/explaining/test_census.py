@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import autoshard
-from autoshard.explaining.rule_coverage import census_of, planned_census
+from autoshard.explaining.rule_coverage import census_of, census_of_plan
 from tests.support.cli import refused, run
 from tests.support.paths import PALM, TINY
 from tests.support.tracing import trace
@@ -55,7 +55,7 @@ def test_a_sort_keeps_its_dimension_whole() -> None:
 
 def test_of_a_plan() -> None:
     plan = autoshard.search(opaque, X, topology="cpu:2x2")
-    found = planned_census(plan)
+    found = census_of_plan(plan)
     assert found.basis == "the plan on cpu:2x2"
     assert found.exact["seconds"] < 1
     total = sum(row.seconds for row in found.rows)

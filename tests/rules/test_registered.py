@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import autoshard
-from autoshard.rules.einsum import parsed, rule_of
+from autoshard.rules.einsum import parse_rule, rule_of
 from autoshard.rules.rule import REGISTRY
 from tests.support.layout_strategies import assert_layouts_do_not_matter, op_steps
 from tests.support.tracing import trace
@@ -158,7 +158,7 @@ def test_a_primitive_by_name() -> None:
 )
 def test_texts_that_are_no_rules(text: str, kinds: dict[Any, str], said: str) -> None:
     with pytest.raises(autoshard.RuleError) as error:
-        parsed(text, kinds)
+        parse_rule(text, kinds)
     assert said in str(error.value)
 
 
@@ -180,7 +180,7 @@ def test_texts_that_are_no_rules(text: str, kinds: dict[Any, str], said: str) ->
 def test_arrays_that_do_not_fit(text: str, shapes: list[tuple[int, ...]], said: str) -> None:
     results = {"(a c) -> a": [(2,)], "(a c) -> (a c)": [(5,)]}.get(text, [(2,)])
     with pytest.raises(autoshard.RuleError) as error:
-        rule_of(parsed(text, {}), "f", shapes, results)
+        rule_of(parse_rule(text, {}), "f", shapes, results)
     message = str(error.value)
     assert said in message or text == "(a c) -> a"
 
@@ -202,7 +202,7 @@ def test_a_text_gives_every_dimension_its_size(data: st.DataObject) -> None:
     result = data.draw(names)
     text = f"{', '.join(map(' '.join, operands))} -> {' '.join(result)}"
     shapes = [[sizes[name] for name in each] for each in (*operands, result)]
-    found = rule_of(parsed(text, {}), "f", shapes[:-1], shapes[-1:])
+    found = rule_of(parse_rule(text, {}), "f", shapes[:-1], shapes[-1:])
     for dims, shape in zip((*found.inputs, *found.outputs), shapes, strict=True):
         assert [found.factors[i].size for (i,) in dims] == shape
     kept = {i for (i,) in found.outputs[0]}

@@ -21,13 +21,13 @@ from autoshard.sweep.analysis.frontier import cheapest, fastest, frontier, gains
 from autoshard.sweep.analysis.rows import Row, SweepResult, family, load_sweep, sweep_result
 from autoshard.sweep.job import Job, JobError
 from autoshard.sweep.job_file import job_of, line_of
-from autoshard.sweep.lower_bounds import bound_of, ruled_out
-from autoshard.sweep.points import Point, Unmade, key, points, topologies, traced
+from autoshard.sweep.lower_bounds import lower_bound, reason_to_prune
+from autoshard.sweep.points import Point, Unmade, key, points, topologies, trace_run
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED, result_from_dict
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.slice_shapes import shapes
 from autoshard.sweep.store import Store
-from autoshard.sweep.worker import solve, unpacked
+from autoshard.sweep.worker import solve, unpack
 from costmodels.machine.chips import chip
 from costmodels.machine.topology import parse_topology
 from tests.support.effort import examples
@@ -44,7 +44,7 @@ from tests.support.tracing import trace
 @pytest.mark.parametrize(
     ("line", "with_this", "says"),
     [
-        ("batch = [8, 64]", "batch = []", "line 9: vary.batch: is empty"),
+        ("batch = [8, 64]", "batch = []", "line 9: vary.batch: must have at least one entry, got none"),
         ("counts = [4]", "counts = [0]", "line 15: chips.counts.0: input should be greater than or equal to 1, got 0"),
         ("counts = [4]", "cuonts = [4]", "line 15: chips.cuonts: is not a key of a job"),
         ("[price]", "[prices]", "line 17: prices: is not a key of a job"),
@@ -72,7 +72,7 @@ from tests.support.tracing import trace
         (
             "[vary]",
             "[together]\nphases = ['decode']\n[vary]",
-            "line 9: together.phases: names decode, and only two or more",
+            "line 9: together.phases: must name two or more phases, got decode",
         ),
         ('kinds = "v5e"', 'kinds = ["v5e", "v5x"]', "line 14: chips.kinds.1: there is no chip 'v5x' in the catalogue"),
         ("counts = [4]", "counts = [4, 7]", "line 15: chips.counts.1: there is no slice of 7 v5e chips"),
@@ -89,7 +89,7 @@ from tests.support.tracing import trace
         (
             "counts = [4]",
             'counts = [4]\ntopologies = ["v4:2x2x1"]',
-            "line 19: price.per_chip_hour: has no price of v4; all chips of the job need one, or none",
+            "line 19: price.per_chip_hour: lacks a price of v4; give prices of all chips of the job, or of none",
         ),
         (
             "[price]",
@@ -199,7 +199,7 @@ def test_no_plan_is_below_the_lower_bound(block: Block, name: str, keeps: float)
     topology, program = parse_topology(name), trace(function(block), *arguments(block)).program
     if keeps:  # small arrays stay on the chip, the smaller for being split
         topology = replace(topology, chip=replace(topology.chip, on_chip_bytes=keeps))
-    found = bound_of(program, topology)
+    found = lower_bound(program, topology)
     try:
         solution = search(program, topology, Limits(rounds=5, wall_seconds=5.0))
     except NoPlan:
@@ -212,9 +212,9 @@ def test_the_bound_of_a_matmul_that_splits_evenly_is_its_price(tmp_path: Path):
     """2·m·k·n FLOPs at C, or its bytes at W, over n chips; no layout needs a collective where all is batch."""
     (point, *_) = points(job(tmp_path))
     assert isinstance(point, Point)
-    program, topology = traced(point.runs[0]).traced.program, point.topology
-    local = bound_of(program, topology).seconds
-    alone = bound_of(program, parse_topology("v5e:1")).seconds
+    program, topology = trace_run(point.runs[0]).traced.program, point.topology
+    local = lower_bound(program, topology).seconds
+    alone = lower_bound(program, parse_topology("v5e:1")).seconds
     assert alone / topology.size <= local <= alone
 
 
@@ -225,7 +225,7 @@ def test_arrays_that_may_stay_on_the_chip_are_no_part_of_the_bound():
     plain = parse_topology("cpu:8")
 
     def bound(keeps: float) -> float:
-        return bound_of(program, replace(plain, chip=replace(plain.chip, on_chip_bytes=keeps))).seconds
+        return lower_bound(program, replace(plain, chip=replace(plain.chip, on_chip_bytes=keeps))).seconds
 
     assert bound(2**20) == bound(2**30) < bound(0.0)
 
@@ -233,9 +233,9 @@ def test_arrays_that_may_stay_on_the_chip_are_no_part_of_the_bound():
 def test_points_are_ruled_out_by_memory_and_by_latency(tmp_path: Path):
     (point, *_) = points(job(tmp_path))
     assert isinstance(point, Point)
-    assert ruled_out(point, None, None) == ""
-    assert "a step takes at least" in ruled_out(point, 1e-9, None)
-    assert "its arrays take at least" in ruled_out(replace(point, memory_bytes=1024.0), None, None)
+    assert reason_to_prune(point, None, None) == ""
+    assert "a step takes at least" in reason_to_prune(point, 1e-9, None)
+    assert "its arrays take at least" in reason_to_prune(replace(point, memory_bytes=1024.0), None, None)
 
 
 # --- The whole of it
@@ -282,7 +282,7 @@ def test_a_point_is_the_plan_of_the_public_search(tmp_path: Path):
     work = network(8, 256)
     plan = autoshard.search(work.fn, *work.args, topology="v5e:2x2", name="network")
     assert found.phases["decode"].seconds == plan.estimate.seconds
-    assert unpacked(found.plans["decode"]).choice == plan.choice
+    assert unpack(found.plans["decode"]).choice == plan.choice
     assert result_from_dict(found.to_dict()) == found
 
 
@@ -541,7 +541,7 @@ def test_the_command_solves_resumes_and_answers(tmp_path: Path):
             "decode, width 1024: the cheapest at 1.00 ms a token or less is v5e:",
             "decode, width 256: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
             "decode, width 1024: the fastest on 4 chips at 1.00 ms a token or less is v5e:",
-            "decode: the largest width at 1.00 ms a token or less is 1024 (the largest that the job",
+            "decode: the largest width at 1.00 ms a token or less is 1024 (the largest of the job",
             "decode: weights bfloat16 is 1.",
         )
     ):
@@ -566,7 +566,7 @@ def test_the_plan_of_an_answer_is_written(tmp_path: Path):
         (["--first-token-ms", "1"], "That limit does not apply to the phases of"),
         (["--where", "weights=int4"], "No point has weights=int4; weights has bfloat16, float32"),
         (["--where", "wieghts=int4"], "No point has wieghts=int4; there are batch, width, weights, topology, chip"),
-        (["--phase", "prefill"], "The sweep has no phase prefill; it has decode"),
+        (["--phase", "prefill"], "The phase must be one of decode, got prefill"),
     ):
         refused = CliRunner().invoke(app, [*(ask[:2] if "--first-token-ms" in flags else [*ask, "--force"]), *flags])
         assert refused.exit_code == 2 and says in refused.output

@@ -19,7 +19,7 @@ import pytest
 
 from autoshard.sweep import engines
 from autoshard.sweep.analysis.rows import Row, sweep_result
-from autoshard.sweep.extras import MissingExtra, needed
+from autoshard.sweep.extras import MissingExtra, require
 from autoshard.sweep.points import points
 from autoshard.sweep.results import FAILED, SOLVED, Result
 from autoshard.sweep.runner import Sweep
@@ -223,7 +223,7 @@ def test_the_command_says_that_a_result_could_not_be_kept(tmp_path: Path):
     done = subprocess.run([*command, "--workers", "0"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "16 with a plan" in done.stdout
-    assert "results could not be kept" in done.stderr
+    assert "results could not be stored" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -288,4 +288,4 @@ def test_a_worker_of_a_cluster_that_dies_costs_its_own_points_only(tmp_path: Pat
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r'pip install "autoshard\[dask\]"'):
-        needed("distributed")
+        require("distributed")

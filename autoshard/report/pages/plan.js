@@ -46,7 +46,7 @@ function held(at) {
 }
 data.arrays.forEach((array, i) => { const option = make("option", { value: i }); option.textContent = `${array.path}  ${array.type}`; byId("array").append(option); });
 if (data.arrays.length) {
-  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "whole on every chip" : n + " pieces"}, ${bytes(a.bytes)} a chip`; };
+  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "replicated" : n + " shards"}, ${bytes(a.bytes)} a chip`; };
   const again = responsive(byId("torus"), drawTorus);
   byId("array").addEventListener("change", () => { again(); spec(); });
   spec(); held(Object.fromEntries(data.axes.map((a) => [a.name, 0])));
@@ -55,7 +55,7 @@ if (data.arrays.length) {
 // --- Tables
 
 table(byId("operations"), data.operations, [
-  ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["waits for", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
+  ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["bound by", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
   ["time", (o) => o.seconds, time, "number"], ["collectives", (o) => o.collectives, time, "number"], ["of the step", (o) => o.share, percent, "number"],
   ["next", (o) => o.next || null, null, "wide"], ["einsum", (o) => o.einsum], ["source", (o) => o.source]]);
 if (data.plain.length) table(byId("plain"), data.plain, [["layout", (b) => b.name], ["step", (b) => b.step, null, "number"], ["against this plan", (b) => b.margin, null, "wide"]]);
@@ -113,7 +113,7 @@ if (roof.dots.length) responsive(byId("roofline"), (width) => {
   return c.svg;
 });
 
-if (roof.dots.length) legend(byId("dots"), Object.keys(REGIMES).filter((r) => roof.dots.some((d) => d.regime === r)).map((r) => [REGIMES[r], `waits for ${r}`]));
+if (roof.dots.length) legend(byId("dots"), Object.keys(REGIMES).filter((r) => roof.dots.some((d) => d.regime === r)).map((r) => [REGIMES[r], `bound by ${r}`]));
 
 // --- Audit
 

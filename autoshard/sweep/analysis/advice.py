@@ -23,18 +23,22 @@ Said = tuple[str, str]
 def advice(sweep: SweepResult) -> list[str]:
     """The best layouts of a sweep and where they change; one or two sentences per item."""
     found = [
-        f"{phase}{about and f', {about}'}: {words}" for phase in sweep.phases for about, words in _said(sweep, phase)
+        f"{phase}{about and f', {about}'}: {words}"
+        for phase in sweep.phases
+        for about, words in _sentences(sweep, phase)
     ]
     return found or ["No point has a plan; the table has the reasons."]
 
 
 def advice_of(sweep: SweepResult, phase: str) -> list[str]:
     """The recommendations for one phase, without its name; empty if it has no plan."""
-    words = [f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _said(sweep, phase)]
+    words = [
+        f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _sentences(sweep, phase)
+    ]
     return [each.replace("by ", "By ", 1) if each.startswith("by ") else each for each in words]
 
 
-def _said(sweep: SweepResult, phase: str) -> Iterator[Said]:
+def _sentences(sweep: SweepResult, phase: str) -> Iterator[Said]:
     rows = sweep.of(phase)
     for part in sweep.parts(phase):
         about = part.name.removeprefix(phase).removeprefix(", ")
@@ -140,7 +144,7 @@ def _words(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
                     else "as fast as"
                 )
                 over = f"over {len(pairs)} pairs of points{spread}"
-                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {held_said(pairs)}."
+                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {memory_text(pairs)}."
 
 
 _SAME = 0.005
@@ -152,7 +156,7 @@ def mean_gain(pairs: Sequence[Gain]) -> float:
     return exp(sum(log(pair.latency) for pair in pairs) / len(pairs))
 
 
-def held_said(pairs: Sequence[Gain]) -> str:
+def memory_text(pairs: Sequence[Gain]) -> str:
     """The memory of the second rows relative to the first, such as `81.9 % of the memory` or `as much memory`."""
     part = sum(pair.second.peak_bytes for pair in pairs) / sum(pair.first.peak_bytes for pair in pairs)
     if abs(part - 1) <= _SAME:

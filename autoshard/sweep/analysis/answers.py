@@ -9,7 +9,7 @@ from math import exp, isclose, log
 from textwrap import wrap
 
 from autoshard._util.tables import WIDTH, figure, item, percent, size, table, time
-from autoshard.sweep.analysis.advice import advice, cost_of, held_said, latency_of, mean_gain
+from autoshard.sweep.analysis.advice import advice, cost_of, latency_of, mean_gain, memory_text
 from autoshard.sweep.analysis.frontier import cheapest, excess, fastest, frontier, gains, is_number, keeps, longest
 from autoshard.sweep.analysis.rows import REQUEST, Part, Row, SweepResult
 from autoshard.sweep.job import Knob
@@ -34,10 +34,10 @@ def _summary(sweep: SweepResult) -> Iterator[str]:
     words = {INFEASIBLE: "do not fit", PRUNED: "ruled out by a lower bound", FAILED: "failed"}
     rest = "".join(f", {counts[key]} {word}" for key, word in words.items() if counts[key])
     yield f"{sweep.name}: {len(sweep.rows)} points, {counts[SOLVED]} with a plan ({proven}){rest}"
-    yield from (each for each in (limits_said(sweep), uncomparable(sweep)) if each)
+    yield from (each for each in (limits_text(sweep), uncomparable(sweep)) if each)
 
 
-def limits_said(sweep: SweepResult) -> str:
+def limits_text(sweep: SweepResult) -> str:
     """The job's constraints as a sentence; empty if it has none."""
     given = sweep.constraints
     said = {
@@ -245,7 +245,7 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
         f"{phase}: {knob} {second} is {mean_gain(pairs):.2f} times as fast{' and as cheap' * alike} as {first}{cheap}, over"
         f" {len(pairs)} pairs of plans: {least.latency:.2f} at {sweep.label(least.second)},"
         f" {most.latency:.2f} at {sweep.label(most.second)}."
-        f" It takes {held_said(pairs)}.{_only(sweep, phase, knob, first, second)}"
+        f" It takes {memory_text(pairs)}.{_only(sweep, phase, knob, first, second)}"
     )
     rows = [
         (
@@ -279,7 +279,7 @@ def _only(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) 
 
 
 def _recommendations(sweep: SweepResult, width: int) -> Iterator[str]:
-    yield "What to make of it"
+    yield "Recommendations"
     for sentence in advice(sweep):
         yield from item(sentence, width)
 

@@ -30,7 +30,7 @@ def cost_among(rows: Iterable[Row]) -> Cost:
     return money if all(row.price is not None for row in rows) else chip_seconds
 
 
-def wasted(row: Row) -> float:
+def negative_mfu(row: Row) -> float:
     """Minus the MFU."""
     return -row.mfu
 

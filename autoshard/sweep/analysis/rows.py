@@ -79,14 +79,14 @@ class Row:
     def headline(self) -> str:
         """The layout in a line: the largest matmul by a weight, and attention; with names of phases if there are several."""
         several = len(self.layout) > 1
-        lines = ((phase, " | ".join(_chosen(layout))) for phase, layout in self.layout.items())
+        lines = ((phase, " | ".join(_main_strategies(layout))) for phase, layout in self.layout.items())
         return "; ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
     @property
     def family(self) -> str:
         """The headline without axes, `WS-1D with batch-sharded`."""
         several = len(self.layout) > 1
-        lines = ((phase, " with ".join(map(_bare, _chosen(layout)))) for phase, layout in self.layout.items())
+        lines = ((phase, " with ".join(map(_bare, _main_strategies(layout)))) for phase, layout in self.layout.items())
         return ", ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
 
@@ -94,7 +94,7 @@ def _bare(chosen: str) -> str:
     return family(chosen.removeprefix("attention "))
 
 
-def _chosen(layout: Mapping[str, str]) -> tuple[str, ...]:
+def _main_strategies(layout: Mapping[str, str]) -> tuple[str, ...]:
     """The strategies of the largest matmul by a weight and of the largest one of attention."""
     attention = next((each for each in layout.values() if _of_attention(each)), None)
     weights = next((each for each in layout.values() if not _of_attention(each)), None)
