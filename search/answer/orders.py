@@ -75,17 +75,29 @@ def _order(program: Program, choice: Choice, topology: Topology, source: int) ->
     best = max(wanted, key=lambda order: wanted[order], default=None)
     if best is None or others > _LITTLE * wanted[best]:
         return ()
-    chosen, plain = (_long(order, sizes) for order in (best, least_padded(sizes)))
-    return () if chosen == plain or _padding(chosen, sizes) > _PADDED * _padding(plain, sizes) else best
+    plain = default_order(sizes, topology.chip.kind)
+    padded = _padding(best, sizes) > _PADDED * _padding(plain, sizes)
+    return () if padded or is_same_order(best, plain, sizes) else best
 
 
-def _padding(order: Order, sizes: tuple[int, ...]) -> float:
-    """What tiles take over what is in them."""
-    return padding(sizes[order[-2]], sizes[order[-1]]) if len(order) > 1 else 1.0
+def default_order(sizes: Order, kind: str) -> Order:
+    """The order in which a kind of chip lays out an array of this shape when nobody says."""
+    return least_padded(sizes) if kind == "tpu" else tuple(range(len(sizes)))
 
 
-def _long(order: Order, sizes: tuple[int, ...]) -> Order:
-    """An order without the dimensions of one element, which lie nowhere."""
+def is_same_order(one: Order, other: Order, sizes: Order) -> bool:
+    """Whether two orders are one in memory: dimensions of one element do not count."""
+    return _long(one, sizes) == _long(other, sizes)
+
+
+def _padding(order: Order, sizes: Order) -> float:
+    """Bytes that tiles take over the bytes of the array."""
+    long = _long(order, sizes)
+    return padding(sizes[long[-2]], sizes[long[-1]]) if len(long) > 1 else 1.0
+
+
+def _long(order: Order, sizes: Order) -> Order:
+    """An order without the dimensions of one element."""
     return tuple(i for i in order if sizes[i] > 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import warnings
 from typing import Any
@@ -263,11 +264,18 @@ def test_orders_that_are_none_are_refused(order: str) -> None:
         loads(text)
 
 
-def test_explain_shows_orders_that_are_not_row_major() -> None:
-    assert "major to minor" not in planned().explain()
-    rows = turned().explain().splitlines()
-    (wide,) = (row for row in rows if "wide" in row and "float32[16,8,4]" in row)
-    assert wide.rstrip().endswith("2,1,0")
+def test_explain_shows_orders_that_are_not_by_default() -> None:
+    assert "Orders in memory" not in planned().explain()
+    section = turned().explain().partition("Orders in memory, major to minor: as given")[2]
+    (wide,) = (line for line in section.splitlines() if "'wide'" in line)
+    assert wide.split()[:2] == ["params['layers'][*]['wide']", "×"] and "2,1,0" in wide and "0,1,2" in wide
+
+
+def test_exports_say_the_orders() -> None:
+    assert "Orders of dimensions" not in planned().export("specs")
+    for format in ("specs", "rules"):
+        said = ast.get_docstring(ast.parse(turned().export(format))) or ""
+        assert "params['layers'][*]['wide'] × 2: 2,1,0" in said
 
 
 # --- on TPUs
