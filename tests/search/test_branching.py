@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology
@@ -20,6 +20,7 @@ from search.presolve.dual import Dual
 from search.presolve.pricing import settled
 from search.presolve.primal import decode, overflow
 from search.presolve.repricing import bracketed
+from tests.support.effort import examples
 from tests.support.programs import TOPOLOGIES, programs
 
 ROUNDING = 2e-9
@@ -45,7 +46,7 @@ def least(problem: Problem) -> float:
     return np.inf if answer.status == "INFEASIBLE" else answer.value
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_branches_alone_find_the_optimum(program, topology, part):
     """Without CP-SAT's help but for what is decided, branching comes to CP-SAT's optimum, or proves that nothing fits."""
@@ -62,7 +63,7 @@ def test_branches_alone_find_the_optimum(program, topology, part):
         assert ascent.bound == pytest.approx(best, rel=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_holding_a_node_is_a_restriction_for_a_while(program, topology, part, random):
     """While a node is held the bound is that of the restricted problem; afterwards everything is as it was."""
@@ -108,7 +109,7 @@ def moved(dual: Dual, how: str, random) -> None:
 MOVES = ("sweep", "reprice", "narrow", "restrict", "hold", "exclude", "come back")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     programs(),
     st.sampled_from(TOPOLOGIES[:3]),
@@ -135,7 +136,7 @@ def test_whatever_is_moved_plans_cost_what_they_did(program, topology, moves, ra
     assert dual.bound() == pytest.approx(summed, rel=1e-9, abs=ROUNDING)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     """The bound does not sink, and stays below every plan; each trial is made at prices that the plans seen tell."""
@@ -153,7 +154,7 @@ def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     assert dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_prices_in_a_branch_lie_between_plans_that_fit_and_plans_that_do_not(program, topology, part):
     """The bound does not sink; of two plans one overflows and one does not; no plan costs less than the bound."""
@@ -168,7 +169,7 @@ def test_prices_in_a_branch_lie_between_plans_that_fit_and_plans_that_do_not(pro
         assert plan is None or bool(overflow(problem, ascent.rows, plan).max(initial=-np.inf) <= 0) == fits
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology, part, random):
     """At the best prices the least of the plans seen costs what is said, or what is enough; at no others more."""
@@ -196,7 +197,7 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
         assert proven(prices) <= told.seconds * (1 + 1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, part):
     """What is put together from the plans seen is a plan that fits, or one of those seen."""
