@@ -11,6 +11,7 @@ from autoshard._util.paths import dotted
 from autoshard._util.tables import time
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
 from autoshard.emitting.attached import topology_of
+from autoshard.emitting.formats import without_orders
 from autoshard.errors import AutoshardError
 from autoshard.pipeline import annotated_function
 from autoshard.plan import Plan
@@ -154,7 +155,10 @@ def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float
 def _plans(targets: Mapping[str, AnnotatedFunction], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:
     names = list(targets)
     return PhasePlans(
-        {name: Plan.of(record(targets[name], part)) for name, part in zip(names, found.solutions, strict=True)},
+        {
+            name: Plan.of(without_orders(record(targets[name], part)))  # what phases share must lie alike in all
+            for name, part in zip(names, found.solutions, strict=True)
+        },
         dict(zip(names, found.weights, strict=True)),
         {name: alone.check.seconds for name, alone in zip(names, found.alone, strict=True)},
         found.proof,

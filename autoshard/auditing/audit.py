@@ -1,4 +1,4 @@
-"""The audit: the compiled program held against its plan, collective by collective, and peak memory against peak memory.
+"""The audit: a comparison of the compiled program with its plan, collective by collective, and in memory, FLOPs and time.
 
 A planned collective is found when the compiled program runs one of the same kind over the same axes with the same bytes
 as often. What a compiler may do to a plan without making it another plan is recognised, and said:
@@ -39,7 +39,7 @@ from autoshard.auditing.findings import CompileTarget, Finding, seconds_of, wire
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.hlo_interface import read_arguments
-from autoshard.auditing.matching import Axes, Pair, axes_of, matched, sent_bytes
+from autoshard.auditing.matching import Axes, Pair, axes_of, match_collectives, sent_bytes
 from autoshard.auditing.replay import MOST_COSTLY, Replay, replay
 from autoshard.auditing.unplanned_time import AuditedCost, attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
@@ -56,7 +56,7 @@ class AuditError(AutoshardError):
 
 @dataclass(frozen=True)
 class Audit:
-    """What came of an audit; `str(audit)` is a table.
+    """The result of an audit; `str(audit)` is a table.
 
     - `ok`: whether no difference counts.
     - `collectives`: everything that the compiled program sends.
@@ -102,7 +102,7 @@ class Audit:
 
     @property
     def collective_seconds(self) -> float:
-        """What the compiled collectives cost under the plan's model."""
+        """Seconds of the compiled collectives under the plan's model."""
         return sum(seconds_of(each, self.topology) * each.count for each in self.collectives)
 
     def wire_bytes(self) -> dict[Axes, tuple[float, float]]:
@@ -121,7 +121,7 @@ class Audit:
         return {axes: planned - due for axes, (planned, due, _) in sent.items() if planned != due}
 
     def unplanned_bytes(self) -> float:
-        """What one chip sends in one step in collectives that do no planned one's work."""
+        """Bytes that one chip sends in one step in unplanned collectives."""
         alone = (pair for pair in self.pairs if not pair.planned)
         return sum(sent_bytes(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
 
@@ -172,7 +172,7 @@ def audit(
     target: CompileTarget = "host",
     devices: Sequence[Any] | None = None,
 ) -> Audit:
-    """Compiles a planned function and compares what the compiler made of it with the plan.
+    """Compiles a planned function and compares the compiled program with the plan.
 
         audit = autoshard.audit(plan, decode, params, cache, tokens, position, target="tpu")
         audit.ok, audit.peak_bytes
@@ -286,7 +286,7 @@ def _paired_with(
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
     narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]
     values = [value for _, value, _ in rows]
-    return planned, matched(planned, values, compiled, plan.topology, widths, narrow)
+    return planned, match_collectives(planned, values, compiled, plan.topology, widths, narrow)
 
 
 def _findings(

@@ -195,7 +195,7 @@ def verify(
 
     - `plan`: the best plan, as `autoshard.search` found it for this function and these arguments.
     - `time_limit`: seconds for finding the other plans; compiling comes on top.
-    - `tune`: whether other ways to emit the first plan are compiled: three or four compilations more.
+    - `tune`: whether other ways to emit the first plan are compiled: four or five compilations more.
 
     **Raises:** as `autoshard.audit`, but that a program which the compiler refuses is a candidate that comes last.
     """
@@ -215,35 +215,38 @@ def verify(
 def _variants(
     first: Candidate, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
 ) -> Iterator[Candidate]:
-    """The other ways to emit a plan, compiled: other formats, then barriers or none with the faster of both."""
-    other = _with_other_formats(first, fn, args, target, say)
-    yield other
-    faster = _ranked((first, other))[0].plan
-    if resting(bind.traced_as(first.plan, fn, args).program):
-        barriers = not faster.emission.residual_barriers
-        plan = replace(faster, emission=replace(faster.emission, residual_barriers=barriers))
+    """The other ways to emit a plan, compiled: other formats, then barriers or none with the fastest of these."""
+    found = [first]
+    for formats in ("compiler", "default"):
+        if formats != first.plan.emission.formats:
+            found.append(replace(_with_formats(formats, first.plan, fn, args, target, say), place=first.place))
+            yield found[-1]
+    fastest = _ranked(found)[0].plan
+    if resting(bind.traced_as(fastest, fn, args).program):
+        barriers = not fastest.emission.residual_barriers
+        plan = replace(fastest, emission=replace(fastest.emission, residual_barriers=barriers))
         say(f"compiling with {_way(plan)}")
         yield replace(_compiled(plan, fn, args, target), place=first.place)
 
 
-def _with_other_formats(
-    first: Candidate, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
+def _with_formats(
+    formats: str, plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
 ) -> Candidate:
-    """The plan with the compiler's formats, or without where it has those."""
-    if first.plan.emission.formats == "compiler":
-        plan = without_orders(first.plan)
+    """The plan with the compiler's formats, or with the device's own."""
+    if formats == "default":
+        plan = without_orders(plan)
     else:
         say("letting the compiler choose formats")
         try:
-            plan = choose_formats(first.plan, fn, *args)
+            plan = choose_formats(plan, fn, *args)
         except AutoshardError as error:
-            return Candidate(first.place, first.plan, None, str(error).splitlines()[0])
+            return Candidate(0, plan, None, str(error).splitlines()[0])
     say(f"compiling with {_way(plan)}")
-    return replace(_compiled(plan, fn, args, target), place=first.place)
+    return _compiled(plan, fn, args, target)
 
 
 def _way(plan: Plan) -> str:
-    return plan.emission.words() or "what holds by default"
+    return plan.emission.words() or "formats by default"
 
 
 def _compiled(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any) -> Candidate:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from autoshard.emitting import bind, targets
 from autoshard.emitting.sharding import check_mesh, spec_of
 from autoshard.errors import AutoshardError
+from autoshard.planning import records
 from autoshard.planning.records import ArrayPlan, PlanRecord
 
 P = TypeVar("P", bound=PlanRecord)
@@ -112,18 +113,14 @@ def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: 
     donated = bind.traced_as(plan, fn, args).program.donated
     chosen = _compiled_freely(plan, fn, args, mesh)
     results = list(chosen.results)
-    for argument, result in donated:
+    for result, argument in records.predecessors(plan.arguments, plan.results, donated).items():
         results[result] = chosen.arguments[argument]
     return with_orders(plan, chosen.arguments, results, "compiler")
 
 
 def with_orders(plan: P, arguments: Sequence[Order], results: Sequence[Order], source: str = "given") -> P:
     """The plan with these orders of its flat arguments and results; `source` says whose they are."""
-
-    def ordered(arrays: Sequence[ArrayPlan], orders: Sequence[Order]) -> tuple[ArrayPlan, ...]:
-        return tuple(replace(array, order=tuple(order)) for array, order in zip(arrays, orders, strict=True))
-
-    ins, outs = ordered(plan.arguments, arguments), ordered(plan.results, results)
+    ins, outs = records.with_orders(plan.arguments, arguments), records.with_orders(plan.results, results)
     return replace(plan, arguments=ins, results=outs, emission=replace(plan.emission, formats=source))
 
 

@@ -382,8 +382,8 @@ def emitted(
 
     **Arguments:**
 
-    - `orders`: per flat argument the order in which its dimensions lie, major to minor, where that is not the device's default
-      and the argument comes so. Loops that carry it keep to it.
+    - `orders`: per flat argument the order of its dimensions in memory, major to minor, where that is not the device's default;
+      loops that carry the argument keep it.
     """
     program = traced.program
     sources = (*program.arguments, *program.constants)

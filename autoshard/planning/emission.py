@@ -10,7 +10,7 @@ class Emission:
     """How a plan is emitted.
 
     - `formats`: where the orders of dimensions of arguments and results are from: "default", the device's own, without any in
-      the plan; "compiler", chosen by `Layout.AUTO`; "given", by the user.
+      the plan; "rule", by what reads an array (`search.answer.orders`); "compiler", chosen by `Layout.AUTO`; "given".
     - `residual_barriers`: whether long residual sums begin again at barriers, on TPUs
       (`autoshard.emitting.tpu_workarounds.residual_barriers`).
     """
@@ -19,12 +19,12 @@ class Emission:
     residual_barriers: bool = True
 
     def words(self) -> str:
-        """What is not by default, in words; empty where all is."""
-        found = [_FORMATS.get(self.formats, f"formats {self.formats}")] if self.formats != "default" else []
+        """The choices that are not by default, in words; empty where all are."""
+        found = [_FORMATS[self.formats]] if self.formats in _FORMATS else []
         found += [] if self.residual_barriers else ["no barriers in residual sums"]
         return ", ".join(found)
 
 
 BY_DEFAULT = Emission()
 """How plans are emitted that nobody has compiled."""
-_FORMATS = {"compiler": "the compiler's formats", "given": "formats as given"}
+_FORMATS = {"rule": "formats by rule", "compiler": "the compiler's formats", "given": "formats as given"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from autoshard.errors import MissingProgramError
 from autoshard.planning.emission import BY_DEFAULT, Emission
@@ -31,6 +32,28 @@ class ArrayPlan:
     donated: bool = False
     weak: bool = False
     order: tuple[int, ...] = ()
+
+
+def with_orders(arrays: Sequence[ArrayPlan], orders: Sequence[tuple[int, ...]]) -> tuple[ArrayPlan, ...]:
+    """The arrays with these orders of dimensions in memory."""
+    return tuple(replace(array, order=tuple(order)) for array, order in zip(arrays, orders, strict=True))
+
+
+def predecessors(
+    arguments: Sequence[ArrayPlan], results: Sequence[ArrayPlan], donated: Sequence[tuple[int, int]]
+) -> dict[int, int]:
+    """By result the donated argument that it takes the place of in the next step, and so has the order of.
+
+    That is the one whose memory it takes; for other results the first donated one of their shape, type and layout, which may be
+    what the function returns for it: JAX pairs memory by shapes alone.
+    """
+
+    def kind(array: ArrayPlan) -> object:
+        return array.shape, array.dtype, array.layout
+
+    first = {kind(arguments[at]): at for at, _ in reversed(donated)}
+    alike = {k: first[kind(result)] for k, result in enumerate(results) if kind(result) in first}
+    return alike | {result: at for at, result in donated}
 
 
 @dataclass(frozen=True)

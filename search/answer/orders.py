@@ -32,6 +32,8 @@ Dims = tuple[int | None, ...]
 """Per dimension of an array the argument's dimension that it is, or None where it is none or several."""
 _LITTLE = 0.01
 """The part of what products read of an argument that others may read of it, such as the row that is written into a cache."""
+_PADDED = 1.25
+"""How many times as many bytes as by default an array may take for its order, which the plan's memory does not count."""
 _SHOWN = frozenset(
     {"convert_element_type", "transpose", "squeeze", "reshape", "optimization_barrier", "dynamic_slice", "slice"}
 )
@@ -71,9 +73,15 @@ def _order(program: Program, choice: Choice, topology: Topology, source: int) ->
         wanted[each.order] += each.bytes  # pyright: ignore[reportArgumentType]
     others = wanted.pop(None, 0)
     best = max(wanted, key=lambda order: wanted[order], default=None)
-    if best is None or others > _LITTLE * wanted[best] or _long(best, sizes) == _long(least_padded(sizes), sizes):
+    if best is None or others > _LITTLE * wanted[best]:
         return ()
-    return best
+    chosen, plain = (_long(order, sizes) for order in (best, least_padded(sizes)))
+    return () if chosen == plain or _padding(chosen, sizes) > _PADDED * _padding(plain, sizes) else best
+
+
+def _padding(order: Order, sizes: tuple[int, ...]) -> float:
+    """What tiles take over what is in them."""
+    return padding(sizes[order[-2]], sizes[order[-1]]) if len(order) > 1 else 1.0
 
 
 def _long(order: Order, sizes: tuple[int, ...]) -> Order:
@@ -133,18 +141,12 @@ def _of_operand(op: Operation, operand: int, dims: Order, sizes: Order) -> Order
     summed = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.contracted)]
     batch = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.batch)]
     kept = [at for at in dims if at not in (*summed, *batch)]
-    return _for_product(batch, summed, kept, sizes)
+    return _for_product(batch, summed, kept, sizes) if summed and kept else None
 
 
 def _for_product(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
     """Dimensions of the batch, then those gone through one by one, then the matrix: the way round that pads it less."""
-    matrix = sorted(
-        [max(summed, key=lambda i: (sizes[i], -i))] * bool(summed)
-        + [max(kept, key=lambda i: (sizes[i], i))] * bool(kept)
-    )
-    rest = [i for i in (*batch, *kept, *summed) if i not in matrix]
-    if len(matrix) == 2:
-        rows, lanes = matrix
-        if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
-            matrix = [lanes, rows]
-    return (*rest, *matrix)
+    rows, lanes = sorted((max(summed, key=lambda i: (sizes[i], -i)), max(kept, key=lambda i: (sizes[i], i))))
+    if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
+        rows, lanes = lanes, rows
+    return (*(i for i in (*batch, *kept, *summed) if i not in (rows, lanes)), rows, lanes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -109,3 +110,15 @@ def test_a_carried_cache_is_read_as_it_lies() -> None:
         assert not re.search(r"bf16\[4,8,\S* copy\(", text)
         cycles[order] = estimated_cycles(text) or 0.0
     assert cycles[ORDER] < cycles[()] / 2
+
+
+@pytest.mark.tpu
+def test_a_planned_scan_reads_its_cache_as_it_lies() -> None:
+    args = (S((4, 8, 4096, 2, 128), bf16), S((8, 2, 4, 128), bf16), S((4, 128, 128), bf16), S((), jnp.int32))
+    plan = autoshard.search(decode, *args, topology="v5e:1x1", donate_argnums=0)
+    assert plan.arguments[0].order == ORDER
+    found = autoshard.audit(plan, decode, *args, target="tpu")
+    plain = replace(plan, arguments=tuple(replace(each, order=()) for each in plan.arguments))
+    without = autoshard.audit(plain, decode, *args, target="tpu")
+    assert found.step_seconds is not None and without.step_seconds is not None
+    assert without.step_seconds > 2 * found.step_seconds
