@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs wheel clean
+.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-chip bench-peers models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -55,6 +55,9 @@ bench-emission: $(VENV)/.tpu  ## what each planned collective compiles to, alone
 
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
+
+bench-chip: $(VENV)/.tpu  ## compiled TPU steps, replayed, against their plans and the bytes they must read: a table, and benchmarks/results/on_chip.json (ARGS="--resume", ARGS="--only CASE", ARGS="--list")
+	$(BIN)/python benchmarks/on_chip.py $(ARGS)
 
 models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")
 	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)

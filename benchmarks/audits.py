@@ -33,7 +33,7 @@ CASE_SECONDS = 1500
 SEARCH_SECONDS = 90.0
 """The time limit of a search: an audited plan need not be proven optimal; its row has the gap."""
 LIMITS = {"wire": 0.02, "unplanned": 0.01, "peak": 0.05}
-"""The allowed differences between compiled and planned: bytes on the wire per set of axes, bytes not planned, peak memory."""
+"""The allowed differences between compiled and planned: communicated bytes per set of axes, unplanned bytes, peak memory."""
 
 
 Target = Literal["tpu", "host", "gpu"]
@@ -167,7 +167,7 @@ def _ratio(planned: float, compiled: float) -> float:
 
 
 def isolated(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """One case in a process of its own; what fails is a row that says why."""
+    """One case in a process of its own; an error becomes a row with its reason."""
     python = options.gpu_python if case.target == "gpu" else sys.executable
     head = {"row": case.name, "reference": LIMITS["wire"], "ours": None, "topology": case.topology, **_asked(case)}
     if not Path(python).exists():
@@ -193,7 +193,7 @@ def _asked(case: Case) -> dict[str, Any]:
 
 
 def show(row: Mapping[str, Any]) -> None:
-    """One line of the table, and what is not as planned."""
+    """One line of the table, with the differences from the plan."""
     if row["ours"] is None:
         print(f"{row['row']:40s} failed: {row['why'][:150]}", flush=True)
         return
@@ -210,7 +210,7 @@ def show(row: Mapping[str, Any]) -> None:
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many rows of each target pass, of how many."""
+    """The number of passing rows of each target, and of all its rows."""
     found = []
     for target in ("tpu", "host", "gpu"):
         own = [row for row in rows if row["target"] == target]

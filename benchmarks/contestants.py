@@ -31,7 +31,7 @@ def workload_of(case: Any) -> autoshard.Workload:
 
 
 def merged(topology: Topology) -> list[tuple[str, ...]]:
-    """The ways to merge a torus into two axes: cuts of its letters; of ways alike up to names and order, the first."""
+    """The ways to merge a torus into two axes: cuts of its letters; the first of equivalent ones."""
     names = [axis.name for axis in topology.axes if axis.size > 1]
     if len(names) < 3:
         return [tuple(names)]
@@ -53,7 +53,7 @@ def _product(names: str, sizes: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Bench:
-    """One function on one slice; every method makes one contestant's row."""
+    """One function on one slice; every method returns one contestant's row."""
 
     case: str
     example: str
@@ -64,7 +64,7 @@ class Bench:
     keep: Path | None
 
     def searched(self) -> tuple[autoshard.Plan, dict[str, float]]:
-        """Our plan, and how long it took from tracing to proof: on the wall, and of all processors together."""
+        """Our plan, with the wall and processor seconds from tracing to proof."""
         started, used = time.monotonic(), time.process_time()
         plan = autoshard.search(
             self.workload.fn,

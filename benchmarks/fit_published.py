@@ -49,7 +49,7 @@ class Parts:
     """A plan's time as numbers that constants are put into.
 
     - `operations`: per operation its runs, seconds of compute and of memory at peak rates, and whether it is a matmul.
-    - `sent`: per collective its runs, seconds on the wire at the peak rate, and seconds of hops.
+    - `sent`: per collective its runs, bandwidth seconds at the peak rate, and seconds of hops.
     - `behind`, `part`: the operation (its place in `operations`, or -1) that hides a collective, and the part of its time
       that may.
     """
@@ -105,14 +105,14 @@ def _operation(program: Program, where: Topology, choice: Choice, i: int, bare: 
 
 
 def _wire(program: Program, where: Topology, move: Move, step: Step) -> tuple[float, float]:
-    """Seconds on the wire at the peak, and seconds of hops, of one run."""
+    """Bandwidth seconds at the peak rate, and seconds of hops, of one run."""
     payload = step.payload(program.values[move.value].bytes, where.axis_sizes)
     wire = float(wire_seconds(step.kind, step.axes, payload, where)) * where.chip.wire_efficiency
     return wire, float(seconds_on(where, step.kind, step.axes, 0.0)) - where.chip.collective_overhead_seconds
 
 
 def with_constants(bare: Chip, constants: np.ndarray, source: str) -> Chip:
-    """The chip with fitted constants, which say what they are fitted to."""
+    """The chip with fitted constants, whose sources name the fitted rows."""
     table = bare.to_dict()
     for name, value in zip(NAMES, constants, strict=True):
         table[name] = {"value": float(f"{value:.4g}"), "status": "fitted", "source": source}

@@ -10,10 +10,10 @@ Letters that a model lacks, and axes that do not divide a dimension, are left ou
 - **Megatron 1D, batch-sharded cache** (Pope et al. 2022, arXiv 2211.05102, §3.3): the same; the cache by heads, and the batch
   over the axes that these leave.
 - **WS-2D, batch-sharded cache** (Pope et al. 2022, §3.2.2 and §3.3): weights with E over x, heads, feed-forward and vocabulary
-  over the others; the cache with the batch over all axes, heads over what it leaves; activations with E over all axes,
+  over the others; the cache with the batch over all axes, heads over the rest; activations with E over all axes,
   gathered to x.
 - **fully sharded** (Zhao et al. 2023, arXiv 2304.11277): of weights the largest dimension over all axes, to be gathered; all
-  else with the batch over all axes, in prefill the tokens over what it leaves.
+  else with the batch over all axes, in prefill the tokens over the rest.
 """
 
 from __future__ import annotations

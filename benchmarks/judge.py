@@ -5,12 +5,11 @@ The judge reads only the text of the compiled program and its topology, so it ca
 $$T = \\frac{\\text{estimated cycles}}{\\text{clock}} + \\sum_{\\text{collectives}} \\text{runs} \\cdot T_{\\text{torus}},$$
 
 where both sums multiply loop bodies by their trip counts. The cycles are the TPU compiler's own, written beside every
-fusion, with the time to read and write HBM in them. It writes none beside collectives; these are priced from their bytes
+fusion, with the time to read and write HBM in them. It writes none beside collectives; these are costed from their bytes
 and their replica groups (`autoshard.auditing.collective_times`).
 
-Nothing overlaps: `step_seconds` adds up. `overlapped_seconds` is the other extreme, in which all that the program starts
-asynchronously hides behind computation as far as there is any. `replayed_seconds` lies between: the schedule, as audits
-replay it (`autoshard.auditing.replay`).
+`step_seconds` assumes no overlap. `overlapped_seconds` is the other extreme: computation hides all asynchronous work as far
+as possible. `replayed_seconds` is between them: the schedule, as audits replay it (`autoshard.auditing.replay`).
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ class Verdict:
     - `compute_seconds`: estimated cycles over the clock.
     - `wire_seconds`, `wire_bytes`: collectives, run serially; bytes that one chip sends.
     - `replayed_seconds`: the schedule replayed, with copies and collectives beside the core.
-    - `floor_seconds`: the bytes that the step must read once, over HBM's rate on paper.
-    - `prefetch_bytes`: what is copied from HBM into on-chip memory beside computation; in no estimate, hidden or not.
-    - `unestimated`: how many runs of operations that do work carry no estimate, by opcode.
-    - `notes`: what the judge had to guess.
+    - `floor_seconds`: the bytes that the step must read once, at nominal HBM bandwidth.
+    - `prefetch_bytes`: copies from HBM to on-chip memory beside computation; in no estimate.
+    - `unestimated`: the number of runs of working operations without an estimate, by opcode.
+    - `notes`: the judge's assumptions.
     """
 
     compute_seconds: float
@@ -68,7 +67,7 @@ def judge(text: str, topology: Topology) -> Verdict:
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `topology`: what it is compiled for; device numbers in the text count its chips row-major.
+    - `topology`: its target; device numbers in the text count its chips row-major.
 
     **Raises:** `ValueError` if the text is not a compiled program, or has no estimates.
     """
@@ -125,7 +124,7 @@ def _fetched(shape: str, opcode: str) -> int:
 
 
 def _scopes(scope: Scope, module: Module, count: int) -> Iterator[tuple[Scope, int]]:
-    """Every computation that a run executes, but the insides of fusions, and how often."""
+    """Every computation that a run executes, except the insides of fusions, with its number of runs."""
     yield scope, count
     for inst in scope.computation.instructions.values():
         if inst.opcode == "while":

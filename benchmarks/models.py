@@ -36,7 +36,7 @@ TIME_LIMIT = 120.0
 
 
 def cases() -> dict[tuple[str, str], tuple[str, Callable[..., Any]]]:
-    """(model, phase) to the module that has it and what builds it."""
+    """(model, phase) to its module and its builder."""
     return {
         key: (module, build)
         for module in ZOO
@@ -158,7 +158,7 @@ def _name(model: str, phase: str, topology: str) -> str:
 
 
 def isolated(model: str, phase: str, topology: str, with_audit: bool) -> dict[str, Any]:
-    """One row in a process of its own; what fails is a row that says why."""
+    """One row in a process of its own; an error becomes a row with its reason."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "KERAS_BACKEND": "jax"}
     command = [sys.executable, __file__, "--row", json.dumps([model, phase, topology, with_audit])]
     failed = {"row": _name(model, phase, topology), "reference": TARGET_SECONDS, "ours": None}
@@ -177,7 +177,7 @@ def isolated(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
 
 
 def together(model: str, phase: str, topology: str, with_audit: bool) -> dict[str, Any]:
-    """One row in this process; what fails is a row that says why."""
+    """One row in this process; an error becomes a row with its reason."""
     try:
         return measured(model, phase, topology, with_audit)
     except Exception as error:

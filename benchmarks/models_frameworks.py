@@ -323,7 +323,7 @@ def nnx_train(tiny: bool = False) -> Workload:
 
 
 def cases() -> dict[tuple[str, str], Callable[..., Workload]]:
-    """(model, phase) to what builds it."""
+    """(model, phase) to its builder."""
     return {
         ("equinox gpt 6.7b", "forward"): equinox_forward,
         ("equinox gpt 6.7b", "train"): equinox_train,

@@ -91,7 +91,7 @@ def decode(batch: int) -> autoshard.Workload:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A question, what is swept, and the kinds that must be among the first point's and among the last point's."""
+    """A question, the swept values, and the kinds that must be among the first point's and among the last point's."""
 
     question: str
     topology: str

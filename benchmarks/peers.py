@@ -124,7 +124,7 @@ def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python:
     mesh = " × ".join(merged)
     if not Path(peer_python).exists():
         return {"mesh": mesh, "why": f"{peer_python} is not there: `make bench-peers` sets it up"}
-    # Not what JAX here has put there: TPU_LIBRARY_PATH would give the peer our compiler.
+    # Without the variables of this JAX: TPU_LIBRARY_PATH would give the peer our compiler.
     ours = ("JAX", "LIBTPU", "PYTHONPATH", "TPU", "XLA")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +152,7 @@ def _last_words(stderr: str) -> str:
 
 
 def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One case in a process of its own; contestants that it did not come to are missing, and it says why."""
+    """One case in a process of its own; contestants that it did not reach are missing, with the reason."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--contest", case.name, "--layouts", options.layouts]
     command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])

@@ -8,7 +8,7 @@ file unchanged. A row is judged by its targets, if any:
 
 - `within`: the allowed difference of ours from the reference; `bound`: ours may not be above the reference;
 - `same_layout`: the free search has the paper's layout, or one that costs less;
-- `slip`: the book's own formula gives ours, or what the book prints by mistake.
+- `slip`: the book's own formula gives ours, or the book's misprint.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _number(value: float | None) -> str:
 
 
 def run(parts: Sequence[str]) -> int:
-    """Runs parts, prints the whole table of those, and writes them to the file; how many rows are not as asked."""
+    """Runs parts, prints the whole table of those, and writes them to the file; the number of rows that miss their targets."""
     rows: dict[str, Rows] = {}
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)

@@ -99,7 +99,7 @@ def llama_2_13b() -> Iterator[dict[str, Any]]:
 
 
 def llama_3_70b() -> Iterator[dict[str, Any]]:
-    """Part 8: what serving Llama 3-70B on v5e takes."""
+    """Part 8: the cost of serving Llama 3-70B on v5e."""
     model, v5e = sizes(llama.SIZES["70b"]), chip("v5e")
     rate = v5e.hbm_bytes_per_second
     yield row("Llama 3-70B: cache of a token in int8, KiB", 160, model.cache / 1024, SERVING)

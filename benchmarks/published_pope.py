@@ -59,7 +59,7 @@ def _caches(program: Program) -> list[int]:
 
 
 def shards(size: str, batch: int, by: str) -> int:
-    """Into how many pieces 64 chips can cut the cache of a traced program: by its heads, its batch, or not at all."""
+    """The most shards of the cache of a traced program on 64 chips: by its heads, its batch, or not at all."""
     from search.formulation.strategies import strategy_space
 
     if by == "none":
@@ -105,7 +105,7 @@ def table_1() -> Iterator[dict[str, Any]]:
 
 
 def measured(say: Any = print) -> Iterator[dict[str, Any]]:
-    """Latency and MFU of every measured row in the paper's layout, and what the free search makes of the tables' rows."""
+    """Latency and MFU of every measured row in the paper's layout, and the free search's results for the tables' rows."""
     on, found = machine(), []
     for each in (*TABLES, *FIGURE):
         plan = solved(each, on, as_in_the_paper(each))
@@ -123,7 +123,7 @@ def measured(say: Any = print) -> Iterator[dict[str, Any]]:
 
 
 def _free(each: Row, name: str, paper: Solution) -> dict[str, Any]:
-    """The layout that the search is free to choose, beside the paper's by name, each with its price."""
+    """The layout that the search is free to choose, beside the paper's by name, each with its cost."""
     plan = solved(each, machine(), start=paper.choice)
     chosen, seconds = families(plan), plan.proof.objective_seconds
     same = same_feed_forward(each.feed_forward, chosen.feed_forward) and same_attention(
@@ -169,7 +169,7 @@ def _errors(found: list[tuple[Row, float]]) -> Iterator[dict[str, Any]]:
         }
 
 
-# --- Comparisons that the paper makes
+# --- The paper's comparisons
 
 
 def _seconds(

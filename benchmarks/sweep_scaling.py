@@ -5,7 +5,7 @@
 The job is PaLM 8B decode over batches and types. Every engine gets a store of its own and the same points; the clock
 starts when each worker has solved two points, so that importing JAX is not in it. `ours` is points a minute; two workers
 are to be near twice one (`speedup`). Results are compared bit for bit with those of one process; an engine that is not
-installed is a row that says so.
+installed is a row with that reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def point(batch: int, weights: str) -> Point:
 
 
 def points(count: int) -> list[Point]:
-    """So many points, no two alike."""
+    """The given number of points, all different."""
     batches = [8 * (i + 1) for i in range(count // 2)]
     return [point(batch, weights) for batch in batches for weights in ("bf16", "int8")]
 

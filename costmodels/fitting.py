@@ -13,7 +13,7 @@ with $c$ and $b$ the model's compute and memory seconds at the constants that th
 communicated bytes. This module evaluates the model for them, with all other constants set to 0 or infinity.
 
 A fit makes $\\sum_i |\\log (\\hat t_i / t_i)|$ small, by reweighted least squares of relative errors: short times count as
-much as long ones, outliers little, and no constant is below 0. Timings that are not `fit_topology` are held out: they are only
+much as long ones, outliers little, and no constant is below 0. Timings that are not `fitted` are held out: they are only
 predicted.
 """
 
@@ -47,7 +47,7 @@ class Timing:
       convention of `costmodels.machine.collectives`.
     - `flops_per_element`: of elementwise work.
     - `axes`: of a collective.
-    - `fit_topology`: whether the constants may be fitted to it.
+    - `fitted`: whether the constants may be fitted to it.
     """
 
     kind: str
@@ -79,7 +79,7 @@ def fit_topology(timings: Sequence[Timing], topology: Topology, source: str) -> 
 
     **Arguments:**
 
-    - `timings`: of any kinds; timings that are not `fit_topology` are ignored.
+    - `timings`: of any kinds; timings that are not `fitted` are ignored.
     - `source`: the source of the measured constants: machine, date, versions.
     """
     used = [timing for timing in timings if timing.fitted]

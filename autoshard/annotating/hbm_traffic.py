@@ -6,7 +6,7 @@ rules make it what compilers do:
 - Views (broadcasts, reshapes, transpositions) and casts move nothing of their own. Whoever reads through a cast reads
   what lies in HBM: int8 weights that are cast for a matmul are read as int8. A result that is only used cast is written
   as narrow as it is used.
-- What arithmetic makes for a loop's stack, or to be written into a part of an array, is written there at once.
+- A slice of a stack that arithmetic makes is written there at once.
 - A stack that a loop updates in place is copied before the loop if it is needed afterwards.
 - A reduction must end before anything can use it. What the operations after it use of the chain before it is read once
   more: a softmax reads its logits for the maximum, for the sum and for the quotient.
@@ -15,12 +15,11 @@ rules make it what compilers do:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY, CAST
 from costmodels.program.program import Operation, Program, Use
-from search.memory.views import IN_PLACE, is_slice_of_stack
+from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice
 
 
 def annotate_traffic(traced: Traced) -> Traced:
@@ -36,7 +35,7 @@ def with_traffic(program: Program) -> Program:
         if op.op_class == "fused":
             chain = op.flops_per_point and not _is_view(program, op)
             traffic = (*_reads(program, depths, i, op), *_writes(program, op)) if chain else ()
-        elif op.primitive in _LAYING and _is_made_for(program, op.inputs[_LAYING[op.primitive] :]):
+        elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
             traffic = ()
         elif op.primitive == CARRY and _is_copied(program, op):
             traffic = (0, -2)
@@ -46,15 +45,15 @@ def with_traffic(program: Program) -> Program:
     return dataclasses.replace(program, operations=tuple(operations))
 
 
-_LAYING = {"loop_stack": 0, "dynamic_update_slice": 1}
-"""Primitives that lay an array into a larger one, to the position of that among their operands."""
-
-
-def _is_made_for(program: Program, uses: Sequence[Use]) -> bool:
-    """Whether arithmetic makes the first of some operands, and nothing but what is fused with that uses it beside."""
-    if not uses:
+def _writes_slice(program: Program, op: Operation) -> bool:
+    """Whether an operation writes a slice into a stack, all of it."""
+    if op.primitive != "dynamic_update_slice" or len(op.inputs) < 2:
         return False
-    value = uses[0].value
+    return is_whole_slice(*(program.values[use.value].shape for use in op.inputs[:2]))
+
+
+def _is_made_for(program: Program, value: int) -> bool:
+    """Whether arithmetic makes an array for one use, and nothing but what is fused with that uses it beside."""
     while sum(program.operations[at].op_class != "fused" for at, _ in program.consumers[value]) <= 1:
         op = _producer(program, value)
         if not (_is_view(program, op) and op.inputs):

@@ -1,4 +1,4 @@
-"""What differs between a plan and its compiled program, and which differences the audit fails by.
+"""The differences between a plan and its compiled program, and those by which the audit fails.
 
 Differences of an unrolled model's layers are one each, and each counts if all of its kind come to something together: what
 is little in one layer is much in a hundred. Whatever leaves the bounds of `autoshard.auditing.bounds` counts, also where
@@ -18,7 +18,7 @@ from autoshard._util.tables import size, time
 from autoshard.auditing import bounds
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_interface import CompiledArguments
-from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, literal, sent_bytes
+from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, sent_bytes
 from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 from costmodels.machine.collectives import seconds_on
@@ -67,7 +67,7 @@ class Finding:
 
 
 def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
-    """What one execution of a compiled collective costs under the plan's model."""
+    """Seconds of one execution of a compiled collective under the plan's model."""
     axes = axes_of(collective, topology)
     return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
 
@@ -78,7 +78,7 @@ def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
 def find_in_collectives(
     pairs: Sequence[Pair], topology: Topology, target: CompileTarget, wire_seconds: float
 ) -> list[Finding]:
-    """What pairs of planned and compiled collectives say about the compiled program; nothing where all is as planned.
+    """The findings of pairs of planned and compiled collectives; none where all is as planned.
 
     **Arguments:**
 
@@ -113,7 +113,7 @@ def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Findin
 
 
 def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds: float) -> Finding | None:
-    """What a pair says about the compiled program; None when it says that all is as planned.
+    """The finding of a pair; None where all is as planned.
 
     Host devices are no such topology: there the cost of a form is its bytes, not the time of its pieces.
     """
@@ -129,7 +129,7 @@ def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds
         if any(each.only_sliced for each in pair.compiled):
             text += ", and only slices of it are used (an involuntary full rematerialization)"
         return Finding("unplanned", text, bytes, share)
-    if literal(pair):
+    if is_literal(pair):
         return None
     text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):
@@ -227,7 +227,7 @@ def find_repeated(
 def find_in_work(
     planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """What matmuls compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
+    """Matmuls that compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
 
     **Arguments:**
 
@@ -251,7 +251,7 @@ def find_in_work(
 
 
 def find_in_memory(planned: float, compiled: float) -> Iterator[Finding]:
-    """What the compiled program needs more or less than the planned peak, in bytes."""
+    """The finding of a peak, in bytes, that leaves its bounds."""
     share = (compiled - planned) / planned
     if abs(share) > bounds.MEMORY:
         text = f"the compiled program needs {compiled / planned:.3f} times the planned peak"

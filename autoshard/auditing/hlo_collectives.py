@@ -1,4 +1,4 @@
-"""What a compiled program sends over the wire, read back from its HLO text.
+"""The collectives of a compiled program, read from its HLO text.
 
 Every spelling of a collective becomes one `CompiledCollective`: the plain instruction, the `-start` of an asynchronous
 pair (its `-done` is not counted again), a combined instruction with a tuple of operands, the TPU's fusions that hold
@@ -267,7 +267,7 @@ def _spelling(site: Site, kind: str, module: Module) -> str:
 
 
 def _disguise(site: Site, module: Module) -> str:
-    """What an all-reduce stands for: a gather of blocks written among zeros, or a scatter that is sliced later."""
+    """The collective for which an all-reduce stands: a gather of blocks among zeros, or a scatter that is sliced later."""
     inst, scope = site.instruction, site.scope
     written, _, where = follow(inst.operands[0], scope, module)
     if written and written.opcode == "dynamic-update-slice":
@@ -286,7 +286,7 @@ def _realigns(inst: Instruction, scope: Scope, module: Module) -> bool:
 
 
 def chain_of(site: Site) -> tuple[str, ...] | None:
-    """What the pieces of a collective that is spread over a chain of fusions have in common; None for all others."""
+    """The key of a collective that is spread over a chain of fusions; None for all others."""
     if '"async_collective_fusion_config"' not in site.instruction.attributes or site.scope.parent is None:
         return None
     labels = re.findall(r'\b(?:channel_id=\d+|chain_id="[^"]*")', site.instruction.attributes)
@@ -317,7 +317,7 @@ def _annotation(site: Site, module: Module, of: Callable[[Instruction], str]) ->
 
 def op_name_of(inst: Instruction) -> str:
     found = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', inst.attributes)
-    return found[1] if found else ""
+    return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
 
 
 # Replica groups. With the mesh row-major over its axes, a device number is a coordinate on each axis. A collective

@@ -1,4 +1,4 @@
-"""What a compiled program computes and moves, read from its HLO text: FLOPs of matmuls, bytes through HBM.
+"""The FLOPs of matmuls and the bytes through HBM of a compiled program, read from its HLO text.
 
 Loops multiply, which the compiler's own `cost_analysis` leaves out. A convolution, as which a TPU runs its matmuls, counts
 the products that it really forms, without those with padding or with a planned program's rows of zeros. An instruction at
@@ -48,7 +48,7 @@ class CompiledCosts:
 
 
 def compiled_costs(text: str) -> CompiledCosts:
-    """What one run of a compiled program costs.
+    """Costs of one run of a compiled program.
 
     **Arguments:**
 

@@ -1,4 +1,4 @@
-"""What a compiled program takes and gives back on each chip: its arguments, its results, and those that share memory."""
+"""The arguments and results of a compiled program on each chip, and those that share memory."""
 
 from __future__ import annotations
 

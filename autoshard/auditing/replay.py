@@ -1,4 +1,4 @@
-"""The replay of a compiled program's schedule: how long one step takes where copies and collectives run beside the core.
+"""The replay of a compiled program's schedule: the time of one step with copies and collectives in parallel with the core.
 
 The core runs its instructions in order. Asynchronous copies wait in a queue for HBM, which gives them what the running
 instruction leaves; while the core waits, they have all of it. Collectives take the links of their axes, those that share a
@@ -201,7 +201,7 @@ class _Clock:
         self.spent.runs[label] += runs
 
     def _queues(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What is under way, by how long it will be."""
+        """The remaining seconds of everything in flight."""
         links = sorted(left for ends in self.free.values() if (left := ends - self.now) > 0)
         return tuple(seconds for _, seconds in self.copies), tuple(links)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.auditing.collective_times import Link, price_collective
 from autoshard.auditing.hlo_collectives import (
@@ -22,10 +22,12 @@ from autoshard.auditing.hlo_collectives import (
     starts_chain,
 )
 from autoshard.auditing.hlo_costs import matmuls_in, moved_bytes
-from autoshard.auditing.hlo_parser import Instruction, Module, Scope, trip_count
+from autoshard.auditing.hlo_parser import Instruction, Module, Scope, follow, trip_count, users
 from costmodels.machine.topology import Topology
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_MOST_REACHED = 32
+"""How many instructions are looked at for the line that uses an asynchronous copy."""
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 _FRAMES = re.compile(
     r"^(?:p?jit\(.*\)|shard_map|while|body|cond|closed_call|branch_\d+_fun|checkpoint|rematted_computation)$"
@@ -130,7 +132,7 @@ class _Reader:
         elif opcode.endswith("-done"):
             yield Wait(inst.operands[0])
         elif opcode in _COPIES or (opcode == "async-start" and not self._collectives(inst, scope)):
-            yield Copy(self._label(inst, scope), self._hbm_seconds(inst, scope))
+            yield Copy(self._label_copy(inst, scope), self._hbm_seconds(inst, scope))
         elif sent := self._collectives(inst, scope):
             yield from self._sends(inst, scope, sent)
         else:
@@ -200,6 +202,23 @@ class _Reader:
         name = name or next((found for one in inner if (found := op_name_of(one))), "")
         matmul = any(True for _ in matmuls_in(inst, scope, self.module))
         return Label(inst.name, inst.opcode, source, _scope(name), matmul)
+
+    def _label_copy(self, inst: Instruction, scope: Scope) -> Label:
+        """An asynchronous copy by the array that it copies, and by the line of the first instruction that uses it.
+
+        A copy that nobody uses is of an argument, for the next run of the program; then it is the line that uses that.
+        """
+        label = self._label(inst, scope)
+        array, _, _ = follow(inst.operands[0], scope, self.module)
+        name = op_name_of(array) if array is not None and array.opcode == "parameter" else ""
+        reached = [inst.name, inst.operands[0]]
+        for name_of in reached:  # grows while it is walked
+            for user in users(scope.computation).get(name_of, ()):
+                if label.source or len(reached) > _MOST_REACHED:
+                    break
+                label = replace(label, source=self._label(user, scope).source)
+                reached.append(user.name)
+        return replace(label, scope=label.scope or name)
 
     def _last_first(self, name: str) -> list[Instruction]:
         return list(reversed(self.module.computations[name].instructions.values()))

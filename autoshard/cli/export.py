@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,21 +11,15 @@ import typer
 from autoshard.cli import common
 
 
-class Format(StrEnum):
-    """The formats to write."""
-
-    specs = "specs"
-    rules = "rules"
-    flax = "flax"
-    maxtext = "maxtext"
-
-
 def export(
     plan: common.PlanFile,
     format: Annotated[
-        Format,
+        str,
         typer.Option(
-            "--format", "-f", help="PartitionSpecs or regex rules as Python, logical axes for Flax or MaxText."
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="specs or rules: PartitionSpecs or regex rules as Python; flax or maxtext: logical axes.",
         ),
     ],
     argument: Annotated[
@@ -52,11 +45,14 @@ def export(
 
     autoshard export plan.json --format rules --argument params -o partition_rules.py
     """
+    from autoshard.export import FORMATS
     from autoshard.plan import load
 
     with common.report_errors(verbose):
+        if format not in FORMATS:
+            raise common.Misuse(f"--format must be one of {', '.join(FORMATS)}, got {format}.")
         common.check_output(output, force)
-        text = load(plan).export(format.value, output, argument=argument, names=_names(names), axes=_axes(axes))
+        text = load(plan).export(format, output, argument=argument, names=_names(names), axes=_axes(axes))
         if output is None:
             typer.echo(text, nl=False)
         else:

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, reshard
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.annotating.pins import pin_program
+from autoshard.emitting.memory_orders import Order
 from autoshard.emitting.program import emitted
 from autoshard.emitting.sharding import make_mesh, mesh_in_context, spec_of
 from autoshard.errors import AutoshardError, PlanMismatchError
@@ -37,8 +38,15 @@ _COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
 """The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
 
 
-def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would."""
+def bound(
+    plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None, orders: Sequence[Order] = ()
+) -> Callable[..., Any]:
+    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would.
+
+    **Arguments:**
+
+    - `orders`: per flat argument the order of its dimensions in memory, empty for the device's default.
+    """
     known: dict[Any, tuple[Traced, Any]] = {}
 
     @functools.wraps(fn)
@@ -51,9 +59,8 @@ def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callab
             _check_arguments(plan, fn, args, abstract(fn, args))
         else:
             traced = traced_as(plan, fn, args)
-            run = _undifferentiable(
-                fn, traced.custom_vjp, jax.jit(emitted(traced, plan.choice, plan.topology, chosen, plan.emission))
-            )
+            program = emitted(traced, plan.choice, plan.topology, chosen, plan.emission, orders)
+            run = _undifferentiable(fn, traced.custom_vjp, jax.jit(program))
             if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
         arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]

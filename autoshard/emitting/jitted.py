@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from autoshard._util.tables import size, time
 from autoshard.emitting import bind
 from autoshard.emitting.formats import flat_formats, has_orders
+from autoshard.emitting.memory_orders import Order
 from autoshard.emitting.sharding import shardings
 from autoshard.errors import AutoshardError
 from autoshard.planning.records import PlanRecord, predecessors
@@ -36,14 +37,16 @@ def jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, formats: Format
     return Step(plan, fn, mesh)
 
 
-def _jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, ins: Any, outs: Any) -> Any:
+def _jitted(
+    plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, ins: Any, outs: Any, orders: Sequence[Order] = ()
+) -> Any:
     placement = {}
     if plan.in_tree.unknown_class is None:
         placement["in_shardings"] = ins
     if plan.out_tree.unknown_class is None:
         placement["out_shardings"] = outs
     options = bind.compiler_options(plan, mesh) or None
-    run = bind.bound(plan, fn, mesh)
+    run = bind.bound(plan, fn, mesh, orders)
     return jax.jit(run, donate_argnums=plan.donate_argnums, compiler_options=options, **placement)
 
 
@@ -99,7 +102,8 @@ class Step:
             [others.get(at, each) for at, each in enumerate(planned)]
             for others, planned in zip((arguments, results), self._planned, strict=True)
         )
-        return _jitted(self._plan, fn, self._mesh, self._plan.in_tree.rebuild(ins), self._plan.out_tree.rebuild(outs))
+        plan, orders = self._plan, [_order_of(each) for each in ins]
+        return _jitted(plan, fn, self._mesh, plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs), orders)
 
     def _warn(self, others: Iterable[int]) -> None:
         arrays = [self._plan.arguments[at] for at in others]
@@ -111,6 +115,11 @@ class Step:
             f" {time(seconds)}. plan.place(...) does it once.",
             stacklevel=4,
         )
+
+
+def _order_of(found: Format) -> Order:
+    """The order of dimensions of a format; empty for the device's default."""
+    return tuple(found.layout.major_to_minor) if isinstance(found.layout, Layout) else ()
 
 
 def _in_another_order(flat: Sequence[Any], formats: Sequence[Format]) -> dict[int, Format]:

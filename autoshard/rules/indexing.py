@@ -92,7 +92,7 @@ def _local_update(eqn, rule: Rule, pieces: Pieces, operand, update, *starts):
     if here:
         present = lax.dynamic_slice(operand, own, update.shape, allow_negative_indices=False)
         update = jnp.where(reduce(and_, here), update, present)
-    return [lax.dynamic_update_slice(operand, _row_major(update), own, allow_negative_indices=False)]
+    return [lax.dynamic_update_slice(operand, _pin_order(pieces.order, update), own, allow_negative_indices=False)]
 
 
 def _overlap(update, dim: int, start, size: int):
@@ -108,14 +108,14 @@ def _overlap(update, dim: int, start, size: int):
     return shift(update, dim, offset, length), begin, (place >= 0) & (place < count)
 
 
-def _row_major(piece):
-    """A shard pinned to the default memory layout of arrays.
+def _pin_order(order, piece):
+    """A shard pinned to an order of dimensions in memory, row-major by default.
 
     Otherwise the TPU compiler may give the updated array the layout of the few rows that are written (seen with libtpu
     0.0.42, rows sliced just before). It then copies a whole cache into that layout and back, and again in every iteration
     of a loop.
     """
-    return with_layout_constraint(piece, Layout(tuple(range(piece.ndim)))) if piece.ndim > 1 else piece
+    return with_layout_constraint(piece, Layout(order or tuple(range(piece.ndim)))) if piece.ndim > 1 else piece
 
 
 @register("dynamic_update_slice")

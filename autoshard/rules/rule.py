@@ -23,6 +23,11 @@ Dims = tuple[tuple[int, ...], ...]
 class Pieces(Protocol):
     """The interface of a `local` function to its strategy."""
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions of the first operand as they lie in memory, major to minor; empty for the device's default."""
+        ...
+
     def size(self, factor: int) -> int:
         """The factor's size on one chip."""
         ...

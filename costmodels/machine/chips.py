@@ -29,7 +29,7 @@ class UnknownChipError(ValueError):
 
 
 class ChipFormatError(ValueError):
-    """Raised for an invalid description of a chip; states the chip, the key, the value and what is expected."""
+    """Raised for an invalid description of a chip; states the chip, the key, the value and the expected values."""
 
 
 @dataclass(frozen=True)

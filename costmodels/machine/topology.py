@@ -53,7 +53,7 @@ DCN_AXIS = "w"
 
 
 class TopologyFormatError(ValueError):
-    """Raised for an invalid topology; states what is expected."""
+    """Raised for an invalid topology; states the expected form."""
 
 
 @dataclass(frozen=True)

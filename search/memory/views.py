@@ -48,9 +48,13 @@ def is_slice_of_stack(program: Program, op: Operation) -> bool:
     """Whether an operation cuts out what has one index, or several, in an array's leading dimensions."""
     if op.primitive != "dynamic_slice" or op.op_class != "fused":
         return False
-    stack, found = (program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
-    lead = next((i for i, (n, m) in enumerate(zip(stack, found, strict=True)) if n == m), len(stack))
-    return stack[lead:] == found[lead:] and set(found[:lead]) <= {1}
+    return is_whole_slice(*(program.values[use.value].shape for use in (op.inputs[0], op.outputs[0])))
+
+
+def is_whole_slice(stack: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether a part of an array of this shape has one index in the leading dimensions, and all of the others."""
+    lead = next((i for i, (n, m) in enumerate(zip(stack, part, strict=True)) if n == m), len(stack))
+    return stack[lead:] == part[lead:] and set(part[:lead]) <= {1}
 
 
 def _read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
@@ -73,13 +77,12 @@ def _renames(program: Program, op: Operation) -> bool:
 
 def _only_read(program: Program, op: Operation, known: set[int]) -> bool:
     """Whether operations that read it are all that use a result; `known` are the views among those after it."""
-    users = [at for at, _ in program.consumers.get(op.outputs[0].value, ())]
     return all(
         at in known
         or (
-            not (_shows(program, program.operations[at]))
+            not _shows(program, program.operations[at])
             and program.operations[at].op_class in ("matmul", "fused", "memory")
-            and program.operations[at].primitive not in IN_PLACE
+            and (position > 0 or program.operations[at].primitive not in IN_PLACE)
         )
-        for at in users
+        for at, position in program.consumers.get(op.outputs[0].value, ())
     )

@@ -20,7 +20,7 @@ from autoshard.auditing import bounds, hlo_collectives
 from autoshard.auditing.audit import Audit, AuditError, audit, compare
 from autoshard.auditing.findings import CompileTarget
 from autoshard.auditing.hlo_collectives import CompiledCollective
-from autoshard.auditing.matching import paired
+from autoshard.auditing.matching import pair_collectives
 from autoshard.auditing.replay import Costly
 from autoshard.auditing.unplanned_time import attribute_time
 from autoshard.plan import Plan
@@ -271,7 +271,7 @@ def test_those_that_were_combined_are_found_among_others(sizes: list[int], data:
     chosen = data.draw(st.sets(st.sampled_from(range(len(sizes))), min_size=2))
     whole = sum(sizes[i] for i in chosen)
     planned, combined = [p(AR, "x", size) for size in sizes], c(AR, "x", whole, 1, f"combined {len(chosen)}")
-    (pair,) = [pair for pair in paired(planned, [combined], V4) if pair.compiled]
+    (pair,) = [pair for pair in pair_collectives(planned, [combined], V4) if pair.compiled]
     assert sum(each.bytes for each in pair.planned) == pytest.approx(whole, rel=0.005)
     assert len(pair.planned) <= len(chosen)
 
@@ -326,7 +326,7 @@ def test_peak_memory_within_five_percent(peak: float, kinds: list[str], monkeypa
 
 
 def layers(count: int, of: str) -> list[PlannedCollective]:
-    """What each layer of an unrolled model sends, at a place of its own."""
+    """The all-reduces of an unrolled model, one a layer, each at a place of its own."""
     each = p(AR, "x", 4096 * KIB)
     return [replace(each, where=f"params['h']['{i}']['{of}']") for i in range(count)]
 

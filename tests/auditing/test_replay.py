@@ -286,6 +286,16 @@ def test_an_instruction_is_named_by_the_users_line_and_scopes() -> None:
     assert (found.source, found.scope) == ("model.py:7", "layer/attention/ab,bc->ac/dot_general")
 
 
+def test_a_copy_is_named_by_its_array_and_by_the_line_that_uses_it() -> None:
+    told = 'metadata={op_name="jit(step)/negate" source_file="/home/user/model.py" source_line=7}'
+    start, done = prefetch("c")
+    rows = (start, done, "ROOT " + work("f", "c", 1).replace(", backend", f", {told}, backend"))
+    named = "%p = f32[1048576]{0:T(1024)} parameter(0), metadata={op_name=\"params[\\'w\\']\"}"
+    text = program(lines(*rows)).replace("%p = f32[1048576]{0:T(1024)} parameter(0)", named)
+    (copied,) = (each for each in replayed(text).costliest if each.opcode == "copy-start")
+    assert (copied.source, copied.scope) == ("model.py:7", "params['w']")
+
+
 # --- laws of all schedules
 
 TIMES = st.floats(0, 10)

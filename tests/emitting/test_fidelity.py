@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from autoshard.auditing.hlo_collectives import collectives
-from autoshard.auditing.matching import matched
+from autoshard.auditing.matching import match_collectives
 from autoshard.emitting.reshard_steps import run_step
 from autoshard.planning.records import PlannedCollective
 from search.formulation.all_pairs import FORBIDDEN
@@ -120,7 +120,7 @@ def assert_changed_as_planned(some: Sequence[Change]) -> None:
         PlannedCollective(step.kind, step.axes, step.payload(array.nbytes, sizes), 1, 0.0, "") for _, step in sent
     ]
     compiled = collectives(program.as_text() or "", sizes)
-    pairs = matched(planned, [k for k, _ in sent], compiled, topology)
+    pairs = match_collectives(planned, [k for k, _ in sent], compiled, topology)
     assert [pair for pair in pairs if not (pair.planned and pair.compiled)] == []
 
 

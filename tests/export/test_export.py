@@ -313,7 +313,7 @@ def test_the_command_writes_what_the_method_does(tmp_path) -> None:
     assert refused("export", path, "-f", "rules", "--axis", "x") == "--axis x is no AXIS=NAME, such as x=data."
     assert "no argument 'cache'" in refused("export", path, "-f", "rules", "--argument", "cache", code=1)
     names.write_text("[]")
-    assert refused("export", path, "-f", "flax", "--names", names).startswith(f"{names} maps no regular expressions")
+    assert refused("export", path, "-f", "flax", "--names", names).startswith(f"{names} must map regular expressions")
 
 
 def test_a_plan_from_a_file_exports_the_same(tmp_path) -> None:

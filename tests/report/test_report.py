@@ -141,6 +141,13 @@ def test_the_page_of_an_audited_plan_says_what_was_compiled(plan: Plan, audit: d
     assert data["memory"]["given"] <= min(point["bytes"] for point in data["memory"]["points"])
 
 
+def test_the_page_of_a_slow_program_says_so(plan: Plan, audit: dict[str, Any]):
+    slow = audit | {"slow": True, "seconds": audit["seconds"] | {"planned": 1.0, "replayed": 2.5}}
+    assert data_of(plan, slow)["summary"][-1]["value"].endswith(", 2.50 times as slow")
+    older = {key: value for key, value in audit.items() if key not in ("slow", "costliest")}
+    assert data_of(plan, older)["summary"] == data_of(plan, audit)["summary"], "audits of older versions have no replay"
+
+
 def test_an_audit_of_something_else_is_refused(tmp_path: Path, plan: Plan, audit: dict[str, Any]):
     plan.save(tmp_path / "plan.json")
     for found, says in (

@@ -52,10 +52,10 @@ def replaced(x: Any, w: Any) -> Any:
 
 
 PILED = {  # of more than stays in a chip's own memory, 128 MiB
-    "gradients": Case(gradients, (S((2048, 2048), bf16), S((32, 2048, 2048), bf16))),
+    "gradients": Case(gradients, (S((1024, 2048), bf16), S((32, 2048, 2048), bf16))),
     "prefill": Case(prefill, (S((8, 4096, 1024), bf16), S((32, 1024, 1024), bf16))),
     "halves": Case(halves, (S((64, 2048, 2048), bf16),)),
-    "replaced": Case(replaced, (S((16, 4096, 4096), bf16), S((4096, 4096), bf16)), (0,)),
+    "replaced": Case(replaced, (S((64, 2048, 2048), bf16), S((2048, 2048), bf16)), (0,)),
 }
 
 
