@@ -13,8 +13,8 @@ from search.formulation.problem import FORBIDDEN
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Snapshot
 from search.presolve.limits import PRECISION
+from search.presolve.multipliers import bracket, raise_bound
 from search.presolve.primal import decode
-from search.presolve.repricing import bracketed
 from search.presolve.symmetry import surroundings
 
 _FIRST_WINDOW = 1e-6
@@ -29,6 +29,8 @@ _FEW = 0.01
 """The part of the surviving states that is struck out then, at most."""
 _MUCH = 0.5
 """The part of what is open in another branch by which the bound of one must be higher to be looked at after it."""
+_TRIALS = 6
+"""How often the multipliers of memory are moved in a branch, at most."""
 _SMALL = 10_000
 """Pairs of layouts below which a branch goes to CP-SAT."""
 _LARGE, _CLOSE = 200_000, 1e-3
@@ -38,8 +40,8 @@ _LARGE, _CLOSE = 200_000, 1e-3
 class Branching:
     """Closes a stalled ascent.
 
-    A branch holds one heavily used layout to some of its states (`search.probing`); each side is swept anew, at prices of its
-    own (`search.repricing`), and dropped when its bound reaches the best plan known. Depth first, the side of the relaxed plan
+    A branch holds one heavily used layout to some of its states (`search.cpsat.branching_rule`). Each side is swept again, at
+    multipliers of its own, and dropped when its bound reaches the best plan known. Depth first, the side of the relaxed plan
     first, unless another branch promises much better plans. `unproven` is the least bound of what the limits, or an
     interruption, left undecided.
     """
@@ -119,11 +121,9 @@ class Branching:
 
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
-        if not self.dual.multipliers.any():
-            self.ascent.attempt(decode(self.dual))
-        bracket = bracketed(self.ascent)
-        self.ascent.combine()
-        return self._probing.split(bracket) if self._is_open(self._refine()) else None
+        over = self.ascent.attempt(decode(self.dual, thorough=not self.dual.multipliers.any()))
+        raise_bound(self.ascent, over, self.ascent.settle, _TRIALS)
+        return self._probing.split(bracket(self.ascent)) if self._is_open(self._refine()) else None
 
     def _is_open(self, lower: float) -> bool:
         """Whether a branch with this bound may hold a better plan."""

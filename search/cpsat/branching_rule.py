@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.presolve.ascent import Ascent
+from search.presolve.multipliers import Bracket
 from search.presolve.primal import decode
-from search.presolve.repricing import Bracket
 
 _WORTH = 0.01
 """The part of what is open by which memory must lift the bound for a branch to be about it."""

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from search.answer.solution import Effort
-from search.memory.constraints import Row
+from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
 
+_MUCH = 1e-3
+"""The part of the best plan that is open when it is worth it."""
 _PAIRS = 4_000
 """The most pairs of layouts that a kernel leaves open."""
 _HALVINGS = 12
@@ -28,36 +29,30 @@ _GAP = 0.01
 _SWEEPS = 6
 
 
-def combined(
-    dual: Dual,
-    rows: tuple[Row, ...],
-    seen: Sequence[np.ndarray],
-    best: np.ndarray | None,
-    objective: float,
-    deadline: float,
-    effort: Effort,
-) -> np.ndarray:
-    """The best plan that can be put together from the plans seen, or the last of these; the dual is left as it was.
+def combine(ascent: Ascent) -> None:
+    """Puts the plans seen together to better ones, where memory leaves much open; the dual stays as it was."""
+    if ascent.closed or ascent.late or ascent.objective - ascent.bound < _MUCH * ascent.objective:
+        return
+    ascent.attempt(_combined(ascent))
+    ascent.say(f"put together from {len(ascent.pool)} plans: best {ascent.objective:.6e} s")
 
-    **Arguments:**
 
-    - `best`, `objective`: the best plan that fits, if one is known, and its seconds.
-    - `deadline`: of the monotonic clock.
-    - `effort`: CP-SAT's is counted there.
-    """
+def _combined(ascent: Ascent) -> np.ndarray:
+    """The best plan that can be put together from the plans seen, or the last of these."""
     from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
 
+    dual, seen, best = ascent.dual, ascent.pool.states, ascent.objective
     before = dual.snapshot()
-    known = objective if np.isfinite(objective) else 2 * abs(dual.bound())
+    known = best if np.isfinite(best) else 2 * abs(dual.bound())
     chosen = _chosen(dual, seen, known - dual.bound())
-    dual.reprice(np.zeros(len(rows)))
+    dual.reprice(np.zeros(len(ascent.rows)))
     dual.restrict(chosen)
     for _ in range(_SWEEPS):
         dual.sweep()
-    wall = max(deadline - time.monotonic(), 0.1)
-    slack = max(objective - dual.bound(), 0.0)
-    answer = solve(dual, rows, best, slack, _DETERMINISTIC_SECONDS, wall, _GAP)
-    effort.add(answer)
+    wall = max(ascent.deadline - time.monotonic(), 0.1)
+    slack = max(best - dual.bound(), 0.0)
+    answer = solve(dual, ascent.rows, ascent.best, slack, _DETERMINISTIC_SECONDS, wall, _GAP)
+    ascent.effort.add(answer)
     dual.load(before)
     return seen[-1] if answer.states is None else answer.states
 

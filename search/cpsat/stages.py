@@ -14,6 +14,7 @@ from search.answer.check import Check, check
 from search.answer.solution import Answer, Limits, NoPlan, Proof, Solution
 from search.cpsat.branching import Branching
 from search.cpsat.decision import Domains, answer_on, domains, only
+from search.cpsat.kernel import combine
 from search.formulation.problem import FORBIDDEN, Problem
 from search.memory.constraints import Rows
 from search.memory.constraints import rows as memory_rows
@@ -31,6 +32,8 @@ _LEAST_WALL_SECONDS = 1.0
 """What CP-SAT has at least to confirm a plan, however late it is."""
 _FIRST_SECONDS = 5.0
 """How long CP-SAT may take, on its own clock, over what the bound leaves open, before that is divided."""
+_LAST_ROUNDS = 4
+"""How often the bound is lifted once more at the best multipliers, at most."""
 _AGREEMENT = 1e-6
 """The part by which checker and solver may differ: they add up the same terms in another order."""
 _REFINEMENTS = 4
@@ -119,6 +122,9 @@ class Task:
                     ascent.look(before.presolved.expanded(seen)[kept])
                 ascent.attempt(before.states[kept])
             ascent.run(None if before is None else before.ascent.prices)
+            if ascent.dual.multipliers.any():
+                combine(ascent)
+                ascent.lift(_LAST_ROUNDS)
         except KeyboardInterrupt:
             if ascent.best is None:
                 raise

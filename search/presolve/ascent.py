@@ -7,13 +7,11 @@ import time
 import numpy as np
 
 from search.answer.solution import Effort
-from search.cpsat.kernel import combined
 from search.formulation.problem import FORBIDDEN, Node, Problem
 from search.memory.constraints import Row, together
 from search.presolve.dual import Dual
 from search.presolve.limits import TOLERANCE, Say
-from search.presolve.pool import Pool, Seen
-from search.presolve.pricing import settled
+from search.presolve.multipliers import Pool, Seen, raise_bound
 from search.presolve.primal import decode, improve
 from search.presolve.symmetry import representatives
 
@@ -33,10 +31,6 @@ _NEAR = 0.03
 """With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
 _READING = 3
 """In every how many turns they are; without a plan to start from, in how many they are read in more than one way."""
-_MUCH = 1e-3
-"""The part of the best plan that is open when it is worth putting others together."""
-_NEW = 24
-"""How many plans must be new to put them together again."""
 _TRIALS = 14
 """Trials for the prices of memory."""
 _SETTLING = 4
@@ -72,7 +66,7 @@ class Ascent:
         self.prices = np.zeros(len(rows))
         self.pool = Pool(problem, rows)
         self.effort = Effort()
-        self._given, self._combined = False, 0
+        self._given = False
         if symmetric:
             self._hold_symmetry()
 
@@ -140,22 +134,9 @@ class Ascent:
         over = self.lift(self.rounds)
         self._given = False
         if over.max(initial=0.0) > 0 or self.dual.multipliers.any():
-            settled(self, over, self._settle, _TRIALS)
+            raise_bound(self, over, self.settle, _TRIALS)
+            self.bound = max(self.bound, self.dual.bound())
             self.prices = self.dual.multipliers.copy()
-            self.combine()
-            self.lift(rounds=4)
-
-    def combine(self) -> None:
-        """Puts the plans seen together to better ones, where a price of memory leaves much open and many of them are new."""
-        new = len(self.pool) - self._combined
-        if self.closed or self.late or not self.dual.multipliers.any() or (self._combined and new < _NEW):
-            return
-        if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
-            return
-        before = self.objective
-        self.attempt(combined(self.dual, self.rows, self.pool.states, self.best, before, self.deadline, self.effort))
-        self._combined = len(self.pool)
-        self.say(f"put together from {len(self.pool)} plans: best {self.objective:.6e} s")
 
     def lift(self, rounds: int) -> np.ndarray:
         """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
@@ -186,8 +167,8 @@ class Ascent:
             return True
         return turn % _READING == 0 and not self.closed and (not self._given or self._near(lower))
 
-    def _settle(self) -> np.ndarray:
-        """As `lift`, for one trial of a price: one incumbent and one exclusion, once the bound has risen."""
+    def settle(self) -> np.ndarray:
+        """As `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one exclusion."""
         lower = -np.inf
         for _ in range(_SETTLING):
             for _ in range(3):
@@ -195,7 +176,6 @@ class Ascent:
             before, lower = lower, self.dual.bound()
             if lower - before < _LITTLE * abs(lower) or self.late:
                 break
-        self.bound = max(self.bound, lower)
         over = self.attempt(decode(self.dual, thorough=False))
         struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
         self.say(
