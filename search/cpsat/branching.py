@@ -122,8 +122,14 @@ class Branching:
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
         over = self.ascent.attempt(decode(self.dual, thorough=not self.dual.multipliers.any()))
-        raise_bound(self.ascent, over, self.ascent.settle, _TRIALS)
+        raise_bound(self.ascent, over, self._try_multipliers, _TRIALS)
         return self._probing.split(bracket(self.ascent)) if self._is_open(self._refine()) else None
+
+    def _try_multipliers(self) -> np.ndarray:
+        """Lifts a branch's bound a little; returns by how much the relaxed plan overflows each row."""
+        self.dual.sweep()
+        self.dual.sweep()
+        return self.ascent.look(decode(self.dual, thorough=False)).over
 
     def _is_open(self, lower: float) -> bool:
         """Whether a branch with this bound may hold a better plan."""
