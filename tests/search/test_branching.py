@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology
+from search.answer.solution import Limits
 from search.cpsat import branching
 from search.cpsat.branching import Branching
 from search.cpsat.kernel import _combined
 from search.cpsat.solver import solve
+from search.cpsat.stages import Found, Task
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
@@ -53,7 +58,9 @@ def test_branches_alone_find_the_optimum(program, topology, part):
         patch.setattr(branching, "_LARGE", 0)
         ascent = begun(problem)
         if ascent.fits and not ascent.closed:
-            Branching(ascent, 60.0).run()
+            task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
+            found = Found(task.eliminate(0.0), ascent, ascent.dual.snapshot())
+            Branching(ascent, partial(task._decide_part, found)).run()
     best = least(problem)
     assert ascent.objective == pytest.approx(best, rel=1e-5)
     if np.isfinite(best):
