@@ -12,21 +12,9 @@ from search.presolve.ascent import Ascent
 from search.presolve.dual import Snapshot
 from search.presolve.limits import PRECISION
 from search.presolve.multipliers import bracket, raise_bound
+from search.presolve.policy import POLICY
 from search.presolve.primal import decode
 from search.presolve.symmetry import surroundings
-
-_LITTLE = 0.01
-"""The part of what is open by which two sweeps lift a branch's bound when it is said to stall."""
-_FEW = 0.01
-"""The part of the surviving states that is struck out then, at most."""
-_MUCH = 0.5
-"""The part of what is open in another branch by which the bound of one must be higher to be looked at after it."""
-_TRIALS = 6
-"""How often the multipliers of memory are moved in a branch, at most."""
-_SMALL = 10_000
-"""Pairs of layouts below which a branch goes to CP-SAT."""
-_LARGE, _CLOSE = 200_000, 1e-3
-"""The same where so small a part of the best plan is open."""
 
 Decide = Callable[[float], float]
 """CP-SAT on what the dual has left, where nothing costs less than so many seconds: the bound that is then proven."""
@@ -92,11 +80,15 @@ class Branching:
             return None
         first = min(range(len(open_) - 1), key=lambda at: open_[at].least)
         promised = open_[first].least
-        return first if lower - promised > _MUCH * (self.ascent.objective - promised) else None
+        return first if lower - promised > POLICY.promising_part * (self.ascent.objective - promised) else None
 
     def _small(self, lower: float) -> int:
         """How many pairs a branch with this bound may have to go to CP-SAT."""
-        return _LARGE if self.ascent.objective - lower < _CLOSE * self.ascent.objective else _SMALL
+        return (
+            POLICY.close_pairs
+            if self.ascent.objective - lower < POLICY.close_part * self.ascent.objective
+            else POLICY.small_pairs
+        )
 
     def _finished(self, lower: float) -> tuple[float, Split | None]:
         """Closes a branch by CP-SAT; returns the bound that is proven for it, and what to branch on if that is too coarse.
@@ -116,7 +108,7 @@ class Branching:
     def _undecided(self) -> Split | None:
         """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
         over = self.ascent.attempt(decode(self.dual, thorough=not self.dual.multipliers.any()))
-        raise_bound(self.ascent, over, self._try_multipliers, _TRIALS)
+        raise_bound(self.ascent, over, self._try_multipliers, POLICY.branch_trials)
         return self._probing.split(bracket(self.ascent)) if self._is_open(self._refine()) else None
 
     def _try_multipliers(self) -> np.ndarray:
@@ -146,11 +138,11 @@ class Branching:
             if self.dual.emptied:
                 return self.ascent.objective
             least = (
-                _LITTLE * (self.ascent.objective - lower)
+                POLICY.branch_flat_part * (self.ascent.objective - lower)
                 if np.isfinite(self.ascent.objective)
-                else _LITTLE * abs(lower)
+                else POLICY.branch_flat_part * abs(lower)
             )
-            if lower - before < least and struck <= _FEW * sum(map(len, self.dual.keep)):
+            if lower - before < least and struck <= POLICY.branch_few_struck * sum(map(len, self.dual.keep)):
                 break
         return lower
 

@@ -22,22 +22,13 @@ from search.presolve.ascent import Ascent
 from search.presolve.dual import Snapshot
 from search.presolve.elimination import Reduction, reduced
 from search.presolve.limits import PRECISION, TOLERANCE, Say
+from search.presolve.policy import POLICY
 from search.presolve.primal import overflow
 from search.presolve.symmetry import tidied
 from search.presolve.warm_start import starting_states
 
-_OPEN_PAIRS, _TIED_PAIRS, _PART_PAIRS = 30_000, 3_000, 600_000
-"""The most pairs of layouts that CP-SAT is given: where the bound leaves something open, where it does not, and in a part."""
-_LEAST_WALL_SECONDS = 1.0
-"""What CP-SAT has at least to confirm a plan, however late it is."""
-_FIRST_SECONDS = 5.0
-"""How long CP-SAT may take, on its own clock, over what the bound leaves open, before that is divided."""
-_LAST_ROUNDS = 4
-"""How often the bound is lifted once more at the best multipliers, at most."""
 _AGREEMENT = 1e-6
 """The part by which checker and solver may differ: they add up the same terms in another order."""
-_REFINEMENTS = 4
-"""How often CP-SAT is asked again with what it found: costs are then counted in a finer unit."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,7 @@ class Task:
             ascent.run(None if before is None else before.ascent.prices)
             if ascent.dual.multipliers.any():
                 combine(ascent)
-                ascent.lift(_LAST_ROUNDS)
+                ascent.lift(POLICY.last_rounds)
         except KeyboardInterrupt:
             if ascent.best is None:
                 raise
@@ -153,10 +144,10 @@ class Task:
     def _decide_part(self, found: Found, lower: float) -> float:
         """CP-SAT on what the dual has left of a branch, as on the whole; returns the bound that is then proven for it."""
         ascent, proven = found.ascent, lower
-        for _ in range(_REFINEMENTS):
+        for _ in range(POLICY.refinements):
             if not all(map(len, self._surviving(found))):
                 return ascent.objective
-            left = self._domains(found, None, _PART_PAIRS)
+            left = self._domains(found, None, POLICY.part_pairs)
             if left is None:
                 return proven
             answer = self._asked(left, None, ascent, lower)
@@ -172,13 +163,13 @@ class Task:
         ascent, states = found.ascent, found.states
         settled = last or ascent.closed or bool(found.ended) or not ascent.fits
         if ascent.best is None:
-            return replace(found, answer=Answer.none()) if settled else self._answered(found, None, _OPEN_PAIRS)
+            return replace(found, answer=Answer.none()) if settled else self._answered(found, None, POLICY.open_pairs)
         if (overflow(self.problem, self.memory, states) > 0).any():
-            found = self._answered(found, None, _TIED_PAIRS)
+            found = self._answered(found, None, POLICY.tied_pairs)
             return found if found.answer is not None else replace(found, answer=Answer.none())
         if settled:
-            return self._answered(found, states, _TIED_PAIRS, settled=True)
-        return self._answered(found, states, _OPEN_PAIRS)
+            return self._answered(found, states, POLICY.tied_pairs, settled=True)
+        return self._answered(found, states, POLICY.open_pairs)
 
     def _answered(self, found: Found, incumbent: np.ndarray | None, most_pairs: int, settled: bool = False) -> Found:
         """With CP-SAT's answer on what is left; what it finds and proves goes to the ascent.
@@ -186,11 +177,11 @@ class Task:
         Unless all is settled but for that, there is none where too much is left, or where CP-SAT does not come to an end.
         """
         ascent = found.ascent
-        for _ in range(_REFINEMENTS):
+        for _ in range(POLICY.refinements):
             left = self._left(found, incumbent, most_pairs)
             if left is None or not (settled or left.complete):
                 return found
-            seconds = self.limits.deterministic_seconds if settled else _FIRST_SECONDS
+            seconds = self.limits.deterministic_seconds if settled else POLICY.first_seconds
             answer = self._asked(left, incumbent, ascent, ascent.bound, seconds)
             if left.complete:
                 ascent.bound = max(ascent.bound, min(answer.bound_seconds, ascent.objective))
@@ -211,7 +202,7 @@ class Task:
     ) -> Answer:
         """CP-SAT's answer; the incumbent where rounding or time leave it nothing better."""
         seconds = min(seconds, self.limits.deterministic_seconds)
-        wall = max(self.deadline - time.monotonic(), _LEAST_WALL_SECONDS)
+        wall = max(self.deadline - time.monotonic(), POLICY.least_wall_seconds)
         proven, best = min(lower, ascent.objective), ascent.objective
         answer = answer_on(self.problem, self.memory, left, incumbent, proven, best, seconds, wall)
         ascent.effort.add(answer)
@@ -257,7 +248,7 @@ class Task:
         if not all(map(len, left.keep)):
             return replace(found, nothing_fits=True, answer=Answer.none())
         answer = self._asked(left, None, found.ascent, -np.inf)
-        for _ in range(_REFINEMENTS):
+        for _ in range(POLICY.refinements):
             if answer.states is None or answer.status != "OPTIMAL" or _is_precise(answer.value, answer.bound_seconds):
                 break
             found.ascent.offer(answer.states, answer.value)

@@ -19,19 +19,8 @@ import numpy as np
 from search.formulation.problem import FORBIDDEN, Problem
 from search.memory.constraints import Row
 from search.presolve.dual import Dual, Snapshot
+from search.presolve.policy import POLICY
 from search.presolve.primal import overflow
-
-_PART = 0.5
-"""How far each trial goes from the best multipliers known to those that the plans tell."""
-_FLAT = 1e-4
-"""The part of the bound by which it may still rise, at most, when multipliers are good enough."""
-_FLAT_OF_OPEN = 0.02
-"""The same, as a part of what is open."""
-_FEEBLE, _PATIENCE = 0.1, 3
-"""After how many trials in turn it ends that lift the bound by less than this part of that."""
-_GROWTH = 4.0
-"""By what factor a multiplier rises while no plan that fits is known."""
-
 
 # --- The plans that were looked at
 
@@ -172,7 +161,7 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
     for _ in range(trials):
         told = search.pool.best_multipliers(dual.keep, search.objective)
         open_ = search.objective - best[0] if np.isfinite(search.objective) else 0.0
-        little = max(_FLAT * abs(best[0]), _FLAT_OF_OPEN * open_)
+        little = max(POLICY.settled_part * abs(best[0]), POLICY.settled_part_of_open * open_)
         if search.reached(best[0]) or search.late or (told and told.seconds - best[0] < little):
             break
         if told is None and over.max(initial=0.0) <= 0:
@@ -180,7 +169,7 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
         if told is None:
             multipliers = _higher(search, over)
         else:
-            part = _PART if told.seconds < before else 1.0
+            part = POLICY.step_part if told.seconds < before else 1.0
             multipliers = best[1].multipliers + part * (told.multipliers - best[1].multipliers)
             before = told.seconds
         dual.reprice(multipliers)
@@ -190,8 +179,8 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
         rise = dual.bound() - best[0]
         if rise > 0:
             best = dual.bound(), dual.snapshot()
-        feeble = feeble + 1 if told is not None and rise < _FEEBLE * little else 0
-        if feeble == _PATIENCE:
+        feeble = feeble + 1 if told is not None and rise < POLICY.feeble_part * little else 0
+        if feeble == POLICY.feeble_trials:
             break  # the plan that would say more is not among those that are read off the dual
     if dual.bound() < best[0]:
         left = dual.keep
@@ -204,7 +193,7 @@ def _higher(search: Search, over: np.ndarray) -> np.ndarray:
     multipliers = search.dual.multipliers.copy()
     priced = (over > 0) & (multipliers > 0)
     if priced.any():
-        multipliers[priced] *= _GROWTH
+        multipliers[priced] *= POLICY.growth
     else:
         row = int(np.argmax(over))
         multipliers[row] = _first(search, float(over[row]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
 from search.presolve.multipliers import bracket, raise_bound
+from search.presolve.policy import POLICY
 from search.presolve.primal import decode, overflow
 from tests.support.programs import TOPOLOGIES, programs
 
@@ -54,8 +56,7 @@ def test_branches_alone_find_the_optimum(program, topology, part):
     """Without CP-SAT's help but for what is decided, branching comes to CP-SAT's optimum, or proves that nothing fits."""
     problem = tight(program, topology, part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branching, "_SMALL", 0)
-        patch.setattr(branching, "_LARGE", 0)
+        patch.setattr(branching, "POLICY", replace(POLICY, small_pairs=0, close_pairs=0))
         ascent = begun(problem)
         if ascent.fits and not ascent.closed:
             task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
