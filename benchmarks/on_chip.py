@@ -7,7 +7,7 @@ audits do (`autoshard.auditing.replay`). It compares the planned step with the r
 lists the floor (bytes to read once over HBM's rate), the time on the chip, the communication that the core waits for, bytes on
 the wire, peak memory, and the operations with the most unplanned time. A row that could not run says why.
 
-Rows of cases that do not run again keep their last result, with the commit that it is of; `--resume` runs only cases without a result.
+Rows of cases that do not run again keep their last result, with its commit; `--resume` runs only cases without a result.
 """
 
 from __future__ import annotations
