@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import autoshard
@@ -21,6 +21,7 @@ from autoshard.errors import AutoshardError, ExportError, PlanMismatchError
 from autoshard.plan import loads
 from autoshard.planning.plan_file import dumps
 from autoshard.planning.records import predecessors
+from tests.support.effort import examples
 from tests.support.plans import assert_close, well_linked
 
 STEP = jnp.float32(0.25)
@@ -77,7 +78,7 @@ def order_of(array: jax.Array) -> tuple[int, ...]:
 
 
 @given(orders_of(planned()), st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_placed_and_unplaced_arguments_give_the_unsharded_result(plan: autoshard.Plan, data: st.DataObject) -> None:
     mesh, args = plan.make_mesh(), arguments()
     wanted = jax.jit(fn)(*args)
@@ -248,7 +249,7 @@ def test_host_devices_choose_row_major() -> None:
 
 
 @given(orders_of(planned()))
-@settings(max_examples=6)
+@examples(6)
 def test_orders_round_trip(plan: autoshard.Plan) -> None:
     assert loads(dumps(plan)) == plan
 

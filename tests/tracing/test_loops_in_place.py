@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend import core as jex
@@ -19,6 +19,7 @@ import autoshard
 from autoshard.tracing.jaxprs import scan_counts
 from autoshard.tracing.loops_in_place import in_place
 from examples import llama
+from tests.support.effort import examples
 from tests.support.plans import well_linked
 
 S = jax.ShapeDtypeStruct
@@ -217,7 +218,7 @@ NUMBERS = np.random.default_rng(0).integers(-9, 9, (3, ROUNDS, ROWS, COLUMNS)).a
 
 
 @given(loops())
-@settings(max_examples=60)
+@examples(60)
 def test_loops_in_place_compute_what_they_are_written_to(case: tuple[Callable[..., Any], int, list[int]]) -> None:
     fn, stacks, donated = case
     same_results(fn, jnp.int32(5), *map(jnp.asarray, NUMBERS[:stacks]), donated=donated)
