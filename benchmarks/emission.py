@@ -3,7 +3,7 @@
     python benchmarks/emission.py [--only TOPOLOGY ...]
 
 One row per step: `ours` is 1 if the compiled program has exactly the planned collective (kind, axes, bytes except for padded
-rows), `reference` is 1 if the search may plan it (`search.formulation.reshard.emittable`). A step that is planned
+rows), `reference` is 1 if the search may plan it (`search.formulation.collective_steps.emittable`). A step that is planned
 but compiles to something else is a miss. A step that is never planned but compiles as written only reduces the choice. Run it
 under every supported JAX: the table has the version.
 """
