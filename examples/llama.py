@@ -130,18 +130,11 @@ def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) ->
             new_cache.append(entry)
         return logits(params, x), new_cache
 
-    # The cache is carried, not scanned: each layer writes one token of it in place, and no copy of it is ever made.
-    def layer_step(carry, scanned):
-        x, cache = carry
-        index, layer = scanned
-        attended_to = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in cache.items()}
-        x, entry = decode_layer(layer, x, attended_to, position)
-        at = (index, 0, position, 0, 0)
-        new = {name: lax.dynamic_slice_in_dim(array, position, 1, axis=1)[None] for name, array in entry.items()}
-        return (x, {name: lax.dynamic_update_slice(array, new[name], at) for name, array in cache.items()}), None
+    def layer_step(x, scanned):
+        layer, entry = scanned
+        return decode_layer(layer, x, entry, position)
 
-    layers = cache["k"].shape[0]
-    (x, cache), _ = lax.scan(layer_step, (x, cache), (jnp.arange(layers), params["layers"]))
+    x, cache = lax.scan(layer_step, x, (params["layers"], cache))
     return logits(params, x), cache
 
 

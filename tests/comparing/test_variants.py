@@ -194,11 +194,11 @@ def test_phases_share_their_weights():
 
 
 def test_limits_of_phases_that_cannot_be_are_refused():
-    with pytest.raises(autoshard.AutoshardError, match="No layout keeps decode to"):
+    with pytest.raises(autoshard.AutoshardError, match=r"No layout meets the limit .* of decode"):
         phases(at_most={"decode": 1e-9})
     with pytest.raises(autoshard.AutoshardError, match="a limit for one of prefill, decode"):
         phases(at_most={"training": 1.0})
-    with pytest.raises(autoshard.AutoshardError, match="no phase 'training' to weigh"):
+    with pytest.raises(autoshard.AutoshardError, match="must be among prefill, decode, got 'training'"):
         phases(weights={"training": 1.0})
 
 

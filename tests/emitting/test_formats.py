@@ -189,6 +189,7 @@ def test_the_memory_of_arrays_can_be_given_up() -> None:
     x = jax.device_put(jnp.ones((8, 16)), plan.shardings(plan.make_mesh())[0][2])
     plan.place(x, argument="x", donate=True)
     assert x.is_deleted()
+    plan.place(jax.device_put(jnp.ones((8, 16)), jax.devices()[0]), argument="x", donate=True)  # of other devices
 
 
 @pytest.mark.parametrize(

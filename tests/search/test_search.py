@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +14,8 @@ from costmodels.machine.topology import Topology, parse_topology
 from costmodels.program.program import Factor, Operation, Program, Use, Value
 from search.answer.assignment import choice_of
 from search.answer.solution import Solver
-from search.cpsat.branching import Branching
 from search.cpsat.solver import solve
+from search.cpsat.stages import Found, Task
 from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import FORBIDDEN, build
 from search.memory.constraints import rows
@@ -122,10 +123,12 @@ def test_what_cp_sat_proves_of_a_branch_is_a_bound(program, topology, sweeps):
     """However rough the dual is that a branch is handed over with, the proven bound holds, and is tight but for rounding."""
     optimum = search(program, topology).proof.objective_seconds
     problem = build(program, topology, topology.chip.usable_hbm_bytes)
-    ascent = Ascent(problem, rows(problem), 0, lambda _: None)
+    task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
+    found = Found(task.eliminate(0.0), Ascent(problem, task.memory, 0, lambda _: None))
+    ascent = found.ascent
     for _ in range(sweeps):
         ascent.dual.sweep()
-    proven = Branching(ascent, 60.0)._finish(ascent.dual.bound())
+    proven = task._decide_part(found, ascent.dual.bound())
     assert proven <= optimum * (1 + 1e-9)
     assert ascent.objective == pytest.approx(optimum, rel=1e-5)
     assert proven >= optimum * (1 - 1e-3)

@@ -264,7 +264,7 @@ def test_a_structure_that_depends_on_a_size_is_fixed() -> None:
 
     trace = autoshard.trace_symbolic(fn, jnp.ones((4, 8)), dims={"x": "B S"})
     assert list(trace.fixed) == ["B"]
-    with pytest.raises(AutoshardError, match="with B = 8 the program is another"):
+    with pytest.raises(AutoshardError, match="with B = 8 the program differs"):
         trace.bind(B=8)
 
 
@@ -288,9 +288,9 @@ def test_dimensions_of_one_are_said() -> None:
     )
     with pytest.raises(AutoshardError, match="A cannot be bound: it is 1 here"):
         trace.bind(A=2)
-    with pytest.raises(AutoshardError, match="B cannot be bound to 1: JAX treats dimensions of 1 apart"):
+    with pytest.raises(AutoshardError, match="B cannot be bound to 1: JAX treats dimensions of 1 differently"):
         trace.bind(B=1)
-    with pytest.raises(AutoshardError, match="There is no dimension C; there are A, E, B"):
+    with pytest.raises(AutoshardError, match="must be one of A, E, B, got C"):
         trace.bind(C=2)
 
 
