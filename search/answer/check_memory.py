@@ -4,7 +4,10 @@ It shares no code with the solver's rows (`search.memory`), so that an error in 
 components of a graph of values; how long each is needed is asked of its readers, one after the other; bytes are added up
 operation by operation. The rules are those of XLA's buffers that tests hold against compiled programs:
 
-- A view (a transposition, a change of shape) that is only read takes no memory; its source lives until its readers are done.
+- A view (a transposition, a change of shape, the slice of a stack at one index) that is only read takes no memory; its source
+  lives until its readers are done. A slice that is read after its stack is written to is no view.
+- The stacked results of a loop are there before it begins; what is made for them alone is made in them. They take a donated
+  argument's memory if nothing reads that from then on.
 - An update in place takes its operand's memory when nothing reads that any more; a loop's carry that of what enters it, when
   nothing else needs it; a result that of the donated argument.
 - What is fused lives in registers, unless an operation that is not fused, a loop or the caller needs it.
@@ -68,10 +71,18 @@ class _Account:
         for values in self._sharing():
             if any(self._is_stored(value) for value in values):
                 makers = [self.maker[value] for value in values]
-                first, last = min(makers), max(self.needed_until(value) for value in values)
+                first, last = min(map(self._begins, values)), max(self.needed_until(value) for value in values)
                 if any(self.program.operations[at].op_class == "source" for at in makers):
                     first = self._phase(first)[0]
                 yield min(values), first, last
+
+    def _begins(self, value: int) -> int:
+        """The first operation during which a value is there: stacked results as long as their loop."""
+        at = self.maker[value]
+        op = self.program.operations[at]
+        if op.primitive != "loop_stack" or not op.inputs:
+            return at
+        return next(i for i, each in enumerate(self.program.operations) if each.region == op.inputs[0].region)
 
     def needed_until(self, value: int) -> int:
         """The last operation during which a value is needed."""
@@ -111,9 +122,29 @@ class _Account:
         """The operations whose result is their operand, read in another order or shape."""
         found: set[int] = set()
         for i, op in reversed(list(enumerate(self.program.operations))):
-            if self._shows(op) and all(self._only_reads(at, found) for at in self.readers.get(op.outputs[0].value, ())):
-                found.add(i)
+            if self._shows(op) or (self._is_slice(op) and self._is_read_first(op, found)):
+                (made,) = (use.value for use in op.outputs)
+                if all(self._only_reads(at, made, found) for at in self.readers.get(made, ())):
+                    found.add(i)
         return found
+
+    def _is_slice(self, op: Operation) -> bool:
+        """Whether an operation takes all of a stack that has certain leading indices."""
+        if op.primitive != "dynamic_slice" or op.op_class != "fused":
+            return False
+        whole, part = (self.program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
+        return any(whole[k:] == part[k:] and prod(part[:k]) == 1 for k in range(len(whole) + 1))
+
+    def _is_read_first(self, op: Operation, views: set[int]) -> bool:
+        """Whether the readers of a slice come before all that write into its stack."""
+        stack, waiting, last = op.inputs[0].value, [op.outputs[0].value], -1
+        while waiting:
+            for at in self.readers.get(waiting.pop(), ()):
+                if at in views:
+                    waiting.append(self.program.operations[at].outputs[0].value)
+                else:
+                    last = max(last, at)
+        return all(last < at for at in self.readers[stack] if _writes_into(self.program.operations[at], stack))
 
     def _shows(self, op: Operation) -> bool:
         if op.primitive not in _SHOWN or op.op_class != "fused" or len(op.inputs) != 1:
@@ -121,9 +152,10 @@ class _Account:
         before, after = self.program.values[op.inputs[0].value], self.program.values[op.outputs[0].value]
         return (prod(before.shape), before.itemsize) == (prod(after.shape), after.itemsize)
 
-    def _only_reads(self, at: int, views: set[int]) -> bool:
+    def _only_reads(self, at: int, value: int, views: set[int]) -> bool:
         op = self.program.operations[at]
-        plain = op.op_class in ("matmul", "fused", "memory") and not self._shows(op) and not _writes(op)
+        shows = self._shows(op) or self._is_slice(op)
+        plain = op.op_class in ("matmul", "fused", "memory") and not shows and not _writes_into(op, value)
         return at in views or plain
 
     def _sharing(self) -> Iterator[list[int]]:
@@ -157,13 +189,16 @@ class _Account:
         for argument, result in self.program.donated:
             giver = self.program.operations[self.program.arguments[argument]]
             taker = self.program.operations[self.program.results[result]]
-            yield giver.outputs[0].value, taker.inputs[0].value
+            given, taken = giver.outputs[0].value, taker.inputs[0].value
+            stacked = self.program.operations[self.maker[taken]].primitive == "loop_stack"
+            if not stacked or all(self._done(at) < self._begins(taken) for at in self.readers.get(given, ())):
+                yield given, taken
 
     def _becomes_carry(self, value: int, carry: int) -> bool:
         maker = self.program.operations[self.maker[value]]
-        if maker.region == self.program.operations[carry].region:
-            return len(self.readers[value]) == 1
-        return _writes(maker)
+        if self.program.values[value].region == self.program.operations[carry].region:
+            return maker.op_class != "source" and len(self.readers[value]) == 1
+        return _writes(maker) or (maker.primitive == "loop_carry" and maker.outputs[1].value == value)
 
     def _is_stored(self, value: int) -> bool:
         """Whether a value has to be in memory."""
@@ -171,7 +206,8 @@ class _Account:
         op = self.program.operations[at]
         if op.primitive == "loop_slice" or at in self.views:
             return False
-        return not self._is_fused(at) or self._leaves(value)
+        readers = [self.program.operations[each].primitive for each in self.readers.get(value, ())]
+        return set(readers) != {"loop_stack"} and (not self._is_fused(at) or self._leaves(value))
 
     def _leaves(self, value: int) -> bool:
         """Whether anything but fused operations reads a value or a view of it."""
@@ -235,3 +271,8 @@ def _writes(op: Operation) -> bool:
     return op.primitive == "dynamic_update_slice" or (
         kind == "scatter" and how in ("", "add", "sub", "mul", "min", "max")
     )
+
+
+def _writes_into(op: Operation, value: int) -> bool:
+    """Whether an operation writes into a value."""
+    return _writes(op) and op.inputs[0].value == value
