@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format published bench-search bench-audit bench-emission bench-overhead bench-peers models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs wheel clean
+.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-chip bench-peers models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -19,8 +19,16 @@ help:  ## this list
 demo: $(VENV)/.tpu  ## lay out PaLM 540B, audit it with the TPU compiler, run a tiny one
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.tpu  ## the tests (ARGS="-k name" picks some, ARGS="-m slow" runs the long sweeps)
-	$(BIN)/python -m pytest $(ARGS)
+# One worker per processor; `--dist worksteal` keeps most tests of a file together, which share plans. Host programs run once
+# or twice each: without LLVM's expensive passes they are compiled in two thirds of the time. `test-all` has them as users do.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
+test: $(VENV)/.test $(VENV)/.tpu  ## the tests without the long ones (ARGS="-k name" picks some)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-all: $(VENV)/.test $(VENV)/.tpu  ## all tests, with more examples (ARGS="-m slow" runs sweeps of many minutes)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --hypothesis-profile=all --durations=25 $(ARGS)
 
 lint: $(VENV)/.dev  ## style, types, the layer contract and the prose
 	$(BIN)/ruff check
@@ -48,11 +56,14 @@ bench-emission: $(VENV)/.tpu  ## what each planned collective compiles to, alone
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
 
+bench-chip: $(VENV)/.tpu  ## compiled TPU steps, replayed, against their plans and the bytes they must read: a table, and benchmarks/results/on_chip.json (ARGS="--resume", ARGS="--only CASE", ARGS="--list")
+	$(BIN)/python benchmarks/on_chip.py $(ARGS)
+
 models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")
 	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
 
 models-test: $(ZOO_VENV)/.zoo  ## the same models in tiny sizes, run on eight host devices and compared
-	$(ZOO_VENV)/bin/python -m pytest tests/whole/test_models.py -m "slow or not slow" $(ARGS)
+	$(ZOO_VENV)/bin/python -m pytest tests/whole/test_models.py -m "slow or long or not slow" $(ARGS)
 
 parallelism: $(VENV)/.core  ## which parallelism comes out at which size: sweeps, and benchmarks/results/parallelism.json
 	$(BIN)/python benchmarks/parallelism.py

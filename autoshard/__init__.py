@@ -7,6 +7,7 @@ from autoshard.comparing.diff import diff as diff
 from autoshard.comparing.what_if import Remedies as Remedies
 from autoshard.comparing.what_if import remedies as remedies
 from autoshard.decorator import autoshard as autoshard
+from autoshard.emitting.formats import choose_formats as choose_formats
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import ExportError as ExportError
 from autoshard.errors import InfeasibleError as InfeasibleError
@@ -53,7 +54,7 @@ _AT_FIRST_USE = {
     "Verification": "autoshard.comparing.verify",
     "verify": "autoshard.comparing.verify",
 }
-"""What few runs need, by the module that it is in; the others are there at once."""
+"""Names that few runs need, by module; they are imported at first use."""
 
 
 def __dir__() -> list[str]:

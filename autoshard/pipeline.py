@@ -7,13 +7,13 @@ from os import PathLike
 from typing import Any, get_args
 
 from autoshard._util.collector import seldom_collected
-from autoshard.annotating.annotate import AnnotatedFunction, annotate, annotate_pins
+from autoshard.annotating.annotated_function import AnnotatedFunction, annotate, annotate_pins
 from autoshard.annotating.dimension_names import Names, symbols_of
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
 from autoshard.planning.options import Options
-from autoshard.planning.record import record
+from autoshard.planning.recording import record
 from autoshard.planning.solving import solve
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import trace_function

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from autoshard.emitting import bind, sharding
+from autoshard.emitting import bind, placing, sharding
+from autoshard.emitting.formats import formats as formats_of
+from autoshard.emitting.jitted import Formats, jitted
 from autoshard.planning import plan_file
 from autoshard.planning.records import PlanRecord
 
@@ -67,8 +69,8 @@ class Plan(PlanRecord):
         """
         return bind.bound(self, fn, None)
 
-    def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
-        """`jax.jit` of `fn` as planned, with the plan's shardings of arguments and results and its donations.
+    def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None, *, formats: Formats = "plan") -> Any:
+        """`jax.jit` of `fn` as planned, with the plan's shardings and formats of arguments and results and its donations.
 
             plan.jit(decode)(params, cache, tokens, position)
             plan.jit(decode, mesh).lower(*args).compile()
@@ -78,13 +80,47 @@ class Plan(PlanRecord):
         themselves and to the compiler, which takes it from the plan inside the function. On TPUs whose memory the plan nearly
         fills, the compiler is told not to compute things again before it is full; JAX wants such options outermost, so
         within another `jax.jit` there take `apply`.
+
+        Arrays whose dimensions lie in another order than planned are relaid at each call, and a warning says so once; `place`
+        does it beforehand. With `formats="default"` all arrays lie as the device lays them out by default.
         """
-        return bind.jit(self, fn, mesh)
+        return jitted(self, fn, mesh or sharding.current_mesh(self), formats)
+
+    def formats(self, mesh: Mesh | None = None) -> tuple[tuple[Any, ...], Any]:
+        """The arguments' and the results' `jax.experimental.layout.Format`s: shardings, and orders of dimensions in memory.
+
+        The layout of a format is None where the array lies as the device lays it out by default, and on devices of another
+        kind than the plan's chips.
+        """
+        return formats_of(self, mesh or sharding.current_mesh(self))
+
+    def place(
+        self, tree: Any, argument: str | int | None = None, *, mesh: Mesh | None = None, donate: bool = False
+    ) -> Any:
+        """The arrays of a tree brought into their shards and formats, once: NumPy's, JAX's, or those of a checkpoint.
+
+            params = plan.place(params, argument="params")
+            params, cache, tokens, position = plan.place((params, cache, tokens, position))
+
+        **Arguments:**
+
+        - `argument`: the argument that the tree is, by its name or position, or a part of one by its path, such as
+          `"params/layers/0"`; the tuple of all by default.
+        - `mesh`: the mesh to lie on; that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `donate`: whether the memory of arrays that are on the mesh's devices already may be taken.
+
+        **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` when there is no such
+        argument; `TopologyError` if the mesh has not the plan's axes.
+        """
+        return placing.place(self, tree, mesh or sharding.current_mesh(self), argument, donate)
 
     def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
-        """The arguments as `jax.ShapeDtypeStruct`s that know where they lie: what Orbax restores a checkpoint into.
+        """The arguments as `jax.ShapeDtypeStruct`s that know where and how they lie: what Orbax restores a checkpoint into.
 
             params = checkpointer.restore(path, plan.abstract_args(argument="params"))
+
+        Where the plan has orders of dimensions, Orbax restores into them with `StandardRestore(..., support_layout=True)`;
+        `place` brings what is restored without that into them.
 
         **Arguments:**
 
@@ -96,7 +132,7 @@ class Plan(PlanRecord):
         **Raises:** `ExportError` when there is no such argument, or for types that only JAX can make (random keys);
         `TopologyError` if the mesh has not the plan's axes.
         """
-        return sharding.abstract_args(self, mesh, argument)
+        return placing.abstract_args(self, mesh or sharding.current_mesh(self), argument)
 
     # --- words and files -----------------------------------------------------------------------------------------
 

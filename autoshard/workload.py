@@ -1,4 +1,4 @@
-"""A function with the arguments it is to be laid out for."""
+"""A function to be planned, with its arguments."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Workload:
-    """A function with abstract (or concrete) arguments: what a target file's factory returns.
+    """A function with abstract (or concrete) arguments, as a target file's factory returns it.
 
     **Arguments:**
 
     - `fn`: the function, of pytrees.
     - `args`: its positional arguments, pytrees of `jax.ShapeDtypeStruct` or arrays.
     - `donate_argnums`: the positions of arguments whose memory the results may take.
-    - `name`: what the plan is called; the function's name by default.
+    - `name`: the name of the plan; by default the function's name.
     - `dims`: names of dimensions for formulas, as for `autoshard.search`.
     """
 

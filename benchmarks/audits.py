@@ -1,11 +1,11 @@
-"""Is the compiled program the plan? Every model, phase and slice searched, emitted, compiled and held against its plan.
+"""Does the compiled program match its plan? Every model, phase and slice is searched, emitted, compiled and compared.
 
     python benchmarks/audits.py [--only CASE ...] [--resume] [--gpu-python .venv-gpu/bin/python]
 
-Each case is one row: planned against compiled bytes on the wire for every set of mesh axes, the share of bytes that no plan
-asked for, planned against compiled peak memory, and the estimated step. TPU rows go through the real TPU compiler (libtpu),
-GPU rows through the real XLA:GPU compiler, both without such a chip; host rows through the CPU compiler. A row passes when
-every limit of `LIMITS` holds; what does not is named in `misses`.
+Each case is one row: planned against compiled bytes for every set of mesh axes, the share of unplanned bytes,
+planned against compiled peak memory, and the estimated step. TPU rows use the real TPU compiler (libtpu), GPU rows the real
+XLA:GPU compiler, both without such a chip; host rows use the CPU compiler. A row passes if every limit of `LIMITS` holds;
+`misses` lists those that do not.
 
 Compilers may send less than was planned (an array gathered once for two uses): such differences are classed *same plan at
 lower cost*. They are taken out of the comparison of bytes, and listed.
@@ -31,9 +31,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "audits.json"
 GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
 CASE_SECONDS = 1500
 SEARCH_SECONDS = 90.0
-"""How long a plan is searched: what is audited need not be proven best; a row says its gap."""
+"""The time limit of a search: an audited plan need not be proven optimal; its row has the gap."""
 LIMITS = {"wire": 0.02, "unplanned": 0.01, "peak": 0.05}
-"""By how much compiled may differ from planned: bytes on the wire per set of axes, bytes not planned, peak memory."""
+"""The allowed differences between compiled and planned: communicated bytes per set of axes, unplanned bytes, peak memory."""
 
 
 Target = Literal["tpu", "host", "gpu"]
@@ -159,7 +159,7 @@ def judged(found: Any) -> dict[str, Any]:
 
 
 def _ratio(planned: float, compiled: float) -> float:
-    """Compiled over planned; what nothing was planned for counts as twice."""
+    """Compiled over planned; 2 if nothing was planned."""
     return compiled / planned if planned else 2.0 if compiled else 1.0
 
 
@@ -167,7 +167,7 @@ def _ratio(planned: float, compiled: float) -> float:
 
 
 def isolated(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """One case in a process of its own; what fails is a row that says why."""
+    """One case in a process of its own; an error becomes a row with its reason."""
     python = options.gpu_python if case.target == "gpu" else sys.executable
     head = {"row": case.name, "reference": LIMITS["wire"], "ours": None, "topology": case.topology, **_asked(case)}
     if not Path(python).exists():
@@ -193,7 +193,7 @@ def _asked(case: Case) -> dict[str, Any]:
 
 
 def show(row: Mapping[str, Any]) -> None:
-    """One line of the table, and what is not as planned."""
+    """One line of the table, with the differences from the plan."""
     if row["ours"] is None:
         print(f"{row['row']:40s} failed: {row['why'][:150]}", flush=True)
         return
@@ -210,7 +210,7 @@ def show(row: Mapping[str, Any]) -> None:
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many rows of each target pass, of how many."""
+    """The number of passing rows of each target, and of all its rows."""
     found = []
     for target in ("tpu", "host", "gpu"):
         own = [row for row in rows if row["target"] == target]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Without TPUs libtpu must neither ask the cloud what machine this is, nor take the lock of the chips.
+# Without TPUs, libtpu must neither query the cloud for the machine type nor take the lock of the chips.
 os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -46,7 +46,7 @@ def workload_of(task: dict[str, Any]) -> Any:
 
 
 def mesh_of(task: dict[str, Any]) -> Any:
-    """The slice's devices row-major by their coordinates, with neighbouring axes merged as the task says."""
+    """The slice's devices row-major by their coordinates, with neighbouring axes merged as in the task."""
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh
@@ -60,7 +60,7 @@ def mesh_of(task: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Lays out and compiles one workload, and writes what came of it."""
+    """Lays out and compiles one workload, and writes the result."""
     import jax
 
     jax.config.update("jax_use_shardy_partitioner", False)

@@ -3,7 +3,7 @@
     python benchmarks/calibration.py             # eight host devices: one table, and benchmarks/results/calibration.json
     python benchmarks/calibration.py auto        # the devices that JAX sees
 
-One row a series of held-out sizes, `ours` being the median error; `reference` is the error that we hold ourselves to. The last
+One row a series of held-out sizes, `ours` being the median error; `reference` is the target. The last
 rows are the wall time and whole steps of a model, which have no reference on host devices.
 """
 
@@ -24,7 +24,7 @@ SECONDS = 120.0
 
 
 def rows(calibration: Any) -> list[dict[str, Any]]:
-    """What was held out, by series and in all, the wall time, and the steps."""
+    """The held-out errors per series and in all, the wall time, and the steps."""
     found: list[dict[str, Any]] = [
         {
             "row": f"median error, held out, {each.series}",
@@ -56,12 +56,12 @@ def rows(calibration: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     from autoshard import calibrate
-    from autoshard.calibrating.step_check import checked
+    from autoshard.calibrating.step_check import check_step
     from examples import palm
 
     found = calibrate(sys.argv[1] if len(sys.argv) > 1 else "cpu:8")
     steps = (palm.decode("tiny", batch=8, context=16), palm.prefill("tiny", batch=8, length=64))
-    found = replace(found, checks=tuple(checked(work, found.topology) for work in steps))
+    found = replace(found, checks=tuple(check_step(work, found.topology) for work in steps))
     print(found, end="")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows(found), indent=1) + "\n")

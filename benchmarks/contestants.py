@@ -1,4 +1,4 @@
-"""Compiling every contestant for the same slice with the same options, and having it judged."""
+"""Compilation and judgement of every contestant, for the same slice with the same options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from costmodels.machine.topology import Topology
 
 _GIB, _MIB = 2**30, 2**20
 _SHOWN = 8
-"""How many of the dearest collectives a row lists."""
+"""The number of costliest collectives in a row."""
 
 
 def workload_of(case: Any) -> autoshard.Workload:
@@ -31,7 +31,7 @@ def workload_of(case: Any) -> autoshard.Workload:
 
 
 def merged(topology: Topology) -> list[tuple[str, ...]]:
-    """The ways to merge a torus into two axes: cuts of its letters; of ways alike up to names and order, the first."""
+    """The ways to merge a torus into two axes: cuts of its letters; the first of equivalent ones."""
     names = [axis.name for axis in topology.axes if axis.size > 1]
     if len(names) < 3:
         return [tuple(names)]
@@ -53,7 +53,7 @@ def _product(names: str, sizes: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Bench:
-    """One function on one slice; every method makes one contestant's row."""
+    """One function on one slice; every method returns one contestant's row."""
 
     case: str
     example: str
@@ -64,7 +64,7 @@ class Bench:
     keep: Path | None
 
     def searched(self) -> tuple[autoshard.Plan, dict[str, float]]:
-        """Our plan, and how long it took from tracing to proof: on the wall, and of all processors together."""
+        """Our plan, with the wall and processor seconds from tracing to proof."""
         started, used = time.monotonic(), time.process_time()
         plan = autoshard.search(
             self.workload.fn,
@@ -111,7 +111,7 @@ class Bench:
                 yield self.partitioned(layout.name, specs)
 
     def judged(self, name: str, run: dict[str, Any]) -> dict[str, Any]:
-        """What another process compiled, judged alike."""
+        """The judgement of another process' program."""
         row = self._row(name, run["text"], run["peak_bytes"])
         spent = {"search_seconds": run["seconds"], "search_cpu_seconds": run["cpu_seconds"]}
         return {**row, **spent, "mesh": run["mesh"], "compiler": run["versions"]}
@@ -201,7 +201,7 @@ def _listed(specs: Any) -> list[str]:
 
 
 def _said(error: Exception) -> str:
-    """The part of a compiler's error that says what is wrong."""
+    """The part of a compiler's error with the reason."""
     text = str(error)
     used = re.search(r"(?:Ran out of memory|Used|Exceeded)[^\n]*", text)
     head = "RESOURCE_EXHAUSTED: " if "RESOURCE_EXHAUSTED" in text else ""

@@ -2,10 +2,10 @@
 
     python benchmarks/emission.py [--only TOPOLOGY ...]
 
-One row per step: `ours` is 1 where the compiled program holds exactly the planned collective (kind, axes, bytes but for the
-few rows by which odd ones are padded), `reference` is 1 where the search may plan it (`search.reshard.emittable`). A step that
-is planned but compiles to something else is unfaithful, and a miss; one that is never planned but would compile as written
-costs nothing but choice. Run it under every JAX that is supported: the table says with which it was made.
+One row per step: `ours` is 1 if the compiled program has exactly the planned collective (kind, axes, bytes except for padded
+rows), `reference` is 1 if the search may plan it (`search.formulation.reshard.emittable`). A step that is planned
+but compiles to something else is a miss. A step that is never planned but compiles as written only reduces the choice. Run it
+under every supported JAX: the table has the version.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Written:
-    """One step on a piece of one chip."""
+    """One step on one chip's shard."""
 
     kind: str
     axes: tuple[str, ...]
@@ -49,7 +49,7 @@ class Written:
 
 
 def cases(topology: Any) -> Iterator[Written]:
-    """All kinds over one axis, over two and over all, where the piece divides."""
+    """All kinds over one axis, over two and over all, if the shard divides."""
     names = [axis.name for axis in topology.axes if axis.size > 1]
     for count in range(1, len(names) + 1):
         axes = tuple(names[:count])
@@ -63,7 +63,7 @@ def cases(topology: Any) -> Iterator[Written]:
 
 
 def step_of(case: Written, sizes: Mapping[str, int]) -> Any:
-    """The step between layouts; a permutation turns the order of the axes round."""
+    """The step between layouts; a permutation reverses the order of the axes."""
     from search.formulation.layouts import Layout
     from search.formulation.reshard import Step, permuted_axes
 
@@ -150,7 +150,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints what is not faithful and a count per topology, and writes the JSON."""
+    """Prints the misses and a count per topology, and writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--only", nargs="+", default=TOPOLOGIES, metavar="TOPOLOGY", help="keep the rows of others, and of other JAXs"

@@ -1,14 +1,14 @@
-"""Which efficiencies and overheads make the model's times those of Pope et al. 2022: half of the rows are fitted.
+"""The fit of the model's efficiencies and overheads to Pope et al. 2022, on half of the rows.
 
-What is fitted is the paper's own layout: feed-forward network and attention as its tables say, all else as the search
-chooses. Plans depend on the constants and the constants on the plans, so the two are found in turn: search every fitted
+The rows use the paper's own layout for the feed-forward network and attention; the search chooses the rest. Plans depend on
+the constants and the constants on the plans, so they alternate: search every fitted
 row's plan, fit the constants to their times (least squares of log ratios), search again. Writes `pope2022_machine.json`, which
 `published.py` reads.
 
-Collectives are looped with their products, as the paper's are (§3.5), and all links of a chip count for each, as in its
-appendix. With nothing hidden the same rows fit as well, but by a matrix unit at its peak, which has to make up for the time on
-the wire that was hidden in truth; looped, it is not. What is left of the links' bandwidth is about one way of one of the six:
-most collectives of these layouts run along one axis.
+Collectives are looped with their matmuls, as in the paper (§3.5), and each uses all links of a chip, as in its appendix.
+Without overlap the same rows fit as well, but with a matrix unit at its peak, which compensates for the hidden communication;
+with looping it is below its peak. The fitted bandwidth is about one way of one of the six links: most collectives of these
+layouts run along one axis.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Parts:
     """A plan's time as numbers that constants are put into.
 
     - `operations`: per operation its runs, seconds of compute and of memory at peak rates, and whether it is a matmul.
-    - `sent`: per collective its runs, seconds on the wire at the peak rate, and seconds of hops.
+    - `sent`: per collective its runs, bandwidth seconds at the peak rate, and seconds of hops.
     - `behind`, `part`: the operation (its place in `operations`, or -1) that hides a collective, and the part of its time
       that may.
     """
@@ -105,14 +105,14 @@ def _operation(program: Program, where: Topology, choice: Choice, i: int, bare: 
 
 
 def _wire(program: Program, where: Topology, move: Move, step: Step) -> tuple[float, float]:
-    """Seconds on the wire at the peak, and seconds of hops, of one run."""
+    """Bandwidth seconds at the peak rate, and seconds of hops, of one run."""
     payload = step.payload(program.values[move.value].bytes, where.axis_sizes)
     wire = float(wire_seconds(step.kind, step.axes, payload, where)) * where.chip.wire_efficiency
     return wire, float(seconds_on(where, step.kind, step.axes, 0.0)) - where.chip.collective_overhead_seconds
 
 
 def with_constants(bare: Chip, constants: np.ndarray, source: str) -> Chip:
-    """The chip with fitted constants, which say what they are fitted to."""
+    """The chip with fitted constants, whose sources name the fitted rows."""
     table = bare.to_dict()
     for name, value in zip(NAMES, constants, strict=True):
         table[name] = {"value": float(f"{value:.4g}"), "status": "fitted", "source": source}

@@ -6,8 +6,8 @@ one that was measured?
 Pope et al. 2022 ("Efficiently Scaling Transformer Inference", arXiv 2211.05102), figure 1 and tables 2 and 3, on TPU v4: 2048
 tokens of prompt, 64 generated. `reference` is measured: seconds of a decode step or of a prefill, cost in chip-seconds a token
 beside it. `ours` is the fastest plan, searched freely, on the machine that `fit_published.py` fitted to some of these points
-(they say "fitted"). MFU counts the parameters' FLOPs alone, as the paper does. Every point is a search of its own; a point
-whose search reached `SEARCH_SECONDS` says with which gap.
+(marked "fitted"). MFU counts the parameters' FLOPs alone, as the paper does. Every point is a search of its own; a point
+whose search reached `SEARCH_SECONDS` has its gap.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def ordered(rows: Sequence[dict[str, Any]], ours: str, reference: str) -> float:
 
 
 def processor_seconds() -> float:
-    """What this process and its workers took of the processors; unlike the wall's, it is the same on a busy machine."""
+    """The processor seconds of this process and its workers, which do not depend on other load."""
     own, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(each.ru_utime + each.ru_stime for each in (own, workers))
 
@@ -157,7 +157,7 @@ def processor_seconds() -> float:
 def summary(
     rows: dict[tuple, Row], compare: Sequence[dict[str, Any]], wall: float, known: int
 ) -> Iterator[dict[str, Any]]:
-    """What the whole shows, as rows; a run that found `known` points in its store did not do the whole."""
+    """Rows on the whole run; none if `known` points were in the store already."""
     solved = [row for row in rows.values() if row.outcome == SOLVED]
     proven = sum(row.status == "OPTIMAL" for row in solved)
     worst = max((row.gap for row in solved), default=0.0)

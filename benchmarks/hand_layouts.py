@@ -1,19 +1,19 @@
-"""The layouts that experts write by hand for the example models.
+"""Expert layouts for the example models.
 
 Every array of an example is described by the letters of its dimensions (as in the examples' docstrings), every layout by
 which mesh axes split these letters, in weights, in the cache, and in activations. Each layout is entered twice: as argument
 specs alone, the partitioner deciding the rest, and with the activations constrained as well, where experts constrain them.
-Letters that a model has not, and axes that do not divide a dimension, are left out.
+Letters that a model lacks, and axes that do not divide a dimension, are left out.
 
 - **Megatron 1D** (Shoeybi et al. 2019, arXiv 1909.08053, §3): heads, feed-forward and vocabulary over all axes, the cache
-  by heads; activations whole on every chip.
+  by heads; activations replicated.
 - **Megatron 1D, batch-sharded cache** (Pope et al. 2022, arXiv 2211.05102, §3.3): the same; the cache by heads, and the batch
   over the axes that these leave.
 - **WS-2D, batch-sharded cache** (Pope et al. 2022, §3.2.2 and §3.3): weights with E over x, heads, feed-forward and vocabulary
-  over the others; the cache with the batch over all axes, heads over what it leaves; activations with E over all axes,
+  over the others; the cache with the batch over all axes, heads over the rest; activations with E over all axes,
   gathered to x.
 - **fully sharded** (Zhao et al. 2023, arXiv 2304.11277): of weights the largest dimension over all axes, to be gathered; all
-  else with the batch over all axes, in prefill the tokens over what it leaves.
+  else with the batch over all axes, in prefill the tokens over the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from costmodels.machine.topology import Topology
 
 Splits = Mapping[str, tuple[str, ...]]
 
-# What the dimensions of every array of the examples are, by the end of its path; the first that matches. A leading "L"
+# The dimensions of every array of the examples, by the end of its path; the first match applies. A leading "L"
 # is the stack of layers, and left out where they are unrolled.
 ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "palm": (
@@ -66,10 +66,10 @@ ROLES: Mapping[str, tuple[tuple[str, str], ...]] = {
 class HandLayout:
     """A layout by letters: which axes split which dimension in arrays of each role.
 
-    - `weights`: of a `data_parallel` layout only the largest dimension, whatever the letters say.
+    - `weights`: in a `data_parallel` layout only the largest dimension, for any letters.
     - `cache`: the cache, and attention as it runs over it.
     - `residual`, `normed`: activations `[..., E]` between blocks, and as the projections read them.
-    - `heads`: queries, keys, values and what attention makes, as the projections leave and take them.
+    - `heads`: queries, keys, values and attention results, as the projections produce and consume them.
     """
 
     name: str
@@ -180,8 +180,8 @@ def _splits(layout: HandLayout, word: str, leaf: Any, topology: Topology) -> Spl
 def constrained(layout: HandLayout, module: Any, mesh: Any) -> Iterator[None]:
     """While a model is traced: its activations constrained where experts constrain them.
 
-    The functions of the example that make or take activations are wrapped, so that every result is first pinned as its own
-    matmuls make it and only then as the next use wants it; the model itself says nothing of it.
+    The functions of the example that produce or consume activations are wrapped: every result is first pinned as its own
+    matmuls produce it, and then as the next use needs it. The model itself is unchanged.
     """
 
     def pin(array: Any, word: str, splits: Splits) -> Any:

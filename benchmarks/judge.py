@@ -1,38 +1,29 @@
-"""What a compiled TPU program takes for one step, whoever laid it out.
+"""The step time of a compiled TPU program, for any contestant.
 
-The judge reads nothing but the text of the compiled program and the topology it is for, so that it can prefer nobody:
+The judge reads only the text of the compiled program and its topology, so it cannot prefer a contestant:
 
 $$T = \\frac{\\text{estimated cycles}}{\\text{clock}} + \\sum_{\\text{collectives}} \\text{runs} \\cdot T_{\\text{torus}},$$
 
 where both sums multiply loop bodies by their trip counts. The cycles are the TPU compiler's own, written beside every
-fusion, with the time to read and write HBM in them. It writes none beside collectives; these are priced from their bytes
-and their replica groups:
+fusion, with the time to read and write HBM in them. It writes none beside collectives; these are costed from their bytes
+and their replica groups (`autoshard.auditing.collective_times`).
 
-- groups of all chips that share coordinates on the other axes: `costmodels.collectives.seconds` over these axes;
-- boxes of chips (parts of axes, or every k-th chip): the same over open axes as long as the box; where k groups are
-  interleaved each has 1/k of the links;
-- other groups: the same over all axes along which members of a group differ, as if the groups were whole;
-- pairs (a collective-permute): the most loaded link, when every pair takes the shortest way, axis after axis; at most the
-  costliest permutation of `costmodels.collectives`, which takes ways that avoid each other.
-
-Nothing overlaps: `step_seconds` adds up. `overlapped_seconds` is the other extreme, in which all that the program starts
-asynchronously hides behind computation as far as there is any.
+`step_seconds` assumes no overlap. `overlapped_seconds` is the other extreme: computation hides all asynchronous work as far
+as possible. `replayed_seconds` is between them: the schedule, as audits replay it (`autoshard.auditing.replay`).
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from math import prod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from autoshard.auditing import hlo_collectives
+from autoshard.auditing.collective_times import Sent, price_collective
 from autoshard.auditing.hlo_parser import Module, Scope, parse, shape_bytes, trip_count, tuple_parts
-from costmodels.machine.collectives import seconds as collective_seconds
-from costmodels.machine.collectives import wire_bytes
-from costmodels.machine.topology import Axis, Topology
+from autoshard.auditing.replay import replay
+from costmodels.machine.topology import Topology
 
 _ON_CHIP = re.compile(r"S\([1-9]\d*\)")
 """A memory space other than HBM in a shape's layout."""
@@ -41,36 +32,24 @@ _OPAQUE = ("custom-call", "gather", "scatter", "sort", "fusion", "convolution", 
 
 
 @dataclass(frozen=True)
-class Sent:
-    """One collective of the program: all its runs in one step together, per chip."""
-
-    kind: str
-    axes: tuple[str, ...]
-    bytes: int
-    count: int
-    seconds: float
-    wire_bytes: float
-    asynchronous: bool
-    spelling: str
-    op_name: str
-    priced_as: str
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """What one step of a compiled program takes.
+    """The time of one step of a compiled program.
 
     - `compute_seconds`: estimated cycles over the clock.
-    - `wire_seconds`, `wire_bytes`: collectives, one after the other; bytes that one chip sends.
-    - `prefetch_bytes`: what is copied from HBM into on-chip memory beside computation; in no estimate, hidden or not.
-    - `unestimated`: how many runs of operations that do work carry no estimate, by opcode.
-    - `notes`: what the judge had to guess.
+    - `wire_seconds`, `wire_bytes`: collectives, run serially; bytes that one chip sends.
+    - `replayed_seconds`: the schedule replayed, with copies and collectives beside the core.
+    - `floor_seconds`: the bytes that the step must read once, at nominal HBM bandwidth.
+    - `prefetch_bytes`: copies from HBM to on-chip memory beside computation; in no estimate.
+    - `unestimated`: the number of runs of working operations without an estimate, by opcode.
+    - `notes`: the judge's assumptions.
     """
 
     compute_seconds: float
     wire_seconds: float
     wire_bytes: float
     overlapped_seconds: float
+    replayed_seconds: float
+    floor_seconds: float
     prefetch_bytes: float
     sent: tuple[Sent, ...]
     unestimated: dict[str, int]
@@ -78,7 +57,7 @@ class Verdict:
 
     @property
     def step_seconds(self) -> float:
-        """Computation and collectives, one after the other."""
+        """Computation and collectives, run serially."""
         return self.compute_seconds + self.wire_seconds
 
 
@@ -88,15 +67,16 @@ def judge(text: str, topology: Topology) -> Verdict:
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `topology`: what it is compiled for; device numbers in the text count its chips row-major.
+    - `topology`: its target; device numbers in the text count its chips row-major.
 
-    **Raises:** `ValueError` when the text is no compiled program, or holds no estimates.
+    **Raises:** `ValueError` if the text is not a compiled program, or has no estimates.
     """
     cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
-    if cycles is None or not clock:
+    replayed = replay(text, topology)
+    if cycles is None or not clock or replayed is None:
         raise ValueError("The program carries no estimated cycles: only the TPU compiler writes them.")
     found = hlo_collectives.collectives(text, topology.axis_sizes)
-    sent = tuple(each for each in (priced(one, topology) for one in found) if each.axes)
+    sent = tuple(each for each in (price_collective(one, topology) for one in found) if each.axes)
     wire = sum(each.seconds for each in sent)
     hideable = min(sum(each.seconds for each in sent if each.asynchronous), cycles / clock)
     unestimated, prefetched = _without_estimate(parse(text))
@@ -109,126 +89,13 @@ def judge(text: str, topology: Topology) -> Verdict:
         wire_seconds=wire,
         wire_bytes=sum(each.wire_bytes for each in sent),
         overlapped_seconds=cycles / clock + wire - hideable,
+        replayed_seconds=replayed.seconds,
+        floor_seconds=replayed.floor_seconds,
         prefetch_bytes=prefetched,
         sent=sent,
         unestimated=unestimated,
         notes=tuple(notes),
     )
-
-
-# --- collectives
-
-
-def priced(collective: hlo_collectives.CompiledCollective, topology: Topology) -> Sent:
-    """What all runs of a compiled collective cost; one among no chips has no axes."""
-    members = hlo_collectives.groups_of(collective.groups, topology.size)
-    varying = tuple(axis for i, axis in enumerate(topology.axes) if _differ(members, i, topology))
-    if collective.kind == "collective-permute":
-        once, moved = _permute(members, collective.bytes, topology)
-        how = "pairs"
-    else:
-        axes, how = _taking_part(members, varying, topology)
-        once = float(collective_seconds(collective.kind, axes, float(collective.bytes)))
-        moved = float(wire_bytes(collective.kind, axes, float(collective.bytes)))
-    return Sent(
-        kind=collective.kind,
-        axes=tuple(axis.name for axis in varying),
-        bytes=collective.bytes,
-        count=collective.count,
-        seconds=once * collective.count,
-        wire_bytes=moved * collective.count,
-        asynchronous=collective.asynchronous,
-        spelling=collective.spelling,
-        op_name=collective.op_name,
-        priced_as=how,
-    )
-
-
-def _coordinates(device: int, topology: Topology) -> tuple[int, ...]:
-    found = []
-    for size in reversed(topology.shape):
-        device, along = divmod(device, size)
-        found.append(along)
-    return tuple(reversed(found))
-
-
-def _differ(members: Sequence[Sequence[int]], axis: int, topology: Topology) -> bool:
-    return any(len({_coordinates(device, topology)[axis] for device in group}) > 1 for group in members)
-
-
-def _taking_part(
-    members: Sequence[Sequence[int]], varying: Sequence[Axis], topology: Topology
-) -> tuple[tuple[Axis, ...], str]:
-    """The axes to price a collective over, and how they were found."""
-    whole = prod(axis.size for axis in varying)
-    if all(len(group) == whole for group in members):
-        return tuple(varying), "axes"
-    boxes = {_box(group, topology) for group in members}
-    if len(boxes) == 1 and (box := boxes.pop()):
-        return box, "box"
-    return tuple(varying), f"odd groups of {len(members[0])}"
-
-
-def _box(group: Sequence[int], topology: Topology) -> tuple[Axis, ...] | None:
-    """The open axes that a group fills, if it is a box of evenly spaced chips."""
-    found = []
-    columns = list(zip(*(_coordinates(device, topology) for device in group), strict=True))
-    for axis, column in zip(topology.axes, columns, strict=True):
-        places = sorted(set(column))
-        strides = {b - a for a, b in pairwise(places)} or {1}
-        if len(strides) > 1:
-            return None
-        stride = strides.pop()
-        if len(places) == axis.size:
-            found.append(axis)
-        else:
-            apart = {"bytes_per_second": axis.bytes_per_second / stride, "hop_seconds": axis.hop_seconds * stride}
-            found.append(replace(axis, size=len(places), wraparound=False, **apart))
-    return tuple(found) if prod(axis.size for axis in found) == len(set(group)) else None
-
-
-def _permute(pairs: Sequence[Sequence[int]], bytes: float, topology: Topology) -> tuple[float, float]:
-    """Seconds of a collective-permute, and the bytes that an average chip sends.
-
-    Every pair takes the shortest way, along one axis after the other; where both ways round a ring are as short, half
-    goes either way. The link with the most to carry decides, and the longest way adds its hops. Some permutations crowd
-    few links so; ways that avoid each other are never slower than two uniform exchanges, which is the bound from above.
-    """
-    moving = [pair for pair in pairs if pair[0] != pair[1]]
-    if not moving:
-        return 0.0, 0.0
-    load: dict[tuple[int, tuple[int, ...], int], float] = defaultdict(float)
-    longest = 0.0
-    for source, target in moving:
-        here, there = _coordinates(source, topology), _coordinates(target, topology)
-        latency = 0.0
-        for i, axis in enumerate(topology.axes):
-            ways = _ways(axis, here[i], there[i])
-            for way in ways:
-                for at, direction in way:
-                    load[i, (*here[:i], at, *here[i + 1 :]), direction] += 1 / len(ways)
-            latency += axis.hop_seconds * len(ways[0])
-            here = (*here[:i], there[i], *here[i + 1 :])
-        longest = max(longest, latency)
-    slowest = max(times / topology.axes[i].bytes_per_second for (i, _, _), times in load.items())
-    launch = max(axis.launch_seconds for axis in topology.axes)
-    varying = tuple(axis for i, axis in enumerate(topology.axes) if _differ(moving, i, topology))
-    costliest = float(collective_seconds("collective-permute", varying, float(bytes)))
-    return min(bytes * slowest + longest + launch, costliest), bytes * len(moving) / topology.size
-
-
-def _ways(axis: Axis, start: int, end: int) -> list[list[tuple[int, int]]]:
-    """The shortest ways along an axis, each as links (chip that it leaves, direction)."""
-    if axis.kind == "switch":
-        return [[(start, 1)]] if start != end else [[]]
-    forward, n = (end - start) % axis.size, axis.size
-    up, down = (start + k for k in range(forward)), (start - k for k in range(n - forward))
-    upward, downward = [(at % n, 1) for at in up], [(at % n, -1) for at in down]
-    if not axis.ring:
-        return [upward] if end >= start else [downward]
-    if 2 * forward == n:
-        return [upward, downward]
-    return [upward] if 2 * forward < n else [downward]
 
 
 # --- what the estimates leave out
@@ -257,7 +124,7 @@ def _fetched(shape: str, opcode: str) -> int:
 
 
 def _scopes(scope: Scope, module: Module, count: int) -> Iterator[tuple[Scope, int]]:
-    """Every computation that a run executes, but the insides of fusions, and how often."""
+    """Every computation that a run executes, except the insides of fusions, with its number of runs."""
     yield scope, count
     for inst in scope.computation.instructions.values():
         if inst.opcode == "while":

@@ -4,8 +4,8 @@
     python benchmarks/large_trace.py --layers 126   # of another depth: the table alone
 
 A decode step of Llama 3 405B's width, unrolled, with its backward pass to every weight. 126 layers, its published depth, are
-a third of the equations; the depth here is what makes a hundred thousand. Seconds are the processor's; nothing is asked but
-that it ends.
+a third of the equations; the depth here gives a hundred thousand. Seconds are processor seconds. The only target is that the
+run ends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def loss(params: Any, cache: Any, tokens: Any, position: Any, following: Any) ->
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the processor's seconds it took."""
+    """The result, and the processor seconds."""
     started = time.process_time()
     found = run()
     return found, round(time.process_time() - started, 1)

@@ -1,12 +1,12 @@
-"""Which transformers that nobody here wrote go through untouched, how far, and how fast?
+"""How far and how fast are unmodified third-party models planned?
 
     python benchmarks/models.py                          # one table, and benchmarks/results/models.json
     python benchmarks/models.py --only "llama-7b decode" # the rows whose name contains this; the others are kept
     python benchmarks/models.py --audit                  # compiled with the TPU compiler, too
 
 A row is a model, a phase and a slice of chips: equations of the trace, the share of the estimated time under exact rules,
-the folds that were found (copies × operations of one), seconds from trace to plan, the gap of the proof, and what the audit
-of the compiled program says, judged as `benchmarks/audits.py` does. Each row runs in a process of its own (with `--together`
+the folds that were found (copies × operations of one), seconds from trace to plan, the gap of the proof, and the audit
+of the compiled program with the limits of `benchmarks/audits.py`. Each row runs in a process of its own (with `--together`
 all in one, which is quicker).
 """
 
@@ -29,14 +29,14 @@ sys.path.insert(0, str(ROOT))  # Python puts the script's own folder there
 ZOO = ("models_own", "models_huggingface", "models_beyond", "models_frameworks")
 SLICES = ("v5e:4x4", "v5p:2x2x4")
 TARGET_SECONDS = 30.0
-"""What a row may take from trace to plan; `reference` of every row. Judged by seconds of processor time, which are those of the
-clock on a machine that does nothing else: nothing here runs in parallel. Both are in the table."""
+"""The target from trace to plan; `reference` of every row. It applies to processor time, which equals wall time on an idle
+machine: nothing here runs in parallel. Both are in the table."""
 TIME_LIMIT = 120.0
 """Seconds after which a search is cut off, with the gap that is left."""
 
 
 def cases() -> dict[tuple[str, str], tuple[str, Callable[..., Any]]]:
-    """(model, phase) to the module that has it and what builds it."""
+    """(model, phase) to its module and its builder."""
     return {
         key: (module, build)
         for module in ZOO
@@ -103,7 +103,7 @@ def measured(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
 
 
 def _check_room(work: Any, topology: str) -> None:
-    """Says at once what a search would take long to prove: arguments that are larger than all memory together.
+    """Refuses arguments that are larger than all memory together, which a search would take long to prove.
 
     **Raises:** `ValueError`.
     """
@@ -127,7 +127,7 @@ def _equations(work: Any) -> int:
 
 
 def _audit(plan: Any, work: Any) -> dict[str, Any]:
-    """The plan held against the TPU compiler's program: the figures, and whether they are within bounds."""
+    """The audit by the TPU compiler: the figures, and whether they are within bounds."""
     import autoshard
     from benchmarks.audits import judged
 
@@ -158,7 +158,7 @@ def _name(model: str, phase: str, topology: str) -> str:
 
 
 def isolated(model: str, phase: str, topology: str, with_audit: bool) -> dict[str, Any]:
-    """One row in a process of its own; what fails is a row that says why."""
+    """One row in a process of its own; an error becomes a row with its reason."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "KERAS_BACKEND": "jax"}
     command = [sys.executable, __file__, "--row", json.dumps([model, phase, topology, with_audit])]
     failed = {"row": _name(model, phase, topology), "reference": TARGET_SECONDS, "ours": None}
@@ -177,7 +177,7 @@ def isolated(model: str, phase: str, topology: str, with_audit: bool) -> dict[st
 
 
 def together(model: str, phase: str, topology: str, with_audit: bool) -> dict[str, Any]:
-    """One row in this process; what fails is a row that says why."""
+    """One row in this process; an error becomes a row with its reason."""
     try:
         return measured(model, phase, topology, with_audit)
     except Exception as error:

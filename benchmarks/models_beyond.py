@@ -1,4 +1,4 @@
-"""Hugging Face's Flax models that are no language models alone: encoder-decoders, vision, speech, two towers, block-sparse.
+"""Hugging Face's Flax models beyond language models: encoder-decoders, vision, speech, two towers, block-sparse.
 
 Published sizes are those of the checkpoints' config.json on huggingface.co; nothing is downloaded.
 """
@@ -19,7 +19,7 @@ _Shapes = dict[str, tuple[int, ...]]
 
 
 class Model(NamedTuple):
-    """A class of models and of configurations; what sets published and tiny sizes apart; its inputs of both sizes."""
+    """A class of models and of configurations; the settings of published and tiny sizes; its inputs of both sizes."""
 
     model: str
     config: str
@@ -126,5 +126,5 @@ def forward(name: str, tiny: bool = False) -> Workload:
 
 
 def cases() -> dict[tuple[str, str], Callable[..., Workload]]:
-    """(model, phase) to what builds it."""
+    """(model, phase) to its builder."""
     return {(name, "forward"): partial(forward, name) for name in MODELS}

@@ -1,6 +1,6 @@
 """Transformers made of the layers of Equinox, penzai, keras-hub, Haiku, Flax Linen and Flax NNX.
 
-Every model is built abstractly: its parameters are shapes, whatever the framework keeps them in.
+Every model is built abstractly: its parameters are shapes in the framework's own containers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autoshard import Workload
 
 
 def library(name: str) -> Any:
-    """A library of the model zoo, which is no dependency of the project."""
+    """A library of the model zoo, which is not a dependency of the project."""
     return importlib.import_module(name)
 
 
@@ -323,7 +323,7 @@ def nnx_train(tiny: bool = False) -> Workload:
 
 
 def cases() -> dict[tuple[str, str], Callable[..., Workload]]:
-    """(model, phase) to what builds it."""
+    """(model, phase) to its builder."""
     return {
         ("equinox gpt 6.7b", "forward"): equinox_forward,
         ("equinox gpt 6.7b", "train"): equinox_train,

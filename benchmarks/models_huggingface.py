@@ -187,7 +187,7 @@ def generate(name: str, tiny: bool = False) -> Workload:
 
 
 def cases() -> dict[tuple[str, str], Callable[..., Workload]]:
-    """(model, phase) to what builds it."""
+    """(model, phase) to its builder."""
     found: dict[tuple[str, str], Callable[..., Workload]] = {}
     for name in MODELS:
         found[name, "forward"] = partial(forward, name)

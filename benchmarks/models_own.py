@@ -19,7 +19,7 @@ def _sized(make: Callable[..., Workload], size: str, sizes: dict[str, Any], tiny
 
 
 def cases() -> dict[tuple[str, str], Callable[..., Workload]]:
-    """(model, phase) to what builds it."""
+    """(model, phase) to its builder."""
     found: dict[tuple[str, str], Callable[..., Workload]] = {}
 
     def add(name: str, phase: str, make: Callable[..., Workload], size: str, **sizes: Any) -> None:

@@ -1,8 +1,8 @@
-"""What does it cost to use a plan: importing, loading, binding it to 126 unrolled layers, and each call?
+"""How much time does a plan cost its user: importing, loading, binding it to 126 unrolled layers, and each call?
 
     python benchmarks/overhead.py            # one table, and benchmarks/results/overhead.json
 
-`reference` is what we hold ourselves to: importing takes at most 0.3 s more than JAX's own; loading a plan of 126 unrolled
+`reference` is the target: importing takes at most 0.3 s more than JAX's own; loading a plan of 126 unrolled
 layers and lowering the function with it takes at most 5 s more than lowering the function alone; a call takes no longer than
 one of `jax.jit` with the same shardings. Each row is measured in processes of its own; the least of several runs counts.
 """
@@ -78,7 +78,7 @@ def calls() -> dict[str, float]:
     for run in found.values():
         jax.block_until_ready(run(*args))
     best = dict.fromkeys(found, float("inf"))
-    for _ in range(CALLS):  # by turns, so that whatever else the machine does falls on both
+    for _ in range(CALLS):  # interleaved, so that other load affects both
         for name, run in found.items():
             best[name] = min(best[name], seconds(lambda run=run: jax.block_until_ready(run(*args))))
     return best
@@ -121,7 +121,7 @@ def write_deep_plan(path: str) -> None:
 
 
 def isolated(*words: str) -> Any:
-    """What one case says, in a process of its own."""
+    """The output of one case, run in a process of its own."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",

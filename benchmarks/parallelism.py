@@ -1,10 +1,10 @@
-"""Which kind of parallelism comes out of the search, and where does it flip?
+"""Which kind of parallelism does the search choose, and where does it change?
 
     python benchmarks/parallelism.py                     # one table, and benchmarks/results/parallelism.json
 
-Each sweep changes one size, or the memory of a chip, and names the parallelism of every plan as `Plan.parallelism` reads it off
-the layouts. `reference` is what textbooks say of the two ends: kinds that some plan at the first and at the last
-point of the sweep must have.
+Each sweep changes one size, or the memory of a chip, and names the parallelism of every plan by `Plan.parallelism`.
+`reference` are the kinds that textbooks recommend at the two ends: the plans at the first and at the last point of the sweep
+must have them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def decode(batch: int) -> autoshard.Workload:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A question, what is swept, and the kinds that must be among the first point's and among the last point's."""
+    """A question, the swept values, and the kinds that must be among the first point's and among the last point's."""
 
     question: str
     topology: str

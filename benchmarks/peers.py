@@ -1,16 +1,16 @@
-"""How good are the plans? XLA AutoSharding and expert hand layouts against ours, judged alike on compiled programs.
+"""How good are the plans? XLA AutoSharding and expert hand layouts against ours, judged by the same rules on compiled programs.
 
-Every contestant lays out the same function for the same slice; the real TPU compiler compiles all; `judge.py` reads the
-compiled text and nothing else. Contestants:
+Every contestant shards the same function for the same slice. The real TPU compiler compiles all of them. `judge.py` reads only
+the compiled text. Contestants:
 
 - **ours**: `autoshard.search`, emitted as one manual `shard_map`;
 - **AutoSharding**: XLA's own search with its own compiler (jax 0.9.2), on each way to merge the torus into two axes, the
   best of which counts; and the argument specs that it chose, compiled by our compiler;
 - **hand layouts** (`hand_layouts.py`): argument specs, the rest left to the partitioner (Shardy);
-- for diagnosis only, **our specs alone**: what the partitioner makes of our plan's argument and result specs.
+- for diagnosis only, **our specs alone**: our plan's argument and result specs, the rest left to the partitioner.
 
-Memory layouts of arguments are the default ones for everybody, or with `--layouts auto` the compiler's choice for all
-that our compiler compiles.
+Memory layouts of arguments are the defaults for all contestants or, with `--layouts auto`, the compiler's choice for all
+programs of our compiler.
 
     python benchmarks/peers.py [--only CASE ...] [--layouts auto] [--peer-python .venv-peer/bin/python]
 
@@ -108,7 +108,7 @@ def autosharded(case: Case, bench: Any, peer_python: str) -> Iterator[dict[str, 
 
 
 def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python: str) -> dict[str, Any]:
-    """What the peer's process wrote, or why it wrote nothing."""
+    """The output of the peer's process, or the reason why there is none."""
     from autoshard.emitting import targets
 
     name, options = targets.described_as(topology.name, topology.shape, topology.chip.name)
@@ -124,7 +124,7 @@ def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python:
     mesh = " × ".join(merged)
     if not Path(peer_python).exists():
         return {"mesh": mesh, "why": f"{peer_python} is not there: `make bench-peers` sets it up"}
-    # Not what JAX here has put there: TPU_LIBRARY_PATH would give the peer our compiler.
+    # Without the variables of this JAX: TPU_LIBRARY_PATH would give the peer our compiler.
     ours = ("JAX", "LIBTPU", "PYTHONPATH", "TPU", "XLA")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,7 @@ def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python:
 
 
 def _last_words(stderr: str) -> str:
-    """The line of an error that says what is wrong."""
+    """The line of an error with the reason."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line or "RESOURCE_EXHAUSTED" in line or "Check failed" in line]
     return (telling or lines or ["no word"])[-1][:300]
@@ -152,7 +152,7 @@ def _last_words(stderr: str) -> str:
 
 
 def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One case in a process of its own; contestants that it did not come to are missing, and it says why."""
+    """One case in a process of its own; contestants that it did not reach are missing, with the reason."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--contest", case.name, "--layouts", options.layouts]
     command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])
@@ -239,7 +239,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layouts", choices=("default", "auto"), default="default", help="memory layouts of arguments")
     parser.add_argument("--peer-python", default=str(PEER_PYTHON), help="the Python that has jax 0.9.2")
     parser.add_argument("--keep", default="", metavar="FOLDER", help="write every compiled text here")
-    parser.add_argument("--ours-only", action="store_true", help="judge our plans anew, and keep the peers' rows")
+    parser.add_argument("--ours-only", action="store_true", help="judge our plans again, and keep the peers' rows")
     parser.add_argument("--contest", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 

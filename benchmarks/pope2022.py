@@ -1,4 +1,4 @@
-"""What Pope et al. 2022 measured on TPU v4, and the machine that the cost model takes for theirs.
+"""The measurements of Pope et al. 2022 on TPU v4, and the machine that the cost model assumes for them.
 
 Latencies: tables 2 and 3, and the points of figure 1 (left), read from the image to about 3 %; "Efficiently Scaling
 Transformer Inference", arXiv 2211.05102. Chips are joined as in the code released with it.
@@ -141,7 +141,7 @@ def mfu(row: Row, seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Families:
-    """What the search chose, in the words of `autoshard.naming`."""
+    """The layout of a plan, by the names of `autoshard.naming`."""
 
     feed_forward: str
     attention: str

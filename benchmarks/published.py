@@ -3,12 +3,12 @@
     python benchmarks/published.py                       # all parts, and benchmarks/results/published.json
     python benchmarks/published.py --only book --only crossovers
 
-Each part is a script of its own (`published_*.py`) that says what its rows are. A run of some parts leaves the rows of the
-others in the file as they were. A row is judged where something is asked of it:
+Each part is a script of its own (`published_*.py`) with its own rows. A run of some parts leaves the rows of the others in the
+file unchanged. A row is judged by its targets, if any:
 
-- `within`: by how much ours may differ from the reference; `bound`: ours may not be above the reference;
+- `within`: the allowed difference of ours from the reference; `bound`: ours may not be above the reference;
 - `same_layout`: the free search has the paper's layout, or one that costs less;
-- `slip`: the book's own formula gives ours, or what the book prints by mistake.
+- `slip`: the book's own formula gives ours, or the book's misprint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PARTS: dict[str, Callable[[], Rows]] = {
 
 
 def judged(row: dict[str, Any]) -> bool | None:
-    """Whether a row is as it should be; None where nothing is asked of it."""
+    """Whether a row meets its targets; None if it has none."""
     ours, reference = row["ours"], row["reference"]
     if ours is None:
         return False
@@ -91,7 +91,7 @@ def _number(value: float | None) -> str:
 
 
 def run(parts: Sequence[str]) -> int:
-    """Runs parts, prints the whole table of those, and writes them to the file; how many rows are not as asked."""
+    """Runs parts, prints the whole table of those, and writes them to the file; the number of rows that miss their targets."""
     rows: dict[str, Rows] = {}
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)

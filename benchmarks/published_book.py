@@ -1,8 +1,8 @@
 """The worked tables of "How To Scale Your Model" (Austin et al., jax-ml/scaling-book), parts 3, 7, 8 and the questions there.
 
 `ours` takes bytes from traced arrays of the model at hand, rates from the catalogue of chips, collectives from the cost
-model. Where it is more than `WITHIN` from what the book prints, `slip` says why, and `book_formula` is what the book's own
-formula gives with the book's own round inputs: it is then either what the book prints, or what it should have printed.
+model. If it is more than `WITHIN` from the printed number, `slip` has the reason, and `book_formula` is the value of the
+book's own formula with the book's own rounded inputs: either the printed number, or a correction of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INFERENCE, SERVING, SHARDING = (
 LLAMA_2_13B = llama.Config(layers=40, d_model=5120, d_ff=13_824, heads=40, kv_heads=40, vocab=32_000)
 """Touvron et al. 2023, "Llama 2"; as in the book's table."""
 BOOK_CHIP_BYTES = 16e9
-"""What the book takes a v5e to hold; the catalogue has 16 GiB."""
+"""The book's capacity of a v5e; the catalogue has 16 GiB."""
 OUTPUT_TOKENS = 512
 
 
@@ -99,7 +99,7 @@ def llama_2_13b() -> Iterator[dict[str, Any]]:
 
 
 def llama_3_70b() -> Iterator[dict[str, Any]]:
-    """Part 8: what serving Llama 3-70B on v5e takes."""
+    """Part 8: the cost of serving Llama 3-70B on v5e."""
     model, v5e = sizes(llama.SIZES["70b"]), chip("v5e")
     rate = v5e.hbm_bytes_per_second
     yield row("Llama 3-70B: cache of a token in int8, KiB", 160, model.cache / 1024, SERVING)
@@ -131,7 +131,7 @@ def llama_3_70b() -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Slice:
-    """What the book prints of the smallest slice for one type: `left` GB for the cache, `held` sequences, queries per second
+    """The book's numbers for the smallest slice for one type: `left` GB for the cache, `held` sequences, queries per second
     and chip on it and on twice as many chips. `why` and `formula` explain `held`."""
 
     dtype: str

@@ -1,10 +1,10 @@
-"""From how many tokens on does gathering the weights beat keeping them still, for PaLM 540B on a v4 4x4x4?
+"""Above how many tokens are weight-gathered layouts better than weight-stationary ones, for PaLM 540B on a v4 4x4x4?
 
     python benchmarks/published_crossovers.py    # one table, and benchmarks/results/crossovers.json
 
-Pope et al. 2022 ("Efficiently Scaling Transformer Inference", arXiv 2211.05102), §3.2 and appendix A, give what each layout
-of a feed-forward block sends: 2BL(E/X + F/(YZ)) elements a chip for WS-2D, 2EF N/(XYZ) + 2BLE/N for weights gathered over N
-chips, 2EF where they are gathered over all. `reference` is where two of them meet at E = 18,432, F = 73,728, X = Y = Z = 4;
+Pope et al. 2022 ("Efficiently Scaling Transformer Inference", arXiv 2211.05102), §3.2 and appendix A, give the volume of each
+layout of a feed-forward block: 2BL(E/X + F/(YZ)) elements a chip for WS-2D, 2EF N/(XYZ) + 2BLE/N for weights gathered over N
+chips, 2EF if they are gathered over all. `reference` is the crossover of two of them at E = 18,432, F = 73,728, X = Y = Z = 4;
 `ours` is solved for symbolically from the collectives of a traced block (its own numbers of E, F and N play no part in it).
 The second part is the same for PaLM's own gated block, which the paper does not work out.
 """

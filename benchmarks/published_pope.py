@@ -1,9 +1,9 @@
-"""Pope et al. 2022, "Efficiently Scaling Transformer Inference" (arXiv 2211.05102): tables 1 to 3, figure 1, and what it says
-of int8 weights, the serial block and multihead attention.
+"""Pope et al. 2022, "Efficiently Scaling Transformer Inference" (arXiv 2211.05102): tables 1 to 3, figure 1, and its
+results on int8 weights, the serial block and multihead attention.
 
 Bandwidth is the paper's, all links of a chip for every collective, and einsums are looped, as theirs are (§3.5). One set of
-constants prices all rows (`fit_published.py` found it, `pope2022_machine.json` holds it); what was fitted is said per row.
-Of tables 2 and 3 every row is priced twice: in the paper's layout, and as the free search has it.
+constants is used for all rows (fitted by `fit_published.py`, stored in `pope2022_machine.json`); fitted rows are marked.
+Every row of tables 2 and 3 is costed twice: in the paper's layout, and in that of the free search.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _caches(program: Program) -> list[int]:
 
 
 def shards(size: str, batch: int, by: str) -> int:
-    """Into how many pieces 64 chips can cut the cache of a traced program: by its heads, its batch, or not at all."""
+    """The most shards of the cache of a traced program on 64 chips: by its heads, its batch, or not at all."""
     from search.formulation.strategies import strategy_space
 
     if by == "none":
@@ -105,7 +105,7 @@ def table_1() -> Iterator[dict[str, Any]]:
 
 
 def measured(say: Any = print) -> Iterator[dict[str, Any]]:
-    """Latency and MFU of every measured row in the paper's layout, and what the free search makes of the tables' rows."""
+    """Latency and MFU of every measured row in the paper's layout, and the free search's results for the tables' rows."""
     on, found = machine(), []
     for each in (*TABLES, *FIGURE):
         plan = solved(each, on, as_in_the_paper(each))
@@ -123,7 +123,7 @@ def measured(say: Any = print) -> Iterator[dict[str, Any]]:
 
 
 def _free(each: Row, name: str, paper: Solution) -> dict[str, Any]:
-    """The layout that the search is free to choose, beside the paper's by name, each with its price."""
+    """The layout that the search is free to choose, beside the paper's by name, each with its cost."""
     plan = solved(each, machine(), start=paper.choice)
     chosen, seconds = families(plan), plan.proof.objective_seconds
     same = same_feed_forward(each.feed_forward, chosen.feed_forward) and same_attention(
@@ -169,7 +169,7 @@ def _errors(found: list[tuple[Row, float]]) -> Iterator[dict[str, Any]]:
         }
 
 
-# --- Comparisons that the paper makes
+# --- The paper's comparisons
 
 
 def _seconds(
@@ -212,7 +212,7 @@ def comparisons() -> Iterator[dict[str, Any]]:
 
 
 def _serial_block() -> Iterator[dict[str, Any]]:
-    """What it costs that attention and feed-forward network follow each other, and why the search would pay less for it."""
+    """The cost of serial attention and feed-forward network, and the reason for the search's lower cost."""
     decode, prefill = ("decode", 512), ("prefill", 1)
     cases: tuple[tuple[tuple[str, int], bool, Overlap, float | None, str, str], ...] = (
         (decode, True, LOOPED, 1.14, "§4.3: +14 %", "gathers and scatters the activations twice a layer, not once"),
@@ -231,7 +231,7 @@ def _serial_block() -> Iterator[dict[str, Any]]:
 
 
 def constants() -> Iterator[dict[str, Any]]:
-    """What all rows are priced with, and what the fitted bandwidth means."""
+    """The constants of all rows, and the meaning of the fitted bandwidth."""
     on = machine()
     for name, constant in on.constants.items():
         if constant.value is not None:

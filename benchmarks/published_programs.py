@@ -1,7 +1,7 @@
-"""FLOPs and HBM bytes of a step against what the TPU compiler made of the planned program, at full size.
+"""FLOPs and HBM bytes of a step against those of the compiled TPU program, at full size.
 
-Each workload is searched, compiled ahead of time by libtpu for chips that are not there, and its HLO text is read back with
-loops multiplied (`autoshard.hlo_costs`): products of the matrix unit, and what passes through HBM but for collectives.
+Each workload is searched, compiled ahead of time by libtpu for chips that are not attached. Its HLO text is read with
+loops multiplied (`autoshard.auditing.hlo_costs`): FLOPs of matmuls, and HBM bytes without those of collectives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def workloads() -> Iterator[tuple[str, autoshard.Workload, str]]:
 
 
 def compiled(plan: Plan, work: autoshard.Workload) -> CompiledCosts:
-    """What the TPU compiler makes of a plan.
+    """The costs of a plan's compiled TPU program.
 
     **Raises:** `autoshard.AutoshardError` without libtpu.
     """

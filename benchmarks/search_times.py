@@ -3,8 +3,8 @@
     python benchmarks/search_times.py             # tables, benchmarks/results/search.json and search_growth.svg
     python benchmarks/search_times.py --cases     # without the growth
 
-Each case runs in a process of its own, so that its peak memory is its own. `reference` is the time that we hold ourselves
-to, in seconds on two cores.
+Each case runs in a process of its own, so that its peak memory is its own. `reference` is the target, in
+seconds on two cores.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ GROWTH = (
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """One case in this process: wall seconds from trace to proof, peak memory, and what is proven."""
+    """One case in this process: wall seconds from trace to proof, peak memory, and the proof."""
     import importlib
 
     module = importlib.import_module(f"examples.{case.module}")
@@ -129,7 +129,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def isolated(number: int) -> dict[str, Any]:
-    """One case in a process of its own; what fails is a row that says why."""
+    """One case in a process of its own; an error becomes a row with its reason."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, str(number)]
     case = (*CASES, *GROWTH)[number]

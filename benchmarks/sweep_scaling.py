@@ -5,7 +5,7 @@
 The job is PaLM 8B decode over batches and types. Every engine gets a store of its own and the same points; the clock
 starts when each worker has solved two points, so that importing JAX is not in it. `ours` is points a minute; two workers
 are to be near twice one (`speedup`). Results are compared bit for bit with those of one process; an engine that is not
-installed is a row that says so.
+installed is a row with that reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from autoshard.emitting.attached import topology_of
 from autoshard.sweep import engines
-from autoshard.sweep.extras import MissingExtra, needed
+from autoshard.sweep.extras import MissingExtra, require
 from autoshard.sweep.points import Point, Run
 from autoshard.sweep.runner import Sweep
 from autoshard.sweep.store import Store
@@ -39,7 +39,7 @@ def point(batch: int, weights: str) -> Point:
 
 
 def points(count: int) -> list[Point]:
-    """So many points, no two alike."""
+    """The given number of points, all different."""
     batches = [8 * (i + 1) for i in range(count // 2)]
     return [point(batch, weights) for batch in batches for weights in ("bf16", "int8")]
 
@@ -51,7 +51,7 @@ def local(workers: int) -> Iterator[engines.Engine]:
 
 @contextmanager
 def on_dask(workers: int) -> Iterator[engines.Engine]:
-    needed("distributed")
+    require("distributed")
     from distributed import LocalCluster  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
@@ -62,7 +62,7 @@ def on_dask(workers: int) -> Iterator[engines.Engine]:
 
 @contextmanager
 def on_ray(workers: int) -> Iterator[engines.Engine]:
-    needed("ray")
+    require("ray")
     import ray  # pyright: ignore[reportMissingImports]
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})

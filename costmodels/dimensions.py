@@ -196,7 +196,7 @@ class _Flow:
                         self.settle(parts[1], sympy.Integer(self.numbers[parts[1]]))
         self.rules += [
             _Sum(self.factors[i] + whole, tuple(self.factors[i] + part for part in parts), False, offset)
-            for whole, parts, offset in _joined(op)
+            for whole, parts, offset in _sums(op)
         ]
         for factor, region in _trips(op):
             self._union(self.factors[i] + factor, self.regions[0] + region)
@@ -238,7 +238,7 @@ class _Flow:
         """Applies a rule; returns whether it is exhausted."""
         open_parts = {self.root(part) for part in rule.parts if self.unknown(part)}
         if not open_parts:
-            self.settle(rule.whole, self._combined(rule, rule.parts))
+            self.settle(rule.whole, self._combine(rule, rule.parts))
             return True
         if self.unknown(rule.whole):
             return False
@@ -251,18 +251,18 @@ class _Flow:
             elif times == 1:
                 self.settle(root, rest)
             return not self.unknown(root)
-        return rule.product and self._matched(open_parts, rest)
+        return rule.product and self._match_names(open_parts, rest)
 
-    def _combined(self, rule: _Sum, parts: Iterable[int]) -> Expr:
+    def _combine(self, rule: _Sum, parts: Iterable[int]) -> Expr:
         sizes = [self.of(part) for part in parts]
         return sympy.Mul(*sizes) if rule.product else sympy.Add(*sizes, rule.offset)
 
     def _rest(self, rule: _Sum) -> Expr:
         """The rest of the whole for the unknown parts."""
-        settled = self._combined(rule, [part for part in rule.parts if not self.unknown(part)])
+        settled = self._combine(rule, [part for part in rule.parts if not self.unknown(part)])
         return self.of(rule.whole) / settled if rule.product else sympy.expand(self.of(rule.whole) - settled)
 
-    def _matched(self, parts: set[int], rest: Expr) -> bool:
+    def _match_names(self, parts: set[int], rest: Expr) -> bool:
         """Sets each part to the product of names that has its size, if every part has exactly one."""
         names = [symbol for symbol in rest.as_ordered_factors() if symbol.is_Symbol]
         if sympy.Mul(*names) != rest or len(names) > 6:
@@ -320,7 +320,7 @@ class _Flow:
         )
 
 
-def _joined(op: Operation) -> Iterator[tuple[int, tuple[int, ...], int]]:
+def _sums(op: Operation) -> Iterator[tuple[int, tuple[int, ...], int]]:
     """Factors that are the sum of others: the whole, the parts, and the padding."""
     if op.primitive in ("concatenate", "pad") and op.inputs:
         wholes, sides = op.outputs[0].dims, [use.dims for use in op.inputs if use.dims]

@@ -64,15 +64,15 @@ class Timing:
         return f"{self.kind} over {''.join(self.axes)}" if self.axes else f"{self.kind} {self.dtype}"
 
 
-def predicted(timing: Timing, topology: Topology) -> float:
+def predict(timing: Timing, topology: Topology) -> float:
     """The modelled seconds of the work of a timing."""
     if timing.kind in COLLECTIVES:
         axes = tuple(topology.axis(name) for name in timing.axes)
         return float(collective_seconds(timing.kind, axes, float(timing.sizes[0])))
-    return _priced(timing, topology.chip)[2]
+    return _model_seconds(timing, topology.chip)[2]
 
 
-def fitted(timings: Sequence[Timing], topology: Topology, source: str) -> Topology:
+def fit_topology(timings: Sequence[Timing], topology: Topology, source: str) -> Topology:
     """The topology with every constant that the timings determine; all others are unchanged.
 
     A published rate stays and its efficiency is measured; an assumed rate is itself measured.
@@ -95,7 +95,7 @@ def fitted(timings: Sequence[Timing], topology: Topology, source: str) -> Topolo
 # --- on the chip
 
 
-def _priced(timing: Timing, chip: Chip) -> tuple[float, float, float]:
+def _model_seconds(timing: Timing, chip: Chip) -> tuple[float, float, float]:
     """Modelled seconds of one run: compute, memory, all."""
     program = _program(timing)
     op = program.operations[0]
@@ -128,7 +128,7 @@ def _program(timing: Timing) -> Program:
 
 def _overhead(timing: Timing, chip: Chip) -> float:
     """The seconds that the model adds to the longer side of an operation."""
-    compute, memory, seconds = _priced(timing, chip)
+    compute, memory, seconds = _model_seconds(timing, chip)
     return max(seconds - max(compute, memory), 0.0)
 
 
@@ -138,7 +138,7 @@ def _fit_matmul(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     dtypes = list(dict.fromkeys(timing.dtype for timing in used))
     if not used:
         return {}
-    compute = np.array([_priced(timing, chip)[0] for timing in used])
+    compute = np.array([_model_seconds(timing, chip)[0] for timing in used])
     columns = [np.where([timing.dtype == dtype for timing in used], compute, 0.0) for dtype in dtypes]
     overhead, *slower = robust_fit([np.ones(len(used)), *columns], [timing.seconds for timing in used])
     rates = {
@@ -146,10 +146,10 @@ def _fit_matmul(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
         for dtype, by in zip(dtypes, slower, strict=True)
         if by
     }
-    return {"op_overhead_seconds": overhead, **_slowed(chip, "matmul_efficiency", rates)}
+    return {"op_overhead_seconds": overhead, **_measured_rates(chip, "matmul_efficiency", rates)}
 
 
-def _slowed(chip: Chip, efficiency: str, rates: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+def _measured_rates(chip: Chip, efficiency: str, rates: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Measured rates, as constants.
 
     If the chip has an efficiency and the first rate is published, that rate stays and the efficiency changes; the other
@@ -177,7 +177,7 @@ def _fit_vector(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     used = [timing for timing in timings if timing.kind == "vector"]
     if not used:
         return {}
-    columns = [np.array([_priced(timing, chip)[0] for timing in used])]
+    columns = [np.array([_model_seconds(timing, chip)[0] for timing in used])]
     (slower,) = robust_fit(columns, [timing.seconds - _overhead(timing, chip) for timing in used])
     return {"vector_flops_per_second": chip.vector_flops_per_second / slower} if slower else {}
 
@@ -188,9 +188,9 @@ def _fit_memory(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     kept = [i for i, seconds in enumerate(left) if seconds > 0]
     if not kept:
         return {}
-    columns = [np.array([_priced(used[i], chip)[1] for i in kept])]
+    columns = [np.array([_model_seconds(used[i], chip)[1] for i in kept])]
     (slower,) = robust_fit(columns, [left[i] for i in kept])
-    return _slowed(
+    return _measured_rates(
         chip, "hbm_efficiency", {"hbm_bytes_per_second": (chip.hbm_bytes_per_second, slower)} if slower else {}
     )
 
@@ -216,7 +216,7 @@ def _fit_collectives(timings: Sequence[Timing], topology: Topology) -> dict[str,
         name, many = _bandwidth(topology, group)
         if wire:  # else not distinguishable from the launch: unchanged
             rates[name] = (stated[name].value, stated[name].value * reached * wire / many)
-    return constants | _slowed(topology.chip, "wire_efficiency", rates)
+    return constants | _measured_rates(topology.chip, "wire_efficiency", rates)
 
 
 def _column(
@@ -337,7 +337,7 @@ def residuals(timings: Sequence[Timing], topology: Topology) -> list[Residual]:
 
 
 def _residual(name: str, timings: Sequence[Timing], topology: Topology) -> Residual:
-    ratios = np.array([predicted(timing, topology) / timing.seconds for timing in timings])
+    ratios = np.array([predict(timing, topology) / timing.seconds for timing in timings])
     errors, used = np.abs(ratios - 1), np.array([timing.fitted for timing in timings], dtype=bool)
     inside, outside = errors[used], errors[~used]
     return Residual(

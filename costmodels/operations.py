@@ -98,15 +98,15 @@ def padded_flops(operation: Operation) -> sympy.Expr:
     if found is None:
         return flops(operation)
     rows, columns = found.rows, found.columns
-    shape = sympy.Min(_streamed(rows) * _tiled(columns), _streamed(columns) * _tiled(rows), evaluate=False)
-    return _number(operation.flops_per_point) * _points(found.batch) * _tiled(found.contracted) * shape
+    shape = sympy.Min(_streamed_rows(rows) * _tiles(columns), _streamed_rows(columns) * _tiles(rows), evaluate=False)
+    return _number(operation.flops_per_point) * _points(found.batch) * _tiles(found.contracted) * shape
 
 
-def _tiled(factors: Sequence[int]) -> sympy.Expr:
+def _tiles(factors: Sequence[int]) -> sympy.Expr:
     return tile_symbol() * sympy.ceiling(_points(factors) / tile_symbol()) if factors else tile_symbol()
 
 
-def _streamed(factors: Sequence[int]) -> sympy.Expr:
+def _streamed_rows(factors: Sequence[int]) -> sympy.Expr:
     return sympy.Max(_points(factors), tile_symbol() / 2, evaluate=False) if factors else tile_symbol() / 2
 
 
@@ -145,7 +145,7 @@ def _number(value: float) -> sympy.Expr:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(expression: sympy.Expr, factors: int) -> Callable[..., Array]:
+def _compile(expression: sympy.Expr, factors: int) -> Callable[..., Array]:
     symbols = [size_symbol(i) for i in range(factors)] + [shards_symbol(i) for i in range(factors)]
     return sympy.lambdify([*symbols, tile_symbol(), on_chip_symbol()], expression, "numpy")
 
@@ -159,7 +159,7 @@ def evaluate(
     sizes = [np.full(rows, float(factor.size)) for factor in operation.factors]
     columns = [shards[:, i] for i in range(count)]
     constants = (np.full(rows, float(tile)), np.full(rows, float(on_chip_bytes)))
-    found = _compiled(expression, count)(*sizes, *columns, *constants)
+    found = _compile(expression, count)(*sizes, *columns, *constants)
     return np.broadcast_to(found, (rows,)).astype(float)
 
 

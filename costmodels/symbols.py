@@ -107,11 +107,11 @@ def evaluated(expression: Expr, numbers: Mapping[str, float]) -> float:
     missing = [str(symbol) for symbol in symbols if str(symbol) not in numbers]
     if missing:
         raise KeyError(f"{', '.join(missing)} in {text(expression)[:80]} have no number")
-    return float(_compiled(expression, tuple(symbols))(*(numbers[str(symbol)] for symbol in symbols)))
+    return float(_compile(expression, tuple(symbols))(*(numbers[str(symbol)] for symbol in symbols)))
 
 
 @lru_cache(maxsize=4096)
-def _compiled(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., float]:
+def _compile(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..., float]:
     return sympy.lambdify(symbols, expression, "math")
 
 
@@ -266,7 +266,7 @@ def crossover(below: Expr, above: Expr, tokens: sympy.Symbol) -> Expr | None:
 # --- Simplification
 
 
-def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
+def specialize(expression: Expr, numbers: Mapping[str, float]) -> Expr:
     """The expression that holds at these numbers and near them.
 
     Maxima become their larger side, piecewise expressions their active case, and floors and ceilings are dropped.
@@ -275,11 +275,11 @@ def resolved(expression: Expr, numbers: Mapping[str, float]) -> Expr:
         return expression
     if isinstance(expression, sympy.Piecewise):
         cases: Any = expression.args
-        return resolved(next(case for case, where in cases if _holds(where, numbers)), numbers)
+        return specialize(next(case for case, where in cases if _holds(where, numbers)), numbers)
     if isinstance(expression, (sympy.Max, sympy.Min)):
         choose = max if isinstance(expression, sympy.Max) else min
-        return resolved(choose(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
-    args = [resolved(arg, numbers) for arg in expression.args]
+        return specialize(choose(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
+    args = [specialize(arg, numbers) for arg in expression.args]
     if isinstance(expression, (sympy.floor, sympy.ceiling)) and evaluated(args[0], numbers).is_integer():
         return args[0]
     return expression.func(*args)

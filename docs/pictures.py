@@ -2,7 +2,7 @@
 
     python docs/pictures.py          # docs/images/concept-*.svg
 
-The pictures are plain text, so a change can be read as a diff; `tests/whole/test_docs.py` compares them with this script.
+The pictures are text files with readable diffs. `tests/whole/test_docs.py` compares them with this script.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python docs/rooms.py          # docs/images/rooms.svg; names every import that runs upwards
 
 A room is a folder of `autoshard`, `search` or `costmodels`; the files beside the folders are the package's top. An arrow is an
-import between two rooms. Arrows that follow from others (transitive imports) are left out. `tests/whole/test_docs.py`
-compares the kept picture with this script.
+import between two rooms. Arrows that follow from others (transitive imports) are left out. `tests/whole/test_docs.py` compares
+the kept picture with this script.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ FLOORS: dict[str, str] = {
     "autoshard.auditing": "compiled program against plan",
     "autoshard.explaining": "tables, formulas, rooflines",
     "autoshard.export": "specs, rules, Flax, MaxText",
-    "autoshard.comparing": "diff, k best, what-if, verify",
     "autoshard": "search(), Plan, decorator",
+    "autoshard.comparing": "diff, k best, what-if, verify",
     "autoshard.calibrating": "measured topologies",
     "autoshard.sweep": "jobs, points, frontier",
     "autoshard.report": "HTML pages, plots",

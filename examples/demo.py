@@ -1,12 +1,12 @@
-"""The main job, end to end: PaLM 540B on a TPU v4 4x4x4, laid out, proven, compiled and audited; then a tiny one, run.
+"""The demo: PaLM 540B on a TPU v4 4x4x4, planned, proven, compiled and audited; then a tiny PaLM, run.
 
     python examples/demo.py [--out plan.json]
 
 1. One decode step of PaLM 540B is searched, explained and saved.
-2. The real TPU compiler compiles it ahead of time, no TPU needed, and its collectives and peak memory stand beside the
-   plan's. Without `libtpu` a smaller plan is audited on host devices instead.
-3. Prefill at two batch sizes is searched, and its strategies stand beside decode's, with prices.
-4. A tiny PaLM runs on eight host devices under its plan, and gives what it gives without one.
+2. The real TPU compiler compiles the plan ahead of time, without a TPU. The audit compares collectives and peak memory.
+   Without `libtpu` a smaller plan is audited on host devices instead.
+3. Prefill at two batch sizes is searched, and its strategies and costs are compared with decode's.
+4. A tiny PaLM runs on eight host devices with and without its plan, and the results are compared.
 """
 
 import os
@@ -59,12 +59,12 @@ def main() -> int:
 
 
 def heading(text: str) -> None:
-    """Announces a part, at once: what follows may take seconds."""
+    """Prints a heading at once, since the next part may take seconds."""
     print(f"\n{text}\n{'=' * len(text)}\n", flush=True)
 
 
 def searched(workload: autoshard.Workload, topology: str) -> autoshard.Plan:
-    """The plan of a workload, with a word on how long it took."""
+    """The plan of a workload; prints the search time."""
     started = time.monotonic()
     plan = autoshard.search(
         workload.fn, *workload.args, topology=topology, donate_argnums=workload.donate_argnums, name=workload.name
@@ -76,7 +76,7 @@ def searched(workload: autoshard.Workload, topology: str) -> autoshard.Plan:
 
 
 def audited(plan: autoshard.Plan, workload: autoshard.Workload) -> bool:
-    """Compiles the plan for TPUs and prints the comparison; for host devices where there is no libtpu."""
+    """Compiles the plan for TPUs and prints the audit; for host devices without libtpu."""
     target = "tpu"
     if importlib.util.find_spec("libtpu") is None:
         print(
@@ -90,7 +90,7 @@ def audited(plan: autoshard.Plan, workload: autoshard.Workload) -> bool:
 
 
 def compare(decode: autoshard.Plan) -> None:
-    """Searches prefill at two batch sizes, and prints each weight's strategy beside decode's, with what moves and why."""
+    """Searches prefill at two batch sizes, and prints each weight's strategy and the communicated bytes beside decode's."""
     plans = {"decode, batch 64": decode}
     for batch in (1, 64):
         workload = palm.prefill(size="540b", batch=batch, length=2048)
@@ -109,12 +109,12 @@ def compare(decode: autoshard.Plan) -> None:
 
 
 def short(op) -> str:
-    """The weight that a matmul multiplies by, or its place in the file."""
+    """The weight of a matmul, or its source line."""
     return op.name.split(" ", 1)[1].split(" (")[0] if "params" in op.name else op.source
 
 
 def reasons(plan: autoshard.Plan) -> list[str]:
-    """What decides between moving weights and moving activations: the bytes of each, and what the plan pays for them."""
+    """The bytes of weights and of activations, and the plan's cost to communicate them: they decide between WS and WG."""
     weights = sum(a.bytes_per_chip for a in plan.arguments if a.path.startswith("params"))
     moved = {True: [0.0, 0.0], False: [0.0, 0.0]}
     for each in plan.estimate.collectives:
@@ -133,7 +133,7 @@ def reasons(plan: autoshard.Plan) -> list[str]:
 
 
 def run_tiny() -> bool:
-    """Runs decode and prefill of a tiny PaLM with and without a plan, and compares."""
+    """Runs decode and prefill of a tiny PaLM with and without a plan, and compares the results."""
     equal = True
     for workload in (palm.decode(size="tiny", batch=8, context=16), palm.prefill(size="tiny", batch=8, length=16)):
         plan = autoshard.search(workload.fn, *workload.args, topology=TINY_TOPOLOGY)

@@ -1,4 +1,4 @@
-"""A kernel that autoshard cannot look into, with its sharding rule: attention by JAX's Pallas flash attention for TPUs.
+"""An opaque kernel with its sharding rule: JAX's Pallas flash attention for TPUs.
 
 autoshard search examples/flash_attention.py:prefill --topology v5e:4x4
 autoshard trace --census examples/flash_attention.py:prefill
@@ -19,7 +19,7 @@ import autoshard
 
 @autoshard.rule("b h s d, b h t d, b h t d -> b h s d", whole="s t d", flops_per_point=4)
 def attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal attention; batch and heads may be split over chips, as the rule says."""
+    """Causal attention; by the rule, batch and heads may be split over chips."""
     return flash_attention(q, k, v, causal=True, sm_scale=1 / math.sqrt(q.shape[-1]))
 
 
@@ -32,7 +32,7 @@ def layer(x: Array, params: dict[str, Array]) -> Array:
 
 
 def prefill(batch: int = 16, length: int = 2048, layers: int = 4) -> autoshard.Workload:
-    """Some layers of a model of 4096 with 32 heads of 128."""
+    """Layers of width 4096 with 32 heads of 128."""
     E, H, D, F = 4096, 32, 128, 11008
     shapes = {"wq": (E, H, D), "wk": (E, H, D), "wv": (E, H, D), "wo": (H, D, E), "gate": (E, F), "up": (E, F)}
     shapes["down"] = (F, E)

@@ -1,4 +1,4 @@
-"""Llama 3 8B, 70B and 405B in plain JAX: one decode step and prefill, with not a word about sharding.
+"""Llama 3 8B, 70B and 405B in plain JAX: one decode step and prefill, without sharding code.
 
 The model is that of Grattafiori et al. 2024, "The Llama 3 Herd of Models" (arXiv 2407.21783), §3.2: grouped-query
 attention, SwiGLU, RMS norm before each of the two halves of a block, rotary positions, no biases, input and output
@@ -52,7 +52,7 @@ SIZES = {
 def config_of(size: str, layers: int | None = None) -> Config:
     """The published sizes of a Llama 3, cut to its first `layers` layers if that is given."""
     if size not in SIZES:
-        raise ValueError(f"There is no Llama 3 of size {size!r}; there are {', '.join(SIZES)}.")
+        raise ValueError(f"The size must be one of {', '.join(SIZES)}, got {size!r}.")
     config = SIZES[size]
     return config if layers is None else replace(config, layers=layers)
 
@@ -130,18 +130,11 @@ def decode_step(params: Params, cache: Cache, tokens: Array, position: Array) ->
             new_cache.append(entry)
         return logits(params, x), new_cache
 
-    # The cache is carried, not scanned: each layer writes one token of it in place, and no copy of it is ever made.
-    def layer_step(carry, scanned):
-        x, cache = carry
-        index, layer = scanned
-        attended_to = {name: lax.dynamic_index_in_dim(array, index, keepdims=False) for name, array in cache.items()}
-        x, entry = decode_layer(layer, x, attended_to, position)
-        at = (index, 0, position, 0, 0)
-        new = {name: lax.dynamic_slice_in_dim(array, position, 1, axis=1)[None] for name, array in entry.items()}
-        return (x, {name: lax.dynamic_update_slice(array, new[name], at) for name, array in cache.items()}), None
+    def layer_step(x, scanned):
+        layer, entry = scanned
+        return decode_layer(layer, x, entry, position)
 
-    layers = cache["k"].shape[0]
-    (x, cache), _ = lax.scan(layer_step, (x, cache), (jnp.arange(layers), params["layers"]))
+    x, cache = lax.scan(layer_step, x, (params["layers"], cache))
     return logits(params, x), cache
 
 

@@ -1,13 +1,13 @@
-"""Mixtral 8×7B in plain JAX: a mixture of experts, with not a word about sharding.
+"""Mixtral 8×7B in plain JAX: a mixture of experts, without sharding code.
 
 The model is that of Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), §2: a Llama-like block whose feed-forward
 half is eight of them, two for each token. There are two ways to compute it:
 
-- `dense`: every expert works on every token, and all but two count for nothing. In decode nothing is lost by that: a batch
-  of any size needs every expert's weights, and reading those is what takes the time.
-- `dispatch`: each expert gets a buffer of `capacity` tokens per group of tokens; tokens are put there and fetched back by
-  products with one-hot arrays (GShard, Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1). Experts that are sharded over
-  chips make the two products an all-to-all each: expert parallelism. A token that finds its expert's buffer full skips it.
+- `dense`: every expert processes every token, and all except two have weight 0. Decode loses nothing by that: a batch of any
+  size needs every expert's weights, and reading them takes most of the time.
+- `dispatch`: each expert gets a buffer of `capacity` tokens per group of tokens; matmuls with one-hot arrays move tokens
+  there and back (GShard, Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1). If experts are
+  sharded over chips, each of the two matmuls is an all-to-all: expert parallelism. Tokens skip experts with a full buffer.
 
 Letters in shapes, beside those of `llama.py`: X experts, N experts of each token, G groups of S tokens, C capacity.
 
@@ -51,7 +51,7 @@ SIZES = {
 def config_of(size: str, layers: int | None = None) -> Config:
     """The published sizes of a Mixtral, cut to its first `layers` layers if that is given."""
     if size not in SIZES:
-        raise ValueError(f"There is no Mixtral of size {size!r}; there are {', '.join(SIZES)}.")
+        raise ValueError(f"The size must be one of {', '.join(SIZES)}, got {size!r}.")
     return SIZES[size] if layers is None else replace(SIZES[size], layers=layers)
 
 

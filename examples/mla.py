@@ -1,10 +1,10 @@
-"""DeepSeek-V2 in plain JAX: multi-head latent attention and many small experts, with not a word about sharding.
+"""DeepSeek-V2 in plain JAX: multi-head latent attention and many small experts, without sharding code.
 
 The model is that of DeepSeek-AI 2024, "DeepSeek-V2" (arXiv 2405.04434), §2, in the form of its Lite version, which does not
-compress queries: keys and values of all heads are made of one latent vector per token, and the cache holds that vector and one
-rotated key for all heads. In decode the matrices that make keys and values are absorbed into the queries and the output
-(§2.1.2), so that attention is over the latents themselves. Beside the routed experts there are shared ones, here one wider
-feed-forward block; the routed ones are those of `mixtral.py`.
+compress queries. One latent vector per token gives the keys and values of all heads; the cache holds that vector and one
+rotated key for all heads. In decode the key and value matrices are absorbed into the queries and the output (§2.1.2), so
+attention is over the latents themselves. Besides the routed experts, those of `mixtral.py`, there are shared ones: here one
+wider feed-forward block.
 
 Letters in shapes, beside those of `mixtral.py`: H heads, L the latent's size, D the size of a head, R of its rotated part.
 
@@ -52,7 +52,7 @@ SIZES = {
 def config_of(size: str, layers: int | None = None) -> Config:
     """The published sizes of a DeepSeek-V2, cut to its first `layers` layers if that is given."""
     if size not in SIZES:
-        raise ValueError(f"There is no DeepSeek-V2 of size {size!r}; there are {', '.join(SIZES)}.")
+        raise ValueError(f"The size must be one of {', '.join(SIZES)}, got {size!r}.")
     return SIZES[size] if layers is None else replace(SIZES[size], layers=layers)
 
 
@@ -104,7 +104,7 @@ def abstract_params(config: Config) -> Params:
 
 
 def latents(layer: Params, x: Array, positions: Array) -> dict[str, Array]:
-    """What the cache holds of tokens `[..., E]`: latents `[..., L]` and rotated keys `[..., R]`."""
+    """The cache entries of tokens `[..., E]`: latents `[..., L]` and rotated keys `[..., R]`."""
     latent = rms_norm(jnp.einsum("...e,el->...l", x, layer["w_latent"]), layer["latent_norm"])
     return {"latent": latent, "rotated": rotate(jnp.einsum("...e,er->...r", x, layer["wk_rotated"]), positions)}
 

@@ -1,11 +1,11 @@
-"""PaLM 8B, 62B and 540B in plain JAX: one decode step and prefill, with not a word about sharding.
+"""PaLM 8B, 62B and 540B in plain JAX: one decode step and prefill, without sharding code.
 
 The model is that of Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways" (arXiv 2204.02311), §2:
 attention and feed-forward network in parallel from one norm, multiquery attention (one key and value head), SwiGLU,
 rotary positions, no biases, input and output embeddings tied. Numbers are bf16; norm statistics, softmax and logits are
-float32. What only inference has (padded heads, int8 weights) is as in Pope et al. 2022, "Efficiently Scaling
-Transformer Inference" (arXiv 2211.05102), as are the two variants of 540B that it is compared with there: multihead
-attention ("540b-multihead") and attention and feed-forward network one after the other ("540b-serial").
+float32. Inference-only parts (padded heads, int8 weights) are those of Pope et al. 2022, "Efficiently Scaling Transformer
+Inference" (arXiv 2211.05102). So are two variants of 540B: multihead attention ("540b-multihead") and serial attention and
+feed-forward network ("540b-serial").
 
 Letters in shapes: B batch, T new tokens, S tokens of context, L layers, E `d_model`, F `d_ff`, H heads, D `d_head`,
 V vocabulary. `...` is `B` in decode and `B, T` in prefill.
@@ -80,7 +80,7 @@ SIZES = {
 def config_of(size: str, layers: int | None = None) -> Config:
     """The published sizes of a PaLM, cut to its first `layers` layers if that is given."""
     if size not in SIZES:
-        raise ValueError(f"There is no PaLM of size {size!r}; there are {', '.join(SIZES)}.")
+        raise ValueError(f"The size must be one of {', '.join(SIZES)}, got {size!r}.")
     config = SIZES[size]
     return config if layers is None else replace(config, layers=layers)
 
@@ -94,7 +94,7 @@ def init_params(config: Config, key: Array, weights: str = "bf16") -> Params:
     With `weights="int8"` the matrices of the layers are quantised; the embedding stays bf16, as in Pope et al. 2022.
     """
     if weights not in ("bf16", "int8"):
-        raise ValueError(f"Weights are 'bf16' or 'int8', not {weights!r}.")
+        raise ValueError(f"weights must be 'bf16' or 'int8', got {weights!r}.")
     L, E, F, H, D = config.layers, config.d_model, config.d_ff, config.padded_heads, config.d_head
     store = quantise if weights == "int8" else lambda matrix, summed: matrix
     shapes = {  # name: (shape, the axes that the matrix product sums over)
@@ -148,7 +148,7 @@ def abstract_cache(
 
 
 def cache_dtype(cache: str) -> jnp.dtype:
-    """The type of keys and values in the cache; they are multiplied as bf16 whatever it is."""
+    """The dtype of keys and values in the cache; they are multiplied as bf16."""
     if cache not in CACHES:
         raise ValueError(f"The cache is one of {', '.join(CACHES)}, not {cache!r}.")
     return jnp.dtype(CACHES[cache])

@@ -1,4 +1,4 @@
-"""T5 v1.1 in plain JAX: an encoder-decoder with relative positions, with not a word about sharding.
+"""T5 v1.1 in plain JAX: an encoder-decoder with relative positions, without sharding code.
 
 The model is that of Raffel et al. 2019, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer"
 (arXiv 1910.10683), §2.1, in version 1.1: gated GELU, no dropout, embedding and head apart. Attention scores are not scaled, and
@@ -46,7 +46,7 @@ SIZES = {
 def config_of(size: str, layers: int | None = None) -> Config:
     """The published sizes of a T5 v1.1, cut to its first `layers` layers if that is given."""
     if size not in SIZES:
-        raise ValueError(f"There is no T5 v1.1 of size {size!r}; there are {', '.join(SIZES)}.")
+        raise ValueError(f"The size must be one of {', '.join(SIZES)}, got {size!r}.")
     return SIZES[size] if layers is None else replace(SIZES[size], layers=layers)
 
 
@@ -95,7 +95,7 @@ def buckets(distances: Array, both_ways: bool) -> Array:
 
 
 def bias(table: Array, length: int, both_ways: bool) -> Array:
-    """What is added to scores `[H, T, S]` of `length` tokens among each other; no token sees later ones if not `both_ways`."""
+    """The bias of scores `[H, T, S]` between `length` tokens; unless `both_ways`, tokens do not see later ones."""
     places = jnp.arange(length)
     distances = places - places[:, None]
     found = jnp.moveaxis(table[buckets(distances, both_ways)], -1, 0).astype(jnp.float32)

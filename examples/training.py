@@ -1,7 +1,7 @@
 """A training step of Llama 3: loss, gradients, AdamW, with rematerialized layers and accumulated gradients.
 
-Nothing here says how anything is laid out: whether the step is data parallel, fully sharded (ZeRO), tensor or sequence
-parallel, or several of them at once, comes out of the search, for the optimizer's state as for everything else.
+There is no sharding code. The search decides whether the step is data parallel, fully sharded (ZeRO), tensor or sequence
+parallel, or a mixture, for the optimizer state as for everything else.
 
     autoshard search examples/training.py:train --topology v5p:2x2x4 --set size=8b --set batch=64
 """

@@ -16,9 +16,12 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("tests.support")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+# The same examples on every machine, but for `--hypothesis-profile=all` outside of CI, which looks for new ones.
+lasting = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+same = settings(lasting, derandomize=True, database=None, print_blob=True)
+settings.register_profile("few", same, max_examples=25)
+settings.register_profile("all", same if os.environ.get("CI") else lasting, max_examples=100)
+settings.load_profile("few")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,1 +1,1 @@
-""""""
+"""Helpers without knowledge of plans: files, paths, tables, garbage collection."""

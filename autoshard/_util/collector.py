@@ -1,4 +1,4 @@
-"""Planning without full collections of garbage, which would walk millions of objects that are all in use."""
+"""Garbage collection thresholds for planning: full collections would visit millions of live objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _THRESHOLDS = (100_000, 20, 1_000_000)
-"""Young objects are looked at less often, old ones next to never: what a trace and a search make in cycles dies young."""
+"""Thresholds per generation: cyclic garbage of a trace and a search dies young, so older generations are rarely collected."""
 
 _lock = threading.Lock()
 _inside = 0
@@ -17,9 +17,9 @@ _before = gc.get_threshold()
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Raises the thresholds of Python's collector for a while; they are as before when the last thread leaves.
+    """Raises the thresholds of Python's collector; the last thread to leave restores them.
 
-    Large models are planned a fifth faster, in the same memory. Whoever set a threshold to 0 has no collections anyway.
+    Large models are planned a fifth faster, in the same memory. A threshold of 0, which disables collections, is kept.
     """
     global _inside, _before
     with _lock:

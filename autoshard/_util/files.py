@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of text files."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{32}\.tmp")
 _STALE_SECONDS = 3600.0
-"""How old a temporary file is when its writer must have been killed."""
+"""The age above which a temporary file counts as left by a killed process."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file by way of a temporary one beside it, which is gone afterwards unless the process is killed.
+    """Writes a text file atomically, through a temporary file beside it.
 
-    What killed ones left there is removed an hour later.
+    Temporary files of killed processes are removed after an hour.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # a full disk must say so before the old file is gone
+            os.fsync(file.fileno())  # a full disk must raise before the old file is replaced
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -34,7 +34,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _sweep(directory: Path) -> None:
-    """Removes the temporary files of writers that were killed."""
+    """Removes the temporary files of killed processes."""
     with suppress(OSError):
         for each in os.scandir(directory):
             if _TEMPORARY.fullmatch(each.name) and time.time() - each.stat().st_mtime > _STALE_SECONDS:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 _KEY = re.compile(r"""\['((?:[^'\\]|\\.)*)'\]|\["((?:[^"\\]|\\.)*)"\]|\[([^\]]*)\]|([^.\[\]]+)""")
 
 _NUMBER = re.compile(r"(?<=[\[_'\"/])\d+(?=[\]_'\"/])")
-"""A number that stands alone in a path, as the index of a list or of a layer does, unlike that of `w3` or of a line."""
+"""A number that is a whole part of a path, such as an index or a layer's number, unlike the 3 of `w3` or a line number."""
 
 
 def keys_of(path: str) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def unnumbered(name: str) -> str:
 
 
 def shared_name(names: Iterable[str]) -> str:
-    """One name for things whose names differ only in numbers: stars where they differ.
+    """The common name of names that differ only in numbers, with stars where they differ.
 
         shared_name(["h_0/mlp_1/", "h_1/mlp_1/"])  # "h_*/mlp_1/"
 

@@ -1,4 +1,4 @@
-"""Plain text tables and numbers for people: what every report of autoshard is made of."""
+"""Plain text tables and numbers with units, for all reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import isfinite
 from textwrap import wrap
 
 WIDTH = 120
-"""Columns that a report may take, unless told otherwise."""
+"""The default width of a report, in columns."""
 
 _NARROWEST = 12
 
@@ -19,8 +19,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], align: str, wid
 
     **Arguments:**
 
-    - `align`: one sign per column: `<` left, `>` right, `~` left and cut short where the table would be too wide,
-      `/` left and cut short in its middle, as paths are that begin alike and end with what they name.
+    - `align`: one sign per column: `<` left, `>` right, `~` left and shortened at its end if the table is too wide,
+      `/` left and shortened in its middle, for paths.
     """
     cells = [tuple(headers), *map(tuple, rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(headers))]
@@ -47,7 +47,7 @@ def item(text: str, width: int = WIDTH) -> list[str]:
 
 
 def time(seconds: float) -> str:
-    """Seconds in the unit that suits them: `23.5 ms`, `869 µs`."""
+    """Seconds in a suitable unit: `23.5 ms`, `869 µs`."""
     if seconds == 0 or not isfinite(seconds):
         return f"{seconds:g} s"
     units = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
@@ -56,7 +56,7 @@ def time(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the binary unit that suits them: `16.97 GiB`, `32 KiB`, `4 B`."""
+    """Bytes in a suitable binary unit: `16.97 GiB`, `32 KiB`, `4 B`."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= scale / 1024 * 1000:
             return f"{_short(count / scale)} {unit}"
@@ -64,7 +64,7 @@ def size(count: float) -> str:
 
 
 def figure(number: float) -> str:
-    """A number of no unit with three significant digits, thousands written out: `0.0338`, `1330`."""
+    """A number without unit, with three significant digits and thousands written out: `0.0338`, `1330`."""
     return f"{number:.0f}" if 1000 <= abs(number) < 1e6 else f"{number:.3g}"
 
 

@@ -1,11 +1,13 @@
 """Which operands and results of fused operations pass through HBM, and how wide they lie there.
 
-A chain of fused operations reads its sources and writes its sinks; what it computes in between stays on the chip. Three
+A chain of fused operations reads its sources and writes its sinks; what it computes in between stays on the chip. Five
 rules make it what compilers do:
 
 - Views (broadcasts, reshapes, transpositions) and casts move nothing of their own. Whoever reads through a cast reads
   what lies in HBM: int8 weights that are cast for a matmul are read as int8. A result that is only used cast is written
   as narrow as it is used.
+- A slice of a stack that arithmetic makes is written there at once.
+- A stack that a loop updates in place is copied before the loop if it is needed afterwards.
 - A reduction must end before anything can use it. What the operations after it use of the chain before it is read once
   more: a softmax reads its logits for the maximum, for the sum and for the quotient.
 """
@@ -15,8 +17,9 @@ from __future__ import annotations
 import dataclasses
 
 from autoshard.tracing.blocks import Traced
-from costmodels.program.on_chip import CAST
+from costmodels.program.on_chip import CARRY, CAST
 from costmodels.program.program import Operation, Program, Use
+from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice
 
 
 def annotate_traffic(traced: Traced) -> Traced:
@@ -32,10 +35,42 @@ def with_traffic(program: Program) -> Program:
         if op.op_class == "fused":
             chain = op.flops_per_point and not _is_view(program, op)
             traffic = (*_reads(program, depths, i, op), *_writes(program, op)) if chain else ()
+        elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
+            traffic = ()
+        elif op.primitive == CARRY and _is_copied(program, op):
+            traffic = (0, -2)
         inputs = tuple(_stored(program, use, k in traffic, read=True) for k, use in enumerate(op.inputs))
         outputs = tuple(_stored(program, use, -1 - k in traffic, read=False) for k, use in enumerate(op.outputs))
         operations[i] = dataclasses.replace(op, traffic=traffic, inputs=inputs, outputs=outputs)
     return dataclasses.replace(program, operations=tuple(operations))
+
+
+def _writes_slice(program: Program, op: Operation) -> bool:
+    """Whether an operation writes a slice into a stack, all of it."""
+    if op.primitive != "dynamic_update_slice" or len(op.inputs) < 2:
+        return False
+    return is_whole_slice(*(program.values[use.value].shape for use in op.inputs[:2]))
+
+
+def _is_made_for(program: Program, value: int) -> bool:
+    """Whether arithmetic makes an array for one use, and nothing but what is fused with that uses it beside."""
+    while sum(program.operations[at].op_class != "fused" for at, _ in program.consumers[value]) <= 1:
+        op = _producer(program, value)
+        if not (_is_view(program, op) and op.inputs):
+            return op.op_class in ("fused", "matmul") and bool(op.inputs)
+        value = op.inputs[0].value
+    return False
+
+
+def _is_copied(program: Program, carry: Operation) -> bool:
+    """Whether what a loop updates in place is an array that is needed as it was."""
+    begins = [use.value for use in carry.inputs if use.region == carry.region]
+    after = [use.value for use in carry.inputs if use.region != carry.region]
+    if not begins or not after or _producer(program, after[0]).primitive not in (*IN_PLACE, CARRY):
+        return False
+    op = _producer(program, begins[0])
+    given = {program.operations[program.arguments[argument]].outputs[0].value for argument, _ in program.donated}
+    return (op.op_class == "source" and begins[0] not in given) or len(program.consumers[begins[0]]) > 1
 
 
 def _reads(program: Program, depths: _Depths, i: int, op: Operation) -> list[int]:
@@ -98,19 +133,21 @@ class _Depths:
             depth = max((self.made.get(use.value, 0) for use in op.inputs), default=0) if fused else 0
             self.before.append(depth)
             for use in op.outputs:
-                self.made[use.value] = depth + _reduces(op, use) if fused else 0
+                self.made[use.value] = depth + _reduces(program, op, use) if fused else 0
 
     def reread(self, value: int, operation: int) -> bool:
         """Whether a value of the chain must be read again, as a reduction ends between it and its use."""
-        if _reduces(_producer(self.program, value), _producer(self.program, value).outputs[0]):
+        if _reduces(self.program, _producer(self.program, value), _producer(self.program, value).outputs[0]):
             return False  # one number where there were many
         return self.made[value] < self.before[operation]
 
 
-def _reduces(op: Operation, result: Use) -> bool:
+def _reduces(program: Program, op: Operation, result: Use) -> bool:
     """Whether a chain ends here: elements are summed up, cut out, or put together of several arrays."""
     if any(factor.kind == "exchanged" for factor in op.factors):
         return True
+    if is_slice_of_stack(program, op):
+        return False
     kept = {factor for dim in result.dims for factor in dim}
     return any(factor not in kept for use in op.inputs for dim in use.dims for factor in dim)
 

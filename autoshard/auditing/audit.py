@@ -1,4 +1,4 @@
-"""The audit: the compiled program held against its plan, collective by collective, and peak memory against peak memory.
+"""The audit: a comparison of the compiled program with its plan, collective by collective, and in memory, FLOPs and time.
 
 A planned collective is found when the compiled program runs one of the same kind over the same axes with the same bytes
 as often. What a compiler may do to a plan without making it another plan is recognised, and said:
@@ -8,38 +8,45 @@ as often. What a compiler may do to a plan without making it another plan is rec
 | runs several planned collectives as one, or one in several pieces | at the same cost, or lower |
 | changes the layout of an array once for several uses | at lower cost |
 | runs a planned all-reduce as a reduce-scatter and an all-gather | at the same cost |
-| reduces and slices where a reduce-scatter was planned | at higher cost; host devices have nothing else |
+| reduces and slices where a reduce-scatter was planned | at higher cost |
 | gathers by an all-reduce of arrays padded with zeros | at higher cost |
 | reduces and scatters padded rows, then moves a few to their owners | at higher cost |
-| reduces bf16 as f32, on host devices | at twice the bytes |
+| sends 16-bit floats as float32, on host devices | at twice the bytes, which are expected there |
 
-Higher cost counts on a TPU or GPU, from 2 % of the plan's time on the wire; host devices only show that the program is
-partitioned as planned. Everything else that was planned is *missing*, everything else that was compiled is *unplanned*.
-Shares are of the plan's time on the wire, with compiled collectives priced by the model that priced the planned ones.
+Everything else that was planned is *missing*, everything else that was compiled is *unplanned*. Shares are of the plan's
+time on the wire, with compiled collectives priced by the model that priced the planned ones. Whatever the class of the
+differences, the program is not as planned where bytes on a set of mesh axes, memory or FLOPs leave their bounds
+(`autoshard.auditing.bounds`).
 
 Matmuls are held against the plan by their FLOPs, line by line of the user's code: what computes more than planned had an
 operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is
 gathered for nothing but slices of it is called what the partitioner calls it, an involuntary full rematerialization.
+Arguments and results are held against the plan by their bytes on one chip, donated ones by whether results overwrite them.
+
+The time of a TPU program's step is that of its schedule, replayed (`autoshard.auditing.replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from autoshard.auditing import findings, hlo_collectives
-from autoshard.auditing.findings import Difference, Target, seconds_of, sent_bytes
+from autoshard.auditing.findings import CompileTarget, Finding, seconds_of
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
-from autoshard.auditing.matching import Axes, Pair, axes_of, literal, matched
-from autoshard.auditing.redundant_work import planned_flops
+from autoshard.auditing.hlo_interface import read_arguments
+from autoshard.auditing.matching import Pair, axes_of, match_collectives
+from autoshard.auditing.record import AuditRecord
+from autoshard.auditing.render import render
+from autoshard.auditing.replay import replay
+from autoshard.auditing.unplanned_time import attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
+from autoshard.emitting.jitted import jitted
 from autoshard.errors import AutoshardError
 from autoshard.planning.records import PlannedCollective, PlanRecord
-from costmodels.machine.topology import Topology
 from search.answer.assignment import collectives as solution_collectives
 
 
@@ -47,109 +54,21 @@ class AuditError(AutoshardError):
     """A plan could not be compiled for the target that it was to be audited on; the compiler's error is chained."""
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What came of an audit; `str(audit)` is a table.
-
-    - `ok`: whether no difference counts.
-    - `collectives`: everything that the compiled program sends.
-    - `pairs`: planned beside compiled.
-    - `peak_bytes`: per chip, as the compiler reports it; None where it does not.
-    - `planned_flops`, `flops`: of the matmuls of one chip and step, planned and compiled.
-    - `compute_seconds`: the compiler's own estimate of everything but collectives; None where it makes none.
-    """
-
-    target: Target
-    name: str
-    topology: Topology
-    planned: tuple[PlannedCollective, ...]
-    planned_seconds: float
-    planned_collective_seconds: float
-    planned_peak_bytes: float
-    collectives: tuple[CompiledCollective, ...]
-    pairs: tuple[Pair, ...]
-    differences: tuple[Difference, ...]
-    peak_bytes: float | None
-    compute_seconds: float | None
-    planned_flops: float
-    flops: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether no difference counts."""
-        return not any(difference.counts for difference in self.differences)
-
-    @property
-    def collective_seconds(self) -> float:
-        """What the compiled collectives cost under the plan's model."""
-        return sum(seconds_of(each, self.topology) * each.count for each in self.collectives)
-
-    def wire_bytes(self) -> dict[Axes, tuple[float, float]]:
-        """Per set of mesh axes: bytes that one chip sends in one step, planned and compiled."""
-        found: dict[Axes, tuple[float, float]] = {}
-        for side, each in [*((0, p) for p in self.planned), *((1, c) for c in self.collectives)]:
-            axes = axes_of(each, self.topology)
-            sent = sent_bytes(each, self.topology) * each.count
-            planned, compiled = found.get(axes, (0.0, 0.0))
-            found[axes] = (planned + sent, compiled) if side == 0 else (planned, compiled + sent)
-        return dict(sorted(found.items(), key=lambda item: -max(item[1])))
-
-    def saved_bytes(self) -> dict[Axes, float]:
-        """Per set of mesh axes: what the compiled program sends less for the same plan, per chip and step.
-
-        Such as an array that is gathered once for two uses, or as the bfloat16 that a matmul reads of float32. On host
-        devices, which widen 16-bit floats and have no reduce-scatter, this is what they send more, and negative.
-        """
-        found: dict[Axes, float] = {}
-        for pair in self.pairs:
-            if not (pair.planned and pair.compiled):
-                continue
-            less = sum(sent_bytes(p, self.topology) for p in pair.planned) - sum(
-                sent_bytes(c, self.topology) for c in pair.compiled
-            )
-            alike = literal(pair) and self.target != "host"
-            if not alike and (less > 0 or self.target == "host"):
-                axes = axes_of(pair.compiled[0], self.topology)
-                found[axes] = found.get(axes, 0.0) + less * pair.count
-        return found
-
-    def unplanned_bytes(self) -> float:
-        """What one chip sends in one step in collectives that do no planned one's work."""
-        alone = (pair for pair in self.pairs if not pair.planned)
-        return sum(sent_bytes(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
-        sent = [{"axes": list(axes), "planned": a, "compiled": b} for axes, (a, b) in self.wire_bytes().items()]
-        return {
-            "ok": self.ok,
-            "target": self.target,
-            "plan": self.name,
-            "topology": self.topology.name,
-            "flops": {"planned": self.planned_flops, "compiled": self.flops},
-            "peak_bytes": {"planned": self.planned_peak_bytes, "compiled": self.peak_bytes},
-            "seconds": {
-                "planned": self.planned_seconds,
-                "planned_collectives": self.planned_collective_seconds,
-                "compiled_compute": self.compute_seconds,
-                "compiled_collectives": self.collective_seconds,
-            },
-            "wire_bytes": sent,
-            "planned": [asdict(each) for each in self.planned],
-            "compiled": [asdict(each) for each in self.collectives],
-            "differences": [asdict(each) for each in self.differences],
-        }
+class Audit(AuditRecord):
+    """The result of an audit; `str(audit)` is a table. Its attributes are those of `AuditRecord`."""
 
     def __str__(self) -> str:
-        from autoshard.auditing.render import render
-
         return render(self)
 
 
 def audit(
-    plan: PlanRecord, fn: Callable[..., Any], *args: Any, target: Target = "host", devices: Sequence[Any] | None = None
+    plan: PlanRecord,
+    fn: Callable[..., Any],
+    *args: Any,
+    target: CompileTarget = "host",
+    devices: Sequence[Any] | None = None,
 ) -> Audit:
-    """Compiles a planned function and compares what the compiler made of it with the plan.
+    """Compiles a planned function and compares the compiled program with the plan.
 
         audit = autoshard.audit(plan, decode, params, cache, tokens, position, target="tpu")
         audit.ok, audit.peak_bytes
@@ -166,31 +85,18 @@ def audit(
     refuses the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
     """
     if target not in ("host", "tpu", "gpu"):
-        raise AutoshardError(f'target is {target!r}; "host", "tpu" or "gpu" would do.')
+        raise AutoshardError(f'target must be "host", "tpu" or "gpu", got {target!r}.')
     topology = plan.topology
-    mesh = targets.mesh_of(_devices(topology, target) if devices is None else devices, topology.axis_sizes)
+    mesh = targets.mesh_of(targets.devices_of(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
-    lowered = bind.jit(plan, fn, mesh).lower(*shapes)
+    lowered = jitted(plan, fn, mesh).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = _peak_bytes(compiled.memory_analysis())
     return compare(plan, compiled.as_text(), target, peak, arrays)
-
-
-def _devices(topology: Topology, target: Target) -> list[Any]:
-    if target == "host":
-        return targets.host_devices(topology.size)
-    if target == "gpu":
-        return targets.gpu_devices(topology)
-    if topology.slices > 1:
-        raise AutoshardError(
-            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
-            ' "host", or a plan for one slice.'
-        )
-    return targets.tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
 def _shape(leaf: Any) -> Any:
@@ -220,7 +126,7 @@ def _sent_arrays(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) 
 def compare(
     plan: PlanRecord,
     text: str,
-    target: Target = "host",
+    target: CompileTarget = "host",
     peak_bytes: float | None = None,
     arrays: Sequence[tuple[int, str]] = (),
 ) -> Audit:
@@ -235,35 +141,71 @@ def compare(
     """
     topology, estimate = plan.topology, plan.estimate
     compiled = tuple(c for c in hlo_collectives.collectives(text, topology.axis_sizes) if axes_of(c, topology))
-    known = arrays or [(-1 - i, "") for i in range(len(estimate.collectives))]
-    rows = [(p, *of) for p, of in zip(estimate.collectives, known, strict=True) if axes_of(p, topology)]
-    planned = [p for p, _, _ in rows]
+    planned, pairs = _paired_with(plan, compiled, target, arrays)
+    due, done = findings.planned_flops(plan.operations), matmul_flops(text) if text else {}
+    found = _findings(plan, text, pairs, target, peak_bytes, due, done)
+    cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
+    replayed = replay(text, topology) if text and target == "tpu" else None
+    costs = attribute_time(replayed.costly, planned_seconds(plan.operations)) if replayed else ()
+    found += findings.find_in_time(estimate.seconds, replayed.seconds, costs) if replayed else ()
+    return Audit(
+        target=target,
+        name=plan.name,
+        topology=topology,
+        planned=planned,
+        planned_seconds=estimate.seconds,
+        planned_collective_seconds=estimate.collective_seconds,
+        planned_peak_bytes=estimate.peak_bytes,
+        collectives=compiled,
+        pairs=pairs,
+        differences=tuple(sorted(found, key=lambda each: (not each.counts, -abs(each.share)))),
+        peak_bytes=peak_bytes,
+        compute_seconds=cycles / clock if cycles and clock else None,
+        planned_flops=sum(due.values()),
+        flops=sum(done.values()),
+        replay=replayed,
+        costs=costs,
+    )
+
+
+def _paired_with(
+    plan: PlanRecord,
+    compiled: Sequence[CompiledCollective],
+    target: CompileTarget,
+    arrays: Sequence[tuple[int, str]],
+) -> tuple[tuple[PlannedCollective, ...], tuple[Pair, ...]]:
+    """The planned collectives among several chips, and all of them beside the compiled ones."""
+    of = plan.estimate.collectives
+    known = arrays or [(-1 - i, "") for i in range(len(of))]
+    rows = [(each, *array) for each, array in zip(of, known, strict=True) if axes_of(each, plan.topology)]
+    planned = tuple(each for each, _, _ in rows)
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
     narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]
-    pairs = matched(planned, [value for _, value, _ in rows], compiled, topology, widths, narrow)
-    spent = sum(seconds_of(c, topology) * c.count for c in compiled)
-    wire = sum(p.seconds for p in planned) or max(estimate.seconds, spent)
-    differences = findings.of_collectives(pairs, topology, target, wire)
-    differences += findings.of_memory(estimate.peak_bytes, peak_bytes) if peak_bytes and target != "host" else ()
-    due, done = planned_flops(plan.operations), matmul_flops(text) if text else {}
-    differences += findings.of_work(due, done, flops_formed_again(text) if text else {})
-    cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
-    return Audit(
-        target,
-        plan.name,
-        topology,
-        tuple(planned),
-        estimate.seconds,
-        estimate.collective_seconds,
-        estimate.peak_bytes,
-        compiled,
-        pairs,
-        tuple(sorted(differences, key=lambda d: (not d.counts, -abs(d.share)))),
-        peak_bytes,
-        cycles / clock if cycles and clock else None,
-        sum(due.values()),
-        sum(done.values()),
-    )
+    values = [value for _, value, _ in rows]
+    return planned, match_collectives(planned, values, compiled, plan.topology, widths, narrow)
+
+
+def _findings(
+    plan: PlanRecord,
+    text: str,
+    pairs: Sequence[Pair],
+    target: CompileTarget,
+    peak_bytes: float | None,
+    due: Mapping[str, float],
+    done: Mapping[str, float],
+) -> list[Finding]:
+    """All in which the compiled program is not word for word the plan."""
+    estimate, topology = plan.estimate, plan.topology
+    spent = sum(seconds_of(c, topology) * pair.count for pair in pairs for c in pair.compiled)
+    wire = sum(p.seconds for p in estimate.collectives) or max(estimate.seconds, spent)
+    found = findings.find_in_collectives(pairs, topology, target, wire)
+    if peak_bytes and target != "host":
+        found += findings.find_in_memory(estimate.peak_bytes, peak_bytes)
+    if text:
+        found += findings.find_in_work(due, done, flops_formed_again(text))
+        given = read_arguments(text)
+        found += findings.find_in_interface(plan.arguments, plan.results, given, estimate.peak_bytes)
+    return found
 
 
 _WIDENED = ("bfloat16", "float16")

@@ -1,7 +1,8 @@
-"""What differs between a plan and its compiled program, and what of that counts.
+"""The differences between a plan and its compiled program, and those by which the audit fails.
 
 Differences of an unrolled model's layers are one each, and each counts if all of its kind come to something together: what
-is little in one layer is much in a hundred.
+is little in one layer is much in a hundred. Whatever leaves the bounds of `autoshard.auditing.bounds` counts, also where
+every difference by itself is of a harmless kind.
 """
 
 from __future__ import annotations
@@ -13,44 +14,49 @@ from math import inf
 from typing import Literal
 
 from autoshard._util.paths import shared_name, unnumbered
-from autoshard._util.tables import size
+from autoshard._util.tables import size, time
+from autoshard.auditing import bounds
 from autoshard.auditing.hlo_collectives import CompiledCollective
-from autoshard.auditing.matching import Axes, Pair, axes_of, literal
-from autoshard.auditing.redundant_work import repeated
-from autoshard.planning.records import PlannedCollective
-from costmodels.machine.collectives import seconds_on, wire_bytes
+from autoshard.auditing.hlo_interface import CompiledArguments
+from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, sent_bytes
+from autoshard.auditing.unplanned_time import AuditedCost
+from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
+from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 
-NOTICEABLE = 0.01
-"""The share of the plan's time on the wire above which differences count."""
-HIGHER_COST = 0.02
-"""The share of the plan's time on the wire by which the compiler may make the same plan dearer."""
-MEMORY_TOLERANCE = 0.05
-"""By how much of the planned peak the compiled one may differ."""
-
-Target = Literal["host", "tpu", "gpu"]
+CompileTarget = Literal["host", "tpu", "gpu"]
 Kind = Literal[
     "same plan at lower cost",
     "same plan",
     "same plan at higher cost",
     "missing",
     "unplanned",
+    "bytes on the wire",
     "replicated",
     "computed again",
+    "FLOPs",
+    "argument",
+    "result",
+    "donation",
     "peak memory",
+    "slower than planned",
 ]
 
-_LIMITS = {"missing": NOTICEABLE, "unplanned": NOTICEABLE, "same plan at higher cost": HIGHER_COST}
-"""The share of the plan's time on the wire above which all differences of a kind count."""
+_LIMITS = {
+    "missing": bounds.NOTICEABLE,
+    "unplanned": bounds.NOTICEABLE,
+    "same plan at higher cost": bounds.HIGHER_COST,
+}
+"""The share of the plan's time on the wire above which all findings of a kind count."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class Finding:
     """One way in which the compiled program is not word for word the plan.
 
     `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part
-    of the plan's time on the wire, of the planned peak or of the planned FLOPs, that is at stake. `counts` says whether
-    the audit fails by it.
+    of the plan's time on the wire, of its bytes there, of the planned peak or of the planned FLOPs, that is at stake.
+    `counts` says whether the audit fails by it.
     """
 
     kind: Kind
@@ -61,17 +67,18 @@ class Difference:
 
 
 def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
-    """What one execution of a compiled collective costs under the plan's model."""
+    """Seconds of one execution of a compiled collective under the plan's model."""
     axes = axes_of(collective, topology)
     return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
 
 
-def _along(axes: Axes, topology: Topology):
-    return tuple(topology.axis(name) for name in axes)
+# --- collectives
 
 
-def of_collectives(pairs: Sequence[Pair], topology: Topology, target: Target, wire_seconds: float) -> list[Difference]:
-    """What pairs of planned and compiled collectives say about the compiled program; nothing where all is as planned.
+def find_in_collectives(
+    pairs: Sequence[Pair], topology: Topology, target: CompileTarget, wire_seconds: float
+) -> list[Finding]:
+    """The findings of pairs of planned and compiled collectives; none where all is as planned.
 
     **Arguments:**
 
@@ -79,15 +86,16 @@ def of_collectives(pairs: Sequence[Pair], topology: Topology, target: Target, wi
     """
     found = [d for pair in pairs if (d := _of_pair(pair, topology, target, wire_seconds)) is not None]
     sent = sum(sent_bytes(each, topology) * pair.count for pair in pairs for each in pair.planned)
-    return [*_together(found, sent or 1.0), *(_of_widening(pairs, topology, wire_seconds) if target == "host" else ())]
+    widened = _of_widening(pairs, topology, wire_seconds) if target == "host" else ()
+    return [*_together(found, sent or 1.0), *widened, *_of_axes(pairs, topology)]
 
 
-def _together(found: Iterable[Difference], planned_bytes: float) -> Iterator[Difference]:
+def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Finding]:
     """Those that are alike as one; each counts where all of its kind reach the limit.
 
     What is missing has to reach it in bytes, too: compilers add up numbers before they send them, each alone all latency.
     """
-    groups: dict[tuple[str, str], list[Difference]] = {}
+    groups: dict[tuple[str, str], list[Finding]] = {}
     shares: dict[str, float] = {}
     for each in found:
         groups.setdefault((each.kind, unnumbered(each.text)), []).append(each)
@@ -104,81 +112,231 @@ def _together(found: Iterable[Difference], planned_bytes: float) -> Iterator[Dif
         )
 
 
-def _of_pair(pair: Pair, topology: Topology, target: Target, wire_seconds: float) -> Difference | None:
-    """What a pair says about the compiled program; None when it says that all is as planned."""
-    planned = sum(p.seconds / p.count * pair.count for p in pair.planned)
+def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds: float) -> Finding | None:
+    """The finding of a pair; None where all is as planned.
+
+    Host devices are no such topology: there the cost of a form is its bytes, not the time of its pieces.
+    """
+    planned = max(pair.width, 1.0) * sum(p.seconds / p.count * pair.count for p in pair.planned)
     compiled = sum(seconds_of(c, topology) * pair.count for c in pair.compiled)
     more = sum(sent_bytes(c, topology) for c in pair.compiled) - sum(sent_bytes(p, topology) for p in pair.planned)
     share, bytes = abs(compiled - planned) / wire_seconds, more * pair.count
     if not pair.compiled:
         text = f"{_described(pair.planned, topology, pair.count)}, {pair.planned[0].where}: not in the compiled program"
-        return Difference("missing", text, bytes, share)
+        return Finding("missing", text, bytes, share)
     if not pair.planned:
         text = f"{_described(pair.compiled, topology, pair.count)}{_place(pair.compiled[0])}: not in the plan"
         if any(each.only_sliced for each in pair.compiled):
             text += ", and only slices of it are used (an involuntary full rematerialization)"
-        return Difference("unplanned", text, bytes, share)
-    if literal(pair):
+        return Finding("unplanned", text, bytes, share)
+    if is_literal(pair):
         return None
     text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):
-        return Difference("same plan at lower cost", text, bytes, share)
-    if target == "host" or not compiled > planned * (1 + 1e-9):
-        return Difference("same plan", text, bytes, share)
-    return Difference("same plan at higher cost", text, bytes, share)
+        return Finding("same plan at lower cost", text, bytes, share)
+    sent = sum(sent_bytes(c, topology) for c in pair.compiled) * pair.count
+    dearer = sent > expected_bytes(pair, topology) * (1 + 1e-9) if target == "host" else compiled > planned * (1 + 1e-9)
+    if not dearer:
+        return Finding("same plan", text, bytes, share)
+    return Finding("same plan at higher cost", text, bytes, share)
 
 
-def _of_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Difference]:
-    """Host devices send 16-bit floats as 32-bit ones: one difference for all."""
-    runs, more, seconds = 0, 0.0, 0.0
-    for pair in pairs:
-        bytes = sum(c.bytes for c in pair.compiled) - sum(p.bytes for p in pair.planned)
-        if (
-            pair.planned
-            and pair.compiled
-            and {c.kind for c in pair.compiled} == {p.kind for p in pair.planned}
-            and bytes
-        ):
-            runs += pair.count * len(pair.compiled)
-            more += pair.count * bytes
-            seconds += pair.count * sum(seconds_of(c, topology) for c in pair.compiled)
-            seconds -= pair.count * sum(p.seconds / p.count for p in pair.planned)
+def _of_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Finding]:
+    """Host devices send 16-bit floats as 32-bit ones: one finding for all."""
+    wider = [pair for pair in pairs if pair.width > 1]
+    runs = sum(pair.count * len(pair.compiled) for pair in wider)
+    more = sum(pair.count * (pair.width - 1) * sum(p.bytes for p in pair.planned) for pair in wider)
+    planned = sum(pair.count * p.seconds / p.count for pair in wider for p in pair.planned)
+    seconds = sum(pair.count * seconds_of(c, topology) for pair in wider for c in pair.compiled) - planned
     if runs:
         text = f"host devices have no 16-bit collectives: {runs} runs send float32 instead"
-        yield Difference("same plan", text, more, abs(seconds) / wire_seconds, False)
+        yield Finding("same plan", text, more, abs(seconds) / wire_seconds)
 
 
-def of_work(
+def wire_bytes_by_axes(pairs: Sequence[Pair], topology: Topology) -> dict[Axes, tuple[float, float, float]]:
+    """Per set of mesh axes: bytes that one chip sends in one step, planned, expected of the compiler, and compiled.
+
+    Those expected are within `bounds.WIRE` of the compiled ones where the program is the plan; sorted, the most first.
+    """
+    found: dict[Axes, tuple[float, float, float]] = {}
+    for pair in pairs:
+        axes = axes_of((*pair.planned, *pair.compiled)[0], topology)
+        planned = pair.count * sum(sent_bytes(each, topology) for each in pair.planned)
+        compiled = pair.count * sum(sent_bytes(each, topology) for each in pair.compiled)
+        before = found.get(axes, (0.0, 0.0, 0.0))
+        found[axes] = (before[0] + planned, before[1] + expected_bytes(pair, topology), before[2] + compiled)
+    return dict(sorted(found.items(), key=lambda item: -max(item[1][0], item[1][2])))
+
+
+def _of_axes(pairs: Sequence[Pair], topology: Topology) -> Iterator[Finding]:
+    """The sets of mesh axes on which the bytes leave their bounds."""
+    sent = wire_bytes_by_axes(pairs, topology)
+    total = sum(expected for _, expected, _ in sent.values())
+    for axes, (_, expected, compiled) in sent.items():
+        more = compiled - expected
+        if abs(more) > bounds.WIRE * expected and abs(more) > bounds.SMALLEST_WIRE * total:
+            times = (
+                f"{compiled / expected:.3f} times the bytes that the plan expects"
+                if expected
+                else "what is not planned"
+            )
+            text = f"over {''.join(axes)} each chip sends {times}, {size(abs(more))} {'more' if more > 0 else 'less'}"
+            yield Finding("bytes on the wire", text, more, abs(more) / (total or abs(more)), True)
+
+
+# --- work: a partitioner that replicates an operand makes every chip compute what several should share
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A line of the user's code whose matmuls compute more than was planned, in FLOPs per chip and step.
+
+    `again` are those of `compiled` that form a result which was there already.
+    """
+
+    source: str
+    planned: float
+    compiled: float
+    again: float
+
+
+def planned_flops(operations: Sequence[OperationPlan]) -> dict[str, float]:
+    """FLOPs of the planned matmuls of one chip and step by source line, without padding."""
+    found: dict[str, float] = {}
+    for each in operations:
+        if each.matmul:
+            found[each.source] = found.get(each.source, 0.0) + each.flops
+    return found
+
+
+def find_repeated(
+    planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float], tolerance: float
+) -> tuple[Repeated, ...]:
+    """The lines that compute more than planned, the worst first; none where all of them together do not.
+
+    Compilers turn some small matmuls into multiplications and sums, which are not counted: less than planned says nothing.
+    """
+    total = sum(planned.values())
+    if sum(compiled.values()) <= total * (1 + tolerance):
+        return ()
+    more = [Repeated(at, planned.get(at, 0.0), flops, again.get(at, 0.0)) for at, flops in compiled.items()]
+    worst = sorted(more, key=lambda each: each.planned - each.compiled)
+    return tuple(each for each in worst if each.compiled - each.planned > tolerance * total)
+
+
+def find_in_work(
     planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float]
-) -> Iterator[Difference]:
-    """What matmuls compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
+) -> Iterator[Finding]:
+    """Matmuls that compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
 
     **Arguments:**
 
     - `again`: of the compiled ones, those that form again what another fusion forms, too.
     """
-    total = max(sum(planned.values()), 1.0)
-    for each in repeated(planned, compiled, again, NOTICEABLE):
+    due, done = max(sum(planned.values()), 1.0), sum(compiled.values())
+    for each in find_repeated(planned, compiled, again, bounds.NOTICEABLE):
         times = f"{each.compiled / each.planned:.2f} times the planned" if each.planned else "unplanned"
         text = f"matmuls at {each.source or 'an unknown line'} compute {times} FLOPs"
-        share = (each.compiled - each.planned) / total
-        if each.compiled - each.again <= each.planned + NOTICEABLE * total:
-            yield Difference("computed again", f"{text}: once for each fusion that uses them", 0.0, share, False)
+        share = (each.compiled - each.planned) / due
+        if each.compiled - each.again <= each.planned + bounds.NOTICEABLE * due:
+            yield Finding("computed again", f"{text}: once for each fusion that uses them", 0.0, share)
         else:
-            yield Difference("replicated", f"{text}: an operand is replicated", 0.0, share, True)
+            yield Finding("replicated", f"{text}: an operand is replicated", 0.0, share, True)
+    if done > due * (1 + bounds.FLOPS):
+        text = f"the matmuls compute {done / due:.3f} times the planned FLOPs"
+        yield Finding("FLOPs", text, 0.0, done / due - 1, True)
 
 
-def of_memory(planned: float, compiled: float) -> Iterator[Difference]:
-    """What the compiled program needs more or less than the planned peak, in bytes."""
+# --- memory
+
+
+def find_in_memory(planned: float, compiled: float) -> Iterator[Finding]:
+    """The finding of a peak, in bytes, that leaves its bounds."""
     share = (compiled - planned) / planned
-    if abs(share) > MEMORY_TOLERANCE:
+    if abs(share) > bounds.MEMORY:
         text = f"the compiled program needs {compiled / planned:.3f} times the planned peak"
-        yield Difference("peak memory", text, compiled - planned, abs(share), True)
+        yield Finding("peak memory", text, compiled - planned, abs(share), True)
 
 
-def sent_bytes(each: PlannedCollective | CompiledCollective, topology: Topology) -> float:
-    """What one chip sends in one run of a collective."""
-    return float(wire_bytes(each.kind, _along(axes_of(each, topology), topology), float(each.bytes)))
+def find_in_interface(
+    arguments: Sequence[ArrayPlan],
+    results: Sequence[ArrayPlan],
+    compiled: CompiledArguments,
+    planned_peak: float,
+) -> Iterator[Finding]:
+    """Arguments and results that a chip holds more of than planned, and donated arguments that no result overwrites."""
+    sides: tuple[tuple[Literal["argument", "result"], Sequence[ArrayPlan], Sequence[int]], ...] = (
+        ("argument", arguments, compiled.argument_bytes),
+        ("result", results, compiled.result_bytes),
+    )
+    for kind, planned, held in sides:
+        if len(planned) == len(held):
+            rows = [(p.path, p.bytes_per_chip, float(b)) for p, b in zip(planned, held, strict=True)]
+        else:  # the compiler leaves arguments out that nothing uses
+            rows = [(f"all {kind}s", sum(p.bytes_per_chip for p in planned), float(sum(held)))]
+        more = [(path, due, b) for path, due, b in rows if b > due]
+        counts = sum(b - due for _, due, b in more) > bounds.MEMORY * planned_peak
+        for path, due, b in more:
+            if b - due > bounds.NOTICEABLE * planned_peak:
+                text = f"{path} takes {size(b)} of each chip, planned {size(due)}"
+                yield Finding(kind, text, b - due, (b - due) / planned_peak, counts)
+    yield from _of_donations(arguments, compiled, planned_peak)
+
+
+def _of_donations(
+    arguments: Sequence[ArrayPlan], compiled: CompiledArguments, planned_peak: float
+) -> Iterator[Finding]:
+    """Donated arguments that stay beside the results that should overwrite them."""
+    donated = sum(each.bytes_per_chip for each in arguments if each.donated)
+    kept = donated - compiled.aliased_bytes
+    if kept > bounds.NOTICEABLE * planned_peak:
+        text = f"{size(kept)} of {size(donated)} donated arguments are not overwritten by results"
+        share = kept / planned_peak
+        yield Finding("donation", text, kept, share, share > bounds.MEMORY)
+
+
+# --- time
+
+
+def find_in_time(planned: float, replayed: float, costs: Sequence[AuditedCost]) -> Iterator[Finding]:
+    """A step that is much slower than planned, with the instructions that take the most unplanned time.
+
+    The audit does not fail by it: `Audit.is_slow` says it.
+    """
+    if replayed > bounds.SLOWER * planned:
+        causes = _causes(costs, bounds.NOTICEABLE * planned)
+        text = f"a step takes {time(replayed)}, {replayed / planned:.2f} times the planned {time(planned)}"
+        text += f"; the most that is not planned: {', '.join(causes)}" if causes else ""
+        yield Finding("slower than planned", text, 0.0, replayed / planned - 1)
+
+
+_CAUSES = 3
+"""How many operations are named as the cause of a slow step."""
+
+
+def _causes(costs: Sequence[AuditedCost], least: float) -> list[str]:
+    """The operations of the user's lines that take the most unplanned time, as long as they take more than the least."""
+    groups: dict[tuple[str, str], list[AuditedCost]] = {}
+    for each in sorted(costs, key=lambda each: -each.unplanned_seconds):
+        it = each.instruction
+        if each.unplanned_seconds <= 0:
+            break
+        groups.setdefault((it.scope.rpartition("/")[2] or it.opcode, it.source), []).append(each)
+    total = {of: sum(each.unplanned_seconds for each in alike) for of, alike in groups.items()}
+    worst = sorted(groups, key=lambda of: -total[of])[:_CAUSES]
+    return [
+        f"{time(total[what, at])} of {what}{f' at {at}' if at else ''} ({_names(groups[what, at])})"
+        for what, at in worst
+        if total[what, at] > least
+    ]
+
+
+def _names(alike: Sequence[AuditedCost]) -> str:
+    first = alike[0].instruction
+    return f"{first.name} × {first.runs}" + (f" and {len(alike) - 1} more" if len(alike) > 1 else "")
+
+
+# --- words
 
 
 def _described(group: Sequence[PlannedCollective | CompiledCollective], topology: Topology, count: int) -> str:

@@ -1,4 +1,4 @@
-"""What a compiled program sends over the wire, read back from its HLO text.
+"""The collectives of a compiled program, read from its HLO text.
 
 Every spelling of a collective becomes one `CompiledCollective`: the plain instruction, the `-start` of an asynchronous
 pair (its `-done` is not counted again), a combined instruction with a tuple of operands, the TPU's fusions that hold
@@ -31,7 +31,7 @@ from autoshard.auditing.hlo_parser import (
     users,
 )
 
-_KINDS = {
+COLLECTIVE_KINDS = {
     "all-gather": "all-gather",
     "reduce-scatter": "reduce-scatter",
     "all-reduce": "all-reduce",
@@ -107,12 +107,12 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
     started: set[tuple[str, ...]] = set()
     continued: dict[tuple[str, ...], CompiledCollective] = {}
     for site in _executed(module):
-        read = _read(site, module, mesh)
-        if (chain := _chain(site)) is None:
+        read = read_collective(site, module, mesh)
+        if (chain := chain_of(site)) is None:
             found.append(read)
             continue
         read = dataclasses.replace(read, asynchronous=True, spelling="async collective fusion")
-        if _starts(site):
+        if starts_chain(site):
             started.add(chain)
             found.append(read)
         else:
@@ -151,7 +151,7 @@ def _regions(inst: Instruction, scope: Scope, module: Module) -> list[Scope]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Site:
+class Site:
     """An instruction in the place where the program runs it."""
 
     instruction: Instruction
@@ -160,13 +160,13 @@ class _Site:
     count_known: bool
 
 
-def _executed(module: Module) -> Iterator[_Site]:
+def _executed(module: Module) -> Iterator[Site]:
     """Every collective that a run executes, once per place."""
 
-    def walk(scope: Scope, count: int, known: bool) -> Iterator[_Site]:
+    def walk(scope: Scope, count: int, known: bool) -> Iterator[Site]:
         for inst in scope.computation.instructions.values():
-            if inst.opcode.removesuffix("-start") in _KINDS:
-                yield _Site(inst, scope, count, known)
+            if inst.opcode.removesuffix("-start") in COLLECTIVE_KINDS:
+                yield Site(inst, scope, count, known)
             elif regions := _regions(inst, scope, module):
                 rounds, certain = trip_count(inst, scope, module) if inst.opcode == "while" else (1, True)
                 for region in regions:
@@ -175,10 +175,10 @@ def _executed(module: Module) -> Iterator[_Site]:
     return walk(Scope(module.computations[module.entry]), 1, True)
 
 
-def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> CompiledCollective:
+def read_collective(site: Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> CompiledCollective:
     inst, scope = site.instruction, site.scope
     written = inst.opcode.removesuffix("-start")
-    kind = "reduce-scatter" if _is_scatter_fusion(scope) and written == "all-reduce" else _KINDS[written]
+    kind = "reduce-scatter" if _is_scatter_fusion(scope) and written == "all-reduce" else COLLECTIVE_KINDS[written]
     groups = found[2] if (found := _GROUPS.search(inst.structure)) else "{}"
     shape, spelling = _measured_shape(inst, scope, kind), _spelling(site, kind, module)
     return CompiledCollective(
@@ -186,7 +186,7 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
         axes=_axes(groups, kind == "collective-permute", mesh),
         bytes=shape_bytes(shape),
         count=site.count,
-        op_name=_annotation(site, module, _op_name),
+        op_name=_annotation(site, module, op_name_of),
         source=_annotation(site, module, module.source),
         asynchronous=any(each.endswith("-start") for each in _opcodes(site)),
         spelling=spelling,
@@ -199,7 +199,7 @@ def _read(site: _Site, module: Module, mesh: tuple[tuple[str, int], ...]) -> Com
     )
 
 
-def _opcodes(site: _Site) -> list[str]:
+def _opcodes(site: Site) -> list[str]:
     """The collective's own opcode and those of the instructions that run it, innermost first."""
     callers = (scope.caller.opcode for scope in site.scope.enclosing() if scope.caller)
     return [site.instruction.opcode, *callers]
@@ -251,7 +251,7 @@ def _slices(user: Instruction, name: str, scope: Scope, module: Module) -> bool:
     return False
 
 
-def _spelling(site: _Site, kind: str, module: Module) -> str:
+def _spelling(site: Site, kind: str, module: Module) -> str:
     inst, scope = site.instruction, site.scope
     if any("windowed_dot_general" in each.computation.name for each in scope.enclosing()):
         return "windowed einsum"
@@ -266,15 +266,15 @@ def _spelling(site: _Site, kind: str, module: Module) -> str:
     return next((each for each in _opcodes(site) if each.endswith("-start")), inst.opcode)
 
 
-def _disguise(site: _Site, module: Module) -> str:
-    """What an all-reduce stands for: a gather of blocks written among zeros, or a scatter that is sliced later."""
+def _disguise(site: Site, module: Module) -> str:
+    """The collective for which an all-reduce stands: a gather of blocks among zeros, or a scatter that is sliced later."""
     inst, scope = site.instruction, site.scope
     written, _, where = follow(inst.operands[0], scope, module)
     if written and written.opcode == "dynamic-update-slice":
         ground, _, _ = follow(written.operands[0], where, module)
         if ground and ground.opcode == "constant" and re.fullmatch(r"-?0(\.0*)?|false", ground.arguments):
             return "gather by all-reduce"
-    return "scatter by all-reduce" if _annotation(site, module, _op_name).endswith("reduce_scatter") else ""
+    return "scatter by all-reduce" if _annotation(site, module, op_name_of).endswith("reduce_scatter") else ""
 
 
 def _realigns(inst: Instruction, scope: Scope, module: Module) -> bool:
@@ -285,15 +285,15 @@ def _realigns(inst: Instruction, scope: Scope, module: Module) -> bool:
     return origin is not None and any(_is_scatter_fusion(inner) for inner in _regions(origin, scope, module))
 
 
-def _chain(site: _Site) -> tuple[str, ...] | None:
-    """What the pieces of a collective that is spread over a chain of fusions have in common; None for all others."""
+def chain_of(site: Site) -> tuple[str, ...] | None:
+    """The key of a collective that is spread over a chain of fusions; None for all others."""
     if '"async_collective_fusion_config"' not in site.instruction.attributes or site.scope.parent is None:
         return None
     labels = re.findall(r'\b(?:channel_id=\d+|chain_id="[^"]*")', site.instruction.attributes)
     return (site.scope.parent.computation.name, *labels)
 
 
-def _starts(site: _Site) -> bool:
+def starts_chain(site: Site) -> bool:
     """Whether this piece of such a chain is the one that sets it going."""
     others = site.scope.computation.instructions.values()
     return any("AsyncCollectiveStart" in each.attributes and site.instruction.name in each.operands for each in others)
@@ -307,7 +307,7 @@ def _reduction(inst: Instruction, module: Module) -> str:
     return _REDUCTIONS.get(root.opcode, root.opcode) if root else ""
 
 
-def _annotation(site: _Site, module: Module, of: Callable[[Instruction], str]) -> str:
+def _annotation(site: Site, module: Module, of: Callable[[Instruction], str]) -> str:
     """The collective's own metadata, else that of the fusion or call around it, else that of its reducer."""
     reducer = module.computations.get(site.instruction.attribute("to_apply"))
     caller = site.scope.caller if site.scope.caller and site.scope.caller.opcode != "while" else None
@@ -315,9 +315,9 @@ def _annotation(site: _Site, module: Module, of: Callable[[Instruction], str]) -
     return next((text for each in candidates if each and (text := of(each))), "")
 
 
-def _op_name(inst: Instruction) -> str:
+def op_name_of(inst: Instruction) -> str:
     found = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', inst.attributes)
-    return found[1] if found else ""
+    return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
 
 
 # Replica groups. With the mesh row-major over its axes, a device number is a coordinate on each axis. A collective

@@ -1,4 +1,4 @@
-"""What a compiled program computes and moves, read from its HLO text: FLOPs of matmuls, bytes through HBM.
+"""The FLOPs of matmuls and the bytes through HBM of a compiled program, read from its HLO text.
 
 Loops multiply, which the compiler's own `cost_analysis` leaves out. A convolution, as which a TPU runs its matmuls, counts
 the products that it really forms, without those with padding or with a planned program's rows of zeros. An instruction at
@@ -14,12 +14,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoshard.auditing.hlo_parser import Instruction, Module, Scope, parse, shape_bytes, trip_count, tuple_parts
+from autoshard.auditing.hlo_parser import (
+    Instruction,
+    Module,
+    Scope,
+    follow,
+    parse,
+    shape_bytes,
+    trip_count,
+    tuple_parts,
+)
 from autoshard.emitting.tpu_workarounds.vector_matmul import ROW_OF_ZEROS
 
 _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
-_ARRAY_AND_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,<= ]*\](?:\{[^{}]*\})?")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+_STARTED_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
@@ -39,7 +48,7 @@ class CompiledCosts:
 
 
 def compiled_costs(text: str) -> CompiledCosts:
-    """What one run of a compiled program costs.
+    """Costs of one run of a compiled program.
 
     **Arguments:**
 
@@ -51,8 +60,8 @@ def compiled_costs(text: str) -> CompiledCosts:
     flops = moved = 0.0
     known = True
     for scope, inst, count, certain in _executed(Scope(module.computations[module.entry]), module, 1, True):
-        flops += count * sum(each for _, each in _matmuls(inst, scope, module))
-        moved += count * _moved(inst, scope, module)
+        flops += count * sum(each for _, each in matmuls_in(inst, scope, module))
+        moved += count * moved_bytes(inst, scope, module)
         known = known and certain
     return CompiledCosts(flops, moved, known)
 
@@ -65,7 +74,7 @@ def matmul_flops(text: str) -> dict[str, float]:
     module = parse(text)
     found: dict[str, float] = {}
     for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
-        for matmul, flops in _matmuls(inst, scope, module):
+        for matmul, flops in matmuls_in(inst, scope, module):
             source = module.source(matmul) or module.source(inst)
             found[source] = found.get(source, 0.0) + count * flops
     return found
@@ -82,7 +91,7 @@ def flops_formed_again(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     formed: set[tuple] = set()
     for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
-        for matmul, flops in _matmuls(inst, scope, module):
+        for matmul, flops in matmuls_in(inst, scope, module):
             source = module.source(matmul) or module.source(inst)
             key = (id(scope.computation), source, matmul.shape, flops, _reads(inst, matmul, module))
             if key in formed:
@@ -128,12 +137,12 @@ def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator
 # --- FLOPs
 
 
-def _matmuls(inst: Instruction, scope: Scope, module: Module) -> Iterator[tuple[Instruction, float]]:
+def matmuls_in(inst: Instruction, scope: Scope, module: Module) -> Iterator[tuple[Instruction, float]]:
     """The matmuls that an instruction is or, as a fusion, holds, with their FLOPs."""
     if inst.opcode == "fusion":
         inner = Scope(module.computations[inst.called()[0]], inst, scope)
         for each in inner.computation.instructions.values():
-            yield from _matmuls(each, inner, module)
+            yield from matmuls_in(each, inner, module)
     elif inst.opcode == "dot":
         yield inst, _dot_flops(inst, scope)
     elif inst.opcode == "convolution":
@@ -217,42 +226,108 @@ def _in_hbm(shape: str) -> int:
     return sum(shape_bytes(array) for array, layout in _ARRAY.findall(shape) if "S(" not in layout)
 
 
-def _moved(inst: Instruction, scope: Scope, module: Module) -> float:
+def bytes_to_read_once(module: Module) -> float:
+    """The bytes of the arguments that one run reads, each counted once however often it is read.
+
+    Of an argument of which only slices are read (a row of an embedding, a layer of a stack), those slices count, up to the
+    whole of it.
+    """
+    read: dict[str, float] = {}
+    for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
+        for name, bytes in read_bytes(inst, scope, module).items():
+            origin = _argument(name, scope, module)
+            if origin is not None:
+                read[origin] = read.get(origin, 0.0) + count * bytes
+    entry = module.computations[module.entry].instructions
+    return sum(min(bytes, float(shape_bytes(entry[name].shape))) for name, bytes in read.items())
+
+
+def _argument(name: str, scope: Scope, module: Module, index: int | None = None) -> str | None:
+    """The program's argument that a value is, seen through loops that carry it unchanged; None for all others."""
+    found, index, scope = follow(name, scope, module, index)
+    if found is None or found.opcode != "parameter":
+        return None
+    if scope.parent is None or scope.caller is None:
+        return found.name if index is None else None
+    if index is None or scope.caller.opcode != "while":
+        return None
+    body = Scope(module.computations[scope.caller.attribute("body")], scope.caller, scope.parent)
+    kept, kept_index, kept_scope = follow(body.computation.root, body, module, index)
+    unchanged = kept is not None and kept.opcode == "parameter" and kept_index == index
+    if not unchanged or kept_scope.computation is not body.computation:
+        return None
+    return _argument(scope.caller.operands[0], scope.parent, module, index)
+
+
+def moved_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
+    """Bytes through HBM of one run of an instruction: what it reads there and what it writes."""
+    return sum(read_bytes(inst, scope, module).values()) + _written_bytes(inst, scope, module)
+
+
+def _moves_nothing(inst: Instruction) -> bool:
+    """Whether an instruction takes no traffic of its own; what collectives move is counted on the wire."""
     opcode = inst.opcode
-    if opcode in _FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in _COLLECTIVES:
+    return opcode in _FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in _COLLECTIVES
+
+
+def read_bytes(inst: Instruction, scope: Scope, module: Module) -> dict[str, float]:
+    """Bytes that one run of an instruction reads from HBM, by the operand that it reads."""
+    if _moves_nothing(inst):
+        return {}
+    operands = {name: found for name in inst.operands if (found := scope.operand(name)) is not None}
+    if inst.opcode in _STARTED_COPIES:
+        source = operands.get(inst.operands[0])
+        return {source.name: shape_bytes(_fetched(inst))} if source and _in_hbm(source.shape) else {}
+    if inst.opcode == "fusion":
+        return _fusion_reads(inst, scope, module)
+    if inst.opcode in _SLICES:
+        source = operands.get(inst.operands[0])
+        return {source.name: float(shape_bytes(inst.shape))} if source and _in_hbm(source.shape) else {}
+    if inst.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
+        update = operands.get(inst.operands[1])
+        return {update.name: float(_in_hbm(update.shape))} if update else {}
+    return {name: float(_in_hbm(found.shape)) for name, found in operands.items()}
+
+
+def _written_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
+    if _moves_nothing(inst):
         return 0.0
-    if opcode in ("copy-start", "slice-start"):
-        # `copy-start` gives (result, operand, context), `slice-start` ((operand), result, context).
-        written = _ARRAY_AND_LAYOUT.findall(inst.shape)[1 if opcode == "slice-start" else 0]
-        source = scope.operand(inst.operands[0])
-        read = shape_bytes(written) if source is not None and _in_hbm(source.shape) else 0
-        return _in_hbm(written) + read
-    if opcode == "fusion":
-        return _fusion_bytes(inst, scope, module)
-    operands = [scope.operand(name) for name in inst.operands]
-    if opcode in _SLICES:
-        return 2.0 * _in_hbm(inst.shape)
-    if opcode == "dynamic-update-slice":
-        return 2.0 * (_in_hbm(operands[1].shape) if operands[1] else 0)
-    return _in_hbm(inst.shape) + sum(_in_hbm(each.shape) for each in operands if each)
+    if inst.opcode in _STARTED_COPIES:
+        return _in_hbm(_fetched(inst))
+    if inst.opcode == "fusion":
+        return _fusion_writes(inst, scope, module)
+    if inst.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
+        update = scope.operand(inst.operands[1])
+        target = scope.operand(inst.operands[0])
+        return float(shape_bytes(update.shape)) if update and target and _in_hbm(target.shape) else 0.0
+    return float(_in_hbm(inst.shape))
 
 
-def _fusion_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
+def _fetched(inst: Instruction) -> str:
+    """The result of an asynchronous copy: of `copy-start` (result, operand, ...), of the others ((operands), result, ...)."""
+    return tuple_parts(inst.shape)[0 if inst.opcode == "copy-start" else 1]
+
+
+def _fusion_reads(inst: Instruction, scope: Scope, module: Module) -> dict[str, float]:
     inner = module.computations[inst.called()[0]]
-    total = 0.0
+    found: dict[str, float] = {}
     for each in inner.instructions.values():
         if each.opcode == "parameter":
-            outer = scope.operand(inst.operands[int(each.arguments)])
+            name = inst.operands[int(each.arguments)]
+            outer = scope.operand(name)
             if outer is not None and _in_hbm(outer.shape):
-                total += _read(each, Scope(inner, inst, scope), module)
+                found[name] = found.get(name, 0.0) + _read(each, Scope(inner, inst, scope), module)
+    return found
+
+
+def _fusion_writes(inst: Instruction, scope: Scope, module: Module) -> float:
+    inner = module.computations[inst.called()[0]]
     roots = [inner.instructions[inner.root]]
     if roots[0].opcode == "tuple":
         roots = [inner.instructions[name] for name in roots[0].operands if name in inner.instructions]
     shapes = [array + layout for array, layout in _ARRAY.findall(inst.shape)]
-    for root, shape in zip(roots, shapes, strict=False):
-        if _in_hbm(shape):
-            total += _written(root, Scope(inner, inst, scope), module)
-    return total
+    written = ((root, shape) for root, shape in zip(roots, shapes, strict=False) if _in_hbm(shape))
+    return sum(_written(root, Scope(inner, inst, scope), module) for root, _ in written)
 
 
 def _read(array: Instruction, scope: Scope, module: Module) -> float:

@@ -30,6 +30,8 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
 _TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 
+_OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+"""The folder of autoshard's own code, of which no line is the user's."""
 _NARROW_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _TRANSPARENT = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "broadcast", "optimization-barrier"}
 _CALLERS = {"call", "fusion", "conditional", "custom-call", "async-start", "call-start", "fusion-start"}
@@ -89,8 +91,8 @@ class Module:
         """`file.py:12` in the user's code that an instruction stems from, "" where the compiler kept nothing."""
         if frame := re.search(r"\bstack_frame_id=(\d+)", inst.attributes):
             return self.sources.get(frame[1], "")
-        found = re.search(r'source_file="(?:[^"]*/)?([^"]*)" source_line=(\d+)', inst.attributes)
-        return f"{found[1]}:{found[2]}" if found else ""
+        found = re.search(r'source_file="([^"]*)" source_line=(\d+)', inst.attributes)
+        return f"{os.path.basename(found[1])}:{found[2]}" if found and not found[1].startswith(_OWN_FOLDER) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +159,13 @@ def _closing(line: str, start: int) -> int:
 
 
 def _sources(tables: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    files = {key: os.path.basename(row.strip('"')) for key, row in tables.get("FileNames", {}).items()}
+    paths = {key: row.strip('"') for key, row in tables.get("FileNames", {}).items()}
+    files = {key: os.path.basename(path) for key, path in paths.items() if not path.startswith(_OWN_FOLDER)}
     places = {}
     for key, row in tables.get("FileLocations", {}).items():
         file, line = re.search(r"file_name_id=(\d+)", row), re.search(r"\bline=(\d+)", row)
-        if file and line:
-            places[key] = f"{files.get(file[1], '')}:{line[1]}"
+        if file and line and file[1] in files:
+            places[key] = f"{files[file[1]]}:{line[1]}"
     frames = {}
     for key, row in tables.get("StackFrames", {}).items():
         place = re.search(r"file_location_id=(\d+)", row)
@@ -222,7 +225,7 @@ def _dtype_bits(dtype: str) -> int:
 def follow(
     name: str, scope: Scope, module: Module, index: int | None = None
 ) -> tuple[Instruction | None, int | None, Scope]:
-    """What a value is, seen through copies, tuples, fusions and calls, up to the loop it is in.
+    """The origin of a value, seen through copies, tuples, fusions and calls, up to the loop it is in.
 
     **Returns:** (instruction, tuple index or None, scope). The instruction is a `parameter` when
     the value is carried by the loop whose region `scope` is; None when the name is not known.
@@ -245,7 +248,7 @@ def follow(
 
 
 def _position(parameter: Instruction, caller: Instruction, scope: Scope) -> int:
-    """Which operand of its caller a parameter is; a conditional's first operand chooses, then comes one a branch."""
+    """The operand of its caller that a parameter is; a conditional's first operand chooses, then comes one a branch."""
     if caller.opcode == "conditional":
         return caller.called().index(scope.computation.name) + 1
     return int(parameter.arguments)
@@ -297,7 +300,7 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
 
 
 def _terms(name: str, scope: Scope, module: Module, holds: bool) -> Iterator[tuple[Instruction | None, Scope, bool]]:
-    """What must all hold for a condition to be `holds`: each with where it is, and whether it must be true or false."""
+    """The terms of a condition that must all hold for it to be `holds`, each with its scope and the value it must have."""
     test, _, where = follow(name, scope, module)
     if test is not None and test.opcode == ("and" if holds else "or"):
         for operand in test.operands:
@@ -339,7 +342,7 @@ def _rounds(
 
 
 def _counter(name: str, scope: Scope, condition: Scope, module: Module) -> tuple[int | None, int]:
-    """Which carried value a side of a comparison is, None if it is none; and the constant that is added to it."""
+    """The carried value that a side of a comparison is (None if it is none), and the constant that is added to it."""
     found, index, at = follow(name, scope, module)
     if found is None:
         return None, 0

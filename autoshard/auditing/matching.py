@@ -1,4 +1,4 @@
-"""Which compiled collectives do the work of which planned ones.
+"""The matching of compiled collectives with the planned ones whose work they do.
 
 Partners are looked for pass by pass, the most literal first: one for one, several planned in one compiled, one planned in
 several compiled pieces; each of the same kind first, then in the spellings that a compiler may choose instead.
@@ -7,12 +7,13 @@ several compiled pieces; each of the same kind first, then in the spellings that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.planning.records import PlannedCollective
+from costmodels.machine.collectives import wire_bytes
 from costmodels.machine.topology import Topology
 
 Axes = tuple[str, ...]
@@ -37,14 +38,20 @@ _NARROWER = 0.75
 
 @dataclass(frozen=True)
 class Pair:
-    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty."""
+    """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty.
+
+    `width` is by which factor the numbers are sent wider than planned: 2 for 16-bit floats on host devices, 1/2 for float32
+    that a matmul reads as bfloat16. `arrays` are the numbers of the arrays that the planned ones send.
+    """
 
     planned: tuple[PlannedCollective, ...]
     compiled: tuple[CompiledCollective, ...]
     count: int
+    width: float = 1.0
+    arrays: tuple[int, ...] = ()
 
 
-def matched(
+def match_collectives(
     planned: Sequence[PlannedCollective],
     arrays: Sequence[int],
     compiled: Sequence[CompiledCollective],
@@ -57,7 +64,7 @@ def matched(
     **Arguments:**
 
     - `arrays`: the number of the array that each planned collective sends.
-    - `widths`, `narrow`: as of `paired`.
+    - `widths`, `narrow`: as of `pair_collectives`.
     """
     times: Counter[tuple[Any, ...]] = Counter()
     again = []
@@ -66,22 +73,24 @@ def matched(
         again.append(times[alike])
         times[alike] += 1
     order = sorted(range(len(planned)), key=lambda i: again[i])  # so that repetitions are what stays without a partner
-    pairs = paired(
+    pairs = pair_collectives(
         [planned[i] for i in order],
         compiled,
         topology,
         [widths[i] for i in order] if widths else (),
         [narrow[i] for i in order] if narrow else (),
+        [arrays[i] for i in order],
     )
-    return shared(pairs, {id(each): array for each, array in zip(planned, arrays, strict=True)})
+    return join_repetitions(pairs)
 
 
-def paired(
+def pair_collectives(
     planned: Sequence[PlannedCollective],
     compiled: Sequence[CompiledCollective],
     topology: Topology,
     widths: Sequence[float] = (),
     narrow: Sequence[bool] = (),
+    arrays: Sequence[int] = (),
 ) -> tuple[Pair, ...]:
     """Pairs all planned with all compiled collectives; those that have no partner come last, alone.
 
@@ -89,10 +98,12 @@ def paired(
 
     - `widths`: by which factor the numbers of each planned collective are wider when they are sent; 1 by default.
     - `narrow`: whether the compiler may send its numbers with half as many bits, where whoever uses them reads no more.
+    - `arrays`: the number of the array that each planned collective sends; by default each sends one of its own.
     """
-    widths = widths or [1.0] * len(planned)
+    widths, arrays = widths or [1.0] * len(planned), arrays or range(len(planned))
     lots = [
-        _Lot(p, p.kind, axes_of(p, topology), p.bytes * w, int(p.count)) for p, w in zip(planned, widths, strict=True)
+        _Lot(p, p.kind, axes_of(p, topology), p.bytes * width, int(p.count), array)
+        for p, width, array in zip(planned, widths, arrays, strict=True)
     ]
     found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
     pairing = _Pairing(lots, found, [])
@@ -104,29 +115,45 @@ def paired(
     for lot in halves:
         lot.bytes = lot.of.bytes / 2
     _Pairing(halves, [lot for lot in found if lot.of.dtype in _HALF], pairing.pairs).run()
-    alone = [Pair((lot.of,), (), lot.left) for lot in lots if lot.left]
+    alone = [Pair((lot.of,), (), lot.left, arrays=(lot.array,)) for lot in lots if lot.left]
     return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
 
 
-def shared(pairs: Sequence[Pair], arrays: Mapping[int, int]) -> tuple[Pair, ...]:
-    """Joins planned collectives without a partner to those that send the same array likewise, for another use.
+def join_repetitions(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """Joins planned collectives without a partner to those that send the same array likewise, for another use."""
 
-    **Arguments:**
-
-    - `arrays`: the `id` of each planned collective to the number of the array that it sends.
-    """
-
-    def sent(each: PlannedCollective) -> tuple[Any, ...]:
-        return (arrays[id(each)], each.kind, frozenset(each.axes), each.bytes)
+    def sent(pair: Pair) -> set[tuple[Any, ...]]:
+        numbered = zip(pair.arrays, pair.planned, strict=True)
+        return {(array, each.kind, frozenset(each.axes), each.bytes) for array, each in numbered}
 
     found: list[Pair] = []
     for pair in pairs:  # those with partners come first
-        same = [i for i, other in enumerate(found) if set(map(sent, pair.planned)) & set(map(sent, other.planned))]
+        same = [i for i, other in enumerate(found) if other.planned and sent(pair) & sent(other)]
         if same and not pair.compiled and found[same[0]].count == pair.count:
-            found[same[0]] = replace(found[same[0]], planned=(*found[same[0]].planned, *pair.planned))
+            one = found[same[0]]
+            joined = (*one.planned, *pair.planned), (*one.arrays, *pair.arrays)
+            found[same[0]] = replace(one, planned=joined[0], arrays=joined[1])
         else:
             found.append(pair)
     return tuple(found)
+
+
+def expected_bytes(pair: Pair, topology: Topology) -> float:
+    """Bytes that the plan expects one chip to send in one step for a pair: at most the planned ones, in the pair's width.
+
+    Several uses of one array may be served by sending it once, and several arrays sent as one: what a compiler saves, the
+    plan expects it to save.
+    """
+    planned = pair.width * sum(sent_bytes(each, topology) for each in pair.planned)
+    compiled = sum(sent_bytes(each, topology) for each in pair.compiled)
+    saves = pair.compiled and not is_literal(pair) and compiled < planned
+    return pair.count * (compiled if saves else planned)
+
+
+def sent_bytes(each: PlannedCollective | CompiledCollective, topology: Topology) -> float:
+    """Bytes that one chip sends in one run of a collective."""
+    along = tuple(topology.axis(name) for name in axes_of(each, topology))
+    return float(wire_bytes(each.kind, along, float(each.bytes)))
 
 
 def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
@@ -135,7 +162,7 @@ def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topolo
     return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
 
 
-def literal(pair: Pair) -> bool:
+def is_literal(pair: Pair) -> bool:
     """Whether every planned collective of a pair is compiled to one of its kind, of no narrower numbers."""
     kinds = {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(
         pair.compiled
@@ -152,6 +179,7 @@ class _Lot:
     axes: Axes
     bytes: float
     left: int
+    array: int = -1
 
 
 class _Pairing:
@@ -203,8 +231,17 @@ class _Pairing:
         count = min(lot.left for lot in lots)
         for lot in lots:
             lot.left -= count
-        sides = [[lot.of for lot in lots if lot in side] for side in (self.planned, self.compiled)]
-        self.pairs.append(Pair(tuple(sides[0]), tuple(sides[1]), count))
+        planned, compiled = ([lot for lot in lots if lot in side] for side in (self.planned, self.compiled))
+        width = _sum(planned) / (sum(lot.of.bytes for lot in planned) or 1.0)
+        self.pairs.append(
+            Pair(
+                planned=tuple(lot.of for lot in planned),
+                compiled=tuple(lot.of for lot in compiled),
+                count=count,
+                width=width or 1.0,
+                arrays=tuple(lot.array for lot in planned),
+            )
+        )
 
 
 def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:

@@ -7,30 +7,46 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
-from autoshard.auditing.audit import Audit
-from autoshard.auditing.findings import Difference
+from autoshard.auditing.findings import Finding
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Pair, axes_of
+from autoshard.auditing.record import AuditRecord
+from autoshard.auditing.replay import MOST_COSTLY
+from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.planning.records import PlannedCollective
 
 
-def render(audit: Audit, width: int = WIDTH) -> str:
+def render(audit: AuditRecord, width: int = WIDTH) -> str:
     """The audit as plain text tables: collectives, bytes on the wire by mesh axes, peak memory, time, differences."""
-    sections = (_collectives(audit, width), _wire(audit, width), _chip(audit, width), _differences(audit, width))
+    sections = (
+        _collectives(audit, width),
+        _wire(audit, width),
+        _chip(audit, width),
+        _costliest(audit, width),
+        _differences(audit, width),
+    )
     verdict = "as planned" if audit.ok else "NOT as planned"
+    if audit.is_slow and audit.step_seconds:
+        verdict += f", {audit.step_seconds / audit.planned_seconds:.2f} times the planned time"
     head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}: {verdict}"
     return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
 
 
 _SHARES = {
+    "slower than planned": "more than planned",
+    "bytes on the wire": "of the bytes on the wire",
     "peak memory": "of the planned peak",
+    "argument": "of the planned peak",
+    "result": "of the planned peak",
+    "donation": "of the planned peak",
+    "FLOPs": "of the planned FLOPs",
     "replicated": "of the planned FLOPs",
     "computed again": "of the planned FLOPs",
 }
 _TARGETS = {"host": "host devices", "tpu": "the TPU", "gpu": "the GPU"}
 
 
-def _collectives(audit: Audit, width: int) -> Iterator[str]:
+def _collectives(audit: AuditRecord, width: int) -> Iterator[str]:
     yield "Collectives"
     if not audit.pairs:
         yield "  none planned, none compiled"
@@ -39,7 +55,7 @@ def _collectives(audit: Audit, width: int) -> Iterator[str]:
     yield from _indented(table(headers, _rows(audit), "<<>>~>>~", width - 2))
 
 
-def _rows(audit: Audit) -> list[tuple[str, ...]]:
+def _rows(audit: AuditRecord) -> list[tuple[str, ...]]:
     """A row for each kind of pair: those of an unrolled model's layers, planned and compiled alike, are one."""
     groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in audit.pairs:
@@ -47,7 +63,7 @@ def _rows(audit: Audit) -> list[tuple[str, ...]]:
     return [_row(audit, alike) for alike in groups.values()]
 
 
-def _row(audit: Audit, alike: Sequence[Pair]) -> tuple[str, ...]:
+def _row(audit: AuditRecord, alike: Sequence[Pair]) -> tuple[str, ...]:
     planned, found = alike[0].planned, alike[0].compiled
     runs = str(sum(pair.count for pair in alike))
     where = shared_name(pair.planned[0].where for pair in alike) if planned else ""
@@ -78,7 +94,7 @@ def _payload(group: Sequence[PlannedCollective | CompiledCollective]) -> str:
     return size(sum(each.bytes for each in group)) if group else ""
 
 
-def _wire(audit: Audit, width: int) -> Iterator[str]:
+def _wire(audit: AuditRecord, width: int) -> Iterator[str]:
     sent = audit.wire_bytes()
     if not sent:
         return
@@ -90,7 +106,7 @@ def _wire(audit: Audit, width: int) -> Iterator[str]:
     yield from _indented(table(("axes", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
 
 
-def _chip(audit: Audit, width: int) -> Iterator[str]:
+def _chip(audit: AuditRecord, width: int) -> Iterator[str]:
     rows = []
     if audit.peak_bytes is not None:
         ratio = f"{audit.peak_bytes / audit.planned_peak_bytes:.4f}"
@@ -105,23 +121,45 @@ def _chip(audit: Audit, width: int) -> Iterator[str]:
     rows.append(_times("time of collectives (plan's model)", *wire))
     if audit.compute_seconds is not None:
         rows.append(_times("step time", audit.planned_seconds, audit.compute_seconds + audit.collective_seconds))
+    if audit.replay is not None:
+        found = audit.replay
+        rows.append(_times("step time, schedule replayed", audit.planned_seconds, found.seconds))
+        rows.append(("  of it waiting for communication", "", time(found.exposed_seconds), ""))
+        rows.append(("  of it waiting for copies", "", time(found.copy_seconds), ""))
+        rows.append(("floor: bytes to read once", "", time(found.floor_seconds), ""))
     yield "One chip"
     yield from _indented(table(("", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
+
+
+def _costliest(audit: AuditRecord, width: int) -> Iterator[str]:
+    """The instructions that take the core the longest, running them or waiting for them."""
+    if audit.costs:
+        yield "Costliest instructions"
+        rows = [_cost(each) for each in audit.costs[:MOST_COSTLY]]
+        headers = ("time", "not planned", "runs", "instruction", "at", "operation")
+        yield from _indented(table(headers, rows, ">>><<~", width - 2))
+
+
+def _cost(each: AuditedCost) -> tuple[str, ...]:
+    it = each.instruction
+    more = time(each.unplanned_seconds) if each.unplanned_seconds > 0 else ""
+    return (time(it.seconds), more, str(it.runs), it.name, it.source, it.scope or it.opcode)
 
 
 def _times(what: str, planned: float, compiled: float) -> tuple[str, ...]:
     return (what, time(planned), time(compiled), f"{compiled / planned:.3f}" if planned else "-")
 
 
-def _differences(audit: Audit, width: int) -> Iterator[str]:
+def _differences(audit: AuditRecord, width: int) -> Iterator[str]:
     if audit.differences:
         yield "Differences"
         yield from (line for each in audit.differences for line in item(_difference(each), width))
 
 
-def _difference(each: Difference) -> str:
+def _difference(each: Finding) -> str:
     of = _SHARES.get(each.kind, "of the time on the wire")
-    mark = "" if each.counts or each.kind.startswith("same plan") else ", too small to count"
+    told = each.counts or each.kind.startswith("same plan") or each.kind in ("computed again", "slower than planned")
+    mark = "" if told else ", too small to count"
     return f"{each.kind}: {each.text} ({percent(each.share)} {of}{mark})"
 
 

@@ -1,1 +1,1 @@
-""""""
+"""Calibration: a topology file with constants measured on the attached devices."""

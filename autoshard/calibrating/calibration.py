@@ -1,4 +1,4 @@
-"""Calibration: from timings on the attached devices to a topology with measured constants, and how far to trust it."""
+"""Calibration: a topology with constants fitted to timings on the attached devices, and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autoshard.calibrating.timing import Patience, shortest
 from autoshard.emitting import targets
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
-from costmodels.fitting import Residual, Timing, fitted, predicted, residuals
+from costmodels.fitting import Residual, Timing, fit_topology, predict, residuals
 from costmodels.machine.chips import Constant
 from costmodels.machine.topology import Topology
 from costmodels.machine.topology_file import topology_toml
@@ -33,12 +33,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A topology with measured constants, the timings behind them, and how well it predicts these.
+    """A topology with measured constants, the timings behind them, and its prediction errors.
 
-    - `before`: the topology as the catalogue has it; `topology`: with what was measured.
-    - `timings`: everything that was timed; those that are not `fitted` took no part in the fit.
+    - `before`: the topology with the catalogue's constants; `topology`: with the measured ones.
+    - `timings`: all timings; those that are not `fitted` are held out.
     - `source`: the machine, the day and the versions.
-    - `seconds`: how long it all took.
+    - `seconds`: the duration of the calibration.
     - `checks`: whole steps of models, predicted and measured.
     """
 
@@ -51,25 +51,25 @@ class Calibration:
 
     @property
     def residuals(self) -> list[Residual]:
-        """Relative errors of the predictions, by series, and of all at the end."""
+        """Relative errors of the predictions per series, with "all" as the last."""
         return residuals(self.timings, self.topology)
 
     @property
     def measured(self) -> dict[str, Constant]:
-        """The constants that were measured, by dotted name."""
+        """The measured constants, by dotted name."""
         return {name: each for name, each in self.topology.chip.constants.items() if each.source == self.source}
 
     def toml(self) -> str:
-        """The topology as a file that `search --topology` takes."""
+        """The topology as TOML, for `search --topology`."""
         heading = f"Measured by autoshard calibrate: {self.source}\n{_METHOD}"
         return topology_toml(self.topology, heading)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the topology file, all or nothing."""
+        """Writes the topology file atomically."""
         write_whole(Path(path), self.toml())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON; each timing with the time that was predicted."""
+        """Everything as plain data, for JSON; each timing with its predicted time."""
         return {
             "topology": self.topology.to_dict(),
             "source": self.source,
@@ -77,7 +77,7 @@ class Calibration:
             "constants": {name: constant.value for name, constant in self.measured.items()},
             "residuals": [asdict(each) for each in self.residuals],
             "timings": [
-                asdict(timing) | {"series": timing.series, "predicted_seconds": predicted(timing, self.topology)}
+                asdict(timing) | {"series": timing.series, "predicted_seconds": predict(timing, self.topology)}
                 for timing in self.timings
             ],
             "checks": [asdict(check) for check in self.checks],
@@ -88,7 +88,7 @@ class Calibration:
 
 
 _METHOD = (
-    "Every device works at the same time; the shortest of several times, taken in turn, counts.\n"
+    "All devices work at the same time. The shortest of several interleaved repetitions counts.\n"
     "Least squares of relative errors, weighted against outliers, on two thirds of the sizes."
 )
 
@@ -103,16 +103,16 @@ def calibrate(
     """Measures the attached devices and fits the constants of the cost model to them.
 
         calibration = autoshard.calibrate("cpu:8")
-        print(calibration)                      # constants, and errors on sizes that were not fitted
+        print(calibration)                      # constants, and errors on held-out sizes
         calibration.save("host.toml")           # for autoshard.search(..., topology="host.toml")
 
     **Arguments:**
 
     - `devices`: "auto" for all that JAX sees, or their topology: "cpu:2x4" makes eight host devices.
-    - `dtypes`: of matmuls; the first is the one that weights are read in. By default what models use on such chips.
-    - `ranges`, `patience`: which sizes, and how long each is timed.
+    - `dtypes`: of matmuls; weights are read in the first. By default the usual ones of such chips.
+    - `ranges`, `patience`: the sizes, and the duration of each timing.
 
-    **Raises:** `TopologyError` for a topology that there are no devices for.
+    **Raises:** `TopologyError` if the devices do not fit the topology.
     """
     before = topology_of(devices)
     mesh = _mesh(before)
@@ -122,7 +122,7 @@ def calibrate(
     times = shortest([case.make(mesh) for case in found], patience or Patience(), progress)
     timings = tuple(replace(case.timing, seconds=each) for case, each in zip(found, times, strict=True))
     source = _source(mesh.devices.flat[0], before)
-    topology = fitted(timings, before, source)
+    topology = fit_topology(timings, before, source)
     room = {name: Constant(value, source, "measured") for name, value in _room(mesh.devices.flat[0], before).items()}
     topology = replace(topology, chip=topology.chip.override(room, source))
     return Calibration(before, topology, timings, source, time.monotonic() - started)
@@ -138,7 +138,7 @@ def _mesh(topology: Topology) -> Any:
 
 
 def _room(device: Any, topology: Topology) -> dict[str, float]:
-    """What a program may fill, by the device's own account; of host devices a share of the host's memory."""
+    """The usable memory, as the device reports it; for host devices a share of the host's memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return {"usable_hbm_bytes": float(stats["bytes_limit"])}
@@ -180,18 +180,18 @@ def _report(calibration: Calibration) -> Iterator[str]:
         )
         for name, c in calibration.measured.items()
     ]
-    yield from _indented(table(("constant", "before", "which was", "measured"), rows, "<><>"))
+    yield from _indent(table(("constant", "before", "which was", "measured"), rows, "<><>"))
     yield from ("", "Errors of predicted times")
     headers = ("series", "sizes", "median", "held out", "median", "worst", "predicted / measured")
     rows = [_residual_row(each) for each in calibration.residuals]
-    yield from _indented(table(headers, rows, "<>>>>>>"))
-    yield "  held out: every third size, and what runs over several axes; never fitted"
+    yield from _indent(table(headers, rows, "<>>>>>>"))
+    yield "  held out: every third size, and collectives over several axes; never fitted"
     if calibration.checks:
         yield from ("", "Steps")
         headers = ("step", "predicted", "to start it", "measured", "predicted / measured")
         rows = [_check_row(check) for check in calibration.checks]
-        yield from _indented(table(headers, rows, "<>>>>"))
-        yield "  to start it: a program that does nothing, which no plan counts; in the ratio it is added to what is predicted"
+        yield from _indent(table(headers, rows, "<>>>>"))
+        yield "  to start it: the time of an empty program, which plans do not count; the ratio adds it to the prediction"
 
 
 def _residual_row(each: Residual) -> tuple[str, ...]:
@@ -207,5 +207,5 @@ def _check_row(check: StepCheck) -> tuple[str, ...]:
     return (check.name, *map(duration, times), f"{check.ratio:.2f}")
 
 
-def _indented(lines: Sequence[str]) -> Iterator[str]:
+def _indent(lines: Sequence[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

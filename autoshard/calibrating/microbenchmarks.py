@@ -1,7 +1,6 @@
-"""What calibration times: matmuls, elementwise work, and every collective, each over a range of sizes.
+"""Microbenchmarks for calibration: matmuls, elementwise work, and every collective, over ranges of sizes.
 
-Sizes follow the chip: they are those at which the catalogue expects a given time. Every third size of a series, counted from
-the second, is held out.
+Sizes are those for which the catalogue predicts given times. Every third size of a series, from the second on, is held out.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from costmodels.machine.chips import Chip
 from costmodels.machine.topology import Topology
 
 _STEPS = 256
-"""Multiplications and additions per element of "vector" work: enough to hide what it reads and writes."""
+"""Multiplications and additions per element of "vector" work: enough to hide its reads and writes."""
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """The sizes of each series: how many (`memory_count` of memory's), and from which to which.
+    """The sizes of each series: their number (`memory_count` for memory) and their range.
 
-    `matmul_seconds`, `vector_seconds` and `memory_seconds` are what the catalogue expects of the smallest and the largest;
-    memory's have at least `memory_bytes`, which no cache should hold. Collectives go from `collective_bytes` per chip to
-    the second of these, or to what the links carry in `collective_seconds`, whichever is more.
+    `matmul_seconds`, `vector_seconds` and `memory_seconds` are the catalogue's predictions for the smallest and the largest
+    size. Arrays of the memory series have at least `memory_bytes`, more than caches hold. Collectives range over
+    `collective_bytes` per chip, or up to the bytes of `collective_seconds` if that is more.
     """
 
     count: int = 9
@@ -45,19 +44,19 @@ class Ranges:
 
 
 QUICK = Ranges(3, (5e-6, 5e-5), (5e-5, 5e-4), (1e-6, 4e-6), (2**16, 2**18), 3, (2**10, 2**14), collective_seconds=0.0)
-"""Few and small sizes, for trying it out; memory's fit into caches."""
+"""Few and small sizes, for a trial; those of memory fit into caches."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work and the program that runs it; the timing's seconds are still to be filled in."""
+    """A piece of work with its program, and its timing without seconds."""
 
     timing: Timing
     make: Callable[[Mesh], Looped]
 
 
 def cases(topology: Topology, ranges: Ranges, dtypes: Sequence[str]) -> list[Case]:
-    """All that is timed on a topology; work on the chip is run by all chips at once, as in a step."""
+    """All microbenchmarks of a topology; all chips run on-chip work at the same time, as in a step."""
     chip, axes = topology.chip, [axis for axis in topology.axes if axis.size > 1]
     found = [case for dtype in dtypes for case in _matmuls(chip, ranges, dtype)]
     found += [*_vector(chip, ranges), *_memory(chip, ranges), *_one_row(chip, ranges, dtypes[0])]
@@ -68,7 +67,7 @@ def cases(topology: Topology, ranges: Ranges, dtypes: Sequence[str]) -> list[Cas
 
 
 def _series(sizes: Iterable[int]) -> Iterator[tuple[int, bool]]:
-    """Each size with whether it may be fitted: all but a fixed third."""
+    """Each size, and whether it is fitted: all except a fixed third."""
     return ((size, i % 3 != 1) for i, size in enumerate(dict.fromkeys(sizes)))
 
 
@@ -76,7 +75,7 @@ def _between(least: float, most: float, count: int) -> list[float]:
     return [float(each) for each in np.geomspace(least, most, count)]
 
 
-def _rounded(number: float, step: float) -> int:
+def _round_to(number: float, step: float) -> int:
     return int(max(round(number / step), 1) * step)
 
 
@@ -86,19 +85,19 @@ def _rounded(number: float, step: float) -> int:
 def _matmuls(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
     rate = chip.matmul_flops_per_second(dtype)
     sides = [(seconds * rate / 2) ** (1 / 3) for seconds in _between(*ranges.matmul_seconds, ranges.count)]
-    for n, fitted in _series(_rounded(side, chip.matrix_tile) for side in sides):
+    for n, fitted in _series(_round_to(side, chip.matrix_tile) for side in sides):
         yield Case(Timing("matmul", (n, n, n), 0.0, dtype, fitted=fitted), _product(n, n, dtype))
 
 
 def _one_row(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
     width = jnp.dtype(dtype).itemsize
     sides = [(size / width) ** 0.5 for size in _array_bytes(chip, ranges)]
-    for n, fitted in _series(_rounded(side, chip.matrix_tile) for side in sides):
+    for n, fitted in _series(_round_to(side, chip.matrix_tile) for side in sides):
         yield Case(Timing("one row", (1, n, n), 0.0, dtype, fitted=fitted), _product(1, n, dtype))
 
 
 def _product(rows: int, n: int, dtype: str) -> Callable[[Mesh], Looped]:
-    """`x @ w` again and again, where the columns of `w` add up to about 1, so that `x` neither grows nor fades."""
+    """Repeated `x @ w`, where the columns of `w` add up to about 1, so that `x` keeps its magnitude."""
 
     def start() -> tuple[Any, Any]:
         weight = (1 + _numbers(n * n)) / np.float32(1.5 * n)
@@ -108,7 +107,7 @@ def _product(rows: int, n: int, dtype: str) -> Callable[[Mesh], Looped]:
 
 
 def _numbers(n: int) -> Any:
-    """`n` numbers between 0 and 1 in no order: the low bits of multiples of an odd number (Knuth's 2^32 / golden ratio)."""
+    """`n` unordered numbers between 0 and 1: the low bits of multiples of an odd number (Knuth's 2^32 / golden ratio)."""
     scattered = lax.iota(jnp.uint32, n) * np.uint32(2654435761)
     return (scattered >> 16).astype(jnp.float32) * np.float32(2**-16)
 
@@ -118,17 +117,17 @@ def _vector(chip: Chip, ranges: Ranges) -> Iterator[Case]:
     counts = [
         seconds * chip.vector_flops_per_second / flops for seconds in _between(*ranges.vector_seconds, ranges.count)
     ]
-    for n, fitted in _series(_rounded(count, 1) for count in counts):
+    for n, fitted in _series(_round_to(count, 1) for count in counts):
         yield Case(Timing("vector", (n,), 0.0, flops_per_element=flops, fitted=fitted), _elementwise(n, _STEPS))
 
 
 def _memory(chip: Chip, ranges: Ranges) -> Iterator[Case]:
-    for n, fitted in _series(_rounded(size / 4, 1) for size in _array_bytes(chip, ranges)):
+    for n, fitted in _series(_round_to(size / 4, 1) for size in _array_bytes(chip, ranges)):
         yield Case(Timing("memory", (n,), 0.0, fitted=fitted), _elementwise(n, 1))
 
 
 def _array_bytes(chip: Chip, ranges: Ranges) -> list[float]:
-    """Bytes of arrays that take the times of `memory_seconds` to pass through, at least `memory_bytes`."""
+    """Bytes of arrays that take the times of `memory_seconds` to read and write, at least `memory_bytes`."""
     limits = zip(ranges.memory_seconds, ranges.memory_bytes, strict=True)
     least, most = (max(seconds * chip.hbm_bytes_per_second, size) for seconds, size in limits)
     return _between(least, most, ranges.memory_count)
@@ -151,13 +150,13 @@ def _collective(topology: Topology, ranges: Ranges, kind: str, names: tuple[str,
     speed = min(topology.axis(name).bytes_per_second for name in names)
     least, most = ranges.collective_bytes
     sizes = _between(least, max(most, ranges.collective_seconds * speed), ranges.count)
-    for size, fitted in _series(_rounded(size, 4 * chips) for size in sizes):
+    for size, fitted in _series(_round_to(size, 4 * chips) for size in sizes):
         timing = Timing(kind, (size,), 0.0, axes=names, fitted=fitted)
         yield Case(timing, _exchange(kind, names, chips, size // 4))
 
 
 def _exchange(kind: str, names: tuple[str, ...], chips: int, n: int) -> Callable[[Mesh], Looped]:
-    """A collective whose result is made into its next operand by as little else as can be."""
+    """A collective in a loop, with minimal work between its result and its next operand."""
     across = [(i, (i + chips // 2) % chips) for i in range(chips)]
 
     def scatter(x: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Timing compiled programs on a machine that others use too.
+"""Timing of compiled programs on a shared machine.
 
-A piece of work runs in a loop inside one program, so that what is timed is the work and not the start of a program; the
-number of rounds is an argument, and the same program with no round is taken off. Everything is timed in turn, several times
-over, and the shortest time of each counts: whatever else the machine does makes a time longer, never shorter.
+A piece of work runs in a loop inside one program, so that the start of a program does not count. The number of iterations is
+an argument, and the time of the same program with no iteration is subtracted. All programs are timed in turn, several times,
+and the shortest time of each counts: other load makes a time longer, never shorter.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 _LEAP = 16
-"""By how much the number of rounds grows at once, at most."""
+"""The maximum factor by which the number of iterations grows at once."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to time.
+    """The duration of timings.
 
-    A program runs its loop until that takes `seconds`, and `times_empty` as long as a program with no round; that is
-    repeated `repeats` times, in turn with all others. `most_rounds` is a hard stop. On a machine so busy that `total_seconds`
-    pass before that, it is repeated less often, but at least `least_repeats` times.
+    A program runs enough iterations to take `seconds`, and `times_empty` as long as with no iteration, but at most
+    `most_rounds`. This is repeated `repeats` times, interleaved with all other programs. After `total_seconds` the
+    repetitions end early, but there are at least `least_repeats`.
     """
 
     seconds: float = 0.01
@@ -39,17 +39,17 @@ class Patience:
 
 
 HASTE = Patience(seconds=1e-3, times_empty=0.5, most_rounds=64, repeats=2, total_seconds=5.0)
-"""Enough to see that everything runs, not to trust what comes out."""
+"""Enough to see that everything runs; too little for reliable results."""
 
 
 @dataclass(frozen=True)
 class Looped:
-    """A program that runs a piece of work any number of times on every device of a mesh."""
+    """A program that runs a piece of work a given number of times on every device of a mesh."""
 
     run: Callable[..., Any]
 
     def seconds(self, rounds: int) -> float:
-        """Wall time of one call, to the end of all its work."""
+        """Wall time of one call, to the end of its work."""
         started = time.perf_counter()
         jax.block_until_ready(self.run(np.int32(rounds)))
         return time.perf_counter() - started
@@ -60,8 +60,8 @@ def looped(body: Callable[..., Any], start: Callable[[], tuple[Any, ...]], mesh:
 
     **Arguments:**
 
-    - `start`: makes the first carry and the constants of one device, inside the program, so that nothing is held in
-      between.
+    - `start`: returns the initial carry and the constants of one device, inside the program, so that no memory is held
+      between calls.
     """
 
     def rounds(count: Any) -> Any:
@@ -75,7 +75,7 @@ def looped(body: Callable[..., Any], start: Callable[[], tuple[Any, ...]], mesh:
 def shortest(
     programs: Sequence[Looped], patience: Patience, say: Callable[[str], None] = lambda _: None
 ) -> list[float]:
-    """Seconds of one round of each program: the shortest of several, timed in turn."""
+    """Seconds of one iteration of each program: the shortest of several interleaved timings."""
     started, rounds = time.monotonic(), []
     for i, program in enumerate(programs):
         say(f"compiling and warming up, {i + 1} of {len(programs)}")
@@ -88,7 +88,7 @@ def shortest(
         for i, program in enumerate(programs):
             empty[i] = min(empty[i], program.seconds(0))
             full[i] = min(full[i], program.seconds(rounds[i]))
-    # A round cannot take no time; where noise says so, the whole call is an upper bound.
+    # An iteration takes more than 0 seconds; if noise says otherwise, the whole call is an upper bound.
     return [
         float((whole - start) / count if whole > start else whole / count)
         for whole, start, count in zip(full, empty, rounds, strict=True)
@@ -96,7 +96,7 @@ def shortest(
 
 
 def _rounds(program: Looped, patience: Patience) -> int:
-    """How many rounds take the time that is worth measuring; compiles and warms up."""
+    """The number of iterations for a long enough timing; compiles and warms up."""
     program.seconds(0)
     empty, count = program.seconds(0), 1
     enough = max(patience.seconds, patience.times_empty * empty)

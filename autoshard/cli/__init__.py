@@ -1,7 +1,7 @@
-"""The command line, one module a command; those that compare plans share one.
+"""The command line, one module per command; those that compare plans share one.
 
-Standard output carries what was asked for, and nothing else; progress and errors go to standard error. Exit codes: 0 for
-success, 1 for an answer that is no (no plan fits, a program that is not as planned), 2 for a command that makes no sense.
+Results go to standard output; progress and errors go to standard error. Exit codes: 0 for success, 1 if no plan fits, an audit
+fails or a value is refused, 2 for invalid usage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autoshard.cli.sweep import ask, sweep
 from autoshard.cli.trace import trace
 
 app = typer.Typer(
-    help="Layout search for JAX: the proven fastest sharding of a function over a torus of chips.",
+    help="Layout search for JAX: the proven fastest sharding of a function over a TPU or GPU topology.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -63,7 +63,7 @@ def _version(asked: bool) -> None:
 def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Layout search for JAX: the proven fastest sharding of a function over a torus of chips."""
+    """Layout search for JAX: the proven fastest sharding of a function over a TPU or GPU topology."""
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from autoshard.cli import common
 
 
 class On(StrEnum):
-    """What to compile for."""
+    """The target of the compiler."""
 
     host = "host"
     tpu = "tpu"
@@ -32,7 +32,7 @@ def audit(
 
     autoshard audit plan.json examples/palm.py:decode --set batch=64 --target tpu
 
-    Exits with 1 when the compiled program is not as planned.
+    Exits with 1 if the compiled program is not as planned or takes more than 1.3 times the planned time.
     """
     from json import dumps
 
@@ -40,7 +40,7 @@ def audit(
     from autoshard.emitting import targets
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         found = load(plan)
         if on is On.host:
             targets.host_devices(found.topology.size)  # before the target file starts JAX with fewer
@@ -48,7 +48,7 @@ def audit(
             work = common.workload(target, common.settings(sizes))
             report = audit_plan(found, work.fn, *work.args, target=on.value)
         typer.echo(dumps(report.to_dict(), indent=2) if json else str(report), nl=json)
-        if not report.ok:
+        if not report.ok or report.is_slow:
             raise typer.Exit(1)
 
 

@@ -25,11 +25,11 @@ def calibrate(
         typer.Option("--check", metavar="FILE.py:NAME", help="Plan and run this step, and compare its time."),
     ] = None,
     sizes: common.Settings = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few and small sizes: for trying it out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few and small sizes, for a trial.")] = False,
     json: common.AsJson = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Measure matmuls, memory and collectives on the attached devices; fit the constants of the cost model to them.
+    """Measure matmuls, memory and collectives on the attached devices, and fit the cost model's constants to them.
 
     autoshard calibrate --devices cpu:8 -o host.toml
 
@@ -39,13 +39,13 @@ def calibrate(
 
     from autoshard.calibrating.calibration import calibrate as measure
     from autoshard.calibrating.microbenchmarks import QUICK, Ranges
-    from autoshard.calibrating.step_check import checked
+    from autoshard.calibrating.step_check import check_step
     from autoshard.calibrating.timing import HASTE, Patience
     from autoshard.emitting import targets
     from autoshard.emitting.attached import topology_of
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         if devices.startswith("cpu:"):
             targets.host_devices(topology_of(devices).size)  # before a target file starts JAX with fewer
         work = common.workload(check, common.settings(sizes)) if check else None
@@ -53,7 +53,7 @@ def calibrate(
         with common.progress(f"Measuring {devices}", verbose) as say:
             found = measure(devices, ranges=ranges, patience=patience, progress=say)
             if work is not None:
-                found = replace(found, checks=(checked(work, found.topology, say),))
+                found = replace(found, checks=(check_step(work, found.topology, say),))
         if output is not None:
             found.save(output)
         typer.echo(dumps(found.to_dict(), indent=2) if json else str(found), nl=json)

@@ -1,4 +1,4 @@
-"""`autoshard chips`: the chips that plans can be made for, with the source of every number."""
+"""`autoshard chips`: the chip catalogue, with the source of every number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def chips(
     """List the chip catalogue, or every constant of one chip with its status and source."""
     from json import dumps
 
-    with common.reported():
+    with common.report_errors():
         found = list(catalogue().values()) if name is None else [_chip(name)]
     if json:
         typer.echo(dumps([each.to_dict() for each in found], indent=2))
@@ -50,7 +50,9 @@ def _catalogue(chips: Iterable[Chip], width: int) -> list[str]:
         for chip in chips
     ]
     headers = ("chip", "TFLOP/s", "GiB", "HBM GB/s", "interconnect", "its numbers are")
-    note = "TFLOP/s in bfloat16, GiB that programs may use, interconnect one way. autoshard chips CHIP has all, with sources."
+    note = (
+        "TFLOP/s in bfloat16, usable GiB, one-way interconnect. autoshard chips CHIP lists all constants with sources."
+    )
     return [*table(headers, rows, "<>>>~~", width), "", note]
 
 

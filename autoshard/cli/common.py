@@ -1,4 +1,4 @@
-"""What the commands share: errors and exit codes, progress, output files, and the user's target file."""
+"""Shared parts of the commands: options, errors and exit codes, progress, output files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PinOptions = Annotated[
     typer.Option(
         "--pin",
         metavar="PATHS=AXES",
-        help="Decide a layout: 'params.*.wq=None,x,yz', axes by dimension; may be repeated.",
+        help="Fix a layout: 'params.*.wq=None,x,yz', axes by dimension; may be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -51,21 +51,21 @@ Bandwidth = Annotated[
     str | None,
     typer.Option(
         metavar="per-axis|total",
-        help="Which links a collective has: those of its axes, or all of a chip. By default what the topology says.",
+        help="The links of a collective: those of its axes, or all of a chip. By default that of the topology.",
     ),
 ]
 Overlap = Annotated[
     str | None,
     typer.Option(
         metavar="PART",
-        help="The part of collectives' time on the wire that computation hides, 0 to 1; or 'looped', for looped einsums.",
+        help="The part of the bandwidth time of collectives that computation hides, 0 to 1; or 'looped', for looped einsums.",
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is going on, and print tracebacks.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print progress messages and tracebacks.")]
 
 
 @contextmanager
-def reported(verbose: bool = False) -> Iterator[None]:
+def report_errors(verbose: bool = False) -> Iterator[None]:
     """Turns errors into a message on standard error and an exit code."""
     try:
         yield
@@ -79,7 +79,7 @@ def reported(verbose: bool = False) -> Iterator[None]:
 
 @contextmanager
 def progress(doing: str, verbose: bool = False) -> Iterator[Callable[[str], None]]:
-    """Shows what is being done: a line that changes, on a terminal; every message on its own line, if verbose."""
+    """Shows progress: one changing line on a terminal; every message on its own line if verbose."""
     if verbose:
         typer.echo(doing, err=True)
         yield lambda message: typer.echo(f"  {message}", err=True)
@@ -91,29 +91,29 @@ def progress(doing: str, verbose: bool = False) -> Iterator[Callable[[str], None
         yield lambda message: status.update(escape(f"{doing}: {message}"))
 
 
-def writable(path: Path | None, force: bool) -> None:
-    """Refuses an output file that exists, or that cannot be written, before any work is done.
+def check_output(path: Path | None, force: bool) -> None:
+    """Refuses an output file that exists or cannot be written, before any work.
 
     **Raises:** `Misuse`.
     """
     if path is None:
         return
     if path.is_dir():
-        raise Misuse(f"{path} is a directory; name a file.")
+        raise Misuse(f"The output must be a file, got the directory {path}.")
     if path.exists() and not force:
         raise Misuse(f"{path} exists; --force overwrites it.")
     if not path.parent.is_dir():
-        raise Misuse(f"{path.parent} is no directory; make it first.")
+        raise Misuse(f"{path.parent} is not a directory; create it first.")
 
 
-def priced(topology: str, bandwidth: str | None, overlap: str | None) -> Topology:
-    """The topology that is meant, with the conventions that are asked for in place of its own.
+def with_conventions(topology: str, bandwidth: str | None, overlap: str | None) -> Topology:
+    """The topology of a text, with the requested conventions instead of its own.
 
-    **Raises:** `TopologyError`; `Misuse` for conventions that there are not.
+    **Raises:** `TopologyError`; `Misuse` for unknown conventions.
     """
     from autoshard.emitting.attached import topology_of
 
-    part = None if overlap is None else _value(overlap)  # a number, or a word
+    part = None if overlap is None else _value(overlap)  # a number or a name
     asked = {key: value for key, value in (("bandwidth", bandwidth), ("overlap", part)) if value is not None}
     found = topology_of(topology)
     try:
@@ -134,7 +134,7 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         key, sign, value = pair.partition("=")
         if not sign or not key.isidentifier():
-            raise Misuse(f"--set {pair} is no KEY=VALUE, such as batch=64.")
+            raise Misuse(f"--set must be KEY=VALUE, such as batch=64, got {pair}.")
         found[key] = _value(value)
     return found
 
@@ -155,7 +155,7 @@ def names(pairs: Sequence[str] | None) -> dict[str, str | int]:
     for pair in pairs or ():
         key, sign, words = pair.rpartition("=")
         if not sign or not key or not words:
-            raise Misuse(f'--dim {pair} is no PATH=NAMES, such as wi="E F", and no NAME=SIZE, such as E=4096.')
+            raise Misuse(f'--dim must be PATH=NAMES, such as wi="E F", or NAME=SIZE, such as E=4096, got {pair}.')
         found[key] = int(words) if words.isdigit() and key.isidentifier() else words
     return found
 

@@ -1,4 +1,4 @@
-"""`autoshard diff`, `why-not` and `best`: plans beside each other."""
+"""`autoshard diff`, `why-not` and `best`: comparisons of plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from autoshard.cli import common
 
 _Width = Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")]
-_Limit = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with what is found.")]
+_Limit = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the plans found so far.")]
 
 
 def diff(
@@ -21,28 +21,26 @@ def diff(
     width: _Width = 120,
     verbose: common.Verbose = False,
 ) -> None:
-    """Compare two plans: step, operations that differ and what each costs, arrays that lie otherwise."""
+    """Compare two plans: step times, operations that differ with their costs, arrays with other layouts."""
     from autoshard.comparing.diff import diff as compare
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         found = compare(load(before), load(after))
         typer.echo(json_module.dumps(found.to_dict(), indent=2) if json else found.render(width), nl=json)
 
 
 def why_not(
     plan: common.PlanFile,
-    family: Annotated[str, typer.Argument(metavar="[LAYOUT]", help="A plain layout, such as 'Megatron 1D'.")] = "",
+    family: Annotated[str, typer.Argument(metavar="[LAYOUT]", help="A baseline layout, such as 'Megatron 1D'.")] = "",
     pin: common.PinOptions = None,
-    memory: Annotated[
-        float | None, typer.Option(metavar="GIB", min=0, help="With so much memory on each chip.")
-    ] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory limit per chip.")] = None,
     time_limit: _Limit = None,
     json: common.AsJson = False,
     width: _Width = 120,
     verbose: common.Verbose = False,
 ) -> None:
-    """Price another layout against a plan, operation by operation: a plain one, one that you pin, or another memory.
+    """Compare a plan with the best plan under another layout, pin or memory limit, operation by operation.
 
     autoshard why-not plan.json "Megatron 1D"
     autoshard why-not plan.json --pin "params.*.wq=None,x,yz"
@@ -50,11 +48,11 @@ def why_not(
     from autoshard.comparing.other_plans import why_not as compare
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if not family and not pin and memory is None:
             from autoshard.planning.baselines import FAMILIES
 
-            raise common.Misuse(f"Why not what? Name a layout ({', '.join(FAMILIES)}), or give --pin or --memory.")
+            raise common.Misuse(f"Give a layout name ({', '.join(FAMILIES)}), --pin or --memory.")
         with common.progress(f"Searching another layout for {plan}", verbose) as say:
             held = None if memory is None else memory * 2**30
             found = compare(load(plan), family, common.pins(pin), held, time_limit, say)
@@ -63,7 +61,7 @@ def why_not(
 
 def best(
     plan: common.PlanFile,
-    count: Annotated[int, typer.Option("--count", "-k", metavar="K", min=1, help="How many plans.")] = 4,
+    count: Annotated[int, typer.Option("--count", "-k", metavar="K", min=1, help="Number of plans.")] = 4,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plans into this folder, as 1.json, 2.json, ...")
     ] = None,
@@ -71,13 +69,13 @@ def best(
     width: _Width = 120,
     verbose: common.Verbose = False,
 ) -> None:
-    """The k best plans that split some matmul otherwise, each against the best."""
+    """Print the k best plans that shard at least one matmul differently, each compared with the best."""
     from autoshard._util.tables import time as in_words
     from autoshard.comparing.diff import diff as compare
     from autoshard.comparing.other_plans import best_plans
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         with common.progress(f"Searching the {count} best plans", verbose) as say:
             found = best_plans(load(plan), count, time_limit, say)
         for place, other in enumerate(found):
@@ -88,7 +86,7 @@ def best(
         if len(found) < count:
             typer.echo("There are no more.")
         if not found.proven:
-            typer.echo("The time limit came first: there may be others between these.")
+            typer.echo("The time limit was reached: there may be other plans between these.")
         if output is not None:
             output.mkdir(exist_ok=True)
             for place, other in enumerate(found):

@@ -1,4 +1,4 @@
-"""`autoshard explain`: a plan in words and tables."""
+"""`autoshard explain`: a plan as tables."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 
 def explain(
     plan: common.PlanFile,
-    symbolic: Annotated[bool, typer.Option("--symbolic", help="Add formulas, and where layouts cross over.")] = False,
+    symbolic: Annotated[bool, typer.Option("--symbolic", help="Add formulas and crossovers of layouts.")] = False,
     target: Annotated[
-        str | None, typer.Argument(metavar="[FILE.py:NAME]", help="What the plan was searched for; for --remedies.")
+        str | None, typer.Argument(metavar="[FILE.py:NAME]", help="The plan's workload; for --remedies.")
     ] = None,
     sizes: common.Settings = None,
     regimes: Annotated[
-        bool, typer.Option("--regimes", help="Print what each operation waits for, and how near it is to the roofline.")
+        bool,
+        typer.Option("--regimes", help="Print the bottleneck of each operation, and its distance to the roofline."),
     ] = False,
     remedies: Annotated[
-        bool, typer.Option("--remedies", help="Print what int8, twice the batch, more or faster chips would give.")
+        bool, typer.Option("--remedies", help="Print the effect of int8, twice the batch, more or faster chips.")
     ] = False,
     time_limit: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="For each remedy's search; 0: price the layout as it is."),
+        typer.Option(metavar="SECONDS", min=0, help="For each remedy's search; 0: cost the plan's own layout only."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print regimes or remedies as JSON.")] = False,
     width: Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")] = 120,
@@ -40,11 +41,11 @@ def explain(
     from autoshard.explaining.explain import render
     from autoshard.plan import load
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if remedies and target is None:
-            raise common.Misuse("--remedies needs what the plan was searched for: FILE.py:NAME, with the same --set.")
+            raise common.Misuse("--remedies needs the plan's workload: FILE.py:NAME, with the same --set.")
         if json and regimes == remedies:
-            raise common.Misuse("--json goes with --regimes or with --remedies; a plan file is JSON already.")
+            raise common.Misuse("--json applies to --regimes or --remedies only; a plan file is JSON already.")
         if remedies and target is not None:
             with common.progress("Trying remedies", verbose) as say:
                 found = _remedies(load(plan), target, sizes, time_limit, say)

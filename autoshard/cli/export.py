@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,25 +11,19 @@ import typer
 from autoshard.cli import common
 
 
-class Format(StrEnum):
-    """What to write."""
-
-    specs = "specs"
-    rules = "rules"
-    flax = "flax"
-    maxtext = "maxtext"
-
-
 def export(
     plan: common.PlanFile,
     format: Annotated[
-        Format,
+        str,
         typer.Option(
-            "--format", "-f", help="PartitionSpecs or regex rules as Python, logical axes for Flax or MaxText."
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="specs or rules: PartitionSpecs or regex rules as Python; flax or maxtext: logical axes.",
         ),
     ],
     argument: Annotated[
-        str | None, typer.Option(metavar="NAME", help="This argument only; paths then start inside it.")
+        str | None, typer.Option(metavar="NAME", help="Only this argument; paths then start inside it.")
     ] = None,
     axes: Annotated[
         list[str] | None, typer.Option("--axis", metavar="AXIS=NAME", help="Rename a mesh axis; may be repeated.")
@@ -48,15 +41,18 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Write the layouts of a plan's arguments in a format that other programs read.
+    """Write the layouts of a plan's arguments in a format of other libraries.
 
     autoshard export plan.json --format rules --argument params -o partition_rules.py
     """
+    from autoshard.export import FORMATS
     from autoshard.plan import load
 
-    with common.reported(verbose):
-        common.writable(output, force)
-        text = load(plan).export(format.value, output, argument=argument, names=_names(names), axes=_axes(axes))
+    with common.report_errors(verbose):
+        if format not in FORMATS:
+            raise common.Misuse(f"--format must be one of {', '.join(FORMATS)}, got {format}.")
+        common.check_output(output, force)
+        text = load(plan).export(format, output, argument=argument, names=_names(names), axes=_axes(axes))
         if output is None:
             typer.echo(text, nl=False)
         else:
@@ -68,7 +64,7 @@ def _axes(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or ():
         axis, sign, name = pair.partition("=")
         if not sign or not name.isidentifier():
-            raise common.Misuse(f"--axis {pair} is no AXIS=NAME, such as x=data.")
+            raise common.Misuse(f"--axis must be AXIS=NAME, such as x=data, got {pair}.")
         found[axis] = name
     return found
 
@@ -79,7 +75,9 @@ def _names(path: Path | None) -> Any:
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise common.Misuse(f"{path} is no JSON: {error}.") from error
+        raise common.Misuse(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(found, dict) or not found or not all(isinstance(each, list) for each in found.values()):
-        raise common.Misuse(f'{path} maps no regular expressions to lists of names: {{"mlp/wi$": ["embed", "mlp"]}}.')
+        raise common.Misuse(
+            f'{path} must map regular expressions to lists of names, such as {{"mlp/wi$": ["embed", "mlp"]}}.'
+        )
     return found

@@ -1,4 +1,4 @@
-"""`autoshard phases`: several phases of one model under one layout of what they share."""
+"""`autoshard phases`: several phases of one model with one layout of their shared arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoshard.cli import common
 
 def phases(
     targets: Annotated[
-        list[str], typer.Argument(metavar="FILE.py:NAME FILE.py:NAME ...", help="The phases, each called by its NAME.")
+        list[str], typer.Argument(metavar="FILE.py:NAME FILE.py:NAME ...", help="The phases, each named NAME.")
     ],
     topology: Annotated[
         str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
@@ -22,10 +22,11 @@ def phases(
         str, typer.Option(metavar="ARGUMENT", help="The argument whose arrays all phases share.")
     ] = "params",
     weight: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="How often a phase counts; 1 by default.")
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Weight of a phase: its number of runs; 1 by default."),
     ] = None,
     at_most: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SECONDS", help="What a phase may take, at most.")
+        list[str] | None, typer.Option(metavar="NAME=SECONDS", help="Time limit of a phase's step.")
     ] = None,
     sizes: Annotated[
         list[str] | None,
@@ -36,29 +37,27 @@ def phases(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write NAME.json of each into this folder.")
     ] = None,
-    reserve: Annotated[
-        float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
-    ] = None,
+    reserve: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory to reserve on each chip.")] = None,
     time_limit: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", min=0, help="For each search: stop then, with the gap that is left."),
+        typer.Option(metavar="SECONDS", min=0, help="For each search: stop then, with the remaining gap."),
     ] = None,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
     verbose: common.Verbose = False,
 ) -> None:
-    """Search one layout of the shared arrays under which several phases are fastest together, and what sharing costs each.
+    """Search the layout of shared arrays that is fastest for several phases together, and the cost of sharing for each.
 
     autoshard phases palm.py:prefill palm.py:decode -t v4:4x4x4 --set batch=64 --weight decode=64
     """
     from autoshard.phases import search_phases
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         names = [target.rpartition(":")[2] for target in targets]
         if len(set(names)) < len(names) or len(names) < 2:
-            raise common.Misuse(f"The phases are {', '.join(names)}; two or more of different names would do.")
+            raise common.Misuse(f"Expected two or more phases with different names, got {', '.join(names)}.")
         weights, limits = _numbers("--weight", weight, names), _numbers("--at-most", at_most, names)
-        where = common.priced(topology, bandwidth, overlap)
+        where = common.with_conventions(topology, bandwidth, overlap)
         with common.progress(f"Searching {', '.join(names)} on {topology}", verbose) as say:
             works = {
                 name: common.workload(target, common.settings(_own(sizes, name, names)))
@@ -93,19 +92,19 @@ def _numbers(option: str, pairs: Sequence[str] | None, names: Sequence[str]) -> 
         try:
             found[name] = float(value)
         except ValueError:
-            raise common.Misuse(f"{option} {pair} is no NAME=NUMBER, such as {names[-1]}=64.") from None
+            raise common.Misuse(f"{option} must be NAME=NUMBER, such as {names[-1]}=64, got {pair}.") from None
         if name not in names or not found[name] > 0:
-            raise common.Misuse(f"{option} {pair}: a number above 0 for one of {', '.join(names)} would do.")
+            raise common.Misuse(f"{option} must be a number above 0 for one of {', '.join(names)}, got {pair}.")
     return found
 
 
 def _own(pairs: Sequence[str] | None, name: str, names: Sequence[str]) -> list[str]:
-    """The settings of one phase: those for all, and those that begin with its name."""
+    """The settings of one phase: those for all phases, and those with its name."""
     found = []
     for pair in pairs or ():
         head, dot, _ = pair.partition("=")[0].partition(".")
         if not dot or head == name:
             found.append(pair if not dot else pair[len(head) + 1 :])
         elif head not in names:
-            raise common.Misuse(f"--set {pair}: there is no phase {head}; there are {', '.join(names)}.")
+            raise common.Misuse(f"--set {pair}: the phase must be one of {', '.join(names)}, got {head}.")
     return found

@@ -13,24 +13,26 @@ from autoshard.cli import common
 def report(
     source: Annotated[
         Path,
-        typer.Argument(metavar="FILE.json", help="A plan, or what autoshard sweep wrote.", exists=True, dir_okay=False),
+        typer.Argument(
+            metavar="FILE.json", help="A plan, or a result of autoshard sweep.", exists=True, dir_okay=False
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to: .html, or a plot as .png, .svg or .pdf.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The output: .html, or a plot as .png, .svg or .pdf.")
     ],
     audit: Annotated[
-        Path | None, typer.Option(metavar="AUDIT.json", help="What autoshard audit --json printed.", exists=True)
+        Path | None, typer.Option(metavar="AUDIT.json", help="The output of autoshard audit --json.", exists=True)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Write one page, with all that it needs inside, about a plan or a sweep.
+    """Write one self-contained page about a plan or a sweep.
 
     autoshard report plan.json -o plan.html
     """
     from autoshard.report import write_report
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         write_report(source, output, audit)
         typer.echo(f"Wrote {output}.", err=True)

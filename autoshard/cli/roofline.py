@@ -16,19 +16,19 @@ def roofline(
         typer.Argument(metavar="PLAN.json...", help="Plans, such as prefill and decode.", exists=True, dir_okay=False),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to: .png, .svg, .pdf, or .html with tables.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The output: .png, .svg, .pdf, or .html with tables.")
     ],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Draw the rooflines of plans, one panel each: every operation, what it waits for, and how near the roof it is.
+    """Draw the rooflines of plans, one panel each: every operation, its bottleneck, and its distance to the roof.
 
     autoshard roofline prefill.json decode.json -o roofline.png
     """
     from autoshard.explaining.roofline import save_roofline
     from autoshard.plan import load
 
-    with common.reported(verbose):
-        common.writable(output, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
         save_roofline([load(plan) for plan in plans], output)
         typer.echo(f"Wrote {output}.", err=True)

@@ -1,4 +1,4 @@
-"""`autoshard search`: lay a function out and prove it."""
+"""`autoshard search`: find and prove the fastest layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Solver(StrEnum):
 
 
 class Compiler(StrEnum):
-    """Whose compiler verifies plans."""
+    """The compilers that verify plans."""
 
     host = "host"
     tpu = "tpu"
@@ -41,32 +41,26 @@ def search(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: common.AsJson = False,
     time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the gap that is left.")
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the remaining gap.")
     ] = None,
-    reserve: Annotated[
-        float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to leave free.")
-    ] = None,
-    memory: Annotated[
-        float | None, typer.Option(metavar="GIB", min=0, help="Memory of each chip to take at most.")
-    ] = None,
+    reserve: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory to reserve on each chip.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory limit per chip.")] = None,
     pin: common.PinOptions = None,
-    fold: Annotated[bool, typer.Option(help="Lay out the layers of an unrolled model alike.")] = True,
+    fold: Annotated[bool, typer.Option(help="Use one layout for all layers of an unrolled model.")] = True,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Compare with plain layouts: data parallel, Megatron 1D, ...")
+        bool, typer.Option("--baselines", help="Compare with baselines: data parallel, Megatron 1D, ...")
     ] = False,
     solver: Annotated[
         Solver, typer.Option(help="CP-SAT after presolve, or alone: a reference for small functions and meshes.")
     ] = Solver.presolved,
     verify: Annotated[
         Compiler | None,
-        typer.Option(help="Compile the best plans, and take the one whose compiled program is fastest."),
+        typer.Option(help="Compile the best plans, and take the one with the fastest compiled program."),
     ] = None,
-    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="How many plans --verify compiles.")] = 4,
+    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Number of plans that --verify compiles.")] = 4,
     calibration: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.toml", help="With --verify: write a topology with efficiencies as the compiler has them."
-        ),
+        typer.Option(metavar="FILE.toml", help="With --verify: write a topology with the compiler's efficiencies."),
     ] = None,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
@@ -80,12 +74,12 @@ def search(
     from autoshard.emitting.targets import host_devices
     from autoshard.pipeline import search as search_plan
 
-    with common.reported(verbose):
-        common.writable(output, force)
-        common.writable(calibration, force)
+    with common.report_errors(verbose):
+        common.check_output(output, force)
+        common.check_output(calibration, force)
         if calibration is not None and verify is not Compiler.tpu:
-            raise common.Misuse("--calibration goes with --verify tpu: only that compiler tells cycles.")
-        where = common.priced(topology, bandwidth, overlap)
+            raise common.Misuse("--calibration needs --verify tpu: only the TPU compiler reports cycles.")
+        where = common.with_conventions(topology, bandwidth, overlap)
         if verify is Compiler.host:
             host_devices(where.size)  # before the target file starts JAX with fewer
         with common.progress(f"Searching {target} on {topology}", verbose) as say:
@@ -123,7 +117,7 @@ def _show(
     calibration: Path | None,
     json: bool,
 ) -> None:
-    """Writes the files that were asked for, and says what was found: the answer alone on standard output."""
+    """Writes the requested files, and prints the result to standard output."""
     from autoshard._util.files import write_whole
     from autoshard.planning.plan_file import dumps
     from costmodels.machine.topology_file import topology_toml
@@ -138,3 +132,5 @@ def _show(
     typer.echo(dumps(plan) if json else plan.explain(), nl=False)
     if output is not None:
         typer.echo(f"Wrote {output}.", err=True)
+    if verified is not None and verified.is_slow:
+        raise typer.Exit(1)

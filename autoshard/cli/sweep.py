@@ -1,4 +1,4 @@
-"""`autoshard sweep` and `autoshard ask`: many points, their frontier, and questions to it."""
+"""`autoshard sweep` and `autoshard ask`: many points, their frontier, and questions about it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from autoshard.cli import common
 
 
 def sweep(
-    job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="What to sweep over.", exists=True, dir_okay=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where results go.")] = Path("results"),
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of results.")] = Path(
+        "results"
+    ),
     store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep results there: jobs that share it never repeat a point.")
+        Path | None, typer.Option(metavar="FILE", help="The store of results; jobs with one store share points.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of this machine, all cores by default; 0 for this process.")
+        int | None, typer.Option(min=0, help="Processes on this machine, all cores by default; 0 for this process.")
     ] = None,
     dask: Annotated[
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="Solve on the Dask cluster with this scheduler.")
@@ -34,7 +36,7 @@ def sweep(
 
     autoshard sweep job.toml -o results/
 
-    A job that was interrupted goes on where it stopped. Exits with 1 when a point failed or a result could not be kept.
+    An interrupted job resumes where it stopped. Exits with 1 if a point failed or a result could not be stored.
     """
     from json import dumps
 
@@ -46,16 +48,16 @@ def sweep(
     from autoshard.sweep.runner import Sweep
     from autoshard.sweep.store import Store
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         if dask is not None and ray is not None:
-            raise common.Misuse("--dask and --ray name two engines; one would do.")
+            raise common.Misuse("Give either --dask or --ray, not both.")
         asked = load_job(job)
         every = list(points(asked))
         output.mkdir(parents=True, exist_ok=True)
         path = store or output / "points.sqlite"
         with Store(path) as kept, _progress(asked.name, len(every)) as bar:
             run = Sweep(every, kept, _engine(workers, dask, ray), asked.constraints, bar.say)
-            done = [bar.advanced(each) for each in run]
+            done = [bar.advance_bar(each) for each in run]
         found = sweep_result(asked, done, every, str(path))
         typer.echo(dumps(found.to_dict(), indent=1) if json else render(found), nl=json)
         _write(output / f"{asked.name}.json", found.to_dict())
@@ -68,7 +70,7 @@ def _closing(run: Any, done: list[Any], path: Path) -> None:
     known = sum(each.known for each in done)
     typer.echo(f"{run.solved} points solved, {known} known from the store. Wrote {path}.", err=True)
     if run.unkept:
-        typer.echo(f"autoshard: {len(run.unkept)} results could not be kept: {run.trouble}", err=True)
+        typer.echo(f"autoshard: {len(run.unkept)} results could not be stored: {run.trouble}", err=True)
 
 
 def _write(path: Path, data: Any) -> None:
@@ -79,7 +81,7 @@ def _write(path: Path, data: Any) -> None:
     try:
         write_whole(path, dumps(data, indent=1) + "\n")
     except OSError as error:
-        raise common.Misuse(f"{path} could not be written, the text above is all: {error}.") from error
+        raise common.Misuse(f"{path} could not be written; only the text above is complete: {error}.") from error
 
 
 def _engine(workers: int | None, dask: str | None, ray: str | None) -> Any:
@@ -94,20 +96,20 @@ def _engine(workers: int | None, dask: str | None, ray: str | None) -> Any:
 
 
 _TELL_SECONDS = 60.0
-"""How often a log, where no bar can be drawn, is told how far a sweep is."""
+"""The interval of progress lines where no bar can be drawn."""
 _SPEED_SECONDS = 3600.0
-"""Over what time the bar takes the mean of how long points take: some take minutes."""
+"""The time over which the bar averages the duration of points: some take minutes."""
 
 
 class _Bar:
-    """A bar on a terminal, and now and then a line elsewhere."""
+    """A progress bar on a terminal, and progress lines elsewhere."""
 
     def __init__(self, bar: Any, task: Any, total: int) -> None:
         self.bar, self.task, self.total = bar, task, total
         self.ended = self.searched = 0
         self.began = self.told = monotonic()
 
-    def advanced(self, done: Any) -> Any:
+    def advance_bar(self, done: Any) -> Any:
         self.bar.advance(self.task)
         self.ended += 1
         self.searched += not done.known and done.result.wall_seconds > 0
@@ -154,41 +156,43 @@ def _progress(name: str, total: int) -> Any:
 
 def ask(
     sweep: Annotated[
-        Path, typer.Argument(metavar="SWEEP.json", help="What autoshard sweep wrote.", exists=True, dir_okay=False)
+        Path, typer.Argument(metavar="SWEEP.json", help="A result of autoshard sweep.", exists=True, dir_okay=False)
     ],
     under_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="The cheapest slice at so long a token, or less.")
+        float | None, typer.Option(metavar="MS", help="The cheapest slice with at most this time per token.")
     ] = None,
     first_token_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="The cheapest slice at so long to the first token, or less.")
+        float | None, typer.Option(metavar="MS", help="The cheapest slice with at most this time to the first token.")
     ] = None,
-    chips: Annotated[int | None, typer.Option(metavar="COUNT", help="The fastest plan on so many chips.")] = None,
+    chips: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="The fastest plan on this number of chips.")
+    ] = None,
     longest: Annotated[
-        str | None, typer.Option(metavar="KNOB", help="The largest value of a knob that fits, such as context.")
+        str | None, typer.Option(metavar="KNOB", help="The largest value of a variable that fits, such as context.")
     ] = None,
     gain: Annotated[
-        str | None, typer.Option(metavar="KNOB:A:B", help="What B gains over A, such as weights:bf16:int8.")
+        str | None, typer.Option(metavar="KNOB:A:B", help="The gain of B over A, such as weights:bf16:int8.")
     ] = None,
-    phase: Annotated[str | None, typer.Option(help='Of this phase only, such as decode or "prefill + decode".')] = None,
+    phase: Annotated[str | None, typer.Option(help='Only this phase, such as decode or "prefill + decode".')] = None,
     where: Annotated[
-        list[str] | None, typer.Option(metavar="KNOB=VALUE", help="Of these points only; may be repeated.")
+        list[str] | None, typer.Option(metavar="KNOB=VALUE", help="Only these points; may be repeated.")
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="PLAN.json", help="Write the plan of the answer; one file a phase.")
+        Path | None, typer.Option(metavar="PLAN.json", help="Write the plan of the answer; one file per phase.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Answer questions from a finished sweep; without one, show it again.
+    """Answer questions about a finished sweep; without a question, print the sweep again.
 
     autoshard ask results/palm.json --under-ms 30
 
-    Limits hold for the questions beside them: --longest context --under-ms 30 is the longest at 30 ms a token.
+    Limits apply to the other question: --longest context --under-ms 30 is the longest at 30 ms a token.
     """
     from autoshard.sweep.analysis import answers
     from autoshard.sweep.analysis.rows import load_sweep
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
         found = load_sweep(sweep)
         for each in where or ():
@@ -196,7 +200,7 @@ def ask(
         phases = found.phases if phase is None else _phases(found, phase)
         parts = tuple(gain.split(":")) if gain is not None else ()
         if gain is not None and len(parts) != 3:
-            raise common.Misuse(f"--gain {gain} is no KNOB:A:B, such as weights:bf16:int8.")
+            raise common.Misuse(f"--gain must be KNOB:A:B, such as weights:bf16:int8, got {gain}.")
         asked = [None if each is None else each / 1e3 for each in (under_ms, first_token_ms)]
         given: list[answers.Answer] = []
         for name in phases:
@@ -211,7 +215,7 @@ def ask(
                 values = [_value_of(found, parts[0], each) for each in parts[1:]]
                 given += [answers.Answer(line) for line in answers.answer_gain(found, name, parts[0], *values)]
         if any(asked) and not given:
-            raise common.Misuse(f"{sweep} has only {', '.join(phases)}, which that is no limit of.")
+            raise common.Misuse(f"That limit does not apply to the phases of {sweep} ({', '.join(phases)}).")
         shown = "\n".join(each.words for each in given) if given else answers.render(_of_phases(found, phases))
         typer.echo(shown, nl=bool(given))
         if save is not None:
@@ -219,15 +223,15 @@ def ask(
 
 
 def _value_of(found: Any, knob: str, text: str) -> Any:
-    """The value of a knob that is written so; the text itself if there is none."""
+    """The value of a variable with this text; the text itself if there is none."""
     return next((row.knobs[knob] for row in found.rows if str(row.knobs.get(knob)) == text), text)
 
 
 def _phases(found: Any, asked: str) -> tuple[str, ...]:
-    """The phase of this name, spaces aside."""
+    """The phase of this name, ignoring spaces."""
     fitting = tuple(phase for phase in found.phases if phase.replace(" ", "") == asked.replace(" ", ""))
     if not fitting:
-        raise common.Misuse(f"The sweep has no phase {asked}; it has {', '.join(found.phases)}.")
+        raise common.Misuse(f"The phase must be one of {', '.join(found.phases)}, got {asked}.")
     return fitting
 
 
@@ -238,12 +242,12 @@ def _of_phases(found: Any, phases: tuple[str, ...]) -> Any:
 
 
 def _only(found: Any, pair: str) -> Any:
-    """The sweep with the points alone at which a knob (or `topology`, or `chip`) has a value."""
+    """The sweep with only those points at which a variable (or `topology`, or `chip`) has a value."""
     from dataclasses import replace
 
     knob, sign, value = pair.partition("=")
     if not sign:
-        raise common.Misuse(f"--where {pair} is no KNOB=VALUE, such as weights=int8.")
+        raise common.Misuse(f"--where must be KNOB=VALUE, such as weights=int8, got {pair}.")
 
     def of(row: Any) -> Any:
         return getattr(row, knob) if knob in ("topology", "chip") else row.knobs.get(knob)
@@ -260,29 +264,29 @@ def _only(found: Any, pair: str) -> Any:
 def _check_limits(limits: dict[str, float | None]) -> None:
     for flag, given in limits.items():
         if given is not None and not given > 0:
-            raise common.Misuse(f"{flag} {given:g} is no limit; a number above 0 would do.")
+            raise common.Misuse(f"{flag} must be a number above 0, got {given:g}.")
 
 
 def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) -> None:
-    """Writes the plans of the one row that was the answer."""
+    """Writes the plans of the only answer."""
     from autoshard.sweep.store import Store
-    from autoshard.sweep.worker import unpacked
+    from autoshard.sweep.worker import unpack
 
     if len(rows) != 1:
         names = ", ".join(f"{row.phase} on {row.name}" for row in rows) or "none"
-        raise common.Misuse(f"--save takes one answer, and there are {len(rows)} ({names}); --phase picks one.")
+        raise common.Misuse(f"--save needs exactly one answer, got {len(rows)} ({names}); select one with --phase.")
     (row,) = rows
     stores = [Path(found.store), source.parent / Path(found.store).name]
     store = next((each for each in stores if each.is_file()), None)
     if not found.store or store is None:
-        raise common.Misuse(f"The plans of {source} are in {found.store or 'no store'}, which is not there.")
+        raise common.Misuse(f"The store of {source}, {found.store or 'none'}, does not exist.")
     several = len(row.phase_seconds) > 1
     with Store(store) as kept:
         for phase in row.phase_seconds:
             target = path.with_stem(f"{path.stem}-{phase}") if several else path
-            common.writable(target, force)
+            common.check_output(target, force)
             data = kept.plan(row.key, phase)
             if data is None:
-                raise common.Misuse(f"{store} has no plan of {row.phase} on {row.name}; the sweep finds it again.")
-            unpacked(data).save(target)
+                raise common.Misuse(f"{store} has no plan of {row.phase} on {row.name}; run the sweep again.")
+            unpack(data).save(target)
             typer.echo(f"Wrote {target}.", err=True)

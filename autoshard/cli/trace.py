@@ -1,4 +1,4 @@
-"""`autoshard trace`: what a function is made of, and which of its operations have sharding rules."""
+"""`autoshard trace`: the operations of a function, and their sharding rules."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def trace(
     census: Annotated[
         bool, typer.Option("--census", help="One line per primitive: its rule, and its share of the time.")
     ] = False,
-    chip: Annotated[str, typer.Option(metavar="CHIP", help="Whose roofline the times are of.")] = "v5e",
+    chip: Annotated[str, typer.Option(metavar="CHIP", help="The chip whose roofline gives the times.")] = "v5e",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse operations without a sharding rule.")] = False,
     json: common.AsJson = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Trace a function without searching: its operations, and what share of its time has exact sharding rules.
+    """Trace a function without a search: its operations, and the share of its time with exact sharding rules.
 
     autoshard trace --census examples/palm.py:decode --set batch=64
     """
@@ -31,7 +31,7 @@ def trace(
     from costmodels.machine.chips import UnknownChipError
     from costmodels.machine.chips import chip as chip_named
 
-    with common.reported(verbose):
+    with common.report_errors(verbose):
         try:
             on = chip_named(chip)
         except UnknownChipError as error:

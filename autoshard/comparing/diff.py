@@ -1,4 +1,4 @@
-"""Two plans side by side: what differs, and what each difference costs."""
+"""The difference of two plans: operations and arrays that differ, and the cost of each difference."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from autoshard.plan import Plan
 from autoshard.planning.records import ArrayPlan, OperationPlan
 
 _LISTED = 0.002
-"""The part of a step from which on an operation's difference is listed."""
+"""The part of a step above which an operation's difference is listed."""
 
 
 @dataclass(frozen=True)
 class OperationDifference:
-    """Like operations in two plans: their strategies, and seconds with the collectives that they need.
+    """Corresponding operations of two plans: their strategies, and their seconds with their collectives.
 
-    A strategy is empty where a plan has no such operation.
+    A strategy is empty if a plan has no such operation.
     """
 
     name: str
@@ -35,13 +35,13 @@ class OperationDifference:
 
     @property
     def seconds(self) -> float:
-        """How much longer it takes in the second plan."""
+        """The additional seconds in the second plan."""
         return self.after_seconds - self.before_seconds
 
 
 @dataclass(frozen=True)
 class ArrayDifference:
-    """Arrays that two plans keep otherwise; a layout is empty where a plan has no such array."""
+    """Arrays with different layouts in two plans; a layout is empty if a plan has no such array."""
 
     path: str
     count: int
@@ -51,7 +51,7 @@ class ArrayDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between two plans, `before` and `after`; the costliest operations first."""
+    """The differences of two plans, `before` and `after`; the costliest operations first."""
 
     before: Plan
     after: Plan
@@ -60,7 +60,7 @@ class Difference:
 
     @property
     def seconds(self) -> float:
-        """How much longer a step takes in the second plan."""
+        """The additional seconds of a step in the second plan."""
         return self.after.estimate.seconds - self.before.estimate.seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Difference:
         return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
 
     def render_operations(self, width: int = WIDTH) -> str:
-        """Only what operations do otherwise."""
+        """The table of operations alone."""
         return "\n".join(self._operations(width)) + "\n"
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ class Difference:
         rows.append(("peak memory", size(peaks[0]), size(peaks[1]), _percent_more(*peaks)))
         proved, proves = (f"{plan.proof.status}, gap {percent(plan.proof.gap)}" for plan in (self.before, self.after))
         rows.append(("proof", proved, proves, ""))
-        yield from _indented(table(("", "before", "after", "after - before"), rows, "<>>>"))
+        yield from _indent(table(("", "before", "after", "after - before"), rows, "<>>>"))
 
     def _operations(self, width: int) -> Iterator[str]:
         least = _LISTED * self.before.estimate.seconds
@@ -115,20 +115,18 @@ class Difference:
             if abs(each.seconds) >= least or (each.matmul and each.before != each.after)
         ]
         if rows:
-            yield "Operations, with the collectives that they need"
-            yield from _indented(
-                table(("operation", "alike", "before", "after", "difference"), rows, "<>~~>", width - 2)
-            )
+            yield "Operations, with their collectives"
+            yield from _indent(table(("operation", "alike", "before", "after", "difference"), rows, "<>~~>", width - 2))
 
     def _arrays(self, width: int) -> Iterator[str]:
         if self.arrays:
             yield "Arrays"
             rows = [(each.path, str(each.count), each.before or "-", each.after or "-") for each in self.arrays]
-            yield from _indented(table(("array", "alike", "before", "after"), rows, "/>~~", width - 2))
+            yield from _indent(table(("array", "alike", "before", "after"), rows, "/>~~", width - 2))
 
 
 def diff(before: Plan, after: Plan) -> Difference:
-    """Compares two plans, operation by operation and array by array: of one function, or of two that resemble each other.
+    """Compares two plans of one function or of similar functions, operation by operation and array by array.
 
     print(autoshard.diff(autoshard.load("a.json"), autoshard.load("b.json")))
     """
@@ -137,7 +135,7 @@ def diff(before: Plan, after: Plan) -> Difference:
 
 def _operations(before: Plan, after: Plan) -> list[OperationDifference]:
     groups: dict[tuple[str, bool, str, str], list[tuple[str, float, float]]] = {}
-    for a, b in _paired([_named(op) for op in before.operations], [_named(op) for op in after.operations]):
+    for a, b in _pair_names([_named(op) for op in before.operations], [_named(op) for op in after.operations]):
         one, other = (plan.operations[i] if i is not None else None for plan, i in ((before, a), (after, b)))
         named = one or other
         if named is None or not (_seconds(one) or _seconds(other)):
@@ -165,7 +163,7 @@ def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
     groups: dict[tuple[str, str, str], list[str]] = {}
     for kind in ("arguments", "constants", "results"):
         ones, others = getattr(before, kind), getattr(after, kind)
-        for a, b in _paired([array.path for array in ones], [array.path for array in others]):
+        for a, b in _pair_names([array.path for array in ones], [array.path for array in others]):
             one, other = (ones[a] if a is not None else None), (others[b] if b is not None else None)
             if _spec(one) != _spec(other):
                 named = one or other
@@ -174,16 +172,16 @@ def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
     return [ArrayDifference(shared_name(paths), len(paths), one, other) for (_, one, other), paths in groups.items()]
 
 
-def _paired(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int | None, int | None]]:
-    """Positions of like names in both, the first with the first; `None` where there is no partner."""
-    left: dict[tuple[str, int], int] = dict(_numbered(after))
-    for key, at in _numbered(before):
+def _pair_names(before: Sequence[str], after: Sequence[str]) -> Iterator[tuple[int | None, int | None]]:
+    """Pairs of positions of equal names, in order; `None` for a name without a partner."""
+    left: dict[tuple[str, int], int] = dict(_number_repeats(after))
+    for key, at in _number_repeats(before):
         yield at, left.pop(key, None)
     for at in left.values():
         yield None, at
 
 
-def _numbered(names: Sequence[str]) -> Iterator[tuple[tuple[str, int], int]]:
+def _number_repeats(names: Sequence[str]) -> Iterator[tuple[tuple[str, int], int]]:
     seen: Counter[str] = Counter()
     for at, name in enumerate(names):
         yield (name, seen[name]), at
@@ -227,5 +225,5 @@ def _summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _indented(lines: Sequence[str]) -> Iterator[str]:
+def _indent(lines: Sequence[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

@@ -1,6 +1,6 @@
-"""Other plans of the same program: the k best, and what any other layout would cost.
+"""Other plans of a program: the k best, and the best under other constraints.
 
-All are searched from the program that a plan carries, without the function: plans from files will do.
+They are searched from the program that a plan contains, so a plan from a file is enough.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BestPlans(Sequence[Plan]):
-    """Plans in order of their steps; `proven` says that no other comes between, or before."""
+    """Plans in order of their step times; `proven` means that no other plan is before or between them."""
 
     plans: tuple[Plan, ...]
     proven: bool
@@ -45,18 +45,18 @@ class BestPlans(Sequence[Plan]):
 
 
 def best_plans(plan: Plan, k: int, time_limit: float | None = None, progress: Say = lambda _: None) -> BestPlans:
-    """The k best plans of a plan's program that split some matmul otherwise, the plan itself first; fewer if there are no more.
+    """The k best plans of a program that differ in the split of a matmul, the plan itself first; fewer if there are no more.
 
-    Matmuls that take less than a hundredth of the step do not count, nor do swaps of mesh axes that are alike.
+    Matmuls that take less than a hundredth of the step do not count, nor do swaps of interchangeable mesh axes.
 
     **Arguments:**
 
-    - `time_limit`: seconds for all of them; what is found by then is returned, unproven.
+    - `time_limit`: seconds for all of them; the plans found by then are returned, unproven.
 
-    **Raises:** `AutoshardError` for a plan whose file does not hold the program.
+    **Raises:** `AutoshardError` for a plan whose file lacks the program.
     """
     if k < 1:
-        raise AutoshardError(f"There are no {k} best plans; 1 or more would do.")
+        raise AutoshardError(f"k must be 1 or more, got {k}.")
     found = ranked(_solution(plan), k, _limits(plan, time_limit), progress)
     return BestPlans((plan, *(relaid(plan, other) for other in found.solutions[1:])), found.proven)
 
@@ -69,22 +69,22 @@ def why_not(
     time_limit: float | None = None,
     progress: Say = lambda _: None,
 ) -> Difference:
-    """What another layout would cost, operation by operation: the best plan that is laid out so, against this one.
+    """Compares a plan with the best plan under another layout, operation by operation.
 
         print(autoshard.why_not(plan, "Megatron 1D"))
         print(autoshard.why_not(plan, pins={"params.*.wq": P(None, "x", ("y", "z"))}))
 
     **Arguments:**
 
-    - `family`: one of `autoshard.baselines.FAMILIES`.
+    - `family`: one of `autoshard.planning.baselines.FAMILIES`.
     - `pins`: layouts of arguments, as for `autoshard.search`.
-    - `memory_bytes`: what the other plan may take of each chip's memory, instead of what this one may.
+    - `memory_bytes`: the memory limit of the other plan per chip; by default that of this plan.
 
-    **Raises:** `AutoshardError` for a family that there is not, or a plan whose file does not hold the program; `PinError`;
-    `InfeasibleError` when nothing fits that is laid out so.
+    **Raises:** `AutoshardError` for an unknown family, or a plan whose file lacks the program; `PinError`;
+    `InfeasibleError` if no such plan fits.
     """
     if family and family not in FAMILIES:
-        raise AutoshardError(f"There is no layout called {family!r}; there are {', '.join(FAMILIES)}.")
+        raise AutoshardError(f"The layout must be one of {', '.join(FAMILIES)}, got {family!r}.")
     program, topology = _program(plan), plan.topology
     limits = _limits(plan, time_limit)
     limits = limits if memory_bytes is None else replace(limits, memory_bytes=memory_bytes)
@@ -96,11 +96,11 @@ def why_not(
     except NoPlan as error:
         clash = conflict(program, pinned, topology, limits)
         raise (PinError(clash) if clash else explained(error)) from error
-    return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_asked(family, pins, memory_bytes)}"))
+    return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_name_of_request(family, pins, memory_bytes)}"))
 
 
 def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
-    """The best plan of each plain layout that the model finds slower than a plan by at most this part of a step."""
+    """The best plan of each baseline that is slower by at most the part `within` of a step."""
     program, limits, cutoff = _program(plan), _limits(plan, time_limit), plan.estimate.seconds * (1 + within)
     for name in FAMILIES:
         try:
@@ -109,7 +109,7 @@ def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> I
             continue
 
 
-def _asked(family: str, pins: Pins | None, memory_bytes: float | None) -> str:
+def _name_of_request(family: str, pins: Pins | None, memory_bytes: float | None) -> str:
     parts = (family, "pinned" if pins else "", f"in {memory_bytes / 2**30:g} GiB" if memory_bytes is not None else "")
     return ", ".join(part for part in parts if part) or "searched anew"
 
@@ -135,17 +135,17 @@ def _sources(solution: Solution, operations: Sequence[int], arrays: Sequence[Arr
     program = solution.problem.program
     for at, array in zip(operations, arrays, strict=True):
         value = program.operations[at].outputs[0].value
-        yield _kept_so(solution, array, produced(program, solution.choice, value))
+        yield _stored_array(solution, array, produced(program, solution.choice, value))
 
 
 def _sinks(solution: Solution, arrays: Sequence[ArrayPlan]) -> Iterator[ArrayPlan]:
     program = solution.problem.program
     for at, array in zip(program.results, arrays, strict=True):
         found = program.operations[at].inputs
-        yield _kept_so(solution, array, needed(program, solution.choice, at, 0)) if found else array
+        yield _stored_array(solution, array, needed(program, solution.choice, at, 0)) if found else array
 
 
-def _kept_so(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
+def _stored_array(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
     sizes = solution.problem.topology.axis_sizes
     whole = array.bytes_per_chip * shards(array.layout, sizes)
     return replace(array, layout=layout, bytes_per_chip=whole / shards(layout, sizes))
@@ -153,20 +153,18 @@ def _kept_so(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
 
 def _program(plan: Plan) -> Program:
     if plan.program is None:
-        raise AutoshardError(
-            f"The plan of {plan.name} does not hold its program, as older files do not; search it anew."
-        )
+        raise AutoshardError(f"The plan of {plan.name} is from an older file, which lacks its program; search again.")
     return plan.program
 
 
 def _limits(plan: Plan, time_limit: float | None) -> Limits:
-    """What the plan itself was held to."""
+    """The limits of the plan's own search."""
     held = replace(DEFAULTS, reserve_bytes=0.0, memory_bytes=plan.estimate.budget_bytes)
     return held if time_limit is None else replace(held, wall_seconds=time_limit)
 
 
 def _solution(plan: Plan) -> Solution:
-    """A plan as the solution that it was made of."""
+    """The solution behind a plan."""
     program, strategies = _program(plan), plan.choice.strategies
     alike = classes(program)
     if any(strategies[i] != strategies[first] for i, first in enumerate(alike)):

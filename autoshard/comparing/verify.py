@@ -1,15 +1,23 @@
-"""Search with the compiler in the loop: the best few plans, compiled ahead of time and ranked by what came of them."""
+"""Search with the compiler in the loop: the best few plans, compiled ahead of time and ranked by what came of them.
+
+The fastest of them is then emitted in other ways, between which no rule decides, and the fastest way is kept in the plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from statistics import median
 from typing import Any, Literal
 
-from autoshard._util.tables import WIDTH, size, table, time
+from autoshard._util.tables import WIDTH, item, size, table, time
 from autoshard.auditing.audit import Audit, AuditError, audit
 from autoshard.comparing.other_plans import best_plans, plain_plans
+from autoshard.emitting import bind
+from autoshard.emitting.formats import choose_formats, without_orders
+from autoshard.emitting.tpu_workarounds.residual_barriers import resting
+from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
 from costmodels.machine.topology import Topology, as_its_chip_has_it
 
@@ -35,34 +43,65 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """A step of the compiled program: the compiler's cycles, and its collectives under the plan's model."""
-        if self.audit is None or self.audit.compute_seconds is None:
+        """A step of the compiled program: its schedule replayed, else the compiler's cycles and the plan's collectives."""
+        if self.audit is None:
+            return float("inf")
+        if self.audit.step_seconds is not None:
+            return self.audit.step_seconds
+        if self.audit.compute_seconds is None:
             return float("inf")
         return self.audit.compute_seconds + self.audit.collective_seconds
+
+    @property
+    def slowdown(self) -> str:
+        """How much slower than planned the compiled program is, and why; empty where it is not much slower."""
+        if self.audit is None or not self.audit.is_slow:
+            return ""
+        return next((each.text for each in self.audit.differences if each.kind == "slower than planned"), "")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The best few plans with their compiled programs, in the model's order; `proven` as of `best_plans`."""
+    """The best few plans with their compiled programs, in the model's order; `proven` as of `best_plans`.
+
+    `variants` are other ways to emit the first of `ranked`.
+    """
 
     candidates: tuple[Candidate, ...]
     proven: bool
+    variants: tuple[Candidate, ...] = ()
 
     @property
     def ranked(self) -> tuple[Candidate, ...]:
         """As planned before not as planned, then the fastest compiled program first."""
-        faithful = {each.place: each.audit is not None and each.audit.ok for each in self.candidates}
-        return tuple(sorted(self.candidates, key=lambda each: (not faithful[each.place], each.seconds, each.place)))
+        return _ranked(self.candidates)
+
+    @property
+    def chosen(self) -> Candidate:
+        """The fastest program, of the first plan and its variants."""
+        return _ranked((self.ranked[0], *self.variants))[0]
 
     @property
     def best(self) -> Plan:
-        """The plan to take; where it is not the model's first, a warning says so."""
-        first = self.ranked[0]
-        if first.place == 1:
-            return first.plan
-        what = first.name or f"the model's place {first.place}"
-        words = f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."
-        return replace(first.plan, warnings=(*first.plan.warnings, words))
+        """The plan to take, emitted in the fastest way. Warnings say if it is not the model's first, or if it is slow."""
+        first, plan, words = self.ranked[0], self.chosen.plan, []
+        if first.place != 1:
+            what = first.name or f"the model's place {first.place}"
+            words += [f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."]
+        if self.is_slow:
+            words += [f"Compiled, {self.chosen.slowdown}."]
+        return replace(plan, warnings=(*plan.warnings, *words)) if words else plan
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether even the best of the compiled programs takes much longer than planned."""
+        return bool(self.chosen.slowdown)
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast the first plan's program is in the fastest way to emit it."""
+        before, after = self.ranked[0].seconds, self.chosen.seconds
+        return before / after if isfinite(after) and after > 0 and isfinite(before) else 1.0
 
     def correction(self) -> float:
         """How many times as long the compiled programs take on the chip as planned: the median over the candidates."""
@@ -104,12 +143,33 @@ class Verification:
         lines.append(
             f"  The compiler {agreed}. On the chip its programs take {self.correction():.2f} times what is planned."
         )
+        if self.is_slow:
+            lines += item(f"Of the best of them {self.chosen.slowdown}.", width)
+        lines += self._emissions(width) if self.variants else ()
         if not self.proven:
             lines.append("  The time limit came first: there may be other plans between these.")
         return "\n".join(lines) + "\n"
 
+    def _emissions(self, width: int) -> Iterator[str]:
+        first, chosen = self.ranked[0], self.chosen
+        rows = [_emitted(each) for each in _ranked((first, *self.variants))]
+        yield f"Ways to emit {first.name or 'the first of them'}"
+        headers = ("", "compiled step", "on the chip", "collectives", "peak", "")
+        yield from (f"  {line}" for line in table(headers, rows, "<>>>>~", width - 2))
+        yield (
+            "  The plan stays as it was."
+            if chosen is first
+            else f"  The plan keeps {_way(chosen.plan)}: {time(chosen.seconds)} instead of"
+            f" {time(first.seconds)}, {self.gain:.2f} times as fast."
+        )
+
     def __str__(self) -> str:
         return self.render()
+
+
+def _ranked(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """As planned before not as planned, then the fastest first; of equally fast ones the first given."""
+    return tuple(sorted(candidates, key=lambda each: (each.audit is None or not each.audit.ok, each.seconds)))
 
 
 def verify(
@@ -120,29 +180,73 @@ def verify(
     k: int = 4,
     time_limit: float | None = None,
     progress: Say = lambda _: None,
+    tune: bool = True,
 ) -> Verification:
     """Compiles the k best plans of a function, and the plain layouts that are nearly as good, and ranks them by their programs.
 
         verified = autoshard.verify(plan, decode, params, cache, tokens, position, k=4)
         print(verified); plan = verified.best
 
-    Only the TPU compiler tells cycles; elsewhere what is as planned comes first, in the model's order.
+    Only the TPU compiler tells cycles; elsewhere what is as planned comes first, in the model's order. With cycles, the first
+    plan is also emitted in other ways: with the formats that the compiler chooses, and without barriers in residual sums. The
+    plan keeps the fastest.
 
     **Arguments:**
 
     - `plan`: the best plan, as `autoshard.search` found it for this function and these arguments.
     - `time_limit`: seconds for finding the other plans; compiling comes on top.
+    - `tune`: whether other ways to emit the first plan are compiled: four or five compilations more.
 
     **Raises:** as `autoshard.audit`, but that a program which the compiler refuses is a candidate that comes last.
     """
     found = best_plans(plan, k, time_limit, progress)
     known = [each.choice for each in found]
     plain = [(name, each) for name, each in plain_plans(plan, NEAR, time_limit) if each.choice not in known]
-    candidates = []
+    candidates: list[Candidate] = []
     for place, (name, each) in enumerate([*(("", each) for each in found), *plain], start=1):
         progress(f"compiling plan {place} of {len(found) + len(plain)}")
         candidates.append(replace(_compiled(each, fn, args, target), place=place, name=name))
-    return Verification(tuple(candidates), found.proven)
+    first = _ranked(candidates)[0]
+    if not tune or first.audit is None or first.audit.compute_seconds is None:
+        return Verification(tuple(candidates), found.proven)
+    return Verification(tuple(candidates), found.proven, tuple(_variants(first, fn, args, target, progress)))
+
+
+def _variants(
+    first: Candidate, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
+) -> Iterator[Candidate]:
+    """The other ways to emit a plan, compiled: other formats, then barriers or none with the fastest of these."""
+    found = [first]
+    for formats in ("compiler", "default"):
+        if formats != first.plan.emission.formats:
+            found.append(replace(_with_formats(formats, first.plan, fn, args, target, say), place=first.place))
+            yield found[-1]
+    fastest = _ranked(found)[0].plan
+    if resting(bind.traced_as(fastest, fn, args).program):
+        barriers = not fastest.emission.residual_barriers
+        plan = replace(fastest, emission=replace(fastest.emission, residual_barriers=barriers))
+        say(f"compiling with {_way(plan)}")
+        yield replace(_compiled(plan, fn, args, target), place=first.place)
+
+
+def _with_formats(
+    formats: str, plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
+) -> Candidate:
+    """The plan with the compiler's formats, or with the device's own."""
+    if formats == "default":
+        plan = without_orders(plan)
+    else:
+        say("letting the compiler choose formats")
+        try:
+            plan = choose_formats(plan, fn, *args)
+        except AutoshardError as error:
+            return Candidate(0, plan, None, str(error).splitlines()[0])
+    say(f"compiling with {_way(plan)}")
+    return _compiled(plan, fn, args, target)
+
+
+def _way(plan: Plan) -> str:
+    return plan.emission.words() or "formats by default"
 
 
 def _compiled(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any) -> Candidate:
@@ -150,6 +254,15 @@ def _compiled(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: A
         return Candidate(0, plan, audit(plan, fn, *args, target=target))
     except AuditError as error:
         return Candidate(0, plan, None, str(error).splitlines()[0])
+
+
+def _emitted(each: Candidate) -> tuple[str, ...]:
+    what = _way(each.plan)
+    if each.audit is None or each.audit.compute_seconds is None:
+        return what, "-", "-", "-", "-", each.why
+    peak = "-" if each.audit.peak_bytes is None else size(each.audit.peak_bytes)
+    times = (each.seconds, each.audit.compute_seconds, each.audit.collective_seconds)
+    return what, *map(time, times), peak, "" if each.audit.ok else "not as planned"
 
 
 def _row(each: Candidate) -> tuple[str, ...]:
@@ -161,4 +274,7 @@ def _row(each: Candidate) -> tuple[str, ...]:
     compiled = ("-", "-") if on_chip is None else (time(each.seconds), time(on_chip))
     peak = "-" if each.audit.peak_bytes is None else size(each.audit.peak_bytes)
     wire = time(each.audit.collective_seconds)
-    return (*head, time(planned.collective_seconds), *compiled, wire, peak, "" if each.audit.ok else "not as planned")
+    said = "" if each.audit.ok else "not as planned"
+    if each.slowdown:
+        said += f"{', ' if said else ''}{each.seconds / planned.seconds:.2f} × the plan"
+    return (*head, time(planned.collective_seconds), *compiled, wire, peak, said)

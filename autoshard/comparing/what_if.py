@@ -1,7 +1,7 @@
-"""What would make a planned step faster, as numbers: the plan's program or its topology changed, priced and searched again.
+"""What-if analysis of a plan: changes of its program or its topology, with their step times.
 
-Two numbers for each remedy. *Kept*: the same layout at the new prices, where it still runs and fits. *Re-solved*: the proven
-best layout of the changed problem. Nothing is traced again: programs are changed by `costmodels.transformations`.
+Each remedy has two numbers. *Kept*: the same layout at the new costs, if it still runs and fits. *Re-solved*: the proven best
+layout of the changed problem. Nothing is traced again: `costmodels.program.what_if` changes the program.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from autoshard._util.tables import WIDTH, item, size, table, time
 from autoshard.emitting.bind import traced_as
-from autoshard.explaining.bottlenecks import alike_summed
+from autoshard.explaining.bottlenecks import sum_equal_operations
 from autoshard.naming.strategy_names import is_product, weight_operand
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import doubled as doubled_topology
@@ -33,14 +33,14 @@ from search.solve import search as solve
 _NARROW = 1.0
 """Bytes of an int8 element."""
 _LISTED = 8
-"""How many operations are listed with their own remedies."""
+"""The number of operations that are listed with their own remedies."""
 _HELPS = 0.01
-"""The part of an operation's time from which on a remedy is worth naming for it."""
+"""The part of an operation's time above which a remedy is named for it."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A what-if: the program, the topology, and how many times the sequences of the plan one step then serves."""
+    """A what-if: the changed program and topology, and the factor on the sequences per step."""
 
     name: str
     what: str
@@ -51,10 +51,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A what-if with its prices in seconds of one step; None for what does not run or fit, with `why`.
+    """A what-if with its step times in seconds; None, with the reason in `why`, if it does not run or fit.
 
-    - `sequences`: how many times the sequences of the plan the step serves; `chips`: how many times its chips it takes.
-    - `proven`: whether the re-solved plan is proven best.
+    - `sequences`, `chips`: the factors on the plan's sequences and chips.
+    - `proven`: whether the re-solved plan is proven optimal.
     """
 
     name: str
@@ -69,20 +69,20 @@ class Remedy:
 
     @property
     def seconds(self) -> float | None:
-        """Re-solved if it was, else kept."""
+        """The re-solved seconds if there are any, else the kept ones."""
         return self.kept_seconds if self.resolved_seconds is None else self.resolved_seconds
 
     @property
     def cost(self) -> float | None:
-        """Chip-seconds for a sequence, as a multiple of the plan's."""
+        """Chip-seconds per sequence, as a multiple of the plan's."""
         return None if self.seconds is None else self.seconds * self.chips / self.sequences / self.before_seconds
 
 
 @dataclass(frozen=True)
 class Remedies:
-    """The remedies of a plan, and for its longest operations the seconds that each leaves, the layout kept.
+    """The remedies of a plan, and their effect on its longest operations with the layout kept.
 
-    `operations` pairs an operation as planned with remedy names and its seconds under them, collectives included.
+    `operations` pairs an operation as planned with the names of remedies and its seconds under them, collectives included.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Remedies:
 
     def render(self, width: int = WIDTH) -> str:
         """The remedies as plain text tables."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def remedies(
@@ -118,14 +118,14 @@ def remedies(
     time_limit: float | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Remedies:
-    """What int8 weights, an int8 cache, twice the batch, twice the chips and faster chips would give a plan.
+    """The effect on a plan of int8 weights, an int8 cache, twice the batch, twice the chips, and faster chips.
 
         print(autoshard.remedies(plan, decode, params, cache, tokens, position))
 
     **Arguments:**
 
-    - `fn`, `args`: what the plan was searched for; traced, not run.
-    - `resolve`: search the best layout for each, too; otherwise only the plan's own layout is priced.
+    - `fn`, `args`: the plan's function and arguments; traced, not run.
+    - `resolve`: whether to search the best layout for each; otherwise only the plan's own layout is costed.
     - `time_limit`: seconds for each search.
 
     **Raises:** `PlanMismatchError` if the plan is for another function or other arguments.
@@ -140,7 +140,7 @@ def remedies(
             continue
         progress(change.name)
         choice = _choice(change, plan)
-        kept = _kept(change, plan, choice)
+        kept = _seconds_kept(change, plan, choice)
         if isinstance(kept, float) and change.sequences == 1:
             under[change.name] = _works(change.program, change.topology, plan, choice)
         found.append(
@@ -155,8 +155,8 @@ def remedies(
 
 
 def _works(program: Program, topology: Topology, plan: Plan, choice: Choice) -> dict[tuple, Work]:
-    """Operations that do the same in the same layout as one, at the prices of a what-if."""
-    return alike_summed(repriced(program, topology, choice, plan.operations))
+    """Operations with the costs of a what-if; equal operations in one layout are one."""
+    return sum_equal_operations(repriced(program, topology, choice, plan.operations))
 
 
 def _helping(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:
@@ -165,32 +165,32 @@ def _helping(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:
     named = set[float]()
     for name in sorted(shorter, key=lambda name: (shorter[name], len(name))):
         if shorter[name] < (1 - _HELPS) * work.total_seconds and shorter[name] not in named:
-            named.add(shorter[name])  # of two that do the same for it, the one that changes less
+            named.add(shorter[name])  # of two with the same effect, the smaller change
             yield name, shorter[name]
 
 
 def _limits(plan: Plan, change: Change, time_limit: float | None) -> Limits:
-    """As the plan was searched: with the same part of memory left free."""
+    """The limits of the plan's search, with the same part of memory reserved."""
     part = 1 - plan.estimate.budget_bytes / plan.topology.chip.usable_hbm_bytes
     limits = Limits(reserve_bytes=max(part, 0.0) * change.topology.chip.usable_hbm_bytes)
     return limits if time_limit is None else replace(limits, wall_seconds=time_limit)
 
 
 def _choice(change: Change, plan: Plan) -> Choice:
-    """The plan's own layout; where a change loops collectives, each matmul loops the one of which it hides the most."""
+    """The plan's own layout; if a change loops collectives, each matmul loops the one it hides most of."""
     loops = change.topology.pricing.looped and not plan.topology.pricing.looped
     return looped(change.program, change.topology, plan.choice) if loops else plan.choice
 
 
-def _kept(change: Change, plan: Plan, choice: Choice) -> float | str:
-    """Seconds of the plan's own layout under a change, or why it has none: no word where it is for other chips."""
+def _seconds_kept(change: Change, plan: Plan, choice: Choice) -> float | str:
+    """Seconds of the plan's own layout under a change, or the reason why there are none; "" for other chips."""
     if change.topology.axis_sizes != plan.topology.axis_sizes:
         return ""
     found = check(change.program, change.topology, choice)
     if found.faults:
         return found.faults[0]
     over = found.peak_bytes - plan.estimate.budget_bytes
-    return f"the layout kept is {size(over)} too large" if over > 0 else found.seconds
+    return f"the kept layout is {size(over)} too large" if over > 0 else found.seconds
 
 
 def _remedy(
@@ -203,7 +203,7 @@ def _remedy(
         try:
             solution = solve(change.program, change.topology, limits, start=start)
             resolved, proven = solution.check.seconds, solution.proof.status == "OPTIMAL"
-            if known is not None and known < resolved:  # a search cut short
+            if known is not None and known < resolved:  # the search was stopped early
                 resolved = known
         except NoPlan:
             why = "no layout fits"
@@ -214,12 +214,12 @@ def _remedy(
 
 
 def _changes(program: Program, topology: Topology) -> Iterator[Change | str]:
-    """Every what-if that this program and this topology have, and a sentence for each that they have not."""
+    """Every applicable what-if, and a sentence for each inapplicable one."""
     weights, state = weight_values(program), state_values(program)
-    yield from _narrowed(program, topology, "int8 weights", weights)
-    yield from _narrowed(program, topology, "int8 cache", state - weights)
+    yield from _narrow_change(program, topology, "int8 weights", weights)
+    yield from _narrow_change(program, topology, "int8 cache", state - weights)
     if weights and state - weights:
-        yield from _narrowed(program, topology, "int8 weights and cache", weights | state)
+        yield from _narrow_change(program, topology, "int8 weights and cache", weights | state)
     yield _twice_the_batch(program, topology)
     wider = doubled_topology(topology)
     if wider is None:
@@ -229,7 +229,7 @@ def _changes(program: Program, topology: Topology) -> Iterator[Change | str]:
     yield from _faster(program, topology)
     if topology.size > 1 and not topology.pricing.looped:
         looping = replace(topology.pricing, overlap=LOOPED)
-        what = "each matmul hides one collective; the program has to loop itself"
+        what = "each matmul hides one collective; the program must contain the loops"
         yield Change("looped collective einsums", what, program, replace(topology, pricing=looping))
 
 
@@ -244,7 +244,7 @@ def weight_values(program: Program) -> frozenset[int]:
 
 
 def state_values(program: Program) -> frozenset[int]:
-    """Arguments that are no weights and reach a matmul without arithmetic on the way, such as a key-value cache."""
+    """Arguments other than weights that reach a matmul without arithmetic, such as a key-value cache."""
     weights, found = weight_values(program), set[int]()
     for at in program.arguments:
         value = program.operations[at].outputs[0].value
@@ -258,11 +258,11 @@ def state_values(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
-def _narrowed(program: Program, topology: Topology, name: str, values: frozenset[int]) -> Iterator[Change | str]:
+def _narrow_change(program: Program, topology: Topology, name: str, values: frozenset[int]) -> Iterator[Change | str]:
     arguments = [program.operations[at].outputs[0].value for at in (*program.arguments, *program.constants)]
     wide = [value for value in arguments if value in values and program.values[value].itemsize > _NARROW]
     if not wide:
-        yield f"{name}: no argument is one, or it is 8 bits wide already"
+        yield f"{name}: there is none, or it has 8 bits already"
         return
     before = sum(program.values[value].bytes for value in wide)
     changed = with_itemsize(program, values, _NARROW)
@@ -271,7 +271,7 @@ def _narrowed(program: Program, topology: Topology, name: str, values: frozenset
 
 
 def batch_of(program: Program) -> tuple[int, int] | None:
-    """The dimension (value, position) that is the batch: the first that is not the weight's, in the largest matmul by one."""
+    """The (value, position) of the batch: the first dimension in the largest matmul by a weight that is not the weight's."""
     best, most = None, 0.0
     for i, op in program.matmuls():
         operand = weight_operand(program, i) if is_product(op) else None
@@ -294,7 +294,7 @@ def _twice_the_batch(program: Program, topology: Topology) -> Change | str:
     try:
         changed = doubled(program, *batch)
     except NotDoubled as error:
-        return f"twice the batch: {error} Trace it with the larger batch instead."
+        return f"twice the batch: {error} Trace with the larger batch instead."
     grown = [at for at in program.arguments if _shape(program, at) != _shape(changed, at)]
     weights = weight_values(program)
     tied = [
@@ -302,7 +302,7 @@ def _twice_the_batch(program: Program, topology: Topology) -> Change | str:
     ]
     if tied:
         name = program.values[tied[0]].name
-        return f"twice the batch: the dimension of {n} is one of the weight {name} too. Trace it with the larger batch."
+        return f"twice the batch: the dimension of {n} is also one of the weight {name}. Trace with the larger batch."
     names = ", ".join(program.values[program.operations[at].outputs[0].value].name for at in grown)
     return Change("twice the batch", f"{n} → {2 * n} in {names}", changed, topology, sequences=2.0)
 
@@ -312,7 +312,7 @@ def _shape(program: Program, at: int) -> tuple[int, ...]:
 
 
 def _faster(program: Program, topology: Topology) -> Iterator[Change]:
-    """A chip with twice of one rate, whatever that would be called."""
+    """Chips with one rate doubled."""
     chip = topology.chip
     memory = {"hbm_bytes_per_second": 2 * chip.hbm_bytes_per_second}
     yield Change("twice the HBM bandwidth", _rate(memory), program, _with(topology, memory))
@@ -327,7 +327,7 @@ def _faster(program: Program, topology: Topology) -> Iterator[Change]:
             name: 2 * c.value for name, c in chip.constants.items() if "." in name and name.endswith("bytes_per_second")
         }
         kind = "a link" if isinstance(chip.interconnect, Torus) else "a chip"
-        what = f"{2 * max(axis.bytes_per_second for axis in topology.axes) / 1e9:g} GB/s {kind}, latency as it is"
+        what = f"{2 * max(axis.bytes_per_second for axis in topology.axes) / 1e9:g} GB/s {kind}, same latency"
         faster = _with(topology, links)
         axes = tuple(replace(a, bytes_per_second=2 * a.bytes_per_second) for a in topology.axes)
         yield Change("twice the bandwidth between chips", what, program, replace(faster, axes=axes))
@@ -338,29 +338,29 @@ def _rate(numbers: dict[str, float]) -> str:
 
 
 def _with(topology: Topology, numbers: dict[str, float]) -> Topology:
-    """The topology with other constants of its chip; its axes as they were set."""
+    """The topology with other constants of its chip, and the same axes."""
     return replace(topology, chip=topology.chip.override(numbers, "what if"))
 
 
 # --- the report
 
 
-def _rendered(found: Remedies, width: int) -> Iterator[str]:
+def _lines(found: Remedies, width: int) -> Iterator[str]:
     yield f"Remedies for {found.name} on {found.topology}, {time(found.seconds)} a step"
     rows = [_row(each) for each in found.remedies]
     headers = ("what if", "", "layout kept", "re-solved", "per sequence", "chip-seconds")
     yield from (f"  {line}" for line in table(headers, rows, "<~>>>>", width - 2))
-    yield "  layout kept: the plan's own layout at the new prices; re-solved: the best one, searched anew"
-    yield "  per sequence: the last step time, and chip-seconds: that times the chips, as multiples of the plan's"
+    yield "  layout kept: the plan's own layout at the new costs; re-solved: the best layout of a new search"
+    yield "  per sequence: step time, and chip-seconds (step time × chips), as multiples of the plan's"
     if any(each.name.startswith("int8") for each in found.remedies):
-        yield "  int8: stored so, computed as before; the scales, and what it does to the results, are not counted"
+        yield "  int8: storage only, computed as before; scales and the effect on results are not counted"
     notes = [f"{each.name}: {each.why}" for each in found.remedies if each.why]
     unproven = [each.name for each in found.remedies if each.resolved_seconds is not None and not each.proven]
     notes += [f"not proven best: {', '.join(unproven)}"] if unproven else []
     for note in (*notes, *found.left_out):
         yield from item(note, width)
     if found.operations:
-        yield from ("", "By operation, the layout kept")
+        yield from ("", "By operation, with the layout kept")
         rows = [
             (
                 work.name,

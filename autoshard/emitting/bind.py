@@ -15,8 +15,9 @@ from jax.sharding import AxisType, Mesh, reshard
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.annotating.pins import pin_program
+from autoshard.emitting.memory_orders import Order
 from autoshard.emitting.program import emitted
-from autoshard.emitting.sharding import current_mesh, make_mesh, mesh_in_context, shardings, spec_of
+from autoshard.emitting.sharding import make_mesh, mesh_in_context, spec_of
 from autoshard.errors import AutoshardError, PlanMismatchError
 from autoshard.planning.records import PlanRecord
 from autoshard.rules.pin import spec_of_pin
@@ -37,8 +38,15 @@ _COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
 """The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
 
 
-def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would."""
+def bound(
+    plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None, orders: Sequence[Order] = ()
+) -> Callable[..., Any]:
+    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would.
+
+    **Arguments:**
+
+    - `orders`: per flat argument the order of its dimensions in memory, empty for the device's default.
+    """
     known: dict[Any, tuple[Traced, Any]] = {}
 
     @functools.wraps(fn)
@@ -51,7 +59,8 @@ def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callab
             _check_arguments(plan, fn, args, abstract(fn, args))
         else:
             traced = traced_as(plan, fn, args)
-            run = _undifferentiable(fn, traced.custom_vjp, jax.jit(emitted(traced, plan.choice, plan.topology, chosen)))
+            program = emitted(traced, plan.choice, plan.topology, chosen, plan.emission, orders)
+            run = _undifferentiable(fn, traced.custom_vjp, jax.jit(program))
             if not any(isinstance(array, Tracer) for array in traced.constants):
                 known[structure, chosen] = traced, run
         arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
@@ -59,19 +68,6 @@ def bound(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None) -> Callab
         return jax.tree_util.tree_unflatten(traced.out_tree, results)
 
     return planned
-
-
-def jit(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None = None) -> Any:
-    """`jax.jit` of `fn` as planned; see `Plan.jit`."""
-    mesh = mesh or current_mesh(plan)
-    arguments, results = shardings(plan, mesh)
-    known = {}
-    if plan.in_tree.unknown_class is None:
-        known["in_shardings"] = arguments
-    if plan.out_tree.unknown_class is None:
-        known["out_shardings"] = results
-    options = compiler_options(plan, mesh) or None
-    return jax.jit(bound(plan, fn, mesh), donate_argnums=plan.donate_argnums, compiler_options=options, **known)
 
 
 def _typed_as(leaf: Any, dtype: str) -> Any:
@@ -144,7 +140,7 @@ def _placed(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
 # --- the compiler
 
 
-def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str]:
+def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str | bool]:
     """What the TPU compiler is told about a plan that nearly fills the memory; nothing in all other cases.
 
     From 95 % of the memory on, which a plan may fill, the compiler (libtpu 0.0.42) computes things again to hold fewer of them:
@@ -168,9 +164,9 @@ def _check_arguments(
     """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
     alike = pytrees.describe(tuple(args)) == plan.in_tree.data
     paths = [array.path for array in plan.arguments]
-    planned = {array.path: _typed(array.shape, array.dtype) for array in plan.arguments}
+    planned = {array.path: typed(array.shape, array.dtype) for array in plan.arguments}
     given = {
-        path: _typed(leaf.shape, leaf.dtype)
+        path: typed(leaf.shape, leaf.dtype)
         for path, leaf in zip(paths if alike else pytrees.argument_paths(fn, args), flat, strict=True)
     }
     if alike and planned == given:
@@ -181,9 +177,13 @@ def _check_arguments(
         if planned.get(path) != given.get(path)
     ]
     faults = faults or ["the arguments nest otherwise than planned"]
-    listed = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
-    more = f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed}{more}")
+    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed(faults)}")
+
+
+def listed(faults: Sequence[str]) -> str:
+    """Differences as the lines of an error, the first few of them."""
+    lines = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
+    return lines + (f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
 
 
 def _check_choice(plan: PlanRecord, program: Program) -> None:
@@ -211,10 +211,11 @@ def _check_choice(plan: PlanRecord, program: Program) -> None:
         elif not divides(program.values[value].shape, layout.dims):
             faults.append(f"it keeps value {value}, of shape {program.values[value].shape}, as {layout}")
     if faults:
-        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. PlanRecord anew.")
+        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Plan anew.")
 
 
-def _typed(shape: Sequence[int], dtype: Any) -> str:
+def typed(shape: Sequence[int], dtype: Any) -> str:
+    """An array's type as errors write it: `bfloat16[4096,128]`."""
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 

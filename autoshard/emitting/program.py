@@ -20,13 +20,16 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
+from autoshard.emitting.memory_orders import Order, as_written, in_order, order_of_operand, orders_of_values
 from autoshard.emitting.min_max_reduce import over_chips
 from autoshard.emitting.reshard_steps import run_step
 from autoshard.emitting.sharding import spec_of
+from autoshard.emitting.tpu_workarounds.argument_copies import as_a_result
 from autoshard.emitting.tpu_workarounds.argument_layout import as_an_argument
 from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
 from autoshard.emitting.tpu_workarounds.residual_barriers import resting
 from autoshard.emitting.tpu_workarounds.vector_matmul import product
+from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.rules import Rule
 from autoshard.tracing.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
 from costmodels.machine.topology import Topology
@@ -46,6 +49,7 @@ class _Pieces:
     rule: Rule
     strategy: Strategy
     topology: Topology
+    order: Order = ()
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -105,7 +109,7 @@ class _Scope:
             home = next(iter(found))
             piece = found[home]
             if hidden and home != layout and atom in self.runner.copied:
-                piece = _made_anew(piece)
+                piece = as_a_result(piece)
             found[layout] = self.runner.reshard(atom, piece, home, layout)
         return found[layout]
 
@@ -124,13 +128,22 @@ class _Scope:
 class Runner:
     """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
 
-    def __init__(self, traced: Traced, choice: Choice, topology: Topology) -> None:
+    def __init__(
+        self,
+        traced: Traced,
+        choice: Choice,
+        topology: Topology,
+        emission: Emission = BY_DEFAULT,
+        orders: Sequence[Order] = (),
+    ) -> None:
         self.traced, self.choice, self.topology = traced, choice, topology
         self.program: Program = traced.program
         self.sizes = topology.axis_sizes
+        self.orders = orders_of_values(traced.program, orders)
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
-        self.resting = resting(traced.program) if topology.chip.kind == "tpu" else frozenset()
+        rests = topology.chip.kind == "tpu" and emission.residual_barriers
+        self.resting = resting(traced.program) if rests else frozenset()
         self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
@@ -148,7 +161,7 @@ class Runner:
         layout = needed(self.program, self.choice, self.program.results[k], 0)
         piece = scope.get(atom, layout)
         overwrites = any(result == k for _, result in self.program.donated)
-        return _made_anew(piece) if overwrites and self._sent(atom, layout) else piece
+        return as_a_result(piece) if overwrites and self._sent(atom, layout) else piece
 
     def _sent(self, value: int, layout: Layout) -> bool:
         """Whether a result is what a collective made, which the TPU compiler (libtpu 0.0.42) does not put where results are.
@@ -206,7 +219,8 @@ class Runner:
             a.value if isinstance(a, Literal) else _after(awaited, scope.get(a, next(layouts), hidden))
             for a in step.operands
         ]
-        results = run_locally(step.eqn, step.rule, _Pieces(step.rule, strategy, self.topology), operands)
+        pieces = _Pieces(step.rule, strategy, self.topology, order_of_operand(op, self.orders))
+        results = run_locally(step.eqn, step.rule, pieces, operands)
         for value, piece in zip(step.results, results, strict=True):
             scope.put(value, _reduced_inside(step.rule, strategy, piece))
 
@@ -251,25 +265,35 @@ class Runner:
         if isinstance(after, Literal):
             return jnp.asarray(piece, self.program.values[boundary.inner].dtype)
         made_by = self.program.operations[self.program.producers[after][0]]
+        if self.orders.get(boundary.inner):
+            return piece
         return as_an_argument(piece) if made_by.primitive in IN_PLACE else piece
 
     def _loop(self, step: LoopStep, scope: _Scope) -> None:
         held = self._entering(step.constants, scope)
-        carry = [self._initial(b, scope) for b in step.carries]
+        carry = self._in_order(step, [self._initial(b, scope) for b in step.carries])
         if step.condition is None:
             results = self._scan(step, scope, held, carry)
         else:
             results = self._while(step, step.condition, held, carry)
+        results[: len(carry)] = self._as_written(step, results)
         for boundary, piece in zip((*step.carries, *step.stacks), results, strict=True):
             scope.put(boundary.outer_result, piece)
+
+    def _in_order(self, step: LoopStep, carry: Sequence[Any]) -> list[Any]:
+        return [in_order(c, self.orders.get(b.inner, ())) for b, c in zip(step.carries, carry, strict=True)]
+
+    def _as_written(self, step: LoopStep, carry: Sequence[Any]) -> list[Any]:
+        return [as_written(c, self.orders.get(b.inner, ())) for b, c in zip(step.carries, carry, strict=False)]
 
     def _scan(self, step: LoopStep, scope: _Scope, held: list[Any], carry: list[Any]) -> list[Any]:
         params = step.eqn.params
 
         def body(carry, slices):
+            carry = self._as_written(step, carry)
             inner = self._inside((*step.constants, *step.carries, *step.slices), (*held, *carry, *slices))
             self.block(step.body, inner)
-            after = [self._going_round(b, inner) for b in step.carries]
+            after = self._in_order(step, [self._going_round(b, inner) for b in step.carries])
             return after, [inner.get(b.inner_next, self._layout(b, False)) for b in step.stacks]
 
         stacks = self._entering(step.slices, scope)
@@ -278,7 +302,7 @@ class Runner:
 
     def _while(self, step: LoopStep, test: Block, held: list[Any], carry: list[Any]) -> list[Any]:
         def inside(carry):
-            return self._inside((*step.constants, *step.carries), (*held, *carry))
+            return self._inside((*step.constants, *step.carries), (*held, *self._as_written(step, carry)))
 
         def condition(carry):
             inner = inside(carry)
@@ -288,9 +312,9 @@ class Runner:
         def body(carry):
             inner = inside(carry)
             self.block(step.body, inner)
-            return [self._going_round(b, inner) for b in step.carries]
+            return self._in_order(step, [self._going_round(b, inner) for b in step.carries])
 
-        return lax.while_loop(condition, body, carry)
+        return list(lax.while_loop(condition, body, carry))
 
     def _branch(self, step: BranchStep, scope: _Scope) -> None:
         entering = [self._entering(entry, scope) for entry in step.entries]
@@ -308,17 +332,6 @@ class Runner:
         results = lax.switch(selector, [branch(k) for k in range(len(step.blocks))], entering)
         for (_, value), piece in zip(step.joins, results, strict=True):
             scope.put(value, piece)
-
-
-def _made_anew(piece: Any) -> Any:
-    """An argument's piece as the result of an operation, right where it is needed.
-
-    Of an argument that a collective takes while a matmul runs, the TPU compiler (libtpu 0.0.42) makes a copy. It makes those of
-    all layers before anything else, and keeps each until it is used. A result needs no copy. So the piece is selected by a
-    condition that is true, which the compiler does not look through.
-    """
-    true = lax.optimization_barrier(jnp.bool_(True))
-    return lax.select(jnp.broadcast_to(true, piece.shape), piece, jnp.zeros_like(piece))
 
 
 def _as_written(eqn: Any) -> AbstractContextManager[None]:
@@ -357,8 +370,21 @@ def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
     return piece
 
 
-def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Callable[..., list[Any]]:
-    """The planned program as a function of flat arguments and constants, each a global array."""
+def emitted(
+    traced: Traced,
+    choice: Choice,
+    topology: Topology,
+    mesh: Any,
+    emission: Emission = BY_DEFAULT,
+    orders: Sequence[Order] = (),
+) -> Callable[..., list[Any]]:
+    """The planned program as a function of flat arguments and constants, each a global array.
+
+    **Arguments:**
+
+    - `orders`: per flat argument the order of its dimensions in memory, major to minor, where that is not the device's default;
+      loops that carry the argument keep it.
+    """
     program = traced.program
     sources = (*program.arguments, *program.constants)
     in_specs = tuple(spec_of(produced(program, choice, program.operations[i].outputs[0].value)) for i in sources)
@@ -366,7 +392,7 @@ def emitted(traced: Traced, choice: Choice, topology: Topology, mesh: Any) -> Ca
         spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
         for i in program.results
     ]
-    runner = Runner(traced, choice, topology)
+    runner = Runner(traced, choice, topology, emission, orders)
     avals = [program.values[program.operations[i].outputs[0].value] for i in sources]
     given = [k for k, aval in enumerate(avals) if 0 not in aval.shape]
     if len(given) == len(avals):

@@ -9,8 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autoshard.emitting import targets
-from autoshard.errors import ExportError, TopologyError
-from autoshard.planning.argument_names import position
+from autoshard.errors import TopologyError
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from search.formulation.layouts import Layout
 
@@ -44,28 +43,6 @@ def shardings(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
         return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
 
     return plan.in_tree.rebuild(sharded(plan.arguments)), plan.out_tree.rebuild(sharded(plan.results))
-
-
-def abstract_args(plan: PlanRecord, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
-    """The arguments as `jax.ShapeDtypeStruct`s with shardings; see `Plan.abstract_args`."""
-    mesh = mesh or current_mesh(plan)
-    check_mesh(plan, mesh)
-    structs = plan.in_tree.rebuild(
-        [
-            jax.ShapeDtypeStruct(
-                array.shape, _dtype(array), sharding=NamedSharding(mesh, spec_of(array.layout)), weak_type=array.weak
-            )
-            for array in plan.arguments
-        ]
-    )
-    return structs if argument is None else structs[position(plan, argument)]
-
-
-def _dtype(array: ArrayPlan) -> Any:
-    try:
-        return jax.numpy.dtype(array.dtype)
-    except TypeError as error:
-        raise ExportError(f"{array.path} is of type {array.dtype}, which has no abstract form outside JAX.") from error
 
 
 # --- meshes

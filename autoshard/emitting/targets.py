@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +23,9 @@ from jax.sharding import AxisType, Mesh
 from autoshard.emitting.gpu_targets import ARCHITECTURES, target_config
 from autoshard.errors import AutoshardError
 from costmodels.machine.topology import Topology
+
+Target = Literal["host", "tpu", "gpu"]
+"""Whose compiler compiles: that of this machine's CPU, of TPUs or of GPUs, neither of which need be there."""
 
 # The chips that libtpu compiles for: how many sizes their topologies have, and what to ask of the compiler. v4 counts
 # its two cores as two devices unless it is told that they work as one ("megacore").
@@ -51,6 +54,23 @@ _MOST_HOST_DEVICES = 4096  # each takes threads and memory, and a plan file may 
 
 class TargetError(AutoshardError, RuntimeError):
     """The devices to compile for cannot be had; says why, and what to do."""
+
+
+def devices_of(topology: Topology, target: Target) -> list[Any]:
+    """The devices to compile for: host devices, or the plan's own chips, which need not be there.
+
+    **Raises:** `AutoshardError` when the target cannot be had.
+    """
+    if target == "host":
+        return host_devices(topology.size)
+    if target == "gpu":
+        return gpu_devices(topology)
+    if topology.slices > 1:
+        raise AutoshardError(
+            f"{topology.name} has {topology.slices} slices, which are planned but not compiled for ahead of time: audit on"
+            ' "host", or a plan for one slice.'
+        )
+    return tpu_devices(topology.name, topology.shape, topology.chip.name)
 
 
 def tpu_devices(topology_name: str, shape: Sequence[int], chip: str) -> list[Any]:

@@ -1,1 +1,1 @@
-""""""
+"""Explanations of one plan: tables, formulas, bottlenecks, rooflines, rule coverage."""

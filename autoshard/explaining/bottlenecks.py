@@ -1,4 +1,4 @@
-"""The regimes of a plan: what every operation and the whole step wait for, as a table."""
+"""The regimes of a plan: the bottleneck of every operation and of the whole step, as a table."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _NOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Regimes:
-    """What a plan's operations wait for.
+    """The bottlenecks of a plan's operations.
 
-    - `works`: operations that cost something, planned alike as one, the longest first.
+    - `works`: operations with a cost, those with the same plan as one, the longest first.
     - `latency_seconds`: the part of the collectives that does not shrink with their bytes.
     """
 
@@ -39,17 +39,17 @@ class Regimes:
 
     @property
     def step(self) -> Work:
-        """The whole step as one piece of work."""
+        """The work of the whole step."""
         return total(self.works, self.name)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The step's seconds by what is waited for: "compute", "HBM", "communication", "overhead"."""
+        """The step's seconds by bottleneck: "compute", "HBM", "communication", "overhead"."""
         return divided(self.works)
 
     @property
     def regime(self) -> str:
-        """What the step waits for longest."""
+        """The bottleneck with the largest share of the step."""
         return regime(*(self.seconds[each] for each in REGIMES))
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,12 +71,12 @@ class Regimes:
 
     def render(self, width: int = WIDTH) -> str:
         """The step and its operations as plain text tables."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def regimes(plan: PlanRecord) -> Regimes:
-    """The regimes of a plan, from the numbers it holds."""
-    listed = [*alike_summed(plan.operations).values(), *_slices(plan)]
+    """The regimes of a plan, from its own numbers."""
+    listed = [*sum_equal_operations(plan.operations).values(), *_slices(plan)]
     works = tuple(sorted(listed, key=lambda work: -work.total_seconds))
     latency = sum(
         each.count * float(collective_seconds(each.kind, tuple(plan.topology.axis(a) for a in each.axes), 0.0))
@@ -86,15 +86,15 @@ def regimes(plan: PlanRecord) -> Regimes:
 
 
 def _slices(plan: PlanRecord) -> Iterator[Work]:
-    """What the step takes beyond its operations and collectives: arrays that a chip cuts its own piece of, in HBM."""
+    """The time of the step beyond operations and collectives: local slices in HBM."""
     left = plan.estimate.seconds - sum(op.seconds + op.collective_seconds for op in plan.operations)
     if left > _NOTHING * plan.estimate.seconds:
         moved, took = (sum(float(getattr(op, each)) for op in plan.operations) for each in ("bytes", "memory_seconds"))
         yield Work("slices of arrays", 0.0, left * moved / took if took else 0.0, 0.0, left, 0.0, 0.0, left)
 
 
-def alike_summed(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
-    """The operations that cost something, those of unrolled layers that do the same in the same layout as one."""
+def sum_equal_operations(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
+    """The operations with a cost; equal operations of unrolled layers in one layout are one."""
     groups: dict[tuple, list[OperationPlan]] = {}
     for op in operations:
         if op.seconds + op.collective_seconds:
@@ -106,9 +106,9 @@ def alike_summed(operations: Iterable[OperationPlan]) -> dict[tuple, Work]:
 
 
 def work_of(op: OperationPlan) -> Work:
-    """One planned operation as a piece of work."""
+    """The work of one planned operation."""
     overhead = max(op.seconds - max(op.compute_seconds, op.memory_seconds), 0.0)
-    if overhead < _NOTHING * op.seconds:  # what is left of a subtraction
+    if overhead < _NOTHING * op.seconds:  # rounding of a subtraction
         overhead = 0.0
     return Work(
         short_name(op),
@@ -123,17 +123,17 @@ def work_of(op: OperationPlan) -> Work:
     )
 
 
-def _rendered(found: Regimes, width: int) -> Iterator[str]:
+def _lines(found: Regimes, width: int) -> Iterator[str]:
     step, seconds = found.step, found.seconds
     parts = ", ".join(f"{time(seconds[each])} {each}" for each in sorted(REGIMES, key=lambda each: -seconds[each]))
     bound = f"{found.regime}-bound" if found.regime else "free"
     yield f"{found.name} on {found.topology} is {bound}: {time(step.total_seconds)}"
-    yield f"  waits for    {parts}"
+    yield f"  bound by     {parts}"
     if found.latency_seconds:
-        yield f"               ({time(found.latency_seconds)} of the communication is latency and launches, whatever the bytes)"
+        yield f"               ({time(found.latency_seconds)} of the communication is latency and launches)"
     yield f"  intensity    {_number(step.intensity)} FLOPs/byte; the ridge of its operations is at {_number(step.ridge)}"
     achieved = f"{percent(step.of_flops)} of the compute units' rate, {percent(step.of_roofline)} of the roofline"
-    yield f"  achieved     {achieved}, both as priced"
+    yield f"  achieved     {achieved}, both at the model's rates"
     listed = [work for work in found.works if work.total_seconds > _MENTIONED * step.total_seconds]
     rows = [_row(work, step.total_seconds) for work in listed]
     headers = (
@@ -171,7 +171,7 @@ def _row(work: Work, step_seconds: float) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
+    """A value for JSON, which has no infinity."""
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 

@@ -1,8 +1,8 @@
-"""Where gathering weights beats keeping them still, solved for the number of tokens: Pope et al. 2022, §3.2, for any model.
+"""Crossovers between weight-stationary and weight-gathered layouts, solved for the number of tokens: Pope et al. 2022, §3.2.
 
-A block is what a model's feed-forward network is: products by weights that widen the tokens (one, or a gate and another),
-point by point work, and a product by a weight that narrows them again. It is cut out of the traced program, pinned to each
-of the named layouts of `search.families`, and what its collectives send is set equal, layout against layout.
+A block is a feed-forward network: matmuls by weights that widen the tokens (one, or a gate and another), elementwise work,
+and a matmul by a weight that narrows them again. It is extracted from the traced program and pinned to each of the layouts
+of `named_layouts`. A crossover is where the communicated volumes of two layouts are equal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from autoshard.explaining.named_layouts import Family, Split, families, moved, pinned, total_volume
+from autoshard.explaining.named_layouts import Family, Split, families, find_collectives, pin_by_name, total_volume
 from autoshard.naming.strategy_names import is_product, weight_operand
 from costmodels.dimensions import Dimensions
 from costmodels.machine.lazy_sympy import sympy
@@ -22,7 +22,7 @@ from costmodels.symbols import Expr, crossover, dimension, evaluated, text
 
 @dataclass(frozen=True)
 class Block:
-    """A block of products by weights, as a program of its own.
+    """A block of matmuls by weights, as a program of its own.
 
     `contracted`, `output` and `tokens` are the dimensions E, F and BL by name; `weights` the weights' names.
     """
@@ -36,7 +36,7 @@ class Block:
 
 
 class Crossover(NamedTuple):
-    """From `tokens` tokens on `above` sends less than `below`; `number` is that at the program's sizes."""
+    """The number of tokens above which `above` sends less than `below`; `number` is its value at the program's sizes."""
 
     below: str
     above: str
@@ -48,7 +48,7 @@ class Crossover(NamedTuple):
 
 
 def blocks(program: Program, dimensions: Dimensions) -> tuple[Block, ...]:
-    """The blocks of a program, each once: identical layers are one."""
+    """The blocks of a program; identical layers are one block."""
     found: dict[tuple[object, ...], Block] = {}
     for i, op in program.matmuls():
         block = _block(program, dimensions, i) if is_product(op) else None
@@ -62,7 +62,7 @@ def blocks(program: Program, dimensions: Dimensions) -> tuple[Block, ...]:
 
 
 def _block(program: Program, dimensions: Dimensions, last: int) -> Block | None:
-    """The block that ends in a product, if one does."""
+    """The block that ends in a matmul, if there is one."""
     weight = weight_operand(program, last)
     if weight is None:
         return None
@@ -77,13 +77,13 @@ def _block(program: Program, dimensions: Dimensions, last: int) -> Block | None:
     if not (contracted and output and tokens) or any(name.isdigit() for name in (*contracted, *output)):
         return None
     casts = [at for i in (*first, last) for at in _casts(program, i)]
-    part, sizes = _cut_out(program, dimensions, sorted({*first, *between, *casts, last}))
+    part, sizes = _extract(program, dimensions, sorted({*first, *between, *casts, last}))
     weights = dict.fromkeys(_weight_name(program, i) for i in (*first, last))
     return Block(part, sizes, contracted, output, tokens, tuple(weights))
 
 
 def _before(program: Program, last: int, weight: int) -> tuple[list[int], list[int]]:
-    """The products by weights that lead to the activation of a product, and what lies between; nothing if others do too."""
+    """The matmuls by weights that lead to a matmul's activation, and the operations between; empty if others do too."""
     first, between, waiting = [], [], [program.operations[last].inputs[1 - weight].value]
     while waiting:
         value = waiting.pop()
@@ -106,7 +106,7 @@ def _before(program: Program, last: int, weight: int) -> tuple[list[int], list[i
 
 
 def _roles(program: Program, dimensions: Dimensions, i: int) -> tuple[tuple[str, ...], ...]:
-    """The names of a product's contracted, output and token dimensions, each sorted."""
+    """The names of a matmul's contracted, output and token dimensions, each sorted."""
     op, weight = program.operations[i], weight_operand(program, i)
     own = [factor for dim in op.inputs[weight or 0].dims for factor in dim]
     contracted = [f for f in own if op.factors[f].kind == "sum"]
@@ -116,7 +116,7 @@ def _roles(program: Program, dimensions: Dimensions, i: int) -> tuple[tuple[str,
 
 
 def _casts(program: Program, i: int) -> Iterator[int]:
-    """The operations that turn a weight into what a product takes, back to where it enters."""
+    """The casts and views of a weight before a matmul, back to its source."""
     value = program.operations[i].inputs[weight_operand(program, i) or 0].value
     while program.operations[at := program.producers[value][0]].op_class == "fused":
         yield at
@@ -128,8 +128,8 @@ def _weight_name(program: Program, i: int) -> str:
     return value.origin or value.name
 
 
-def _cut_out(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
-    """Some operations as a program that runs once: what they use enters as arguments, what others use is returned."""
+def _extract(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
+    """Some operations as a program that runs once: their inputs are arguments, and values that others use are results."""
     operations = [program.operations[i] for i in kept]
     made = {use.value for op in operations for use in op.outputs}
     used = dict.fromkeys(use.value for op in operations for use in op.inputs if use.value not in made)
@@ -172,12 +172,12 @@ def _here(uses: Sequence[Use]) -> tuple[Use, ...]:
 # --- Volumes and crossovers
 
 
-def sent(block: Block, family: Family, topology: Topology, exact: bool = False) -> Expr:
+def volume_sent(block: Block, family: Family, topology: Topology, exact: bool = False) -> Expr:
     """The bytes that one chip sends in a block under a named layout.
 
     **Arguments:**
 
-    - `exact`: with $(N-1)/N$; without, by the convention of Pope et al., under which all links of a chip serve any axes.
+    - `exact`: with $(N-1)/N$; otherwise by the convention of Pope et al., in which any axes use all links of a chip.
     """
     sizes = {name: size for name, size in topology.axis_sizes.items() if size > 1}
     roles = {block.contracted[0]: "contracted", block.output[0]: "output", block.tokens[0]: "tokens"}
@@ -192,20 +192,20 @@ def sent(block: Block, family: Family, topology: Topology, exact: bool = False) 
             by_role = family.hidden if set(block.output) & set(names) else family.outside
         return {name: by_role.get(role, ()) for name, role in roles.items()}
 
-    choice = pinned(block.program, block.dimensions, splits, list(sizes))
-    return total_volume(moved(block.program, block.dimensions, sizes, choice), exact)
+    choice = pin_by_name(block.program, block.dimensions, splits, list(sizes))
+    return total_volume(find_collectives(block.program, block.dimensions, sizes, choice), exact)
 
 
 def volumes(block: Block, topology: Topology, exact: bool = False) -> dict[str, Expr]:
     """Named layout to the bytes that one chip sends in a block, in the order of the family."""
     axes = [axis.name for axis in topology.axes if axis.size > 1]
-    return {family.name: sent(block, family, topology, exact) for family in families(axes)} if axes else {}
+    return {family.name: volume_sent(block, family, topology, exact) for family in families(axes)} if axes else {}
 
 
 def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[Crossover, ...]:
-    """Which layout sends least, from how many tokens on: the first is the best for few tokens, the last for many.
+    """The crossovers from the layout that sends least with few tokens to the one that sends least with many.
 
-    The number of tokens is solved for symbolically; that it is the next to come follows from the sizes at hand.
+    The numbers of tokens are solved symbolically; their order is that at the program's sizes.
     """
     by_name, numbers = _linear(block, topology, exact), numbers_of(block, topology)
     if not by_name:
@@ -215,7 +215,7 @@ def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[C
     at, best = 0.0, first_of(block, topology, exact)
     while True:
         cheaper = [name for name in by_name if slope[name] < slope[best]]
-        later = [Crossover(best, name, *_solved(by_name[best], by_name[name], numbers)) for name in cheaper]
+        later = [Crossover(best, name, *_solve(by_name[best], by_name[name], numbers)) for name in cheaper]
         later = [each for each in later if each.number >= at]
         if not later:
             return tuple(found)
@@ -224,7 +224,7 @@ def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[C
 
 
 def first_of(block: Block, topology: Topology, exact: bool = False) -> str:
-    """The layout that sends least for few tokens; "" where there is one chip."""
+    """The layout that sends least with few tokens; "" on one chip."""
     numbers = numbers_of(block, topology)
     order = {
         name: (evaluated(start, numbers), evaluated(rate, numbers))
@@ -234,20 +234,20 @@ def first_of(block: Block, topology: Topology, exact: bool = False) -> str:
 
 
 def _linear(block: Block, topology: Topology, exact: bool) -> dict[str, tuple[Expr, Expr]]:
-    """Per layout the bytes for each token, and those for none: weights that are gathered."""
+    """Per layout the bytes per token, and those independent of tokens (gathered weights)."""
     tokens = dimension("N_tokens")
     by_name = {name: in_tokens(block, each, tokens) for name, each in volumes(block, topology, exact).items()}
     return {name: (each.coeff(tokens, 1), each.coeff(tokens, 0)) for name, each in by_name.items()}
 
 
-def _solved(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
+def _solve(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
     tokens = dimension("N_tokens")
     solved = crossover(below[0] * tokens + below[1], above[0] * tokens + above[1], tokens)
     return solved, evaluated(solved, numbers)
 
 
 def in_tokens(block: Block, expression: Expr, tokens: sympy.Symbol) -> Expr:
-    """An expression with the number of tokens in the place of their dimensions: N for B·L."""
+    """An expression with the number of tokens in place of their dimensions: N for B·L."""
     first, *others = (dimension(name) for name in block.tokens)
     return sympy.expand(expression.subs(first, tokens / sympy.Mul(*others)))
 
@@ -258,7 +258,7 @@ def numbers_of(block: Block, topology: Topology) -> dict[str, float]:
     return {**{name: float(n) for name, n in block.dimensions.sizes.items()}, **axes}
 
 
-def written(each: Crossover, block: Block) -> str:
-    """A crossover in words: `WG-X sends less than WS-2D from B·L = E (18,432) on`."""
+def crossover_text(each: Crossover, block: Block) -> str:
+    """A crossover as text: `WG-X sends less than WS-2D from B·L = E (18,432) on`."""
     tokens = text(sympy.Mul(*map(dimension, block.tokens)))
     return f"{each.above} sends less than {each.below} from {tokens} = {text(each.tokens)} ({each.number:,.0f}) on"

@@ -1,4 +1,4 @@
-"""A plan as text: what every array and every matmul does, what it costs, what else could have been, what is assumed."""
+"""A plan as text: strategies, layouts, costs, runners-up and assumed constants."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from math import isfinite
 
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
+from autoshard.explaining.memory_orders import orders_section
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
@@ -18,21 +19,21 @@ from search.formulation.layouts import Layout
 
 _STOPPED = {"time limit": "the time limit", "interrupted": "an interruption"}
 _MENTIONED = 0.005
-"""The share of the step above which an operation that is no matmul is listed."""
+"""The share of the step above which an operation other than a matmul is listed."""
 _EQUAL = 1e-4
-"""The relative difference within which a plain layout is this plan."""
+"""The relative difference within which a baseline equals this plan."""
 
 
 def render(plan: PlanRecord, symbolic: bool = False, width: int = WIDTH) -> str:
     """The whole plan as plain text tables.
 
-    Layers of an unrolled model that are planned alike are one row, with a star for what numbers them.
+    Layers of an unrolled model with the same plan are one row, with a star for their numbers.
 
     **Arguments:**
 
     - `symbolic`: adds every cost as a formula in named dimensions, axis sizes and rates, and crossovers between layouts.
       A plan whose file does not hold the program has each matmul's FLOPs in the letters of its einsum only.
-    - `width`: columns to fill at most; paths and places are cut short to fit.
+    - `width`: columns to fill at most; paths and source lines are shortened to fit.
     """
     named = symbolic and plan.program is not None
     sections = (
@@ -43,6 +44,7 @@ def render(plan: PlanRecord, symbolic: bool = False, width: int = WIDTH) -> str:
         _collectives(plan, width),
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
         _arrays("Results", plan.results, width),
+        orders_section(plan, width),
         _constants(plan, width),
         _warnings(plan, width),
         *(_formulas(plan, width) if named else ()),
@@ -56,7 +58,7 @@ def _formulas(plan: PlanRecord, width: int) -> Iterator[Iterator[str]]:
     return sections(plan, width)
 
 
-# --- What the plan is
+# --- The plan as a whole
 
 
 def _header(plan: PlanRecord) -> Iterator[str]:
@@ -78,6 +80,8 @@ def _header(plan: PlanRecord) -> Iterator[str]:
         f"  peak memory  {size(estimate.peak_bytes)} of {size(room)} per chip ({percent(estimate.peak_bytes / room)}),"
         f" at {estimate.peak_where}"
     )
+    if words := plan.emission.words():
+        yield f"  emission     {words}"
     if proof.status == "OPTIMAL":
         yield "  proof        OPTIMAL: under this cost model no plan that fits is faster (gap 0)"
     else:
@@ -86,11 +90,11 @@ def _header(plan: PlanRecord) -> Iterator[str]:
     yield from _deciders(proof)
     if proof.memory_seconds_per_byte:
         saved = time(proof.memory_seconds_per_byte * 2**30)
-        yield f"  memory       is full: by the bound, each GiB more on a chip would save about {saved}"
+        yield f"  memory       is full: by the bound, each GiB more per chip saves about {saved}"
 
 
 def _deciders(proof: Proof) -> Iterator[str]:
-    """What presolve and solver each did; a plan of an older file has it not."""
+    """The work of presolve and of the solver; a plan from an older file has only the totals."""
     parts = f", {proof.branches} branches" if proof.branches else ""
     stopped = f", ended by {_STOPPED.get(proof.stopped, proof.stopped)}" if proof.stopped else ""
     if not proof.solver:
@@ -105,9 +109,9 @@ def _deciders(proof: Proof) -> Iterator[str]:
 
 
 def _pricing(pricing: Pricing) -> str:
-    """By which conventions collectives are priced."""
+    """The conventions for the cost of collectives."""
     links = {"per-axis": "the links of their axes", "total": "all links of a chip"}[pricing.bandwidth]
-    looped = "looped with the products that they feed or that feed them, where the plan says so"
+    looped = "looped with their matmuls as planned"
     hidden = looped if pricing.looped else f"{percent(pricing.hidden_part)} hidden behind computation"
     return f"{pricing.bandwidth} bandwidth ({links}); {hidden}"
 
@@ -126,13 +130,13 @@ def _axis(axis: Axis) -> str:
 
 
 def _matmuls(plan: PlanRecord, symbolic: bool, width: int) -> Iterator[str]:
-    found = operations_alike(op for op in plan.operations if op.matmul)
+    found = group_operations(op for op in plan.operations if op.matmul)
     if not found:
         return
     rows = [_operation_row(op) for op in found]
     lines = table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2)
     yield "Matmuls"
-    yield from _indented(lines[:2])
+    yield from _indent(lines[:2])
     for op, line in zip(found, lines[2:], strict=True):
         yield f"  {line}"
         if symbolic:
@@ -151,7 +155,7 @@ def _operation_row(op: OperationPlan) -> tuple[str, ...]:
 
 
 def short_name(op: OperationPlan) -> str:
-    """What a matmul multiplies by, or else where it stands in the user's code."""
+    """The argument path of a matmul's weight, or else its source line."""
     if not op.matmul:
         return op.name
     name = op.name.removeprefix(f"{op.primitive} ")
@@ -168,7 +172,7 @@ def _formula(op: OperationPlan) -> str:
 
 def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     fused = (op for op in plan.operations if not op.matmul)
-    spent = operations_alike(op for op in fused if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
         return
     listed = [op for op in spent if op.seconds + op.collective_seconds > _MENTIONED * plan.estimate.seconds]
@@ -176,34 +180,34 @@ def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     yield "Other operations"
     if listed:
         rows = [_operation_row(op) for op in listed]
-        yield from _indented(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
+        yield from _indent(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
     if rest:
         seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
         each = f"each below {percent(_MENTIONED)} of the step"
         yield f"  {len(rest)} more, {each}: {time(seconds)}, collectives {time(wire)}"
 
 
-# --- Plain layouts
+# --- Baselines
 
 
 def _baselines(plan: PlanRecord) -> Iterator[str]:
     if not plan.baselines:
         return
-    yield "Plain layouts, each as good as its kind can be"
+    yield "Baselines, each the best of its kind"
     rows = [(each.name, *margin(plan, each)) for each in plan.baselines]
-    yield from _indented(table(("layout", "step", "against this plan"), rows, "<><"))
+    yield from _indent(table(("layout", "step", "against this plan"), rows, "<><"))
     best = min(plan.baselines, key=lambda each: each.seconds)
     if best.seconds <= plan.estimate.seconds * (1 + NOISE_PART):
-        yield f"  The model does not tell margins below {percent(NOISE_PART)} apart: {best.name} will do."
+        yield f"  Margins below {percent(NOISE_PART)} are within the model's error: {best.name} is good enough."
 
 
 def margin(plan: PlanRecord, found: Baseline) -> tuple[str, str]:
-    """What a plain layout takes, and how that compares with the plan: `1.59 ms`, `12.0 % slower`."""
+    """The step time of a baseline, and its comparison with the plan: `1.59 ms`, `12.0 % slower`."""
     if not isfinite(found.seconds):
         return "-", found.why
     ours = plan.estimate.seconds
     if found.seconds <= ours * (1 + _EQUAL):
-        return time(found.seconds), "is this plan's time"
+        return time(found.seconds), "as fast as this plan"
     text = (
         f"{found.seconds / ours:.2f} times"
         if found.seconds >= 2 * ours
@@ -222,14 +226,14 @@ def _collectives(plan: PlanRecord, width: int) -> Iterator[str]:
     yield "Collectives"
     found = plan.estimate.collectives
     if not found:
-        yield "  none: no array changes its layout"
+        yield "  none"
         return
     rows = [
         (each.kind, _mesh_order(each.axes, plan), size(each.bytes), f"{each.count:g}", time(each.seconds), each.where)
-        for each in collectives_alike(found)
+        for each in group_collectives(found)
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
-    yield from _indented(table(headers, rows, "<<>>>~", width - 2))
+    yield from _indent(table(headers, rows, "<<>>>~", width - 2))
     yield "  in all: " + "; ".join(_totals(found))
 
 
@@ -250,7 +254,7 @@ def _mesh_order(axes: Sequence[str], plan: PlanRecord) -> str:
 
 
 def spec_text(layout: Layout) -> str:
-    """A layout as it is written in Python: `P(None, ('y', 'z'))`."""
+    """A layout as Python source: `P(None, ('y', 'z'))`."""
     return f"P({', '.join(map(repr, spec_of(layout)))})"
 
 
@@ -259,15 +263,15 @@ def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str
         return
     rows = [
         (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
-        for array, count in arrays_alike(arrays)
+        for array, count in group_arrays(arrays)
     ]
     total = sum(array.bytes_per_chip for array in arrays)
     headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"
-    yield from _indented(table(headers, rows, "/~<>", width - 2))
+    yield from _indent(table(headers, rows, "/~<>", width - 2))
 
 
-# --- What stands behind the numbers
+# --- Constants and warnings
 
 
 def _constants(plan: PlanRecord, width: int) -> Iterator[str]:
@@ -275,8 +279,8 @@ def _constants(plan: PlanRecord, width: int) -> Iterator[str]:
     constants = [(name, c) for name, c in plan.topology.chip.constants.items() if name not in unused]
     rows = [(name, f"{c.value:g}", c.status, c.source) for name, c in constants if c.status in ("assumed", "given")]
     if rows:
-        yield f"Constants of {plan.topology.chip.name} that no source vouches for"
-        yield from _indented(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
+        yield f"Constants of {plan.topology.chip.name} without a published or measured source"
+        yield from _indent(table(("constant", "value", "status", "why"), rows, "<><~", width - 2))
 
 
 def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
@@ -285,5 +289,5 @@ def _warnings(plan: PlanRecord, width: int) -> Iterator[str]:
         yield from (line for warning in plan.warnings for line in item(warning, width))
 
 
-def _indented(lines: Iterable[str]) -> Iterator[str]:
+def _indent(lines: Iterable[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

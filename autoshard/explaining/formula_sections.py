@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from textwrap import wrap
 
 from autoshard._util.tables import WIDTH, percent, size, time
-from autoshard.explaining.crossovers import Block, blocks, crossovers, first_of, volumes, written
+from autoshard.explaining.crossovers import Block, blocks, crossover_text, crossovers, first_of, volumes
 from autoshard.explaining.formulas import Cost, Formulas, formulas_of
 from autoshard.explaining.model_shares import breakdown
 from autoshard.naming.strategy_names import is_product, weight_operand
 from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.program.program import Operation
-from costmodels.symbols import Expr, largest_terms, resolved, text
+from costmodels.symbols import Expr, largest_terms, specialize, text
 
 _LEFT_OUT = 0.001
-"""The part of a sum that its smallest terms may make up to be left out."""
+"""The part of a sum that the omitted smallest terms may make up."""
 _MENTIONED = 0.005
 """The share of the step above which an operation is listed."""
 
@@ -23,11 +23,11 @@ _MENTIONED = 0.005
 def formulas(plan: PlanRecord) -> Formulas:
     """The plan's closed forms: `formulas(plan).total.seconds` at its own numbers is `plan.estimate.seconds`.
 
-    **Raises:** `ValueError` for a plan from a file that does not hold the program.
+    **Raises:** `ValueError` for a plan from an older file, which lacks the program.
     """
     if plan.program is None or plan.dimensions is None:
         raise ValueError(
-            "this plan's file is of an older autoshard and does not hold the program; plan anew for formulas"
+            "this plan's file is from an older version and lacks the program; search again to get formulas"
         )
     return formulas_of(plan.program, plan.dimensions, plan.topology, plan.choice)
 
@@ -52,13 +52,13 @@ def _symbols(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
     rates = {name: f"{found.numbers[name]:g}" for name in found.numbers if name in used - {*dims, *axes}}
     for title, table in (("dimensions", dims), ("mesh axes", axes), ("rates, in SI units", rates)):
         if table:
-            yield from _wrapped(title, ", ".join(f"{name} = {number}" for name, number in table.items()), width)
-    yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm, a matmul, in whole tiles, o_op more;"
-    yield "  the longer here is shown, and roundings that do nothing here are left out"
+            yield from _wrap(title, ", ".join(f"{name} = {number}" for name, number in table.items()), width)
+    yield "  an operation takes the longer of FLOPs / C and HBM bytes / W_hbm; a matmul counts whole tiles and o_op;"
+    yield "  only the longer one is shown, without roundings that have no effect here"
     if found.numbers["m_chip"]:
-        yield "  an array of at most m_chip bytes stays on the chip between two operations (what a loop carries shares that),"
-        yield "  and is left out of HBM bytes here"
-    yield f"  largest terms come first; small ones that make up less than {percent(_LEFT_OUT)} are counted, not shown"
+        yield "  an array of at most m_chip bytes stays on the chip between two operations (loop carries share that room)"
+        yield "  and is not in the HBM bytes here"
+    yield f"  largest terms first; terms that make up less than {percent(_LEFT_OUT)} are counted, not shown"
     for left, right in found.dimensions.relations:
         yield f"  {left.replace('*', '·')} = {right.replace('*', '·')} in this program"
 
@@ -71,7 +71,7 @@ def _operations(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
         body = tuple(_quantities(_one_run(found, i), found, width))
         lines.setdefault(body, []).append(_title(op, found, i))
     for body, titles in lines.items():
-        yield f"  {titles[0]}" + (f", and {len(titles) - 1} alike" if len(titles) > 1 else "")
+        yield f"  {titles[0]}" + (f", and {len(titles) - 1} equal ones" if len(titles) > 1 else "")
         yield from body
 
 
@@ -85,7 +85,7 @@ def _title(op: OperationPlan, found: Formulas, i: int) -> str:
 
 
 def _one_run(found: Formulas, i: int) -> Cost:
-    """One run of an operation, and what moves for it as often: what moves for it elsewhere is another region's."""
+    """One run of an operation, with the reshards in its own region; reshards elsewhere belong to another region."""
     region = found.program.operations[i].region
     made = {use.value for use in found.program.operations[i].outputs}
     mine = [
@@ -98,7 +98,7 @@ def _one_run(found: Formulas, i: int) -> Cost:
 
 
 def _quantities(cost: Cost, found: Formulas, width: int) -> Iterator[str]:
-    """One line each of FLOPs, bytes and seconds, where there are any."""
+    """One line each for FLOPs, bytes and seconds that are not 0."""
     rows = (
         ("FLOPs", cost.flops, lambda n: f"{n:.4g}"),
         ("HBM bytes", cost.hbm_bytes, size),
@@ -107,8 +107,8 @@ def _quantities(cost: Cost, found: Formulas, width: int) -> Iterator[str]:
     )
     for name, expression, shown in rows:
         if expression != 0:
-            sum_ = _sum(resolved(expression, found.numbers), found)
-            yield from _wrapped(f"    {name:10s}", f"{sum_} = {shown(found.at(expression))}", width)
+            sum_ = _sum(specialize(expression, found.numbers), found)
+            yield from _wrap(f"    {name:10s}", f"{sum_} = {shown(found.at(expression))}", width)
 
 
 def _sum(expression: Expr, found: Formulas) -> str:
@@ -129,7 +129,7 @@ def _kinds(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
 
 
 def kind_of(found: Formulas, i: int, op: Operation) -> str:
-    """What an operation is, in a few words."""
+    """The kind of an operation, as a row title."""
     if op.op_class == "matmul":
         by_weight = is_product(op) and weight_operand(found.program, i) is not None
         return "matmuls by weights" if by_weight else "matmuls of activations"
@@ -146,7 +146,7 @@ def _regions(found: Formulas, width: int) -> Iterator[str]:
     if loops:
         yield "Loops, one round"
         for region, cost in loops:
-            yield f"  {found.program.regions[region].name}: {text(found.runs(region))} rounds"
+            yield f"  {found.program.regions[region].name}: {text(found.runs(region))} iterations"
             yield from _quantities(cost, found, width)
 
 
@@ -156,7 +156,7 @@ def _whole(found: Formulas, width: int) -> Iterator[str]:
 
 
 def _shares(found: Formulas, width: int) -> Iterator[str]:
-    """Parameters, FLOPs and activation bytes by kind, with the part of all that each is."""
+    """Parameters, FLOPs and activation bytes by kind, with their shares."""
     rows = breakdown(found.program, found.dimensions)
     yield "Shares of the whole program, one step on all chips together"
     for row in rows:
@@ -166,21 +166,21 @@ def _shares(found: Formulas, width: int) -> Iterator[str]:
             if expression != 0:
                 part = found.at(expression) / sum(found.at(each[at]) for each in rows)
                 line = f"{_sum(expression, found)} = {found.at(expression):.4g}, {percent(part)}"
-                yield from _wrapped(f"    {name:10s}", line, width)
+                yield from _wrap(f"    {name:10s}", line, width)
 
 
 def _crossovers(plan: PlanRecord, block: Block, width: int) -> Iterator[str]:
-    """What the named layouts of a block send, and where one beats the next."""
-    yield f"Weights still or gathered: {' · '.join(block.weights)}"
-    yield "  bytes that a chip sends for one block, all links of a chip together and (N-1)/N taken as 1 (Pope et al. 2022)"
+    """The volumes of the named layouts of a block, and their crossovers."""
+    yield f"Weight-stationary or weight-gathered: {' · '.join(block.weights)}"
+    yield "  bytes that a chip sends for one block, over all its links, with (N-1)/N taken as 1 (Pope et al. 2022)"
     yield from (f"    {name:8s} {text(each)}" for name, each in volumes(block, plan.topology).items())
     found = crossovers(block, plan.topology)
-    yield f"  {found[0].below if found else first_of(block, plan.topology)} sends least for few tokens"
-    yield from (f"  {written(each, block)}" for each in found)
+    yield f"  {found[0].below if found else first_of(block, plan.topology)} sends least with few tokens"
+    yield from (f"  {crossover_text(each, block)}" for each in found)
 
 
-def _wrapped(title: str, line: str, width: int) -> Iterator[str]:
-    """A line after its title, its continuations indented."""
+def _wrap(title: str, line: str, width: int) -> Iterator[str]:
+    """A line after its title, with indented continuations."""
     first = f"  {title}  "
     yield from wrap(
         line,

@@ -1,6 +1,6 @@
-"""What a plan costs as closed forms: per operation, per kind of operation, per region, and for the whole step.
+"""The cost of a plan in closed form: per operation, per kind of operation, per region, and for the whole step.
 
-The formulas are those that the search prices with (`costmodels.operations`, `costmodels.collectives`), with named dimensions
+The formulas are those of the search (`costmodels.operations`, `costmodels.machine.collectives`), with named dimensions
 for factor sizes, products of axis sizes for shard counts, and symbols for the rates of the chip and its links. At the plan's
 own numbers they are its estimate.
 """
@@ -38,9 +38,9 @@ _ZERO = sympy.Integer(0)
 class Cost(NamedTuple):
     """Closed forms of one chip's work.
 
-    - `flops`: floating-point operations; `hbm_bytes`: what passes between HBM and the compute units.
-    - `wire_bytes`: what it sends in collectives.
-    - `local_seconds`: operations; `collective_seconds`: collectives, and slices that a change of layout makes.
+    - `flops`: floating-point operations; `hbm_bytes`: the traffic between HBM and the compute units.
+    - `wire_bytes`: the bytes that it sends in collectives.
+    - `local_seconds`: operations; `collective_seconds`: collectives, and the local slices of reshards.
     """
 
     flops: Expr = _ZERO
@@ -51,15 +51,15 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> Expr:
-        """All of the time: what overlaps is taken from the collectives already."""
+        """The whole time; overlap is already subtracted from the collectives."""
         return self.local_seconds + self.collective_seconds
 
     def times(self, count: Expr) -> Cost:
-        """The cost of so many runs."""
+        """The cost of `count` runs."""
         return Cost(*(count * each for each in self))
 
 
-def added(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
+def sum_costs(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
     """The sum of costs."""
     columns = zip(*costs, strict=True)
     return Cost(*(sympy.Add(*column) for column in columns)) if (costs := list(costs)) else Cost()
@@ -69,7 +69,7 @@ def added(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
 class StepFormula:
     """One collective (or local slice) of the plan: its payload in bytes by the collectives' convention, and one run's cost.
 
-    `operation` is what needs it, -1 where the value moves as soon as it is made; it runs in `region`.
+    `operation` is the consumer, or -1 for a reshard right after the producer; it runs in `region`.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class Formulas:
     """A plan's cost in closed form; made by `formulas_of`.
 
     - `operations`: per operation of the program its cost in one run, without collectives; `steps`: the collectives.
-    - `numbers`: what every symbol stands for, by name: dimensions, axis sizes, rates.
+    - `numbers`: the value of every symbol, by name: dimensions, axis sizes, rates.
     """
 
     program: Program
@@ -96,24 +96,24 @@ class Formulas:
     numbers: Mapping[str, float]
 
     def at(self, expression: Expr, **other: float) -> float:
-        """The number that an expression stands for: at the plan's numbers, or at `other` ones for some symbols."""
+        """The value of an expression at the plan's numbers, with `other` values for some symbols."""
         return evaluated(expression, {**self.numbers, **other})
 
     def runs(self, region: int) -> Expr:
-        """How often a region runs in one step of the program."""
+        """The number of runs of a region in one step of the program."""
         return self.dimensions.runs(self.program, region)
 
     @cached_property
     def total(self) -> Cost:
         """The whole step."""
-        return added([*self._operations_in_step(), *self._steps_in_step()])
+        return sum_costs([*self._operations_in_step(), *self._steps_in_step()])
 
     def of_operation(self, i: int) -> Cost:
-        """One operation with the collectives that it needs, in one step of the program."""
+        """One operation with its collectives, in one step of the program."""
         own = self.operations[i].times(self.runs(self.program.operations[i].region))
         made = {use.value for use in self.program.operations[i].outputs}
         mine = [s for s in self.steps if s.operation == i or (s.operation < 0 and s.value in made)]
-        return added([own, *(step.cost.times(self.runs(step.region)) for step in mine)])
+        return sum_costs([own, *(step.cost.times(self.runs(step.region)) for step in mine)])
 
     def by_kind(self, kind: Callable[[int, Operation], str] = lambda i, op: op.op_class) -> dict[str, Cost]:
         """The step by kind of operation and kind of collective; by default by `op_class`."""
@@ -122,16 +122,16 @@ class Formulas:
             groups.setdefault(kind(i, self.program.operations[i]), []).append(cost)
         for step, cost in zip(self.steps, self._steps_in_step(), strict=True):
             groups.setdefault(step.kind, []).append(cost)
-        return {name: cost for name, costs in groups.items() if any(cost := added(costs))}
+        return {name: cost for name, costs in groups.items() if any(cost := sum_costs(costs))}
 
     def by_region(self) -> dict[int, Cost]:
-        """Per region the cost of one run of it, without the regions inside: of a loop over layers, one layer."""
+        """Per region the cost of one run, without inner regions; for a loop over layers, one layer."""
         groups: dict[int, list[Cost]] = {}
         for op, cost in zip(self.program.operations, self.operations, strict=True):
             groups.setdefault(op.region, []).append(cost)
         for step in self.steps:
             groups.setdefault(step.region, []).append(step.cost)
-        return {region: added(costs) for region, costs in sorted(groups.items())}
+        return {region: sum_costs(costs) for region, costs in sorted(groups.items())}
 
     def _operations_in_step(self) -> Iterator[Cost]:
         pairs = zip(self.program.operations, self.operations, strict=True)
@@ -178,7 +178,7 @@ def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int,
 def _steps(
     program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, operations: Sequence[Cost]
 ) -> Iterator[StepFormula]:
-    """Every step of every change of layout, and the collectives within operations."""
+    """Every step of every reshard, and the collectives within operations."""
 
     def formula(kind: str, axes: Axes, value: int, part: Expr, operation: int, region: int, product: int | None = None):
         payload = array_bytes(program, dimensions, value) * part
@@ -202,7 +202,7 @@ def _steps(
 
 
 def _hidden(kind: str, axes: Axes, payload: Expr, topology: Topology, product: Cost) -> Expr:
-    """What a product hides of the collective that it is looped with: at most all of its time but that of one piece."""
+    """The time of a looped collective that its matmul hides: at most the matmul's time without one piece."""
     wire = collective_seconds(kind, axes, payload, topology) - collective_seconds(kind, axes, _ZERO, topology)
     return sympy.Min(wire, (1 - 1 / pieces(axes)) * (product.local_seconds - rate("o_op")), evaluate=False)
 

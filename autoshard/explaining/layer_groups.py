@@ -1,4 +1,4 @@
-"""What an unrolled model has many of, as one: `params['layers'][*]['wq']` for the `wq` of all layers."""
+"""Groups of equal rows of an unrolled model: `params['layers'][*]['wq']` for the `wq` of all layers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 _ROUNDED = 6
-"""Significant digits within which two costs are the same."""
+"""The significant digits in which equal costs agree."""
 
 
-def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
-    """Operations that are planned alike as one, with the sums of their runs and times."""
+def group_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]:
+    """The operations, with those of the same plan merged: their runs and times are summed."""
 
     def key(op: OperationPlan) -> Hashable:
-        each = (_rounded(op.seconds / op.count), _rounded(op.collective_seconds / op.count))
+        each = (_round(op.seconds / op.count), _round(op.collective_seconds / op.count))
         return (unnumbered(op.name), op.einsum, op.sizes, op.strategy, op.splits, each)
 
     return [
@@ -31,12 +31,12 @@ def operations_alike(operations: Iterable[OperationPlan]) -> list[OperationPlan]
             seconds=sum(op.seconds for op in group),
             collective_seconds=sum(op.collective_seconds for op in group),
         )
-        for group in _grouped(operations, key)
+        for group in _group(operations, key)
     ]
 
 
-def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
-    """Collectives of the same kind, axes and bytes for arrays alike as one, with the sums of their runs and times."""
+def group_collectives(collectives: Iterable[PlannedCollective]) -> list[PlannedCollective]:
+    """The collectives, with those of the same kind, axes, bytes and array name merged: their runs and times are summed."""
     return [
         replace(
             group[0],
@@ -44,15 +44,19 @@ def collectives_alike(collectives: Iterable[PlannedCollective]) -> list[PlannedC
             seconds=sum(each.seconds for each in group),
             where=shared_name(each.where for each in group),
         )
-        for group in _grouped(
-            collectives, lambda each: (each.kind, frozenset(each.axes), _rounded(each.bytes), unnumbered(each.where))
+        for group in _group(
+            collectives, lambda each: (each.kind, frozenset(each.axes), _round(each.bytes), unnumbered(each.where))
         )
     ]
 
 
-def arrays_alike(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
-    """Arrays of the same shape, type and layout at places alike as one, with the sum of their bytes; and how many they are."""
-    groups = _grouped(arrays, lambda each: (unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated))
+def group_arrays(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
+    """Groups of arrays that differ only in their layer's number: one array with the sum of their bytes, and their number."""
+
+    def kind(each: ArrayPlan) -> Hashable:
+        return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
+
+    groups = _group(arrays, kind)
     return [
         (
             replace(
@@ -72,12 +76,12 @@ def type_of(array: ArrayPlan, count: int = 1) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]{many}{', donated' if array.donated else ''}"
 
 
-def _grouped(found: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def _group(found: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     groups: dict[Hashable, list[T]] = {}
     for each in found:
         groups.setdefault(key(each), []).append(each)
     return list(groups.values())
 
 
-def _rounded(number: float) -> str:
+def _round(number: float) -> str:
     return f"{number:.{_ROUNDED}g}"

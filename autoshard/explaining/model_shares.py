@@ -1,7 +1,7 @@
-"""What share of a model is what: parameters, FLOPs and activation bytes by kind of operation, in closed form.
+"""Shares of parameters, FLOPs and activation bytes by kind of operation, in closed form.
 
-The breakdown of Ouyang 2023 ("Understanding the Performance of Transformer Inference", MIT), for any traced function. All is
-of the whole program on however many chips, and of one step.
+The breakdown of Ouyang 2023 ("Understanding the Performance of Transformer Inference", MIT), for any traced function. All
+numbers are of one step of the whole program, summed over chips.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOKUPS = ("gather",)
 
 
 class Share(NamedTuple):
-    """One kind of operation: the parameters it holds, its FLOPs, the bytes of the arrays that it makes."""
+    """One kind of operation: its parameters, its FLOPs, the bytes of its results."""
 
     kind: str
     parameters: Expr
@@ -32,11 +32,10 @@ class Share(NamedTuple):
 def breakdown(program: Program, dimensions: Dimensions) -> tuple[Share, ...]:
     """The shares of every kind of operation, in program order.
 
-    A product by a weight is a kind of its own, by the weight's path; products of activations are attention's scores and
-    values; the rest is elementwise work (reductions too), and lookups and updates. Parameters are the floating-point
-    arguments that are weights of products, tables that are looked up in, or read by elementwise work; each counts once, with
-    the first product that takes it, or else where it is first read. Arrays that are mere views, and what crosses a loop's
-    edge, are no activations.
+    A matmul by a weight is a kind of its own, named by the weight's path. Matmuls of activations are attention scores and
+    attention values. The rest is elementwise work (with reductions), and lookups and updates. Parameters are the
+    floating-point arguments that are weights of matmuls, lookup tables, or inputs of elementwise work. Each counts once, with
+    the first matmul that uses it, or else with its first reader. Views and loop boundaries are not activations.
     """
     held = _holders(program)
     groups: dict[str, list[Share]] = {}
@@ -51,7 +50,7 @@ def breakdown(program: Program, dimensions: Dimensions) -> tuple[Share, ...]:
 
 
 def kind_of(program: Program, i: int) -> str:
-    """The kind of an operation; "" for what computes and moves nothing."""
+    """The kind of an operation; "" if it computes and moves nothing."""
     op = program.operations[i]
     if op.op_class == "matmul":
         weight = weight_operand(program, i) if is_product(op) else None
@@ -76,7 +75,7 @@ def _share(program: Program, dimensions: Dimensions, i: int, kind: str, held: li
 
 
 def _in_place(program: Program, op: Operation, use: Use) -> bool:
-    """Whether a result takes the place of an operand, as an update of a cache does."""
+    """Whether a result overwrites an operand, as an update of a cache does."""
     shape = program.values[use.value].shape
     return op.op_class == "memory" and any(
         program.values[each.value].shape == shape and each.dims == use.dims for each in op.inputs
@@ -104,7 +103,7 @@ def _holders(program: Program) -> dict[int, list[int]]:
 
 
 def _sources(program: Program) -> Iterator[int]:
-    """Arguments and closed-over arrays of floating-point numbers, or of 8 bits and fewer that stand for them."""
+    """Arguments and closed-over arrays of floating-point numbers, or of quantised ones (8 bits or fewer)."""
     for at in (*program.arguments, *program.constants):
         value = program.operations[at].outputs[0].value
         array = program.values[value]

@@ -1,8 +1,8 @@
-"""Layouts that the literature names, as plans: pinned on a program by the names of its dimensions, and what they move.
+"""Layouts of the literature as plans: pinned on a program by the names of its dimensions, with their volumes.
 
 Pope et al. 2022, §3.2, on axes x, y, z, for a feed-forward block that contracts E into F and back, of tokens BL:
 
-| family | weights at rest | matrix products | activations between blocks |
+| family | stored weights | matmuls | activations between blocks |
 |---|---|---|---|
 | `WS-1D` | $E F_{xyz}$ | F over xyz | $BLE_{xyz}$ |
 | `WS-2D` | $E_x F_{yz}$ | E over x, F over yz | $BLE_{xyz}$ |
@@ -10,8 +10,7 @@ Pope et al. 2022, §3.2, on axes x, y, z, for a feed-forward block that contract
 | `WG-XY` | $E_x F_{yz}$ | B over xy, F over z | $B_{xy} L E_z$ |
 | `WG-XYZ` | $E_x F_{yz}$ | B over xyz | $B_{xyz} L E$ |
 
-Nothing of what they cost is written here: the collectives are the changes of layout that a program needs where it is
-pinned so, each by the steps that move least.
+This module has no cost formulas: the collectives are the reshards of the pinned program, each by the steps that send least.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ from search.formulation.reshard import Step, permuted_axes, steps_from
 from search.formulation.strategies import Strategy
 
 Split = Mapping[str, Axes]
-"""Mesh axes by the name of the dimension that they split."""
+"""Mesh axes by the name of the dimension they split."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A named layout of a block of matrix products: what splits which dimension, by role.
+    """A named layout of a block of matmuls: the axes of each dimension, by role.
 
     Roles are "contracted" (E), "output" (F) and "tokens" (the first dimension of the batch).
 
-    - `stored`: weights at rest; `used`: the matrix products.
-    - `hidden`: between the products; `outside`: what enters and leaves the block.
+    - `stored`: stored weights; `used`: the matmuls.
+    - `hidden`: activations between the matmuls; `outside`: inputs and results of the block.
     """
 
     name: str
@@ -73,43 +72,41 @@ def families(axes: Sequence[str]) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def pinned(
+def pin_by_name(
     program: Program, dimensions: Dimensions, splits: Callable[[int, Operation], Split], axes: Sequence[str]
 ) -> Choice:
-    """The plan that splits named dimensions as it is told.
+    """The plan that splits named dimensions as given.
 
     **Arguments:**
 
-    - `splits`: per operation the axes of each dimension, by name. Of two factors with one name the first is split.
-    - `axes`: the mesh's, to refuse others.
+    - `splits`: per operation the axes of each dimension, by name. If two factors have one name, the first is split.
+    - `axes`: the mesh axes.
 
-    **Raises:** `ValueError` for an axis that the mesh has not.
+    **Raises:** `ValueError` for an axis that is not in the mesh.
     """
     strategies = []
     for i, op in enumerate(program.operations):
         table = dict(splits(i, op))
         unknown = {axis for split in table.values() for axis in split} - set(axes)
         if unknown:
-            raise ValueError(
-                f"{op.name} is to be split over {', '.join(sorted(unknown))}; the axes are {', '.join(axes)}"
-            )
+            raise ValueError(f"The axes of {op.name} must be among {', '.join(axes)}, got {', '.join(sorted(unknown))}")
         chosen = tuple(
             table.pop(name, ()) if factor.kind != "whole" else ()
             for name, factor in zip(dimensions.factors[i], op.factors, strict=True)
         )
         strategies.append(Strategy(chosen, ((),) * len(op.linear)))
     choice = Choice(tuple(strategies), {})
-    hubs = {value: _kept(program, choice, value) for value, uses in program.consumers.items() if len(uses) > 1}
+    hubs = {value: _stored_layout(program, choice, value) for value, uses in program.consumers.items() if len(uses) > 1}
     return Choice(choice.strategies, hubs)
 
 
-def _kept(program: Program, choice: Choice, value: int) -> Layout:
-    """An array is kept as all its uses want it, if they agree, or as it is made."""
+def _stored_layout(program: Program, choice: Choice, value: int) -> Layout:
+    """The stored layout of an array: that of its uses, if they agree, or that of its producer."""
     wanted = {needed(program, choice, operation, operand) for operation, operand in program.consumers[value]}
     return wanted.pop() if len(wanted) == 1 else produced(program, choice, value)
 
 
-# --- What a layout moves
+# --- Volumes
 
 
 class Moved(NamedTuple):
@@ -122,35 +119,37 @@ class Moved(NamedTuple):
     runs: Expr
 
     def volume(self, exact: bool) -> Expr:
-        """What one chip sends in one step; without `exact` by the convention of Pope et al., $(N-1)/N = 1$."""
+        """The bytes that one chip sends in one step; without `exact` by the convention of Pope et al., $(N-1)/N = 1$."""
         return self.runs * volume(self.kind, self.axes, self.payload, exact)
 
 
-def moved(program: Program, dimensions: Dimensions, sizes: Mapping[str, int], choice: Choice) -> tuple[Moved, ...]:
-    """The collectives of a pinned plan, each change of layout by the steps that send least.
+def find_collectives(
+    program: Program, dimensions: Dimensions, sizes: Mapping[str, int], choice: Choice
+) -> tuple[Moved, ...]:
+    """The collectives of a pinned plan, with each reshard by the steps that send least.
 
-    Gathers that follow one another are one gather, over all their axes, and so are scatters: what is sent is the same,
+    Consecutive gathers are one gather over all their axes, and so are scatters: the volume is the same,
     $\\frac{V}{Y}\\frac{X-1}{X} + V\\frac{Y-1}{Y} = V\\frac{XY-1}{XY}$.
 
     **Arguments:**
 
-    - `sizes`: mesh axes with their sizes, by which the least is found.
+    - `sizes`: mesh axes with their sizes.
     """
     found = []
     for move in moves(program, choice):
         total, runs = array_bytes(program, dimensions, move.value), dimensions.runs(program, move.region)
-        for kind, axes, of in _merged(least_steps(move.source, move.target, sizes)):
+        for kind, axes, of in _merge(least_steps(move.source, move.target, sizes)):
             found.append(Moved(kind, axes, move.value, total / pieces(of.axes), runs))
     return tuple(found)
 
 
 def total_volume(collectives: Sequence[Moved], exact: bool = False) -> Expr:
-    """What one chip sends in one step, in bytes."""
+    """The bytes that one chip sends in one step."""
     return sympy.Add(*(each.volume(exact) for each in collectives))
 
 
-def _merged(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
-    """Kind, axes and the layout of the payload; slices, which send nothing, left out."""
+def _merge(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
+    """Kind, axes and the layout of the payload, without slices, which send nothing."""
     sending = [step for step in steps if step.kind != "slice"]
     at = 0
     while at < len(sending):
@@ -167,9 +166,10 @@ def _merged(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
 
 
 def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tuple[Step, ...]:
-    """The single collectives from one layout to another that send least, and of those the fewest, by Dijkstra's algorithm.
+    """The single collectives from one layout to another that send least, by Dijkstra's algorithm; the fewest of
+    equal ones.
 
-    **Raises:** `ValueError` where none lead there.
+    **Raises:** `ValueError` if there are none.
     """
     order = count()
     frontier: list[tuple[float, int, int, Layout, tuple[Step, ...]]] = [(0.0, 0, next(order), source, ())]
@@ -183,7 +183,7 @@ def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tup
         done.add(layout)
         for step in _leaving(layout, target, sizes):
             if step.target not in done:
-                more = _sent(step, sizes)
+                more = _volume(step, sizes)
                 heapq.heappush(frontier, (sent + more, taken + 1, next(order), step.target, (*path, step)))
     raise ValueError(f"no collectives lead from {source} to {target}")
 
@@ -198,8 +198,8 @@ def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
 
 
-def _sent(step: Step, sizes: Mapping[str, int]) -> float:
-    """What a step sends of an array of one byte."""
+def _volume(step: Step, sizes: Mapping[str, int]) -> float:
+    """The bytes that a step sends per byte of the array."""
     chips = prod(sizes[axis] for axis in step.axes)
     if step.kind == "slice":
         return 0.0

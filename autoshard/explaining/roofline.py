@@ -1,8 +1,8 @@
-"""A roofline plot of one plan or several, one panel each: where every operation stands, and what it waits for.
+"""Roofline plots, one panel per plan: the intensity, the achieved rate and the bottleneck of every operation.
 
-The horizontal axis is intensity, FLOPs per byte through HBM; the vertical axis FLOP/s reached, collectives included. A dot
-is an operation, its area the time it takes. The roofs are the matrix unit's, by dtype, and the vector unit's; dashed
-is what programs reach of them, by the chip's efficiencies.
+The horizontal axis is intensity, FLOPs per byte through HBM. The vertical axis is achieved FLOP/s, collectives included. A dot
+is an operation, and its area the operation's time. The roofs are those of the matrix unit, by dtype, and of the vector unit;
+dashed lines are the achievable rates, by the chip's efficiencies.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from costmodels.bottlenecks import REGIMES, Work
 from costmodels.machine.chips import Chip
 
 FORMATS = (".png", ".svg", ".pdf", ".html")
-"""What a plot can be written as."""
+"""The file endings of a plot."""
 
 _COLORS = {"compute": "#d1495b", "HBM": "#00798c", "communication": "#edae49", "overhead": "#8d96a3"}
 _PANEL_INCHES = (8.0, 5.6)
 _NAMED = 6
-"""How many operations carry their names."""
+"""The number of operations with names."""
 _DISTANCES = (14, 24, 36, 50, 70, 95, 125)
-"""How far from its dot a name may stand, in points."""
+"""The distances at which a name may be placed from its dot, in points."""
 _DIRECTIONS = ((0.7, -0.7), (-0.7, -0.7), (0, -1), (1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (0, 1))
 _ALONG = tuple(i / 200 for i in range(201))
-"""Where a line is looked at, as parts of it."""
+"""The points at which a line is sampled, as parts of it."""
 _SLOPE = "HBM"
-"""Marks the text that goes along HBM's line."""
+"""Marks the text along the HBM line."""
 _SEEN = 1e-4
 """The share of the step above which an operation has a dot."""
 _LARGEST_DOT = 1200.0
-"""The area, in square points, that the whole step's time would have."""
+"""The area of a dot with the whole step's time, in square points."""
 
 
 def save_roofline(plans: Sequence[PlanRecord], path: str | PathLike[str]) -> None:
@@ -48,13 +48,13 @@ def save_roofline(plans: Sequence[PlanRecord], path: str | PathLike[str]) -> Non
 
     **Arguments:**
 
-    - `path`: ends in .png, .svg, .pdf or .html; the page stands alone.
+    - `path`: ends in .png, .svg, .pdf or .html; the page is self-contained.
 
-    **Raises:** `AutoshardError` where matplotlib is not installed, or for another ending.
+    **Raises:** `AutoshardError` if matplotlib is not installed, or for another ending.
     """
     where = Path(path)
     if where.suffix not in FORMATS:
-        raise AutoshardError(f"{where} ends in {where.suffix or 'nothing'}; {', '.join(FORMATS)} would do.")
+        raise AutoshardError(f"{where} must end in {', '.join(FORMATS)}, got {where.suffix or 'no ending'}.")
     figure = draw(plans)
     if where.suffix == ".html":
         write_whole(where, _page(plans, figure))
@@ -63,9 +63,9 @@ def save_roofline(plans: Sequence[PlanRecord], path: str | PathLike[str]) -> Non
 
 
 def draw(plans: Sequence[PlanRecord]) -> Any:
-    """The rooflines as a matplotlib `Figure`, one panel a plan.
+    """The rooflines as a matplotlib `Figure`, one panel per plan.
 
-    **Raises:** `AutoshardError` where matplotlib is not installed.
+    **Raises:** `AutoshardError` if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -83,7 +83,7 @@ def draw(plans: Sequence[PlanRecord]) -> Any:
 
 
 def _panel(axes: Any, chip: Chip, found: Regimes) -> list[Work]:
-    """Draws all but the names; returns the operations that are to be named, the longest first."""
+    """Draws everything except the names; returns the operations to be named, the longest first."""
     step = found.step.total_seconds
     works = [work for work in found.works if work.flops and work.bytes and work.total_seconds > _SEEN * step]
     peak = max(chip.flops_per_second.values())
@@ -122,7 +122,7 @@ def _roofs(axes: Any, chip: Chip, left: float, right: float) -> None:
         matrix = "vector unit" not in names
         style: dict[str, Any] = {"color": "#333333" if matrix else "#999999", "linewidth": 1.2, "zorder": 2}
         axes.plot([left, ridge, right], [left * bandwidth, rate, rate], **style)
-        part, reached = _reached(chip, matrix), _part(chip, "hbm_efficiency") * bandwidth
+        part, reached = _achievable_part(chip, matrix), _part(chip, "hbm_efficiency") * bandwidth
         if part * rate < rate or reached < bandwidth:
             axes.plot(
                 [left, part * rate / reached, right],
@@ -153,8 +153,8 @@ def _roofs(axes: Any, chip: Chip, left: float, right: float) -> None:
     axes.annotate(slope, (at, at * bandwidth), xytext=(-2, 6), rotation_mode="anchor", gid=_SLOPE, **beside)
 
 
-def _reached(chip: Chip, matrix: bool) -> float:
-    """The part of a rate that programs reach, by the chip's constants."""
+def _achievable_part(chip: Chip, matrix: bool) -> float:
+    """The achievable part of a rate, by the chip's constants."""
     return _part(chip, "matmul_efficiency") if matrix else 1.0
 
 
@@ -164,7 +164,7 @@ def _part(chip: Chip, name: str) -> float:
 
 
 def _turn(axes: Any) -> None:
-    """Lays the name of HBM's line along it; only a figure that is laid out knows its slope on the page."""
+    """Rotates the name of the HBM line to the line's slope, which is known only after the figure's layout."""
     for text in axes.texts:
         if text.get_gid() == _SLOPE:
             x, y = text.xy
@@ -173,7 +173,7 @@ def _turn(axes: Any) -> None:
 
 
 def _labels(axes: Any, works: Sequence[Work], step: float) -> None:
-    """Names beside their dots, where nothing else is; dots in one place share one."""
+    """Places names beside their dots in free space; overlapping dots share a name."""
     groups: list[list[Work]] = []
     for work in works:
         near = next((group for group in groups if _together(group[0], work)), None)
@@ -190,7 +190,7 @@ def _labels(axes: Any, works: Sequence[Work], step: float) -> None:
         names = ", ".join(_short(each.name) for each in group)
         share = percent(sum(each.total_seconds for each in group) / step)
         place = (group[0].intensity, max(group[0].flops / group[0].total_seconds, axes.get_ylim()[0]))
-        taken.append(_placed(axes, f"{names}: {share}", place, taken))
+        taken.append(_place(axes, f"{names}: {share}", place, taken))
 
 
 def _dots(axes: Any) -> list[Any]:
@@ -217,8 +217,8 @@ def _roof_boxes(axes: Any) -> list[Any]:
     return found
 
 
-def _placed(axes: Any, text: str, place: tuple[float, float], taken: Sequence[Any]) -> Any:
-    """Writes a text near a place, the nearest spot first that is free and inside; returns its box."""
+def _place(axes: Any, text: str, place: tuple[float, float], taken: Sequence[Any]) -> Any:
+    """Writes a text at the nearest free spot inside the axes; returns its box."""
     from matplotlib.text import Text
 
     label = axes.annotate(
@@ -244,7 +244,7 @@ def _placed(axes: Any, text: str, place: tuple[float, float], taken: Sequence[An
 
 
 def _together(one: Work, other: Work) -> bool:
-    """Whether two dots lie on each other."""
+    """Whether two dots overlap."""
     rates = one.flops / one.total_seconds, other.flops / other.total_seconds
     return max(rates) < 1.15 * min(rates) and 1 / 1.15 < one.intensity / other.intensity < 1.15
 
@@ -267,7 +267,7 @@ def _flops(rate: float) -> str:
 
 
 def _page(plans: Sequence[PlanRecord], figure: Any) -> str:
-    """A page that stands alone: the plot, and the tables below it."""
+    """A self-contained page: the plot, with the tables below it."""
     from html import escape
 
     picture = StringIO()

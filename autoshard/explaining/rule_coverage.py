@@ -1,8 +1,8 @@
-"""Which operations of a function have exact sharding rules, which are whole on every chip for want of one, and what that costs.
+"""The census: the coverage of a function's operations by exact sharding rules, and the cost of missing rules.
 
-An operation is *exact* where its primitive has a rule, one of autoshard's or one that the user registered; *conservative*
-where it has none and every chip computes it whole. An exact rule may still keep a dimension whole (a sort keeps the dimension
-that it sorts); how much of an operation's time that concerns is said as well.
+An operation is *exact* if its primitive has a rule, autoshard's or the user's. It is *conservative* if it has none and is
+replicated on every chip. An exact rule may still keep a dimension whole (a sort keeps the sorted dimension); the census
+reports the time of such operations too.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class _Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Counted:
-    """The operations of one primitive that are exact, or those that are not.
+    """The exact operations of one primitive, or its conservative ones.
 
-    - `equations`: how many there are; each counts once, however often a loop runs it.
+    - `equations`: their number; each counts once, also in a loop.
     - `flops`, `bytes`, `seconds`: all their runs in one step.
-    - `whole_seconds`: of the seconds, those of operations that keep a dimension of more than one element whole.
-    - `where`: the first of them in the user's source.
+    - `whole_seconds`: the seconds of operations that keep a dimension of more than one element whole.
+    - `where`: the source line of the first.
     """
 
     primitive: str
@@ -55,9 +55,9 @@ class Counted:
 
 @dataclass(frozen=True)
 class Census:
-    """What share of a program stands under exact rules.
+    """The shares of a program under exact rules.
 
-    `basis` says what the seconds are of: one chip that runs everything, or a plan.
+    `basis` is the basis of the seconds: one chip that runs everything, or a plan.
     """
 
     name: str
@@ -67,23 +67,23 @@ class Census:
 
     @property
     def equations(self) -> int:
-        """How many operations there are."""
+        """The number of operations."""
         return sum(row.equations for row in self.rows)
 
     @property
     def exact(self) -> dict[str, float]:
-        """The share under exact rules, 0 to 1, of "equations", "flops", "bytes" and "seconds"; 1 of nothing."""
+        """The share under exact rules, 0 to 1, of "equations", "flops", "bytes" and "seconds"; 1 if there are none."""
         return {name: self._share(name) for name in _QUANTITIES}
 
     @property
     def kept_whole(self) -> float:
-        """The share of the seconds that operations take which keep a dimension whole, conservative ones included."""
+        """The share of the seconds of operations that keep a dimension whole, conservative ones included."""
         total = sum(row.seconds for row in self.rows)
         return sum(row.whole_seconds for row in self.rows) / total if total else 0.0
 
     @property
     def conservative(self) -> tuple[Counted, ...]:
-        """What has no rule, the longest first."""
+        """The conservative operations, the longest first."""
         return tuple(row for row in self.rows if not row.exact)
 
     def _share(self, name: str) -> float:
@@ -106,19 +106,19 @@ class Census:
         return self.render()
 
     def render(self, width: int = WIDTH) -> str:
-        """One line per primitive, the longest first, then what is conservative and what that costs."""
-        return "\n".join(_rendered(self, width)) + "\n"
+        """One line per primitive, the longest first, then the conservative operations and their cost."""
+        return "\n".join(_lines(self, width)) + "\n"
 
 
 def census(fn: Callable[..., Any], *args: Any, chip: str | Chip = "v5e") -> Census:
-    """The census of a function, timed as if one chip ran all of it; nothing is searched.
+    """The census of a function, with the times of one chip that runs everything; nothing is searched.
 
         print(autoshard.census(decode, params, cache, tokens, position))
 
     **Arguments:**
 
     - `args`: as for `autoshard.search`.
-    - `chip`: whose roofline the seconds are of.
+    - `chip`: the chip whose roofline gives the seconds.
 
     **Raises:** `TraceError`.
     """
@@ -138,13 +138,13 @@ def census_of(program: Program, chip: str | Chip = "v5e") -> Census:
     return Census(program.name, f"one {on.name} that runs all of it", _rows(listed), program.warnings)
 
 
-def planned_census(plan: PlanRecord) -> Census:
-    """The census of a plan: the seconds of every operation as planned, with its changes of layout.
+def census_of_plan(plan: PlanRecord) -> Census:
+    """The census of a plan: the seconds of every operation as planned, with its reshards.
 
-    **Raises:** `ValueError` for a plan from an older file, which does not hold its program.
+    **Raises:** `ValueError` for a plan from an older file, which lacks its program.
     """
     if plan.program is None:
-        raise ValueError(f"The plan {plan.name!r} does not hold its program: it is from an older file. Plan anew.")
+        raise ValueError(f"The plan {plan.name!r} does not hold its program: it is from an older file. Search again.")
     pairs = zip(plan.program.operations, plan.operations, strict=True)
     listed = (
         (op, _Cost(row.flops, row.bytes, row.seconds + row.collective_seconds))
@@ -169,7 +169,7 @@ def _row(primitive: str, exact: bool, group: list[tuple[Operation, _Cost]]) -> C
 
 
 def _keeps_whole(op: Operation) -> bool:
-    """Whether an array has a dimension of more than one element that cannot be split at all."""
+    """Whether an array has a dimension of more than one element that cannot be split."""
     dims = (dim for use in (*op.inputs, *op.outputs) for dim in use.dims)
     return any(
         all(factor.kind == "whole" for factor in dim) and prod(factor.size for factor in dim) > 1
@@ -178,7 +178,7 @@ def _keeps_whole(op: Operation) -> bool:
 
 
 def summary(found: Census) -> str:
-    """A census without its table: how many operations, the shares, and what the trace warns of."""
+    """A census without its table: the number of operations, the shares, and the warnings of the trace."""
     return "\n".join((*_head(found), *_shares(found), *(line for text in found.warnings for line in item(text)))) + "\n"
 
 
@@ -186,7 +186,7 @@ def _head(found: Census) -> Iterator[str]:
     yield f"{found.name}: {found.equations} operations; times of {found.basis}"
 
 
-def _rendered(found: Census, width: int) -> Iterator[str]:
+def _lines(found: Census, width: int) -> Iterator[str]:
     yield from _head(found)
     yield ""
     total = sum(row.seconds for row in found.rows) or 1.0
@@ -213,5 +213,5 @@ def _shares(found: Census) -> Iterator[str]:
     yield f"Under exact rules: {shares}. Operations that keep a dimension whole take {percent(found.kept_whole)} of the time."
     if found.conservative:
         names = ", ".join(row.primitive for row in found.conservative)
-        yield f"Without a rule, and so whole on every chip: {names}. Their FLOPs are not known, and count as"
-        yield "none; autoshard.rule registers a rule."
+        yield f"Without a rule, and so replicated on every chip: {names}. Their FLOPs are unknown and count as 0;"
+        yield "autoshard.rule registers a rule."

@@ -1,14 +1,14 @@
-"""A plan's layouts of arrays in other people's formats.
+"""Exports of a plan's array layouts to the formats of other libraries.
 
-| format | what it is | for |
+| format | contents | for |
 |---|---|---|
 | `specs` | a pytree of `PartitionSpec`s as Python source | `jax.jit`'s `in_shardings`, `jax.device_put` |
 | `rules` | ordered (regex, `PartitionSpec`) pairs as Python source | EasyLM, EasyDeL and the like, optimizer state |
 | `flax` | rules for logical axes as Python source | Flax Linen, Flax NNX |
 | `maxtext` | the same with the mesh, as YAML | MaxText's `custom_mesh_and_rule` |
 
-They say where arrays lie between steps. What happens inside a step (operations' strategies, collectives) is in the plan
-alone: give `plan.apply(fn)` to whatever places arrays by an export.
+An export has the layouts of arrays between steps. Only the plan has the strategies and collectives inside a step: use
+`plan.apply(fn)` in the program that places its arrays by an export.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMATS: Mapping[str, Callable[..., str]] = {
     "flax": logical.render_flax,
     "maxtext": logical.render_maxtext,
 }
-"""The formats, each with the function that writes it."""
+"""The formats, each with its renderer."""
 _NAMED = ("flax", "maxtext")
 
 
@@ -39,10 +39,10 @@ def export(
     **Raises:** `ExportError`.
     """
     if format not in FORMATS:
-        raise ExportError(f"There is no format {format!r}; there are {', '.join(FORMATS)}.")
+        raise ExportError(f"The format must be one of {', '.join(FORMATS)}, got {format!r}.")
     mesh_axes(plan, axes)
     if format in _NAMED:
         return FORMATS[format](plan, argument, axes, names)
     if names is not None:
-        raise ExportError(f"The format {format} has no logical names; {' and '.join(_NAMED)} have.")
+        raise ExportError(f"names apply to the formats {' and '.join(_NAMED)} only, got format {format}.")
     return FORMATS[format](plan, argument, axes)

@@ -1,4 +1,4 @@
-"""The arguments of a plan by their `/`-joined paths, and mesh axes by other names."""
+"""The arrays of a plan's arguments by their `/`-joined paths, with renamed mesh axes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
 
 Axes = Mapping[str, str] | None
-"""Other names for mesh axes; those that are left out keep theirs."""
+"""Other names for mesh axes; omitted axes keep theirs."""
 Spec = tuple[str | tuple[str, ...] | None, ...]
 """The entries of a `PartitionSpec`, without trailing `None`s."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One array of an argument: the argument's name, the keys that lead to the array inside it, and its entries."""
+    """One array of an argument: the argument's name, the keys of the array inside it, and the entries of its spec."""
 
     head: str
     keys: tuple[str, ...]
@@ -28,12 +28,12 @@ class Leaf:
 
     @property
     def path(self) -> str:
-        """Where it is, from the argument's name on: `params/layers/wq`."""
+        """Its path, including the argument's name: `params/layers/wq`."""
         return "/".join((self.head, *self.keys))
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """Where it is inside its argument; the argument's own name where that is an array."""
+        """Its path inside its argument; the argument's name if the argument is an array."""
         return self.keys or tuple(self.head.split("/"))
 
     def entry(self, dimension: int) -> str | tuple[str, ...] | None:
@@ -44,7 +44,7 @@ class Leaf:
 def leaves(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> tuple[Leaf, ...]:
     """The arrays of all arguments, or of one, in order.
 
-    **Raises:** `ExportError` when there is no such argument.
+    **Raises:** `ExportError` for an unknown argument.
     """
     chosen = None if argument is None else position(plan, argument)
     names, paths = heads(plan), pytrees.paths(plan.in_tree.data)
@@ -56,9 +56,9 @@ def leaves(plan: PlanRecord, argument: str | int | None = None, axes: Axes = Non
 
 
 def mesh_axes(plan: PlanRecord, axes: Axes) -> dict[str, int]:
-    """The mesh as it is to be called: its axes with their sizes.
+    """The renamed mesh axes with their sizes.
 
-    **Raises:** `ExportError` for names of axes that the plan has not, or that are given twice.
+    **Raises:** `ExportError` for unknown axes and for names that are not unique.
     """
     sizes = plan.topology.axis_sizes
     unknown = [name for name in axes or () if name not in sizes]
@@ -66,7 +66,7 @@ def mesh_axes(plan: PlanRecord, axes: Axes) -> dict[str, int]:
         raise ExportError(f"The plan has no mesh axis {', '.join(unknown)}; it has {', '.join(sizes)}.")
     renamed = {(axes or {}).get(name, name): size for name, size in sizes.items()}
     if len(renamed) != len(sizes):
-        raise ExportError(f"The mesh axes {', '.join(sizes)} cannot be called {', '.join(renamed)}: one name each.")
+        raise ExportError(f"The names of the mesh axes {', '.join(sizes)} must be unique, got {', '.join(renamed)}.")
     return renamed
 
 

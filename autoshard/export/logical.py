@@ -1,8 +1,8 @@
-"""A plan's layouts as rules for logical axes: each dimension of an array has a name, and each name its mesh axes.
+"""Exports as rules for logical axes: each dimension of an array has a name, and each name has mesh axes.
 
-Names are unique, so that it does not matter whether a library takes the first rule of a name that fits (Flax Linen,
-MaxText) or has one rule a name (Flax NNX). That says less than a plan: a plan that splits a dimension in one array, and one
-of the same name otherwise in another, is refused with these arrays.
+Names are unique, since some libraries take the first rule of a name that fits (Flax Linen, MaxText) and others have one rule
+per name (Flax NNX). Logical axes are less expressive than a plan: if two dimensions of the same name are split differently,
+the export is refused and lists the arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, Leaf, leaves, mesh_axes
 from autoshard.export.python import literal, sequence
-from autoshard.export.specs import module, nested
+from autoshard.export.specs import module, nest
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
@@ -27,7 +27,7 @@ Name = str | None
 Entry = str | tuple[str, ...] | None
 _LISTED = 8
 _BATCH = "activation_batch"
-"""What MaxText calls the batch."""
+"""MaxText's name of the batch."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def render_flax(plan: PlanRecord, argument: str | int | None = None, axes: Axes 
     at = None if argument is None else position(plan, argument)
     tree = plan.in_tree.data if at is None else plan.in_tree.data["tuple"][at]
     what = "The arguments" if at is None else f"The arrays of {heads(plan)[at]}"
-    labels = nested(tree, [python.spec(each.names) for each in arrays], imports, what)
+    labels = nest(tree, [python.spec(each.names) for each in arrays], imports, what)
     doc = (
         f"The layouts of {plan.name}, planned for {plan.topology.name}, by logical axes.\n\n"
         "LOGICAL_AXIS_RULES are for flax.linen.logical_axis_rules and flax.nnx.logical_axis_rules; each name has one rule.\n"
@@ -61,26 +61,28 @@ def render_flax(plan: PlanRecord, argument: str | int | None = None, axes: Axes 
 def render_maxtext(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None, names: Any = None) -> str:
     """The YAML of a `custom_mesh_and_rule`: `mesh_axes`, `data_sharding`, `logical_axis_rules`.
 
-    **Raises:** `ExportError`, also without names: MaxText's models have their own, and ignore others.
+    **Raises:** `ExportError`, also without names: MaxText's models have their own names and ignore others.
     """
     if names is None:
         raise ExportError(
-            "MaxText's models name their dimensions themselves (embed, mlp, heads, ...) and would ignore other names: give"
-            " names, a mapping of regular expressions over paths to the names of the dimensions."
+            "MaxText's models have their own names of dimensions (embed, mlp, heads, ...) and ignore others. Pass names, a"
+            " mapping of regular expressions over paths to the names of the dimensions."
         )
     rules = _rules(_named(plan, argument, axes, names))
     mesh = mesh_axes(plan, axes)
-    batch = _listed(rules[_BATCH]) if _BATCH in rules else list(mesh)
+    batch = _axes_list(rules[_BATCH]) if _BATCH in rules else list(mesh)
     sizes = " ".join(f"ici_{name}_parallelism={size}" for name, size in mesh.items())
     assumed = (
-        "" if _BATCH in rules else f"# No array names {_BATCH}: the batch is split over all mesh axes, as by default.\n"
+        ""
+        if _BATCH in rules
+        else f"# No array has the name {_BATCH}: the batch is split over all mesh axes, the default.\n"
     )
-    lines = [f"  [{_quoted(name)}, {_quoted_list(_listed(entry))}]," for name, entry in rules.items()]
+    lines = [f"  [{_quote(name)}, {_quote_list(_axes_list(entry))}]," for name, entry in rules.items()]
     return (
         f"# The layouts of {_line(plan.name)}, planned for {_line(plan.topology.name)}.\n"
         f"# Sizes of the mesh: {_line(sizes)}\n{assumed}"
-        f"mesh_axes: {_quoted_list(list(mesh))}\n"
-        f"data_sharding: [{_quoted_list(batch)}]\n"
+        f"mesh_axes: {_quote_list(list(mesh))}\n"
+        f"data_sharding: [{_quote_list(batch)}]\n"
         "logical_axis_rules: [\n" + "\n".join(lines) + "\n]\n"
     )
 
@@ -89,15 +91,15 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _listed(entry: Entry) -> list[str]:
+def _axes_list(entry: Entry) -> list[str]:
     return [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
 
 
-def _quoted_list(names: Sequence[str]) -> str:
-    return f"[{', '.join(map(_quoted, names))}]"
+def _quote_list(names: Sequence[str]) -> str:
+    return f"[{', '.join(map(_quote, names))}]"
 
 
-def _quoted(name: str) -> str:
+def _quote(name: str) -> str:
     return "'" + name.replace("'", "''") + "'"
 
 
@@ -105,14 +107,14 @@ def _quoted(name: str) -> str:
 
 
 def _named(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any) -> list[_Named]:
-    """The arrays with their names, by what the user gave, or by the sizes of the dimensions.
+    """The arrays with the user's names, or with names by the sizes of the dimensions.
 
-    **Raises:** `ExportError` for an array that is not named, or has more or fewer dimensions than names.
+    **Raises:** `ExportError` for an array without names, or with another number of names than dimensions.
     """
     arrays = leaves(plan, argument, axes)
     if isinstance(names, Mapping) and any(_invalid(pattern) for pattern in names if _is_names(names[pattern])):
         bad = next(pattern for pattern in names if _invalid(pattern))
-        raise ExportError(f"{bad!r} is no regular expression over paths.")
+        raise ExportError(f"Invalid regular expression {bad!r} in names.")
     if names is None:
         given: list[Any] = [_by_size(leaf) for leaf in arrays]
     elif isinstance(names, Mapping) and names and all(_is_names(value) for value in names.values()):
@@ -121,7 +123,9 @@ def _named(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any)
         given = _by_tree(plan, argument, names)
     given = [tuple(found) if isinstance(found, jax.sharding.PartitionSpec) else found for found in given]
     faults = [
-        f"{leaf.path} has {_said(found, leaf)}" for leaf, found in zip(arrays, given, strict=True) if _bad(found, leaf)
+        f"{leaf.path} has {_fault_text(found, leaf)}"
+        for leaf, found in zip(arrays, given, strict=True)
+        if _bad(found, leaf)
     ]
     if faults:
         raise ExportError(f"Each dimension needs a name, or None for one that stays whole:{_several(faults)}")
@@ -146,13 +150,13 @@ def _bad(found: Any, leaf: Leaf) -> bool:
     return found is None or not _is_names(found) or len(found) != len(leaf.shape)
 
 
-def _said(found: Any, leaf: Leaf) -> str:
+def _fault_text(found: Any, leaf: Leaf) -> str:
     size = f"{len(leaf.shape)} dimensions"
     return f"{size} and no names" if found is None else f"{size}, and the names {found!r}"
 
 
 def _by_size(leaf: Leaf) -> tuple[Name, ...]:
-    """Dimensions of one size have one name, but for those of an array that has two of them."""
+    """Names by size; an array with two dimensions of one size numbers them."""
     names = [f"dim_{size}" for size in leaf.shape]
     return tuple(name if names.count(name) == 1 else f"{name}_{names[:k].count(name)}" for k, name in enumerate(names))
 
@@ -166,7 +170,7 @@ def _by_rule(names: Mapping[str, Sequence[Name]], leaf: Leaf, inside: bool) -> S
 def _by_tree(plan: PlanRecord, argument: str | int | None, names: Any) -> list[Any]:
     """Names as a pytree shaped like the arguments, or like one of them.
 
-    **Raises:** `ExportError` where it is shaped otherwise.
+    **Raises:** `ExportError` if the nesting differs.
     """
     tree = plan.in_tree.data if argument is None else plan.in_tree.data["tuple"][position(plan, argument)]
     found = jax.tree_util.tree_flatten_with_path(names, is_leaf=_is_leaf)[0]
@@ -175,13 +179,13 @@ def _by_tree(plan: PlanRecord, argument: str | int | None, names: Any) -> list[A
     if given != planned:
         missing = ["/".join(path) for path in planned if path not in given]
         extra = ["/".join(path) for path in given if path not in planned]
-        faults = [f"{path} has no names" for path in missing] + [f"{path} is no array" for path in extra]
-        raise ExportError(f"names are nested otherwise than the planned arguments:{_several(faults)}")
+        faults = [f"{path} has no names" for path in missing] + [f"{path} is not an array" for path in extra]
+        raise ExportError(f"names must be nested like the planned arguments:{_several(faults)}")
     return [value for _, value in found]
 
 
 def _is_leaf(value: Any) -> bool:
-    """Names of dimensions: a `PartitionSpec` or a tuple of them, but no tuple of arguments."""
+    """Whether a value is names of dimensions: a `PartitionSpec` or a tuple of names, not a tuple of arguments."""
     return isinstance(value, jax.sharding.PartitionSpec) or (isinstance(value, tuple) and _is_names(value))
 
 
@@ -191,7 +195,7 @@ def _is_leaf(value: Any) -> bool:
 def _rules(arrays: Iterable[_Named]) -> dict[str, Entry]:
     """Every name's mesh axes.
 
-    **Raises:** `ExportError` where a name has several, with the arrays.
+    **Raises:** `ExportError` if a name has several, with the arrays.
     """
     found: dict[str, dict[Entry, str]] = {}
     faults = []
@@ -207,14 +211,14 @@ def _rules(arrays: Iterable[_Named]) -> dict[str, Entry]:
             faults.append(f"{name} is " + ", and ".join(f"{_over(entry)} in {where}" for entry, where in seen.items()))
     if faults:
         raise ExportError(
-            "Logical axes of these names cannot say the plan; give the dimensions names of their own, or export rules or"
+            "Logical axes with these names cannot express the plan. Give these dimensions different names, or export rules or"
             f" specs:{_several(faults)}"
         )
     return {name: next(iter(seen)) for name, seen in sorted(found.items())}
 
 
 def _over(entry: Entry) -> str:
-    return "whole" if entry is None else f"split over {' '.join(_listed(entry))}"
+    return "whole" if entry is None else f"split over {' '.join(_axes_list(entry))}"
 
 
 def _several(faults: Sequence[str]) -> str:

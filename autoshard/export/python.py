@@ -1,4 +1,4 @@
-"""Values as Python source, formatted as ruff and black would: one line where it fits, else one entry a line."""
+"""Values as Python source in the format of ruff and black: one line if it fits, else one entry per line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INDENT = "    "
 
 @dataclass(frozen=True)
 class Group:
-    """Something in brackets: what opens it, its entries each with what comes before it (a key), what closes it."""
+    """A bracketed expression: the opening, its entries, each with a prefix (a key), and the closing."""
 
     opening: str
     entries: tuple[tuple[str, Source], ...]
@@ -28,13 +28,13 @@ def sequence(items: Sequence[Source], brackets: str = "()") -> Group:
     return Group(brackets[0], tuple(("", item) for item in items), brackets[1])
 
 
-def assigned(name: str, value: Source) -> str:
-    """The statement `name = value`, over as many lines as it takes."""
-    return _written(f"{name} = ", value, "", "")
+def assignment(name: str, value: Source) -> str:
+    """The statement `name = value`, on one or several lines."""
+    return _write(f"{name} = ", value, "", "")
 
 
 def literal(value: str) -> str:
-    """Text in double quotes where it has none itself."""
+    """A string literal, in double quotes unless the text contains them."""
     plain = repr(value)
     return f'"{plain[1:-1]}"' if plain.startswith("'") and '"' not in plain else plain
 
@@ -55,12 +55,12 @@ def _entry(entry: str | tuple[str, ...] | None) -> str:
     return f"({', '.join(map(literal, entry))})"
 
 
-def _written(before: str, value: Source, after: str, indent: str) -> str:
+def _write(before: str, value: Source, after: str, indent: str) -> str:
     line = f"{indent}{before}{_flat(value)}{after}"
     if isinstance(value, str) or not value.entries or len(line) <= _COLUMNS:
         return line
     inner = indent + _INDENT
-    rows = [_written(key, entry, ",", inner) for key, entry in value.entries]
+    rows = [_write(key, entry, ",", inner) for key, entry in value.entries]
     return "\n".join([f"{indent}{before}{value.opening}", *rows, f"{indent}{value.closing}{after}"])
 
 

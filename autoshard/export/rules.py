@@ -1,10 +1,9 @@
-"""A plan's layouts as ordered rules: the first regular expression that `re.search` finds in a `/`-joined path decides.
+"""Exports as ordered rules: the first regular expression that `re.search` finds in a `/`-joined path applies.
 
-Rules are not anchored at their start, so that those for the parameters also find them in an optimizer's state, whose paths
-end with the parameters' own: `(^|/)layers/wq$` is in `params/layers/wq` and in `opt_state/0/mu/layers/wq`. Longer paths
-come first. Numbers become `\\d+` where all arrays whose paths differ only in numbers are laid out alike, and siblings that
-are laid out alike share a rule. Rules whose arrays a later rule lays out the same way are left out; the last rule, `.*`,
-leaves everything else whole.
+Rules are not anchored at their start, so the rules of the parameters also apply to an optimizer's state, whose paths end with
+the parameters' own: `(^|/)layers/wq$` matches `params/layers/wq` and `opt_state/0/mu/layers/wq`. Longer paths come first.
+Numbers become `\\d+` if all arrays whose paths differ only in numbers have one layout. Siblings with one layout share a rule.
+A rule is omitted if later rules give its arrays the same layout. The last rule, `.*`, replicates everything else.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ Rule = tuple[str, Spec]
 _Path = tuple[str, ...]
 _REST = ".*"
 _EMBEDDED = ("opt_state", "0", "mu")
-"""Where an optimizer may hold a copy of the parameters: what rules are checked with."""
+"""The path of an optimizer's copy of the parameters, with which the rules are checked."""
 
 
 def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> str:
     """`MESH_SHAPE` and `PARTITION_RULES`.
 
-    **Raises:** `ExportError` where two arrays that lie differently have the same path.
+    **Raises:** `ExportError` if two arrays with different layouts have the same path.
     """
     found = [
         sequence([_pattern(pattern), python.spec(entries)])
@@ -38,7 +37,7 @@ def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = Non
     ]
     doc = (
         f"The layouts of {plan.name}, planned for {plan.topology.name}, as rules.\n\n"
-        "Of PARTITION_RULES the first whose pattern re.search finds in an array's '/'-joined path says how the array lies."
+        "The first of PARTITION_RULES whose pattern re.search finds in an array's '/'-joined path is the array's layout."
     )
     return module(plan, doc, axes, set(), {"PARTITION_RULES": sequence(found)})
 
@@ -49,7 +48,7 @@ def _pattern(pattern: str) -> str:
 
 
 def partition_rules(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> tuple[Rule, ...]:
-    """The rules for all arguments, or for one, whose name then is no part of its paths.
+    """The rules for all arguments, or for one, whose name is then not part of its paths.
 
     **Raises:** `ExportError`.
     """
@@ -57,20 +56,20 @@ def partition_rules(plan: PlanRecord, argument: str | int | None = None, axes: A
 
 
 def spec_at(rules: Iterable[Rule], path: str) -> Spec | None:
-    """The entries that the rules have for a path; `None` if none of them matches."""
+    """The entries of the rule that applies to a path; `None` if no rule matches."""
     return next((spec for pattern, spec in rules if re.search(pattern, path)), None)
 
 
 def rules_for(arrays: Sequence[Leaf], inside: bool = False) -> tuple[Rule, ...]:
-    """Rules by which each array lies as it should; `inside` an argument, whose name is left out.
+    """Rules that give each array its layout; `inside` an argument, whose name is omitted.
 
     **Raises:** `ExportError`.
     """
     _refuse_ambiguous(arrays, inside)
-    needed = _needed(arrays, inside)
-    ordered = sorted(_merged(needed), key=lambda rule: (-len(rule[0]), rule[1]))
+    needed = _rule_paths(arrays, inside)
+    ordered = sorted(_merge(needed), key=lambda rule: (-len(rule[0]), rule[1]))
     found = [("(^|/)" + "/".join(parts) + "$", spec) for parts, _, spec in ordered]
-    rules = _without_needless([*found, (_REST, ())], _expected(needed, arrays, inside))
+    rules = _without_needless([*found, (_REST, ())], _expected_specs(needed, arrays, inside))
     wrong = [leaf for leaf in arrays if spec_at(rules, _own(leaf, inside)) != leaf.spec]
     exact = [(f"^{re.escape(_own(leaf, inside))}$", leaf.spec) for leaf in wrong]
     return (*exact, *rules)
@@ -86,13 +85,13 @@ def _refuse_ambiguous(arrays: Sequence[Leaf], inside: bool) -> None:
         other = seen.setdefault(_own(leaf, inside), leaf)
         if other.spec != leaf.spec:
             raise ExportError(
-                f"Two arrays have the path {leaf.path} (a key has a / in it), and lie differently: {python.spec(other.spec)}"
-                f" and {python.spec(leaf.spec)}. Rules cannot tell them apart; export specs."
+                f"Two arrays have the path {leaf.path} (a key contains a /) and different layouts: {python.spec(other.spec)}"
+                f" and {python.spec(leaf.spec)}. Rules cannot distinguish them; export specs."
             )
 
 
-def _needed(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
-    """The paths that rules are made for: inside the argument, or with its name where arguments disagree."""
+def _rule_paths(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
+    """The paths of the rules: inside the argument, or with its name if arguments disagree."""
     by_form: dict[_Path, set[Spec]] = defaultdict(set)
     for leaf in arrays:
         by_form[leaf.inner].add(leaf.spec)
@@ -103,8 +102,8 @@ def _needed(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
     return found
 
 
-def _expected(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -> dict[str, Spec]:
-    """What the rules must say of each array, and of its copy in an optimizer's state where no array is there."""
+def _expected_specs(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -> dict[str, Spec]:
+    """The expected layout of each array, and of its copy in an optimizer's state unless an array has that path."""
     found = {_own(leaf, inside): leaf.spec for leaf in arrays}
     for path, leaf in needed.items():
         for embedded in (path, (*_EMBEDDED, *path)):
@@ -112,8 +111,8 @@ def _expected(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -
     return found
 
 
-def _merged(needed: dict[_Path, Leaf]) -> list[tuple[_Path, str, Spec]]:
-    """The paths as patterns, those that differ in numbers or in their last part only as one: (parts, name, spec)."""
+def _merge(needed: dict[_Path, Leaf]) -> list[tuple[_Path, str, Spec]]:
+    """The paths as patterns; paths that differ only in numbers or in their last part share one: (parts, name, spec)."""
     forms: dict[_Path, dict[Spec, list[_Path]]] = defaultdict(lambda: defaultdict(list))
     for path, leaf in needed.items():
         forms[tuple(map(_form, path))][leaf.spec].append(path)
@@ -126,12 +125,12 @@ def _merged(needed: dict[_Path, Leaf]) -> list[tuple[_Path, str, Spec]]:
 
 
 def _form(part: str) -> str:
-    """One part of a path as a pattern, with any number where it has one."""
+    """One part of a path as a pattern, with numbers generalised."""
     return re.sub(r"\d+", r"\\d+", re.escape(part))
 
 
 def _literal(paths: Sequence[_Path]) -> list[_Path]:
-    """Paths that differ in numbers, as patterns: as one with all the numbers where they differ in one part alone."""
+    """Paths that differ in numbers, as patterns; one pattern with all the numbers if only one part differs."""
     differing = [at for at in range(len(paths[0])) if len({path[at] for path in paths}) > 1]
     if len(differing) != 1:
         return [tuple(map(re.escape, path)) for path in paths]
@@ -147,7 +146,7 @@ def _any_of(patterns: Sequence[str]) -> str:
 
 
 def _without_needless(rules: Sequence[Rule], expected: dict[str, Spec]) -> list[Rule]:
-    """Rules without those that change nothing; a rule's paths would else be decided by the later ones."""
+    """Rules without redundant ones: those whose paths get the same layout from later rules."""
     compiled = [re.compile(pattern) for pattern, _ in rules]
     decided: dict[int, list[str]] = defaultdict(list)
     for path in expected:

@@ -1,4 +1,4 @@
-"""A plan's layouts as a pytree of `PartitionSpec`s, in Python source that stands alone."""
+"""Exports as a pytree of `PartitionSpec`s, in self-contained Python source."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autoshard.errors import ExportError
+from autoshard.explaining.layer_groups import group_arrays
+from autoshard.explaining.memory_orders import order_text
 from autoshard.export import python
 from autoshard.export.arrays import Axes, entries, leaves, mesh_axes
-from autoshard.export.python import Group, Source, assigned, literal, sequence
+from autoshard.export.python import Group, Source, assignment, literal, sequence
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
 
 
 def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> str:
-    """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested as these are.
+    """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested like the arguments.
 
-    **Raises:** `ExportError` where the arrays are nested in classes that only know themselves how they are made.
+    **Raises:** `ExportError` if the arrays are nested in classes whose constructors are unknown.
     """
     imports: set[str] = set()
     if argument is None:
         results = [python.spec(entries(array.layout, axes)) for array in plan.results]
         values = {
-            "IN_SPECS": nested(plan.in_tree.data, _specs(plan, None, axes), imports, "The arguments"),
-            "OUT_SPECS": nested(plan.out_tree.data, results, imports, "The results"),
+            "IN_SPECS": nest(plan.in_tree.data, _specs(plan, None, axes), imports, "The arguments"),
+            "OUT_SPECS": nest(plan.out_tree.data, results, imports, "The results"),
         }
         what = f"IN_SPECS are those of the arguments ({', '.join(heads(plan))}), OUT_SPECS those of the result."
     else:
         at = position(plan, argument)
         tree = plan.in_tree.data["tuple"][at]
-        values = {"SPECS": nested(tree, _specs(plan, at, axes), imports, f"The arrays of {heads(plan)[at]}")}
+        values = {"SPECS": nest(tree, _specs(plan, at, axes), imports, f"The arrays of {heads(plan)[at]}")}
         what = f"SPECS are those of {heads(plan)[at]}."
     return module(
         plan, f"The layouts of {plan.name}, planned for {plan.topology.name}.\n\n{what}", axes, imports, values
@@ -44,41 +46,53 @@ def _specs(plan: PlanRecord, argument: int | None, axes: Axes) -> list[str]:
 def module(plan: PlanRecord, doc: str, axes: Axes, imports: set[str], values: dict[str, Source]) -> str:
     """A Python module: its docstring, its imports, `MESH_SHAPE` and some constants."""
     mesh = Group("{", tuple((f"{literal(name)}: ", str(size)) for name, size in mesh_axes(plan, axes).items()), "}")
-    quoted = doc.replace("\\", "\\\\").replace('"', "'")
+    quoted = (doc + _orders_note(plan)).replace("\\", "\\\\").replace('"', "'")
     ending = "\n" if "\n" in quoted else ""
     needed = sorted({*imports, "from jax.sharding import PartitionSpec as P"}, key=_import_order)
     standard = [line for line in needed if "collections" in line]
     others = [line for line in needed if line not in standard]
     blocks = ["\n".join(lines) for lines in (standard, others) if lines]
-    constants = "\n".join(assigned(name, value) for name, value in {"MESH_SHAPE": mesh, **values}.items())
+    constants = "\n".join(assignment(name, value) for name, value in {"MESH_SHAPE": mesh, **values}.items())
     return f'"""{quoted}{ending}"""\n\n' + "\n\n".join([*blocks, constants]) + "\n"
+
+
+def _orders_note(plan: PlanRecord) -> str:
+    """The orders of dimensions in memory, which a `PartitionSpec` has no place for."""
+    arrays = group_arrays(array for array in plan.arguments if order_text(plan, array))
+    lines = [
+        f"  {array.path}{f' × {count}' if count > 1 else ''}: {order_text(plan, array)}" for array, count in arrays
+    ]
+    if not lines:
+        return ""
+    head = "Orders of dimensions in memory, major to minor; `plan.formats(mesh)` has them as jax.experimental.layout.Format:"
+    return "\n\n" + "\n".join([head, *lines])
 
 
 def _import_order(line: str) -> list[str]:
     return line.split()[1].split(".")
 
 
-def nested(data: pytrees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
-    """A structure of `autoshard.trees` with these leaves, as source; adds to `imports` what it needs.
+def nest(data: pytrees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
+    """A structure of `autoshard.tracing.pytrees` with these leaves, as source; adds its imports to `imports`.
 
-    **Raises:** `ExportError` where `rebuild` would make a dict of a node.
+    **Raises:** `ExportError` if `rebuild` would return a dict for a node.
     """
-    return _nested(data, iter(leaves), imports, what)
+    return _nest(data, iter(leaves), imports, what)
 
 
-def _nested(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
+def _nest(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], what: str) -> Source:
     if data is None:
         return "None"
     if data == pytrees.LEAF:
         return next(leaves)
 
     def pairs(content: Any) -> tuple[tuple[str, Source], ...]:
-        return tuple((f"{_key(key)}: ", _nested(child, leaves, imports, what)) for key, child in content)
+        return tuple((f"{_key(key)}: ", _nest(child, leaves, imports, what)) for key, child in content)
 
     kind = next(iter(data))
     match kind:
         case "list" | "tuple":
-            items = [_nested(child, leaves, imports, what) for child in data[kind]]
+            items = [_nest(child, leaves, imports, what) for child in data[kind]]
             return sequence(items, "[]" if kind == "list" else "()")
         case "dict" | "items":
             return Group("{", pairs(data[kind].items() if kind == "dict" else data[kind]), "}")
@@ -86,11 +100,11 @@ def _nested(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], wha
             imports.add("from collections import OrderedDict")
             return Group("OrderedDict({", pairs(data[kind]), "})")
         case "namedtuple":
-            if pytrees.namedtuple_class(data) is None:  # a file may name anything, and the source would call it
+            if pytrees.namedtuple_class(data) is None:  # a file may name any class, and the source would call it
                 raise ExportError(_unwritable(data[kind], what))
-            name = _imported(data[kind], imports, what)
+            name = _import_class(data[kind], imports, what)
             fields = data["fields"].items()
-            return Group(f"{name}(", tuple((f"{k}=", _nested(c, leaves, imports, what)) for k, c in fields), ")")
+            return Group(f"{name}(", tuple((f"{k}=", _nest(c, leaves, imports, what)) for k, c in fields), ")")
         case _:
             raise ExportError(_unwritable(data[kind], what))
 
@@ -99,8 +113,8 @@ def _key(key: Any) -> str:
     return literal(key) if isinstance(key, str) else repr(key)
 
 
-def _imported(name: str, imports: set[str], what: str) -> str:
-    """The name of a class under which it is imported."""
+def _import_class(name: str, imports: set[str], what: str) -> str:
+    """The name under which a class is imported."""
     module, _, qualified = name.partition(":")
     if not qualified.isidentifier() or module == "__main__" or not all(map(str.isidentifier, module.split("."))):
         raise ExportError(_unwritable(name, what))
@@ -115,6 +129,6 @@ def _imported(name: str, imports: set[str], what: str) -> str:
 
 def _unwritable(name: str, what: str) -> str:
     return (
-        f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: only the class knows how it is"
-        " made (or, a namedtuple, it is not imported). Export rules, which need no nesting, or another argument."
+        f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: its constructor is unknown"
+        " (or it is a namedtuple that is not imported). Export rules, which need no nesting, or another argument."
     )

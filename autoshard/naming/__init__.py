@@ -1,1 +1,1 @@
-""""""
+"""Names of strategies and of whole plans, in the terms of the literature."""

@@ -1,24 +1,24 @@
-"""A whole plan by the names that the literature gives to ways of working in parallel, read off its layouts alone.
+"""The parallelism of a whole plan in the terms of the literature, derived from its layouts alone.
 
-What a mesh axis is to most of the work of the matmuls by a weight:
+The use of a mesh axis for most of the work of the matmuls by a weight:
 
 | name | the axis splits | source |
 |---|---|---|
 | data parallel | the tokens, by their batch | |
 | ... with sharded optimizer state (ZeRO-1) | the optimizer's state as well | Rajbhandari et al. 2020, §5.1 |
 | ... and gradients (ZeRO-2) | gradients as well: they are reduce-scattered, not all-reduced | §5.2 |
-| fully sharded data parallel (ZeRO-3) | the weights as well; each is gathered where it is used, and let go | §5.3 |
+| fully sharded data parallel (ZeRO-3) | the weights as well; each is gathered where it is used, and then freed | §5.3 |
 | sequence parallel | the tokens, by their positions | Li et al. 2023, arXiv 2105.13120 |
 | tensor parallel | the weights where they are used | Shoeybi et al. 2019, arXiv 1909.08053 |
 | ... with sharded activations | the activations between these matmuls as well | Korthikanti et al. 2022, arXiv 2205.05198 |
 | expert parallel | the experts of a mixture | Lepikhin et al. 2020, arXiv 2006.16668 |
 | repeated | nothing: its chips repeat each other's work | |
 
-Weights that are stored in pieces, but gathered once for the whole step, are whole to it: that is ZeRO-2 at most.
-Names of models and parameters play no part. Whether tokens are split by batch or by positions is what attention makes of the
-axis, and where attention has no opinion, the first dimension of tokens is their batch. A product of two activations that
-leaves only dimensions of weights is a weight's gradient; a program with one is a training step, and arguments of a weight's
-shape that no matmul multiplies by are its optimizer's state.
+Weights that are stored sharded but gathered once for the whole step count as replicated, which is ZeRO-2 at most. Names of
+models and parameters are not used. Attention determines whether an axis splits tokens by batch or by position; without
+attention, the first dimension of the tokens is the batch. A matmul of two activations whose result has only dimensions of
+weights is a weight's gradient. A program with a gradient is a training step, and arguments of a weight's shape that no matmul
+uses are its optimizer state.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from search.answer.assignment import Choice, kept, moves, needed, produced
 from search.formulation.layouts import Layout
 
 MINOR_PART = 0.1
-"""The part of the matmuls' work from which on a second use of an axis is named."""
+"""The part of the matmuls' work above which a second use of an axis is named."""
 MOST_PART = 0.5
-"""The part of the bytes above which arrays of a kind are said to be split."""
+"""The part of the bytes above which arrays of a kind count as split."""
 _TOKENS = ("data", "sequence")
 
 
 @dataclass(frozen=True)
 class AxisUse:
-    """What mesh axes are used for: a name of this module's table, and the part of the matmuls' work that it is true of.
+    """A use of mesh axes: a name of this module's table, and its share of the matmuls' work.
 
-    `others` are further uses that take a part worth naming.
+    `others` are further uses with a share of at least `MINOR_PART`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class AxisUse:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """The kinds of parallelism of a plan, one entry per kind; `str` joins them. `training` says that weights have gradients."""
+    """The kinds of parallelism of a plan, one entry per kind; `str` joins them. `training`: whether weights have gradients."""
 
     uses: tuple[AxisUse, ...]
     training: bool
@@ -90,7 +90,7 @@ def parallelism(program: Program, topology: Topology, choice: Choice) -> Paralle
 
 
 class _Layouts:
-    """The matmuls of a plan with what their factors are, and where weights and optimizer state lie."""
+    """The matmuls of a plan with the roles of their factors, and the layouts of weights and optimizer state."""
 
     def __init__(self, program: Program, topology: Topology, choice: Choice) -> None:
         self.program, self.topology, self.choice = program, topology, choice
@@ -106,7 +106,7 @@ class _Layouts:
                 self.attention[i] = roles
 
     def _products(self) -> Iterator[tuple[int, tuple[str, int, list[str]]]]:
-        """Every product with its roles."""
+        """Every matmul with its roles."""
         for i, op in self.program.matmuls():
             if is_product(op) or op.primitive == "ragged_dot_general":
                 yield i, product_roles(self.program, i)
@@ -122,7 +122,7 @@ class _Layouts:
     # --- one axis
 
     def use_of(self, axis: str) -> tuple[str, float, list[str]]:
-        """The name of what an axis is used for, the part of the work that is so, and other uses with their parts."""
+        """The name of an axis' main use, its share of the work, and other uses with their shares."""
         work: defaultdict[str, float] = defaultdict(float)
         for i, (_, roles) in self.by_weight.items():
             work[self._role(i, roles, axis)] += self._work(i)
@@ -142,7 +142,7 @@ class _Layouts:
         return _KINDS[next((role for role, axes in pairs if axis in axes), "")]
 
     def _tokens_of(self, axis: str) -> str:
-        """Whether an axis that splits tokens splits their batch or their positions, by what attention makes of it."""
+        """The kind of an axis that splits tokens, by batch or by position, as attention uses it."""
         found: defaultdict[str, float] = defaultdict(float)
         for i, roles in self.attention.items():
             for role, axes in zip(roles, self.choice.strategies[i].splits, strict=True):
@@ -152,21 +152,21 @@ class _Layouts:
 
     def _name(self, role: str, axis: str) -> str:
         if role == "tensor":
-            return f"tensor parallel{' with sharded activations' if self._scattered(axis) else ''}"
+            return f"tensor parallel{' with sharded activations' if self._has_scattered_activations(axis) else ''}"
         if role not in _TOKENS:
             return _PLAIN[role]
-        gathered = self._stored(self._weights, axis)
-        if gathered and self._gathered_late(axis):
+        gathered = self._is_stored_split(self._weights, axis)
+        if gathered and self._is_gathered_late(axis):
             return f"fully sharded {_PLAIN[role]}" + (" (ZeRO-3)" if self.gradients else ": weights gathered")
         if gathered and not self.gradients:
             return f"{_PLAIN[role]}: weights gathered once"
-        if not self._stored(self._state, axis):
+        if not self._is_stored_split(self._state, axis):
             return _PLAIN[role]
-        if self._gradients_scattered(axis):
+        if self._has_scattered_gradients(axis):
             return f"{_PLAIN[role]} with sharded optimizer state and gradients (ZeRO-2)"
         return f"{_PLAIN[role]} with sharded optimizer state (ZeRO-1)"
 
-    # --- where arrays lie
+    # --- the layouts of arrays
 
     @cached_property
     def _sources(self) -> dict[str, int]:
@@ -181,7 +181,7 @@ class _Layouts:
 
     @cached_property
     def _state(self) -> tuple[int, ...]:
-        """The arguments of a training step that have a weight's shape and type of number, and are none."""
+        """The arguments of a training step that have a weight's shape but are not weights."""
         if not self.gradients:
             return ()
         shapes = {self.program.values[value].shape for value in self._weights}
@@ -191,16 +191,16 @@ class _Layouts:
     def _operand(self, i: int, k: int) -> int:
         return self.program.operations[i].inputs[k].value
 
-    def _stored(self, values: Sequence[int], axis: str) -> bool:
+    def _is_stored_split(self, values: Sequence[int], axis: str) -> bool:
         """Whether most bytes of these arguments are split over the axis."""
         total = sum(self.program.values[value].bytes for value in values)
         split = (v for v in values if axis in produced(self.program, self.choice, v).axes)
         return sum(self.program.values[value].bytes for value in split) > MOST_PART * total > 0
 
-    def _gathered_late(self, axis: str) -> bool:
+    def _is_gathered_late(self, axis: str) -> bool:
         """Whether most weights are gathered where they are used, and not once for the whole step.
 
-        Late is for one use alone, or for the uses in one round of a loop.
+        Where they are used means for one use alone, or for the uses in one iteration of a loop.
         """
         late = total = 0.0
         for i, (weight, _) in self.by_weight.items():
@@ -215,8 +215,8 @@ class _Layouts:
                 late += self._work(i) if looped else 0.0
         return late > MOST_PART * total > 0
 
-    def _gradients_scattered(self, axis: str) -> bool:
-        """Whether partial sums over the axis are mostly reduce-scattered: where tokens are split, these are gradients."""
+    def _has_scattered_gradients(self, axis: str) -> bool:
+        """Whether partial sums over the axis are mostly reduce-scattered; if tokens are split, these are gradients."""
         scattered = whole = 0.0
         for move in self._moves:
             if axis in move.source.partial and axis not in move.target.partial:
@@ -228,30 +228,30 @@ class _Layouts:
     def _moves(self):
         return tuple(moves(self.program, self.choice))
 
-    def _scattered(self, axis: str) -> bool:
-        """Whether the activations that matmuls split over the axis multiply by lie split by tokens over it before."""
+    def _has_scattered_activations(self, axis: str) -> bool:
+        """Whether the activations of matmuls that are split over the axis are split by tokens over it before."""
         gathered = total = 0.0
         moved = {(move.operation, move.operand): move.source for move in self._moves}
         for i, (weight, roles) in self.by_weight.items():
             op = self.program.operations[i]
-            if self._role(i, roles, axis) != "tensor" or self._contracted(op, roles, i, axis):
+            if self._role(i, roles, axis) != "tensor" or self._is_contracted(op, roles, i, axis):
                 continue
             other = 1 - weight
             source = moved.get((i, other), needed(self.program, self.choice, i, other))
             total += self._work(i)
-            gathered += self._work(i) if self._split_by_tokens(op, roles, other, source, axis) else 0.0
+            gathered += self._work(i) if self._is_split_by_tokens(op, roles, other, source, axis) else 0.0
         return gathered > MOST_PART * total > 0
 
-    def _contracted(self, op: Operation, roles: Sequence[str], i: int, axis: str) -> bool:
+    def _is_contracted(self, op: Operation, roles: Sequence[str], i: int, axis: str) -> bool:
         pairs = zip(roles, self.choice.strategies[i].splits, strict=True)
         return any(axis in axes and role == "contracted" for role, axes in pairs)
 
-    def _split_by_tokens(self, op: Operation, roles: Sequence[str], operand: int, layout: Layout, axis: str) -> bool:
+    def _is_split_by_tokens(self, op: Operation, roles: Sequence[str], operand: int, layout: Layout, axis: str) -> bool:
         dims = zip(op.inputs[operand].dims, layout.dims, strict=True)
         return any(axis in axes and any(roles[f] in ("batch", "sequence") for f in dim) for dim, axes in dims)
 
 
-# What the roles of `autoshard.naming` are to a plan as a whole; an axis that splits nothing has the role "".
+# The kinds of use of a plan, by the roles of `strategy_names`; an axis that splits nothing has the role "".
 _KINDS = {
     "batch": "data",
     "sequence": "sequence",

@@ -1,31 +1,30 @@
-"""Strategies by the names that the literature gives them, read off factors and layouts alone.
+"""Names of strategies in the terms of the literature, derived from factors and layouts alone.
 
-Of a matrix multiplication by a weight, every factor is *contracted* (summed over), an *output* factor (the weight's
-own), or one of the activation's: its *batch* (the first) and its *sequence* (all others). The family says where the
-weight is:
+Every factor of a matmul by a weight is *contracted* (summed over), an *output* factor (the weight's own), or one of the
+activation's: its *batch* (the first) and its *sequence* (all others). The family describes the weight:
 
 | family | the weight |
 |---|---|
-| `WS-1D` | stays where it is stored, cut along contracted or along output factors (Pope et al. 2022, §3.2.1) |
-| `WS-2D` | stays where it is stored, cut along both (§3.2.2) |
-| `WG-X`, `WG-XY`, ... | is gathered over these axes from the layout it is stored in (§3.2.3) |
-| `data parallel` | is whole on every chip; only batch and sequence are split |
-| `replicated` | the matmul is run whole on every chip |
+| `WS-1D` | stays in its stored layout, split along contracted or along output factors (Pope et al. 2022, §3.2.1) |
+| `WS-2D` | stays in its stored layout, split along both (§3.2.2) |
+| `WG-X`, `WG-XY`, ... | is gathered over these axes from its stored layout (§3.2.3) |
+| `data parallel` | is replicated; only batch and sequence are split |
+| `replicated` | is replicated, and every chip computes the whole matmul |
 
-A contraction of two activations is attention, and named by what is split: `batch-sharded`, `head-sharded`,
+A contraction of two activations is attention. Its names are: `batch-sharded`, `head-sharded`,
 `query-sharded` (positions of the queries), `sequence-sharded` (positions of keys and values), `head-size-sharded`.
 
-Model and parameter names play no part. What is a head and what a position follows from where a dimension comes from:
-heads and head sizes are output factors of weights further up, batch and positions are not.
+Names of models and parameters are not used. Heads and positions are distinguished by the origin of a dimension: heads and
+head sizes are output factors of earlier weights, batch and positions are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
 from costmodels.machine.topology import Topology
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program, Use
 from search.answer.assignment import Choice, needed, produced
 from search.formulation.layouts import Layout
@@ -33,29 +32,15 @@ from search.formulation.layouts import Layout
 T = TypeVar("T")
 
 
-def _once(judged: Callable[[Program, int], T]) -> Callable[[Program, int], T]:
-    """Judges each operation of a program once: what it comes to does not depend on its layout."""
-
-    @wraps(judged)
-    def known(program: Program, i: int) -> T:
-        key = judged.__name__, i
-        if key not in program.memo:
-            program.memo[key] = judged(program, i)
-        return program.memo[key]
-
-    return known
-
-
 def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) -> str:
-    """The strategy of one operation in words.
+    """The name of one operation's strategy.
 
     ```python
     strategy_name(program, topology, choice, i)      # "WS-2D: contracted over x, output over yz"
     ```
 
-    Roles come in the order in which the tables of this module list them, axes in the order of the mesh. Axes on which
-    every chip repeats its neighbour's work are named last. Operations that are no matrix multiplications are
-    described by the dimensions of their first result.
+    Roles are in the order of this module's tables, axes in the order of the mesh. Axes along which chips repeat the same
+    work are last. Operations other than matmuls are described by the dimensions of their first result.
 
     **Arguments:**
 
@@ -67,28 +52,28 @@ def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) 
     split: dict[str, list[str]] = {}
     for role, axes in zip(roles, strategy.splits, strict=True):
         split.setdefault(role, []).extend(axes)
-    parts = [f"{role} over {_written(split[role], order)}" for role in sorted(split, key=_place) if split[role]]
+    parts = [f"{role} over {_join_axes(split[role], order)}" for role in sorted(split, key=_place) if split[role]]
     partial = {axis for axes in strategy.carried for axis in axes}
-    parts += [f"partial sums over {_written(partial, order)}"] if partial else []
+    parts += [f"partial sums over {_join_axes(partial, order)}"] if partial else []
     if not parts and not family.startswith("WG"):
         return "replicated"
     idle = set(order) - set(strategy.axes) - partial
-    parts += [f"repeated over {_written(idle, order)}"] if idle else []
+    parts += [f"repeated over {_join_axes(idle, order)}"] if idle else []
     return (f"{family}: " if family else "") + ", ".join(parts)
 
 
 def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[str]) -> tuple[list[str], str]:
-    """What each factor is to the operation, and where the weight is, if there is one."""
+    """The role of each factor, and the family of the weight, if there is one."""
     op = program.operations[i]
     if not is_product(op):
-        return _grouped(op) or (_dimensions(op), "")
+        return _expert_roles(op) or (_dimensions(op), "")
     weight = weight_operand(program, i)
     if weight is None:
         return _attention_roles(program, i), ""
     roles = weight_roles(op, weight)
     gathered = _gathered_axes(program, choice, i, weight)
     if gathered:
-        return roles, f"WG-{_written(gathered, order).upper()}"
+        return roles, f"WG-{_join_axes(gathered, order).upper()}"
     split = {role for role, axes in zip(roles, choice.strategies[i].splits, strict=True) if axes}
     kinds = len(split & {"contracted", "output"})
     return roles, f"WS-{kinds}D" if kinds else "data parallel"
@@ -113,17 +98,17 @@ def _place(role: str) -> tuple[int, str]:
     return (_ROLES.index(role) if role in _ROLES else len(_ROLES), role)
 
 
-def _written(axes: Iterable[str], order: Sequence[str]) -> str:
+def _join_axes(axes: Iterable[str], order: Sequence[str]) -> str:
     return "".join(axis for axis in order if axis in set(axes))
 
 
-def _grouped(op: Operation) -> tuple[list[str], str] | None:
-    """The roles in a product of groups of rows by matrices of their own: the groups are a mixture's experts."""
+def _expert_roles(op: Operation) -> tuple[list[str], str] | None:
+    """The roles in a matmul of groups of rows with one matrix each: the groups are a mixture's experts."""
     if op.primitive != "ragged_dot_general" or op.op_class != "matmul":
         return None
     counted = op.inputs[2].dims[-1][0]
     roles = _dimensions(op)
-    roles[counted - 1] = "experts"  # made just before what counts their rows
+    roles[counted - 1] = "experts"  # created just before the factor of the counts
     return roles, "mixture of experts"
 
 
@@ -144,18 +129,18 @@ def _dimensions(op: Operation) -> list[str]:
 # --- Matmuls by a weight
 
 
-@_once
+@cached_analysis
 def weight_operand(program: Program, i: int) -> int | None:
-    """Which operand of a matmul is a weight; None where both are activations.
+    """The operand of a matmul that is a weight; None if both are activations.
 
-    A weight is an argument (or a view, a cast or a layer of one) that shares no batch with the other operand, as a
-    cache does. Of two, it is the one with fewer uses, or else the second, as in `x @ w`.
+    A weight is an argument (or a view, a cast or a layer of one) that shares no batch with the other operand; a cache
+    does. Of two candidates it is the one with fewer uses, or else the second, as in `x @ w`.
     """
     return _Origins(program).weight(i)
 
 
 def weight_roles(op: Operation, weight: int) -> list[str]:
-    """What each factor is to a matmul by a weight: "contracted", "output", "batch" or "sequence"."""
+    """The role of each factor in a matmul by a weight: "contracted", "output", "batch" or "sequence"."""
     own, others = set(_factors(op.inputs[weight].dims)), _factors(op.inputs[1 - weight].dims)
     tokens = [factor for factor in others if factor not in own]
     roles = []
@@ -168,7 +153,7 @@ def weight_roles(op: Operation, weight: int) -> list[str]:
 
 
 def _gathered_axes(program: Program, choice: Choice, i: int, weight: int) -> set[str]:
-    """The axes that split a weight where it is stored, and not where it is used."""
+    """The axes that split a weight in its stored layout but not in its use."""
     value = program.operations[i].inputs[weight].value
     return set(stored_layout(program, choice, value).axes) - set(needed(program, choice, i, weight).axes)
 
@@ -183,12 +168,12 @@ def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     return produced(program, choice, value)
 
 
-@_once
+@cached_analysis
 def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
-    """What a product is, and what each of its factors is to it.
+    """The kind of a matmul, its weight operand, and the roles of its factors.
 
-    "weight": a matmul by a weight, which is this operand; roles as of `weight_roles`, and "experts" for what both operands
-    have. "gradient": of a weight, all of whose dimensions come from weights. "attention": of two other activations.
+    "weight": a matmul by a weight, with the roles of `weight_roles`, and "experts" for factors that both operands have.
+    "gradient": a weight's gradient, whose dimensions all come from weights. "attention": of two other activations.
     """
     op = program.operations[i]
     if op.primitive == "ragged_dot_general":
@@ -202,15 +187,15 @@ def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
             roles = ["experts" if f in shared and role == "output" else role for f, role in enumerate(roles)]
         return "weight", weight, roles
     left = _factors(op.outputs[0].dims)
-    if left and all(origins.given_by_weight(i, factor) for factor in left):
+    if left and all(origins.is_from_weight(i, factor) for factor in left):
         return "gradient", -1, []
     return "attention", -1, _attention_roles(program, i)
 
 
 def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
-    """Of a product of groups of rows: by a weight for each expert, or of two activations, the gradient of such weights."""
+    """As `product_roles`, for a matmul over ragged groups: by a weight per expert, or the gradient of such weights."""
     counted = op.inputs[2].dims[-1][0]
-    experts = counted - 1  # made just before what counts their rows
+    experts = counted - 1  # created just before the factor of the counts
     rows, matrices = (set(_factors(op.inputs[side].dims)) for side in (0, 1))
     if experts not in matrices:
         return "gradient", -1, []
@@ -223,14 +208,14 @@ def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
 # --- Contractions of two activations
 
 
-@_once
+@cached_analysis
 def _attention_roles(program: Program, i: int) -> list[str]:
-    """Heads come from weights, positions do not. What both operands have and no weight gave is the batch."""
+    """Heads come from weights, positions do not. A factor of both operands that comes from no weight is the batch."""
     op, origins = program.operations[i], _Origins(program)
     left, right = (set(_factors(use.dims)) for use in op.inputs)
     roles = []
     for factor in range(len(op.factors)):
-        given = origins.given_by_weight(i, factor)
+        given = origins.is_from_weight(i, factor)
         if op.factors[factor].kind == "sum" or factor not in left:
             roles.append("head-size-sharded" if given else "sequence-sharded")
         elif given:
@@ -240,18 +225,24 @@ def _attention_roles(program: Program, i: int) -> list[str]:
     return roles
 
 
+@cached_analysis
+def _known_weights(program: Program) -> dict[int, int | None]:
+    """The weight operands that are classified already, by matmul."""
+    return {}
+
+
 class _Origins:
-    """Where dimensions come from: whether a dimension is an output factor of a weight, here or further up."""
+    """The origins of dimensions: whether a dimension is an output factor of a weight, here or earlier."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._known: dict[int, int | None] = program.memo.setdefault("weights", {})
+        self._known: dict[int, int | None] = _known_weights(program)
         self._assumed: dict[int, int | None] = {}
 
     def weight(self, i: int) -> int | None:
-        """The operand of a matmul that is a weight. A matmul that is being judged already (in a loop) has none.
+        """The operand of a matmul that is a weight. A matmul that is already being classified (in a loop) has none.
 
-        Each of a hundred products leads to all before it: so what one judgement finds of others holds until it ends.
+        Each of a hundred matmuls leads to all before it, so intermediate results are kept until a classification ends.
         """
         if i in self._known:
             return self._known[i]
@@ -267,29 +258,29 @@ class _Origins:
         return weight
 
     def _uses(self, i: int, k: int) -> int:
-        """How many operations use the argument an operand is a view of: inputs feed several matmuls, weights one."""
+        """The number of operations that use the argument of which an operand is a view: inputs have several, weights one."""
         return self.program.reads.get(self.program.values[self.program.operations[i].inputs[k].value].origin, 0)
 
     def _is_weight(self, i: int, k: int) -> bool:
         op = self.program.operations[i]
         if not self.program.values[op.inputs[k].value].origin:
             return False
-        if op.primitive == "conv_general_dilated":  # what it shares with the image are groups of features
+        if op.primitive == "conv_general_dilated":  # the factors that it shares with the image are feature groups
             return k == 1
         mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
         shared = [f for f in mine & others if op.factors[f].kind != "sum"]
-        # Experts are shared too, but they come from a router's weight, or from counting them as one-hot arrays do.
-        return all(self._reached(_places(op.inputs[1 - k], f)) in ("weight", "nothing") for f in shared)
+        # Experts are shared too, but they come from a router's weight, or from an iota as in one-hot arrays.
+        return all(self._find_origin(_places(op.inputs[1 - k], f)) in ("weight", "nothing") for f in shared)
 
-    def given_by_weight(self, i: int, factor: int) -> bool:
-        """Whether an operand of a matmul has this factor from a weight."""
+    def is_from_weight(self, i: int, factor: int) -> bool:
+        """Whether an operand of a matmul gets this factor from a weight."""
         places = [place for use in self.program.operations[i].inputs for place in _places(use, factor)]
-        return self._reached(places) == "weight"
+        return self._find_origin(places) == "weight"
 
-    def _reached(self, places: list[tuple[int, int]]) -> Literal["weight", "argument", "nothing"]:
-        """Follows dimensions (value, position) upwards until a weight gives one, or nothing is left to look at.
+    def _find_origin(self, places: list[tuple[int, int]]) -> Literal["weight", "argument", "nothing"]:
+        """Follows dimensions (value, position) to their origins.
 
-        Then they come from another argument, or from nothing: the function made them.
+        Returns "weight" if one is an output factor of a weight, else "argument" if one comes from an argument, else "nothing".
         """
         seen, found = set(places), "nothing"
         while places:
@@ -320,7 +311,7 @@ def _places(use: Use, factor: int) -> list[tuple[int, int]]:
 
 
 def attention_part(program: Program, i: int) -> str:
-    """What a contraction of two activations is: "attention scores", over the size of a head, or "attention values"."""
+    """The part of attention: "attention scores", contracted over the head size, or "attention values"."""
     roles = _attention_roles(program, i)
     summed = {role for role, factor in zip(roles, program.operations[i].factors, strict=True) if factor.kind == "sum"}
     return "attention scores" if summed == {"head-size-sharded"} else "attention values"

@@ -17,7 +17,7 @@ import jax
 import platformdirs
 
 from autoshard._util.files import write_whole
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.errors import PlanMismatchError
 from autoshard.planning.options import Options
 from autoshard.planning.plan_file import dumps, load

@@ -13,7 +13,8 @@
 ```
 
 A layout has one entry per dimension, as a `PartitionSpec` has: null, an axis, or a list of axes, major to minor; partial
-sums are `{"dims": [...], "partial": ["x"]}`. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is as
+sums are `{"dims": [...], "partial": ["x"]}`. An array's "order" has its dimensions in memory, major to minor; without one they
+lie as the device lays them out by default. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is as
 in `autoshard.program_file`; plans of older files lack it.
 """
 
@@ -32,6 +33,7 @@ from autoshard._util.files import write_whole
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.errors import PlanMismatchError
 from autoshard.planning import program_file
+from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.planning.records import ArrayPlan, Baseline, Estimate, OperationPlan, PlannedCollective, PlanRecord
 from autoshard.tracing import pytrees
 from autoshard.tracing.pytrees import Nesting
@@ -166,14 +168,15 @@ def _to_json(plan: PlanRecord) -> Json:
         "proof": _plain(plan.proof),
         "warnings": list(plan.warnings),
         "estimate": _plain(plan.estimate),
-        "arguments": [_plain(array) for array in plan.arguments],
-        "constants": [_plain(array) for array in plan.constants],
-        "results": [_plain(array) for array in plan.results],
+        "arguments": [_array(array) for array in plan.arguments],
+        "constants": [_array(array) for array in plan.constants],
+        "results": [_array(array) for array in plan.results],
         "operations": [_plain(row) | _beyond_splits(strategy) for row, strategy in rows],
         "kept": [{"value": value, "layout": _layout(layout)} for value, layout in sorted(plan.choice.hubs.items())],
         "in_tree": plan.in_tree.data,
         "out_tree": plan.out_tree.data,
         "topology": plan.topology.to_dict(),
+        **({"emission": _plain(plan.emission)} if plan.emission != BY_DEFAULT else {}),
         **({"baselines": [_plain(each) for each in plan.baselines]} if plan.baselines else {}),
         **_program_to_json(plan),
     }
@@ -187,6 +190,11 @@ def _program_to_json(plan: PlanRecord) -> Json:
 
 def _plain(record: Any) -> Json:
     return {field.name: _value(field.name, getattr(record, field.name)) for field in fields(record)}
+
+
+def _array(array: ArrayPlan) -> Json:
+    row = _plain(array)
+    return row if array.order else {key: value for key, value in row.items() if key != "order"}
 
 
 def _value(name: str, value: Any) -> Any:
@@ -310,6 +318,7 @@ def _from_json(reader: _Reader) -> PlanRecord:
         jax_version=reader.get("jax_version", str),
         program=program,
         dimensions=dimensions,
+        emission=_record(Emission, reader.inner("emission")) if "emission" in reader.data else BY_DEFAULT,
         baselines=tuple(_record(Baseline, row) for row in reader.each("baselines"))
         if "baselines" in reader.data
         else (),
@@ -358,6 +367,8 @@ def _arrays(topology: Topology, reader: _Reader, key: str) -> tuple[ArrayPlan, .
             raise ValueError(
                 f"{array.path} has {len(array.shape)} dimensions and {len(array.layout.dims)} in its layout"
             )
+        if array.order and sorted(array.order) != list(range(len(array.shape))):
+            raise ValueError(f"{array.path} has {len(array.shape)} dimensions, in the order {list(array.order)}")
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from autoshard.errors import MissingProgramError
+from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.tracing.pytrees import Nesting
 from costmodels.dimensions import Dimensions
 from costmodels.machine.topology import Topology
@@ -18,7 +20,8 @@ from search.solve import Proof
 class ArrayPlan:
     """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip.
 
-    `weak` marks a Python scalar, whose type gives way to the types it meets.
+    `weak` marks a Python scalar, whose type gives way to the types it meets. `order` has the dimensions from major to minor in
+    memory; it is empty where they lie as the device lays out arrays by default.
     """
 
     path: str
@@ -28,6 +31,29 @@ class ArrayPlan:
     bytes_per_chip: float
     donated: bool = False
     weak: bool = False
+    order: tuple[int, ...] = ()
+
+
+def with_orders(arrays: Sequence[ArrayPlan], orders: Sequence[tuple[int, ...]]) -> tuple[ArrayPlan, ...]:
+    """The arrays with these orders of dimensions in memory."""
+    return tuple(replace(array, order=tuple(order)) for array, order in zip(arrays, orders, strict=True))
+
+
+def predecessors(
+    arguments: Sequence[ArrayPlan], results: Sequence[ArrayPlan], donated: Sequence[tuple[int, int]]
+) -> dict[int, int]:
+    """By result the donated argument that it takes the place of in the next step, and so has the order of.
+
+    That is the one whose memory it takes; for other results the first donated one of their shape, type and layout, which may be
+    what the function returns for it: JAX pairs memory by shapes alone.
+    """
+
+    def kind(array: ArrayPlan) -> object:
+        return array.shape, array.dtype, array.layout
+
+    first = {kind(arguments[at]): at for at, _ in reversed(donated)}
+    alike = {k: first[kind(result)] for k, result in enumerate(results) if kind(result) in first}
+    return alike | {result: at for at, result in donated}
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,7 @@ class PlanRecord:
     - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
       older files have none.
     - `baselines`: what plain layouts would take, if that was asked for.
+    - `emission`: how the plan is emitted where no rule decides, as `choose_formats` and `verify` found it best.
     """
 
     name: str
@@ -148,6 +175,7 @@ class PlanRecord:
     program: Program | None = field(default=None, repr=False)
     dimensions: Dimensions | None = field(default=None, repr=False)
     baselines: tuple[Baseline, ...] = ()
+    emission: Emission = BY_DEFAULT
 
     def require_program(self) -> Program:
         """The program that was costed.

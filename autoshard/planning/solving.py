@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.planning.infeasibility import conflict, explained
 from autoshard.planning.options import Options
 from autoshard.rules.pin import PinError

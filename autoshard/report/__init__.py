@@ -1,6 +1,6 @@
 """Reports: a plan or a sweep as one HTML page that needs no network, or as a picture.
 
-`write_report` takes what `autoshard search -o` or `autoshard sweep` wrote.
+`write_report` takes a file of `autoshard search -o` or `autoshard sweep`.
 """
 
 from autoshard.report.write import ReportError as ReportError

@@ -1,4 +1,4 @@
-"""What the page of a plan shows, as plain data."""
+"""The data of a plan's page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import margin, short_name, spec_text
-from autoshard.explaining.layer_groups import arrays_alike, collectives_alike, operations_alike, type_of
+from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
+from autoshard.explaining.memory_orders import order_text
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
@@ -17,17 +18,17 @@ from search.answer.check_memory import alive_bytes
 from search.answer.solution import Proof
 
 _MOST_CHIPS = 1024
-"""How many chips are drawn."""
+"""The maximum number of drawn chips."""
 _MOST_ARRAYS = 200
-"""How many arrays can be chosen in the drawing, the largest first."""
+"""The maximum number of arrays in the drawing, the largest first."""
 
 
 def data_of(plan: PlanRecord, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that the page shows of a plan; no number in it is infinite or undefined."""
+    """The data of a plan's page; all numbers are finite."""
     found = regimes(plan)
     return {
         "title": f"{plan.name} on {plan.topology.name}",
-        "summary": [*_summary(plan), *(_audited(audit) if audit is not None else ())],
+        "summary": [*_summary(plan), *(_audit_figures(audit) if audit is not None else ())],
         "warnings": list(plan.warnings),
         "parallelism": str(parallelism(plan.program, plan.topology, plan.choice)) if plan.program is not None else "",
         "plain": [
@@ -72,7 +73,7 @@ def _summary(plan: PlanRecord) -> list[dict[str, str]]:
 
 
 def _decided(proof: Proof) -> list[dict[str, str]]:
-    """Which solver decided, on what presolve had left; a plan of an older file has it not."""
+    """The deciding solver, with the rest of presolve; empty for a plan from an older file."""
     if not proof.solver:
         return []
     left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
@@ -80,25 +81,27 @@ def _decided(proof: Proof) -> list[dict[str, str]]:
     return [{"name": "solver", "value": proof.solver, "note": note}]
 
 
-def _audited(audit: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What the compiled program is beside the plan."""
+def _audit_figures(audit: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The compiled program beside the plan, as a headline figure."""
     planned = sum(each["planned"] for each in audit["wire_bytes"])
     compiled = sum(each["compiled"] for each in audit["wire_bytes"])
     wire = f"wire {compiled / planned:.3f}" if planned else f"{size(compiled)} on the wire"
     peak = audit["peak_bytes"]
     held = f", peak memory {peak['compiled'] / peak['planned']:.3f}" if peak["compiled"] and peak["planned"] else ""
     verdict = "as planned" if audit["ok"] else "not as planned"
+    if audit.get("slow"):
+        verdict += f", {audit['seconds']['replayed'] / audit['seconds']['planned']:.2f} times as slow"
     return [{"name": f"compiled ({audit['target']})", "value": verdict, "note": f"{wire}{held} of the plan's"}]
 
 
 def _arrays(plan: PlanRecord) -> list[dict[str, Any]]:
     roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
-    every = [(array, count, role) for role, arrays in roles.items() for array, count in arrays_alike(arrays)]
+    every = [(array, count, role) for role, arrays in roles.items() for array, count in group_arrays(arrays)]
     largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
-    return [_array(*found) for found in largest]
+    return [_array(plan, *found) for found in largest]
 
 
-def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
+def _array(plan: PlanRecord, array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
     return {
         "path": array.path,
         "role": role,
@@ -106,12 +109,13 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
+        "order": order_text(plan, array),
         "bytes": array.bytes_per_chip,
     }
 
 
 def _operations(plan: PlanRecord) -> list[dict[str, Any]]:
-    spent = operations_alike(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
+    spent = group_operations(op for op in plan.operations if op.seconds + op.collective_seconds > 0)
     return [
         {
             "name": short_name(op),
@@ -140,12 +144,12 @@ def _collectives(plan: PlanRecord) -> list[dict[str, Any]]:
             "seconds": each.seconds,
             "where": each.where,
         }
-        for each in sorted(collectives_alike(plan.estimate.collectives), key=lambda each: -each.seconds)
+        for each in sorted(group_collectives(plan.estimate.collectives), key=lambda each: -each.seconds)
     ]
 
 
 def _memory(plan: PlanRecord) -> dict[str, Any]:
-    """Bytes of a chip while each operation runs; a plan from an older file does not say."""
+    """Bytes of a chip during each operation; empty for a plan from an older file."""
     if plan.program is None:
         return {"points": [], "given": 0, "budget": plan.estimate.budget_bytes}
     alive = alive_bytes(plan.program, plan.topology, plan.choice)

@@ -1,4 +1,4 @@
-"""What the page of a sweep shows, as plain data."""
+"""The data of a sweep's page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoshard.sweep.analysis.advice import advice_of
-from autoshard.sweep.analysis.answers import answers, limits_said, uncomparable
-from autoshard.sweep.analysis.frontier import frontier, switches, wasted
+from autoshard.sweep.analysis.answers import answers, limits_text, uncomparable
+from autoshard.sweep.analysis.frontier import frontier, negative_mfu, switches
 from autoshard.sweep.analysis.rows import Part, Row, SweepResult
 from autoshard.sweep.results import SOLVED
 
 _SERIES = 6
-"""How many curves one chart has at most."""
+"""The maximum number of curves of a chart."""
 
 
 def data_of(sweep: SweepResult) -> dict[str, Any]:
-    """Everything that the page shows of a sweep."""
+    """The data of a sweep's page, with its rows."""
     solved = sweep.solved
     unproven = sum(row.status != "OPTIMAL" for row in solved)
     return {
@@ -27,7 +27,7 @@ def data_of(sweep: SweepResult) -> dict[str, Any]:
             {"name": "slices", "value": str(len({row.topology for row in solved})), "note": _span(solved)},
         ],
         "currency": sweep.currency,
-        "limits": limits_said(sweep),
+        "limits": limits_text(sweep),
         "answers": [each.words for each in answers(sweep)],
         "notes": [each for each in (uncomparable(sweep),) if each],
         "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
@@ -48,7 +48,7 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     rows = sweep.of(phase)
     parts = sweep.parts(phase)
     best = {id(row) for part in parts for row in frontier(part.rows)}
-    best_mfu = {id(row) for part in parts for row in frontier(part.rows, wasted)}
+    best_mfu = {id(row) for part in parts for row in frontier(part.rows, negative_mfu)}
     return {
         "name": phase,
         "kind": rows[0].kind,
@@ -68,7 +68,7 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
 
 
 def _best_first(rows: tuple[Row, ...], best: set[int]) -> list[Row]:
-    """The frontier, the fastest first, and then the rest as the job has them."""
+    """The frontier, the fastest first, followed by the rest in the job's order."""
     chosen = sorted((row for row in rows if id(row) in best), key=lambda row: row.latency_seconds)
     return [*chosen, *(row for row in rows if id(row) not in best)]
 
@@ -95,7 +95,7 @@ def _end(which: str, row: Row, part: str, name: str) -> dict[str, Any]:
 
 
 def series_of(rows: tuple[Row, ...], per: tuple[str, ...] = ()) -> list[str]:
-    """The knobs by which points are coloured: those that part them, and those of words and few values, such as a dtype."""
+    """The variables by which points are coloured: those in `per`, and text variables with few values, such as a dtype."""
     knobs = dict.fromkeys([*per, *(key for row in rows for key in row.knobs)])
     words = [key for key in knobs if key in per or any(isinstance(row.knobs.get(key), str) for row in rows)]
     several = [key for key in words if len({row.knobs.get(key) for row in rows}) > 1]
@@ -105,7 +105,7 @@ def series_of(rows: tuple[Row, ...], per: tuple[str, ...] = ()) -> list[str]:
 
 
 def series_name(row: Row, keys: Sequence[str]) -> str:
-    """The series of a row: words stand for themselves, numbers need their knob."""
+    """The series of a row: text values alone, numbers with the name of their variable."""
     values = ((key, row.knobs.get(key)) for key in keys)
     return ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in values)
 

@@ -1,4 +1,4 @@
-"""The frontier of a sweep as a picture for a paper."""
+"""The frontier of a sweep as a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLORS = ("#2a78b5", "#d5752a", "#3a8f4d", "#a34b9b", "#8d6a3f", "#5b6770")
 
 
 def save_frontier(sweep: SweepResult, path: str | PathLike[str]) -> None:
-    """Draws cost against latency, one panel a phase, points and frontier; `.png`, `.svg` or `.pdf` by the ending."""
+    """Draws cost against latency, one panel per phase, with points and frontier; the ending is `.png`, `.svg` or `.pdf`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""From a file of a plan or a sweep to a page or a picture."""
+"""Pages and pictures from the files of plans and sweeps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from autoshard.errors import AutoshardError
 from autoshard.planning.plan_file import load
 from autoshard.planning.records import PlanRecord
 from autoshard.sweep.analysis.rows import SweepResult, load_sweep
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 
 _PAGES = Path(__file__).parent / "pages"
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 class ReportError(AutoshardError):
-    """A report that cannot be made; says of what."""
+    """Raised if there is no report for a file."""
 
 
 def write_report(
     source: str | PathLike[str], output: str | PathLike[str], audit: str | PathLike[str] | None = None
 ) -> None:
-    """Writes a report of a plan's or a sweep's file, all or nothing.
+    """Writes the report of a plan's or a sweep's file, atomically.
 
         write_report("plan.json", "plan.html", audit="audit.json")
         write_report("results/palm.json", "frontier.svg")
@@ -34,19 +34,19 @@ def write_report(
     **Arguments:**
 
     - `output`: `.html` for a page; `.png`, `.svg` or `.pdf` for a picture: the roofline of a plan, the frontier of a sweep.
-    - `audit`: what `autoshard audit --json` printed for the plan.
+    - `audit`: the output of `autoshard audit --json` for the plan.
 
-    **Raises:** `ReportError` for a file that is neither, `MissingExtra`, `OSError`.
+    **Raises:** `ReportError` for another kind of file, `MissingExtra`, `OSError`.
     """
     output, found = Path(output), read(source)
     if audit is not None and not isinstance(found, PlanRecord):
-        raise ReportError(f"{source} is a sweep, and audits are of plans.")
+        raise ReportError(f"audit applies to plans only; {source} is a sweep.")
     if output.suffix in _PICTURES:
         _picture(found, output)
     elif output.suffix == ".html":
         write_whole(output, page(found, None if audit is None else _audit(audit, found)))
     else:
-        raise ReportError(f"{output} has no ending that is known; .html, {', '.join(_PICTURES)} would do.")
+        raise ReportError(f"{output} must end in .html, {', '.join(_PICTURES)}.")
 
 
 def read(source: str | PathLike[str]) -> PlanRecord | SweepResult:
@@ -66,17 +66,19 @@ def _json(path: str | PathLike[str]) -> Mapping[str, Any]:
     try:
         found = json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise ReportError(f"{path} is no JSON: {error}.") from error
+        raise ReportError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ReportError(f"{path} is JSON, but no report can be made of it.")
+        raise ReportError(f"{path} is JSON, but neither a plan nor a sweep.")
     return found
 
 
 def _audit(path: str | PathLike[str], plan: PlanRecord | SweepResult) -> Mapping[str, Any]:
-    """What `autoshard audit --json` printed, if it is of this plan."""
+    """The output of `autoshard audit --json`, checked to be of this plan."""
     found = _json(path)
     if not {"ok", "target", "topology", "wire_bytes", "peak_bytes", "seconds", "differences"} <= found.keys():
-        raise ReportError(f"{path} is no audit: what autoshard audit PLAN.json FILE.py:NAME --json prints would do.")
+        raise ReportError(
+            f"{path} is not an audit: expected the output of autoshard audit PLAN.json FILE.py:NAME --json."
+        )
     if isinstance(plan, PlanRecord) and (found["plan"], found["topology"]) != (plan.name, plan.topology.name):
         raise ReportError(
             f"{path} is of {found['plan']} on {found['topology']}, and the plan is {plan.name} on {plan.topology.name}."
@@ -85,7 +87,7 @@ def _audit(path: str | PathLike[str], plan: PlanRecord | SweepResult) -> Mapping
 
 
 def _picture(found: PlanRecord | SweepResult, output: Path) -> None:
-    needed("matplotlib")
+    require("matplotlib")
     if isinstance(found, PlanRecord):
         from autoshard.explaining.roofline import save_roofline
 
@@ -97,8 +99,8 @@ def _picture(found: PlanRecord | SweepResult, output: Path) -> None:
 
 
 def page(found: PlanRecord | SweepResult, audit: Mapping[str, Any] | None = None) -> str:
-    """The page of a plan or a sweep: HTML with all that it shows inside."""
-    needed("jinja2")
+    """The page of a plan or a sweep: self-contained HTML."""
+    require("jinja2")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined)
@@ -112,7 +114,7 @@ def page(found: PlanRecord | SweepResult, audit: Mapping[str, Any] | None = None
         name, data = "sweep", data_of(found)
     texts = {part: (_PAGES / part).read_text("utf-8") for part in ("report.css", "report.js", f"{name}.js")}
     script = texts["report.js"] + texts[f"{name}.js"]
-    # Inside a script element only "</" and "<!--" could end it.
+    # Only "</" and "<!--" can end a script element.
     embedded = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return environment.get_template(f"{name}.html").render(
         data=data, embedded=embedded, css=texts["report.css"], script=script

@@ -1,4 +1,4 @@
-"""One sharding rule per primitive: factors as data, and how to run the primitive on one chip's pieces."""
+"""Sharding rules, one per primitive: factors as data, and the primitive's implementation on one chip's shards."""
 
 from autoshard.rules import contract as contract
 from autoshard.rules import elementwise as elementwise

@@ -13,7 +13,7 @@ from costmodels.program.program import FactorKind
 
 @register("dot_general")
 def dot_general(inputs, outputs, *, dimension_numbers, **_):
-    """`[b,i,k],[b,k,j] -> [b,i,j] sum={k}`, in whatever order the dimension numbers say."""
+    """`[b,i,k],[b,k,j] -> [b,i,j] sum={k}`, with the dimensions in the order of the dimension numbers."""
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     lhs, rhs = inputs
     factors = Factors()
@@ -52,7 +52,7 @@ def reduce_sum(inputs, outputs, *, axes, **_):
 
 @register("reduce_max")
 def reduce_max(inputs, outputs, *, axes, **_):
-    """A maximum over a split dimension: an all-reduce of that kind runs within the operation."""
+    """A maximum over a split dimension is an all-reduce within the operation."""
     return _reduce(inputs, outputs, axes, "max")
 
 
@@ -76,7 +76,7 @@ def reduce_or(inputs, outputs, *, axes, **_):
 
 @register("reduce_prod", "reduce_xor")
 def reduce_prod(inputs, outputs, *, axes, **_):
-    """A product over a split dimension, for which there is no all-reduce: those of the pieces are gathered and multiplied."""
+    """A product over a split dimension; there is no such all-reduce, so the shards' products are gathered and multiplied."""
     return _reduce_again(inputs, outputs, axes)
 
 
@@ -86,19 +86,19 @@ def _reduce_again(inputs, outputs, axes):
 
 def _local_reduce_again(eqn, rule: Rule, pieces: Pieces, operand):
     found = eqn.primitive.bind(operand, **eqn.params)
-    for factor in _gathered(rule, pieces):
+    for factor in _split_gathered_factors(rule, pieces):
         found = eqn.primitive.bind(pieces.gathered(factor, found), **{**eqn.params, "axes": (0,)})
     return [found]
 
 
-def _gathered(rule: Rule, pieces: Pieces) -> list[int]:
-    """The split factors along which pieces must know of one another."""
+def _split_gathered_factors(rule: Rule, pieces: Pieces) -> list[int]:
+    """The split factors along which shards need data from each other."""
     return [i for i, factor in enumerate(rule.factors) if factor.kind == "gathered" and pieces.is_split(i)]
 
 
 @register("argmax", "argmin")
 def arg_whole(inputs, outputs, *, axes, **_):
-    """The place of an extreme; the dimension stays whole where the tracer does not take the operation apart (`expanded`)."""
+    """The index of an extreme. The dimension stays whole unless tracing decomposes the operation (`decompositions`)."""
     return _reduce(inputs, outputs, axes, "whole")
 
 
@@ -111,7 +111,7 @@ def reduce_by(inputs, outputs, *, dimensions, **_):
 
 
 _JOINED = {"cumsum": lax.add, "cumprod": lax.mul, "cummax": lax.max, "cummin": lax.min, "cumlogsumexp": jnp.logaddexp}
-"""What joins the reduction of all before a piece to the running reduction of the piece."""
+"""Combines the reduction of all shards before a shard with the shard's cumulative reduction."""
 
 
 def _cumulative(inputs, axis, linear=()):
@@ -122,9 +122,9 @@ def _cumulative(inputs, axis, linear=()):
 
 
 def _local_cumulative(eqn, rule: Rule, pieces: Pieces, operand):
-    """Runs along the own piece; the totals of the pieces are gathered, and what is before the piece is joined to it."""
+    """Scans the chip's own shard, gathers the totals of all shards, and combines those before it with the scan."""
     found, axis, reverse = eqn.primitive.bind(operand, **eqn.params), eqn.params["axis"], eqn.params["reverse"]
-    for factor in _gathered(rule, pieces):
+    for factor in _split_gathered_factors(rule, pieces):
         total = lax.index_in_dim(found, 0 if reverse else -1, axis, keepdims=False)
         totals = eqn.primitive.bind(pieces.gathered(factor, total), **{**eqn.params, "axis": 0})
         before = pieces.start(factor) // pieces.size(factor) + (1 if reverse else -1)
@@ -137,7 +137,7 @@ def _local_cumulative(eqn, rule: Rule, pieces: Pieces, operand):
 
 @register("cumprod", "cummax", "cummin", "cumlogsumexp")
 def cumulative(inputs, outputs, *, axis, **_):
-    """`[a,b] -> [a,b] gathered={b}`: running reductions; the totals of the pieces of a split dimension are gathered."""
+    """`[a,b] -> [a,b] gathered={b}`: cumulative reductions; the totals of the shards of a split dimension are gathered."""
     return _cumulative(inputs, axis)
 
 
@@ -176,15 +176,15 @@ def _top(inputs, outputs, axis, kind: FactorKind, local=None):
 
 @register("top_k")
 def top_k(inputs, outputs, *, axis=-1, **_):
-    """`[a,b] -> [a,k],[a,k] gathered={b}`: the best of each piece, with their places, are gathered."""
+    """`[a,b] -> [a,k],[a,k] gathered={b}`: the best of each shard, with their indices, are gathered."""
     return _top(inputs, outputs, axis, "gathered", _local_top_k)
 
 
 def _local_top_k(eqn, rule: Rule, pieces: Pieces, operand):
-    """Of equal ones the first come first, in a piece and among pieces, so that the first of all do."""
+    """Ties are broken by position within a shard and among shards, so the result is that of one chip."""
     axis = eqn.params.get("axis", -1) % operand.ndim
     values, places = eqn.primitive.bind(operand, **eqn.params)
-    for factor in _gathered(rule, pieces):
+    for factor in _split_gathered_factors(rule, pieces):
         places = places + pieces.start(factor).astype(places.dtype)
         every, at = (_in_a_row(pieces.gathered(factor, each), axis) for each in (values, places))
         values, best = eqn.primitive.bind(every, **eqn.params)
@@ -193,7 +193,7 @@ def _local_top_k(eqn, rule: Rule, pieces: Pieces, operand):
 
 
 def _in_a_row(stacked, axis: int):
-    """Arrays behind one another in a leading dimension, joined along `axis`."""
+    """Arrays stacked in a leading dimension, concatenated along `axis`."""
     moved = jnp.moveaxis(stacked, 0, axis)
     shape = moved.shape
     return jnp.reshape(moved, (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]))
@@ -201,5 +201,5 @@ def _in_a_row(stacked, axis: int):
 
 @register("approx_top_k")
 def approx_top_k(inputs, outputs, *, reduction_dimension, **_):
-    """As `top_k`, but the searched dimension stays whole: which are found depends on all of it."""
+    """As `top_k`, but the searched dimension stays whole: the result depends on all of it."""
     return _top(inputs, outputs, reduction_dimension, "whole")

@@ -1,4 +1,4 @@
-"""Rules of primitives that work point by point."""
+"""Rules of elementwise primitives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _pointwise(inputs, outputs, linear=(), **fields) -> Rule:
 
 @register(*NONLINEAR)
 def nonlinear(inputs, outputs, **_):
-    """Any function of points: no partial sum may pass."""
+    """Any elementwise function: partial sums may not pass."""
     return _pointwise(inputs, outputs)
 
 
@@ -43,7 +43,7 @@ def linear(inputs, outputs, **_):
 
 @register(*MARKERS)
 def marker(inputs, outputs, **_):
-    """Where an array is to live: an identity here, as the plan says where."""
+    """A placement marker: an identity, since the plan decides the placement."""
     if len(inputs) > 1:  # one device_put of several arrays
         return _several(inputs)
     linear = (frozenset({0}),)
@@ -69,7 +69,7 @@ def convert(inputs, outputs, **_):
 
 @register("bitcast_convert_type")
 def bitcast(inputs, outputs, **_):
-    """`[a] -> [a]`, or `[a] -> [a,b]` and back where the elements' widths differ."""
+    """`[a] -> [a]`, or `[a] -> [a,b]` and back if the elements' widths differ."""
     if inputs[0].ndim == outputs[0].ndim:
         return nonlinear(inputs, outputs)
     factors = Factors()
@@ -93,7 +93,7 @@ def mul(inputs, outputs, **_):
 
 @register("div")
 def div(inputs, outputs, **_):
-    """A quotient is linear in its numerator, but for integers, which are rounded."""
+    """A quotient is linear in its numerator, except for integers, which are rounded."""
     return _pointwise(inputs, outputs, (frozenset({0}),) if inexact(outputs[0]) else ())
 
 

@@ -14,18 +14,18 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
-from autoshard.rules.shape import cut_dims, element, shifted_by, single_elements, windowed
+from autoshard.rules.shape import cut_dims, element, shift, single_elements, window_dims
 from costmodels.program.program import FactorKind
 
 # --- Slices at a traced start
 
 
 def _own_starts(rule: Rule, pieces: Pieces, window, starts) -> tuple[list, list]:
-    """The starts on this chip's piece, and per dimension with a single element whether this chip holds it.
+    """The starts on this chip's shard, and per dimension with a single element whether this chip holds it.
 
-    XLA clamps a start so that the window fits: of a dimension that is taken whole the window starts at 0 whatever the index
-    says, on a piece as on the whole; the index of a single element is clamped before its chip is found. So is that of a longer
-    window, whose start on the piece may then lie before or past it.
+    XLA clamps a start so that the window fits. A window over a whole dimension starts at 0 for any index, on a shard as on the
+    array. The index of a single element is clamped before its chip is found, and so is that of a longer window, whose start
+    may then be before or past the shard.
     """
     own, here = list(starts), []
     picked = single_elements(rule, pieces, window)
@@ -33,18 +33,18 @@ def _own_starts(rule: Rule, pieces: Pieces, window, starts) -> tuple[list, list]
     for i, dim in enumerate(rule.inputs[0]):
         if i in picked:
             last = rule.factors[dim[0]].size - 1
-            own[i], inside = element(rule, pieces, i, jnp.clip(_signed(starts[i]), 0, last))
+            own[i], inside = element(rule, pieces, i, jnp.clip(_to_signed(starts[i]), 0, last))
             here.append(inside)
         elif i in cut:
             room = rule.factors[dim[0]].size - rule.factors[window[i][0]].size
-            own[i] = jnp.clip(_signed(starts[i]), 0, room) - pieces.start(dim[0])
+            own[i] = jnp.clip(_to_signed(starts[i]), 0, room) - pieces.start(dim[0])
         elif any(pieces.is_split(f) for f in dim):
             own[i] = jnp.int32(0)
     return _alike(own), here
 
 
-def _signed(index):
-    """An index as a signed integer of at least 32 bits, so that the start of a piece can be taken from it."""
+def _to_signed(index):
+    """An index as a signed integer of at least 32 bits, from which the start of a shard can be subtracted."""
     index = jnp.asarray(index)
     if index.dtype == np.uint32:
         index = jnp.minimum(index, np.uint32(np.iinfo(np.int32).max))
@@ -52,10 +52,10 @@ def _signed(index):
 
 
 def _alike(starts) -> list:
-    """Starts of one type; JAX refuses a mixture."""
+    """Starts of one dtype; JAX refuses a mixture."""
     if len({jnp.asarray(start).dtype for start in starts}) < 2:
         return starts
-    signed = [_signed(start) for start in starts]
+    signed = [_to_signed(start) for start in starts]
     widest = max((start.dtype for start in signed), key=lambda dtype: dtype.itemsize)
     return [start.astype(widest) for start in signed]
 
@@ -65,7 +65,7 @@ def _local_dynamic_slice(eqn, rule: Rule, pieces: Pieces, operand, *starts):
     own, here = _own_starts(rule, pieces, window, starts)
     for i in cut_dims(rule, pieces, window):
         if window[i]:
-            operand = shifted_by(operand, i, own[i], pieces.size(window[i][0]))
+            operand = shift(operand, i, own[i], pieces.size(window[i][0]))
             own[i] = jnp.zeros_like(own[i])
     found = lax.dynamic_slice(operand, own, local_shape(window, pieces), allow_negative_indices=False)
     return [jnp.where(reduce(and_, here), found, jnp.zeros_like(found)) if here else found]
@@ -73,10 +73,10 @@ def _local_dynamic_slice(eqn, rule: Rule, pieces: Pieces, operand, *starts):
 
 @register("dynamic_slice")
 def dynamic_slice(inputs, outputs, **_):
-    """`[a,b,c],[] -> [a,d,1] sum={b,c}`: as `slice`; a dimension taken whole may be split as it is."""
+    """`[a,b,c],[] -> [a,d,1] sum={b,c}`: as `slice`; a dimension that the window spans may be split."""
     factors = Factors()
     single = "sum" if summable(inputs[0]) else "whole"
-    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, single)
     starts = ((),) * (len(inputs) - 1)
     linear = (frozenset({0}),)
     return Rule(factors.done(), (left, *starts), (right,), linear, flops_per_point=0.0, local=_local_dynamic_slice)
@@ -92,37 +92,37 @@ def _local_update(eqn, rule: Rule, pieces: Pieces, operand, update, *starts):
     if here:
         present = lax.dynamic_slice(operand, own, update.shape, allow_negative_indices=False)
         update = jnp.where(reduce(and_, here), update, present)
-    return [lax.dynamic_update_slice(operand, _row_major(update), own, allow_negative_indices=False)]
+    return [lax.dynamic_update_slice(operand, _pin_order(pieces.order, update), own, allow_negative_indices=False)]
 
 
 def _overlap(update, dim: int, start, size: int):
-    """What of an update that begins at `start`, before, on or past a piece of `size`, lies on the piece.
+    """The part on a shard of `size` of an update that begins at `start`, which may be before, on or past the shard.
 
-    **Returns:** that much of the update, where it begins on the piece, and which of its elements are the update's.
+    **Returns:** that part of the update, its start on the shard, and a mask of the elements that belong to the update.
     """
     count = update.shape[dim]
     length = min(count, size)
     begin = jnp.clip(start, 0, size - length)
     offset = begin - start
     place = offset + lax.broadcasted_iota(offset.dtype, [length if i == dim else 1 for i in range(update.ndim)], dim)
-    return shifted_by(update, dim, offset, length), begin, (place >= 0) & (place < count)
+    return shift(update, dim, offset, length), begin, (place >= 0) & (place < count)
 
 
-def _row_major(piece):
-    """A piece pinned to the memory layout that whole arrays have unless somebody asks for another.
+def _pin_order(order, piece):
+    """A shard pinned to an order of dimensions in memory, row-major by default.
 
-    Left to itself, the TPU compiler may give the array that is written to the layout of the few rows that are written (seen
-    with libtpu 0.0.42, rows sliced just before): it then copies a whole cache into that layout and back, and once more in
-    every round of a loop.
+    Otherwise the TPU compiler may give the updated array the layout of the few rows that are written (seen with libtpu
+    0.0.42, rows sliced just before). It then copies a whole cache into that layout and back, and again in every iteration
+    of a loop.
     """
-    return with_layout_constraint(piece, Layout(tuple(range(piece.ndim)))) if piece.ndim > 1 else piece
+    return with_layout_constraint(piece, Layout(order or tuple(range(piece.ndim)))) if piece.ndim > 1 else piece
 
 
 @register("dynamic_update_slice")
 def dynamic_update_slice(inputs, outputs, **_):
-    """`[a,b,c],[a,d,1] -> [a,b,c]`: in place; each chip writes what lies on its piece. Moves the update."""
+    """`[a,b,c],[a,d,1] -> [a,b,c]`: in place; each chip writes the part on its shard. The traffic is that of the update."""
     factors = Factors()
-    left, right = windowed(factors, inputs[0].shape, inputs[1].shape, "parallel")
+    left, right = window_dims(factors, inputs[0].shape, inputs[1].shape, "parallel")
     starts = ((),) * (len(inputs) - 2)
     return Rule(
         factors.done(),
@@ -140,7 +140,7 @@ def dynamic_update_slice(inputs, outputs, **_):
 
 
 class _Own(NamedTuple):
-    """Indices on this chip's piece, which of the rows they name lie in it, and which this chip answers for."""
+    """Indices on this chip's shard, with masks of the rows that are on it and of those that this chip answers for."""
 
     indices: Any
     here: Any
@@ -148,20 +148,21 @@ class _Own(NamedTuple):
 
 
 def _column_factors(rule: Rule, pieces: Pieces, index_map, single) -> Mapping[int, int]:
-    """Column of the indices to factor, for the dimensions that rows are looked up in and that are split."""
+    """Column of the indices to factor, for the split dimensions in which rows are looked up."""
     factors = {column: rule.inputs[0][dim][0] for column, dim in enumerate(index_map) if dim in single}
     return {column: factor for column, factor in factors.items() if pieces.is_split(factor)}
 
 
-def _clipped(indices, limits):
-    """Indices clipped to what the windows leave room for, as XLA does before it reads."""
+def _clip(indices, limits):
+    """Indices clipped so that the windows fit, as XLA does before it reads."""
     return jnp.clip(indices, 0, np.asarray(limits, indices.dtype))
 
 
-def _localised(rule: Rule, pieces: Pieces, split: Mapping[int, int], indices) -> _Own:
-    """Moves indices into this chip's piece; what lies outside the whole array is answered by the first chip, out of bounds.
+def _localise(rule: Rule, pieces: Pieces, split: Mapping[int, int], indices) -> _Own:
+    """Moves indices to this chip's shard.
 
-    An index that belongs to another chip becomes out of bounds too.
+    An index of another chip's row becomes out of bounds. An index outside the whole array stays out of bounds, and the first
+    chip answers for it.
     """
     columns = [indices[..., i] for i in range(indices.shape[-1])]
     here, outside, first = [], [], []
@@ -177,24 +178,24 @@ def _localised(rule: Rule, pieces: Pieces, split: Mapping[int, int], indices) ->
     return _Own(jnp.stack(columns, axis=-1), reduce(and_, here), answered)
 
 
-def _gathered_singly(numbers, slice_sizes) -> list[int]:
-    """The dimensions that single rows are looked up in."""
+def _single_row_dims(numbers, slice_sizes) -> list[int]:
+    """The dimensions in which single rows are looked up."""
     return [i for i in numbers.start_index_map if i in numbers.collapsed_slice_dims and slice_sizes[i] == 1]
 
 
 @register("gather")
 def gather(inputs, outputs, *, dimension_numbers, slice_sizes, mode, **_):
-    """`[v,e],[b] -> [b,e] sum={v}`: a looked-up dimension may be split; each chip answers for its own piece.
+    """`[v,e],[b] -> [b,e] sum={v}`: a looked-up dimension may be split; each chip answers for its own shard.
 
-    Dimensions taken whole pass through; a dimension that single rows are looked up in is a `sum` factor: chips that do not
-    hold the row answer zero, so that the sum over chips is the row.
+    Dimensions that the window spans pass through. A dimension in which single rows are looked up is a `sum` factor: chips
+    without the row contribute zeros, so the sum over chips is the row.
     """
     operand, indices = inputs
     numbers = dimension_numbers
     factors = Factors()
     rows = {i: (factors.new(n),) for i, n in enumerate(indices.shape[:-1])}
     batching = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
-    singly = _gathered_singly(numbers, slice_sizes) if summable(operand) else ()
+    singly = _single_row_dims(numbers, slice_sizes) if summable(operand) else ()
     left: list[tuple[int, ...]] = []
     offsets: list[tuple[int, ...]] = []
     for i, n in enumerate(operand.shape):
@@ -227,13 +228,13 @@ def _local_gather(eqn, rule: Rule, pieces: Pieces, operand, indices):
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     window = [min(n, k) if n == m else n for n, m, k in zip(sizes, shape, operand.shape, strict=True)]
     params["slice_sizes"] = tuple(window)
-    split = _column_factors(rule, pieces, numbers.start_index_map, _gathered_singly(numbers, sizes))
+    split = _column_factors(rule, pieces, numbers.start_index_map, _single_row_dims(numbers, sizes))
     if not split:
         return [eqn.primitive.bind(operand, indices, **params)]
-    indices = _signed(indices)
+    indices = _to_signed(indices)
     if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
-        indices = _clipped(indices, [shape[i] - sizes[i] for i in numbers.start_index_map])
-    own = _localised(rule, pieces, split, indices)
+        indices = _clip(indices, [shape[i] - sizes[i] for i in numbers.start_index_map])
+    own = _localise(rule, pieces, split, indices)
     found = eqn.primitive.bind(operand, own.indices, **{**params, **_UNORDERED})
     rows = [i for i in range(found.ndim) if i not in numbers.offset_dims]
     return [jnp.where(lax.broadcast_in_dim(own.answered, found.shape, rows), found, jnp.zeros_like(found))]
@@ -244,7 +245,7 @@ _UNORDERED = {"indices_are_sorted": False, "unique_indices": False}
 
 @register("scatter", "scatter-mul", "scatter-min", "scatter-max")
 def scatter(inputs, outputs, *, dimension_numbers, **_):
-    """`[v,e],[b],[b,e] -> [v,e]`: in place; each chip writes the rows that fall into its piece, and sees all of them."""
+    """`[v,e],[b],[b,e] -> [v,e]`: in place; each chip has all rows and writes those of its shard."""
     return _scatter(inputs, dimension_numbers, "whole")
 
 
@@ -297,11 +298,11 @@ def _local_scatter(eqn, rule: Rule, pieces: Pieces, operand, indices, updates):
     written = numbers.scatter_dims_to_operand_dims
     split = _column_factors(rule, pieces, written, numbers.inserted_window_dims)
     if split:
-        indices = _signed(indices)
+        indices = _to_signed(indices)
         if mode == lax.GatherScatterMode.CLIP:
             sizes = _window_sizes(numbers, shape, eqn.invars[2].aval.shape)
-            indices = _clipped(indices, [shape[i] - sizes[i] for i in written])
-        own = _localised(rule, pieces, split, indices)
+            indices = _clip(indices, [shape[i] - sizes[i] for i in written])
+        own = _localise(rule, pieces, split, indices)
         params |= {**_UNORDERED, "mode": lax.GatherScatterMode.FILL_OR_DROP}
         indices = own.indices
         if prod(indices.shape[:-1]) == 1:
@@ -310,7 +311,7 @@ def _local_scatter(eqn, rule: Rule, pieces: Pieces, operand, indices, updates):
 
 
 def _harmless(eqn, operand, own: _Own, updates):
-    """A single row that lies on another chip writes what is there already, within bounds.
+    """A single row of another chip rewrites the present values, within bounds.
 
     XLA turns such a scatter into a dynamic update slice and, as of jaxlib 0.10, reads the wrong place when the index is out of
     bounds and the operand is itself a dynamic slice: `lax.dynamic_slice(x, (s,), (4,)).at[4].set(u, mode="drop")` writes
@@ -319,7 +320,7 @@ def _harmless(eqn, operand, own: _Own, updates):
     numbers = eqn.params["dimension_numbers"]
     sizes = _window_sizes(numbers, operand.shape, updates.shape)
     limits = [operand.shape[i] - sizes[i] for i in numbers.scatter_dims_to_operand_dims]
-    indices = jnp.where(own.here[..., None], own.indices, _clipped(own.indices, limits))
+    indices = jnp.where(own.here[..., None], own.indices, _clip(own.indices, limits))
     window = lax.GatherDimensionNumbers(
         offset_dims=numbers.update_window_dims,
         collapsed_slice_dims=numbers.inserted_window_dims,
@@ -343,7 +344,7 @@ def _window_sizes(numbers, shape, update_shape) -> list[int]:
 
 
 def _on_first_chip(rule: Rule, pieces: Pieces, operand):
-    """What rows are added to, on one of the chips that the rows are split over; zero on the others."""
+    """The operand on one of the chips over which the rows are split; zeros on the others."""
     summed = [i for i, factor in enumerate(rule.factors) if factor.kind == "sum" and pieces.is_split(i)]
     if not summed:
         return operand

@@ -1,7 +1,7 @@
-"""Rules for decompositions of matrices and Fourier transforms: each matrix or signal is whole, the batch of them is free.
+"""Rules of matrix decompositions and Fourier transforms: each matrix or signal is whole, batches may be split.
 
 Operation counts are those of the textbook algorithms (Golub and Van Loan, "Matrix Computations", 4th edition; the transform
-by Cooley and Tukey), on the vector unit; iterations that wait for one another take longer than that.
+by Cooley and Tukey), on the vector unit; dependent iterations take longer than that.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from autoshard.rules.rule import Factors, Rule, register
 
 
-def _batched(
+def _batch_rule(
     inputs: Sequence[Any], outputs: Sequence[Any], rank: int, flops: float, linear: Sequence[int] = ()
 ) -> Rule:
-    """A rule of which the first operand's last `rank` dimensions are whole, and what all others have beyond the batch.
+    """A rule with a free batch: the last `rank` dimensions of the first operand, and the rest of all other arrays, are whole.
 
     **Arguments:**
 
     - `flops`: of one element of the batch.
-    - `linear`: the operands through which, one at a time, a partial sum may pass.
+    - `linear`: the operands that may be partial sums, one at a time.
     """
     factors = Factors()
     batch = factors.each(inputs[0].shape[: inputs[0].ndim - rank])
@@ -43,7 +43,7 @@ def _batched(
 def fft(inputs, outputs, *, fft_lengths, **_):
     """`[a,b] -> [a,c] whole={b,c}`: $5 N \\log_2 N$."""
     points = prod(fft_lengths)
-    return _batched(inputs, outputs, len(fft_lengths), 5.0 * points * log2(max(points, 2)), linear=[0])
+    return _batch_rule(inputs, outputs, len(fft_lengths), 5.0 * points * log2(max(points, 2)), linear=[0])
 
 
 _COUNTS = {
@@ -64,7 +64,7 @@ _COUNTS = {
 def _decomposition(count: float) -> Callable[..., Rule]:
     def rule(inputs, outputs, **_):
         rows, columns = inputs[0].shape[-2:]
-        return _batched(inputs, outputs, 2, count * rows * columns * min(rows, columns))
+        return _batch_rule(inputs, outputs, 2, count * rows * columns * min(rows, columns))
 
     return rule
 
@@ -75,17 +75,17 @@ for _name, _count in _COUNTS.items():
 
 @register("triangular_solve")
 def triangular_solve(inputs, outputs, **_):
-    """`[a,b,c],[a,d,e] -> [a,f,g]`, all but the batch whole: $n^2$ for each right-hand side, and linear in these."""
-    return _batched(inputs, outputs, 2, float(prod(inputs[1].shape[-2:]) * inputs[0].shape[-1]), linear=[1])
+    """`[a,b,c],[a,d,e] -> [a,f,g]`, whole except the batch: $n^2$ for each right-hand side, linear in the right-hand sides."""
+    return _batch_rule(inputs, outputs, 2, float(prod(inputs[1].shape[-2:]) * inputs[0].shape[-1]), linear=[1])
 
 
 @register("lu_pivots_to_permutation")
 def lu_pivots_to_permutation(inputs, outputs, **_):
     """`[a,b] -> [a,c] whole={b,c}`."""
-    return _batched(inputs, outputs, 1, 0.0)
+    return _batch_rule(inputs, outputs, 1, 0.0)
 
 
 @register("tridiagonal_solve")
 def tridiagonal_solve(inputs, outputs, **_):
     """Three diagonals `[a,b]` and right-hand sides `[a,c,d]`: about $8 n$ for each of these."""
-    return _batched(inputs, outputs, 1, 8.0 * prod(inputs[3].shape[-2:]), linear=[3])
+    return _batch_rule(inputs, outputs, 1, 8.0 * prod(inputs[3].shape[-2:]), linear=[3])

@@ -1,4 +1,4 @@
-"""Rules of primitives that put arrays one behind the other, or take them apart."""
+"""Rules of primitives that concatenate or split arrays."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FIRST = (frozenset({0}),)
 
 
 def _parts(whole, parts, axis: int) -> tuple[Factors, Dims, tuple[Dims, ...]]:
-    """The dimensions of an array and of parts of it that lie one behind the other along `axis`.
+    """The dimensions of an array and of its consecutive parts along `axis`.
 
-    Equal parts share their factor there, of kind `exchanged`. The array's dimension has it and how many there are: cut over
-    chips, both are cut alike, though their pieces lie on different chips.
+    Equal parts share their factor there, of kind `exchanged`. The array's dimension has that factor and the number of parts.
+    Both are split over the same axes, but their shards are on different chips.
     """
     factors = Factors()
     if len(parts) > 1 and len({aval.shape[axis] for aval in parts}) == 1:
@@ -33,9 +33,9 @@ def _parts(whole, parts, axis: int) -> tuple[Factors, Dims, tuple[Dims, ...]]:
 
 
 def _local_concatenate(eqn, rule: Rule, pieces: Pieces, *operands):
-    """Blocks of the parts go to the chips that hold them in the joined array."""
+    """Sends blocks of the parts to the chips that hold them in the concatenated array."""
     axis = eqn.params["dimension"]
-    found = _exchanged(rule, pieces, rule.inputs[0][axis][0])
+    found = _find_exchange(rule, pieces, rule.inputs[0][axis][0])
     if found is None:
         return [eqn.primitive.bind(*operands, **eqn.params)]
     factor, rounds, own = found
@@ -51,9 +51,9 @@ def _local_concatenate(eqn, rule: Rule, pieces: Pieces, *operands):
 
 
 def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
-    """Blocks of the joined array go to the chips that hold them in the parts."""
+    """Sends blocks of the array to the chips that hold them in the parts."""
     axis = eqn.params["axis"]
-    found = _exchanged(rule, pieces, rule.outputs[0][axis][0])
+    found = _find_exchange(rule, pieces, rule.outputs[0][axis][0])
     if found is None:
         return eqn.primitive.bind(operand, **eqn.params)
     factor, rounds, own = found
@@ -66,8 +66,8 @@ def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
     return _in_turn(received, parts, own)
 
 
-def _exchanged(rule: Rule, pieces: Pieces, factor: int):
-    """A factor along which equal parts lie, how their blocks go round, and this chip's place; None where it is not split."""
+def _find_exchange(rule: Rule, pieces: Pieces, factor: int):
+    """The factor of equal parts, the rounds of sending their blocks, and this chip's position; None if it is not split."""
     if not pieces.is_split(factor):
         return None
     (joined,) = {dim for dims in (*rule.inputs, *rule.outputs) for dim in dims if factor in dim and len(dim) > 1}
@@ -82,20 +82,20 @@ def _at(table: Sequence[int], own):
 
 
 def _turns(rounds, block: Callable[[Sent], tuple[int, int]]) -> list[list[int]]:
-    """Per slot or part, and per chip, the round in which its block is sent; `block` gives the chip, and the slot or part."""
+    """Per slot or part, and per chip, the round in which its block is sent; `block` returns the chip and the slot or part."""
     known = {block(each): turn for turn, sent in enumerate(rounds) for each in sent}
     return [[known[chip, k] for chip in range(len(rounds[0]))] for k in range(len(rounds))]
 
 
 def _in_turn(received: Sequence, tables: Sequence[Sequence[int]], own) -> list:
-    """What was received, in the order that each chip's tables of rounds say."""
+    """The received blocks, in the order of each chip's tables of rounds."""
     stacked = jnp.stack(received)
     return [lax.dynamic_index_in_dim(stacked, _at(table, own), keepdims=False) for table in tables]
 
 
 @register("concatenate")
 def concatenate(inputs, outputs, *, dimension, **_):
-    """`[a,b],[a,b] -> [a,bc] exchanged={b}`: parts of one size may be split, others stay whole: `[a,b],[a,c] -> [a,d]`."""
+    """`[a,b],[a,b] -> [a,bc] exchanged={b}`: equal parts may be split; unequal parts stay whole: `[a,b],[a,c] -> [a,d]`."""
     factors, joined, parts = _parts(outputs[0], inputs, dimension)
     linear = (frozenset(range(len(inputs))),)
     return Rule(factors.done(), parts, (joined,), linear, flops_per_point=0.0, local=_local_concatenate)
@@ -103,7 +103,7 @@ def concatenate(inputs, outputs, *, dimension, **_):
 
 @register("split")
 def split(inputs, outputs, *, axis, **_):
-    """`[a,bc] -> [a,b],[a,b] exchanged={b}`: into parts of one size the dimension may be split, into others it stays whole."""
+    """`[a,bc] -> [a,b],[a,b] exchanged={b}`: the dimension may be split if the parts are equal, and stays whole otherwise."""
     factors, cut, parts = _parts(inputs[0], outputs, axis)
     return Rule(factors.done(), (cut,), parts, _FIRST, flops_per_point=0.0, local=_local_split)
 
@@ -124,6 +124,6 @@ def stack(inputs, outputs, *, axis, **_):
 
 @register("unstack")
 def unstack(inputs, outputs, *, axis, **_):
-    """`[a,b] -> [a],[a]`: the dimension that is taken apart stays whole."""
+    """`[a,b] -> [a],[a]`: the unstacked dimension stays whole."""
     factors, stacked, layer = _layers(inputs[0], axis)
     return Rule(factors.done(), (stacked,), (layer,) * len(outputs), _FIRST, flops_per_point=0.0)

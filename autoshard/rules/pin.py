@@ -1,4 +1,4 @@
-"""The primitives that pin a layout inside a traced function, and their sharding dims."""
+"""The primitives that pin a layout inside a traced function, and their axes per dimension."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pins = Mapping[str, PartitionSpec] | Sequence[Any]
 
 
 class PinError(AutoshardError):
-    """A pin that names nothing, cannot hold, or contradicts another; says which, and what would fit."""
+    """Raised for a pin that matches nothing, cannot hold, or contradicts another pin."""
 
 
 pin_p = Primitive(PIN)
@@ -38,27 +38,27 @@ shard_map_layout_p.def_abstract_eval(lambda x, *, dims: x)
 
 
 def soft_pin(x: Any, dims: Sequence[tuple[str, ...]]) -> Any:
-    """`x`, pinned on topologies that have these axes and left free on others, like a sharding constraint."""
+    """Pins `x` on topologies that have these axes, and leaves it free on others, like a sharding constraint."""
     return shard_map_layout_p.bind(x, dims=(*dims, *((),) * (x.ndim - len(dims)))) if any(dims) else x
 
 
 def pin(x: Any, spec: PartitionSpec) -> Any:
-    """`x`, to be laid out like `spec` when a plan is searched; the identity wherever the function runs without one.
+    """Pins the layout of `x` in searched plans; the identity without a plan.
 
         hidden = autoshard.pin(hidden, P("x", None, ("y", "z")))
 
     **Arguments:**
 
     - `x`: an array, or a pytree of arrays of one rank.
-    - `spec`: mesh axes of the topology per dimension; what it leaves out is not split, `P.UNCONSTRAINED` is free.
+    - `spec`: mesh axes of the topology per dimension; omitted dimensions are not split, `P.UNCONSTRAINED` ones are free.
     """
     return jax.tree.map(lambda leaf: pin_p.bind(leaf, dims=dims_of(spec, leaf.ndim, "autoshard.pin")), x)
 
 
 def dims_of(spec: PartitionSpec, rank: int, what: str) -> Pinned:
-    """A `PartitionSpec` as axes per dimension; `None` for a dimension that is free."""
+    """A `PartitionSpec` as axes per dimension; `None` for a free dimension."""
     if len(spec) > rank:
-        raise PinError(f"{what} pins {len(spec)} dimensions by {spec}; the array has {rank}.")
+        raise PinError(f"{what} must pin at most {rank} dimensions, got {len(spec)} in {spec}.")
 
     def axes(part: Any) -> tuple[str, ...] | None:
         if part is PartitionSpec.UNCONSTRAINED:
@@ -74,7 +74,7 @@ def spec_of_pin(dims: Pinned) -> PartitionSpec:
 
 
 def pinned_by(primitive: str, params: Mapping[str, Any], rank: int) -> Pinned | None:
-    """What an equation pins its result to, if it does."""
+    """The axes to which an equation pins its result, if it does."""
     if primitive in (PIN, shard_map_layout_p.name):
         return params["dims"]
     if primitive == "sharding_constraint" and isinstance(params.get("sharding"), NamedSharding):

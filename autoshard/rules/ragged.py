@@ -1,4 +1,4 @@
-"""Rules of products over ragged groups of rows: mixtures of experts."""
+"""Rules of matmuls over ragged groups of rows: mixtures of experts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from autoshard.rules.rule import Dims, Factors, Pieces, Rule, register, whole_ru
 def ragged_dot(inputs, outputs, *, ragged_dot_dimension_numbers, group_offset=None, **_):
     """`[m,k],[g,k,n],[g] -> [m,n] sum={g,k}`: rows in consecutive groups, each times the matrix of its group.
 
-    Rows may be split: each chip counts how many of each group it has. Groups may be split, which is expert parallelism: each
-    chip multiplies the rows of its own groups, is zero elsewhere, and leaves a partial sum. Where the rows are what is summed,
-    as in the gradient of the matrices, the result has the groups: `[m,k],[m,n],[g] -> [g,k,n] sum={m}`.
+    Rows may be split: each chip counts its rows of each group. Groups may be split, which is expert parallelism: each chip
+    multiplies the rows of its own groups, has zeros elsewhere, and leaves a partial sum. If the rows are contracted, as in the
+    gradient of the matrices, the result has the groups: `[m,k],[m,n],[g] -> [g,k,n] sum={m}`.
     """
     numbers = ragged_dot_dimension_numbers
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
@@ -34,7 +34,7 @@ def ragged_dot(inputs, outputs, *, ragged_dot_dimension_numbers, group_offset=No
     right.update({int(j): groups for j in numbers.rhs_group_dimensions})
     for i, j in zip(lhs_sum, rhs_sum, strict=True):
         left[int(i)] = right[int(j)] = factors.new(lhs.shape[i], "sum")
-    free = [*_filled(factors, left, lhs), *_filled(factors, right, rhs)]
+    free = [*_fill(factors, left, lhs), *_fill(factors, right, rhs)]
     result = [groups, *batch, *free] if ragged in lhs_sum else [*batch, *free]
     counts = [counted] if shared else [*batch, counted]
     return Rule(
@@ -44,12 +44,13 @@ def ragged_dot(inputs, outputs, *, ragged_dot_dimension_numbers, group_offset=No
         (frozenset({0}), frozenset({1})),
         op_class="matmul",
         traffic=(0, 1, -1),
-        flops_per_point=2.0 / max(1, sizes.shape[-1]) ** 2,  # a row meets one group's matrix; the counts are no loop
+        flops_per_point=2.0
+        / max(1, sizes.shape[-1]) ** 2,  # each row meets one group's matrix; the counts are not a loop
         local=_local_ragged_dot,
     )
 
 
-def _filled(factors: Factors, side: dict[int, int], aval) -> list[int]:
+def _fill(factors: Factors, side: dict[int, int], aval) -> list[int]:
     """New factors for the dimensions of an operand that have none yet."""
     made = {i: factors.new(aval.shape[i]) for i in range(aval.ndim) if i not in side}
     side.update(made)
@@ -64,7 +65,7 @@ def _local_ragged_dot(eqn, rule: Rule, pieces: Pieces, lhs, rhs, sizes):
     (lhs_sum, rhs_sum), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
     (ragged,) = map(int, eqn.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions)
     (rows,) = rule.inputs[0][ragged]
-    groups = rule.inputs[2][-1][0] - 1  # made just before what counts them
+    groups = rule.inputs[2][-1][0] - 1  # created just before the factor of the counts
     if pieces.is_split(rows) or pieces.is_split(groups):
         sizes = _within(sizes, pieces.start(rows), pieces.size(rows))
     if not pieces.is_split(groups):
@@ -84,7 +85,7 @@ def _local_ragged_dot(eqn, rule: Rule, pieces: Pieces, lhs, rhs, sizes):
 
 
 def _within(sizes, start, count: int):
-    """How many rows of each group lie among the `count` rows from `start` on."""
+    """The number of rows of each group among the `count` rows from `start` on."""
     ends = jnp.cumsum(sizes, axis=-1, dtype=np.int32)
     begins = ends - sizes.astype(np.int32)
     inside = jnp.clip(ends - start, 0, count) - jnp.clip(begins - start, 0, count)
@@ -92,6 +93,6 @@ def _within(sizes, start, count: int):
 
 
 def _first(array, count, dim: int):
-    """The first `count` along a dimension, and zeros after them."""
+    """The first `count` elements along a dimension, followed by zeros."""
     place = lax.broadcasted_iota(np.int32, array.shape, dim)
     return jnp.where(place < count, array, jnp.zeros_like(array))

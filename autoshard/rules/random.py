@@ -1,4 +1,4 @@
-"""Rules of random numbers: every chip draws all of them from the same key, so that they are what one chip would draw."""
+"""Rules of random numbers: every chip draws all of them from the same key, so they equal those of one chip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ random_bits random_clone random_fold_in random_gamma random_seed random_split ra
 
 @register(*DRAWS)
 def draw(inputs, outputs, **_):
-    """Keys and numbers whole on every chip; to keep a piece of them costs nothing on the wire."""
+    """Keys and numbers are replicated; a local slice shards them without communication."""
     return whole_rule(inputs, outputs, exact=True)
 
 

@@ -1,4 +1,4 @@
-"""Rules that the user registers in a line: for a function that is opaque, such as a kernel, or for a primitive by name."""
+"""User-registered rules: for an opaque function, such as a kernel, or for a primitive by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from autoshard.rules.einsum import Einsum, RuleError, parsed, rule_of
+from autoshard.rules.einsum import Einsum, RuleError, parse_rule, rule_of
 from autoshard.rules.rule import REGISTRY, Pieces, Rule, local_shape
 
 _PREFIX = "rule:"
@@ -20,7 +20,7 @@ _PREFIX = "rule:"
 
 @dataclass(frozen=True)
 class _Kernel:
-    """An opaque function of arrays with its rule; what JAX carries through a trace in its place."""
+    """An opaque function of arrays with its rule, as JAX carries it through a trace."""
 
     name: str
     fn: Callable[..., Any]
@@ -40,32 +40,31 @@ def rule(
     flops_per_point: float = 0.0,
     primitive: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A sharding rule for a function that autoshard is not to look into, such as a Pallas kernel.
+    """Registers a sharding rule for an opaque function, such as a Pallas kernel.
 
         @autoshard.rule("b s (k g) d, b t k d, b t k d -> b s (k g) d", whole="s t d", flops_per_point=4)
         def attention(q, k, v):
             return flash_attention_kernel(q, k, v)
 
-    The function is one operation of the plan, and runs on each chip with that chip's pieces: here those of its batch and of its
-    heads. Outside of plans nothing changes; under `jax.vmap` it is batched with its rule, and differentiated it is looked
-    into, so give forward and backward kernels a rule each inside a `jax.custom_vjp`.
+    The function is one operation of the plan. It runs on each chip with that chip's shards: here those of its batch and its
+    heads. Outside of plans nothing changes. `jax.vmap` batches the function with its rule. Differentiation looks into the
+    function, so give the forward and the backward kernel a rule each, inside a `jax.custom_vjp`.
 
     **Arguments:**
 
-    - `text`: the dimensions of the arrays by name, operands and results separated by commas. The same name is the same
-      dimension; `(k g)` is one that merges two, the first major; `1` is one of size 1.
+    - `text`: the dimensions of the arrays by name, operands and results separated by commas. Equal names are
+      equal dimensions; `(k g)` is one dimension that merges two, the first major; `1` is a dimension of size 1.
     - `whole`: names of dimensions that cannot be split. A name that no result has is whole, unless it is summed.
-    - `sum`, `max`: names of dimensions that the function sums over or takes the maximum over: run on pieces, it gives partial
-      sums, or maxima of the pieces.
+    - `sum`, `max`: names of dimensions that the function reduces: on shards it returns partial sums, or the shards' maxima.
     - `flops_per_point`: floating-point operations per point of the product of all dimensions; 4 for attention. By default
-      the function costs what its arrays take to read and write.
-    - `primitive`: instead of a function of yours, the JAX primitive of this name has the rule. The decorated function runs it
-      on one chip's pieces: it gets the equation's parameters as keyword arguments, and operands.
+      the function costs the time to read and write its arrays.
+    - `primitive`: the name of a JAX primitive that gets the rule. The decorated function then runs the primitive on one chip's
+      shards: it takes the operands, and the equation's parameters as keyword arguments.
 
-    **Raises:** `RuleError` for a text that is none; at the call, for arrays that do not fit it.
+    **Raises:** `RuleError` for an invalid text and, at the call, for arrays that do not fit it.
     """
     kinds = {kind: names for kind, names in (("whole", whole), ("sum", sum), ("max", max)) if names}
-    einsum = parsed(text, kinds)  # pyright: ignore[reportArgumentType]
+    einsum = parse_rule(text, kinds)  # pyright: ignore[reportArgumentType]
     if primitive:
         return functools.partial(_for_primitive, primitive, einsum, flops_per_point)
     return functools.partial(_for_function, einsum, flops_per_point)
@@ -86,7 +85,7 @@ def _for_function(einsum: Einsum, flops_per_point: float, fn: Callable[..., Any]
 
 @functools.cache
 def _primitive(name: str) -> Primitive:
-    """The primitive that stands for all opaque functions of one name."""
+    """The primitive of all opaque functions of one name."""
     made = Primitive(_PREFIX + name)
     made.multiple_results = True
     made.def_impl(lambda *arrays, kernel: kernel(*arrays))
@@ -95,7 +94,7 @@ def _primitive(name: str) -> Primitive:
     ad.primitive_jvps[made] = lambda primals, tangents, *, kernel: jax.jvp(
         kernel, primals, tuple(map(ad.instantiate_zeros, tangents))
     )
-    batching.primitive_batchers[made] = functools.partial(_batched, made)
+    batching.primitive_batchers[made] = functools.partial(_batch, made)
     REGISTRY[made.name] = _rule_of_kernel
     return made
 
@@ -106,7 +105,7 @@ def _abstract(*avals: Any, kernel: _Kernel) -> list[Any]:
     return [ShapedArray(each.shape, each.dtype) for each in made]
 
 
-def _batched(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, kernel: _Kernel) -> tuple[Any, Any]:
+def _batch(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, kernel: _Kernel) -> tuple[Any, Any]:
     has = [axis is not None for axis in axes]
     moved = [jax.numpy.moveaxis(a, axis, 0) if there else a for a, axis, there in zip(arrays, axes, has, strict=True)]
     body = jax.vmap(kernel, in_axes=tuple(0 if there else None for there in has))
@@ -115,10 +114,12 @@ def _batched(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, ker
 
 
 def _rule_of_kernel(inputs: Sequence[Any], outputs: Sequence[Any], *, kernel: _Kernel) -> Rule:
-    return replace(_costed(kernel.einsum, kernel.name, kernel.flops_per_point, inputs, outputs), local=_run)
+    return replace(_kernel_rule(kernel.einsum, kernel.name, kernel.flops_per_point, inputs, outputs), local=_run_kernel)
 
 
-def _costed(einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[Any], outputs: Sequence[Any]) -> Rule:
+def _kernel_rule(
+    einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> Rule:
     made = rule_of(einsum, name, [aval.shape for aval in inputs], [aval.shape for aval in outputs])
     traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
     return replace(
@@ -129,18 +130,18 @@ def _costed(einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[
     )
 
 
-def _run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
+def _run_kernel(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
     kernel: _Kernel = eqn.params["kernel"]
-    return _checked(kernel.name, made, pieces, kernel(*operands))
+    return _check_shapes(kernel.name, made, pieces, kernel(*operands))
 
 
-def _checked(name: str, made: Rule, pieces: Pieces, found: Sequence[Any]) -> Sequence[Any]:
+def _check_shapes(name: str, made: Rule, pieces: Pieces, found: Sequence[Any]) -> Sequence[Any]:
     for k, (piece, dims) in enumerate(zip(found, made.outputs, strict=True)):
         wanted = local_shape(dims, pieces)
         if tuple(piece.shape) != wanted:
             raise RuleError(
-                f"{name}, run on one chip's pieces, makes result {k} of the shape {list(piece.shape)}; its rule says"
-                f" {list(wanted)}. Name the dimensions whole that it cannot have in pieces."
+                f"On one chip's shards, result {k} of {name} must have the shape {list(wanted)} by its rule, got"
+                f" {list(piece.shape)}. List dimensions that may not be split as whole."
             )
     return found
 
@@ -149,10 +150,10 @@ def _for_primitive(
     primitive: str, einsum: Einsum, flops_per_point: float, local: Callable[..., Any]
 ) -> Callable[..., Any]:
     def run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:
-        return _checked(primitive, made, pieces, jax.tree.leaves(local(*operands, **eqn.params)))
+        return _check_shapes(primitive, made, pieces, jax.tree.leaves(local(*operands, **eqn.params)))
 
     def maker(inputs: Sequence[Any], outputs: Sequence[Any], **_: Any) -> Rule:
-        return replace(_costed(einsum, primitive, flops_per_point, inputs, outputs), local=run)
+        return replace(_kernel_rule(einsum, primitive, flops_per_point, inputs, outputs), local=run)
 
     REGISTRY[primitive] = maker
     return local

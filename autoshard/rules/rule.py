@@ -1,8 +1,8 @@
-"""Sharding rules as data: each primitive says its factors once, and everything else follows from them.
+"""Sharding rules as data: a primitive's factors, from which everything else follows.
 
 A rule is an einsum over factors, `[b,i,k],[b,k,j] -> [b,i,j] sum={k}`. Legal strategies, the layouts and collectives they
 force, local shapes and costs each come from one generic function over this data. A primitive whose parameters carry
-shapes adds a `local` function that runs it on one chip's pieces.
+shapes adds a `local` function that runs it on one chip's shards.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ Dims = tuple[tuple[int, ...], ...]
 
 
 class Pieces(Protocol):
-    """What a `local` function may ask about the strategy it runs under."""
+    """The interface of a `local` function to its strategy."""
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions of the first operand as they lie in memory, major to minor; empty for the device's default."""
+        ...
 
     def size(self, factor: int) -> int:
         """The factor's size on one chip."""
         ...
 
     def start(self, factor: int) -> Any:
-        """Where this chip's piece of the factor begins, a traced int32; 0 when the factor is not split."""
+        """The start of this chip's shard of the factor, a traced int32; 0 if the factor is not split."""
         ...
 
     def is_split(self, factor: int) -> bool:
@@ -36,19 +41,19 @@ class Pieces(Protocol):
         ...
 
     def gathered(self, factor: int, piece: Any) -> Any:
-        """The pieces of all chips along a `gathered` factor, behind one another in a new leading dimension.
+        """The shards of all chips along a `gathered` factor, stacked in a new leading dimension.
 
-        To be called once per result, with what is priced: the result's piece, or one element of it along the factor.
+        To be called once per result, with the costed data: the result's shard, or one element of it along the factor.
         """
         ...
 
     def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
-        """The piece that another chip along an `exchanged` factor sends; `pairs` say who sends to whom."""
+        """The shard from another chip along an `exchanged` factor; `pairs` are (sender, receiver)."""
         ...
 
 
 Local = Callable[..., Sequence[Any]]
-"""`local(eqn, rule, pieces, *operands) -> results`, all on one chip's pieces."""
+"""`local(eqn, rule, pieces, *operands) -> results`, all on one chip's shards."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Rule:
     """The factors of one equation.
 
     `inputs` and `outputs` give each dimension as a tuple of factors, major to minor; a dimension of size 1 that is
-    broadcast has none. `linear`, `traffic`, `op_class` and `flops_per_point` are as in `costmodels.program.Operation`.
+    broadcast has none. `linear`, `traffic`, `op_class` and `flops_per_point` are as in `costmodels.program.program.Operation`.
     """
 
     factors: tuple[Factor, ...]
@@ -81,7 +86,7 @@ class Rule:
         return " ".join([" -> ".join(sides), *notes])
 
     def _letters(self) -> dict[int, str]:
-        """Factor to letter, in the order in which they are met."""
+        """Factor to letter, in order of appearance."""
         met = dict.fromkeys(i for dims in (*self.inputs, *self.outputs) for dim in dims for i in dim)
         return {i: chr(ord("a") + n) if n < 26 else f"f{n}" for n, i in enumerate(met)}
 
@@ -140,7 +145,7 @@ def register(*primitives: str) -> Callable[[RuleMaker], RuleMaker]:
 
 
 def whole_rule(inputs: Sequence[Any], outputs: Sequence[Any], exact: bool = False) -> Rule:
-    """Every array whole on every chip, read and written once; not `exact` where it stands in for a rule that is missing."""
+    """The rule that replicates every array, read and written once; not `exact` if it replaces a missing rule."""
     factors = Factors()
     before, after = (
         tuple(factors.each(aval.shape, range(len(aval.shape))) for aval in side) for side in (inputs, outputs)
@@ -150,7 +155,7 @@ def whole_rule(inputs: Sequence[Any], outputs: Sequence[Any], exact: bool = Fals
 
 
 def rule_for(primitive: str, inputs: Sequence[Any], outputs: Sequence[Any], params: dict[str, Any]) -> Rule:
-    """The rule of one equation; `whole_rule` when the primitive has none. Arrays of PRNG keys stay whole."""
+    """The rule of one equation; `whole_rule` if the primitive has none. Arrays of PRNG keys stay whole."""
     maker = REGISTRY.get(primitive)
     if maker is None:
         return whole_rule(inputs, outputs)
@@ -176,5 +181,5 @@ def inexact(aval: Any) -> bool:
 
 
 def local_shape(dims: Dims, pieces: Pieces) -> tuple[int, ...]:
-    """The shape of one chip's piece of an operand or result."""
+    """The shape of one chip's shard of an operand or result."""
     return tuple(prod(pieces.size(i) for i in dim) for dim in dims)

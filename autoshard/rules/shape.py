@@ -1,4 +1,4 @@
-"""Rules of primitives that move, cut and join dimensions without computing."""
+"""Rules of primitives that move, cut and merge dimensions without arithmetic."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _local_broadcast(eqn, rule: Rule, pieces: Pieces, operand, *_):
 
 @register("broadcast_in_dim")
 def broadcast_in_dim(inputs, outputs, *, broadcast_dimensions, **_):
-    """`[a] -> [a,b]`: each chip makes its own piece of the new dimension."""
+    """`[a] -> [a,b]`: each chip broadcasts to its own shard of the new dimension."""
     factors = Factors()
     result = factors.each(outputs[0].shape)
     operand = inputs[0]
@@ -66,8 +66,8 @@ def reshape(inputs, outputs, *, dimensions=None, **_):
 def common_factors(factors: Factors, before: Sequence[int], after: Sequence[int]) -> tuple[Dims, Dims]:
     """Splits both shapes of a reshape into their common factors.
 
-    Shapes are cut where their running products agree; a cut-out group such as `(6, 4) -> (4, 6)`, whose products do not
-    divide one another, keeps its common major factor and leaves the rest whole.
+    Shapes are cut where their cumulative products agree. A group such as `(6, 4) -> (4, 6)`, whose products do not divide
+    each other, keeps its common major factor and leaves the rest whole.
     """
     if 0 in before:
         return factors.each(before, range(len(before))), factors.each(after, range(len(after)))
@@ -79,8 +79,8 @@ def common_factors(factors: Factors, before: Sequence[int], after: Sequence[int]
             sizes = [b // a for a, b in pairwise(bounds)]
             made = [factors.new(n) for n in reversed(sizes)]
             table = dict(zip(reversed(bounds[1:]), made, strict=True))
-            left += _cut(group, table)
-            right += _cut(other, table)
+            left += _cut_sizes(group, table)
+            right += _cut_sizes(other, table)
         else:
             major = gcd(group[0], other[0])
             shared = factors.new(major)
@@ -90,12 +90,12 @@ def common_factors(factors: Factors, before: Sequence[int], after: Sequence[int]
 
 
 def _products(sizes: Sequence[int]) -> list[int]:
-    """Running products from the minor end: `(2, 3) -> [1, 3, 6]`."""
+    """Cumulative products from the minor end: `(2, 3) -> [1, 3, 6]`."""
     return [prod(sizes[i:]) for i in range(len(sizes), -1, -1)]
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions on both sides with equal products, ones attached to the run before."""
+    """The smallest groups of dimensions on both sides with equal products; dimensions of 1 belong to the group before."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -113,8 +113,8 @@ def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     return found
 
 
-def _cut(sizes: Sequence[int], table: dict[int, int]) -> list[tuple[int, ...]]:
-    """The factors of each dimension, major to minor; `table` maps a factor's upper running product to its index."""
+def _cut_sizes(sizes: Sequence[int], table: dict[int, int]) -> list[tuple[int, ...]]:
+    """The factors of each dimension, major to minor; `table` maps a factor's upper cumulative product to its index."""
     products = _products(sizes)[::-1]
     spans = zip(products[1:], products, strict=False)
     return [tuple(table[bound] for bound in sorted(table, reverse=True) if low < bound <= high) for low, high in spans]
@@ -137,7 +137,7 @@ def _local_iota(eqn, rule: Rule, pieces: Pieces, *_):
 
 @register("iota")
 def iota(inputs, outputs, **_):
-    """`-> [a,b]`: each chip counts from where its piece begins."""
+    """`-> [a,b]`: each chip counts from the start of its shard."""
     factors = Factors()
     dims = factors.each(outputs[0].shape)
     return Rule(factors.done(), ((),) * len(inputs), (dims,), flops_per_point=0.0, local=_local_iota)
@@ -149,7 +149,7 @@ def _local_empty(eqn, rule: Rule, pieces: Pieces, *_):
 
 @register("empty", "empty2")
 def empty(inputs, outputs, **_):
-    """`-> [a,b]`: memory that nothing has been written to yet; zeros will do."""
+    """`-> [a,b]`: uninitialised memory; zeros are used."""
     factors = Factors()
     dims = factors.each(outputs[0].shape)
     return Rule(factors.done(), (), (dims,), flops_per_point=0.0, local=_local_empty)
@@ -169,19 +169,19 @@ def tile(inputs, outputs, *, reps, **_):
     return Rule(factors.done(), (dims,), (result,), _FIRST, flops_per_point=0.0, local=_local_tile)
 
 
-def windowed(
+def window_dims(
     factors: Factors,
     full: Sequence[int],
     part: Sequence[int],
     single: FactorKind = "whole",
     shifted: Sequence[int] = (),
 ) -> tuple[Dims, Dims]:
-    """Dimensions of an array and of a window of it: equal ones, but for those in `shifted`, are shared and may be split.
+    """Dimensions of an array and of a window of it: equal ones, except those in `shifted`, are shared and may be split.
 
-    Where the window is a single element of a longer dimension, only one chip holds it and the dimension may be split as
-    well: `single` says what that does, `sum` to what is read (the other chips answer zero), `parallel` to what is written. So
-    may the dimension of a longer window: what of it lies on a chip is read or written there; but one of half the dimension
-    or more costs less to read from a dimension that is gathered first.
+    If the window is a single element of a longer dimension, only one chip holds it and the dimension may be split as
+    well. `single` is then the factor's kind: `sum` for reads (the other chips contribute zeros), `parallel` for writes. A
+    longer window may be split too: each chip reads or writes its part. A window of half the dimension or more is cheaper
+    to read after a gather, so its dimension stays whole.
     """
     left: list[tuple[int, ...]] = []
     right: list[tuple[int, ...]] = []
@@ -199,7 +199,7 @@ def windowed(
 
 
 def element(rule: Rule, pieces: Pieces, dim: int, index):
-    """Where the element at `index` of a split dimension lies on this chip's piece, and whether it does."""
+    """The position on this chip's shard of the element at `index` of a split dimension, and whether it is there."""
     (factor,) = rule.inputs[0][dim]
     local = index - pieces.start(factor)
     last = pieces.size(factor) - 1
@@ -207,7 +207,7 @@ def element(rule: Rule, pieces: Pieces, dim: int, index):
 
 
 def cut_dims(rule: Rule, pieces: Pieces, window: Dims) -> list[int]:
-    """The split dimensions of which the window is a part."""
+    """The split dimensions of which the window covers a part."""
     pairs = enumerate(zip(rule.inputs[0], window, strict=True))
     return [i for i, (dim, part) in pairs if dim != part and any(pieces.is_split(f) for f in dim)]
 
@@ -217,8 +217,8 @@ def single_elements(rule: Rule, pieces: Pieces, window: Dims) -> list[int]:
     return [i for i in cut_dims(rule, pieces, window) if not window[i]]
 
 
-def shifted_by(array, dim: int, start, size: int):
-    """`size` elements along a dimension from `start` on, which may lie before the first or past the last: zeros there."""
+def shift(array, dim: int, start, size: int):
+    """`size` elements along a dimension from `start` on, with zeros before the first and past the last element."""
     config = [(size, size, 0) if i == dim else (0, 0, 0) for i in range(array.ndim)]
     padded = lax.pad(array, jnp.zeros((), array.dtype), config)
     at = jnp.clip(start + size, 0, array.shape[dim] + size)
@@ -236,7 +236,7 @@ def _local_slice(eqn, rule: Rule, pieces: Pieces, operand, *_):
             here = here & inside
         else:
             begin = starts[i] - pieces.start(rule.inputs[0][i][0])
-            operand = shifted_by(operand, i, begin, limits[i] - starts[i])
+            operand = shift(operand, i, begin, limits[i] - starts[i])
     for i, dim in enumerate(rule.inputs[0]):
         if any(pieces.is_split(f) for f in dim):
             starts[i], limits[i] = 0, operand.shape[i]
@@ -246,10 +246,10 @@ def _local_slice(eqn, rule: Rule, pieces: Pieces, operand, *_):
 
 @register("slice")
 def slice_(inputs, outputs, **_):
-    """`[a,b,c] -> [a,d,1] sum={b,c}`: of a split dimension each chip gives what it holds of the window, and zeros."""
+    """`[a,b,c] -> [a,d,1] sum={b,c}`: along a split dimension each chip contributes its part of the window, and zeros."""
     factors = Factors()
     single = "sum" if summable(inputs[0]) else "whole"
-    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, single)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, single)
     return Rule(factors.done(), (left,), (right,), _FIRST, flops_per_point=0.0, local=_local_slice)
 
 
@@ -258,7 +258,7 @@ def pad(inputs, outputs, *, padding_config, **_):
     """`[a,b],[] -> [a,c]`: the padded dimensions stay whole."""
     factors = Factors()
     padded = [i for i, config in enumerate(padding_config) if any(config)]
-    left, right = windowed(factors, inputs[0].shape, outputs[0].shape, shifted=padded)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, shifted=padded)
     return Rule(factors.done(), (left, ()), (right,), flops_per_point=0.0)
 
 

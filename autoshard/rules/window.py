@@ -15,9 +15,9 @@ def _local_convolution(eqn, rule: Rule, pieces: Pieces, image, kernel):
 
 @register("conv_general_dilated")
 def convolution(inputs, outputs, *, dimension_numbers, feature_group_count, batch_group_count, **_):
-    """`[n,ai,h],[ao,i,k] -> [n,ao,j] sum={i}`: batch, features and groups of features may be split, space not.
+    """`[n,ai,h],[ao,i,k] -> [n,ao,j] sum={i}`: batch, features and feature groups may be split; spatial dimensions may not.
 
-    With `batch_group_count`, groups of the batch take the place of groups of features: `[bn,i,h],[bo,i,k] -> [n,bo,j]`.
+    With `batch_group_count`, batch groups replace feature groups: `[bn,i,h],[bo,i,k] -> [n,bo,j]`.
     """
     image, kernel = inputs
     of_image, of_kernel, of_result = dimension_numbers.lhs_spec, dimension_numbers.rhs_spec, dimension_numbers.out_spec
@@ -32,27 +32,27 @@ def convolution(inputs, outputs, *, dimension_numbers, feature_group_count, batc
         for aval, spec in zip((image, kernel, outputs[0]), (of_image, of_kernel, of_result), strict=True)
     ]
     sides = (
-        _placed(of_image, [(batches, batch), (features, summed), *space[0]]),
-        _placed(of_kernel, [(features, batches, made), (summed,), *space[1]]),
+        _in_array_order(of_image, [(batches, batch), (features, summed), *space[0]]),
+        _in_array_order(of_kernel, [(features, batches, made), (summed,), *space[1]]),
     )
     return Rule(
         factors.done(),
         sides,
-        (_placed(of_result, [*result, *space[2]]),),
+        (_in_array_order(of_result, [*result, *space[2]]),),
         op_class="matmul",
         traffic=(0, 1, -1),
-        flops_per_point=2.0 / max(1, prod(image.shape[i] for i in of_image[2:])),  # the image is no loop of its own
+        flops_per_point=2.0 / max(1, prod(image.shape[i] for i in of_image[2:])),  # the image is not a loop of its own
         local=_local_convolution,
     )
 
 
-def _placed(spec, dims) -> Dims:
-    """Dimensions listed as batch, feature, space, in the order of the array."""
+def _in_array_order(spec, dims) -> Dims:
+    """Dimensions given as batch, feature, space, in the order of the array."""
     return tuple(dim for _, dim in sorted(zip(spec, dims, strict=True)))
 
 
 def _windows(whole, part, *shifted) -> tuple[Factors, Dims, Dims]:
-    """Dimensions of an array and of one element per window of it; those that every window crosses alone are shared."""
+    """Dimensions of an array and of one element per window; dimensions with windows of size 1 are shared."""
     factors = Factors()
     left, right = [], []
     for i, (n, m) in enumerate(zip(whole.shape, part.shape, strict=True)):
@@ -78,7 +78,7 @@ def _window_rule(inputs, outputs, params, linear=()):
 
 @register("reduce_window", "reduce_window_max", "reduce_window_min", "select_and_gather_add")
 def reduce_window(inputs, outputs, **params):
-    """`[a,b] -> [a,c]`: dimensions that windows slide along stay whole."""
+    """`[a,b] -> [a,c]`: dimensions along which windows slide stay whole."""
     return _window_rule(inputs, outputs, params)
 
 
@@ -90,7 +90,7 @@ def reduce_window_sum(inputs, outputs, **params):
 
 @register("select_and_scatter_add")
 def select_and_scatter_add(inputs, outputs, *, window_dimensions, window_strides, padding, **_):
-    """`[a,c],[a,b] -> [a,b]`: each element of the first goes where its window's maximum lies; windowed dimensions whole."""
+    """`[a,c],[a,b] -> [a,b]`: each element of the first operand is added at its window's maximum."""
     shifted = ((window_dimensions, 1), (window_strides, 1), (padding, (0, 0)))
     factors, full, picked = _windows(outputs[0], inputs[0], *shifted)
     return Rule(factors.done(), (picked, full), (full,), (frozenset({0}),))

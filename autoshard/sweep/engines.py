@@ -1,7 +1,7 @@
-"""Where points are solved: in this process, in processes of this machine, on a Dask cluster, on a Ray cluster.
+"""Engines that solve points: this process, processes of this machine, a Dask cluster, a Ray cluster.
 
-An engine is a generator: it takes tasks as it has room for them and yields each with its outcome as it comes. A worker that
-dies is an outcome too, `WorkerDied`, of the one task that it worked on; the other tasks go on.
+An engine is a generator: it takes tasks when it has room and yields each with its outcome. A worker's death is the outcome
+`WorkerDied` of its task; the other tasks continue.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from threading import Thread
 from time import sleep
 from typing import Any, Protocol
 
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 
 Outcome = Any
-"""What a task returned, or the exception that it ended in."""
+"""The result of a task, or its exception."""
 
 
 class Task(Protocol):
-    """Something to run: called on a worker, so it must pickle."""
+    """A callable for a worker; it must pickle."""
 
     def __call__(self) -> Any: ...
 
@@ -33,7 +33,7 @@ Engine = Callable[[Iterable[Any]], Iterator[tuple[Any, Outcome]]]
 
 
 def here(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
-    """One task after the other in this process."""
+    """Runs the tasks serially in this process."""
     for task in tasks:
         yield task, _attempt(task)
 
@@ -48,12 +48,12 @@ def _attempt(task: Any) -> Outcome:
 # --- Processes of this machine
 
 _AHEAD = 1
-"""Tasks that wait while all processes work, so that none idles until the next is made."""
+"""The number of queued tasks while all processes work, so that none idles."""
 
 
 def processes(workers: int) -> Engine:
     """That many processes of this machine (joblib's loky)."""
-    needed("joblib")
+    require("joblib")
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         waiting = iter(tasks)
@@ -62,7 +62,7 @@ def processes(workers: int) -> Engine:
             yield from _until_broken(waiting, workers, broken)
             if not broken:
                 return
-            # Which of them killed its worker cannot be told, so each goes alone, in a process of its own.
+            # The task that killed its worker is unknown, so each runs alone, in a process of its own.
             for task in broken:
                 alone: list[Any] = []
                 yield from _until_broken(iter([task]), 1, alone)
@@ -74,7 +74,7 @@ def processes(workers: int) -> Engine:
 
 
 def _until_broken(tasks: Iterator[Any], workers: int, broken: list[Any]) -> Iterator[tuple[Any, Outcome]]:
-    """Runs tasks until there are none, or a process dies: what ran then is put into `broken`."""
+    """Runs tasks until there are none, or a process dies; its running tasks are added to `broken`."""
     from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor  # pyright: ignore
 
     options = {"initializer": leave_with, "initargs": (os.getpid(),), "env": {"JAX_PLATFORMS": "cpu"}}
@@ -104,7 +104,7 @@ _LOOK_SECONDS = 1.0
 
 
 def leave_with(parent: int) -> None:
-    """Ends this process soon after its parent did: a sweep that is killed would leave its workers behind, for good."""
+    """Ends this process soon after its parent, so that a killed sweep leaves no workers behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -119,7 +119,7 @@ def leave_with(parent: int) -> None:
 
 def dask(address: str) -> Engine:
     """The workers of the Dask cluster whose scheduler listens at an address such as `tcp://10.0.0.1:8786`."""
-    needed("distributed")
+    require("distributed")
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         from distributed import Client, KilledWorker, as_completed  # pyright: ignore[reportMissingImports]
@@ -149,8 +149,8 @@ def dask(address: str) -> Engine:
 
 
 def ray(address: str = "") -> Engine:
-    """The workers of a Ray cluster; of one that is started on this machine where no address is given."""
-    needed("ray")
+    """The workers of a Ray cluster; without an address, of one that is started on this machine."""
+    require("ray")
 
     def run(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
         import ray as cluster  # pyright: ignore[reportMissingImports]
@@ -184,5 +184,5 @@ def ray(address: str = "") -> Engine:
 
 
 def cores() -> int:
-    """How many processes this machine has room for."""
+    """The number of processes that this machine can run."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

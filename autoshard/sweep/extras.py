@@ -1,4 +1,4 @@
-"""Libraries that only sweeps and reports need."""
+"""Checks for the libraries of optional extras."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _EXTRAS = {
 
 
 class MissingExtra(AutoshardError, ImportError):
-    """A library of an extra is not installed; names the extra."""
+    """Raised if a library of an extra is not installed; states the extra."""
 
 
-def needed(module: str) -> None:
-    """Makes sure that a library is there.
+def require(module: str) -> None:
+    """Checks that a library is installed.
 
     **Raises:** `MissingExtra`, with the command that installs it.
     """

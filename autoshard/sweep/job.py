@@ -1,4 +1,4 @@
-"""The job file: what a sweep is to find out, in TOML.
+"""The job file of a sweep, in TOML.
 
 ```toml
 name = "palm-62b"
@@ -14,8 +14,8 @@ output_length = 64
 
 [chips]
 kinds = ["v4"]
-counts = [8, 16]                                  # every shape of so many chips that the torus allows
-topologies = ["v4:4x4x4"]                         # or these
+counts = [8, 16]                                  # every shape of that many chips that the torus allows
+topologies = ["v4:4x4x4"]                         # or named topologies
 
 [constraints]                                     # all optional
 seconds_per_token = 0.030
@@ -30,8 +30,8 @@ phases = ["prefill", "decode"]
 shared = "params"
 ```
 
-A phase is of a kind, which its name is unless `kind` says otherwise: `prefill` makes `batch * input_length` tokens a step,
-`decode` makes `batch`, any other says with `tokens` how many.
+The kind of a phase is its name, or `kind`. A step of `prefill` processes `batch * input_length` tokens, a step of `decode`
+`batch`; any other phase states its number with `tokens`.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from autoshard.errors import AutoshardError
 from costmodels.symbols import evaluated, parsed
 
 Knob = bool | int | float | str
-"""One value of what a job varies."""
+"""One value of a variable of a job."""
 
 LENGTHS = ("input_length", "output_length")
-"""What is other work, not another way to do it, although the first counts tokens."""
+"""Variables that change the work, although the first counts tokens."""
 
 
 class JobError(AutoshardError):
-    """A job file says something that makes no sense; names the file, the line and the key."""
+    """Raised for an invalid job file; states the file, the line and the key."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A function to lay out: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens a step."""
+    """A function to plan: `FILE.py:NAME`, its keyword arguments (numbers, text, or `{"of": expression}`), tokens per step."""
 
     name: str
     kind: str
@@ -68,14 +68,14 @@ class Phase:
     def values(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
         """The keyword arguments at one point.
 
-        **Raises:** `ValueError` where an expression is no number there.
+        **Raises:** `ValueError` if an expression is not a number there.
         """
         return {key: value_of(given, knobs) for key, given in self.arguments.items()}
 
 
 @dataclass(frozen=True)
 class Together:
-    """Phases with one layout of the shared argument; `repeats` says how often each runs in one request."""
+    """Phases with one layout of the shared argument; `repeats` are their runs per request."""
 
     phases: tuple[str, ...]
     shared: str
@@ -84,7 +84,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What an answer must keep to; None where anything will do."""
+    """The limits on answers; None for no limit."""
 
     seconds_per_token: float | None = None
     seconds_to_first_token: float | None = None
@@ -93,7 +93,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep, as its file declares it; there is a frontier for every value of what `per` names."""
+    """A sweep as its file declares it; each combination of values of the variables in `per` has a frontier."""
 
     name: str
     phases: tuple[Phase, ...]
@@ -118,9 +118,9 @@ class Job:
 
 
 def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
-    """What an argument is at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
+    """The value of an argument at one point: itself, or `{"of": expression}` evaluated; whole numbers are integers.
 
-    **Raises:** `ValueError`, naming the expression, where it is no whole number or names no knob.
+    **Raises:** `ValueError`, with the expression, if it is not a whole number or uses an unknown variable.
     """
     if not isinstance(given, Mapping):
         return given
@@ -129,12 +129,12 @@ def value_of(given: Any, knobs: Mapping[str, Knob]) -> Knob:
         return knobs[expression]
     found = number(expression, knobs)
     if found != int(found):
-        raise ValueError(f"{expression} is {found:g} there, which is no whole number")
+        raise ValueError(f"{expression} must be a whole number, got {found:g}")
     return int(found)
 
 
 def number(expression: str, knobs: Mapping[str, Knob]) -> float:
-    """An expression in knobs as a number.
+    """The value of an expression in variables.
 
     **Raises:** `ValueError`.
     """
@@ -143,7 +143,7 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
         return evaluated(parsed(expression), numbers)
     except KeyError as error:
         missing = error.args[0].partition(" in ")[0]
-        raise ValueError(f"{missing} is no number that the job varies; it varies {', '.join(knobs)}") from error
+        raise ValueError(f"{missing} must be a number among the job's variables {', '.join(knobs)}") from error
 
 
 Location = tuple[str | int, ...]

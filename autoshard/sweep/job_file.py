@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoshard.sweep.extras import needed
+from autoshard.sweep.extras import require
 from autoshard.sweep.job import LENGTHS, Constraints, Job, JobError, Knob, Location, Phase, Together
 
 _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
@@ -17,19 +17,19 @@ _TOKENS = {"prefill": "batch * input_length", "decode": "batch"}
 def load_job(path: str | Path) -> Job:
     """Reads and checks a job file.
 
-    **Raises:** `JobError`, naming every fault with its line and key; `OSError` when there is no such file.
+    **Raises:** `JobError`, with every error by line and key; `OSError` if there is no such file.
     """
     path = Path(path)
     try:
         text = path.read_text("utf-8")
         data = tomllib.loads(text)
     except ValueError as error:
-        raise JobError(f"{path} is no TOML: {error}{_quoted(path, str(error))}.") from error
+        raise JobError(f"{path} is not valid TOML: {error}{_quote_line(path, str(error))}.") from error
     return job_of(data, path.parent, path.stem, str(path), text)
 
 
-def _quoted(path: Path, error: str) -> str:
-    """The line that a complaint about TOML is of, which names no key."""
+def _quote_line(path: Path, error: str) -> str:
+    """The line to which a TOML error refers."""
     if (found := re.search(r"at line (\d+)", error)) is None:
         return ""
     lines = path.read_text("utf-8").splitlines()
@@ -37,11 +37,11 @@ def _quoted(path: Path, error: str) -> str:
 
 
 def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: str = "The job", text: str = "") -> Job:
-    """A job from plain data, as `load_job` from a file.
+    """The job of plain data, as `load_job` reads it from a file.
 
     **Raises:** `JobError`.
     """
-    needed("pydantic")
+    require("pydantic")
     from pydantic import ValidationError
 
     from autoshard.sweep.schema import JobFile
@@ -49,13 +49,13 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
     try:
         read = JobFile.model_validate(data)
     except ValidationError as error:
-        faults = [(each["loc"], _said(each)) for each in error.errors()]
-        raise JobError(_listed(where, text, faults)) from error
+        faults = [(each["loc"], _fault_text(each)) for each in error.errors()]
+        raise JobError(_list_faults(where, text, faults)) from error
     from autoshard.sweep.validation import faults_of
 
     job = _job(read, folder, name)
     if faults := list(faults_of(job)):
-        raise JobError(_listed(where, text, faults))
+        raise JobError(_list_faults(where, text, faults))
     return job
 
 
@@ -88,24 +88,24 @@ def _job(read: Any, folder: Path, name: str) -> Job:
 
 
 def _other_work(phases: Sequence[Phase], vary: Mapping[str, Sequence[Knob]]) -> tuple[str, ...]:
-    """What changes how much a token takes: the lengths, and numbers that make no tokens, such as a width."""
+    """The variables that change the work per token: the lengths, and numbers that no token count uses, such as a width."""
     makes_tokens = set(re.findall(r"\w+", " ".join(phase.tokens for phase in phases))) - set(LENGTHS)
     numbers = (key for key, values in vary.items() if all(type(value) in (int, float) for value in values))
     return tuple(key for key in numbers if key not in makes_tokens)
 
 
-def _said(fault: Mapping[str, Any]) -> str:
+def _fault_text(fault: Mapping[str, Any]) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     given = fault.get("input")
     shown = f", got {given!r}" if isinstance(given, Knob) and fault["type"] != "extra_forbidden" else ""
     if fault["type"] == "extra_forbidden":
-        return "is no key of a job; look for a slip of the pen"
+        return "is not a key of a job; check its spelling"
     if fault["type"] == "too_short":
-        return "is empty; at least one would do"
+        return "must have at least one entry, got none"
     return message[0].lower() + message[1:] + shown
 
 
-def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> str:
+def _list_faults(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> str:
     lines = []
     for location, message in faults:
         key = ".".join(str(part) for part in location if part not in _TAGS)
@@ -117,11 +117,11 @@ def _listed(where: str, text: str, faults: Sequence[tuple[Location, str]]) -> st
 
 
 _TAGS = ("list", "str", "int", "float", "bool", "constrained-int", "dict[literal['of'],str]", "[key]")
-"""What the schema's library puts into the places of values that may be of several types."""
+"""The tags that pydantic adds to the locations of values with several types."""
 
 
 def line_of(text: str, location: Sequence[str | int]) -> int:
-    """The line of a TOML text that says what a key is, or of the table that lacks it; 0 where there is no text."""
+    """The line of a key in a TOML text, or of the table that lacks it; 0 without a text."""
     path = [str(part) for part in location if part not in _TAGS]
     best, found, table = -1, 0, []
     for count, line in enumerate(text.splitlines(), 1):

@@ -1,9 +1,9 @@
-"""What no plan can go below, from the formulas alone: points that it rules out are never searched.
+"""Lower bounds from the formulas alone; points that they rule out are never searched.
 
-On $n$ chips an operation splits into at most $n$ pieces, so with $F$ FLOPs and $B$ bytes it takes at least
-$\\max(F / nC, B / nW)$ and its overhead; the sum over all runs of all operations, collectives left out, bounds a step. Every
-argument takes at least $1/n$ of its bytes on each chip. Padding and indivisible sizes only add to both. Where small arrays
-stay on the chip between operations, every array that may is counted as if it did.
+On $n$ chips an operation has at most $n$ shards, so with $F$ FLOPs and $B$ bytes it takes at least $\\max(F / nC, B / nW)$ plus
+its overhead. The sum over all runs of all operations, without collectives, bounds a step. Every argument takes at least $1/n$
+of its bytes on each chip. Padding and indivisible sizes only increase both. On chips with on-chip memory, every array that
+may stay there is assumed to.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autoshard._util.tables import size, time
-from autoshard.sweep.points import Point, traced
+from autoshard.sweep.points import Point, trace_run
 from costmodels.machine.topology import Topology
 from costmodels.operations import price
 from costmodels.program.program import Program
 from search.solve import RESERVE_PART
 
 _ROUNDING = 1e-9
-"""The part by which a sum may be off: a bound is no reason for less."""
+"""The rounding error of a sum, as a part; smaller violations do not count."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds of a step and bytes on each chip that no plan is below."""
+    """Lower bounds on the seconds of a step and the bytes on each chip."""
 
     seconds: float
     bytes: float
 
 
-def bound_of(program: Program, topology: Topology) -> Bound:
+def lower_bound(program: Program, topology: Topology) -> Bound:
     """The bound of one program."""
     seconds, chip = 0.0, topology.chip
     if chip.on_chip_bytes:
@@ -49,20 +49,18 @@ def bound_of(program: Program, topology: Topology) -> Bound:
     return Bound(seconds * (1 - _ROUNDING), sum(value.bytes for value in values) / topology.size * (1 - _ROUNDING))
 
 
-def ruled_out(point: Point, seconds_per_token: float | None, seconds_to_first_token: float | None) -> str:
-    """Why a point is not worth a search, in a sentence; empty if it is.
+def reason_to_prune(point: Point, seconds_per_token: float | None, seconds_to_first_token: float | None) -> str:
+    """The reason why a point needs no search; empty if it needs one.
 
-    **Raises:** `AutoshardError` when the target cannot be traced.
+    **Raises:** `AutoshardError` if the target cannot be traced.
     """
     chip = point.topology.chip
     budget = point.memory_bytes or chip.usable_hbm_bytes * (1 - RESERVE_PART)
     for run in point.runs:
-        found = bound_of(traced(run).traced.program, point.topology)
+        found = lower_bound(trace_run(run).traced.program, point.topology)
         if found.bytes > budget:
-            return (
-                f"{run.phase}: its arrays take at least {size(found.bytes)} of each chip, and {size(budget)} are there"
-            )
+            return f"{run.phase}: its arrays take at least {size(found.bytes)} per chip, of {size(budget)} available"
         limit = {"decode": seconds_per_token, "prefill": seconds_to_first_token}.get(run.kind)
         if limit is not None and found.seconds > limit:
-            return f"{run.phase}: a step takes at least {time(found.seconds)}, and {time(limit)} are allowed"
+            return f"{run.phase}: a step takes at least {time(found.seconds)}, but at most {time(limit)} is allowed"
     return ""

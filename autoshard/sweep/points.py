@@ -1,4 +1,4 @@
-"""The points of a sweep: one search each, and the key that tells equal ones."""
+"""The points of a sweep: one search each, and the key that identifies it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from autoshard.annotating.annotate import AnnotatedFunction
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
 from autoshard.pipeline import annotated_function
@@ -23,12 +23,12 @@ from costmodels.machine.chips import UnknownChipError, chip
 from costmodels.machine.topology import Topology
 
 Pairs = tuple[tuple[str, Knob], ...]
-"""A mapping that can be hashed and compared."""
+"""A hashable mapping."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One function at one point: `FILE.py:NAME` and its keyword arguments, the tokens of a step, and how often it runs."""
+    """One function at one point: `FILE.py:NAME`, its keyword arguments, the tokens of a step, and its number of runs."""
 
     phase: str
     kind: str
@@ -40,10 +40,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One search: the runs that are laid out together (most often one), on a topology.
+    """One search: runs with a shared layout (most often one run), on a topology.
 
-    `shared` names the argument whose layout several runs share. `memory_bytes` bounds what a plan may fill of a chip,
-    0 for the default part of what a chip can use.
+    `shared` is the argument whose layout several runs share. `memory_bytes` is the memory limit of a plan per chip, 0 for
+    the default.
     """
 
     runs: tuple[Run, ...]
@@ -60,7 +60,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The point in words."""
+        """The point as text."""
         knobs = ", ".join(f"{key} {value}" for key, value in self.knobs)
         return f"{self.phase} on {self.topology.name}{f', {knobs}' if knobs else ''}"
 
@@ -74,7 +74,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Unmade:
-    """A point that cannot even be put together, and why."""
+    """A point that cannot be constructed, with the reason."""
 
     name: str
     phase: str
@@ -84,7 +84,7 @@ class Unmade:
 
 
 def points(job: Job) -> Iterator[Point | Unmade]:
-    """Every point of a job, in order: phases, topologies, then what is varied."""
+    """Every point of a job, in order: phases, topologies, variables."""
     where = topologies(job)
     groups = [(phase.name,) for phase in job.phases] + ([job.together.phases] if job.together else [])
     for names in groups:
@@ -93,7 +93,7 @@ def points(job: Job) -> Iterator[Point | Unmade]:
             knobs = dict(zip(job.vary, values, strict=True))
             found = _point(job, names, topology, knobs)
             same = (found.runs, found.topology.name) if isinstance(found, Point) else found.name
-            if same not in seen:  # a phase need not depend on everything that is varied
+            if same not in seen:  # a phase need not depend on all variables
                 seen.add(same)
                 yield found
 
@@ -102,11 +102,11 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     joint = job.together if len(names) > 1 else None
     phases = [job.phase(name) for name in names]
     if joint is None:
-        knobs = {key: value for key, value in knobs.items() if key in read_by(phases[0], job)}
+        knobs = {key: value for key, value in knobs.items() if key in variables_of(phases[0], job)}
     pairs = tuple(knobs.items())
     try:
         runs = tuple(
-            _run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
+            _make_run(job, phase, knobs, number(joint.repeats[phase.name], knobs) if joint else 1.0) for phase in phases
         )
     except ValueError as error:
         words = ", ".join(f"{key} {value}" for key, value in pairs)
@@ -116,21 +116,21 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit)
 
 
-def _run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
+def _make_run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
     file, _, name = phase.target.rpartition(":")
     target = f"{(job.folder / file).resolve()}:{name}"
     arguments = tuple(phase.values(knobs).items())
     return Run(phase.name, phase.kind, target, arguments, number(phase.tokens, knobs), repeats)
 
 
-def read_by(phase: Phase, job: Job) -> set[str]:
-    """What a phase depends on, of what the job varies."""
+def variables_of(phase: Phase, job: Job) -> set[str]:
+    """The variables that a phase depends on."""
     texts = [given["of"] for given in phase.arguments.values() if isinstance(given, Mapping)]
-    return named_in([*texts, phase.tokens], job)
+    return variables_in([*texts, phase.tokens], job)
 
 
-def named_in(expressions: Iterable[str], job: Job) -> set[str]:
-    """What the job varies, of what expressions name."""
+def variables_in(expressions: Iterable[str], job: Job) -> set[str]:
+    """The variables that expressions use."""
     words = set[str]().union(*map(_words, expressions))
     return {key for key in job.vary if key in words}
 
@@ -139,8 +139,8 @@ def _words(text: str) -> set[str]:
     return {text, *"".join(sign if sign.isalnum() or sign == "_" else " " for sign in text).split()}
 
 
-def topology_named(job: Job, name: str) -> Topology:
-    """A topology by what a job calls it: `CHIP:AxBxC`, or a TOML file from the job's folder.
+def find_topology(job: Job, name: str) -> Topology:
+    """A topology by its name in a job: `CHIP:AxBxC`, or a TOML file relative to the job's folder.
 
     **Raises:** `TopologyError`, `OSError`.
     """
@@ -148,9 +148,9 @@ def topology_named(job: Job, name: str) -> Topology:
 
 
 def topologies(job: Job) -> tuple[Topology, ...]:
-    """The topologies of a job: those it names, and each shape of its counts of chips.
+    """The topologies of a job: the named ones, and each shape of its numbers of chips.
 
-    **Raises:** `JobError` for chips that are unknown, or come in no slice of a count.
+    **Raises:** `JobError` for unknown chips, and for a number of chips that no slice has.
     """
     names: list[str] = list(job.topologies)
     for kind, count in product(job.kinds, job.counts):
@@ -159,21 +159,21 @@ def topologies(job: Job) -> tuple[Topology, ...]:
         except UnknownChipError as error:
             raise JobError(f"chips.kinds: {error}") from error
         if not found:
-            raise JobError(f"chips.counts: {kind} comes in no slice of {count} chips.")
+            raise JobError(f"chips.counts: there is no slice of {count} {kind} chips.")
         names += [f"{kind}:{'x'.join(map(str, sides))}" for sides in found]
     try:
-        return tuple(topology_named(job, name) for name in dict.fromkeys(names))
+        return tuple(find_topology(job, name) for name in dict.fromkeys(names))
     except TopologyError as error:
         raise JobError(f"chips.topologies: {error}") from error
 
 
-# --- What a point is made of
+# --- The parts of a point
 
 
 def workload_of(run: Run) -> Workload:
     """The workload of a run.
 
-    **Raises:** `AutoshardError`, in a sentence, when the user's file or function fails.
+    **Raises:** `AutoshardError` if the user's file or function fails.
     """
     from autoshard.target_file import Misuse, workload
 
@@ -184,29 +184,29 @@ def workload_of(run: Run) -> Workload:
 
 
 def options_of(point: Point) -> Options:
-    """How a traced run of a point is planned."""
+    """The options of a point's search."""
     return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
 
 
-def traced(run: Run) -> AnnotatedFunction:
+def trace_run(run: Run) -> AnnotatedFunction:
     """The run as a program."""
-    return _traced(replace(run, phase="", tokens=0.0, repeats=1.0))
+    return _trace(replace(run, phase="", tokens=0.0, repeats=1.0))
 
 
 @lru_cache(maxsize=256)
-def _traced(run: Run) -> AnnotatedFunction:
+def _trace(run: Run) -> AnnotatedFunction:
     work = workload_of(run)
     return annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name, dims=work.dims))
 
 
 def key(point: Point) -> str:
-    """What the result of a point depends on, as a hash: programs, topology with every constant, options, versions.
+    """A hash of everything that the result of a point depends on: programs, topology with every constant, options, versions.
 
-    Two points of different jobs that are the same search have the same key.
+    Equal searches of different jobs have the same key.
     """
     each = []
     for run in point.runs:
-        target = traced(run)
+        target = trace_run(run)
         each.append((key_of(target, point.topology, options_of(point)), run.repeats if len(point.runs) > 1 else 1.0))
     phases = [run.phase for run in point.runs] if len(point.runs) > 1 else []
     everything = (_FORMAT, each, phases, point.shared)
@@ -214,4 +214,4 @@ def key(point: Point) -> str:
 
 
 _FORMAT = 2
-"""The version of what is stored of a result."""
+"""The version of the stored format of a result."""

@@ -1,4 +1,4 @@
-"""What a search of a point came to: plain data that a store keeps, equal for equal points."""
+"""Results of points: plain data for a store, equal for equal points."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoshard.explaining.explain import short_name
-from autoshard.explaining.layer_groups import operations_alike
+from autoshard.explaining.layer_groups import group_operations
 from autoshard.planning.records import PlanRecord
 
 SOLVED, INFEASIBLE, PRUNED, FAILED = "solved", "infeasible", "pruned", "failed"
-"""What can become of a point: a plan; no layout fits; not searched, because a lower bound rules it out; an error."""
+"""The outcomes of a point: a plan; no layout fits; not searched, because a lower bound rules it out; an error."""
 
 
 @dataclass(frozen=True)
 class PhaseResult:
     """One phase's plan in numbers; seconds of one step, bytes on one chip.
 
-    `useful_flops` are the FLOPs of the program's matrix products, on all chips together and without padding; `peak_flops`
-    what all chips could do meanwhile, in FLOP/s of the type that most of them are in. `layout` maps every matrix product, the
-    largest first, to its strategy.
+    `useful_flops` are the FLOPs of the program's matmuls, over all chips and without padding; `peak_flops` is the peak
+    FLOP/s of all chips in the dtype of most matmuls. `layout` maps every matmul, the largest first, to its strategy.
     """
 
     seconds: float
@@ -35,16 +34,16 @@ class PhaseResult:
 
     @property
     def mfu(self) -> float:
-        """The part of the chips' peak rate that goes into the program's matrix products."""
+        """The part of the chips' peak rate that the program's matmuls use."""
         return self.useful_flops / (self.seconds * self.peak_flops)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a point; `phases` is empty where there is no plan, and `why` says why.
+    """The outcome of a point; without a plan `phases` is empty, and `why` has the reason.
 
-    `handoff_seconds`: of phases that are laid out together, what changing the layout of what one hands to the next takes.
-    `proofs` (by phase), `wall_seconds` and `plans` (compressed JSON by phase) are no part of what is compared.
+    `handoff_seconds`: the time to reshard the hand-overs between phases with a shared layout. `proofs` (by phase),
+    `wall_seconds` and `plans` (compressed JSON by phase) are not compared.
     """
 
     outcome: str
@@ -58,7 +57,7 @@ class Result:
     plans: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the plans, as plain data."""
+        """Everything except the plans, as plain data."""
         return {key: value for key, value in asdict(self).items() if key != "plans"}
 
 
@@ -69,7 +68,7 @@ def result_from_dict(data: Mapping[str, Any]) -> Result:
 
 
 def phase_result(plan: PlanRecord) -> PhaseResult:
-    """A plan in numbers."""
+    """The result of a plan."""
     estimate, program = plan.estimate, plan.program
     useful: dict[str, float] = {}
     for _, op in program.matmuls() if program is not None else ():
@@ -93,9 +92,9 @@ def phase_result(plan: PlanRecord) -> PhaseResult:
 
 
 def _layout(plan: PlanRecord) -> dict[str, str]:
-    """Strategy by matrix product, the products with most FLOPs first; those of like layers are one."""
+    """Strategy by matmul, those with most FLOPs first; equal layers are merged."""
     found: dict[str, tuple[float, str]] = {}
-    for op in operations_alike(op for op in plan.operations if op.matmul):
+    for op in group_operations(op for op in plan.operations if op.matmul):
         name = short_name(op)
         done = found.get(name, (0.0, ""))[0] + op.count * _size(op.sizes)
         found[name] = (done, op.strategy)

@@ -1,4 +1,4 @@
-"""A sweep, run: every point looked up, ruled out or solved, and kept as soon as it is there."""
+"""The run of a sweep: every point is looked up, ruled out or solved, and stored at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from autoshard.errors import AutoshardError
 from autoshard.sweep.engines import Engine, WorkerDied, here
 from autoshard.sweep.job import Constraints
-from autoshard.sweep.lower_bounds import ruled_out
+from autoshard.sweep.lower_bounds import reason_to_prune
 from autoshard.sweep.points import Point, Unmade, key
 from autoshard.sweep.results import FAILED, PRUNED, Result
 from autoshard.sweep.store import Store, StoreError
@@ -20,7 +20,7 @@ Said = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Task:
-    """A point to solve: what is sent to a worker."""
+    """A point to solve, as sent to a worker."""
 
     point: Point
     key: str
@@ -31,7 +31,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """A point with what became of it; `known` says that the store had it, `key` where a search or the store has it."""
+    """A point with its result; `known` if it was in the store, `key` if it is in the store or was searched."""
 
     point: Point | Unmade
     result: Result
@@ -41,9 +41,9 @@ class Done:
 
 @dataclass
 class Sweep:
-    """A sweep under way: iterate over it for every point as it is done, in no certain order.
+    """A running sweep: iterate over it for every finished point, in any order.
 
-    `unkept` counts results that the store did not take, with the reason in `trouble`.
+    `unkept` has the results that could not be stored, with the reason in `trouble`.
     """
 
     points: Sequence[Point | Unmade]
@@ -59,8 +59,8 @@ class Sweep:
 
     def __iter__(self) -> Iterator[Done]:
         first, rest = None, iter(self.points)
-        for point in rest:  # what needs no search is there at once
-            found = self._settled(point)
+        for point in rest:  # points without a search are done at once
+            found = self._settle(point)
             if isinstance(found, Done):
                 yield found
             elif found is not None:
@@ -83,21 +83,21 @@ class Sweep:
         self._keep_the_rest()
 
     def _tasks(self, first: Task, rest: Iterator[Point | Unmade], settled: deque[Done]) -> Iterator[Task]:
-        """The points to search, as an engine has room for them: the next is traced while workers search the ones before."""
+        """The points to search; the next one is traced while workers search the previous ones."""
         yield first
         for point in rest:
-            found = self._settled(point)
+            found = self._settle(point)
             if isinstance(found, Task):
                 yield found
             elif found is not None:
                 settled.append(found)
 
-    def _settled(self, point: Point | Unmade) -> Done | Task | None:
-        """What became of a point that needs no search, or the task to search it; None where an equal one is being searched."""
+    def _settle(self, point: Point | Unmade) -> Done | Task | None:
+        """The result of a point that needs no search, or the task to search it; None if an equal one is being searched."""
         if isinstance(point, Unmade):
             return Done(point, Result(FAILED, point.why))
         try:
-            name, why = key(point), ruled_out(point, *self._limits())
+            name, why = key(point), reason_to_prune(point, *self._limits())
         except AutoshardError as error:
             return Done(point, Result(FAILED, str(error)))
         except Exception as error:  # the user's function may raise anything while it is traced
@@ -107,7 +107,7 @@ class Sweep:
             return None
         if name in self._ended:
             return Done(point, self._ended[name], name)
-        if (found := self._known(name)) is not None:
+        if (found := self._look_up(name)) is not None:
             return Done(point, found, name, True)
         if why:
             return Done(point, Result(PRUNED, why))
@@ -117,7 +117,7 @@ class Sweep:
     def _limits(self) -> tuple[float | None, float | None]:
         return self.constraints.seconds_per_token, self.constraints.seconds_to_first_token
 
-    def _known(self, name: str) -> Result | None:
+    def _look_up(self, name: str) -> Result | None:
         return self.store.get(name) if self.store is not None else None
 
     def _begun(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -141,10 +141,10 @@ class Sweep:
     def _complain(self, trouble: str) -> None:
         if trouble != self.trouble:
             self.trouble = trouble
-            self.say(f"{trouble} The search goes on; what is found is shown, and kept if there is room at the end.")
+            self.say(f"{trouble} Continuing. Results that are not stored are shown, and stored at the end if possible.")
 
     def _keep_the_rest(self) -> None:
-        """A second try for what the store did not take: there may be room again."""
+        """A second attempt to store results, since there may be space again."""
         again, self.unkept = self.unkept, []
         for done in again:
             self._keep(replace(done))
@@ -154,5 +154,5 @@ def _result(outcome: object) -> Result:
     if isinstance(outcome, Result):
         return outcome
     if isinstance(outcome, WorkerDied):
-        return Result(FAILED, f"The worker died: {outcome}. Out of memory is the usual cause; fewer workers may do.")
+        return Result(FAILED, f"The worker died: {outcome}. The usual cause is a lack of memory; try fewer workers.")
     return Result(FAILED, f"{type(outcome).__name__}: {outcome}")

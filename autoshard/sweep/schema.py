@@ -1,4 +1,4 @@
-"""What a job file may say, for pydantic to check; `autoshard.sweep.job` says what it means."""
+"""The schema of a job file for pydantic; `autoshard.sweep.job` documents its meaning."""
 
 from __future__ import annotations
 

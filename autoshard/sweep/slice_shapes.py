@@ -1,4 +1,4 @@
-"""Which slices of so many chips there are: the shapes that a chip's torus, or its nodes, allow."""
+"""The shapes of slices with a given number of chips, as a chip's torus or nodes allow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BUS_AXES = 2
 
 
 def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
-    """Every shape of `count` chips, axes of one chip left out and sizes in rising order.
+    """Every shape of `count` chips, without axes of size 1 and with rising sizes.
 
         shapes(chip("v4"), 16)          # ((2, 2, 4), (4, 4)): parts of a cube
         shapes(chip("v4"), 128)         # ((4, 4, 8),): whole cubes
@@ -22,20 +22,20 @@ def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
 
     A torus of cubes has slices inside one cube, of sides 1, 2 and 4, and slices of whole cubes; a torus with fixed links has
     sides of powers of two up to a full row ("How To Scale Your Model", part 2, and Cloud TPU's list of slices). GPUs fill
-    nodes one after the other. Any other chips may have any two sides. Empty where there is no such slice.
+    whole nodes. Other chips may have any two sides. Empty if there is no such slice.
     """
     match chip.interconnect:
         case Torus() as torus:
-            found = [sides for sides in _factored(count, int(torus.axes)) if _allowed(torus, sides)]
+            found = [sides for sides in _factorisations(count, int(torus.axes)) if _is_allowed(torus, sides)]
         case Switch() as switch:
             node = int(switch.chips_per_node)
             found = [(count,)] if count <= node else [(count // node, node)] if count % node == 0 else []
         case _:
-            found = list(_factored(count, _BUS_AXES))
+            found = list(_factorisations(count, _BUS_AXES))
     return tuple(sides or (1,) for sides in found)
 
 
-def _allowed(torus: Torus, sides: tuple[int, ...]) -> bool:
+def _is_allowed(torus: Torus, sides: tuple[int, ...]) -> bool:
     if torus.wraparound == "all axes multiples of 4":
         whole = len(sides) == torus.axes and all(side % _CUBE == 0 for side in sides)
         return whole or all(side in (2, _CUBE) for side in sides)
@@ -44,7 +44,7 @@ def _allowed(torus: Torus, sides: tuple[int, ...]) -> bool:
     return True
 
 
-def _factored(count: int, axes: int, least: int = 2) -> Iterator[tuple[int, ...]]:
+def _factorisations(count: int, axes: int, least: int = 2) -> Iterator[tuple[int, ...]]:
     """Products of up to `axes` sizes of `least` or more, in rising order."""
     if count == 1:
         yield ()
@@ -53,5 +53,5 @@ def _factored(count: int, axes: int, least: int = 2) -> Iterator[tuple[int, ...]
         return
     for side in range(least, count + 1):
         if count % side == 0 and (side == count or side * side <= count):
-            for rest in _factored(count // side, axes - 1, side):
+            for rest in _factorisations(count // side, axes - 1, side):
                 yield (side, *rest)

@@ -1,7 +1,7 @@
 """Results on disk: an append-only SQLite file, one row per key, safe against kills at any moment.
 
-Every result is a transaction of its own, synced to the disk before it counts (write-ahead log, `synchronous=FULL`). Nothing
-is ever changed or removed: triggers refuse it. `attempts` has a row for every search that was begun, so that a kill shows.
+Every result is one transaction, synced to disk (write-ahead log, `synchronous=FULL`). Triggers refuse changes and removals.
+`attempts` has a row for every started search, which makes kills visible.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _SCHEMA = """
         BEFORE DELETE ON results BEGIN SELECT RAISE(ABORT, 'results are never removed'); END;
 """
 _BUSY_SECONDS = 60.0
-"""How long one job waits for another that writes to the same store."""
+"""The time that one job waits for another that writes to the same store."""
 
 
 class StoreError(AutoshardError, OSError):
-    """The store cannot be read or written: a full disk, a damaged file, a file of something else."""
+    """Raised if the store cannot be read or written: a full disk, a damaged file, another kind of file."""
 
 
 class Store:
@@ -60,7 +60,7 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; what was added stays."""
+        """Closes the file."""
         self._database.close()
 
     def get(self, key: str) -> Result | None:
@@ -77,7 +77,7 @@ class Store:
         return found[0][0] if found else None
 
     def begin(self, key: str) -> None:
-        """Notes that a search begins.
+        """Records the start of a search.
 
         **Raises:** `StoreError`.
         """
@@ -85,9 +85,9 @@ class Store:
         self._transaction([(statement, (key, time.time(), self.session))])
 
     def add(self, key: str, point: str, result: Result) -> None:
-        """Keeps a result, unless there is one; when this returns it is on the disk.
+        """Stores a result unless there is one; it is on disk when this returns.
 
-        **Raises:** `StoreError`; nothing of the result is kept then.
+        **Raises:** `StoreError`; nothing of the result is stored then.
         """
         row = (key, point, json.dumps(result.to_dict()), time.time(), self.session)
         statements: list[tuple[str, tuple]] = [("INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?)", row)]
@@ -100,7 +100,7 @@ class Store:
         return [key for (key,) in self._all("SELECT key FROM results ORDER BY key")]
 
     def attempts(self) -> Iterator[tuple[str, str]]:
-        """Every search that was begun, in order: its key and the session that began it."""
+        """Every started search, in order: its key and its session."""
         yield from self._all("SELECT key, session FROM attempts ORDER BY number")
 
     def _all(self, query: str, *values: str) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""One point solved: what workers run, in this process or on another machine."""
+"""The solution of one point, as workers run it in this process or on another machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from autoshard.pipeline import plan_function
 from autoshard.plan import Plan
 from autoshard.planning.plan_file import dumps, loads
 from autoshard.planning.records import PlanRecord
-from autoshard.sweep.points import Point, key, options_of, traced, workload_of
+from autoshard.sweep.points import Point, key, options_of, trace_run, workload_of
 from autoshard.sweep.results import FAILED, INFEASIBLE, SOLVED, Result, phase_result
 
 
 def solve(point: Point, expected: str = "") -> Result:
-    """Searches a point; what goes wrong is a result that says so.
+    """Searches a point; an error becomes a result.
 
     **Arguments:**
 
-    - `expected`: the point's key where it was made; a worker that reads other files has another.
+    - `expected`: the point's key on the job's machine; a worker that reads other files has another key.
     """
     started = time.monotonic()
     try:
@@ -32,7 +32,7 @@ def solve(point: Point, expected: str = "") -> Result:
         return Result(INFEASIBLE, str(error), wall_seconds=time.monotonic() - started)
     except AutoshardError as error:
         return Result(FAILED, str(error))
-    except Exception as error:  # one point's trouble is not the others'
+    except Exception as error:  # an error of one point must not stop the others
         return Result(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())}")
     proofs = [plan.proof for plan in plans.values()]
     return Result(
@@ -43,15 +43,15 @@ def solve(point: Point, expected: str = "") -> Result:
         handoff_seconds=handoff_seconds,
         wall_seconds=time.monotonic() - started,
         proofs={name: plan.proof.account() for name, plan in plans.items()},
-        plans={name: packed(plan) for name, plan in plans.items()},
+        plans={name: pack(plan) for name, plan in plans.items()},
     )
 
 
 def _plans(point: Point) -> tuple[dict[str, PlanRecord], float]:
-    """The plan of each phase, and the seconds of the handoffs between them, as often as they happen."""
+    """The plan of each phase, and the total seconds of the hand-overs between them."""
     if len(point.runs) == 1:
         (run,) = point.runs
-        return {run.phase: plan_function(traced(run), point.topology, options_of(point))}, 0.0
+        return {run.phase: plan_function(trace_run(run), point.topology, options_of(point))}, 0.0
     repeats = {run.phase: run.repeats for run in point.runs}
     found = search_phases(
         {run.phase: workload_of(run) for run in point.runs},
@@ -65,11 +65,11 @@ def _plans(point: Point) -> tuple[dict[str, PlanRecord], float]:
     return dict(found.plans), found.handoff_seconds * max((repeats[phase] for phase in makers), default=1.0)
 
 
-def packed(plan: PlanRecord) -> bytes:
+def pack(plan: PlanRecord) -> bytes:
     """A plan as compressed JSON."""
     return zlib.compress(dumps(plan).encode())
 
 
-def unpacked(data: bytes) -> Plan:
-    """The inverse of `packed`."""
+def unpack(data: bytes) -> Plan:
+    """The inverse of `pack`."""
     return Plan.of(loads(zlib.decompress(data), "The stored plan"))

@@ -33,6 +33,12 @@ def needed(jaxpr: Any) -> list[Any]:
     return kept[::-1]
 
 
+def called(eqn: Any) -> tuple[Any, Sequence[Any]]:
+    """The jaxpr that a call runs, and the arrays that it closes over."""
+    inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
+    return (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
+
+
 def computed_again(eqn: Any) -> bool:
     """Whether a call computes what was computed before, and is to do so: a `jax.checkpoint` on the way back."""
     kept_apart = eqn.params.get("prevent_cse", False)  # one answer for all operands, or one for each

@@ -17,7 +17,7 @@ from jax.extend import core as jex
 
 from autoshard.tracing.jaxprs import CALLS, needed
 
-_SHOWING = "broadcast_in_dim copy expand_dims reshape rev slice squeeze transpose".split()
+SHOWING = "broadcast_in_dim copy expand_dims reshape rev slice squeeze transpose".split()
 """Primitives that are not worth a move of their own."""
 _STAYING = "cond optimization_barrier scan shard_map sharding_constraint while".split()
 """Primitives that stay where they are written: other regions, and what the user has placed."""
@@ -46,7 +46,7 @@ def split(body: Any, fixed: Collection[Any]) -> Split:
         if not operands or any(v not in made_of for v in operands) or not _movable(eqn):
             continue
         sources = frozenset().union(*(made_of[v] for v in operands))
-        if eqn.primitive.name in _SHOWING:
+        if eqn.primitive.name in SHOWING:
             made_of.update((var, sources) for var in eqn.outvars)
         elif 0 < _bytes(eqn.outvars) <= _bytes(sources):
             made_of.update((var, frozenset((var,))) for var in eqn.outvars)
@@ -58,7 +58,7 @@ def split(body: Any, fixed: Collection[Any]) -> Split:
     before: list[Any] = []
     for eqn in reversed(eqns):
         if any(eqn is each for each in moved) or (
-            eqn.primitive.name in _SHOWING and wanted & {*eqn.outvars} & {*made_of}
+            eqn.primitive.name in SHOWING and wanted & {*eqn.outvars} & {*made_of}
         ):
             before.append(eqn)
             wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))

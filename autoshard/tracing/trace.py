@@ -16,6 +16,7 @@ from autoshard.errors import TraceError
 from autoshard.tracing.blocks import Literal, Traced
 from autoshard.tracing.closed_over import closed_over, first_alike
 from autoshard.tracing.jaxprs import custom_vjps
+from autoshard.tracing.loops_in_place import in_place
 from autoshard.tracing.walk import Tracer
 from costmodels.program.program import Program
 
@@ -36,6 +37,8 @@ def trace(
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     except Exception as error:
         raise TraceError(f"{_name_of(fn)} could not be traced with these arguments: {error}") from error
+    own_derivatives = next(custom_vjps(closed.jaxpr), "")
+    closed = in_place(closed, _donated(args, donate_argnums))
     named, in_tree = jax.tree_util.tree_flatten_with_path(args)
     paths = tuple(_argument_path(fn, path) for path, _ in named)
     out_named, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
@@ -70,7 +73,7 @@ def trace(
         paths=paths,
         result_paths=result_paths,
         literal_results=block.outputs,
-        custom_vjp=next(custom_vjps(closed.jaxpr), ""),
+        custom_vjp=own_derivatives,
     )
 
 
@@ -105,17 +108,17 @@ def _argument_path(fn: Callable[..., Any], path: tuple[Any, ...]) -> str:
     return head + jax.tree_util.keystr(path[1:])
 
 
+def _donated(args: Sequence[Any], donate_argnums: Sequence[int]) -> list[int]:
+    """The positions of donated flat arguments."""
+    counts = [len(jax.tree_util.tree_leaves(arg)) for arg in args]
+    return [sum(counts[:i]) + k for i in sorted(donate_argnums) for k in range(counts[i])]
+
+
 def _donations(args, donate_argnums, invars, outputs, values) -> tuple[tuple[int, int], ...]:
     """Pairs each donated flat argument with the first free result of the same shape and type, as JAX does."""
-    position, donated = 0, []
-    for i, arg in enumerate(args):
-        count = len(jax.tree_util.tree_leaves(arg))
-        if i in donate_argnums:
-            donated += range(position, position + count)
-        position += count
     free = {k: values[atom] for k, atom in enumerate(outputs) if not isinstance(atom, Literal)}
     pairs = []
-    for at in donated:
+    for at in _donated(args, donate_argnums):
         aval = invars[at].aval
         match = next((k for k, v in free.items() if v.shape == aval.shape and v.dtype == str(aval.dtype)), None)
         if match is not None:

@@ -29,7 +29,7 @@ class UnknownChipError(ValueError):
 
 
 class ChipFormatError(ValueError):
-    """Raised for an invalid description of a chip; states the chip, the key, the value and what is expected."""
+    """Raised for an invalid description of a chip; states the chip, the key, the value and the expected values."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Chip:
         bfloat16 and float16 as float32. Every other dtype (float64, int32, complex) is costed as float32, which is too
         fast rather than free.
         """
-        return next(self.flops_per_second[name] for name in _run_as(dtype) if name in self.flops_per_second)
+        return next(self.flops_per_second[name] for name in _rate_names(dtype) if name in self.flops_per_second)
 
     def reached_matmul_flops_per_second(self, dtype: str) -> float:
         """`matmul_flops_per_second` times `matmul_efficiency`."""
@@ -165,7 +165,7 @@ class Chip:
         constants = dict(self.constants)
         for name, given in numbers.items():
             known = given if isinstance(given, Constant) else Constant(given, source, "given")
-            constants[_known(self, name)] = replace(known, value=_number(self.name, name, known.value))
+            constants[_check_name(self, name)] = replace(known, value=_number(self.name, name, known.value))
         return _build(self.name, self.kind, _wraparound_of(self), constants)
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ _MAY_BE_ZERO = (
 _WIDER = {"float8": "bfloat16", "int8": "bfloat16", "bfloat16": "float32"}
 
 
-def _run_as(dtype: str) -> Iterator[str]:
+def _rate_names(dtype: str) -> Iterator[str]:
     """The names of the rates that apply to a dtype, best first."""
     name = "bfloat16" if dtype == "float16" else dtype.removeprefix("u").partition("_")[0]  # float8_e4m3fn, uint4
     name = {"float4": "float8", "float6": "float8", "int1": "int8", "int2": "int8", "int4": "int8"}.get(name, name)
@@ -348,7 +348,7 @@ def _number(owner: str, dotted: str, value: Any) -> float:
     return float(value)
 
 
-def _known(chip: Chip, name: str) -> str:
+def _check_name(chip: Chip, name: str) -> str:
     names = dict.fromkeys([*chip.constants, *_OPTIONAL, "clock_hertz"])
     if name not in names and not name.startswith("flops_per_second."):
         near = get_close_matches(name, names, n=1)

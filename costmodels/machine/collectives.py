@@ -155,7 +155,7 @@ def seconds(
     - `pricing`, `total_bytes_per_second`: the conventions, and the bandwidth of all links of a chip, which only
       "total" needs; `seconds_on` takes both from a topology.
     """
-    return _compiled(kind, tuple(axes), pricing, total_bytes_per_second)(bytes)
+    return _compile(kind, tuple(axes), pricing, total_bytes_per_second)(bytes)
 
 
 def seconds_on(topology: Topology, kind: str, axes: Iterable[str], bytes: Bytes) -> Bytes:
@@ -307,15 +307,15 @@ _SECONDS: Mapping[str, tuple[int, Callable[[Wires], sympy.Expr]]] = {
 
 
 @cache
-def _compiled(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
+def _compile(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
     nameless = (replace(axis, name="", wraparound=axis.ring) for axis in axes if axis.size > 1)
     alike = sorted(nameless, key=astuple)
     named = tuple(replace(axis, name=str(i)) for i, axis in enumerate(alike))
-    return _compiled_nameless(kind, named, pricing, total)
+    return _compile_nameless(kind, named, pricing, total)
 
 
 @cache
-def _compiled_nameless(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
+def _compile_nameless(kind: str, axes: Axes, pricing: Pricing, total: float) -> Callable[[Bytes], Bytes]:
     """Seconds as a function of the bytes alone, with the axes' numbers substituted before compilation."""
     numbers = {symbol: sympy.sympify(value) for symbol, value in values(axes, pricing, total).items()}
     cost = expression(kind, axes, pricing).xreplace(numbers)

@@ -53,7 +53,7 @@ DCN_AXIS = "w"
 
 
 class TopologyFormatError(ValueError):
-    """Raised for an invalid topology; states what is expected."""
+    """Raised for an invalid topology; states the expected form."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
     match chip.interconnect:
         case Torus() as torus:
             _check_torus(name, chip, torus, sizes)
-            link, hop, closed = torus.link_bytes_per_second * reached, torus.hop_seconds, _closed(torus, sizes)
+            link, hop, closed = torus.link_bytes_per_second * reached, torus.hop_seconds, _are_rings(torus, sizes)
             for label, size, wrap in zip(AXIS_NAMES, sizes, closed, strict=False):
                 yield Axis(label, size, "torus", link, wrap, hop, launch)
         case Switch() as switch:
@@ -271,7 +271,7 @@ def _axes(name: str, chip: Chip, sizes: Sequence[int]) -> Iterator[Axis]:
                 yield Axis(label, size, "switch", egress, False, bus.hop_seconds, launch)
 
 
-def _closed(torus: Torus, sizes: Sequence[int]) -> list[bool]:
+def _are_rings(torus: Torus, sizes: Sequence[int]) -> list[bool]:
     """Whether each axis is a ring. Omitted sizes are 1, so v4:4x4 is a slice of a cube, and open."""
     rule: Wraparound = torus.wraparound
     if rule == "all axes multiples of 4":
@@ -308,26 +308,26 @@ def _from_file(path: Path) -> Topology:
     except (OSError, ValueError) as error:
         raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
     _keys(str(path), data, required=("chip", "shape"), optional=("name", "slices", "constants", "axes", "pricing"))
-    slices = _typed(path, "slices", data.get("slices", 1), int, "a whole number")
-    shape = _typed(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4]")
+    slices = _check_type(path, "slices", data.get("slices", 1), int, "a whole number")
+    shape = _check_type(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4]")
     for size in shape:
-        _typed(path, "shape", size, int, "a list of whole numbers")
-    base = chip(_typed(path, "chip", data["chip"], str, "the name of a chip in quotes"))
-    table = _typed(path, "constants", data.get("constants", {}), dict, "a table of numbers")
-    name = _typed(path, "name", data.get("name", path.stem), str, "a name in quotes")
-    conventions = _typed(path, "pricing", data.get("pricing", {}), dict, "a table")
+        _check_type(path, "shape", size, int, "a list of whole numbers")
+    base = chip(_check_type(path, "chip", data["chip"], str, "the name of a chip in quotes"))
+    table = _check_type(path, "constants", data.get("constants", {}), dict, "a table of numbers")
+    name = _check_type(path, "name", data.get("name", path.stem), str, "a name in quotes")
+    conventions = _check_type(path, "pricing", data.get("pricing", {}), dict, "a table")
     try:
-        numbers = dict(_dotted(base.name, table))
+        numbers = dict(_dotted_entries(base.name, table))
         topology = topology_of_chip(name, base.override(numbers, str(path)), shape, slices)
         topology = replace(topology, pricing=pricing_from_dict(conventions))
     except (ChipFormatError, PricingError) as error:
         raise TopologyFormatError(f"{path}: {error}") from error
-    changes = _typed(path, "axes", data.get("axes", {}), dict, "a table with a table per axis")
+    changes = _check_type(path, "axes", data.get("axes", {}), dict, "a table with a table per axis")
     _keys(f"{path}: axes", changes, optional=list(topology.axis_sizes))
-    return replace(topology, axes=tuple(_changed(path, axis, changes.get(axis.name, {})) for axis in topology.axes))
+    return replace(topology, axes=tuple(_change_axis(path, axis, changes.get(axis.name, {})) for axis in topology.axes))
 
 
-def _dotted(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _dotted_entries(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Numbers and tables that hold a `value`, at any depth, by dotted name."""
     for key, entry in table.items():
         dotted = prefix + key
@@ -336,16 +336,16 @@ def _dotted(owner: str, table: Mapping[str, Any], prefix: str = "") -> Iterator[
         elif "value" in entry:
             yield dotted, constant_from_dict(owner, dotted, entry)
         else:
-            yield from _dotted(owner, entry, f"{dotted}.")
+            yield from _dotted_entries(owner, entry, f"{dotted}.")
 
 
-def _changed(path: Path, axis: Axis, changes: object) -> Axis:
+def _change_axis(path: Path, axis: Axis, changes: object) -> Axis:
     where = f"axes.{axis.name}"
-    table = _typed(path, where, changes, dict, "a table")
+    table = _check_type(path, where, changes, dict, "a table")
     _keys(f"{path}: {where}", table, optional=("bytes_per_second", "wraparound", "hop_seconds"))
     for key, value in table.items():
         if key == "wraparound":
-            _typed(path, f"{where}.{key}", value, bool, "true or false")
+            _check_type(path, f"{where}.{key}", value, bool, "true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise TopologyFormatError(f"{path}: {where}.{key} must be a number of 0 or more, got {value!r}.")
     if table.get("bytes_per_second") == 0:
@@ -357,7 +357,7 @@ def _changed(path: Path, axis: Axis, changes: object) -> Axis:
     return replace(axis, **table)
 
 
-def _typed(path: Path, key: str, value: Any, kind: type, fits: str) -> Any:
+def _check_type(path: Path, key: str, value: Any, kind: type, fits: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TopologyFormatError(f"{path}: {key} must be {fits}, got {value!r}.")
     return value

@@ -38,7 +38,7 @@ def join(programs: Sequence[Program], weights: Sequence[float]) -> tuple[Program
             kind, count = ("phase", weight) if is_main else (region.kind, region.count)
             regions.append(Region(kind, 0 if is_main else region.parent + first, count, region.name or program.name))
         values += [replace(value, region=value.region + first) for value in program.values]
-        operations += [_shifted(op, span, first) for op in program.operations]
+        operations += [_shift(op, span, first) for op in program.operations]
         arguments += [at + span.operations for at in program.arguments]
         constants += [at + span.operations for at in program.constants]
         results += [at + span.operations for at in program.results]
@@ -58,7 +58,7 @@ def join(programs: Sequence[Program], weights: Sequence[float]) -> tuple[Program
     return joined, tuple(spans)
 
 
-def _shifted(op: Operation, span: Span, regions: int) -> Operation:
+def _shift(op: Operation, span: Span, regions: int) -> Operation:
     def shifted(uses: Sequence[Use]) -> tuple[Use, ...]:
         return tuple(Use(use.value + span.values, use.dims, use.region + regions) for use in uses)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
 
 CAST = "convert_element_type"
@@ -29,55 +30,54 @@ _ARITHMETIC = ("matmul", "fused")
 
 def sharers(program: Program, value: int) -> int:
     """The number of arrays that share the on-chip memory with a value, itself included; 0 if it never stays there."""
-    made, users = _made_by(program, value), [*_users(program, value)]
+    made, users = _producer_through_views(program, value), [*_users(program, value)]
     if made is None or not users:
         return 0
     carries = _carries(program)
     if any(program.operations[at].primitive == CARRY for at in (made, *users)):
-        users = _but_stacks(program, users)
+        users = _without_stacks(program, users)
     room = [carries.get(at, int(_computes(program, at))) for at in (made, *users)]
     return max(room) if all(room) else 0
 
 
+@cached_analysis
 def _carries(program: Program) -> dict[int, int]:
     """Per carry that may stay on the chip, the number of such carries of its loop."""
-    key = ("carries on the chip",)
-    if key not in program.memo:
-        carries = [i for i, op in enumerate(program.operations) if op.primitive == CARRY]
-        found: set[int] = set()
-        for i in sorted(carries, key=lambda i: -_depth(program, _loop(program, i))):
-            if _goes_round_on_the_chip(program, i, found):
-                found.add(i)
-        room = Counter(_loop(program, i) for i in found if program.operations[i].factors)
-        program.memo[key] = {i: max(room[_loop(program, i)], 1) for i in found}
-    return program.memo[key]
+    carries = [i for i, op in enumerate(program.operations) if op.primitive == CARRY]
+    found: set[int] = set()
+    for i in sorted(carries, key=lambda i: -_depth(program, _loop(program, i))):
+        if _stays_on_chip(program, i, found):
+            found.add(i)
+    room = Counter(_loop(program, i) for i in found if program.operations[i].factors)
+    return {i: max(room[_loop(program, i)], 1) for i in found}
 
 
-def _goes_round_on_the_chip(program: Program, carry: int, known: set[int]) -> bool:
+def _stays_on_chip(program: Program, carry: int, known: set[int]) -> bool:
     """Whether arithmetic computes and uses a carry; an inner loop may take it over if it is `known` to keep it."""
     op, loop = program.operations[carry], _loop(program, carry)
     after = [use.value for use in op.inputs if use.region == loop]
-    if not after or _donated(program, carry):
+    if not after or _is_donated(program, carry):
         return False
-    makers = [_made_by(program, value) for value in after]
+    makers = [_producer_through_views(program, value) for value in after]
     users = [at for value in (op.outputs[0].value, *after) for at in _users(program, value) if at != carry]
     within = {at for at in known if program.operations[at].region == loop}
     return all(
-        at is not None and (_computes(program, at) or at in within) for at in (*makers, *_but_stacks(program, users))
+        at is not None and (_computes(program, at) or at in within)
+        for at in (*makers, *_without_stacks(program, users))
     )
 
 
-def _but_stacks(program: Program, users: list[int]) -> list[int]:
+def _without_stacks(program: Program, users: list[int]) -> list[int]:
     """The users without the stacks of a loop's results per iteration, into which an array is copied from any memory."""
     return [at for at in users if program.operations[at].primitive != "loop_stack"]
 
 
-def _donated(program: Program, carry: int) -> bool:
+def _is_donated(program: Program, carry: int) -> bool:
     """Whether a carry begins as a donated argument."""
     at: int | None = carry
     while at is not None and (op := program.operations[at]).primitive == CARRY:
         begins = [use.value for use in op.inputs if use.region == op.region]
-        at = _made_by(program, begins[0]) if begins else None
+        at = _producer_through_views(program, begins[0]) if begins else None
     return any(at == program.arguments[argument] for argument, _ in program.donated)
 
 
@@ -95,18 +95,18 @@ def _computes(program: Program, operation: int) -> bool:
     return program.operations[operation].op_class in _ARITHMETIC
 
 
-def _shows(op: Operation) -> bool:
+def _is_view(op: Operation) -> bool:
     """Whether an operation is a view."""
     return op.op_class == "fused" and not op.flops_per_point
 
 
-def _made_by(program: Program, value: int) -> int | None:
+def _producer_through_views(program: Program, value: int) -> int | None:
     """The producer of the array that a value is a view or a cast of; None if there is none."""
     while value in program.producers:
         at = program.producers[value][0]
         op = program.operations[at]
         cast = op.op_class == "fused" and op.primitive == CAST
-        if not (_shows(op) or cast) or not op.inputs:
+        if not (_is_view(op) or cast) or not op.inputs:
             return at
         value = op.inputs[0].value
     return None
@@ -116,7 +116,7 @@ def _users(program: Program, value: int) -> Iterator[int]:
     """The operations that use a value or a view of it."""
     for at, _ in program.consumers.get(value, ()):
         op = program.operations[at]
-        if _shows(op):
+        if _is_view(op):
             for use in op.outputs:
                 yield from _users(program, use.value)
         else:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "exchanged", "whole"]
 """The effect of splitting a factor.
@@ -175,11 +175,6 @@ class Program:
             count *= self.regions[region].count
             region = self.regions[region].parent
         return count
-
-    @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """A cache for analyses of this program, which never changes."""
-        return {}
 
     @cached_property
     def producers(self) -> dict[int, tuple[int, int]]:

@@ -55,7 +55,7 @@ def doubled(program: Program, value: int, dim: int) -> Program:
 
     **Raises:** `NotDoubled` if an array and its use would then differ.
     """
-    dims, factors = _tied(program, value, dim)
+    dims, factors = _find_tied(program, value, dim)
     values = tuple(
         replace(each, shape=tuple(2 * n if (i, d) in dims else n for d, n in enumerate(each.shape)))
         for i, each in enumerate(program.values)
@@ -72,7 +72,7 @@ def doubled(program: Program, value: int, dim: int) -> Program:
     return grown
 
 
-def _tied(program: Program, value: int, dim: int) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+def _find_tied(program: Program, value: int, dim: int) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """The dimensions (value, position) and the factors (operation, number) that grow with one dimension."""
     dims, factors, waiting = {(value, dim)}, set[tuple[int, int]](), [(value, dim)]
     while waiting:

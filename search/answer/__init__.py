@@ -1,1 +1,1 @@
-""""""
+"""Solutions: strategies and layouts of the whole program, their proof, and the independent checker."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -92,11 +91,6 @@ class Problem:
     of_operation: tuple[int, ...]
     of_hub: dict[int, int]
     budget_bytes: float
-
-    @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """What was worked out about it, by whoever did; a problem never changes."""
-        return {}
 
     @cached_property
     def incident(self) -> tuple[tuple[int, ...], ...]:

@@ -81,7 +81,7 @@ def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
     dims = [i for i, size in enumerate(sizes) if size > 1]
     if len(dims) < 2:
         return tuple(range(len(sizes)))
-    best = min(_orders(dims), key=lambda order: _padding(sizes[order[-2]], sizes[order[-1]]))
+    best = min(_orders(dims), key=lambda order: padding(sizes[order[-2]], sizes[order[-1]]))
     return (*(i for i, size in enumerate(sizes) if size <= 1), *best)
 
 
@@ -106,7 +106,7 @@ def _orders(dims: list[int]) -> list[list[int]]:
     return [[*(i for i in dims if i != last), last] for last in reversed(dims)]
 
 
-def _padding(rows: float, lanes: float) -> float:
+def padding(rows: float, lanes: float) -> float:
     """What tiles of these rows and lanes take over what is in them."""
     stored = rows if rows in _PART_TILES else ceil(rows / _ROWS) * _ROWS
     return stored * ceil(lanes / _LANES) * _LANES / (rows * lanes)

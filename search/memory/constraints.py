@@ -1,9 +1,10 @@
 """Peak memory as linear rows: at every point of the program, the bytes of what lives there.
 
-An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends. Arrays
-that share memory (a donated argument and its result, a loop's carry, an update in place, a view) are one buffer. What a
-compiler keeps inside a fused kernel takes no memory: results of fused operations count only where an unfused operation, a
-loop or the caller needs them. A change of layout holds the old and the new array at once.
+An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends, and one
+that a loop piles up is there whole before its first round. Arrays that share memory (a donated argument and its result, a
+loop's carry, an update in place, a view) are one buffer. What a compiler keeps inside a fused kernel takes no memory: results
+of fused operations count only where an unfused operation, a loop or the caller needs them. A change of layout holds the old
+and the new array at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Program
 from search.formulation.layouts import Layout, shards
 from search.formulation.problem import Problem
@@ -94,20 +96,46 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
         if op.primitive == "loop_carry":
             groups.join(op.outputs[0].value, op.outputs[1].value)
             for use in op.inputs:
-                if _ends_here(program, use.value, i, last):
+                if _ends_here(program, use.value, i):
                     groups.join(op.outputs[0].value, use.value)
+    starts = stack_starts(program)
     for argument, result in program.donated:
-        given, taken = program.operations[program.arguments[argument]], program.operations[program.results[result]]
-        groups.join(given.outputs[0].value, taken.inputs[0].value)
-    return tuple(_buffer(program, members, last) for members in groups.found() if _takes_memory(program, members))
+        given = program.operations[program.arguments[argument]].outputs[0].value
+        taken = program.operations[program.results[result]].inputs[0].value
+        if not _is_read_since(program, given, starts.get(taken)):
+            groups.join(given, taken)
+    return tuple(
+        _buffer(program, members, last, starts) for members in groups.found() if _takes_memory(program, members)
+    )
 
 
-def _ends_here(program: Program, value: int, carry: int, last: dict[int, int]) -> bool:
+def _ends_here(program: Program, value: int, carry: int) -> bool:
     """Whether nothing but the carry needs an array that enters the loop, or that a loop's round updates in place."""
-    made_by = program.operations[program.producers[value][0]]
-    if made_by.region == program.operations[carry].region:
-        return len(program.consumers[value]) == 1
-    return made_by.primitive in IN_PLACE
+    at, position = program.producers[value]
+    made_by = program.operations[at]
+    if program.values[value].region == program.operations[carry].region:
+        return made_by.op_class != "source" and len(program.consumers[value]) == 1
+    return made_by.primitive in IN_PLACE or (made_by.primitive == "loop_carry" and position == 1)
+
+
+def stack_starts(program: Program) -> dict[int, int]:
+    """What a loop piles up, which is there whole before the first round, to the first operation of the loop."""
+    first: dict[int, int] = {}
+    for i, op in enumerate(program.operations):
+        first.setdefault(op.region, i)
+    return {
+        op.outputs[0].value: first.get(op.inputs[0].region, i)
+        for i, op in enumerate(program.operations)
+        if op.primitive == "loop_stack" and op.inputs
+    }
+
+
+def _is_read_since(program: Program, value: int, start: int | None) -> bool:
+    """Whether a loop that begins at `start` reads a value, or what comes after it does; no loop reads nothing."""
+    if start is None:
+        return False
+    ends = region_ends(program)
+    return any(_until(program, at, ends) >= start for at, _ in program.consumers.get(value, ()))
 
 
 class _Groups:
@@ -176,6 +204,9 @@ def _materialised(program: Program, value: int) -> bool:
     made_by = program.operations[program.producers[value][0]]
     if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
         return False
+    users = program.consumers.get(value, ())
+    if users and all(program.operations[at].primitive == "loop_stack" for at, _ in users):
+        return False  # is made where the stack has it
     return not is_inlined(program, program.producers[value][0]) or _leaves_kernel(program, value)
 
 
@@ -189,9 +220,9 @@ def _leaves_kernel(program: Program, value: int) -> bool:
     )
 
 
-def _buffer(program: Program, members: list[int], last: dict[int, int]) -> Buffer:
+def _buffer(program: Program, members: list[int], last: dict[int, int], starts: dict[int, int]) -> Buffer:
     made = [value for value in members if value in program.producers]
-    first = min(program.producers[value][0] for value in made)
+    first = min(starts.get(value, program.producers[value][0]) for value in made)
     whole = any(program.operations[program.producers[value][0]].op_class == "source" for value in made)
     end = max(last[value] for value in made)
     return Buffer(made[0], tuple(members), program.phase_of(first)[0] if whole else first, end)
@@ -212,14 +243,9 @@ class _Term:
     table: Any
 
 
+@cached_analysis
 def rows(problem: Problem) -> Rows:
     """The rows that can bind: one per point at which no more lives at any other point."""
-    if "rows" not in problem.memo:
-        problem.memo["rows"] = _rows(problem)
-    return problem.memo["rows"]
-
-
-def _rows(problem: Problem) -> Rows:
     terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []

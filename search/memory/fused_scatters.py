@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Program
 
 
@@ -21,11 +22,10 @@ def is_inlined(program: Program, operation: int) -> bool:
     return program.operations[operation].op_class == "fused" or operation in _comparisons(program)
 
 
+@cached_analysis
 def _comparisons(program: Program) -> frozenset[int]:
-    if "comparisons" not in program.memo:
-        found = (i for i, op in enumerate(program.operations) if op.primitive.startswith("scatter"))
-        program.memo["comparisons"] = frozenset(i for i in found if _is_comparison(program, i))
-    return program.memo["comparisons"]
+    found = (i for i, op in enumerate(program.operations) if op.primitive.startswith("scatter"))
+    return frozenset(i for i in found if _is_comparison(program, i))
 
 
 def _is_comparison(program: Program, operation: int) -> bool:

@@ -12,6 +12,7 @@ from math import prod
 
 from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program, Use
 from search.formulation.layouts import Layout, local_shape
 from search.formulation.tpu_tiles import argument_tile
@@ -36,13 +37,11 @@ def copied_bytes(program: Program, topology: Topology, operation: int, layout: L
     return held
 
 
+@cached_analysis
 def _sides(program: Program, value: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The dimensions of a value that are the rows, and the columns, of the product that it is; None if it is none."""
-    key = ("sides", value)
-    if key not in program.memo:
-        at, position = program.producers[value]
-        program.memo[key] = _split(program.operations[at], program.operations[at].outputs[position])
-    return program.memo[key]
+    at, position = program.producers[value]
+    return _split(program.operations[at], program.operations[at].outputs[position])
 
 
 def _split(op: Operation, result: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

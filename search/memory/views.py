@@ -1,14 +1,16 @@
 """Which operations only show an array they are given, and take no memory of their own.
 
 A transposition or a change of shape neither computes nor moves anything where what uses it reads the array in the other order:
-compilers give a product its operands' dimensions in the order in which they lie. What leaves the program, goes round a loop or
-is updated in place is an array of its own.
+compilers give a product its operands' dimensions in the order in which they lie. Nor does a slice of a stack, whole but for the
+index that it has in the stack: what uses it reads it there. What leaves the program, goes round a loop or is updated in place
+is an array of its own.
 """
 
 from __future__ import annotations
 
 from math import prod
 
+from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
 
 _RENAMING = ("transpose", "reshape", "squeeze", "broadcast_in_dim")
@@ -26,15 +28,44 @@ IN_PLACE = (
 """Primitives that may write into their first operand."""
 
 
+@cached_analysis
 def views(program: Program) -> frozenset[int]:
     """The operations whose result is their operand, seen in another shape."""
-    if "views" not in program.memo:
-        found: set[int] = set()
-        for i in reversed(range(len(program.operations))):
-            if _renames(program, program.operations[i]) and _only_read(program, program.operations[i], found):
-                found.add(i)
-        program.memo["views"] = frozenset(found)
-    return program.memo["views"]
+    found: set[int] = set()
+    for i in reversed(range(len(program.operations))):
+        op = program.operations[i]
+        shows = _renames(program, op) or (is_slice_of_stack(program, op) and _read_in_time(program, op, found))
+        if shows and _only_read(program, op, found):
+            found.add(i)
+    return frozenset(found)
+
+
+def _shows(program: Program, op: Operation) -> bool:
+    return _renames(program, op) or is_slice_of_stack(program, op)
+
+
+def is_slice_of_stack(program: Program, op: Operation) -> bool:
+    """Whether an operation cuts out what has one index, or several, in an array's leading dimensions."""
+    if op.primitive != "dynamic_slice" or op.op_class != "fused":
+        return False
+    return is_whole_slice(*(program.values[use.value].shape for use in (op.inputs[0], op.outputs[0])))
+
+
+def is_whole_slice(stack: tuple[int, ...], part: tuple[int, ...]) -> bool:
+    """Whether a part of an array of this shape has one index in the leading dimensions, and all of the others."""
+    lead = next((i for i, (n, m) in enumerate(zip(stack, part, strict=True)) if n == m), len(stack))
+    return stack[lead:] == part[lead:] and set(part[:lead]) <= {1}
+
+
+def _read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
+    """Whether a slice is read before anything is written over what it is cut from."""
+    written = [at for at, _ in program.consumers[op.inputs[0].value] if program.operations[at].primitive in IN_PLACE]
+    return not written or _last_read(program, op, known) < min(written)
+
+
+def _last_read(program: Program, op: Operation, known: set[int]) -> int:
+    users = [at for at, _ in program.consumers.get(op.outputs[0].value, ())]
+    return max((_last_read(program, program.operations[at], known) if at in known else at for at in users), default=-1)
 
 
 def _renames(program: Program, op: Operation) -> bool:
@@ -46,13 +77,12 @@ def _renames(program: Program, op: Operation) -> bool:
 
 def _only_read(program: Program, op: Operation, known: set[int]) -> bool:
     """Whether operations that read it are all that use a result; `known` are the views among those after it."""
-    users = [at for at, _ in program.consumers.get(op.outputs[0].value, ())]
     return all(
         at in known
         or (
-            not (_renames(program, program.operations[at]))
+            not _shows(program, program.operations[at])
             and program.operations[at].op_class in ("matmul", "fused", "memory")
-            and program.operations[at].primitive not in IN_PLACE
+            and (position > 0 or program.operations[at].primitive not in IN_PLACE)
         )
-        for at in users
+        for at, position in program.consumers.get(op.outputs[0].value, ())
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import autoshard
 from autoshard.auditing.hlo_collectives import CompiledCollective, collectives, estimated_cycles
 from autoshard.auditing.hlo_parser import parse, shape_bytes
 
@@ -586,3 +588,15 @@ def test_the_partitioner_gathers_what_it_cannot_reshard():
     text = jax.jit(move).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile().as_text() or ""
     gathers = [each for each in collectives(text, CUBE) if each.kind == "all-gather"]
     assert any(each.only_sliced for each in gathers), [each.op_name for each in gathers]
+
+
+def test_no_line_of_our_own_code_is_the_users() -> None:
+    ours = str(Path(autoshard.__file__).parent / "emitting" / "bind.py")
+    at = "stack_frame_id=1"
+    line = f'ROOT %n = f32[8,16]{{1,0}} negate(%p), metadata={{op_name="jit(f)/neg" {at}}}'
+    for path, source in (("/home/user/model.py", "model.py:12"), (ours, "")):
+        table = parse(program(line).replace("/home/user/model.py", path))
+        older = parse(program(line.replace(at, f'source_file="{path}" source_line=12')))
+        for module in (table, older):
+            root = module.computations[module.entry].instructions["n"]
+            assert module.source(root) == source

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from autoshard.auditing import findings
+from autoshard.auditing.findings import Repeated, find_repeated
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
-from autoshard.auditing.redundant_work import Repeated, repeated
 
 PLANNED = {"model.py:1": 100.0, "model.py:2": 100.0}
 
@@ -33,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_lines_that_compute_more_than_planned(case: str) -> None:
     compiled, expected = CASES[case]
-    assert repeated(PLANNED, compiled, {"model.py:2": 300.0}, 0.01) == expected
+    assert find_repeated(PLANNED, compiled, {"model.py:2": 300.0}, 0.01) == expected
 
 
 def test_flops_by_the_users_line() -> None:
@@ -104,10 +104,16 @@ def test_what_two_fusions_form_from_the_same_operands(second: str, again: dict[s
 
 def test_a_product_formed_again_is_no_replicated_operand() -> None:
     twice = {"model.py:1": 200.0, "model.py:2": 100.0}
-    (said,) = findings.of_work(PLANNED, twice, {"model.py:1": 100.0})
+    for again, expected in ((100.0, ("computed again", False)), (50.0, ("replicated", True))):
+        said, bound = findings.find_in_work(PLANNED, twice, {"model.py:1": again})
+        assert (said.kind, said.counts) == expected
+        assert (bound.kind, bound.counts) == ("FLOPs", True), "1.5 times the planned FLOPs, whatever the reason"
+
+
+def test_flops_within_their_bounds_are_said_and_do_not_count() -> None:
+    little = {"model.py:1": 107.0, "model.py:2": 100.0}
+    (said,) = findings.find_in_work(PLANNED, little, {"model.py:1": 7.0})
     assert (said.kind, said.counts) == ("computed again", False)
-    (said,) = findings.of_work(PLANNED, twice, {"model.py:1": 50.0})
-    assert (said.kind, said.counts) == ("replicated", True)
 
 
 GEMM = """\

@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.fitting import (
     COLLECTIVES,
     Timing,
-    fitted,
-    predicted,
+    fit_topology,
+    predict,
     relative_least_squares,
     residuals,
 )
 from costmodels.machine.topology import Topology, parse_topology
+from tests.support.effort import examples
 
 TOPOLOGIES = ("cpu:8", "cpu:2x4", "v5e:4x4", "v4:4x4x4", "h100:8", "h100:2x8")
 POSITIVE = st.floats(0.5, 2.0)
@@ -57,27 +58,26 @@ def _axes(topology: Topology, chip):
 
 def timed(topology: Topology, true: Topology, noise=lambda: 1.0) -> list[Timing]:
     return [
-        replace(each, seconds=predicted(each, true) * noise(), fitted=i % 3 != 1)
-        for i, each in enumerate(work(topology))
+        replace(each, seconds=predict(each, true) * noise(), fitted=i % 3 != 1) for i, each in enumerate(work(topology))
     ]
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.sampled_from(TOPOLOGIES), st.lists(POSITIVE, min_size=7, max_size=7))
 def test_what_the_model_made_is_predicted_exactly(name: str, by: list[float]):
     topology = parse_topology(name)
     true = changed(topology, by)
     timings = [each for each in timed(topology, true) if _pure(each, true)]
-    found = fitted(timings, topology, "here")
+    found = fit_topology(timings, topology, "here")
     for each in timings:
-        assert predicted(each, found) == pytest.approx(each.seconds, rel=1e-6), each
+        assert predict(each, found) == pytest.approx(each.seconds, rel=1e-6), each
 
 
 def _pure(timing: Timing, true: Topology) -> bool:
     """Whether a timing is of the regime that its kind stands for: a matmul computes, one row waits for memory."""
-    from costmodels.fitting import _priced
+    from costmodels.fitting import _model_seconds
 
-    compute, memory, _ = _priced(timing, true.chip) if timing.kind not in COLLECTIVES else (1.0, 0.0, 1.0)
+    compute, memory, _ = _model_seconds(timing, true.chip) if timing.kind not in COLLECTIVES else (1.0, 0.0, 1.0)
     return (compute >= memory) == (timing.kind not in ("one row", "memory"))
 
 
@@ -85,7 +85,7 @@ def test_constants_are_found_closely_in_noise():
     topology = parse_topology("h100:8")
     true = changed(topology, [0.5, 0.7, 1.3, 2.0, 0.9, 1.1, 1.7])
     random = np.random.default_rng(0)
-    found = fitted(
+    found = fit_topology(
         [each for each in timed(topology, true, lambda: random.normal(1.0, 0.03)) if _pure(each, true)],
         topology,
         "here",
@@ -96,12 +96,12 @@ def test_constants_are_found_closely_in_noise():
         Timing("all-gather", (2**30,), 1.0, axes=("x",)),
         Timing("all-to-all", (2**10,), 1.0, axes=("x",)),
     ):
-        assert predicted(each, found) == pytest.approx(predicted(each, true), rel=0.1), each
+        assert predict(each, found) == pytest.approx(predict(each, true), rel=0.1), each
 
 
 def test_what_was_fitted_is_measured_and_all_else_as_it_was():
     topology = parse_topology("cpu:8")
-    found = fitted(timed(topology, changed(topology, [2.0])), topology, "this machine")
+    found = fit_topology(timed(topology, changed(topology, [2.0])), topology, "this machine")
     was, now = topology.chip.constants, found.chip.constants
     measured = {name for name, constant in now.items() if constant.status == "measured"}
     assert "hbm_bytes_per_second" in measured and "bus.egress_bytes_per_second" in measured
@@ -114,8 +114,8 @@ def test_held_out_timings_take_no_part():
     topology = parse_topology("cpu:8")
     timings = timed(topology, topology)
     wild = [each if each.fitted else replace(each, seconds=each.seconds * 100) for each in timings]
-    assert fitted(wild, topology, "here").chip == fitted(timings, topology, "here").chip
-    everything = residuals(wild, fitted(wild, topology, "here"))[-1]
+    assert fit_topology(wild, topology, "here").chip == fit_topology(timings, topology, "here").chip
+    everything = residuals(wild, fit_topology(wild, topology, "here"))[-1]
     assert everything.series == "all" and everything.held_out_median == pytest.approx(0.99, rel=1e-3)
     assert everything.fitted_median == pytest.approx(0.0, abs=0.3)
 

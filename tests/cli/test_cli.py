@@ -79,9 +79,14 @@ def test_force_overwrites(tmp_path: Path) -> None:
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", tmp_path) == f"{tmp_path} is a directory; name a file."
+    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", tmp_path) == (
+        f"The output must be a file, got the directory {tmp_path}."
+    )
     away = tmp_path / "nowhere" / "plan.json"
-    assert refused("search", PALM, "-t", "cpu:2", *TINY, "-o", away) == f"{away.parent} is no directory; make it first."
+    assert (
+        refused("search", PALM, "-t", "cpu:2", *TINY, "-o", away)
+        == f"{away.parent} is not a directory; create it first."
+    )
 
 
 def test_explain_prints_what_search_printed(plan_file: Path) -> None:
@@ -99,6 +104,13 @@ def test_audit_as_tables_and_as_json(plan_file: Path) -> None:
     assert found.stdout.startswith("palm-tiny-decode on cpu:2x2x2, compiled for host devices: as planned\n")
     data = json.loads(run("audit", plan_file, PALM, *TINY, "--json").stdout)
     assert data["ok"] is True and data["target"] == "host"
+
+
+def test_a_program_that_is_much_slower_than_planned_is_an_answer_that_is_no(
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoshard.auditing.audit.Audit.is_slow", True)
+    assert run("audit", plan_file, PALM, *TINY).exit_code == 1
 
 
 def test_audit_of_another_function(plan_file: Path) -> None:
@@ -166,11 +178,11 @@ def search(target: str, *more: str, code: int = 2) -> str:
 
 
 def test_targets_that_are_none(tmp_path: Path) -> None:
-    assert search("palm.py") == "palm.py is no FILE.py:NAME, such as examples/palm.py:decode."
+    assert search("palm.py") == "The target must be FILE.py:NAME, such as examples/palm.py:decode, got palm.py."
     assert search(f"{tmp_path / 'gone.py'}:make") == f"There is no file {tmp_path / 'gone.py'}."
     other = tmp_path / "notes.txt"
     other.write_text("")
-    assert search(f"{other}:make") == f"{other} is no .py file."
+    assert search(f"{other}:make") == f"The target must be a .py file, got {other}."
 
 
 @pytest.mark.parametrize(
@@ -190,13 +202,13 @@ def test_names_that_will_not_do(tmp_path: Path) -> None:
     path = file(tmp_path, "sizes = 3\ndef make(batch=1): return batch\ndef fail(): raise ValueError('not\\ntoday')\n")
     assert search(f"{path}:mak") == f"{path} has no mak. Did you mean make?"
     assert search(f"{path}:zzz") == f"{path} has no zzz. It has make, fail."
-    assert search(f"{path}:sizes") == f"sizes in {path} is int, which cannot be called."
-    assert search(f"{path}:make") == f"make in {path} returned int; an autoshard.Workload(fn, args) would do."
+    assert search(f"{path}:sizes") == f"sizes in {path} must be a function, got int."
+    assert search(f"{path}:make") == f"make in {path} must return an autoshard.Workload(fn, args), got int."
     assert search(f"{path}:fail") == f"fail in {path} failed: ValueError: not today (target.py:3)"
     assert search(f"{path}:make", "--set", "bacth=2") == (
         "make takes batch: got an unexpected keyword argument 'bacth'."
     )
-    assert search(f"{path}:make", "--set", "batch") == "--set batch is no KEY=VALUE, such as batch=64."
+    assert search(f"{path}:make", "--set", "batch") == "--set must be KEY=VALUE, such as batch=64, got batch."
 
 
 def test_values_are_numbers_truths_or_text(tmp_path: Path) -> None:

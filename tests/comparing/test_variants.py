@@ -14,9 +14,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import autoshard
+from autoshard.auditing.findings import Finding
+from autoshard.auditing.replay import Replay
 from autoshard.comparing.verify import Candidate, Verification
+from autoshard.emitting.formats import without_orders
 from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
+from autoshard.planning.emission import Emission
 from autoshard.planning.plan_file import dumps
 from examples import palm
 from tests.support.cli import refused, run
@@ -69,7 +73,7 @@ def test_pins_are_kept_and_the_program_computes_the_same():
         ({"params.nothing": P("x")}, "matches no argument; there are params.down, params.up, x."),
         ({"params.up": P("w")}, "names axis 'w'; cpu:2x2 has x, y."),
         ({"params.up": P("x", "x")}, "uses an axis twice"),
-        ({"x": P(("x", "y"), None, "x")}, "pins 3 dimensions"),
+        ({"x": P(("x", "y"), None, "x")}, "at most 2 dimensions, got 3"),
         ({"params.*": P("x"), "params.up": P("y")}, "contradicts another pin of params['up']"),
         (({"up": P("x")},), "has 1 leaves, the arguments 3"),
     ),
@@ -98,7 +102,7 @@ def test_no_plain_layout_is_faster(plan: autoshard.Plan):
         assert each.seconds >= plan.estimate.seconds * (1 - 1e-9)
         assert isinf(each.seconds) == bool(each.why)
     text = plan.explain()
-    assert "Plain layouts, each as good as its kind can be" in text and all(name in text for name in FAMILIES)
+    assert "Baselines, each the best of its kind" in text and all(name in text for name in FAMILIES)
 
 
 def test_plain_layouts_travel_in_plan_files(plan: autoshard.Plan):
@@ -111,9 +115,9 @@ def test_plain_layouts_travel_in_plan_files(plan: autoshard.Plan):
 
 def test_a_plain_layout_within_noise_will_do(plan: autoshard.Plan):
     close = replace(plan.baselines[0], seconds=plan.estimate.seconds * 1.001, name="Megatron 1D")
-    assert "Megatron 1D will do" in replace(plan, baselines=(close,)).explain()
+    assert "Megatron 1D is good enough" in replace(plan, baselines=(close,)).explain()
     far = replace(close, seconds=plan.estimate.seconds * 1.5)
-    assert "will do" not in replace(plan, baselines=(far,)).explain()
+    assert "good enough" not in replace(plan, baselines=(far,)).explain()
 
 
 # --- why not, best, diff
@@ -136,12 +140,13 @@ def test_operations_account_for_the_whole_difference(plan: autoshard.Plan):
     assert json.loads(json.dumps(found.to_dict()))["after"]["seconds"] == found.after.estimate.seconds
 
 
+@pytest.mark.long
 def test_less_memory_is_priced_or_refused(plan: autoshard.Plan):
     peak = plan.estimate.peak_bytes
     assert autoshard.why_not(plan, memory_bytes=0.9 * peak).seconds >= -1e-9 * plan.estimate.seconds
     with pytest.raises(autoshard.InfeasibleError):
         autoshard.why_not(plan, memory_bytes=1.0)
-    with pytest.raises(autoshard.AutoshardError, match="no layout called"):
+    with pytest.raises(autoshard.AutoshardError, match="layout must be one of"):
         autoshard.why_not(plan, "Megatron")
 
 
@@ -162,7 +167,7 @@ def test_a_plan_does_not_differ_from_itself(plan: autoshard.Plan):
 
 
 def test_plans_without_a_program_are_refused(plan: autoshard.Plan):
-    with pytest.raises(autoshard.AutoshardError, match="does not hold its program"):
+    with pytest.raises(autoshard.AutoshardError, match="lacks its program"):
         autoshard.best_plans(replace(plan, program=None), 2)
 
 
@@ -189,11 +194,11 @@ def test_phases_share_their_weights():
 
 
 def test_limits_of_phases_that_cannot_be_are_refused():
-    with pytest.raises(autoshard.AutoshardError, match="No layout keeps decode to"):
+    with pytest.raises(autoshard.AutoshardError, match=r"No layout meets the limit .* of decode"):
         phases(at_most={"decode": 1e-9})
     with pytest.raises(autoshard.AutoshardError, match="a limit for one of prefill, decode"):
         phases(at_most={"training": 1.0})
-    with pytest.raises(autoshard.AutoshardError, match="no phase 'training' to weigh"):
+    with pytest.raises(autoshard.AutoshardError, match="must be among prefill, decode, got 'training'"):
         phases(weights={"training": 1.0})
 
 
@@ -204,14 +209,14 @@ def test_search_takes_pins_and_compares():
     found = run(
         "search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params.layers.wi_gate=None,x,y", "--baselines", "--no-fold"
     )
-    assert found.exit_code == 0 and "Plain layouts" in found.stdout and "P(None, 'x', 'y')" in found.stdout
+    assert found.exit_code == 0 and "Baselines" in found.stdout and "P(None, 'x', 'y')" in found.stdout
     assert "is no pin" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params", code=1)
 
 
 def test_commands_that_compare(plan_file: Path, tmp_path: Path):
     found = run("why-not", plan_file, "Megatron 1D")
     assert found.exit_code == 0 and "Megatron 1D" in found.stdout and "step" in found.stdout
-    assert "Why not what?" in refused("why-not", plan_file)
+    assert "Give a layout name" in refused("why-not", plan_file)
     assert json.loads(run("why-not", plan_file, "--memory", "1", "--json").stdout)["after"]["status"] == "OPTIMAL"
     best = run("best", plan_file, "-k", "2", "-o", tmp_path / "best")
     assert best.exit_code == 0 and "1. " in best.stdout and "2. " in best.stdout
@@ -225,8 +230,8 @@ def test_phases_as_a_command(tmp_path: Path):
     found = run("phases", prefill, PALM, "-t", "cpu:2x2", *sizes, "--weight", "decode=16", "-o", tmp_path)
     assert found.exit_code == 0 and "sharing costs" in found.stdout
     assert autoshard.load(tmp_path / "prefill.json").in_specs[0] == autoshard.load(tmp_path / "decode.json").in_specs[0]
-    assert "there is no phase train" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--set", "train.batch=8")
-    assert "no NAME=NUMBER" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--weight", "decode=many")
+    assert "the phase must be one of" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--set", "train.batch=8")
+    assert "must be NAME=NUMBER" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--weight", "decode=many")
 
 
 # --- verified by a compiler
@@ -258,6 +263,51 @@ def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
     assert "too large" in str(found) and "changes the model's order" in str(found)
 
 
+def test_a_best_program_that_is_much_slower_than_planned_is_said(plan: autoshard.Plan, tmp_path: Path, monkeypatch):
+    work = palm.decode(size="tiny", batch=8, context=16)
+    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
+    took = Replay(3 * plan.estimate.seconds, 0.0, 0.0, 0.0, 0.0, ())
+    why = Finding("slower than planned", "a step takes 3.00 times the planned time", 0.0, 2.0)
+    slow = replace(audit, replay=took, differences=(why,))
+    found = Verification((Candidate(1, plan, slow), Candidate(2, plan, None, "too large")), True)
+    assert found.is_slow and found.ranked[0].seconds == took.seconds
+    assert found.best.warnings[-1] == "Compiled, a step takes 3.00 times the planned time."
+    assert "3.00 × the plan" in str(found) and "a step takes 3.00 times" in str(found)
+    monkeypatch.setattr("autoshard.comparing.verify.verify", lambda *args, **options: found)
+    assert run("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host").exit_code == 1
+
+
+def test_the_fastest_way_to_emit_is_kept_and_said(plan: autoshard.Plan):
+    work = palm.decode(size="tiny", batch=8, context=16)
+    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
+    other = replace(plan, emission=Emission("compiler", residual_barriers=False))
+    first = Candidate(1, plan, replace(audit, compute_seconds=4e-3))
+    for seconds, kept in ((1e-3, other), (8e-3, plan)):
+        variant = Candidate(1, other, replace(audit, compute_seconds=seconds))
+        found = Verification((first,), True, (variant, Candidate(1, other, None, "too large")))
+        assert found.best is kept and loads(dumps(found.best)).emission == kept.emission
+        assert found.gain == pytest.approx(first.seconds / min(first.seconds, variant.seconds))
+    assert "The plan stays as it was." in str(found) and "too large" in str(found)
+    faster = str(Verification((first,), True, (replace(variant, audit=replace(audit, compute_seconds=1e-3)),)))
+    assert "The plan keeps the compiler's formats, no barriers in residual sums" in faster
+
+
+@pytest.mark.tpu
+def test_formats_that_save_a_relayout_are_found():
+    """By default a table of 2,880 columns lies with its rows along the lanes, where they pad less; a look-up wants columns."""
+
+    def step(table, tokens):
+        return table[tokens] * jnp.bfloat16(2)
+
+    args = jax.ShapeDtypeStruct((20_000, 2_880), jnp.bfloat16), jax.ShapeDtypeStruct((32,), jnp.int32)
+    plan = without_orders(autoshard.search(step, *args, topology="v5e:1x1"))
+    found = autoshard.verify(plan, step, *args, k=1)
+    assert found.gain > 10 and found.best.emission == Emission("compiler")
+    assert found.best.arguments[0].order == (0, 1)
+    assert not autoshard.verify(plan, step, *args, k=1, tune=False).variants
+
+
+@pytest.mark.long
 def test_verify_as_a_command(tmp_path: Path):
     found = run(
         "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"

@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 import autoshard
 from autoshard.auditing.hlo_costs import compiled_costs
 from autoshard.emitting import targets
-from autoshard.sweep.lower_bounds import bound_of
+from autoshard.sweep.lower_bounds import lower_bound
 from costmodels.machine.chips import chip
 from costmodels.machine.topology import parse_topology
 from costmodels.operations import price
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Program
 from search.solve import Limits, search
+from tests.support.effort import examples
 from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
@@ -146,7 +147,7 @@ def totals(rounds: int, sides: list[int]) -> Program:
     return trace(fn, [S((n, n), f32) for n in sides], [S((rounds, n, n), f32) for n in sides]).program
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from((8, 16)), st.floats(0, 4096))
 def test_what_goes_round_a_loop_shares_the_room(rounds: int, count: int, side: int, kept: float) -> None:
     each = 4 * side * side
@@ -199,5 +200,5 @@ def test_what_no_round_makes_by_arithmetic_does_not_stay(fn: Any, shapes: Any, s
 
 def test_no_bound_counts_what_may_stay_beside_many_others() -> None:
     program, v5e = totals(2, [256] + [2] * 12), parse_topology("v5e:2x2")
-    kept, read = (bound_of(program, replace(v5e, chip=replace(v5e.chip, on_chip_bytes=each))) for each in (1.0, 0.0))
+    kept, read = (lower_bound(program, replace(v5e, chip=replace(v5e.chip, on_chip_bytes=each))) for each in (1.0, 0.0))
     assert kept.seconds == pytest.approx(read.seconds / 3, rel=0.01)

@@ -26,6 +26,7 @@ from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, Step, reshard_table
 from search.formulation.strategies import Strategy
 from search.solve import search
+from tests.support.effort import examples
 from tests.support.layout_strategies import (
     assert_layouts_do_not_matter,
     blocks,
@@ -62,7 +63,13 @@ def table_of(shape: tuple[int, ...], mesh_shape: str) -> ReshardTable:
 
 
 @pytest.mark.parametrize(
-    ("mesh_shape", "shape"), [("2x2x2", (8, 8, 8)), ("4x2", (8, 8)), ("2x3", (6, 12)), ("2x2", (2, 4, 3, 2))]
+    ("mesh_shape", "shape"),
+    [
+        pytest.param("2x2x2", (8, 8, 8), marks=pytest.mark.long),
+        ("4x2", (8, 8)),
+        ("2x3", (6, 12)),
+        ("2x2", (2, 4, 3, 2)),
+    ],
 )
 def test_every_step_leads_from_its_source_to_its_target(mesh_shape: str, shape: tuple[int, ...]) -> None:
     steps = table_of(shape, mesh_shape).graph.steps
@@ -117,7 +124,7 @@ def test_columns_of_odd_rows_are_scattered_by_the_tpu_compiler() -> None:
 
 
 @given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
-@settings(max_examples=15)
+@examples(15, least=3)
 def test_layouts_do_not_change_what_a_model_computes(block: Block, shape: str, seed: int) -> None:
     assert_layouts_do_not_matter(function(block), *arguments(block), shape=shape, count=1, seed=seed)
 

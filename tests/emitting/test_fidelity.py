@@ -18,19 +18,20 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from autoshard.auditing.hlo_collectives import collectives
-from autoshard.auditing.matching import matched
+from autoshard.auditing.matching import match_collectives
 from autoshard.emitting.reshard_steps import run_step
 from autoshard.planning.records import PlannedCollective
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, reshard_table
+from tests.support.effort import examples
 from tests.support.einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
 from tests.support.layout_strategies import cpu_topology, mesh_of, pieces, quick
 from tests.support.paths import ROOT
 
 
 @given(graph=graphs(), mesh_shape=st.sampled_from(MESH_SHAPES), seed=st.integers(0, 2**16))
-@settings(max_examples=10)
+@examples(10)
 def test_compiled_collectives_are_the_planned_ones(graph: Graph, mesh_shape: str, seed: int) -> None:
     assert_as_planned(graph, mesh_shape, seed)
 
@@ -49,6 +50,7 @@ def on_sixteen_devices(examples: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.long
 def test_also_on_sixteen_devices() -> None:
     on_sixteen_devices(5)
 
@@ -119,10 +121,11 @@ def assert_changed_as_planned(some: Sequence[Change]) -> None:
         PlannedCollective(step.kind, step.axes, step.payload(array.nbytes, sizes), 1, 0.0, "") for _, step in sent
     ]
     compiled = collectives(program.as_text() or "", sizes)
-    pairs = matched(planned, [k for k, _ in sent], compiled, topology)
+    pairs = match_collectives(planned, [k for k, _ in sent], compiled, topology)
     assert [pair for pair in pairs if not (pair.planned and pair.compiled)] == []
 
 
+@pytest.mark.long
 def test_every_change_of_layout_compiles_to_its_collectives() -> None:
     every = changes()
     assert len(every) > 600

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 import autoshard
 from autoshard.emitting.tpu_workarounds.vector_matmul import ROW_OF_ZEROS, product
+from tests.support.effort import examples
 
 S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -46,7 +47,7 @@ def products(draw: st.DrawFn) -> tuple[Any, np.ndarray, np.ndarray]:
     return jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, numbers))(left, right).jaxpr.eqns[0], left, right
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(products())
 def test_a_row_of_zeros_changes_no_number(case: tuple[Any, np.ndarray, np.ndarray]) -> None:
     eqn, left, right = case

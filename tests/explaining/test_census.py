@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import autoshard
-from autoshard.explaining.rule_coverage import census_of, planned_census
+from autoshard.explaining.rule_coverage import census_of, census_of_plan
 from tests.support.cli import refused, run
 from tests.support.paths import PALM, TINY
 from tests.support.tracing import trace
@@ -32,7 +32,7 @@ def test_what_has_no_rule_is_named_with_its_share() -> None:
     assert found.exact["equations"] == 0.5
     assert found.exact["flops"] == 1.0
     assert 0 < found.exact["seconds"] < 1
-    assert "Without a rule, and so whole on every chip: pure_callback." in str(found)
+    assert "Without a rule, and so replicated on every chip: pure_callback." in str(found)
 
 
 def test_shares_add_up_and_loops_count_their_rounds() -> None:
@@ -55,7 +55,7 @@ def test_a_sort_keeps_its_dimension_whole() -> None:
 
 def test_of_a_plan() -> None:
     plan = autoshard.search(opaque, X, topology="cpu:2x2")
-    found = planned_census(plan)
+    found = census_of_plan(plan)
     assert found.basis == "the plan on cpu:2x2"
     assert found.exact["seconds"] < 1
     total = sum(row.seconds for row in found.rows)

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard.explaining.crossovers import Block, blocks, crossovers, sent, volumes, written
+from autoshard.explaining.crossovers import Block, blocks, crossover_text, crossovers, volume_sent, volumes
 from autoshard.explaining.formulas import array_bytes
 from autoshard.explaining.model_shares import breakdown
-from autoshard.explaining.named_layouts import Split, families, least_steps, moved, pinned, total_volume
+from autoshard.explaining.named_layouts import Split, families, find_collectives, least_steps, pin_by_name, total_volume
 from benchmarks.published_crossovers import crossover_rows
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.machine.topology import parse_topology
@@ -138,7 +138,7 @@ def test_at_a_crossover_both_layouts_send_as_much(mesh: str, exact: bool, gated:
         at = numbers | {"B": each.number / numbers["L"]}
         assert evaluated(found[each.below], at) == pytest.approx(evaluated(found[each.above], at))
         assert min(evaluated(other, at) for other in found.values()) == pytest.approx(evaluated(found[each.above], at))
-        assert f"{each.above} sends less than {each.below} from B·L = " in written(each, block(gated))
+        assert f"{each.above} sends less than {each.below} from B·L = " in crossover_text(each, block(gated))
 
 
 @cache
@@ -166,7 +166,7 @@ def test_blocks_are_found_in_whole_models() -> None:
         assert (found.contracted, found.output, found.tokens) == (("E",), ("F",), ("B",))
         size = 2 if weights == "bf16" else 1
         assert same(volumes(found, TORUS)["WG-XYZ"], 3 * E * F * size)
-    assert same(sent(found, families("xyz")[1], TORUS), 2 * (2 * B * E / X + 3 * B * F / (Y * Z)))
+    assert same(volume_sent(found, families("xyz")[1], TORUS), 2 * (2 * B * E / X + 3 * B * F / (Y * Z)))
 
 
 # --- attention (Pope et al. 2022, §3.3)
@@ -199,14 +199,14 @@ def attended(fn: Callable, cache: tuple[int, ...], names: str, inside: Split, st
             return HEADS if op.name == "q" else stored
         return HEADS if op.op_class == "sink" else inside
 
-    choice = pinned(program, dimensions, splits, "xyz")
+    choice = pin_by_name(program, dimensions, splits, "xyz")
     keys = [i for i in program.arguments if program.operations[i].name in ("k", "v")]
     held = sum(
         array_bytes(program, dimensions, program.operations[i].outputs[0].value)
         / sympy.Mul(*(axis_size(axis) for split in choice.strategies[i].splits for axis in split))
         for i in keys
     )
-    return total_volume(moved(program, dimensions, SIZES, choice)) / BYTES, held / BYTES
+    return total_volume(find_collectives(program, dimensions, SIZES, choice)) / BYTES, held / BYTES
 
 
 def test_multihead_attention_by_heads_sends_nothing() -> None:

@@ -135,7 +135,7 @@ Results (128 KiB per chip)
   ──────  ───────────────────  ───────────────────  ────────
   result  bfloat16[8,64,2048]  P(None, ('y', 'x'))   128 KiB
 
-Constants of v4 that no source vouches for
+Constants of v4 without a published or measured source
   constant                     value  status   why
   ───────────────────────────  ─────  ───────  ─────────────────────────────────────────────────────────────────────────
   collective_overhead_seconds  1e-06  assumed  about one hop more; Scaling Book, part 3, measured 8 us where its 3 hops…

@@ -101,8 +101,8 @@ def test_what_cannot_be_written_as_source_says_so_and_is_written_as_rules() -> N
     with pytest.raises(ExportError) as error:
         plan.export("specs")
     assert str(error.value) == (
-        f"The arguments nest arrays in {__name__}.Box, which cannot be written as source: only the class knows how it"
-        " is made (or, a namedtuple, it is not imported). Export rules, which need no nesting, or another argument."
+        f"The arguments nest arrays in {__name__}.Box, which cannot be written as source: its constructor is"
+        " unknown (or it is a namedtuple that is not imported). Export rules, which need no nesting, or another argument."
     )
     assert loaded(plan.export("specs", argument="x"))["SPECS"] == plan.in_specs[1]
     rules = loaded(plan.export("rules"))["PARTITION_RULES"]
@@ -172,7 +172,7 @@ def test_arguments_that_lie_differently_have_rules_of_their_own() -> None:
 def test_two_arrays_of_one_path_are_refused() -> None:
     arrays = [Leaf("params", keys, (8,), spec) for keys, spec in ((("a/b",), ("x",)), (("a", "b"), ()))]
     with pytest.raises(
-        ExportError, match=r"Two arrays have the path params/a/b \(a key has a / in it\), and lie differently"
+        ExportError, match=r"Two arrays have the path params/a/b \(a key contains a /\) and different layouts"
     ):
         rules_for(arrays)
 
@@ -230,7 +230,8 @@ def test_a_name_with_two_layouts_is_refused_with_the_arrays() -> None:
     with pytest.raises(ExportError) as error:
         plan.export("flax", argument="params", names=NAMES | {"layers/norm": ("layers", "embed")})
     assert str(error.value) == (
-        "Logical axes of these names cannot say the plan; give the dimensions names of their own, or export rules or specs:\n"
+        "Logical axes with these names cannot express the plan. Give these dimensions different names, or export rules or"
+        " specs:\n"
         "  embed is whole in dimension 1 of params/embedding, and split over"
         f" {' '.join(norm_axes(plan))} in dimension 1 of params/layers/norm"
     )
@@ -242,7 +243,7 @@ def test_a_name_with_two_layouts_is_refused_with_the_arrays() -> None:
         (NAMES | {"embedding": ("vocab",)}, "params/embedding has 2 dimensions, and the names ('vocab',)"),
         ({"wq": NAMES["layers/wq"]}, "params/embedding has 2 dimensions and no names"),
         (NAMES | {"layers/norm": (None, None)}, "dimension 1 of params/layers/norm has no name, and is split over "),
-        (NAMES | {"(": ("a",)}, "'(' is no regular expression over paths."),
+        (NAMES | {"(": ("a",)}, "Invalid regular expression '(' in names."),
         ({"embedding": P("vocab", None), "layers": {}}, "layers/down has no names"),
     ),
 )
@@ -281,13 +282,13 @@ def test_abstract_arguments_know_where_they_lie() -> None:
 def test_what_is_asked_for_must_be_there() -> None:
     plan, _, _ = planned_block()
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"format": "toml"}, "There is no format 'toml'; there are specs, rules, flax, maxtext."),
+        ({"format": "toml"}, "The format must be one of specs, rules, flax, maxtext, got 'toml'."),
         ({"format": "rules", "argument": "state"}, "The plan 'run' has no argument 'state'; it has params, tokens."),
         ({"format": "rules", "argument": 2}, "The plan 'run' has no argument 2; it has params, tokens."),
         ({"format": "rules", "axes": {"z": "data"}}, "The plan has no mesh axis z; it has x, y."),
-        ({"format": "rules", "axes": {"x": "y"}}, "The mesh axes x, y cannot be called y: one name each."),
-        ({"format": "specs", "names": NAMES}, "The format specs has no logical names; flax and maxtext have."),
-        ({"format": "maxtext"}, "MaxText's models name their dimensions themselves"),
+        ({"format": "rules", "axes": {"x": "y"}}, "The names of the mesh axes x, y must be unique, got y."),
+        ({"format": "specs", "names": NAMES}, "names apply to the formats flax and maxtext only, got format specs."),
+        ({"format": "maxtext"}, "MaxText's models have their own names of dimensions"),
     )
     for options, said in cases:
         with pytest.raises(ExportError) as error:
@@ -309,10 +310,10 @@ def test_the_command_writes_what_the_method_does(tmp_path) -> None:
     found = run("export", path, "--format", "maxtext", "--argument", "params", "--names", names)
     assert found.stdout == plan.export("maxtext", argument="params", names=NAMES)
     assert refused("export", path, "-f", "rules", "-o", out) == f"{out} exists; --force overwrites it."
-    assert refused("export", path, "-f", "rules", "--axis", "x") == "--axis x is no AXIS=NAME, such as x=data."
+    assert refused("export", path, "-f", "rules", "--axis", "x") == "--axis must be AXIS=NAME, such as x=data, got x."
     assert "no argument 'cache'" in refused("export", path, "-f", "rules", "--argument", "cache", code=1)
     names.write_text("[]")
-    assert refused("export", path, "-f", "flax", "--names", names).startswith(f"{names} maps no regular expressions")
+    assert refused("export", path, "-f", "flax", "--names", names).startswith(f"{names} must map regular expressions")
 
 
 def test_a_plan_from_a_file_exports_the_same(tmp_path) -> None:

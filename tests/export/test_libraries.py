@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
+from autoshard.emitting.formats import with_orders
 from tests.support.exported import NAMES, assert_same_program, by_rules, loaded
 from tests.support.plans import assert_close, planned_block, well_linked
 
@@ -187,4 +188,24 @@ def test_orbax_restores_an_unsharded_checkpoint_into_the_planned_layout(tmp_path
     assert compiled.input_shardings[0][0] == ins[0]  # nothing is moved before the step
     result = compiled(restored, jax.device_put(tokens, ins[1]))
     assert result.sharding == outs
+    assert_close(result, jax.jit(fn)(params, tokens))
+
+
+def test_orbax_restores_into_the_planned_order_of_dimensions(tmp_path: Path) -> None:
+    orbax = library("orbax.checkpoint")
+    plan, fn, (params, tokens) = planned_block()
+    ins, outs = ([tuple(range(len(a.shape)))[::-1] for a in arrays] for arrays in (plan.arguments, plan.results))
+    plan = with_orders(plan, ins, outs)
+    mesh = plan.make_mesh()
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", jax.device_put(params, jax.devices()[0]))
+        checkpointer.wait_until_finished()
+    with orbax.Checkpointer(orbax.StandardCheckpointHandler()) as checkpointer:
+        wanted = orbax.args.StandardRestore(plan.abstract_args(mesh, argument="params"), support_layout=True)
+        restored = checkpointer.restore(tmp_path / "checkpoint", args=wanted)
+    wanted, _ = plan.formats(mesh)
+    for array, each in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted[0]), strict=True):
+        assert array.format.layout.major_to_minor == each.layout.major_to_minor
+        assert array.sharding == each.sharding
+    result = plan.jit(fn, mesh)(restored, plan.place(tokens, argument="tokens", mesh=mesh))  # nothing is relaid
     assert_close(result, jax.jit(fn)(params, tokens))

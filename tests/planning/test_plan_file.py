@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +27,7 @@ from autoshard.planning.plan_file import dumps
 from autoshard.tracing import pytrees
 from search.formulation.layouts import Layout
 from tests.support import strategies
+from tests.support.effort import examples
 from tests.support.plans import planned_block, small_plan
 
 SIZES = st.sampled_from((1, 2, 3, 4, 8))
@@ -102,7 +103,7 @@ def searches(draw) -> Search:
 
 
 @given(searches())
-@settings(max_examples=25)
+@examples(25)
 def test_a_plan_of_any_kind_can_be_loaded_and_run(search: Search) -> None:
     plan, fn, args = search
     loaded = loads(dumps(plan))
@@ -124,7 +125,7 @@ def test_a_plan_with_pins_is_for_the_function_with_its_pins() -> None:
 
 
 @given(plans())
-@settings(max_examples=12)
+@examples(12)
 def test_a_plan_round_trips(plan: autoshard.Plan) -> None:
     text = dumps(plan)
     assert loads(text) == plan
@@ -132,7 +133,7 @@ def test_a_plan_round_trips(plan: autoshard.Plan) -> None:
 
 
 @given(strategies.topologies())
-@settings(max_examples=20)
+@examples(20)
 def test_every_topology_round_trips(topology) -> None:
     plan = replace(small_plan(), topology=topology)
     assume({"x", "y"} <= set(topology.axis_sizes))
@@ -272,7 +273,7 @@ def test_what_is_no_plan_is_refused(text: str | bytes, message: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_a_truncated_plan_is_refused(data) -> None:
     text = dumps(small_plan())
     cut = data.draw(st.integers(0, len(text) - 2))
@@ -291,7 +292,7 @@ JUNK = st.sampled_from(
 
 
 @given(st.data(), JUNK)
-@settings(max_examples=400)
+@examples(400)
 def test_a_damaged_plan_is_refused_or_still_a_plan(data, junk: Any) -> None:
     """Whatever one value of the file is replaced by, reading it raises nothing but `PlanMismatchError`."""
     whole = json.loads(dumps(small_plan()))

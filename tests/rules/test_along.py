@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import Array, lax
 from jax.sharding import PartitionSpec
@@ -24,6 +24,7 @@ from search.answer.check import check
 from search.formulation.intra_op import closing, payload
 from search.formulation.strategies import Strategy, strategy_space
 from search.solve import search
+from tests.support.effort import examples
 from tests.support.einsum_graphs import differences
 from tests.support.layout_strategies import (
     assert_equal,
@@ -42,7 +43,7 @@ from tests.support.tracing import trace
 S = jax.ShapeDtypeStruct
 
 
-@settings(max_examples=16, deadline=None)
+@examples(16)
 @given(call=st.sampled_from([running, best, parts, reduced_again]).flatmap(calls), seed=st.integers(0, 2**16))
 def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
     topology, args = cpu_topology("2x2x2"), call.operands
@@ -189,7 +190,7 @@ def test_the_tpu_compiler_leaves_the_gathers_as_they_are(fn: Any, gathered: list
     sent = [(each.kind, each.bytes) for each in plan.estimate.collectives]
     assert sent == [("all-gather", 16 * 3 * 4 * k) for k in gathered]
     audit = autoshard.audit(plan, fn, x, target="tpu")
-    assert [each for each in audit.differences if each.kind != "peak memory"] == []
+    assert [each for each in audit.differences if each.kind not in ("peak memory", "slower than planned")] == []
 
 
 @pytest.mark.tpu
@@ -206,4 +207,4 @@ def test_the_tpu_compiler_leaves_exchanges_as_they_are(parts: int) -> None:
     sent = [(each.kind, "".join(each.axes), each.bytes) for each in plan.estimate.collectives]
     assert sent == [("collective-permute", each, 64 * 4096 * 2 / 16) for each in axes]
     audit = autoshard.audit(plan, fused, *args, target="tpu")
-    assert [each for each in audit.differences if each.kind != "peak memory"] == []
+    assert [each for each in audit.differences if each.kind not in ("peak memory", "slower than planned")] == []

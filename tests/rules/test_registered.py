@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import autoshard
-from autoshard.rules.einsum import parsed, rule_of
+from autoshard.rules.einsum import parse_rule, rule_of
 from autoshard.rules.rule import REGISTRY
 from tests.support.layout_strategies import assert_layouts_do_not_matter, op_steps
 from tests.support.tracing import trace
@@ -77,7 +77,7 @@ def test_without_a_rule_a_kernel_is_whole_and_said_to_be() -> None:
 
 def test_sums_are_partial() -> None:
     # Of two results one is a partial sum where `b` is split, and the other is not: no rule can say that.
-    with pytest.raises(autoshard.RuleError, match="keeps b in a result, so it cannot be sum; whole would do"):
+    with pytest.raises(autoshard.RuleError, match="keeps b in a result, so it must be whole, got sum"):
         autoshard.rule("a b -> a, a b", sum="b")
 
     @autoshard.rule("a b -> a", sum="b")
@@ -144,17 +144,21 @@ def test_a_primitive_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "kinds", "said"),
     [
-        ("a b", {}, "'a b' is no rule; operands -> results is, as in 'b s h d, b t h d -> b s h d'."),
-        ("a -> b -> c", {}, "'a -> b -> c' is no rule; operands -> results is"),
-        ("a+b -> a", {}, "'a+b' in the rule 'a+b -> a' names no dimensions; 'b s (k g) d' would, and 1 is one of 1."),
-        ("(a b -> a", {}, "names no dimensions"),
-        ("a a -> a", {}, "'a a' in the rule 'a a -> a' names a dimension twice; each may be named once an array."),
-        ("a -> a", {"whole": "z"}, "The rule 'a -> a' has no dimension z, which is said to be whole."),
+        ("a b", {}, "Invalid rule 'a b': expected operands -> results, such as 'b s h d, b t h d -> b s h d'."),
+        ("a -> b -> c", {}, "Invalid rule 'a -> b -> c': expected operands -> results"),
+        (
+            "a+b -> a",
+            {},
+            "'a+b' in the rule 'a+b -> a' must name dimensions, as in 'b s (k g) d'; 1 is a dimension of size 1.",
+        ),
+        ("(a b -> a", {}, "must name dimensions"),
+        ("a a -> a", {}, "'a a' in the rule 'a a -> a' names a dimension twice; an array may have each name once."),
+        ("a -> a", {"whole": "z"}, "The rule 'a -> a' has no dimension z, but lists it as whole."),
     ],
 )
 def test_texts_that_are_no_rules(text: str, kinds: dict[Any, str], said: str) -> None:
     with pytest.raises(autoshard.RuleError) as error:
-        parsed(text, kinds)
+        parse_rule(text, kinds)
     assert said in str(error.value)
 
 
@@ -162,17 +166,21 @@ def test_texts_that_are_no_rules(text: str, kinds: dict[Any, str], said: str) ->
     ("text", "shapes", "said"),
     [
         ("a b -> a", [(2,)], "The rule of f gives operand 0 2 dimensions (a b); it has the shape [2]."),
-        ("a b, b -> a", [(2, 3), (4,)], "says b of operand 1, whose size is 4, with b=3 from what stands before it."),
-        ("a, a -> a", [(2,)], "The rule of f has 2 operands; it was given 1."),
-        ("a 1 -> a", [(2, 3)], "says 1 of operand 0, whose size is 3; a dimension without a name has size 1."),
+        (
+            "a b, b -> a",
+            [(2, 3), (4,)],
+            "has b for operand 1, whose size is 4, with b=3 from the dimensions before it.",
+        ),
+        ("a, a -> a", [(2,)], "The rule of f has 2 operands, got 1."),
+        ("a 1 -> a", [(2, 3)], "has 1 for operand 0, whose size is 3; a dimension without a name has size 1."),
         ("(a c) -> a", [(5,)], "says a of result 0"),
-        ("(a c) -> (a c)", [(5,)], "leaves the size of a open: it always stands beside another name."),
+        ("(a c) -> (a c)", [(5,)], "does not determine the size of a: it always appears with another name."),
     ],
 )
 def test_arrays_that_do_not_fit(text: str, shapes: list[tuple[int, ...]], said: str) -> None:
     results = {"(a c) -> a": [(2,)], "(a c) -> (a c)": [(5,)]}.get(text, [(2,)])
     with pytest.raises(autoshard.RuleError) as error:
-        rule_of(parsed(text, {}), "f", shapes, results)
+        rule_of(parse_rule(text, {}), "f", shapes, results)
     message = str(error.value)
     assert said in message or text == "(a c) -> a"
 
@@ -182,7 +190,7 @@ def test_pieces_that_the_kernel_cannot_do() -> None:
     def wrong(x: Array) -> Array:
         return jnp.concatenate((x, x[:0], jnp.zeros(8 - x.shape[0])))
 
-    with pytest.raises(autoshard.RuleError, match="wrong, run on one chip's pieces, makes result 0 of the shape"):
+    with pytest.raises(autoshard.RuleError, match="result 0 of wrong must have the shape"):
         assert_layouts_do_not_matter(lambda x: wrong(x * 2), jnp.arange(8.0), count=6)
 
 
@@ -194,7 +202,7 @@ def test_a_text_gives_every_dimension_its_size(data: st.DataObject) -> None:
     result = data.draw(names)
     text = f"{', '.join(map(' '.join, operands))} -> {' '.join(result)}"
     shapes = [[sizes[name] for name in each] for each in (*operands, result)]
-    found = rule_of(parsed(text, {}), "f", shapes[:-1], shapes[-1:])
+    found = rule_of(parse_rule(text, {}), "f", shapes[:-1], shapes[-1:])
     for dims, shape in zip((*found.inputs, *found.outputs), shapes, strict=True):
         assert [found.factors[i].size for (i,) in dims] == shape
     kept = {i for (i,) in found.outputs[0]}

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from autoshard.emitting.sharding import spec_of
 from search.formulation.strategies import output_layout
+from tests.support.effort import examples
 from tests.support.rule_laws import MOVING, ORACLE, Call, calls, chip_by_chip, drawn_strategy, explicit_layouts
 
 FAMILIES = [pytest.param(family, id=family.__name__.strip("_")) for family in (*ORACLE, *MOVING)]
 OPINIONS = [pytest.param(family, id=family.__name__.strip("_")) for family in ORACLE]
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
-QUICK = settings(max_examples=12, deadline=None, suppress_health_check=SLOW)
-THOROUGH = settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
+QUICK = examples(12, suppress_health_check=SLOW)
+THOROUGH = settings(max_examples=300, suppress_health_check=SLOW)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,19 +47,22 @@ def check_pieces(call: Call, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("family", OPINIONS)
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
+@examples(60, suppress_health_check=SLOW)
 @given(st.data())
 def test_explicit_sharding_mode_agrees_where_it_has_an_opinion(family: Any, data: st.DataObject) -> None:
     call = data.draw(calls(family))
     equation = call.traced()
-    if equation is None:
-        return
+    assume(equation is not None)
+    assert equation is not None
     op = equation.op
     strategy = drawn_strategy(data.draw, op)
     given_factors = {factor for use in op.inputs for dim in use.dims for factor in dim}
     made = any(axes and i not in given_factors for i, axes in enumerate(strategy.splits))
     if any(strategy.carried) or made:
-        return  # explicit mode has no partial sums unless it is told to, and never splits a dimension that it makes
+        event(
+            "not asked"
+        )  # explicit mode has no partial sums unless it is told to, and never splits a dimension that it makes
+        return
     opinion = explicit_layouts(call, equation, strategy)
     event("no opinion" if opinion is None else "an opinion")
     if opinion is not None:

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology
@@ -25,6 +25,7 @@ from search.presolve.dual import Dual
 from search.presolve.multipliers import bracket, raise_bound
 from search.presolve.policy import POLICY
 from search.presolve.primal import decode, overflow
+from tests.support.effort import examples
 from tests.support.programs import TOPOLOGIES, programs
 
 ROUNDING = 2e-9
@@ -50,7 +51,7 @@ def least(problem: Problem) -> float:
     return np.inf if answer.status == "INFEASIBLE" else answer.value
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_branches_alone_find_the_optimum(program, topology, part):
     """Without CP-SAT's help but for what is decided, branching comes to CP-SAT's optimum, or proves that nothing fits."""
@@ -68,7 +69,7 @@ def test_branches_alone_find_the_optimum(program, topology, part):
         assert ascent.bound == pytest.approx(best, rel=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_holding_a_node_is_a_restriction_for_a_while(program, topology, part, random):
     """While a node is held the bound is that of the restricted problem; afterwards everything is as it was."""
@@ -114,7 +115,7 @@ def moved(dual: Dual, how: str, random) -> None:
 MOVES = ("sweep", "reprice", "narrow", "restrict", "hold", "exclude", "come back")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     programs(),
     st.sampled_from(TOPOLOGIES[:3]),
@@ -141,7 +142,7 @@ def test_whatever_is_moved_plans_cost_what_they_did(program, topology, moves, ra
     assert dual.bound() == pytest.approx(summed, rel=1e-9, abs=ROUNDING)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     """The bound does not sink, and stays below every plan; each trial is made at prices that the plans seen tell."""
@@ -159,7 +160,7 @@ def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     assert dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_the_plans_of_a_bracket_are_the_best_at_the_multipliers(program, topology, part):
     """Of two plans one overflows and one does not; of the plans seen in what is left, none of its kind costs less."""
@@ -175,7 +176,7 @@ def test_the_plans_of_a_bracket_are_the_best_at_the_multipliers(program, topolog
             assert ascent.pool.add(states).priced(multipliers) == min(plan.priced(multipliers) for plan in alike)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology, part, random):
     """At the best prices the least of the plans seen costs what is said, or what is enough; at no others more."""
@@ -203,7 +204,7 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
         assert proven(prices) <= told.seconds * (1 + 1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, part):
     """What is put together from the plans seen is a plan that fits, or one of those seen."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology, parse_topology
@@ -16,6 +16,7 @@ from search.answer.check_memory import alive_bytes
 from search.formulation.problem import Problem, build
 from search.memory import constraints
 from search.solve import Limits, NoPlan, search
+from tests.support.effort import examples
 from tests.support.layout_strategies import blocks, random_states, traced_on
 from tests.support.models import Block, arguments, function
 from tests.support.programs import MESHES, layered, programs, unrolled
@@ -40,7 +41,7 @@ def largest_difference(program: Program, topology: Topology, states: np.ndarray)
     return max((abs(alive[row.point] - bytes_) for row, bytes_ in zip(limits, held, strict=True)), default=0.0)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(programs() | layered(), st.sampled_from(TOPOLOGIES), st.integers(0, 2**31))
 def test_rows_and_checker_count_the_same(program, topology, seed):
     """At every point with a row, whatever the plan; no other point is fuller."""
@@ -52,7 +53,7 @@ def test_rows_and_checker_count_the_same(program, topology, seed):
     assert max(alive) == pytest.approx(max(limits.bytes(problem, states)), rel=1e-12)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(blocks(), st.sampled_from(TOPOLOGIES), st.integers(0, 2**31))
 def test_rows_and_checker_count_the_same_of_transformers(block, topology, seed):
     """With loops, views, updates in place and donated caches."""

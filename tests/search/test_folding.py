@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.program.program import Program
 from search.formulation.colour_refinement import refine
 from search.formulation.layer_folding import classes, folds
+from tests.support.effort import examples
 from tests.support.tracing import trace
 
 WIDTH, LAYERS = 8, 12
@@ -58,7 +59,7 @@ def class_sizes(program: Program) -> dict[str, int]:
     return {op.name: count[found[i]] for i, op in enumerate(program.operations) if op.op_class in ("source", "sink")}
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(kinds=st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple))
 def test_kinds_of_layers_that_take_turns_are_one_fold(kinds: tuple[int, ...]) -> None:
     """All layers are in one fold, whose period is that of the turns or a part of it."""

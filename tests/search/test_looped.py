@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import autoshard
@@ -21,6 +21,7 @@ from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import build
 from search.formulation.reshard import reshard_table
 from search.solve import Limits, NoPlan, search
+from tests.support.effort import examples
 from tests.support.enumeration import best, enumerable
 from tests.support.layout_strategies import random_states
 from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
@@ -44,7 +45,7 @@ def exposed(topology: Topology, overlap: float = 0.0) -> Topology:
     return replace(topology, pricing=replace(topology.pricing, overlap=overlap))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(small_programs(), topologies(MESHES), st.floats(0.3, 1.2))
 def test_the_search_equals_enumeration(program, topology, part):
     whole = part * sum(value.bytes for value in program.values)
@@ -58,7 +59,7 @@ def test_the_search_equals_enumeration(program, topology, part):
     assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(programs(), topologies())
 def test_looping_lies_between_hiding_nothing_and_hiding_all(program, topology):
     found = search(program, topology)
@@ -68,7 +69,7 @@ def test_looping_lies_between_hiding_nothing_and_hiding_all(program, topology):
     assert everything * (1 - 1e-6) <= found.check.seconds <= nothing * (1 + 1e-9)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(programs(), topologies(), st.integers(0, 2**31))
 def test_the_checker_prices_any_choice_as_the_search_does(program, topology, seed):
     problem = build(program, topology, np.inf)
@@ -85,7 +86,7 @@ def test_the_checker_prices_any_choice_as_the_search_does(program, topology, see
     assert (found.compute_seconds, found.memory_seconds) == (plain.compute_seconds, plain.memory_seconds)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(programs(), topologies(), st.integers(0, 2**31))
 def test_a_given_layout_loops_what_hides_the_most(program, topology, seed):
     """No other word on which collective a product loops makes the same layouts faster."""
@@ -100,7 +101,7 @@ def test_a_given_layout_loops_what_hides_the_most(program, topology, seed):
     assert least <= check(program, topology, Choice(other, best.hubs)).seconds * (1 + 1e-9)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(programs())
 def test_renaming_interchangeable_axes_changes_no_cost(program):
     topology = pieces_first("cpu:2x2")

@@ -1,13 +1,14 @@
 """Shortest paths: as by relaxing all edges of all nodes, whatever is left out because it is known already."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN, Edges, all_pairs
 from search.formulation.reshard import reshard_table
 from search.memory.reshard_buffers import Copies
+from tests.support.effort import examples
 from tests.support.strategies import topologies
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 4, 8, 12, 64, 1024]), min_size=0, max_size=3).map(tuple)
@@ -29,7 +30,7 @@ meshes = topologies().filter(lambda t: len(t.axes) <= 3) | alike
 
 
 @given(meshes, shapes, st.sampled_from([1.0, 2.0, 4.0]), st.booleans())
-@settings(max_examples=60)
+@examples(60)
 def test_changes_of_layout_cost_what_relaxing_everything_finds(topology, shape, itemsize, partial) -> None:
     table = reshard_table(shape, itemsize, topology, partial)
     edges = Edges(table.graph.source, table.graph.target, table.step_seconds)

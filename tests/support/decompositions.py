@@ -78,7 +78,9 @@ def tridiagonal(packed: jax.Array, diagonal: jax.Array, off: jax.Array, taus: ja
     """$Q T Q^H = A$, $Q^H Q = I$: the signs beside the diagonal are open."""
     q = _reflections(packed, taus)
     middle = _diagonal(diagonal) + _diagonal(off, 1) + _diagonal(off, -1)
-    return [q @ middle @ _adjoint(q), _gram(q), diagonal, jnp.abs(off)]
+    beside = jnp.diagonal(packed, -1, axis1=-2, axis2=-1)
+    kept = [jnp.diagonal(packed, axis1=-2, axis2=-1), jnp.abs(beside)]
+    return [q @ middle @ _adjoint(q), _gram(q), diagonal, jnp.abs(off), *kept]
 
 
 DEFINED: Mapping[str, Defined] = {

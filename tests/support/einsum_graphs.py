@@ -130,7 +130,7 @@ def computed_alike(program: Any, choice: Any) -> list[int]:
 
 def differences(program: Any, topology: Any, choice: Any, compiled: Sequence[Any]) -> list[str]:
     """Compiled collectives that were not planned, and planned ones that were not compiled."""
-    from autoshard.auditing.matching import axes_of, matched
+    from autoshard.auditing.matching import axes_of, match_collectives
     from autoshard.planning.records import PlannedCollective
     from search.answer.assignment import collectives
 
@@ -138,7 +138,7 @@ def differences(program: Any, topology: Any, choice: Any, compiled: Sequence[Any
     planned = [PlannedCollective(each.kind, each.axes, each.bytes, each.count, each.seconds, "") for each in sent]
     own = [each for each in compiled if axes_of(each, topology)]
     same = computed_alike(program, choice)
-    pairs = matched(planned, [same[each.value] for each in sent], own, topology)
+    pairs = match_collectives(planned, [same[each.value] for each in sent], own, topology)
     alone = [pair for pair in pairs if not (pair.planned and pair.compiled)]
     return [f"{'unplanned' if pair.compiled else 'missing'}: {(*pair.planned, *pair.compiled)}" for pair in alone]
 

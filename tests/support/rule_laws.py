@@ -342,6 +342,7 @@ class _Chip:
     strategy: Strategy
     place: dict[str, Any]
     on_tpu = True
+    order = ()
 
     def size(self, factor: int) -> int:
         return self.rule.factors[factor].size // prod(SIZES[axis] for axis in self.strategy.splits[factor])

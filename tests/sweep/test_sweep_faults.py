@@ -19,7 +19,7 @@ import pytest
 
 from autoshard.sweep import engines
 from autoshard.sweep.analysis.rows import Row, sweep_result
-from autoshard.sweep.extras import MissingExtra, needed
+from autoshard.sweep.extras import MissingExtra, require
 from autoshard.sweep.points import points
 from autoshard.sweep.results import FAILED, SOLVED, Result
 from autoshard.sweep.runner import Sweep
@@ -76,6 +76,7 @@ def test_two_jobs_may_write_to_one_store(tmp_path: Path):
 # --- Kills
 
 
+@pytest.mark.long
 def test_killed_ten_times_and_resumed_nothing_is_lost_or_repeated(tmp_path: Path):
     """Each time at a random moment of the sweep itself; the store in the end is that of an undisturbed run."""
     path = written(tmp_path, MORE)
@@ -166,11 +167,12 @@ def deadly(tmp_path: Path) -> str:
     return text.replace("width = 256", "width = [256, 512]")
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_costs_its_own_points_only(tmp_path: Path):
     found = swept(tmp_path, engines.processes(2), deadly(tmp_path))
     assert {(row.knobs["width"], row.outcome) for row in found} == {(256, SOLVED), (512, FAILED)}
     assert {row.why for row in found if row.outcome == FAILED} == {
-        "The worker died: its process died, twice. Out of memory is the usual cause; fewer workers may do."
+        "The worker died: its process died, twice. The usual cause is a lack of memory; try fewer workers."
     }
 
 
@@ -221,7 +223,7 @@ def test_the_command_says_that_a_result_could_not_be_kept(tmp_path: Path):
     done = subprocess.run([*command, "--workers", "0"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "16 with a plan" in done.stdout
-    assert "results could not be kept" in done.stderr
+    assert "results could not be stored" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -233,6 +235,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Row, ...]:
     return swept(tmp_path_factory.mktemp("alone"), engines.here)
 
 
+@pytest.mark.long
 def test_one_and_two_processes_find_the_same(tmp_path: Path, alone: tuple[Row, ...]):
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()
@@ -264,6 +267,7 @@ def on_ray() -> Iterator[engines.Engine]:
 CLUSTERS = pytest.mark.parametrize("cluster", [on_dask, on_ray], ids=["dask", "ray"])
 
 
+@pytest.mark.long
 @CLUSTERS
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_finds_the_same(tmp_path: Path, alone: tuple[Row, ...], cluster: Cluster):
@@ -271,6 +275,7 @@ def test_a_cluster_finds_the_same(tmp_path: Path, alone: tuple[Row, ...], cluste
         assert swept(tmp_path, engine) == alone
 
 
+@pytest.mark.long
 @CLUSTERS
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_of_a_cluster_that_dies_costs_its_own_points_only(tmp_path: Path, cluster: Cluster):
@@ -283,4 +288,4 @@ def test_a_worker_of_a_cluster_that_dies_costs_its_own_points_only(tmp_path: Pat
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r'pip install "autoshard\[dask\]"'):
-        needed("distributed")
+        require("distributed")

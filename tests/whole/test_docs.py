@@ -1,4 +1,4 @@
-"""The documentation: pictures are those that the script draws, code in it is code, notebooks run."""
+"""The documentation: pictures are those that the scripts draw, code compiles, notebooks run, the prose lint finds faults."""
 
 from __future__ import annotations
 
@@ -57,6 +57,32 @@ def test_the_reference_has_every_public_name():
 def test_python_in_the_pages_is_python(page: Path):
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         compile(code, page.name, "exec")
+
+
+LINT = script(DOCS / "prose_lint.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("The shards of an array.", 0),
+        ("There is no plan, and it is no longer searched.", 0),
+        ("Computes it anew.", 1),
+        ("'a' is no chip; v4 would do.", 2),
+        ("What a chip holds.", 1),
+        ("Which slice, which batch?", 0),
+        ("See `costmodels.machine.chips` and `autoshard.search`.", 0),
+        ("See `costmodels.no_such_module`.", 1),
+    ],
+)
+def test_the_prose_lint_finds_forbidden_patterns_and_stale_names(text: str, count: int):
+    assert len(list(LINT.faults(LINT.Prose(DOCS / "index.md", 1, text)))) == count
+
+
+def test_the_prose_lint_reads_docstrings_comments_and_messages(tmp_path: Path):
+    path = tmp_path / "module.py"
+    path.write_text('"""Doc."""\nX = 1  # comment\n"""About X."""\n\n\ndef f(x):\n    raise ValueError(f"x is {x}")\n')
+    assert {"Doc.", "comment", "About X.", "x is {}"} <= {prose.text for prose in LINT.prose_of(path)}
 
 
 def cells(path: Path) -> str:

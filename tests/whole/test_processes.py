@@ -96,6 +96,7 @@ def test_two_processes_run_a_plan_from_a_file(tmp_path: Path) -> None:
         assert_close(array(found["applied"]), wanted())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec("orbax") is None, reason="orbax is not installed (pip install --group test)"
 )
@@ -109,6 +110,7 @@ def test_two_processes_restore_a_checkpoint_into_the_plan(tmp_path: Path) -> Non
         assert_close(array(found["result"]), wanted())
 
 
+@pytest.mark.long
 def test_one_process_searches_for_both(tmp_path: Path) -> None:
     """Each has a cache of its own, and only the second has the plan already: the first one's counts all the same."""
     cached = autoshard.autoshard(process.step, topology="cpu:2x4", cache_dir=tmp_path / "1")
@@ -150,12 +152,14 @@ def test_a_refusal_reaches_both() -> None:
             assert found[case][0] == kind and found[case][1].startswith(said)
 
 
+@pytest.mark.long
 def test_a_process_lost_at_start_up_is_an_error() -> None:
     """Of two processes one never starts: the other gives up when its time is over, and says so."""
     ((code, _, error),) = finished(start((0,), "lost", connect=IMPATIENCE))
     assert code != 0 and "DEADLINE_EXCEEDED" in error
 
 
+@pytest.mark.long
 def test_a_process_lost_before_the_search_is_an_error() -> None:
     """One of two is killed once they are connected: the other does not wait for its part for ever."""
     (first, _, error), (second, *_) = finished(start((0, 1), "lost", heartbeat=IMPATIENCE))

@@ -17,6 +17,8 @@ import pytest
 import autoshard
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.long
+
 NESTED = {"costmodels": "_costmodels", "search": "_search"}
 
 

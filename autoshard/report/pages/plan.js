@@ -46,7 +46,7 @@ function held(at) {
 }
 data.arrays.forEach((array, i) => { const option = make("option", { value: i }); option.textContent = `${array.path}  ${array.type}`; byId("array").append(option); });
 if (data.arrays.length) {
-  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "whole on every chip" : n + " pieces"}, ${bytes(a.bytes)} a chip`; };
+  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "replicated" : n + " shards"}, ${bytes(a.bytes)} a chip`; };
   const again = responsive(byId("torus"), drawTorus);
   byId("array").addEventListener("change", () => { again(); spec(); });
   spec(); held(Object.fromEntries(data.axes.map((a) => [a.name, 0])));
@@ -55,7 +55,7 @@ if (data.arrays.length) {
 // --- Tables
 
 table(byId("operations"), data.operations, [
-  ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["waits for", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
+  ["operation", (o) => o.name, null, "name"], ["strategy", (o) => o.strategy, null, "wide"], ["bound by", (o) => o.regime], ["runs", (o) => o.runs, three, "number"],
   ["time", (o) => o.seconds, time, "number"], ["collectives", (o) => o.collectives, time, "number"], ["of the step", (o) => o.share, percent, "number"],
   ["next", (o) => o.next || null, null, "wide"], ["einsum", (o) => o.einsum], ["source", (o) => o.source]]);
 if (data.plain.length) table(byId("plain"), data.plain, [["layout", (b) => b.name], ["step", (b) => b.step, null, "number"], ["against this plan", (b) => b.margin, null, "wide"]]);
@@ -63,7 +63,7 @@ table(byId("collectives"), data.collectives, [
   ["kind", (c) => c.kind], ["axes", (c) => c.axes], ["payload", (c) => c.bytes, bytes, "number"], ["runs", (c) => c.runs, three, "number"],
   ["time", (c) => c.seconds, time, "number"], ["array, for operation", (c) => c.where, null, "wide"]]);
 table(byId("arrays"), data.arrays, [
-  ["path", (a) => a.path, null, "name"], ["role", (a) => a.role], ["array", (a) => a.type, null, "wide"], ["PartitionSpec", (a) => a.spec, null, "wide"], ["per chip", (a) => a.bytes, bytes, "number"]]);
+  ["path", (a) => a.path, null, "name"], ["role", (a) => a.role], ["array", (a) => a.type, null, "wide"], ["PartitionSpec", (a) => a.spec, null, "wide"], ...(data.arrays.some((a) => a.order) ? [["major to minor", (a) => a.order]] : []), ["per chip", (a) => a.bytes, bytes, "number"]]);
 table(byId("constants"), data.constants, [
   ["constant", (c) => c.name], ["value", (c) => c.value, null, "number"], ["status", (c) => c.status], ["source", (c) => c.source, null, "wide"]]);
 
@@ -113,19 +113,25 @@ if (roof.dots.length) responsive(byId("roofline"), (width) => {
   return c.svg;
 });
 
-if (roof.dots.length) legend(byId("dots"), Object.keys(REGIMES).filter((r) => roof.dots.some((d) => d.regime === r)).map((r) => [REGIMES[r], `waits for ${r}`]));
+if (roof.dots.length) legend(byId("dots"), Object.keys(REGIMES).filter((r) => roof.dots.some((d) => d.regime === r)).map((r) => [REGIMES[r], `bound by ${r}`]));
 
 // --- Audit
 
 if (data.audit) {
   const a = data.audit, v = byId("verdict");
-  v.textContent = a.ok ? `Compiled for ${a.target}: as planned.` : `Compiled for ${a.target}: not as planned.`; v.className = a.ok ? "ok" : "bad";
+  const slow = a.slow ? `, and a step takes ${(a.seconds.replayed / a.seconds.planned).toFixed(2)} times the planned time` : "";
+  v.textContent = `Compiled for ${a.target}: ${a.ok ? "as planned" : "not as planned"}${slow}.`; v.className = a.ok && !a.slow ? "ok" : "bad";
   const rows = (a.wire_bytes || []).map((w) => ({ what: `bytes sent over ${w.axes.join("")}`, planned: w.planned, compiled: w.compiled, unit: bytes }));
   rows.push({ what: "peak memory", planned: a.peak_bytes.planned, compiled: a.peak_bytes.compiled, unit: bytes });
   const t = a.seconds, known = t.compiled_compute !== null;
   if (known) rows.push({ what: "time on the chip, by the compiler's cycles", planned: t.planned - t.planned_collectives, compiled: t.compiled_compute, unit: time });
   rows.push({ what: "time of collectives, by the plan's model", planned: t.planned_collectives, compiled: t.compiled_collectives, unit: time });
   if (known) rows.push({ what: "step", planned: t.planned, compiled: t.compiled_compute + t.compiled_collectives, unit: time });
+  if (t.replayed) {
+    rows.push({ what: "step, schedule replayed", planned: t.planned, compiled: t.replayed, unit: time });
+    rows.push({ what: "of it waiting for communication", planned: null, compiled: t.exposed_communication, unit: time });
+    rows.push({ what: "floor: bytes to read once", planned: null, compiled: t.floor, unit: time });
+  }
   const shown = (r, side) => (r[side] === null ? null : r.unit(r[side]));
   table(byId("audit"), rows, [["one chip, one step", (r) => r.what], ["planned", (r) => shown(r, "planned"), null, "number"], ["compiled", (r) => shown(r, "compiled"), null, "number"],
     ["ratio", (r) => (r.compiled && r.planned ? r.compiled / r.planned : null), (x) => x.toFixed(4), "number"]]);
@@ -138,5 +144,7 @@ if (data.audit) {
   }
   table(byId("compared"), Object.values(found), [["kind", (r) => r.kind], ["axes", (r) => r.axes], ["planned", (r) => r.planned, three, "number"], ["compiled", (r) => r.compiled, three, "number"],
     ["payload planned", (r) => r.planned_bytes, bytes, "number"], ["compiled", (r) => r.compiled_bytes, bytes, "number"]]);
+  if ((a.costliest || []).length) table(byId("costliest"), a.costliest, [["costliest instruction", (c) => c.name], ["at", (c) => c.source], ["operation", (c) => c.scope || c.opcode, null, "wide"], ["runs", (c) => c.runs, three, "number"],
+    ["time", (c) => c.seconds, time, "number"], ["not planned", (c) => c.unplanned_seconds || null, time, "number"]]);
   if (a.differences.length) table(byId("differences"), a.differences, [["difference", (d) => d.text, null, "wide"], ["counts", (d) => (d.counts ? "yes" : "no")]]);
 }

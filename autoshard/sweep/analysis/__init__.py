@@ -1,1 +1,1 @@
-""""""
+"""Analysis of a sweep: rows, frontier, recommendations, answers."""

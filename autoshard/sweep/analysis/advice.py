@@ -1,4 +1,4 @@
-"""Recommendations: what a sweep says, in words with its numbers."""
+"""Recommendations from a sweep, as sentences with numbers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from autoshard.sweep.analysis.rows import REQUEST, Row, SweepResult
 from autoshard.sweep.job import Knob
 
 _SWITCHES = 6
-"""How many switches of layout are told, of one phase."""
+"""The number of reported layout changes per phase."""
 _LATENCY = {"decode": "a token", "prefill": "to the first token", REQUEST: "a request"}
 
 
 Said = tuple[str, str]
-"""What a sentence is about, within its phase (empty for all of it), and the sentence."""
+"""The subject of a sentence within its phase (empty for the whole phase), and the sentence."""
 
 
 def advice(sweep: SweepResult) -> list[str]:
-    """A short text: which parallelism where, and where it changes; one sentence or two an item."""
+    """The best layouts of a sweep and where they change; one or two sentences per item."""
     found = [
-        f"{phase}{about and f', {about}'}: {words}" for phase in sweep.phases for about, words in _said(sweep, phase)
+        f"{phase}{about and f', {about}'}: {words}"
+        for phase in sweep.phases
+        for about, words in _sentences(sweep, phase)
     ]
-    return found or ["No point has a plan: the table says why for each."]
+    return found or ["No point has a plan; the table has the reasons."]
 
 
 def advice_of(sweep: SweepResult, phase: str) -> list[str]:
-    """The same of one phase, whose name is not repeated; empty if it has no plan."""
-    words = [f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _said(sweep, phase)]
+    """The recommendations for one phase, without its name; empty if it has no plan."""
+    words = [
+        f"{about}: {words}" if about else f"{words[0].upper()}{words[1:]}" for about, words in _sentences(sweep, phase)
+    ]
     return [each.replace("by ", "By ", 1) if each.startswith("by ") else each for each in words]
 
 
-def _said(sweep: SweepResult, phase: str) -> Iterator[Said]:
+def _sentences(sweep: SweepResult, phase: str) -> Iterator[Said]:
     rows = sweep.of(phase)
     for part in sweep.parts(phase):
         about = part.name.removeprefix(phase).removeprefix(", ")
@@ -44,7 +48,7 @@ def _said(sweep: SweepResult, phase: str) -> Iterator[Said]:
 
 
 def latency_of(row: Row) -> str:
-    """`24.5 ms a token`; of a request its phases too."""
+    """A latency as text: `24.5 ms a token`; for a request also those of its phases."""
     words = f"{time(row.latency_seconds)} {_LATENCY.get(row.kind, 'a step')}"
     if row.kind != REQUEST:
         return words
@@ -57,7 +61,7 @@ def latency_of(row: Row) -> str:
 
 
 def cost_of(row: Row, currency: str) -> str:
-    """`31 chip-ms a token (28 USD a million)`."""
+    """A cost as text: `31 chip-ms a token (28 USD a million)`."""
     price = "" if row.price is None else f" ({figure(row.price)} {currency} a million)"
     return f"{figure(1e3 * row.chip_seconds_per_token)} chip-ms a token{price}"
 
@@ -80,7 +84,7 @@ def _steps(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
     best = frontier(rows)
     found = [each for each in switches(best) if each.before.family != each.after.family]
     if len(best) > 1 and not found:
-        yield f"the largest products keep one kind of layout along the whole frontier of {len(best)} points."
+        yield f"the largest matmuls have one kind of layout along the whole frontier of {len(best)} points."
     for each in found[:_SWITCHES]:
         yield (
             f"along the frontier {each.before.family} gives way to {each.after.family}"
@@ -88,11 +92,11 @@ def _steps(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
         )
     if len(found) > _SWITCHES:
         more = len(found) - _SWITCHES
-        yield f"and {more} switch{'es' if more > 1 else ''} more."
+        yield f"and {more} more change{'s' if more > 1 else ''}."
 
 
 def _layouts(rows: Sequence[Row]) -> Iterator[Said]:
-    """Along every number that is varied, with all else equal: which layout from where to where."""
+    """The layouts along every numeric variable, with the others fixed."""
     for knob in dict.fromkeys(key for row in rows for key in row.knobs):
         lines = []
         for rest, group in _along(rows, knob):
@@ -126,7 +130,7 @@ def _span(values: Sequence[Knob]) -> str:
 
 
 def _words(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
-    """What each value of a knob of words, such as a dtype, gains over the first."""
+    """The gain of each value of a text variable, such as a dtype, over the first."""
     for knob in dict.fromkeys(key for row in rows for key in row.knobs):
         values = list(dict.fromkeys(row.knobs[knob] for row in rows if isinstance(row.knobs.get(knob), str)))
         for other in values[1:]:
@@ -140,20 +144,20 @@ def _words(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
                     else "as fast as"
                 )
                 over = f"over {len(pairs)} pairs of points{spread}"
-                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {held_said(pairs)}."
+                yield f"{knob} {other} is {fast} {values[0]} {over}, and takes {memory_text(pairs)}."
 
 
 _SAME = 0.005
-"""What two ratios differ by at most that are written alike."""
+"""The difference up to which two ratios count as equal."""
 
 
 def mean_gain(pairs: Sequence[Gain]) -> float:
-    """How many times faster the second rows are, in the geometric mean."""
+    """The speed-up of the second rows, as a geometric mean."""
     return exp(sum(log(pair.latency) for pair in pairs) / len(pairs))
 
 
-def held_said(pairs: Sequence[Gain]) -> str:
-    """What the second rows hold of what the first do: `81.9 % of the memory`, `2.35 times the memory`, `as much memory`."""
+def memory_text(pairs: Sequence[Gain]) -> str:
+    """The memory of the second rows relative to the first, such as `81.9 % of the memory` or `as much memory`."""
     part = sum(pair.second.peak_bytes for pair in pairs) / sum(pair.first.peak_bytes for pair in pairs)
     if abs(part - 1) <= _SAME:
         return "as much memory"

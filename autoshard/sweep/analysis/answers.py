@@ -1,4 +1,4 @@
-"""A sweep as text, for a terminal."""
+"""Sweeps and answers as text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from math import exp, isclose, log
 from textwrap import wrap
 
 from autoshard._util.tables import WIDTH, figure, item, percent, size, table, time
-from autoshard.sweep.analysis.advice import advice, cost_of, held_said, latency_of, mean_gain
+from autoshard.sweep.analysis.advice import advice, cost_of, latency_of, mean_gain, memory_text
 from autoshard.sweep.analysis.frontier import cheapest, excess, fastest, frontier, gains, is_number, keeps, longest
 from autoshard.sweep.analysis.rows import REQUEST, Part, Row, SweepResult
 from autoshard.sweep.job import Knob
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED
 
 _LISTED = 8
-"""How many slices with points without a plan are named, for each reason."""
+"""The number of slices that are listed per reason for points without a plan."""
 
 
 def render(sweep: SweepResult, width: int = WIDTH) -> str:
-    """The frontiers, what to make of them, and what became of the points that have no plan."""
+    """The frontiers, the recommendations, and the outcomes of points without a plan."""
     parts = [_summary(sweep)]
     parts += [_frontiers(sweep, phase, width) for phase in sweep.phases if sweep.of(phase)]
     parts += [_answers(sweep, width), _recommendations(sweep, width), _without(sweep, width)]
@@ -34,11 +34,11 @@ def _summary(sweep: SweepResult) -> Iterator[str]:
     words = {INFEASIBLE: "do not fit", PRUNED: "ruled out by a lower bound", FAILED: "failed"}
     rest = "".join(f", {counts[key]} {word}" for key, word in words.items() if counts[key])
     yield f"{sweep.name}: {len(sweep.rows)} points, {counts[SOLVED]} with a plan ({proven}){rest}"
-    yield from (each for each in (limits_said(sweep), uncomparable(sweep)) if each)
+    yield from (each for each in (limits_text(sweep), uncomparable(sweep)) if each)
 
 
-def limits_said(sweep: SweepResult) -> str:
-    """The job's constraints, in a sentence; empty if it has none."""
+def limits_text(sweep: SweepResult) -> str:
+    """The job's constraints as a sentence; empty if it has none."""
     given = sweep.constraints
     said = {
         "seconds_per_token": lambda value: f"{time(value)} a token",
@@ -50,11 +50,11 @@ def limits_said(sweep: SweepResult) -> str:
 
 
 def uncomparable(sweep: SweepResult) -> str:
-    """What to know where chips of several kinds have no prices; empty otherwise."""
+    """A note for jobs with several kinds of chips without prices; empty otherwise."""
     chips = list(dict.fromkeys(row.chip for row in sweep.solved))
     if len(chips) < 2 or all(row.price is not None for row in sweep.solved):
         return ""
-    return f"The job names no prices: a second of {' and of '.join(chips)} counts alike where costs are compared."
+    return f"The job has no prices: a second of {' and of '.join(chips)} counts the same in costs."
 
 
 def _frontiers(sweep: SweepResult, phase: str, width: int) -> Iterator[str]:
@@ -64,7 +64,7 @@ def _frontiers(sweep: SweepResult, phase: str, width: int) -> Iterator[str]:
 
 
 def _frontier(sweep: SweepResult, phase: str, part: Part, width: int) -> Iterator[str]:
-    """The best of one part; layouts stand below, by letters, so that none is cut short."""
+    """The frontier of one part; the layouts are below the table, by letters, unshortened."""
     best, knobs = frontier(part.rows), [key for key in sweep.knobs_of(phase) if key not in sweep.per]
     alike = ", ".join(f"{key} {value}" for key, value in part.rows[0].knobs.items() if key not in sweep.knobs_of(phase))
     yield f"{part.name}: the frontier of {len(part.rows)} plans{f', {alike}' if alike else ''}"
@@ -105,7 +105,7 @@ def _cells(row: Row, knobs: Sequence[str], priced: bool, letters: Mapping[str, s
 
 
 def _answers(sweep: SweepResult, width: int) -> Iterator[str]:
-    """What the job's constraints ask for."""
+    """The answers within the job's constraints."""
     lines = []
     for answer in answers(sweep):
         lines += item(answer.words, width)
@@ -115,7 +115,7 @@ def _answers(sweep: SweepResult, width: int) -> Iterator[str]:
 
 
 def _by_slice(rows: Sequence[Row], knob: str) -> str:
-    """The largest value of a knob on every slice, where it is not the same on all."""
+    """The largest value of a variable per slice, if the slices differ."""
     best: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row.chips):
         if is_number(row.knobs.get(knob)):
@@ -128,7 +128,7 @@ def _by_slice(rows: Sequence[Row], knob: str) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sentence, and the row that it is about; None where there is none."""
+    """A sentence, and its row if there is one."""
 
     words: str
     row: Row | None = None
@@ -138,7 +138,7 @@ class Answer:
 
 
 def answers(sweep: SweepResult) -> list[Answer]:
-    """The cheapest point of every phase within the job's constraints, in sentences."""
+    """The cheapest point of every phase within the job's constraints, as sentences."""
     given = sweep.constraints
     limits = given.get("seconds_per_token"), given.get("seconds_to_first_token")
     found = ((phase, limits_of(sweep, phase, *limits)) for phase in sweep.phases)
@@ -149,14 +149,14 @@ Limit = float | None
 
 
 def limits_of(sweep: SweepResult, phase: str, per_token: Limit, first_token: Limit) -> tuple[Limit, Limit]:
-    """Those of two limits that are limits of a phase: a token's of all but prefill, the first token's of prefill, and both
-    where phases are laid out together."""
+    """The limits that apply to a phase: the first token's to prefill, a token's to other phases, both to phases with a shared
+    layout."""
     kind = next((row.kind for row in sweep.rows if row.phase == phase and row.kind), "")
     return None if kind == "prefill" else per_token, first_token if kind in ("prefill", REQUEST) else None
 
 
 def answer_cheapest(sweep: SweepResult, phase: str, per_token: Limit = None, first_token: Limit = None) -> list[Answer]:
-    """The cheapest slice at a latency or less, in a sentence a part; the limits are those of `cheapest`."""
+    """The cheapest slice within limits, one sentence per part; the limits are those of `cheapest`."""
     parts = sweep.parts(phase) or (Part(phase, ()),)
     return [_answer_cheapest(sweep, part, per_token, first_token) for part in parts]
 
@@ -186,7 +186,7 @@ def _limits(rows: Sequence[Row], per_token: Limit, first_token: Limit) -> str:
 def answer_fastest(
     sweep: SweepResult, phase: str, chips: int, per_token: Limit = None, first_token: Limit = None
 ) -> list[Answer]:
-    """The fastest plan on so many chips, in a sentence a part."""
+    """The fastest plan on a number of chips, one sentence per part."""
     parts = sweep.parts(phase) or (Part(phase, ()),)
     return [_answer_fastest(sweep, part, chips, per_token, first_token) for part in parts]
 
@@ -198,7 +198,7 @@ def _answer_fastest(sweep: SweepResult, part: Part, chips: int, per_token: Limit
     found = fastest(rows, chips)
     if found is None:
         there = ", ".join(map(str, sorted({row.chips for row in rows}))) or "none"
-        return Answer(f"{part.name}: no plan{within} is on {chips} chips; there are plans on {there}.")
+        return Answer(f"{part.name}: no plan{within} uses {chips} chips; there are plans for {there}.")
     words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}"
     return Answer(
         f"{part.name}: the fastest on {chips} chips{within} is {sweep.label(found, in_part=True)}: {words}; {found.headline}.",
@@ -209,7 +209,7 @@ def _answer_fastest(sweep: SweepResult, part: Part, chips: int, per_token: Limit
 def answer_longest(
     sweep: SweepResult, phase: str, knob: str, per_token: Limit = None, first_token: Limit = None
 ) -> Answer:
-    """The largest value of a knob that has a plan, in a sentence."""
+    """The largest value of a variable with a plan, as a sentence."""
     rows = [row for row in sweep.of(phase) if keeps(row, per_token, first_token)]
     limits = _limits(sweep.of(phase), per_token, first_token)
     within = limits and f" at {limits}"
@@ -217,16 +217,12 @@ def answer_longest(
     if not asked:
         numbers = dict.fromkeys(key for row in sweep.of(phase) for key, value in row.knobs.items() if is_number(value))
         return Answer(
-            f"{phase}: {knob} is no number that its plans differ in; {', '.join(numbers) or 'none'} would do."
+            f"{phase}: expected a number in which its plans differ ({', '.join(numbers) or 'there is none'}), got {knob}."
         )
     found = longest(rows, knob)
     if found is None:
         return Answer(f"{phase}: no {knob} from {min(asked, key=float)} to {max(asked, key=float)} has a plan{within}.")
-    room = (
-        ""
-        if float(found.knobs[knob]) < max(map(float, asked))
-        else " (the largest that the job asks for; larger ones may do)"
-    )
+    room = "" if float(found.knobs[knob]) < max(map(float, asked)) else " (the largest of the job; larger ones may fit)"
     held = f"{size(found.peak_bytes)} of {size(found.budget_bytes)} a chip"
     return Answer(
         f"{phase}: the largest {knob}{within} is {found.knobs[knob]}{room}: {found.name}, {held}, {latency_of(found)}."
@@ -236,10 +232,10 @@ def answer_longest(
 
 
 def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob, width: int = WIDTH) -> list[str]:
-    """What one value of a knob gains over another, pair by pair."""
+    """The gain of one value of a variable over another, pair by pair."""
     pairs = gains(sweep.of(phase), knob, first, second)
     if not pairs:
-        return [f"{phase}: no two plans differ in {knob} {first} and {second} alone."]
+        return [f"{phase}: no two plans differ only in {knob} {first} and {second}."]
     least, most = min(pairs, key=lambda pair: pair.latency), max(pairs, key=lambda pair: pair.latency)
     knobs = [key for key in sweep.knobs_of(phase) if key != knob]
     alike = all(isclose(pair.latency, pair.cost) for pair in pairs)
@@ -249,7 +245,7 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
         f"{phase}: {knob} {second} is {mean_gain(pairs):.2f} times as fast{' and as cheap' * alike} as {first}{cheap}, over"
         f" {len(pairs)} pairs of plans: {least.latency:.2f} at {sweep.label(least.second)},"
         f" {most.latency:.2f} at {sweep.label(most.second)}."
-        f" It takes {held_said(pairs)}.{_only(sweep, phase, knob, first, second)}"
+        f" It takes {memory_text(pairs)}.{_only(sweep, phase, knob, first, second)}"
     )
     rows = [
         (
@@ -271,7 +267,7 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
 
 
 def _only(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) -> str:
-    """How many points fit with the second value of a knob alone."""
+    """The number of points that fit only with the second value of a variable."""
 
     def rest(row: Row) -> tuple:
         return row.topology, tuple((key, value) for key, value in row.knobs.items() if key != knob)
@@ -279,11 +275,11 @@ def _only(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) 
     rows = [row for row in sweep.rows if row.phase == phase]
     full = {rest(row) for row in rows if row.knobs.get(knob) == first and row.outcome in (INFEASIBLE, PRUNED)}
     gained = [row for row in rows if row.knobs.get(knob) == second and row.outcome == SOLVED and rest(row) in full]
-    return f" {len(gained)} points have a plan with {second} alone, such as {gained[0].name}." if gained else ""
+    return f" {len(gained)} points have a plan only with {second}, such as {gained[0].name}." if gained else ""
 
 
 def _recommendations(sweep: SweepResult, width: int) -> Iterator[str]:
-    yield "What to make of it"
+    yield "Recommendations"
     for sentence in advice(sweep):
         yield from item(sentence, width)
 
@@ -298,7 +294,7 @@ def _without(sweep: SweepResult, width: int) -> Iterator[str]:
 
 
 def _reasons(sweep: SweepResult, title: str, rows: Sequence[Row], width: int) -> Iterator[str]:
-    """Points of one phase and slice together, with the reason of the first."""
+    """Points of one phase and slice as one item, with the reason of the first."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.phase, row.topology), []).append(row)
@@ -314,6 +310,6 @@ def _reasons(sweep: SweepResult, title: str, rows: Sequence[Row], width: int) ->
 
 
 def _first_sentences(why: str) -> str:
-    """The first line of a reason, without a sentence that goes on below it."""
+    """The first line of a reason, without an incomplete sentence at its end."""
     line = why.splitlines()[0] if why else ""
     return (line.rpartition(". ")[0] if line.endswith(":") else line).rstrip(".")

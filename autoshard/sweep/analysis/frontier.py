@@ -1,4 +1,4 @@
-"""The Pareto frontier of a sweep, and the answers that can be read off its points."""
+"""The Pareto frontier of a sweep, and the answers from its points."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autoshard.sweep.analysis.rows import REQUEST, Row, family
 from autoshard.sweep.job import Knob
 
 Cost = Callable[[Row], float]
-"""What is to be small, such as `Row.chip_seconds_per_token` or minus the MFU."""
+"""A quantity to minimise, such as `Row.chip_seconds_per_token` or minus the MFU."""
 
 
 def chip_seconds(row: Row) -> float:
@@ -21,24 +21,24 @@ def chip_seconds(row: Row) -> float:
 
 
 def money(row: Row) -> float:
-    """Money per million tokens, infinite where there is no price."""
+    """Money per million tokens; infinite without a price."""
     return inf if row.price is None else row.price
 
 
 def cost_among(rows: Iterable[Row]) -> Cost:
-    """What rows are compared by: money where all have a price (chips of two kinds have two), chip-seconds otherwise."""
+    """The cost by which rows are compared: money if all have a price, chip-seconds otherwise."""
     return money if all(row.price is not None for row in rows) else chip_seconds
 
 
-def wasted(row: Row) -> float:
+def negative_mfu(row: Row) -> float:
     """Minus the MFU."""
     return -row.mfu
 
 
 def frontier(rows: Iterable[Row], cost: Cost | None = None) -> tuple[Row, ...]:
-    """The rows that no other row beats in both latency and cost, the fastest first; of equal ones the first.
+    """The rows that no other row beats in both latency and cost, the fastest first; the first of equal ones.
 
-    `cost` is `cost_among` the rows unless it is given.
+    By default `cost` is `cost_among` the rows.
     """
     rows = list(rows)
     cost = cost or cost_among(rows)
@@ -51,7 +51,7 @@ def frontier(rows: Iterable[Row], cost: Cost | None = None) -> tuple[Row, ...]:
 
 @dataclass(frozen=True)
 class Switch:
-    """Where the layout changes along a frontier: the two neighbours, and what changes, product by product."""
+    """A change of the layout along a frontier: the two neighbours, and the changes by matmul."""
 
     before: Row
     after: Row
@@ -59,10 +59,9 @@ class Switch:
 
 
 def switches(rows: Sequence[Row]) -> tuple[Switch, ...]:
-    """The places along a frontier where a matrix product's family of strategies changes.
+    """The places along a frontier where a matmul's family of strategies changes.
 
-    "WS-1D: output over xyz" and "WS-1D: output over yz" are one family; the axes are named by what they are called on each
-    topology, and mean nothing across topologies.
+    "WS-1D: output over xyz" and "WS-1D: output over yz" are one family, since names of axes do not compare across topologies.
     """
     found = []
     for before, after in pairwise(rows):
@@ -93,7 +92,7 @@ _NAMED = 3
 
 
 def _last_keys(name: str) -> str:
-    """`params['layers']['wq']['q']` is wq.q."""
+    """The last keys of a path: `params['layers']['wq']['q']` is wq.q."""
     keys = re.findall(r"\['([^']+)'\]", name)
     return ".".join(keys[1:] if len(keys) > 1 else keys) or name
 
@@ -107,12 +106,12 @@ def cheapest(
     first_token_seconds: float | None = None,
     cost: Cost | None = None,
 ) -> Row | None:
-    """The cheapest row at a latency or less.
+    """The cheapest row within latency limits.
 
     **Arguments:**
 
-    - `latency_seconds`: of a step; where phases are laid out together, of a step of decode, a token.
-    - `first_token_seconds`: of a step of prefill; rows without one keep to any.
+    - `latency_seconds`: of a step; for phases with a shared layout, of a step of decode, which is a token.
+    - `first_token_seconds`: of a step of prefill; rows without a prefill meet any limit.
     """
     rows = list(rows)
     fitting = (row for row in rows if keeps(row, latency_seconds, first_token_seconds))
@@ -120,60 +119,60 @@ def cheapest(
 
 
 def keeps(row: Row, latency_seconds: float | None, first_token_seconds: float | None) -> bool:
-    """Whether a row keeps to limits, as `cheapest` means them."""
+    """Whether a row meets the limits of `cheapest`."""
     return excess(row, latency_seconds, first_token_seconds) <= 1.0
 
 
 def excess(row: Row, latency_seconds: float | None, first_token_seconds: float | None) -> float:
-    """What a row takes over what it may, by the limit that is worst for it; 0 without limits."""
+    """The largest ratio of a row's latency to its limit; 0 without limits."""
     each = (token_seconds(row), latency_seconds), (row.seconds_of("prefill"), first_token_seconds)
     return max((taken / limit for taken, limit in each if taken is not None and limit is not None), default=0.0)
 
 
 def token_seconds(row: Row) -> float:
-    """A step; where phases are laid out together, the one of decode, if there is one: what a token takes."""
+    """The seconds per token: of a step or, for phases with a shared layout, of the decode step if there is one."""
     decode = row.seconds_of("decode") if row.kind == REQUEST else None
     return row.latency_seconds if decode is None else decode
 
 
 def fastest(rows: Iterable[Row], chips: int) -> Row | None:
-    """The row with the least latency on exactly so many chips, of equal ones the cheapest."""
+    """The row with the least latency on exactly this number of chips; the cheapest of equal ones."""
     fitting = (row for row in rows if row.chips == chips)
     return min(fitting, key=lambda row: (row.latency_seconds, row.chip_seconds_per_token), default=None)
 
 
 def longest(rows: Iterable[Row], knob: str, latency_seconds: float | None = None) -> Row | None:
-    """The row with the largest value of a knob, such as the context, that has a plan; of equal ones the cheapest."""
+    """The row with the largest value of a variable, such as the context; the cheapest of equal ones."""
     fitting = [row for row in rows if is_number(row.knobs.get(knob))]
     fitting = [row for row in fitting if latency_seconds is None or row.latency_seconds <= latency_seconds]
     return max(fitting, key=lambda row: (row.knobs[knob], -row.chip_seconds_per_token), default=None)
 
 
 def is_number(value: Knob | None) -> bool:
-    """Whether a knob's value has an order."""
+    """Whether a variable's value is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Two rows that differ in one knob only."""
+    """Two rows that differ in one variable only."""
 
     first: Row
     second: Row
 
     @property
     def latency(self) -> float:
-        """How many times less the second's latency is."""
+        """The ratio of the first row's latency to the second's."""
         return self.first.latency_seconds / self.second.latency_seconds
 
     @property
     def cost(self) -> float:
-        """How many times less a token of the second costs."""
+        """The ratio of the first row's cost per token to the second's."""
         return self.first.chip_seconds_per_token / self.second.chip_seconds_per_token
 
 
 def gains(rows: Iterable[Row], knob: str, first: Knob, second: Knob) -> tuple[Gain, ...]:
-    """What one value of a knob gains over another, for every pair of rows that agree in all else."""
+    """The gains of one value of a variable over another, for every pair of rows that agree in everything else."""
     table: dict[tuple, dict[Knob, Row]] = {}
     for row in rows:
         if knob in row.knobs:

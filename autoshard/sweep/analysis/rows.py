@@ -1,4 +1,4 @@
-"""The points of a sweep as rows of one table: latency, cost, MFU and layout, and the file that holds them."""
+"""The points of a sweep as rows of a table: latency, cost, MFU and layout, and their file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autoshard.sweep.runner import Done
 
 VERSION = 1
 REQUEST = "request"
-"""The kind of a row whose phases are laid out together: the times of a whole request."""
+"""The kind of a row whose phases share a layout, with the times of a whole request."""
 _HOUR = 3600.0
 
 
@@ -24,16 +24,16 @@ _HOUR = 3600.0
 class Row:
     """One point of a sweep.
 
-    - `seconds`: of one step; of one whole request (each phase as often as it runs, and `handoff_seconds`) where phases are
-      laid out together.
-    - `latency_seconds`: of a decode step, which is the latency per token; of a prefill, which is the time to first token; of
-      a whole request otherwise.
-    - `chip_seconds_per_token`: chips × seconds over the tokens that are made meanwhile, $nt/(BL)$ in Pope et al. 2022; `price`
-      is the money per million tokens, None where the job names no price of the chip.
-    - `mfu`: FLOPs of the program's matrix products (attention's too, padding of heads too) over the chips' peak.
-    - `proofs`: phase to who decided, and on what.
-    - `layout`: phase to matrix product to strategy, the largest products first. `phase_seconds`: of one step of each;
-      `phase_kinds`: what each is.
+    - `seconds`: of one step; for phases with a shared layout, of a whole request (each phase times its runs, plus
+      `handoff_seconds`).
+    - `latency_seconds`: of a decode step (the latency per token), of a prefill (the time to first token), or of a whole
+      request.
+    - `chip_seconds_per_token`: chips × seconds / tokens, $nt/(BL)$ in Pope et al. 2022; `price` is the money per million
+      tokens, None without a price of the chip.
+    - `mfu`: FLOPs of the program's matmuls (with attention, and with padded heads) over the chips' peak.
+    - `proofs`: phase to the solver and its proof.
+    - `layout`: phase to matmul to strategy, the largest matmuls first. `phase_seconds`: of one step of each phase;
+      `phase_kinds`: the kind of each.
     """
 
     phase: str
@@ -64,31 +64,29 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The point in words."""
+        """The point as text."""
         knobs = ", ".join(f"{key} {value}" for key, value in self.knobs.items())
         return f"{self.topology}{f', {knobs}' if knobs else ''}"
 
     def seconds_of(self, kind: str) -> float | None:
-        """The longest step of a kind of phase, such as "decode"; None where there is none."""
+        """The longest step of a kind of phase, such as "decode"; None if there is none."""
         if kind == self.kind:
             return self.latency_seconds
-        named = {
-            key: self.phase_kinds.get(key, key) for key in self.phase_seconds
-        }  # a phase is of the kind it is called
+        named = {key: self.phase_kinds.get(key, key) for key in self.phase_seconds}  # the kind of a phase is its name
         return max((self.phase_seconds[key] for key, each in named.items() if each == kind), default=None)
 
     @property
     def headline(self) -> str:
-        """The layout in a line: the largest matrix product by a weight, and attention; phases by name if there are several."""
+        """The layout in a line: the largest matmul by a weight, and attention; with names of phases if there are several."""
         several = len(self.layout) > 1
-        lines = ((phase, " | ".join(_chosen(layout))) for phase, layout in self.layout.items())
+        lines = ((phase, " | ".join(_main_strategies(layout))) for phase, layout in self.layout.items())
         return "; ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
     @property
     def family(self) -> str:
-        """The same without axes, `WS-1D with batch-sharded`."""
+        """The headline without axes, `WS-1D with batch-sharded`."""
         several = len(self.layout) > 1
-        lines = ((phase, " with ".join(map(_bare, _chosen(layout)))) for phase, layout in self.layout.items())
+        lines = ((phase, " with ".join(map(_bare, _main_strategies(layout)))) for phase, layout in self.layout.items())
         return ", ".join(f"{phase} {line}" if several else line for phase, line in lines)
 
 
@@ -96,8 +94,8 @@ def _bare(chosen: str) -> str:
     return family(chosen.removeprefix("attention "))
 
 
-def _chosen(layout: Mapping[str, str]) -> tuple[str, ...]:
-    """The strategy of the largest matrix product by a weight, and of the largest of attention."""
+def _main_strategies(layout: Mapping[str, str]) -> tuple[str, ...]:
+    """The strategies of the largest matmul by a weight and of the largest one of attention."""
     attention = next((each for each in layout.values() if _of_attention(each)), None)
     weights = next((each for each in layout.values() if not _of_attention(each)), None)
     if attention is None:
@@ -119,7 +117,7 @@ def family(strategy: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """The points of a phase that have a plan and do the same work: what a frontier is of."""
+    """The points of one frontier: those of a phase that have a plan and do the same work."""
 
     name: str
     rows: tuple[Row, ...]
@@ -151,7 +149,7 @@ class SweepResult:
         return tuple(row for row in self.solved if row.phase == phase)
 
     def parts(self, phase: str) -> tuple[Part, ...]:
-        """The rows of one phase that have a plan, apart by what `per` names; each part has its frontier."""
+        """The rows of one phase that have a plan, grouped by the variables in `per`; each part has its frontier."""
         found: dict[str, list[Row]] = {}
         several = [key for key in self.per if key in self.knobs_of(phase)]
         for row in self.of(phase):
@@ -160,13 +158,13 @@ class SweepResult:
         return tuple(Part(f"{phase}, {work}" if len(found) > 1 else phase, tuple(rows)) for work, rows in found.items())
 
     def knobs_of(self, phase: str) -> tuple[str, ...]:
-        """What differs between the points of a phase, plan or not."""
+        """The variables in which the points of a phase differ, with or without a plan."""
         rows = [row for row in self.rows if row.phase == phase]
         keys = dict.fromkeys(key for row in rows for key in row.knobs)
         return tuple(key for key in keys if len({row.knobs.get(key) for row in rows}) > 1)
 
     def label(self, row: Row, in_part: bool = False) -> str:
-        """A point in words, without what all points of its phase, or of its part, have alike."""
+        """A point as text, without the values that all points of its phase, or of its part, share."""
         keys = [key for key in self.knobs_of(row.phase) if key in row.knobs and not (in_part and key in self.per)]
         knobs = ", ".join(f"{key} {row.knobs[key]}" for key in keys)
         return f"{row.topology}{f', {knobs}' if knobs else ''}"
@@ -177,7 +175,7 @@ class SweepResult:
 
 
 def sweep_result(job: Job, done: Iterable[Done], order: Sequence[Point | Unmade], store: str = "") -> SweepResult:
-    """The rows of a sweep in the job's order, whatever the order in which they came."""
+    """The rows of a sweep in the job's order."""
     found = {id(each.point): each for each in done}
     rows = tuple(row_of(found[id(point)], job.per_chip_hour) for point in order if id(point) in found)
     return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store, job.per)
@@ -235,16 +233,16 @@ def _numbers(point: Point, result: Result, per_chip_hour: float | None) -> dict[
 
 
 def load_sweep(path: str | Path) -> SweepResult:
-    """Reads what `autoshard sweep` wrote.
+    """Reads a file of `autoshard sweep`.
 
-    **Raises:** `AutoshardError` for a file of something else.
+    **Raises:** `AutoshardError` for another kind of file.
     """
     try:
         data = json.loads(Path(path).read_text("utf-8"))
         version = data.pop("autoshard_sweep")
         if version > VERSION:
-            raise AutoshardError(f"{path} is of a newer autoshard; this one reads versions up to {VERSION}.")
+            raise AutoshardError(f"{path} is from a newer autoshard; this one reads versions up to {VERSION}.")
         rows, per = tuple(Row(**row) for row in data["rows"]), tuple(data.get("per", ()))
         return SweepResult(**{**data, "rows": rows, "per": per})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AutoshardError(f"{path} is no sweep of autoshard: {error!r}.") from error
+        raise AutoshardError(f"{path} is not a sweep of autoshard: {error!r}.") from error

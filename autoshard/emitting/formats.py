@@ -1,0 +1,170 @@
+"""Formats: how arrays are split over the mesh, and in which order their dimensions lie in memory.
+
+An `ArrayPlan` without an order lies as the device lays out arrays by default: row-major on CPUs and GPUs, on TPUs in the order
+that pads its tiles least (`search.formulation.tpu_tiles.least_padded`). That order is chosen by the shape alone; a matmul that
+wants another one relays the array at every step. The compiler knows what reads an array, and with `Layout.AUTO` it chooses the
+orders of arguments and results itself (`of_the_compiler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding
+
+from autoshard.emitting import bind, targets
+from autoshard.emitting.sharding import check_mesh, spec_of
+from autoshard.errors import AutoshardError
+from autoshard.planning import records
+from autoshard.planning.records import ArrayPlan, PlanRecord
+
+P = TypeVar("P", bound=PlanRecord)
+Order = tuple[int, ...]
+"""The dimensions of an array from major to minor; empty for the device's default."""
+
+
+def formats(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
+    """The arguments' and the results' `Format`s on a mesh that has the plan's axes, shaped like them."""
+    check_mesh(plan, mesh)
+    ins, outs = flat_formats(plan, mesh)
+    return plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs)
+
+
+def flat_formats(plan: PlanRecord, mesh: Mesh) -> tuple[list[Format], list[Format]]:
+    """The formats of the flat arguments and of the flat results."""
+    ordered = has_orders(plan, mesh)
+
+    def of(array: ArrayPlan) -> Format:
+        layout = Layout(array.order) if ordered and array.order else None
+        return Format(layout, NamedSharding(mesh, spec_of(array.layout)))
+
+    return [of(array) for array in plan.arguments], [of(array) for array in plan.results]
+
+
+def has_orders(plan: PlanRecord, mesh: Mesh) -> bool:
+    """Whether the plan has orders of dimensions that hold on this mesh: they are chosen for one kind of chip."""
+    kind = plan.topology.chip.kind
+    here = mesh.devices.flat[0].platform
+    return _KINDS.get(here, here) == kind and any(array.order for array in (*plan.arguments, *plan.results))
+
+
+_KINDS = {"cuda": "gpu", "rocm": "gpu"}
+"""What JAX calls a platform, where the catalogue calls it otherwise."""
+
+
+# --- the compiler's choice
+
+
+def choose_formats(plan: P, fn: Callable[..., Any], *args: Any, devices: Sequence[Any] | None = None) -> P:
+    """The plan with the formats that the compiler chooses for its arguments and results.
+
+        plan = autoshard.choose_formats(plan, decode, params, cache, tokens, position)
+        params = plan.place(params, argument="params")
+
+    The planned program is compiled once more, for the plan's own chips, which need not be there. A donated argument and the
+    result that overwrites it have one format.
+
+    **Arguments:**
+
+    - `args`: the arguments the plan was searched for, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
+    - `devices`: compile for these instead.
+
+    **Raises:** `PlanMismatchError` when plan and function do not belong together; `AutoshardError` when the compiler cannot be
+    had, or refuses the program.
+    """
+    topology = plan.topology
+    chosen = targets.devices_of(topology, _TARGETS[topology.chip.kind]) if devices is None else devices
+    mesh = targets.mesh_of(chosen, topology.axis_sizes)
+    try:
+        return of_the_compiler(plan, fn, args, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        raise AutoshardError(f"The compiler refused {plan.name} for {topology.name}. It says: {error}") from error
+
+
+_TARGETS: dict[str, targets.Target] = {"cpu": "host", "tpu": "tpu", "gpu": "gpu"}
+"""Whose compiler compiles for a kind of chip."""
+
+
+@dataclass(frozen=True)
+class _Auto:
+    """What the compiler chose: an order per flat argument and result."""
+
+    arguments: tuple[Order, ...]
+    results: tuple[Order, ...]
+
+
+def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> P:
+    """The plan with the orders that the compiler of the mesh's devices chooses for its arguments and results.
+
+    This compiles the planned program once more. A donated argument and the result that overwrites it have one order, the
+    argument's.
+
+    **Arguments:**
+
+    - `args`: the arguments of the plan, arrays or `jax.ShapeDtypeStruct`s.
+
+    **Raises:** `PlanMismatchError` when plan and function do not belong together; `jax.errors.JaxRuntimeError` when the
+    compiler refuses the program.
+    """
+    donated = bind.traced_as(plan, fn, args).program.donated
+    chosen = _compiled_freely(plan, fn, args, mesh)
+    results = list(chosen.results)
+    for result, argument in records.predecessors(plan.arguments, plan.results, donated).items():
+        results[result] = chosen.arguments[argument]
+    return with_orders(plan, chosen.arguments, results, "compiler")
+
+
+def with_orders(plan: P, arguments: Sequence[Order], results: Sequence[Order], source: str = "given") -> P:
+    """The plan with these orders of its flat arguments and results; `source` says whose they are."""
+    ins, outs = records.with_orders(plan.arguments, arguments), records.with_orders(plan.results, results)
+    return replace(plan, arguments=ins, results=outs, emission=replace(plan.emission, formats=source))
+
+
+def without_orders(plan: P) -> P:
+    """The plan with every array in the device's default order."""
+    return with_orders(plan, [()] * len(plan.arguments), [()] * len(plan.results), "default")
+
+
+def _compiled_freely(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:
+    plain = without_orders(plan)
+    ins, outs = (
+        [Format(Layout.AUTO if _is_ordered(array) else None, each.sharding) for array, each in zip(*pair, strict=True)]
+        for pair in zip((plan.arguments, plan.results), flat_formats(plain, mesh), strict=True)
+    )
+    flat, structure = jax.tree_util.tree_flatten(tuple(args))
+    run = bind.bound(plain, fn, mesh)
+
+    def step(*leaves: Any) -> list[Any]:
+        return jax.tree_util.tree_leaves(run(*jax.tree_util.tree_unflatten(structure, leaves)))
+
+    donated = tuple(i for i, array in enumerate(plan.arguments) if array.donated)
+    options = bind.compiler_options(plan, mesh) or None
+    compiled = (
+        jax.jit(step, in_shardings=tuple(ins), out_shardings=outs, donate_argnums=donated, keep_unused=True)
+        .lower(*map(_shape, flat))
+        .compile(options)
+    )
+    return _Auto(
+        _orders(plan.arguments, compiled.input_formats[0]),
+        _orders(plan.results, jax.tree_util.tree_leaves(compiled.output_formats)),
+    )
+
+
+def _is_ordered(array: ArrayPlan) -> bool:
+    """Whether there is anything to choose: more than one dimension, of numbers."""
+    return len(array.shape) > 1 and 0 not in array.shape and not array.dtype.startswith("key<")
+
+
+def _orders(arrays: Sequence[ArrayPlan], found: Sequence[Format]) -> tuple[Order, ...]:
+    return tuple(
+        each.layout.major_to_minor if _is_ordered(array) and isinstance(each.layout, Layout) else ()
+        for array, each in zip(arrays, found, strict=True)
+    )
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf

@@ -1,0 +1,306 @@
+"""A jaxpr of slices as one of whole stacks: what it reads of a slice it reads there, what it writes it writes there.
+
+The stack takes the slice's place among operands and results. Where the slice lies in it is told by indices, which become
+operands behind all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+from autoshard.tracing.equations import (
+    equations,
+    fresh,
+    gathered,
+    put,
+    rebuilt,
+    renamed,
+    renamed_atoms,
+    scattered,
+    stacked,
+    variables,
+    window,
+)
+from autoshard.tracing.jaxprs import CALLS, called, scan_counts
+from autoshard.tracing.source_lines import is_jax_own
+from autoshard.tracing.updates import Update, updates_of
+from search.memory.views import IN_PLACE
+
+READS = ("dynamic_slice", "gather")
+"""Primitives that read a part of their first operand, and read it from the stack."""
+
+
+def on_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> Any:
+    """A closed jaxpr whose operands and results at `places` are stacks, an index per leading dimension behind them.
+
+    **Arguments:**
+
+    - `places`: pairs of an operand and a result of the same shape and type. A result that is an update of its operand is
+      written where that is; any other is written whole, at the end.
+    - `lead`: the sizes of the leading dimensions that stacks have and slices have not.
+    """
+    closed = _with_calls_opened(closed, places)
+    jaxpr = closed.jaxpr
+    index = fresh([jax.ShapeDtypeStruct((), jnp.int32) for _ in lead])
+    stacks = fresh([stacked(jaxpr.invars[operand].aval, lead) for operand, _ in places])
+    chains = [updates_of(jaxpr, jaxpr.outvars[result]) for _, result in places]
+    updates: dict[int, list[Update]] = {}
+    for (operand, _), (first, chain) in zip(places, chains, strict=True):
+        for each in chain if first is jaxpr.invars[operand] else ():
+            updates.setdefault(id(each.eqn), []).append(each)
+    rewriting = _Rewriting(jaxpr, index, lead)
+    rewriting.stacks |= {jaxpr.invars[operand]: stack for (operand, _), stack in zip(places, stacks, strict=True)}
+    rewriting.run(_written_late(jaxpr.eqns, updates), updates)
+    results, invars = list(jaxpr.outvars), list(jaxpr.invars)
+    for (operand, result), stack, (first, _) in zip(places, stacks, chains, strict=True):
+        if first is jaxpr.invars[operand]:
+            results[result] = rewriting.stacks[jaxpr.outvars[result]]
+        else:
+            results[result] = rewriting.write_whole(stack, jaxpr.outvars[result])
+        invars[operand] = stack
+    taken = {result for _, result in places}
+    results = [v if k in taken else rewriting.value(v) for k, v in enumerate(results)]
+    return jex.ClosedJaxpr(rebuilt(jaxpr, [*invars, *index], results, rewriting.eqns), closed.consts)
+
+
+class _Rewriting:
+    """The equations written so far; `stacks` has, per variable that is a slice, the stack that it lies in."""
+
+    def __init__(self, jaxpr: Any, index: Sequence[Any], lead: Sequence[int]) -> None:
+        self.jaxpr, self.index, self.lead = jaxpr, index, lead
+        self.stacks: dict[Any, Any] = {}
+        self.slices: dict[Any, Any] = {}
+        self.eqns: list[Any] = []
+        self.source: Any = None
+
+    def run(self, eqns: Sequence[Any], updates: dict[int, list[Update]]) -> None:
+        for at, eqn in enumerate(eqns):
+            self.source = eqn.source_info
+            if id(eqn) in updates:
+                self.write(eqn, updates[id(eqn)], eqns[:at], eqns[at + 1 :])
+            elif eqn.primitive.name in READS and eqn.invars[0] in self.stacks:
+                self.read(eqn)
+            else:
+                self.eqns.append(eqn.replace(invars=[self.value(v) for v in eqn.invars]))
+
+    def value(self, atom: Any) -> Any:
+        """An operand that is no stack: of a slice, what is cut out of the stack when it is first needed."""
+        if isinstance(atom, jex.Literal) or atom not in self.stacks:
+            return atom
+        if atom not in self.slices:
+            shape = atom.aval.shape
+            (self.slices[atom],) = self.emit(lambda at, *index: window(index, shape)(at), [self.stacks[atom]])
+        return self.slices[atom]
+
+    def read(self, eqn: Any) -> None:
+        """Reads a part of a slice from the stack."""
+        n, others = len(self.lead), [self.value(v) for v in eqn.invars[1:]]
+
+        def part(stack: Any, *rest: Any) -> Any:
+            if eqn.primitive.name == "gather":
+                return gathered(eqn, stack, rest[0], rest[1:])
+            return window(rest[-n:], eqn.params["slice_sizes"], rest[:-n])(stack)
+
+        self.emit(part, [self.stacks[eqn.invars[0]], *others], eqn.outvars)
+
+    def write(self, eqn: Any, updates: Sequence[Update], before: Sequence[Any], after: Sequence[Any]) -> None:
+        """Writes into the stacks what an equation writes into slices."""
+        if eqn.primitive.name in IN_PLACE:
+            self.write_part(eqn, before, after)
+            return
+        for each in updates:
+            if _reads(after, self.jaxpr.outvars, eqn.invars[each.operand]):
+                self.value(eqn.invars[each.operand])
+        places = [(each.operand, each.result) for each in updates]
+        at = {operand: self.stacks[eqn.invars[operand]] for operand, _ in places}
+        operands = [at[k] if k in at else self.value(v) for k, v in enumerate(eqn.invars)]
+        written = REGIONS[eqn.primitive.name](eqn, operands, places, self.index, self.lead)
+        self._put(written, {eqn.outvars[result]: written.outvars[result] for _, result in places})
+
+    def _put(self, eqn: Any, stacks: dict[Any, Any]) -> None:
+        self.eqns.append(eqn)
+        self.stacks |= stacks
+
+    def write_part(self, eqn: Any, before: Sequence[Any], after: Sequence[Any]) -> None:
+        """Writes a part of a slice into the stack, once what reads the slice as it was has done so."""
+        n, old = len(self.lead), eqn.invars[0]
+        others = [self.value(v) for v in eqn.invars[1:]]
+        at = 0 if eqn.primitive.name == "dynamic_update_slice" else 1  # the part among the others
+        if _reads(after, self.jaxpr.outvars, old):
+            others[at], self.slices[old] = self.wait(others[at], [self.value(old)])
+        elif (made := _made_of(before, old)) and not _depends(before, eqn.invars[1 + at], made):
+            others[at] = self.wait(others[at], made)[0]
+
+        def part(stack: Any, *rest: Any) -> Any:
+            if eqn.primitive.name == "dynamic_update_slice":
+                return put(stack, rest[0], rest[-n:], rest[1:-n])
+            return scattered(eqn, stack, rest[0], rest[1], rest[2:])
+
+        (self.stacks[eqn.outvars[0]],) = self.emit(part, [self.stacks[old], *others])
+
+    def wait(self, atom: Any, made: Sequence[Any]) -> list[Any]:
+        """An operand, and others, that are there together."""
+        return self.emit(lambda *arrays: lax.optimization_barrier(arrays[: 1 + len(made)]), [atom, *made])
+
+    def write_whole(self, stack: Any, variable: Any) -> Any:
+        """Writes a whole slice into the stack."""
+        return self.emit(lambda at, update, *index: put(at, update, index), [stack, self.value(variable)])[0]
+
+    def emit(self, fn: Callable[..., Any], atoms: Sequence[Any], results: Sequence[Any] = ()) -> list[Any]:
+        """Adds the equations of a function of these operands and the indices, and gives its results."""
+        eqns, found = equations(fn, [*atoms, *self.index], self.source, results)
+        self.eqns += eqns
+        return found
+
+
+# --- Loops and branches that update a slice
+
+
+def _scan_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequence[Any], lead: Sequence[int]) -> Any:
+    constants, carries = scan_counts(eqn.params)
+    closed = on_stacks(eqn.params["jaxpr"], places, lead)
+    body, n = closed.jaxpr, len(index)
+    invars = [*body.invars[:constants], *body.invars[-n:], *body.invars[constants:-n]]
+    params = {
+        **eqn.params,
+        "jaxpr": jex.ClosedJaxpr(rebuilt(body, invars, body.outvars, body.eqns), closed.consts),
+        "num_consts": constants + n,
+        "num_carry": carries,
+    }
+    operands = [*operands[:constants], *index, *operands[constants:]]
+    return eqn.replace(invars=operands, outvars=_results(eqn, places, lead), params=params)
+
+
+def _while_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequence[Any], lead: Sequence[int]) -> Any:
+    params, n = eqn.params, len(index)
+    tested, constants = params["cond_nconsts"], params["body_nconsts"]
+    closed = on_stacks(params["body_jaxpr"], [(operand - tested, result) for operand, result in places], lead)
+    body, condition = closed.jaxpr, params["cond_jaxpr"].jaxpr
+    invars = [*body.invars[:constants], *body.invars[-n:], *body.invars[constants:-n]]
+    unread = list(condition.invars)
+    for _, result in places:
+        (unread[tested + result],) = fresh([stacked(unread[tested + result].aval, lead)])
+    test = rebuilt(condition, unread, condition.outvars, condition.eqns)
+    params = {
+        **params,
+        "body_jaxpr": jex.ClosedJaxpr(rebuilt(body, invars, body.outvars, body.eqns), closed.consts),
+        "cond_jaxpr": jex.ClosedJaxpr(test, params["cond_jaxpr"].consts),
+        "body_nconsts": constants + n,
+    }
+    before = tested + constants
+    operands = [*operands[:before], *index, *operands[before:]]
+    return eqn.replace(invars=operands, outvars=_results(eqn, places, lead), params=params)
+
+
+def _cond_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequence[Any], lead: Sequence[int]) -> Any:
+    inside = [(operand - 1, result) for operand, result in places]
+    branches = tuple(on_stacks(each, inside, lead) for each in eqn.params["branches"])
+    params = {**eqn.params, "branches": branches}
+    return eqn.replace(invars=[*operands, *index], outvars=_results(eqn, places, lead), params=params)
+
+
+REGIONS = {"scan": _scan_on_stacks, "while": _while_on_stacks, "cond": _cond_on_stacks}
+"""Per primitive with regions, its equation with stacks in the place of slices."""
+
+
+def _results(eqn: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> list[Any]:
+    found = list(eqn.outvars)
+    for _, result in places:
+        (found[result],) = fresh([stacked(found[result].aval, lead)])
+    return found
+
+
+# --- Order: a write comes after what reads the slice as it was
+
+
+def _written_late(eqns: Sequence[Any], updates: dict[int, list[Update]]) -> list[Any]:
+    """The equations with each update right before the first that uses what it has made, or last."""
+    found: list[Any] = []
+    for eqn in reversed(eqns):
+        at = 0
+        if id(eqn) in updates:
+            made = set(eqn.outvars)
+            at = next((k for k, each in enumerate(found) if not made.isdisjoint(variables(each))), len(found))
+        found.insert(at, eqn)
+    return found
+
+
+def _reads(eqns: Sequence[Any], results: Sequence[Any], variable: Any) -> bool:
+    """Whether any equation, or the jaxpr's end, needs a variable."""
+    return any(variable in variables(eqn) for eqn in eqns) or any(variable is each for each in results)
+
+
+def _made_of(eqns: Sequence[Any], variable: Any) -> list[Any]:
+    """What is made of a slice and is smaller: when it is there, the slice has been read."""
+    of_it, found = {variable}, []
+    for eqn in eqns:
+        if not of_it.isdisjoint(variables(eqn)) and not (eqn.primitive.name in IN_PLACE and eqn.invars[0] in of_it):
+            for var in eqn.outvars:
+                if var.aval.size >= variable.aval.size:
+                    of_it.add(var)
+                elif not jnp.issubdtype(var.aval.dtype, jax.dtypes.extended):
+                    found.append(var)
+    return found
+
+
+def _depends(eqns: Sequence[Any], variable: Any, sources: Sequence[Any]) -> bool:
+    """Whether a variable is made of all of these."""
+    missing, waiting = set(sources), set() if isinstance(variable, jex.Literal) else {variable}
+    for eqn in reversed(eqns):
+        if not waiting.isdisjoint(eqn.outvars):
+            waiting |= variables(eqn)
+    return missing <= waiting
+
+
+# --- Calls that are opened
+
+
+def _with_calls_opened(closed: Any, places: Sequence[tuple[int, int]]) -> Any:
+    """The jaxpr without the calls that an update goes through, or that read a slice."""
+    while True:
+        jaxpr = closed.jaxpr
+        slices, through = set(), set()
+        for operand, result in places:
+            first, chain = updates_of(jaxpr, jaxpr.outvars[result])
+            slices.add(jaxpr.invars[operand])
+            if first is jaxpr.invars[operand]:
+                slices.update(each.eqn.outvars[each.result] for each in chain)
+                through.update(id(each.eqn) for each in chain)
+        opened = next((eqn for eqn in jaxpr.eqns if _is_opened(eqn, slices, through)), None)
+        if opened is None:
+            return closed
+        closed = _opened(closed, opened)
+
+
+def _is_opened(eqn: Any, slices: set[Any], through: set[int]) -> bool:
+    if id(eqn) in through:
+        return eqn.primitive.name in CALLS
+    return eqn.primitive.name in ("jit", "pjit") and not slices.isdisjoint(variables(eqn))
+
+
+def _opened(closed: Any, call: Any) -> Any:
+    """The jaxpr with a call's equations in its place."""
+    jaxpr, (inner, arrays) = closed.jaxpr, called(call)
+    own = {v for eqn in inner.eqns for v in eqn.outvars}
+    named: dict[Any, Any] = dict(zip(own, fresh([v.aval for v in own]), strict=True))
+    held = fresh([v.aval for v in inner.constvars])
+    named |= dict(zip((*inner.invars, *inner.constvars), (*call.invars, *held), strict=True))
+    source = {"source_info": call.source_info} if is_jax_own(inner) else {}
+
+    eqns: list[Any] = []
+    after: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        if eqn is call:
+            eqns += [renamed(each, named).replace(**source) for each in inner.eqns]
+            after = dict(zip(call.outvars, renamed_atoms(inner.outvars, named), strict=True))
+        else:
+            eqns.append(renamed(eqn, after) if after else eqn)
+    opened = rebuilt(jaxpr, jaxpr.invars, renamed_atoms(jaxpr.outvars, after), eqns)
+    opened = opened.replace(constvars=[*jaxpr.constvars, *held])
+    return jex.ClosedJaxpr(opened, (*closed.consts, *arrays))

@@ -1,0 +1,164 @@
+"""The orders in which the dimensions of arguments lie in a TPU's memory, by what reads them.
+
+The matrix unit takes an operand whose two minor dimensions are the matrix's: the longest of the summed dimensions, and the
+longest of the kept ones. Dimensions of a batch, and all others, are gone through from outside. Either of the two may lie along
+the lanes, so the one that pads less does. `ragged_dot` reads its weights as [group, summed, kept], and a look-up reads whole
+rows. What a loop slices lies slice by slice. Without an order an argument lies as its shape alone suggests
+(`search.formulation.tpu_tiles.least_padded`), and is relaid at every step where what reads it wants another.
+
+An argument gets an order where all that read it are products, look-ups and updates in place. Where an elementwise operation
+reads it too, as an optimizer does, the operation's other arrays must lie alike.
+
+On compiled programs (libtpu 0.0.42) these orders are those that the compiler chooses with `Layout.AUTO`; see docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from costmodels.machine.topology import Topology
+from costmodels.operations import matrix_factors
+from costmodels.program.program import Operation, Program, Use
+from search.answer.assignment import Choice, produced
+from search.formulation.layouts import local_shape
+from search.formulation.tpu_tiles import least_padded, padding
+from search.memory.views import IN_PLACE
+
+Order = tuple[int, ...]
+Dims = tuple[int | None, ...]
+"""Per dimension of an array the argument's dimension that it is, or None where it is none or several."""
+_LITTLE = 0.01
+"""The part of what products read of an argument that others may read of it, such as the row that is written into a cache."""
+_PADDED = 1.25
+"""How many times as many bytes as by default an array may take for its order, which the plan's memory does not count."""
+_SHOWN = frozenset(
+    {"convert_element_type", "transpose", "squeeze", "reshape", "optimization_barrier", "dynamic_slice", "slice"}
+)
+_AROUND = frozenset({"loop_constant", "loop_slice", "loop_carry", "loop_stack", "branch_constant"})
+"""Primitives after which an array's dimensions are still told apart, and which a compiler reads through."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An operation that reads an argument, the order that it wants, and the bytes of one chip that it reads in a step.
+
+    Without an order it is one that the argument's dimensions cannot be followed to.
+    """
+
+    operation: int
+    order: Order | None
+    bytes: float
+
+
+def orders(program: Program, choice: Choice, topology: Topology) -> tuple[Order, ...]:
+    """Per flat argument the order of its dimensions, major to minor; empty where the device's default is as good.
+
+    A donated argument's is that of the result in its place, too. Chips other than TPUs have no tiles, and no orders.
+    """
+    if topology.chip.kind != "tpu":
+        return ((),) * len(program.arguments)
+    return tuple(_order(program, choice, topology, at) for at in program.arguments)
+
+
+def _order(program: Program, choice: Choice, topology: Topology, source: int) -> Order:
+    value = program.operations[source].outputs[0].value
+    sizes = local_shape(program.values[value].shape, produced(program, choice, value), topology.axis_sizes)
+    if len(sizes) < 2 or 0 in sizes:
+        return ()
+    wanted: Counter[Order | None] = Counter()
+    for each in readers(program, choice, topology, source):
+        wanted[each.order] += each.bytes  # pyright: ignore[reportArgumentType]
+    others = wanted.pop(None, 0)
+    best = max(wanted, key=lambda order: wanted[order], default=None)
+    if best is None or others > _LITTLE * wanted[best]:
+        return ()
+    plain = default_order(sizes, topology.chip.kind)
+    padded = _padding(best, sizes) > _PADDED * _padding(plain, sizes)
+    return () if padded or is_same_order(best, plain, sizes) else best
+
+
+def default_order(sizes: Order, kind: str) -> Order:
+    """The order in which a kind of chip lays out an array of this shape when nobody says."""
+    return least_padded(sizes) if kind == "tpu" else tuple(range(len(sizes)))
+
+
+def is_same_order(one: Order, other: Order, sizes: Order) -> bool:
+    """Whether two orders are one in memory: dimensions of one element do not count."""
+    return _long(one, sizes) == _long(other, sizes)
+
+
+def _padding(order: Order, sizes: Order) -> float:
+    """Bytes that tiles take over the bytes of the array."""
+    long = _long(order, sizes)
+    return padding(sizes[long[-2]], sizes[long[-1]]) if len(long) > 1 else 1.0
+
+
+def _long(order: Order, sizes: Order) -> Order:
+    """An order without the dimensions of one element."""
+    return tuple(i for i in order if sizes[i] > 1)
+
+
+def readers(program: Program, choice: Choice, topology: Topology, source: int) -> Iterator[Reader]:
+    """The operations that read an argument, through views and casts of it, loops, and updates in place."""
+    value = program.operations[source].outputs[0].value
+    shape = program.values[value].shape
+    sizes = local_shape(shape, produced(program, choice, value), topology.axis_sizes)
+    held = prod(sizes) * program.values[value].itemsize
+    seen = {value}
+    ahead: list[tuple[int, Dims]] = [(value, tuple(range(len(sizes))))]
+    while ahead:
+        at, dims = ahead.pop()
+        for index, operand in program.consumers.get(at, ()):
+            op = program.operations[index]
+            if op.op_class == "sink":
+                continue
+            if not _shows(op, operand):
+                part = prod(program.values[at].shape) / prod(shape)
+                yield Reader(index, _wanted(op, operand, dims, sizes), held * part * program.multiplicity(op.region))
+            for use in op.outputs if _shows(op, operand) else ():
+                if use.value not in seen:
+                    seen.add(use.value)
+                    ahead.append((use.value, _after(op, operand, use, dims)))
+
+
+def _shows(op: Operation, operand: int) -> bool:
+    """Whether what an operation makes of an operand is that array, or a part of it."""
+    return op.primitive in _AROUND or (operand == 0 and op.primitive in (*_SHOWN, *IN_PLACE))
+
+
+def _after(op: Operation, operand: int, result: Use, dims: Dims) -> Dims:
+    place = {dim: at for dim, at in zip(op.inputs[operand].dims, dims, strict=True) if dim}
+    return tuple(place.get(dim) for dim in result.dims)
+
+
+def _wanted(op: Operation, operand: int, dims: Dims, sizes: Order) -> Order | None:
+    """The order in which an operation takes an argument, whose dimensions are those of its operand."""
+    known = tuple(at for at in dims if at is not None)
+    order = _of_operand(op, operand, known, sizes) if len(known) == len(dims) else None
+    if order is None:
+        return None
+    return (*(at for at in range(len(sizes)) if at not in known), *order)
+
+
+def _of_operand(op: Operation, operand: int, dims: Order, sizes: Order) -> Order | None:
+    if op.primitive == "gather" and operand == 0:
+        return dims
+    groups = matrix_factors(op)
+    if groups is None:
+        return dims if op.primitive == "ragged_dot_general" and operand == 1 else None
+    roles = [set(dim) for dim in op.inputs[operand].dims]
+    summed = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.contracted)]
+    batch = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.batch)]
+    kept = [at for at in dims if at not in (*summed, *batch)]
+    return _for_product(batch, summed, kept, sizes) if summed and kept else None
+
+
+def _for_product(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
+    """Dimensions of the batch, then those gone through one by one, then the matrix: the way round that pads it less."""
+    rows, lanes = sorted((max(summed, key=lambda i: (sizes[i], -i)), max(kept, key=lambda i: (sizes[i], i))))
+    if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
+        rows, lanes = lanes, rows
+    return (*(i for i in (*batch, *kept, *summed) if i not in (rows, lanes)), rows, lanes)

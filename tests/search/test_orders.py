@@ -1,0 +1,130 @@
+"""The orders of arguments by what reads them: their laws, and libtpu's own choice beside them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+import autoshard
+from autoshard.emitting.formats import without_orders
+from search.answer.orders import Order, orders
+from search.formulation.layouts import local_shape
+from search.formulation.tpu_tiles import least_padded
+
+SIZES = st.sampled_from((1, 3, 8, 64, 96, 128, 200, 512))
+SHAPE = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+
+
+def plan_of(fn: Any, *args: Any, topology: str = "v5e:1x1", donated: tuple[int, ...] = ()) -> autoshard.Plan:
+    return autoshard.search(fn, *args, topology=topology, donate_argnums=donated)
+
+
+def order_of(fn: Any, *args: Any, argument: int = 0) -> Order:
+    return plan_of(fn, *args).arguments[argument].order
+
+
+# --- laws
+
+
+@given(SIZES, SIZES, SIZES)
+def test_a_plain_matrix_lies_as_the_device_has_it(rows: int, inner: int, columns: int) -> None:
+    assert order_of(lambda w, x: x @ w, SHAPE((inner, columns)), SHAPE((rows, inner))) == ()
+
+
+@given(st.permutations("ehd"), SIZES, SIZES, SIZES)
+def test_an_order_names_each_dimension_once_and_ends_with_the_matrix(dims: list[str], e: int, h: int, d: int) -> None:
+    sizes = {"e": e, "h": h, "d": d}
+    shape = tuple(sizes[name] for name in dims)
+    found = order_of(lambda w, x: jnp.einsum(f"be,{''.join(dims)}->bhd", x, w), SHAPE(shape), SHAPE((8, e)))
+    if found:
+        assert sorted(found) == [0, 1, 2]
+        assert "e" in {dims[at] for at in found[-2:]}, "the summed dimension is one of the matrix's"
+        assert max(h, d) in {shape[at] for at in found[-2:]}, "and the longest of the kept ones the other"
+
+
+def test_a_stack_that_a_loop_slices_lies_slice_by_slice() -> None:
+    def step(w: jax.Array, x: jax.Array) -> Any:
+        return lax.scan(lambda x, w: (jnp.einsum("be,ehd->bhd", x, w).reshape(x.shape), None), x, w)[0]
+
+    single = order_of(lambda w, x: jnp.einsum("be,ehd->bhd", x, w), SHAPE((1024, 8, 128)), SHAPE((8, 1024)))
+    assert single == (1, 0, 2)
+    assert order_of(step, SHAPE((4, 1024, 8, 128)), SHAPE((8, 1024))) == (0, *(at + 1 for at in single))
+
+
+def test_what_elementwise_operations_read_too_keeps_its_order() -> None:
+    def step(w: jax.Array, x: jax.Array) -> Any:
+        return jnp.einsum("be,ehd->bhd", x, w), w * jnp.bfloat16(0.5)
+
+    assert order_of(step, SHAPE((1024, 8, 128)), SHAPE((8, 1024))) == ()
+
+
+def test_other_chips_have_no_orders() -> None:
+    fn = functools.partial(jnp.einsum, "ehd,be->bhd")
+    args = SHAPE((1024, 8, 128)), SHAPE((8, 1024))
+    assert plan_of(fn, *args).emission.formats == "rule"
+    for topology in ("cpu:1", "h100:1x1"):
+        plan = plan_of(fn, *args, topology=topology)
+        assert orders(plan.require_program(), plan.choice, plan.topology) == ((), ())
+        assert plan.emission.formats == "default"
+
+
+def test_a_donated_argument_and_its_successor_lie_alike() -> None:
+    def step(cache: jax.Array, x: jax.Array, at: jax.Array) -> Any:
+        cache = lax.dynamic_update_slice_in_dim(cache, x[:, None], at, 1)
+        return jnp.einsum("bkd,bskd->bks", x, cache), cache
+
+    args = SHAPE((8, 512, 8, 128)), SHAPE((8, 8, 128)), jax.ShapeDtypeStruct((), jnp.int32)
+    plan = plan_of(step, *args, donated=(0,))
+    assert plan.arguments[0].order == (0, 2, 1, 3) == plan.results[1].order
+
+
+# --- beside the compiler's
+
+
+def moe(params: dict[str, jax.Array], tokens: jax.Array, sizes: jax.Array) -> jax.Array:
+    """A look-up, a projection to heads of 64 and a grouped product, of the shapes that lie badly by default."""
+    x = params["embedding"][tokens]
+    heads = jnp.einsum("be,ehd->bhd", x, params["query"])
+    rows = lax.ragged_dot(x, params["experts"], sizes)
+    return rows + jnp.einsum("bhd,hde->be", heads, params["out"])
+
+
+MOE = (
+    {
+        "embedding": SHAPE((20_000, 2880)),
+        "query": SHAPE((2880, 16, 64)),
+        "experts": SHAPE((8, 2880, 360)),
+        "out": SHAPE((16, 64, 360)),
+    },
+    jax.ShapeDtypeStruct((32,), jnp.int32),
+    jax.ShapeDtypeStruct((8,), jnp.int32),
+)
+
+
+@pytest.mark.tpu
+def test_the_orders_are_those_that_the_compiler_chooses() -> None:
+    plan = plan_of(moe, *MOE)
+    chosen = autoshard.choose_formats(without_orders(plan), moe, *MOE)
+    for ours, its in zip(plan.arguments, chosen.arguments, strict=True):
+        sizes = local_shape(ours.shape, ours.layout, plan.topology.axis_sizes)
+        assert len(sizes) < 2 or (ours.order or least_padded(sizes)) == its.order, ours.path
+    assert {row.path: row.order for row in plan.arguments if row.order} == {
+        "params['embedding']": (0, 1),
+        "params['experts']": (0, 1, 2),
+    }
+
+
+@pytest.mark.tpu
+def test_the_orders_save_relayouts() -> None:
+    plan = plan_of(moe, *MOE)
+    ours, plain = (
+        autoshard.audit(each, moe, *MOE, target="tpu").compute_seconds for each in (plan, without_orders(plan))
+    )
+    assert ours is not None and plain is not None and ours < plain / 3
