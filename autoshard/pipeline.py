@@ -19,6 +19,7 @@ from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import trace_function
 from costmodels.machine.topology import Topology
 from search.answer.solution import Solver
+from search.cpsat.background import begin_import
 
 
 def search(
@@ -83,6 +84,7 @@ def search(
         dims=dims,
         solver=solver,
     )
+    begin_import()  # of OR-Tools, while the function is traced
     where = topology_of(topology)
     return plan_function(annotated_function(fn, args, options), where, options)
 

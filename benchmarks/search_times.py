@@ -48,6 +48,11 @@ def llama(topology: str, reference: float | None, **sizes: Any) -> Case:
     return Case(name, "llama", (("decode", 1.0, sizes),), topology, reference)
 
 
+def deep(name: str, function: str, topology: str) -> Case:
+    """A deep program whose layers are not all alike."""
+    return Case(f"{name}, {topology}", "benchmarks.deep_programs", ((function, 1.0, {}),), topology, 30.0)
+
+
 def growing(what: str, at: int, case: Case) -> Case:
     return case._replace(grows=what, at=at)
 
@@ -69,6 +74,9 @@ CASES = (
     ),
     palm("decode", "v4:2x4x2", 10.0, size="62b", batch=32),
     palm("decode", "h100:8", 10.0, size="8b", batch=8),
+    deep("DeepSeek-V3's shape, decode, 61 layers unrolled", "deepseek_v3", "v5p:4x4x4"),
+    deep("Local and global attention 5:1, decode, 60 layers unrolled", "alternating", "v5e:4x4"),
+    deep("Llama 3 70b decode, int8, 80 layers unrolled", "int8", "v5e:4x8"),
 )
 GROWTH = (
     *(
@@ -97,7 +105,7 @@ def measured(case: Case) -> dict[str, Any]:
     """One case in this process: wall seconds from trace to proof, peak memory, and the proof."""
     import importlib
 
-    module = importlib.import_module(f"examples.{case.module}")
+    module = importlib.import_module(case.module if "." in case.module else f"examples.{case.module}")
     started = time.monotonic()
     works = {phase: getattr(module, phase)(**sizes) for phase, _, sizes in case.phases}
     if len(works) > 1:

@@ -159,7 +159,18 @@ class Task:
         return proven
 
     def decide(self, found: Found, last: bool = False) -> Found:
-        """CP-SAT on the whole problem: its answer, or none if that is too much at once and this is not the `last` word."""
+        """CP-SAT on the whole problem: its answer, or none if that is too much at once and this is not the `last` word.
+
+        When interrupted, it confirms the best plan; without one, the interruption goes on its way.
+        """
+        try:
+            return self._decide(found, last)
+        except KeyboardInterrupt:
+            if found.ascent.best is None:
+                raise
+            return self._decide(replace(found, stopped="interrupted"), last=True)
+
+    def _decide(self, found: Found, last: bool) -> Found:
         ascent, states = found.ascent, found.states
         settled = last or ascent.closed or bool(found.ended) or not ascent.fits
         if ascent.best is None:

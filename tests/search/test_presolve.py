@@ -1,0 +1,99 @@
+"""Presolve against enumeration: nothing that a better plan has is taken away, and what is eliminated costs what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+from search.formulation.problem import FORBIDDEN, Problem, build
+from search.memory.constraints import Row, rows
+from search.presolve.dual import Dual
+from search.presolve.elimination import reduced
+from tests.support.effort import examples
+from tests.support.enumeration import enumerable, fitting, seconds_of_all
+from tests.support.programs import MESHES, small_programs
+
+ALIKE = 1e-9
+
+
+def small(program: Program, topology: Topology, part: float) -> Problem:
+    """The problem where a part of all arrays' bytes is a chip's memory; few enough choices to price them all."""
+    return enumerable(build(program, topology, part * sum(value.bytes for value in program.values)), 3e5)
+
+
+def begun(problem: Problem, limits: Sequence[Row], sweeps: int) -> Dual:
+    dual = Dual(problem, limits, [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes])
+    for _ in range(sweeps):
+        dual.sweep()
+    return dual
+
+
+def least_without(problem: Problem, keep: list[np.ndarray], among: np.ndarray) -> float:
+    """The least seconds of a plan that has a state which is gone."""
+    inside = np.zeros(among.shape, dtype=bool)
+    inside[np.ix_(*keep)] = True
+    return float(np.min(among, where=~inside, initial=np.inf))
+
+
+@examples(60)
+@given(small_programs(), st.sampled_from(MESHES), st.integers(0, 4), st.floats(0.0, 1.0))
+def test_no_better_plan_has_a_state_that_is_struck_out(program, topology, sweeps, part):
+    """However rough the dual is: reduced-cost fixing leaves every plan that is faster than the incumbent."""
+    problem = small(program, topology, 10.0)
+    seconds = seconds_of_all(problem)
+    every = np.unique(seconds[np.isfinite(seconds)])
+    incumbent = float(every[int(part * (len(every) - 1))])
+    dual = begun(problem, rows(problem), sweeps)
+    dual.exclude(incumbent)
+    assert least_without(problem, dual.keep, seconds) >= incumbent * (1 - ALIKE)
+
+
+@examples(60)
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_no_plan_that_fits_has_a_state_that_is_propagated_away(program, topology, part):
+    """Memory alone strikes out only what occurs in no plan that fits."""
+    problem = small(program, topology, part)
+    dual = begun(problem, rows(problem), 0)
+    dual.propagate()
+    seconds = np.where(fitting(problem), seconds_of_all(problem), np.inf)
+    if dual.fits:
+        assert least_without(problem, dual.keep, seconds) == np.inf
+    else:
+        assert not np.isfinite(seconds).any()
+
+
+@examples(60)
+@given(small_programs(), st.sampled_from(MESHES), st.integers(0, 2**31))
+def test_eliminated_nodes_cost_what_they_did(program, topology, seed):
+    """A choice of what is kept costs the least of all ways to choose the rest, and comes back as one of them."""
+    problem = small(program, topology, 10.0)
+    smaller = reduced(problem, rows(problem), 1.0)
+    assume(smaller.gone)
+    rng = np.random.default_rng(seed)
+    states = np.array([rng.integers(len(node.states)) for node in smaller.problem.nodes], dtype=int)
+    at = [slice(None)] * len(problem.nodes)
+    for node, state in zip(smaller.kept, states.tolist(), strict=True):
+        at[node] = state
+    least = float(np.min(seconds_of_all(problem)[tuple(at)]))
+    assume(np.isfinite(least))
+    assert smaller.problem.objective(states) == pytest.approx(least, rel=1e-9)
+    assert problem.objective(smaller.expanded(states)) == pytest.approx(least, rel=1e-9)
+
+
+@examples(60)
+@given(small_programs(), st.sampled_from(MESHES), st.integers(0, 4), st.floats(0.0, 2.0))
+def test_every_plan_within_a_window_survives_in_the_whole_problem(program, topology, sweeps, width):
+    """What the bound of the smaller problem leaves, read back, has all states of every plan within so much of the bound."""
+    problem = small(program, topology, 10.0)
+    smaller = reduced(problem, rows(problem), 1.0)
+    seconds = seconds_of_all(problem)
+    dual = begun(smaller.problem, smaller.rows, sweeps)
+    window = width * float(np.min(seconds))
+    surviving = smaller.surviving(dual.within(window), window)
+    assert least_without(problem, surviving, seconds) >= (dual.bound() + window) * (1 - ALIKE)
