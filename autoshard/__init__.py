@@ -54,7 +54,7 @@ _AT_FIRST_USE = {
     "Verification": "autoshard.comparing.verify",
     "verify": "autoshard.comparing.verify",
 }
-"""What few runs need, by the module that it is in; the others are there at once."""
+"""Names that few runs need, by module; they are imported at first use."""
 
 
 def __dir__() -> list[str]:

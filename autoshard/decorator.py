@@ -1,4 +1,4 @@
-"""`@autoshard.autoshard`: a function that plans itself at its first call, remembers the plan, and runs sharded."""
+"""The decorator `@autoshard.autoshard`: plans a function at its first call, caches the plan, and runs it sharded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def autoshard(
     donate_argnums: int | Sequence[int] = (),
     **options: Any,
 ) -> Any:
-    """Runs a function sharded over a topology, by the plan that a search finds for the arguments it is called with.
+    """Runs a function sharded over a topology, with a plan searched for the arguments of its calls.
 
         @autoshard.autoshard(topology="v5e:4x4", donate_argnums=1)
         def decode(params, cache, tokens, position): ...
@@ -40,14 +40,14 @@ def autoshard(
         logits, cache = decode(params, cache, tokens, position)      # searches, then runs
         decode.plan_for(params, cache, tokens, position).explain()
 
-    The first call with new shapes, types or nesting searches, or finds the plan in `cache_dir`; arguments are placed as the
-    plan says, as by `jax.jit`. With several processes the first one searches, and all take its plan; all must make the call
-    (and that of `plan_for`). Within `jax.jit`, `jax.grad` or `jax.vmap` it runs as `plan.apply(fn)` does.
+    The first call with new shapes, types or nesting searches, or finds the plan in `cache_dir`. Arguments are placed as
+    planned, as by `jax.jit`. With several processes the first one searches, and all use its plan; all must make the call
+    (also that of `plan_for`). Within `jax.jit`, `jax.grad` or `jax.vmap` it runs as `plan.apply(fn)` does.
 
     **Arguments:**
 
     - `topology`: as for `autoshard.search`; by default the devices that JAX sees.
-    - `cache_dir`: where plans are kept between runs; the user's cache directory by default.
+    - `cache_dir`: the folder of plans between runs; by default the user's cache directory.
     - `donate_argnums`, and further keywords: as for `autoshard.search`.
 
     **Returns:** a function of the same arguments, with `plan_for(*args) -> Plan`.
@@ -72,7 +72,7 @@ def autoshard(
 
 @dataclass(frozen=True)
 class _Bound:
-    """A plan with the function as it runs on the devices, where it wants its arguments, and as it runs when transformed."""
+    """A plan with its compiled function, the placement of its arguments, and its function for transformations."""
 
     plan: Plan
     jitted: Callable[..., Any]

@@ -1,26 +1,26 @@
-"""What can go wrong, each as its own error; all are `AutoshardError`s."""
+"""The errors of autoshard; all are `AutoshardError`s."""
 
 from __future__ import annotations
 
 
 class AutoshardError(Exception):
-    """The base of every error that autoshard raises on purpose."""
+    """The base class of all errors that autoshard raises."""
 
 
 class InfeasibleError(AutoshardError):
-    """No layout fits: which arrays need how many bytes against what a chip holds, and the smallest topology that would do."""
+    """No layout fits; states the largest arrays, the needed and the available bytes per chip, and a topology that fits."""
 
 
 class UnsupportedPrimitiveError(AutoshardError):
-    """A primitive has no rule and was not allowed to be replicated; names the primitive and the user's source line."""
+    """A primitive has no rule, and `strict` forbids replication; states the primitive and the source line."""
 
 
 class PlanMismatchError(AutoshardError):
-    """A plan does not belong to this function, these shapes or this file format; names the paths that differ."""
+    """A plan is for another function, other shapes or another file format; states the paths that differ."""
 
 
 class TopologyError(AutoshardError):
-    """A topology is malformed, names no known chip, or does not fit the devices."""
+    """A topology is malformed, has an unknown chip, or does not fit the devices."""
 
 
 class TraceError(AutoshardError):
@@ -28,8 +28,8 @@ class TraceError(AutoshardError):
 
 
 class ExportError(AutoshardError):
-    """A plan cannot be said in another format; names the arrays that cannot, and what would do."""
+    """A plan cannot be expressed in a format; states the arrays, and the formats that can."""
 
 
 class MissingProgramError(AutoshardError, ValueError):
-    """A plan from an older file does not hold its program, so it cannot be analysed."""
+    """A plan from an older file lacks its program, so it cannot be analysed."""

@@ -1,4 +1,4 @@
-"""Several phases of one model, laid out together: one layout of the weights, and the cache handed from one to the other."""
+"""Joint plans of several phases of one model: one layout of the weights, and hand-overs of the cache."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from search.phases import search_phases as solve
 from search.solve import NoPlan, Proof
 
 Handoff = tuple[str, str]
-"""`("prefill.result[1]", "decode.cache")`: a result of one phase, and the argument of another that takes it over."""
+"""`("prefill.result[1]", "decode.cache")`: a result of one phase, and the argument of another phase that takes it."""
 
 
 @dataclass(frozen=True)
 class PhasePlans(Mapping[str, Plan]):
     """The plans of several phases that share layouts, by the phases' names.
 
-    - `weights`: how often each phase counts; `proof` is about the weighted sum of the phases' times.
-    - `alone_seconds`: what each phase would take if it had its arrays to itself.
-    - `handoff_seconds`: to change the layout of what is handed over, once; `handed` names it.
+    - `weights`: the number of runs of each phase; `proof` is of the weighted sum of the phases' times.
+    - `alone_seconds`: the step time of each phase planned alone.
+    - `handoff_seconds`: the time of one reshard of the handed-over arrays; `handed` names them.
     """
 
     plans: Mapping[str, Plan]
@@ -54,7 +54,7 @@ class PhasePlans(Mapping[str, Plan]):
         return len(self.plans)
 
     def explain(self) -> str:
-        """What sharing costs each phase, as text."""
+        """The cost of sharing for each phase, as text."""
         width = max(map(len, self.plans))
         lines = [f"{'phase':{width}}  weight      alone     shared   sharing costs"]
         for name, plan in self.plans.items():
@@ -64,7 +64,7 @@ class PhasePlans(Mapping[str, Plan]):
         for result, argument in self.handed:
             lines.append(f"{result} becomes {argument}.")
         if self.handed:
-            lines.append(f"Handing over takes {time(self.handoff_seconds)} a time.")
+            lines.append(f"Each hand-over takes {time(self.handoff_seconds)}.")
         proof = self.proof
         lines.append(
             f"Weighted sum {time(proof.objective_seconds)}: {proof.status}, gap {proof.gap:.2%},"
@@ -89,7 +89,7 @@ def search_phases(
     time_limit: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PhasePlans:
-    """Searches one layout of the shared arrays under which several phases are fastest together.
+    """Searches the layout of shared arrays that is fastest for several phases together.
 
         plans = autoshard.search_phases(
             {"prefill": prefill(batch=64), "decode": decode(batch=64)},
@@ -100,14 +100,14 @@ def search_phases(
     **Arguments:**
 
     - `shared`: the argument whose arrays all phases share, by name; a mapping from phase to name if the names differ.
-    - `weights`: how often each phase counts; once by default.
+    - `weights`: the number of runs of each phase; 1 by default.
     - `handoffs`: pairs like `("prefill.result[1]", "decode.cache")`. By default every donated argument takes over the result
-      of an earlier phase that ends in the same path (`['k']`), has its type, and its shape but for one dimension.
-    - `at_most`: seconds that a phase may take, such as `{"decode": 0.030}`: the sum is the least under that limit.
+      of an earlier phase with the same end of its path (`['k']`), the same dtype, and the same shape up to one dimension.
+    - `at_most`: a limit on the seconds of a phase, such as `{"decode": 0.030}`: the sum is minimal under that limit.
     - The others as for `autoshard.search`.
 
     **Raises:** `AutoshardError` for phases that share nothing, handoffs that do not fit, or a limit that no layout
-    keeps; `InfeasibleError`.
+    meets; `InfeasibleError`.
     """
     where = topology_of(topology)
     options = Options(reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
@@ -119,7 +119,7 @@ def search_phases(
     }
     rates = [float((weights or {}).get(name, 1.0)) for name in targets]
     if unknown := set(weights or ()) - set(targets):
-        raise AutoshardError(f"There is no phase {sorted(unknown)[0]!r} to weigh; there are {', '.join(targets)}.")
+        raise AutoshardError(f"The phases of weights must be among {', '.join(targets)}, got {sorted(unknown)[0]!r}.")
     pairs = _handed(targets, handoffs)
     try:
         found = solve(
@@ -135,7 +135,8 @@ def search_phases(
     except TooSlow as error:
         name, least = list(targets)[error.phase], time(error.least_seconds)
         raise AutoshardError(
-            f"No layout keeps {name} to {time((at_most or {})[name])} on {where.name}: the fastest found takes {least}."
+            f"No layout meets the limit {time((at_most or {})[name])} of {name} on {where.name}:"
+            f" the fastest found takes {least}."
         ) from error
     except NoPlan as error:
         raise explained(error) from error
@@ -143,11 +144,11 @@ def search_phases(
 
 
 def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float] | None) -> tuple[int, float] | None:
-    """The phase that has a limit, and the limit."""
+    """The phase with a limit, and the limit."""
     if not at_most:
         return None
     if len(at_most) > 1 or next(iter(at_most)) not in targets:
-        raise AutoshardError(f"at_most is {dict(at_most)}; a limit for one of {', '.join(targets)} would do.")
+        raise AutoshardError(f"at_most must be a limit for one of {', '.join(targets)}, got {dict(at_most)}.")
     name, seconds = next(iter(at_most.items()))
     return list(targets).index(name), float(seconds)
 
@@ -179,7 +180,7 @@ def _shared(targets: Mapping[str, AnnotatedFunction], shared: str | Mapping[str,
         for path, position in found.items():
             if path not in each[0]:
                 raise AutoshardError(
-                    f"Phase {list(targets)[phase]!r} shares {path or 'an array'}, which the first has not."
+                    f"Phase {list(targets)[phase]!r} shares {path or 'an array'}, which the first phase lacks."
                 )
             first = each[0][path]
             arrays = [_argument(target, at) for target, at in _two(targets, phase, first, position)]
@@ -220,12 +221,12 @@ def _result(target: AnnotatedFunction, position: int) -> tuple[tuple[int, ...], 
 def _handed(
     targets: Mapping[str, AnnotatedFunction], handoffs: Sequence[Handoff] | None
 ) -> list[tuple[Place, Place, Handoff]]:
-    """The handed-over arrays, leaf by leaf, with the words for them."""
+    """The handed-over arrays, leaf by leaf, with their names."""
     return _alike(targets) if handoffs is None else [pair for each in handoffs for pair in _named(targets, each)]
 
 
 def _alike(targets: Mapping[str, AnnotatedFunction]) -> list[tuple[Place, Place, Handoff]]:
-    """Donated arguments, each with the one earlier result that it could be."""
+    """Donated arguments, each with the only earlier result that fits."""
     names, found = list(targets), []
     for phase, target in enumerate(targets.values()):
         for argument, _ in target.program.donated:

@@ -107,7 +107,7 @@ class Plan(PlanRecord):
         - `argument`: the argument that the tree is, by its name or position, or a part of one by its path, such as
           `"params/layers/0"`; the tuple of all by default.
         - `mesh`: the mesh to lie on; that of `jax.set_mesh` if there is one, else `make_mesh()`.
-        - `donate`: whether the memory of JAX's own arrays may be taken, so that none is there twice.
+        - `donate`: whether the memory of arrays that are on the mesh's devices already may be taken.
 
         **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` when there is no such
         argument; `TopologyError` if the mesh has not the plan's axes.

@@ -1,9 +1,8 @@
-"""A function traced once for all sizes: bind new numbers to its dimensions, and price and search without tracing again.
+"""Symbolic traces: a function traced once for all sizes, whose dimensions can be bound to other numbers without another trace.
 
-A program's factors say how every size follows from the arguments' (`costmodels.dimensions`). Whether that is all there is
-to it, nobody but the function knows: it may have sizes of its own, or do something else where two are equal. So it is
-traced twice, at the sizes given and at others, and what follows for those must be what is found; a dimension for which it
-is not so cannot be bound.
+A program's factors determine how every size follows from the arguments' (`costmodels.dimensions`). A function may still have
+sizes of its own, or behave differently if two sizes are equal. So it is traced twice, at the given sizes and at others, and
+the second trace must equal the prediction. A dimension for which it does not cannot be bound.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class SymbolicTrace:
     **Attributes:**
 
     - `dimensions`: every size of the program as an expression in names.
-    - `fixed`: the names that cannot be bound, each with the reason in a sentence.
+    - `fixed`: the names that cannot be bound, each with the reason.
     """
 
     target: AnnotatedFunction
@@ -47,7 +46,7 @@ class SymbolicTrace:
 
     @property
     def program(self) -> Program:
-        """The program at the present sizes."""
+        """The program at the current sizes."""
         return self.target.traced.program
 
     @property
@@ -56,12 +55,12 @@ class SymbolicTrace:
         return dict(self.dimensions.sizes)
 
     def bind(self, **sizes: int) -> SymbolicTrace:
-        """The same function at other sizes, without tracing: the program is the one that tracing it anew would give.
+        """The same function at other sizes; its program is that of another trace.
 
             traced.bind(B=128, S=4096).search("v4:4x4x4").estimate.seconds
 
-        **Raises:** `AutoshardError` for a name that there is not or that cannot be bound, and for sizes that the program's
-        own relations exclude.
+        **Raises:** `AutoshardError` for an unknown name, for one that cannot be bound, and for sizes that contradict
+        the program's relations.
         """
         for name, size in sizes.items():
             _check(self, name, size)
@@ -80,7 +79,7 @@ class SymbolicTrace:
         time_limit: float | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> Plan:
-        """The fastest plan at the present sizes, as `autoshard.search` finds it.
+        """The fastest plan at the current sizes, as `autoshard.search` finds it.
 
         **Raises:** `TopologyError`, `InfeasibleError`.
         """
@@ -107,9 +106,9 @@ def trace_symbolic(
 
     **Arguments:**
 
-    - `args`: arrays or `jax.ShapeDtypeStruct`s; their shapes may hold the dimensions of `jax.export.symbolic_shape`.
-    - `dims`: names of dimensions, by argument path or by size (`autoshard.dimensions`).
-    - `sizes`: numbers to trace symbolic dimensions at; any that the function takes will do, and some are tried.
+    - `args`: arrays or `jax.ShapeDtypeStruct`s; their shapes may contain dimensions of `jax.export.symbolic_shape`.
+    - `dims`: names of dimensions, by argument path or by size.
+    - `sizes`: numbers for symbolic dimensions during the trace; by default some are tried.
     - `donate_argnums`, `name`, `strict`: as for `autoshard.search`.
 
     **Raises:** `TraceError`, `UnsupportedPrimitiveError`; `AutoshardError` for names that fit no dimension.
@@ -122,33 +121,35 @@ def trace_symbolic(
     return SymbolicTrace(target, dimensions, fixed, replace(options, shapes=()))
 
 
-# --- What can be bound
+# --- Dimensions that can be bound
 
 
 def _check(trace: SymbolicTrace, name: str, size: int) -> None:
     if name not in trace.dimensions.sizes:
-        raise AutoshardError(f"There is no dimension {name}; there are {', '.join(trace.dimensions.sizes)}.")
+        raise AutoshardError(f"The dimension must be one of {', '.join(trace.dimensions.sizes)}, got {name}.")
     if name in trace.fixed and size != trace.dimensions.sizes[name]:
         raise AutoshardError(f"{name} cannot be bound: {trace.fixed[name]}.")
     if size == 1 and trace.dimensions.sizes[name] != 1:
-        raise AutoshardError(f"{name} cannot be bound to 1: JAX treats dimensions of 1 apart. Trace with {name} = 1.")
+        raise AutoshardError(
+            f"{name} cannot be bound to 1: JAX treats dimensions of 1 differently. Trace with {name} = 1."
+        )
 
 
 def _verified(
     fn: Callable[..., Any], args: Any, target: AnnotatedFunction, options: Options
 ) -> tuple[Dimensions, dict[str, str]]:
-    """The names that hold at other sizes too, and why the rest cannot be bound."""
+    """The names that can be bound, and the reasons why the others cannot."""
     first = target.dimensions
     fixed = {name: _of_one(name) for name, size in first.sizes.items() if size == 1}
     names = [name for name in first.sizes if name not in fixed]
     probing = _Probing(fn, target, options)
     probe = _larger(first, names)
     possible = probing.program_at(first, probe) is not None
-    if not possible:  # an array may have to be longer than another; then each dimension is tried by itself as well
+    if not possible:  # one array may have to be longer than another; then each dimension is also tried alone
         probe = _larger(first, sorted(names, key=lambda name: first.sizes[name]))
     if possible and probing.difference(first, probe) is None:
         return first, fixed
-    # Sizes that are equal by chance may have run together here; at other sizes they have not.
+    # Sizes that are equal by chance may have been merged here; at other sizes they are not.
     apart = probing.dimensions_at(first, probe) if possible else None
     if apart is not None and set(apart.sizes) == set(first.sizes):
         back = replace(apart, sizes={**apart.sizes, **first.sizes})
@@ -162,7 +163,7 @@ def _verified(
 
 
 def _of_one(name: str) -> str:
-    return f"it is 1 here, and JAX treats dimensions of 1 apart; trace with {name} = 2 or more"
+    return f"it is 1 here, and JAX treats dimensions of 1 differently; trace with {name} = 2 or more"
 
 
 def _larger(dimensions: Dimensions, names: Sequence[str]) -> dict[str, int]:
@@ -173,13 +174,13 @@ def _larger(dimensions: Dimensions, names: Sequence[str]) -> dict[str, int]:
 
 
 def _multipliers():
-    """By what each dimension grows in the second trace; multiples keep what divides."""
+    """The growth factor of each dimension in the second trace; multiples keep divisibility."""
     yield from (2, 3, 5, 7)
     yield from primes()
 
 
 def _consistent(dimensions: Dimensions, sizes: dict[str, int]) -> dict[str, int]:
-    """Sizes with those that the program makes equal to others of them."""
+    """The sizes, extended by those that equal them in the program."""
     found = dict(sizes)
     for one, other in dimensions.relations:
         left, right = (one, other) if other in dimensions.sizes and one in sizes else (other, one)
@@ -189,7 +190,7 @@ def _consistent(dimensions: Dimensions, sizes: dict[str, int]) -> dict[str, int]
 
 
 def rebound_or_none(program: Program | None, dimensions: Dimensions, sizes: Mapping[str, int]) -> Program | None:
-    """`rebound`, or None where the sizes do not fit."""
+    """`rebound`, or None if the sizes do not fit."""
     try:
         return None if program is None else rebound(program, dimensions, sizes)
     except DimensionError:
@@ -202,14 +203,14 @@ def _same(a: Program | None, b: Program | None) -> bool:
 
 @dataclass(frozen=True)
 class _Probing:
-    """Traces of the function at other sizes than those given."""
+    """Traces of the function at other than the given sizes."""
 
     fn: Callable[..., Any]
     target: AnnotatedFunction
     options: Options
 
     def traced(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Traced:
-        """The function traced anew; the arguments' shapes follow from the dimensions."""
+        """The function traced at other sizes; the arguments' shapes follow from the dimensions."""
         program, numbers = self.target.traced.program, {**dimensions.sizes, **sizes}
         flat = [
             jax.ShapeDtypeStruct(
@@ -230,7 +231,7 @@ class _Probing:
             return None
 
     def dimensions_at(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> Dimensions | None:
-        """The dimensions as the trace at other sizes has them, by the names of the arguments here."""
+        """The dimensions of the trace at other sizes, by the arguments' present names."""
         try:
             other = self.traced(dimensions, sizes)
             names = {
@@ -241,7 +242,7 @@ class _Probing:
             return None
 
     def difference(self, dimensions: Dimensions, sizes: Mapping[str, int]) -> str | None:
-        """Why binding these sizes is not the same as tracing with them; None where it is."""
+        """The reason why binding these sizes differs from tracing with them; None if it does not."""
         at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
         try:
             bound = rebound(self.target.traced.program, dimensions, sizes)
@@ -251,7 +252,7 @@ class _Probing:
             other = self.traced(dimensions, sizes).program
         except AutoshardError as error:
             return f"the function cannot be traced with {at}: {' '.join(str(error).split())[:300]}"
-        return None if _same(bound, other) else f"with {at} the program is another: {_where(bound, other)}"
+        return None if _same(bound, other) else f"with {at} the program differs: {_where(bound, other)}"
 
 
 def _where(bound: Program, other: Program) -> str:
@@ -260,6 +261,6 @@ def _where(bound: Program, other: Program) -> str:
         if (a.primitive, a.factors, a.inputs, a.outputs) != (b.primitive, b.factors, b.inputs, b.outputs):
             there, here = [f.size for f in b.factors], [f.size for f in a.factors]
             return f"{b.name} " + (
-                "can be split in other ways" if there == here else f"has factors {there}, where {here} would follow"
+                "can be split in other ways" if there == here else f"has factors {there} instead of {here}"
             )
-    return f"it has {len(other.operations)} operations, not {len(bound.operations)}, or passes results on otherwise"
+    return f"it has {len(other.operations)} operations, not {len(bound.operations)}, or connects them differently"

@@ -17,28 +17,28 @@ from autoshard.workload import Workload
 
 
 class Misuse(Exception):
-    """A command that makes no sense, in a sentence."""
+    """Invalid usage of a command."""
 
 
 def workload(target: str, keywords: dict[str, Any]) -> Workload:
-    """What the function that `FILE.py:NAME` names returns for these keywords.
+    """The workload that the function at `FILE.py:NAME` returns for these keywords.
 
-    **Raises:** `Misuse`, in one line, for a file that is missing or does not import, a name that is not there or cannot be
-    called, keywords that it does not take, an error that it raises, and a result that is no `Workload`.
+    **Raises:** `Misuse`, in one line, for a missing file or one that does not import, a missing name or one that is not
+    callable, unknown keywords, an error of the function, and a result other than a `Workload`.
     """
     path, name = _split(target)
     with _on_path(path.parent.resolve()):
         make = factory(target, keywords)
         found = _attempt(lambda: make(**keywords), f"{name} in {path} failed")
     if not isinstance(found, Workload):
-        raise Misuse(f"{name} in {path} returned {type(found).__name__}; an autoshard.Workload(fn, args) would do.")
+        raise Misuse(f"{name} in {path} must return an autoshard.Workload(fn, args), got {type(found).__name__}.")
     return found
 
 
 def factory(target: str, keywords: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """The function that `FILE.py:NAME` names; where keywords are given, one that takes them.
+    """The function at `FILE.py:NAME`, which must take the keywords, if given.
 
-    **Raises:** `Misuse`, as `workload` does.
+    **Raises:** `Misuse`, as for `workload`.
     """
     path, name = _split(target)
     with _on_path(path.parent.resolve()):
@@ -51,18 +51,18 @@ def factory(target: str, keywords: Mapping[str, Any] | None = None) -> Callable[
 def _split(target: str) -> tuple[Path, str]:
     file, _, name = target.rpartition(":")
     if not file or not name.isidentifier():
-        raise Misuse(f"{target} is no FILE.py:NAME, such as examples/palm.py:decode.")
+        raise Misuse(f"The target must be FILE.py:NAME, such as examples/palm.py:decode, got {target}.")
     path = Path(file)
     if not path.is_file():
         raise Misuse(f"There is no file {path}.")
     if path.suffix != ".py":
-        raise Misuse(f"{path} is no .py file.")
+        raise Misuse(f"The target must be a .py file, got {path}.")
     return path, name
 
 
 @contextmanager
 def _on_path(directory: Path) -> Iterator[None]:
-    """Lets a file import its neighbours, as it could if Python ran it."""
+    """Lets a file import its neighbours, as if Python ran it."""
     sys.path.insert(0, str(directory))
     try:
         yield
@@ -71,7 +71,7 @@ def _on_path(directory: Path) -> Iterator[None]:
 
 
 def _imported(path: Path) -> ModuleType:
-    """The module, under a name of its own, so that it hides no other."""
+    """Imports a file as a module, under a unique name that hides no other module."""
     spec = importlib.util.spec_from_file_location(f"_autoshard_target_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise Misuse(f"{path} could not be imported.")
@@ -83,7 +83,7 @@ def _imported(path: Path) -> ModuleType:
 
 
 def _attempt(run: Callable[[], Any], what: str) -> Any:
-    """Runs the user's code; whatever it raises becomes one line."""
+    """Runs the user's code; its errors become one line."""
     try:
         return run()
     except (Exception, SystemExit) as error:
@@ -93,7 +93,7 @@ def _attempt(run: Callable[[], Any], what: str) -> Any:
 
 
 def _last_line(error: BaseException) -> str:
-    """Where in the user's code it happened: the innermost frame that is not Python's or ours."""
+    """The source line of an error: the innermost frame of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
     return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
@@ -109,7 +109,7 @@ def _factory(module: ModuleType, path: Path, name: str) -> Callable[..., Any]:
         raise Misuse(f"{path} has no {name}.{hint}")
     found = getattr(module, name)
     if not callable(found):
-        raise Misuse(f"{name} in {path} is {type(found).__name__}, which cannot be called.")
+        raise Misuse(f"{name} in {path} must be a function, got {type(found).__name__}.")
     return found
 
 

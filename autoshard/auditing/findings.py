@@ -317,8 +317,10 @@ _CAUSES = 3
 def _causes(costs: Sequence[AuditedCost], least: float) -> list[str]:
     """The operations of the user's lines that take the most unplanned time, as long as they take more than the least."""
     groups: dict[tuple[str, str], list[AuditedCost]] = {}
-    for each in costs:
+    for each in sorted(costs, key=lambda each: -each.unplanned_seconds):
         it = each.instruction
+        if each.unplanned_seconds <= 0:
+            break
         groups.setdefault((it.scope.rpartition("/")[2] or it.opcode, it.source), []).append(each)
     total = {of: sum(each.unplanned_seconds for each in alike) for of, alike in groups.items()}
     worst = sorted(groups, key=lambda of: -total[of])[:_CAUSES]

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from autoshard._util.paths import shared_name, unnumbered
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
-from autoshard.auditing.audit import Audit
 from autoshard.auditing.findings import Finding
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Pair, axes_of
+from autoshard.auditing.record import AuditRecord
 from autoshard.auditing.replay import MOST_COSTLY
 from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.planning.records import PlannedCollective
 
 
-def render(audit: Audit, width: int = WIDTH) -> str:
+def render(audit: AuditRecord, width: int = WIDTH) -> str:
     """The audit as plain text tables: collectives, bytes on the wire by mesh axes, peak memory, time, differences."""
     sections = (
         _collectives(audit, width),
@@ -46,7 +46,7 @@ _SHARES = {
 _TARGETS = {"host": "host devices", "tpu": "the TPU", "gpu": "the GPU"}
 
 
-def _collectives(audit: Audit, width: int) -> Iterator[str]:
+def _collectives(audit: AuditRecord, width: int) -> Iterator[str]:
     yield "Collectives"
     if not audit.pairs:
         yield "  none planned, none compiled"
@@ -55,7 +55,7 @@ def _collectives(audit: Audit, width: int) -> Iterator[str]:
     yield from _indented(table(headers, _rows(audit), "<<>>~>>~", width - 2))
 
 
-def _rows(audit: Audit) -> list[tuple[str, ...]]:
+def _rows(audit: AuditRecord) -> list[tuple[str, ...]]:
     """A row for each kind of pair: those of an unrolled model's layers, planned and compiled alike, are one."""
     groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in audit.pairs:
@@ -63,7 +63,7 @@ def _rows(audit: Audit) -> list[tuple[str, ...]]:
     return [_row(audit, alike) for alike in groups.values()]
 
 
-def _row(audit: Audit, alike: Sequence[Pair]) -> tuple[str, ...]:
+def _row(audit: AuditRecord, alike: Sequence[Pair]) -> tuple[str, ...]:
     planned, found = alike[0].planned, alike[0].compiled
     runs = str(sum(pair.count for pair in alike))
     where = shared_name(pair.planned[0].where for pair in alike) if planned else ""
@@ -94,7 +94,7 @@ def _payload(group: Sequence[PlannedCollective | CompiledCollective]) -> str:
     return size(sum(each.bytes for each in group)) if group else ""
 
 
-def _wire(audit: Audit, width: int) -> Iterator[str]:
+def _wire(audit: AuditRecord, width: int) -> Iterator[str]:
     sent = audit.wire_bytes()
     if not sent:
         return
@@ -106,7 +106,7 @@ def _wire(audit: Audit, width: int) -> Iterator[str]:
     yield from _indented(table(("axes", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
 
 
-def _chip(audit: Audit, width: int) -> Iterator[str]:
+def _chip(audit: AuditRecord, width: int) -> Iterator[str]:
     rows = []
     if audit.peak_bytes is not None:
         ratio = f"{audit.peak_bytes / audit.planned_peak_bytes:.4f}"
@@ -131,7 +131,7 @@ def _chip(audit: Audit, width: int) -> Iterator[str]:
     yield from _indented(table(("", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
 
 
-def _costliest(audit: Audit, width: int) -> Iterator[str]:
+def _costliest(audit: AuditRecord, width: int) -> Iterator[str]:
     """The instructions that take the core the longest, running them or waiting for them."""
     if audit.costs:
         yield "Costliest instructions"
@@ -150,7 +150,7 @@ def _times(what: str, planned: float, compiled: float) -> tuple[str, ...]:
     return (what, time(planned), time(compiled), f"{compiled / planned:.3f}" if planned else "-")
 
 
-def _differences(audit: Audit, width: int) -> Iterator[str]:
+def _differences(audit: AuditRecord, width: int) -> Iterator[str]:
     if audit.differences:
         yield "Differences"
         yield from (line for each in audit.differences for line in item(_difference(each), width))

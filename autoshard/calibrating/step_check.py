@@ -52,10 +52,8 @@ def check_step(workload: Workload, topology: Topology, progress: Callable[[str],
     progress("running the step")
     shardings = jax.tree_util.tree_leaves(plan.shardings(mesh)[0])
     leaves, tree = jax.tree_util.tree_flatten(tuple(workload.args))
-    flat = [
-        jax.device_put(jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf)), sharding)
-        for leaf, sharding in zip(leaves, shardings, strict=True)
-    ]
+    zeros = [jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    flat = jax.tree_util.tree_leaves(plan.place(jax.tree_util.tree_unflatten(tree, zeros), mesh=mesh))
     shortest = _shortest(step, flat, tree, dict(target.traced.program.donated))
     empty = jax.jit(lambda x: x, out_shardings=shardings[0], in_shardings=shardings[0])
     start = min(_time_call(empty, flat[0])[0] for _ in range(_WARM_UP + _REPEATS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,9 +44,21 @@ def _put(leaves: Sequence[Any], formats: Sequence[Format], donate: bool) -> list
         if isinstance(leaf, np.ndarray) and not whole:
             found[i] = jax.make_array_from_callback(leaf.shape, wanted, leaf.__getitem__)  # pyright: ignore
     rest = [i for i in range(len(leaves)) if i not in found]
-    moved = jax.device_put([leaves[i] for i in rest], [formats[i] for i in rest], donate=donate)
-    found.update(zip(rest, moved, strict=True))
+    flat, wanted = [leaves[i] for i in rest], [formats[i] for i in rest]
+    # JAX does not move arrays from other devices and relay them at once.
+    near = [leaf.sharding if _is_on(leaf, each) else each.sharding for leaf, each in zip(flat, wanted, strict=True)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their size
+        relaid = jax.device_put(jax.device_put(flat, near), wanted, donate=donate)
+    found.update(zip(rest, relaid, strict=True))
     return [found[i] for i in range(len(leaves))]
+
+
+def _is_on(leaf: Any, wanted: Format) -> bool:
+    """Whether an array is on the devices already."""
+    if not isinstance(leaf, jax.Array) or wanted.sharding is None:
+        return False
+    return leaf.sharding.device_set == wanted.sharding.device_set
 
 
 def _typed(leaf: Any, array: ArrayPlan) -> Any:

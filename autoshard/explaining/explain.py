@@ -9,6 +9,7 @@ from math import isfinite
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
+from autoshard.explaining.memory_orders import orders_section
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
 from costmodels.machine.conventions import Pricing
@@ -43,6 +44,7 @@ def render(plan: PlanRecord, symbolic: bool = False, width: int = WIDTH) -> str:
         _collectives(plan, width),
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
         _arrays("Results", plan.results, width),
+        orders_section(plan, width),
         _constants(plan, width),
         _warnings(plan, width),
         *(_formulas(plan, width) if named else ()),
@@ -259,23 +261,14 @@ def spec_text(layout: Layout) -> str:
 def _arrays(title: str, arrays: Sequence[ArrayPlan], width: int) -> Iterator[str]:
     if not arrays:
         return
-    alike = group_arrays(arrays)
     rows = [
         (array.path, type_of(array, count), spec_text(array.layout), size(array.bytes_per_chip))
-        for array, count in alike
+        for array, count in group_arrays(arrays)
     ]
-    headers, sides = ("path", "array", "PartitionSpec", "per chip"), "/~<>"
-    if any(map(order_text, arrays)):
-        rows = [(*row, order_text(array)) for row, (array, _) in zip(rows, alike, strict=True)]
-        headers, sides = (*headers, "major to minor"), sides + "<"
     total = sum(array.bytes_per_chip for array in arrays)
+    headers = ("path", "array", "PartitionSpec", "per chip")
     yield f"{title} ({size(total)} per chip)"
-    yield from _indent(table(headers, rows, sides, width - 2))
-
-
-def order_text(array: ArrayPlan) -> str:
-    """The dimensions from major to minor in memory, `0,2,1`; empty for row-major, and for the device's default."""
-    return "" if array.order in ((), tuple(range(len(array.shape)))) else ",".join(map(str, array.order))
+    yield from _indent(table(headers, rows, "/~<>", width - 2))
 
 
 # --- Constants and warnings

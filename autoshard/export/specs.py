@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autoshard.errors import ExportError
+from autoshard.explaining.layer_groups import group_arrays
+from autoshard.explaining.memory_orders import order_text
 from autoshard.export import python
 from autoshard.export.arrays import Axes, entries, leaves, mesh_axes
 from autoshard.export.python import Group, Source, assignment, literal, sequence
@@ -44,7 +46,7 @@ def _specs(plan: PlanRecord, argument: int | None, axes: Axes) -> list[str]:
 def module(plan: PlanRecord, doc: str, axes: Axes, imports: set[str], values: dict[str, Source]) -> str:
     """A Python module: its docstring, its imports, `MESH_SHAPE` and some constants."""
     mesh = Group("{", tuple((f"{literal(name)}: ", str(size)) for name, size in mesh_axes(plan, axes).items()), "}")
-    quoted = doc.replace("\\", "\\\\").replace('"', "'")
+    quoted = (doc + _orders_note(plan)).replace("\\", "\\\\").replace('"', "'")
     ending = "\n" if "\n" in quoted else ""
     needed = sorted({*imports, "from jax.sharding import PartitionSpec as P"}, key=_import_order)
     standard = [line for line in needed if "collections" in line]
@@ -52,6 +54,18 @@ def module(plan: PlanRecord, doc: str, axes: Axes, imports: set[str], values: di
     blocks = ["\n".join(lines) for lines in (standard, others) if lines]
     constants = "\n".join(assignment(name, value) for name, value in {"MESH_SHAPE": mesh, **values}.items())
     return f'"""{quoted}{ending}"""\n\n' + "\n\n".join([*blocks, constants]) + "\n"
+
+
+def _orders_note(plan: PlanRecord) -> str:
+    """The orders of dimensions in memory, which a `PartitionSpec` has no place for."""
+    arrays = group_arrays(array for array in plan.arguments if order_text(plan, array))
+    lines = [
+        f"  {array.path}{f' × {count}' if count > 1 else ''}: {order_text(plan, array)}" for array, count in arrays
+    ]
+    if not lines:
+        return ""
+    head = "Orders of dimensions in memory, major to minor; `plan.formats(mesh)` has them as jax.experimental.layout.Format:"
+    return "\n\n" + "\n".join([head, *lines])
 
 
 def _import_order(line: str) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from autoshard._util.tables import percent, size, time
 from autoshard.explaining.bottlenecks import regimes
-from autoshard.explaining.explain import margin, order_text, short_name, spec_text
+from autoshard.explaining.explain import margin, short_name, spec_text
 from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
+from autoshard.explaining.memory_orders import order_text
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from costmodels.bottlenecks import Work
@@ -97,10 +98,10 @@ def _arrays(plan: PlanRecord) -> list[dict[str, Any]]:
     roles = {"argument": plan.arguments, "constant": plan.constants, "result": plan.results}
     every = [(array, count, role) for role, arrays in roles.items() for array, count in group_arrays(arrays)]
     largest = sorted(every, key=lambda found: -found[0].bytes_per_chip)[:_MOST_ARRAYS]
-    return [_array(*found) for found in largest]
+    return [_array(plan, *found) for found in largest]
 
 
-def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
+def _array(plan: PlanRecord, array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
     return {
         "path": array.path,
         "role": role,
@@ -108,7 +109,7 @@ def _array(array: ArrayPlan, count: int, role: str) -> dict[str, Any]:
         "shape": list(array.shape),
         "split": [list(axes) for axes in array.layout.dims],
         "spec": spec_text(array.layout),
-        "order": order_text(array),
+        "order": order_text(plan, array),
         "bytes": array.bytes_per_chip,
     }
 

@@ -22,6 +22,7 @@ from math import prod
 from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
 from costmodels.program.program import Operation, Program, Use
+from costmodels.program.views import CAST, RENAMES
 from search.answer.assignment import Choice, produced
 from search.formulation.layouts import local_shape
 from search.formulation.tpu_tiles import least_padded, padding
@@ -34,9 +35,7 @@ _LITTLE = 0.01
 """The part of what products read of an argument that others may read of it, such as the row that is written into a cache."""
 _PADDED = 1.25
 """How many times as many bytes as by default an array may take for its order, which the plan's memory does not count."""
-_SHOWN = frozenset(
-    {"convert_element_type", "transpose", "squeeze", "reshape", "optimization_barrier", "dynamic_slice", "slice"}
-)
+_SHOWN = RENAMES | {CAST, "optimization_barrier", "dynamic_slice", "slice"}
 _AROUND = frozenset({"loop_constant", "loop_slice", "loop_carry", "loop_stack", "branch_constant"})
 """Primitives after which an array's dimensions are still told apart, and which a compiler reads through."""
 
@@ -75,17 +74,29 @@ def _order(program: Program, choice: Choice, topology: Topology, source: int) ->
     best = max(wanted, key=lambda order: wanted[order], default=None)
     if best is None or others > _LITTLE * wanted[best]:
         return ()
-    chosen, plain = (_long(order, sizes) for order in (best, least_padded(sizes)))
-    return () if chosen == plain or _padding(chosen, sizes) > _PADDED * _padding(plain, sizes) else best
+    plain = default_order(sizes, topology.chip.kind)
+    padded = _padding(best, sizes) > _PADDED * _padding(plain, sizes)
+    return () if padded or is_same_order(best, plain, sizes) else best
 
 
-def _padding(order: Order, sizes: tuple[int, ...]) -> float:
-    """What tiles take over what is in them."""
-    return padding(sizes[order[-2]], sizes[order[-1]]) if len(order) > 1 else 1.0
+def default_order(sizes: Order, kind: str) -> Order:
+    """The order in which a kind of chip lays out an array of this shape when nobody says."""
+    return least_padded(sizes) if kind == "tpu" else tuple(range(len(sizes)))
 
 
-def _long(order: Order, sizes: tuple[int, ...]) -> Order:
-    """An order without the dimensions of one element, which lie nowhere."""
+def is_same_order(one: Order, other: Order, sizes: Order) -> bool:
+    """Whether two orders are one in memory: dimensions of one element do not count."""
+    return _long(one, sizes) == _long(other, sizes)
+
+
+def _padding(order: Order, sizes: Order) -> float:
+    """Bytes that tiles take over the bytes of the array."""
+    long = _long(order, sizes)
+    return padding(sizes[long[-2]], sizes[long[-1]]) if len(long) > 1 else 1.0
+
+
+def _long(order: Order, sizes: Order) -> Order:
+    """An order without the dimensions of one element."""
     return tuple(i for i in order if sizes[i] > 1)
 
 

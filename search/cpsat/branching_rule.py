@@ -15,17 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.presolve.ascent import Ascent
+from search.presolve.multipliers import Bracket
+from search.presolve.policy import POLICY
 from search.presolve.primal import decode
-from search.presolve.repricing import Bracket
-
-_WORTH = 0.01
-"""The part of what is open by which memory must lift the bound for a branch to be about it."""
-_HOPEFUL = 0.2
-"""The part of what is open by which a side must lift the bound by itself to be tried."""
-_PRICED, _OTHERS = 12, 6
-"""How many nodes are looked at: of those on which the price of memory hangs, and of the others."""
-_ROUNDS = 4
-"""How often they are looked at anew, at most, when sides were dropped."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Probing:
     def split(self, bracket: Bracket) -> Split | None:
         """The decision to branch on, once no more sides can be dropped; `None` if none is left, or needed any more."""
         found: list[Split] = []
-        for _ in range(_ROUNDS):
+        for _ in range(POLICY.probing_rounds):
             splits = self._splits(bracket)
             found = [split for split in splits if not self._dropped(split)]
             if len(found) == len(splits):
@@ -68,7 +60,7 @@ class Probing:
         """Whether the far side cannot hold a better plan; the near one is then kept alone."""
         lower = self.dual.bound()
         above = self.dual.excess_of(split.node)[np.isin(self.dual.keep[split.node], split.far)].min()
-        if above < _HOPEFUL * (self.ascent.objective - lower):
+        if above < POLICY.hopeful_part * (self.ascent.objective - lower):
             return False
         if not self.ascent.reached(lower + above) and not self.ascent.reached(self._bound_of(split.node, split.far)):
             return False
@@ -119,9 +111,16 @@ class Probing:
 
     def _candidates(self, held: dict[int, np.ndarray]) -> list[int]:
         """The undecided nodes on which the price of memory hangs most, and those with the most bytes around them."""
-        least = _WORTH * (self.ascent.objective - self.dual.bound()) if np.isfinite(self.ascent.objective) else 0.0
+        least = (
+            POLICY.contested_part * (self.ascent.objective - self.dual.bound())
+            if np.isfinite(self.ascent.objective)
+            else 0.0
+        )
         spread = {i: float(np.ptp(bytes_of)) for i, bytes_of in held.items()}
         undecided = [i for i, keep in enumerate(self.dual.keep) if len(keep) > 1]
         priced = [i for i in undecided if spread.get(i, 0.0) > least]
         others = sorted(set(undecided) - set(priced), key=lambda i: (-self.weights[i], i))
-        return sorted(priced, key=lambda i: (-spread[i], i))[:_PRICED] + others[:_OTHERS]
+        return (
+            sorted(priced, key=lambda i: (-spread[i], i))[: POLICY.priced_candidates]
+            + others[: POLICY.other_candidates]
+        )

@@ -16,10 +16,8 @@ from search.answer.solution import Answer
 from search.formulation.problem import Problem
 from search.memory.constraints import Rows
 from search.presolve.dual import Dual
+from search.presolve.policy import POLICY
 from search.presolve.symmetry import surroundings
-
-_SWEEPS = 2
-"""How often the survivors' costs are evened out before CP-SAT sees them: of two or three states a node, that is enough."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def answer_on(
     from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
 
     dual = Dual(problem, rows, left.keep)
-    for _ in range(_SWEEPS if np.isfinite(lower) else 0):
+    for _ in range(POLICY.survivor_sweeps if np.isfinite(lower) else 0):
         dual.sweep()
     slack = most - dual.bound() if np.isfinite(most) else np.inf
     return solve(dual, rows, incumbent, slack, deterministic_seconds, wall_seconds, lower=lower)

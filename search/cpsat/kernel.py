@@ -13,51 +13,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from search.answer.solution import Effort
-from search.memory.constraints import Row
+from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
-
-_PAIRS = 4_000
-"""The most pairs of layouts that a kernel leaves open."""
-_HALVINGS = 12
-"""How often the window of further states is halved, at most, until they are few enough."""
-_DETERMINISTIC_SECONDS = 3.0
-"""How long CP-SAT may take, on its own clock."""
-_GAP = 0.01
-"""The part of the excess over the bound within which its plan is good enough."""
-_SWEEPS = 6
+from search.presolve.policy import POLICY
 
 
-def combined(
-    dual: Dual,
-    rows: tuple[Row, ...],
-    seen: Sequence[np.ndarray],
-    best: np.ndarray | None,
-    objective: float,
-    deadline: float,
-    effort: Effort,
-) -> np.ndarray:
-    """The best plan that can be put together from the plans seen, or the last of these; the dual is left as it was.
+def combine(ascent: Ascent) -> None:
+    """Puts the plans seen together to better ones, where memory leaves much open; the dual stays as it was."""
+    if ascent.closed or ascent.late or ascent.objective - ascent.bound < POLICY.kernel_gap * ascent.objective:
+        return
+    ascent.attempt(_combined(ascent))
+    ascent.say(f"put together from {len(ascent.pool)} plans: best {ascent.objective:.6e} s")
 
-    **Arguments:**
 
-    - `best`, `objective`: the best plan that fits, if one is known, and its seconds.
-    - `deadline`: of the monotonic clock.
-    - `effort`: CP-SAT's is counted there.
-    """
+def _combined(ascent: Ascent) -> np.ndarray:
+    """The best plan that can be put together from the plans seen, or the last of these."""
     from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
 
+    dual, seen, best = ascent.dual, ascent.pool.states, ascent.objective
     before = dual.snapshot()
-    known = objective if np.isfinite(objective) else 2 * abs(dual.bound())
+    known = best if np.isfinite(best) else 2 * abs(dual.bound())
     chosen = _chosen(dual, seen, known - dual.bound())
-    dual.reprice(np.zeros(len(rows)))
+    dual.reprice(np.zeros(len(ascent.rows)))
     dual.restrict(chosen)
-    for _ in range(_SWEEPS):
+    for _ in range(POLICY.kernel_sweeps):
         dual.sweep()
-    wall = max(deadline - time.monotonic(), 0.1)
-    slack = max(objective - dual.bound(), 0.0)
-    answer = solve(dual, rows, best, slack, _DETERMINISTIC_SECONDS, wall, _GAP)
-    effort.add(answer)
+    wall = max(ascent.deadline - time.monotonic(), 0.1)
+    slack = max(best - dual.bound(), 0.0)
+    answer = solve(dual, ascent.rows, ascent.best, slack, POLICY.kernel_seconds, wall, POLICY.kernel_excess)
+    ascent.effort.add(answer)
     dual.load(before)
     return seen[-1] if answer.states is None else answer.states
 
@@ -74,15 +58,15 @@ def _chosen(dual: Dual, seen: Sequence[np.ndarray], width: float) -> list[np.nda
         wider = [mask.copy() for mask in chosen]
         for mask, state in zip(wider, states, strict=True):
             mask[state] = True
-        if _pairs(dual, wider) > _PAIRS:
+        if _pairs(dual, wider) > POLICY.kernel_pairs:
             break
         chosen = wider
     excess = dual.excess()
-    for _ in range(_HALVINGS):
+    for _ in range(POLICY.kernel_halvings):
         wider = [mask.copy() for mask in chosen]
         for mask, keep, above in zip(wider, dual.keep, excess, strict=True):
             mask[keep[above <= width]] = True
-        if _pairs(dual, wider) <= _PAIRS:
+        if _pairs(dual, wider) <= POLICY.kernel_pairs:
             chosen = wider
             break
         width /= 2

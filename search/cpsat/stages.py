@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from search.answer.check import Check, check
 from search.answer.solution import Answer, Limits, NoPlan, Proof, Solution
 from search.cpsat.branching import Branching
 from search.cpsat.decision import Domains, answer_on, domains, only
+from search.cpsat.kernel import combine
 from search.formulation.problem import FORBIDDEN, Problem
 from search.memory.constraints import Rows
 from search.memory.constraints import rows as memory_rows
@@ -21,20 +22,13 @@ from search.presolve.ascent import Ascent
 from search.presolve.dual import Snapshot
 from search.presolve.elimination import Reduction, reduced
 from search.presolve.limits import PRECISION, TOLERANCE, Say
+from search.presolve.policy import POLICY
 from search.presolve.primal import overflow
 from search.presolve.symmetry import tidied
 from search.presolve.warm_start import starting_states
 
-_OPEN_PAIRS, _TIED_PAIRS = 30_000, 3_000
-"""The most pairs of layouts that CP-SAT is given at once: where the bound leaves something open, and where it does not."""
-_LEAST_WALL_SECONDS = 1.0
-"""What CP-SAT has at least to confirm a plan, however late it is."""
-_FIRST_SECONDS = 5.0
-"""How long CP-SAT may take, on its own clock, over what the bound leaves open, before that is divided."""
 _AGREEMENT = 1e-6
 """The part by which checker and solver may differ: they add up the same terms in another order."""
-_REFINEMENTS = 4
-"""How often CP-SAT is asked again with what it found: costs are then counted in a finer unit."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +113,9 @@ class Task:
                     ascent.look(before.presolved.expanded(seen)[kept])
                 ascent.attempt(before.states[kept])
             ascent.run(None if before is None else before.ascent.prices)
+            if ascent.dual.multipliers.any():
+                combine(ascent)
+                ascent.lift(POLICY.last_rounds)
         except KeyboardInterrupt:
             if ascent.best is None:
                 raise
@@ -134,7 +131,7 @@ class Task:
         if found.ended or not found.ascent.fits or found.root is None:
             return found
         found.ascent.dual.load(found.root)
-        branching = Branching(found.ascent, self.limits.deterministic_seconds)
+        branching = Branching(found.ascent, partial(self._decide_part, found))
         try:
             branching.run()
         except KeyboardInterrupt:
@@ -144,18 +141,35 @@ class Task:
         nothing = found.ascent.best is None and branching.unproven == np.inf
         return replace(found, parts=branching.branches, nothing_fits=nothing)
 
+    def _decide_part(self, found: Found, lower: float) -> float:
+        """CP-SAT on what the dual has left of a branch, as on the whole; returns the bound that is then proven for it."""
+        ascent, proven = found.ascent, lower
+        for _ in range(POLICY.refinements):
+            if not all(map(len, self._surviving(found))):
+                return ascent.objective
+            left = self._domains(found, None, POLICY.part_pairs)
+            if left is None:
+                return proven
+            answer = self._asked(left, None, ascent, lower)
+            if answer.states is not None:
+                ascent.offer(answer.states[list(found.presolved.kept)], answer.value)
+            proven = max(proven, min(answer.bound_seconds, ascent.objective))
+            if answer.status != "OPTIMAL" or _is_precise(ascent.objective, proven):
+                break
+        return proven
+
     def decide(self, found: Found, last: bool = False) -> Found:
         """CP-SAT on the whole problem: its answer, or none if that is too much at once and this is not the `last` word."""
         ascent, states = found.ascent, found.states
         settled = last or ascent.closed or bool(found.ended) or not ascent.fits
         if ascent.best is None:
-            return replace(found, answer=Answer.none()) if settled else self._answered(found, None, _OPEN_PAIRS)
+            return replace(found, answer=Answer.none()) if settled else self._answered(found, None, POLICY.open_pairs)
         if (overflow(self.problem, self.memory, states) > 0).any():
-            found = self._answered(found, None, _TIED_PAIRS)
+            found = self._answered(found, None, POLICY.tied_pairs)
             return found if found.answer is not None else replace(found, answer=Answer.none())
         if settled:
-            return self._answered(found, states, _TIED_PAIRS, settled=True)
-        return self._answered(found, states, _OPEN_PAIRS)
+            return self._answered(found, states, POLICY.tied_pairs, settled=True)
+        return self._answered(found, states, POLICY.open_pairs)
 
     def _answered(self, found: Found, incumbent: np.ndarray | None, most_pairs: int, settled: bool = False) -> Found:
         """With CP-SAT's answer on what is left; what it finds and proves goes to the ascent.
@@ -163,11 +177,12 @@ class Task:
         Unless all is settled but for that, there is none where too much is left, or where CP-SAT does not come to an end.
         """
         ascent = found.ascent
-        for _ in range(_REFINEMENTS):
+        for _ in range(POLICY.refinements):
             left = self._left(found, incumbent, most_pairs)
             if left is None or not (settled or left.complete):
                 return found
-            answer = self._asked(left, incumbent, ascent, settled)
+            seconds = self.limits.deterministic_seconds if settled else POLICY.first_seconds
+            answer = self._asked(left, incumbent, ascent, ascent.bound, seconds)
             if left.complete:
                 ascent.bound = max(ascent.bound, min(answer.bound_seconds, ascent.objective))
             if answer.states is not None:
@@ -182,12 +197,13 @@ class Task:
             incumbent = answer.states
         return found
 
-    def _asked(self, left: Domains, incumbent: np.ndarray | None, ascent: Ascent, settled: bool) -> Answer:
+    def _asked(
+        self, left: Domains, incumbent: np.ndarray | None, ascent: Ascent, lower: float, seconds: float = np.inf
+    ) -> Answer:
         """CP-SAT's answer; the incumbent where rounding or time leave it nothing better."""
-        seconds = self.limits.deterministic_seconds
-        wall = max(self.deadline - time.monotonic(), _LEAST_WALL_SECONDS)
-        proven, best = min(ascent.bound, ascent.objective), ascent.objective
-        seconds = seconds if settled else min(seconds, _FIRST_SECONDS)
+        seconds = min(seconds, self.limits.deterministic_seconds)
+        wall = max(self.deadline - time.monotonic(), POLICY.least_wall_seconds)
+        proven, best = min(lower, ascent.objective), ascent.objective
         answer = answer_on(self.problem, self.memory, left, incumbent, proven, best, seconds, wall)
         ascent.effort.add(answer)
         self.say(
@@ -202,17 +218,27 @@ class Task:
 
     def _left(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
         """What presolve leaves of the whole problem; the incumbent alone where time is up."""
-        ascent, dual = found.ascent, found.ascent.dual
         if found.root is None or found.ended:
             return None if incumbent is None else only(incumbent)
-        dual.load(found.root)
-        width = np.inf
-        if np.isfinite(ascent.objective):
-            width = max(ascent.objective - dual.bound(), 0.0) + TOLERANCE * abs(ascent.objective)
-        keep = dual.within(width)
+        found.ascent.dual.load(found.root)
+        return self._domains(found, incumbent, most_pairs)
+
+    def _surviving(self, found: Found) -> list[np.ndarray]:
+        """The states of the smaller problem that a plan as good as the best may have; none of a node where there is no such."""
+        return found.ascent.dual.within(self._width(found.ascent))
+
+    def _width(self, ascent: Ascent) -> float:
+        if not np.isfinite(ascent.objective):
+            return np.inf
+        return max(ascent.objective - ascent.dual.bound(), 0.0) + TOLERANCE * abs(ascent.objective)
+
+    def _domains(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
+        """What the dual leaves of the whole problem; `None` if that is nothing, or too much."""
+        keep = self._surviving(found)
         if not all(map(len, keep)):  # nothing is better than the incumbent
             return None if incumbent is None else only(incumbent)
-        return domains(self.problem, found.presolved.surviving(keep, width), incumbent, most_pairs)
+        left = found.presolved.surviving(keep, self._width(found.ascent))
+        return domains(self.problem, left, incumbent, most_pairs)
 
     def decide_unaided(self) -> Found:
         """CP-SAT on the problem as it is built: the reference for all that presolve does."""
@@ -221,12 +247,12 @@ class Task:
         left = Domains(tuple(np.flatnonzero(node.cost < FORBIDDEN / 2) for node in self.problem.nodes), True)
         if not all(map(len, left.keep)):
             return replace(found, nothing_fits=True, answer=Answer.none())
-        answer = self._asked(left, None, found.ascent, True)
-        for _ in range(_REFINEMENTS):
+        answer = self._asked(left, None, found.ascent, -np.inf)
+        for _ in range(POLICY.refinements):
             if answer.states is None or answer.status != "OPTIMAL" or _is_precise(answer.value, answer.bound_seconds):
                 break
             found.ascent.offer(answer.states, answer.value)
-            answer = self._asked(left, answer.states, found.ascent, True)
+            answer = self._asked(left, answer.states, found.ascent, -np.inf)
         found.ascent.bound = answer.bound_seconds
         return replace(found, answer=answer, left=left.count, nothing_fits=answer.status == "INFEASIBLE")
 

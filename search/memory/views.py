@@ -12,9 +12,7 @@ from math import prod
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
-
-_RENAMING = ("transpose", "reshape", "squeeze", "broadcast_in_dim")
-"""Primitives that name the elements of an array anew; those of shapes and strides JAX writes in these."""
+from costmodels.program.views import BROADCASTS, RENAMES
 
 IN_PLACE = (
     "dynamic_update_slice",
@@ -69,7 +67,7 @@ def _last_read(program: Program, op: Operation, known: set[int]) -> int:
 
 
 def _renames(program: Program, op: Operation) -> bool:
-    if op.primitive not in _RENAMING or op.op_class != "fused" or len(op.inputs) != 1:
+    if op.primitive not in RENAMES | BROADCASTS or op.op_class != "fused" or len(op.inputs) != 1:
         return False
     given, made = (program.values[use.value] for use in (*op.inputs, *op.outputs))
     return prod(given.shape) == prod(made.shape) and given.itemsize == made.itemsize

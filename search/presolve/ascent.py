@@ -7,40 +7,14 @@ import time
 import numpy as np
 
 from search.answer.solution import Effort
-from search.cpsat.kernel import combined
 from search.formulation.problem import FORBIDDEN, Node, Problem
 from search.memory.constraints import Row, together
 from search.presolve.dual import Dual
 from search.presolve.limits import TOLERANCE, Say
-from search.presolve.pool import Pool, Seen
-from search.presolve.pricing import settled
+from search.presolve.multipliers import Pool, Seen, raise_bound
+from search.presolve.policy import POLICY
 from search.presolve.primal import decode, improve
 from search.presolve.symmetry import representatives
-
-_REPAIRS = 8
-"""How often the prices of overflowing rows are raised to make a plan fit."""
-_RAISE = 1.3
-"""By what factor."""
-_LITTLE = 1e-5
-"""The part of the bound that a turn lifts it by when it is said to stall."""
-_LITTLE_OF_OPEN = 3e-3
-"""The part of what is open that is little, too."""
-_FEW = 1e-3
-"""The part of the surviving states that is struck out by such a turn, at most."""
-_LITTLE_TO_PRICE = 3e-4
-"""The same while memory overflows, so that another price of it will lift the bound more."""
-_NEAR = 0.03
-"""With a plan to start from, the part of it by which the bound may be below it where others are read off the dual."""
-_READING = 3
-"""In every how many turns they are; without a plan to start from, in how many they are read in more than one way."""
-_MUCH = 1e-3
-"""The part of the best plan that is open when it is worth putting others together."""
-_NEW = 24
-"""How many plans must be new to put them together again."""
-_TRIALS = 14
-"""Trials for the prices of memory."""
-_SETTLING = 4
-"""How often, at most, the bound is lifted for one trial."""
 
 
 class Ascent:
@@ -72,7 +46,7 @@ class Ascent:
         self.prices = np.zeros(len(rows))
         self.pool = Pool(problem, rows)
         self.effort = Effort()
-        self._given, self._combined = False, 0
+        self._given = False
         if symmetric:
             self._hold_symmetry()
 
@@ -122,7 +96,7 @@ class Ascent:
 
     def _near(self, lower: float) -> bool:
         """Whether a bound is so near the best plan that what is read off the dual may well be better."""
-        return lower >= self.objective * (1 - _NEAR)
+        return lower >= self.objective * (1 - POLICY.near)
 
     def run(self, prices: np.ndarray | None = None) -> None:
         """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow.
@@ -140,22 +114,9 @@ class Ascent:
         over = self.lift(self.rounds)
         self._given = False
         if over.max(initial=0.0) > 0 or self.dual.multipliers.any():
-            settled(self, over, self._settle, _TRIALS)
+            raise_bound(self, over, self.settle, POLICY.trials)
+            self.bound = max(self.bound, self.dual.bound())
             self.prices = self.dual.multipliers.copy()
-            self.combine()
-            self.lift(rounds=4)
-
-    def combine(self) -> None:
-        """Puts the plans seen together to better ones, where a price of memory leaves much open and many of them are new."""
-        new = len(self.pool) - self._combined
-        if self.closed or self.late or not self.dual.multipliers.any() or (self._combined and new < _NEW):
-            return
-        if np.isfinite(self.objective) and self.objective - self.bound < _MUCH * self.objective:
-            return
-        before = self.objective
-        self.attempt(combined(self.dual, self.rows, self.pool.states, self.best, before, self.deadline, self.effort))
-        self._combined = len(self.pool)
-        self.say(f"put together from {len(self.pool)} plans: best {self.objective:.6e} s")
 
     def lift(self, rounds: int) -> np.ndarray:
         """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
@@ -168,34 +129,33 @@ class Ascent:
             self.bound = max(self.bound, lower)
             if self._reads(turn, idle, lower):
                 best = self.objective
-                over = self.attempt(decode(self.dual, thorough=turn % _READING == 0))
+                over = self.attempt(decode(self.dual, thorough=turn % POLICY.reading == 0))
                 idle = idle + 1 if self.objective == best and self.best is not None else 0
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
             self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
-            little = _LITTLE if over is None or over.max(initial=0.0) <= 0 else _LITTLE_TO_PRICE
+            little = POLICY.flat_part if over is None or over.max(initial=0.0) <= 0 else POLICY.flat_part_to_price
             open_ = self.objective - lower if np.isfinite(self.objective) else 0.0
-            flat = lower - before < max(little * abs(lower), _LITTLE_OF_OPEN * open_)
-            stalled = stalled + 1 if flat and struck <= _FEW * sum(map(len, self.dual.keep)) else 0
+            flat = lower - before < max(little * abs(lower), POLICY.flat_part_of_open * open_)
+            stalled = stalled + 1 if flat and struck <= POLICY.few_struck * sum(map(len, self.dual.keep)) else 0
             if self.closed or self.late or stalled >= 2:
                 break
         return self.attempt(decode(self.dual, thorough=False)) if over is None else over
 
     def _reads(self, turn: int, idle: int, lower: float) -> bool:
         """Whether a plan is read off the dual in this turn: less often where one is given, or the last ones gave nothing."""
-        if not self._given and idle < _READING:
+        if not self._given and idle < POLICY.reading:
             return True
-        return turn % _READING == 0 and not self.closed and (not self._given or self._near(lower))
+        return turn % POLICY.reading == 0 and not self.closed and (not self._given or self._near(lower))
 
-    def _settle(self) -> np.ndarray:
-        """As `lift`, for one trial of a price: one incumbent and one exclusion, once the bound has risen."""
+    def settle(self) -> np.ndarray:
+        """As `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one exclusion."""
         lower = -np.inf
-        for _ in range(_SETTLING):
+        for _ in range(POLICY.settling):
             for _ in range(3):
                 self.dual.sweep()
             before, lower = lower, self.dual.bound()
-            if lower - before < _LITTLE * abs(lower) or self.late:
+            if lower - before < POLICY.flat_part * abs(lower) or self.late:
                 break
-        self.bound = max(self.bound, lower)
         over = self.attempt(decode(self.dual, thorough=False))
         struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
         self.say(
@@ -226,10 +186,10 @@ class Ascent:
     def _repair(self, plan: Seen, price: np.ndarray) -> None:
         """Raises the price of the rows that overflow until they fit, and keeps what comes out if it is better."""
         least = float(price.max())
-        for _ in range(_REPAIRS):
+        for _ in range(POLICY.repairs):
             if plan.fits:
                 return
-            price = np.where(plan.over > 0, np.maximum(price * _RAISE, least), price)
+            price = np.where(plan.over > 0, np.maximum(price * POLICY.repair_factor, least), price)
             plan = self.look(improve(self.problem, self.rows, plan.states, price))
             if plan.seconds >= self.objective:
                 return

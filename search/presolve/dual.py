@@ -323,16 +323,6 @@ class Dual:
         banned[self.edges[k].window] |= over
         self.banned[k] = Ban(banned)
 
-    def ban_pairs(self, width: float) -> None:
-        """Strikes out every pair of layouts whose choice alone lifts the bound by more than `width` seconds."""
-        for k, edge in enumerate(self.edges):
-            a, b = self.theta[edge.a], self.theta[edge.b]
-            ends = edge.rows.minimum(a - a.min())[:, None] + edge.columns.minimum(b - b.min())
-            over = self.pair_excess(k) + ends > width
-            if over.any():
-                self._forbid(k, over)
-        self.restrict(self.keep)
-
     def exclude(self, incumbent: float) -> int:
         """Strikes out every state that no solution better than the incumbent can use; returns how many.
 

@@ -22,13 +22,10 @@ import numpy as np
 
 from search.formulation.problem import FORBIDDEN, Edge, Problem
 from search.memory.constraints import Row, Rows
+from search.presolve.policy import POLICY
 
 SMALL_PARTS = (0.01, 0.001, 0.0001)
 """The parts of the budget up to which an array counts as small: the next where the plan of the one before does not fit."""
-_PAIRS = 60_000
-"""The most pairs of layouts that a new edge may price."""
-_TRIPLES = 30_000_000
-"""The most pairs times states that are compared for one new edge."""
 _CHUNK = 50_000
 """Numbers compared at a time, few enough to stay in a processor's cache."""
 
@@ -92,7 +89,7 @@ def _possible_beside(gone: _Gone, left: Sequence[np.ndarray], width: float) -> n
     other = tables[1] if len(tables) > 1 else np.zeros((1, len(gone.cost)))
     least = np.full(len(gone.cost), np.inf)
     rows = max(1, _CHUNK // other.size)
-    if one.size * len(other) > _TRIPLES:
+    if one.size * len(other) > POLICY.eliminated_triples:
         return np.flatnonzero(gone.cost < FORBIDDEN / 2)
     for at in range(0, len(one), rows):
         cost = one[at : at + rows, None, :] + other[None, :, :]
@@ -226,7 +223,7 @@ def _small(groups: list[int], states: int) -> bool:
     if len(groups) < 2 or states == 1:
         return True
     pairs = groups[0] * groups[1]
-    return pairs <= _PAIRS and pairs * states <= _TRIPLES
+    return pairs <= POLICY.eliminated_pairs and pairs * states <= POLICY.eliminated_triples
 
 
 def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[int]:

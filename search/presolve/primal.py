@@ -12,13 +12,7 @@ from search.memory.constraints import Row, Rows
 from search.memory.reshard_buffers import Copies
 from search.presolve.dual import Dual
 from search.presolve.messages import DualEdge
-
-_FORESTS = 4
-"""How many forests are drawn, at most, to improve what was read off a dual."""
-_ROUNDS = 20
-"""How often all states are improved one at a time, at most."""
-_ALIKE = 1e-7
-"""The part of the bound by which states may differ and still cost alike."""
+from search.presolve.policy import POLICY
 
 
 def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
@@ -32,17 +26,17 @@ def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
         return _improved(dual, _greedy(dual, dual.order, 0.0), forests)
     bound = dual.bound()
     for order in (dual.order, _grown(dual), dual.order[::-1]):
-        for alike in (0.0, _ALIKE * abs(bound)):
+        for alike in (0.0, POLICY.alike * abs(bound)):
             states = _improved(dual, _greedy(dual, order, alike), forests)
             found.append((dual.objective(states), states))
-            if found[-1][0] <= bound * (1 + _ALIKE):
+            if found[-1][0] <= bound * (1 + POLICY.alike):
                 return states
     return min(found, key=lambda each: each[0])[1]
 
 
 def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarray:
     """States after the forests, numbered as in the problem; the forests are drawn as they are needed, and left for others."""
-    for which in range(_FORESTS):
+    for which in range(POLICY.forests):
         if which == len(forests):
             forests.append(_Forest(dual, np.random.default_rng(which).permutation(len(local))))
         improved = forests[which].best(local)
@@ -194,7 +188,7 @@ def improve(
     states = states.copy()
     priced = [(_Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
     doubtful = set(range(len(problem.nodes))) - {held}
-    for _ in range(_ROUNDS):
+    for _ in range(POLICY.improvements):
         changed = set()
         for i in sorted(doubtful):
             cost = _conditional(problem, states, i)

@@ -532,6 +532,7 @@ def test_palm_540b_decode_is_what_the_tpu_compiler_makes_of_it() -> None:
     assert all(each.instruction.source.startswith("palm.py:") for each in found.costs[:10])
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_arguments_that_are_gathered_behind_matmuls_are_not_copied_ahead_of_all() -> None:
     """Six layers of weights: copies of their pieces would take a tenth of the peak."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autoshard.auditing.replay import Replay, replay, replay_steps
@@ -378,11 +378,20 @@ def test_more_bandwidth_never_costs_more(steps: Any, hbm: float, links: float) -
     assert at_most(replay_steps(changed(steps, faster)).seconds, replay_steps(steps).seconds)
 
 
-@given(schedules(depth=1), st.integers(0, 6), schedules(depth=1))
+LONG = Label("long", "copy-start", "", "")
+
+
+@given(schedules(depth=1), st.integers(0, 6), schedules(depth=0))
+@example((Work(LONG, 1.0, 0.0),), 6, (Copy(LONG, 5.0), Wait(LONG.name)))
 def test_a_loop_is_its_rounds_one_after_the_other(body: Any, rounds: int, before: Any) -> None:
-    looped, unrolled = replay_steps((*before, Loop(rounds, body))), replay_steps((*before, *body * rounds))
+    """Also where copies and collectives are under way before it that are awaited after it."""
+    started = changed(before, lambda step: None if isinstance(step, Wait) else step)
+    awaited = tuple(step for step in before if isinstance(step, Wait))
+    looped = replay_steps((*started, Loop(rounds, body), *awaited))
+    unrolled = replay_steps((*started, *body * rounds, *awaited))
     assert looped.seconds == pytest.approx(unrolled.seconds)
     assert looped.exposed_seconds == pytest.approx(unrolled.exposed_seconds)
+    assert looped.copy_seconds == pytest.approx(unrolled.copy_seconds)
 
 
 @given(schedules())

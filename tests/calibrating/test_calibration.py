@@ -55,6 +55,7 @@ def test_its_file_is_its_topology_and_search_takes_it(calibration: autoshard.Cal
     assert plan.topology == calibration.topology
 
 
+@pytest.mark.long
 def test_the_command_prints_errors_writes_the_file_and_checks_a_step(tmp_path: Path):
     path = tmp_path / "host.toml"
     palm = f"{ROOT / 'examples' / 'palm.py'}:decode"

@@ -178,11 +178,11 @@ def search(target: str, *more: str, code: int = 2) -> str:
 
 
 def test_targets_that_are_none(tmp_path: Path) -> None:
-    assert search("palm.py") == "palm.py is no FILE.py:NAME, such as examples/palm.py:decode."
+    assert search("palm.py") == "The target must be FILE.py:NAME, such as examples/palm.py:decode, got palm.py."
     assert search(f"{tmp_path / 'gone.py'}:make") == f"There is no file {tmp_path / 'gone.py'}."
     other = tmp_path / "notes.txt"
     other.write_text("")
-    assert search(f"{other}:make") == f"{other} is no .py file."
+    assert search(f"{other}:make") == f"The target must be a .py file, got {other}."
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_names_that_will_not_do(tmp_path: Path) -> None:
     path = file(tmp_path, "sizes = 3\ndef make(batch=1): return batch\ndef fail(): raise ValueError('not\\ntoday')\n")
     assert search(f"{path}:mak") == f"{path} has no mak. Did you mean make?"
     assert search(f"{path}:zzz") == f"{path} has no zzz. It has make, fail."
-    assert search(f"{path}:sizes") == f"sizes in {path} is int, which cannot be called."
-    assert search(f"{path}:make") == f"make in {path} returned int; an autoshard.Workload(fn, args) would do."
+    assert search(f"{path}:sizes") == f"sizes in {path} must be a function, got int."
+    assert search(f"{path}:make") == f"make in {path} must return an autoshard.Workload(fn, args), got int."
     assert search(f"{path}:fail") == f"fail in {path} failed: ValueError: not today (target.py:3)"
     assert search(f"{path}:make", "--set", "bacth=2") == (
         "make takes batch: got an unexpected keyword argument 'bacth'."

@@ -194,11 +194,11 @@ def test_phases_share_their_weights():
 
 
 def test_limits_of_phases_that_cannot_be_are_refused():
-    with pytest.raises(autoshard.AutoshardError, match="No layout keeps decode to"):
+    with pytest.raises(autoshard.AutoshardError, match=r"No layout meets the limit .* of decode"):
         phases(at_most={"decode": 1e-9})
     with pytest.raises(autoshard.AutoshardError, match="a limit for one of prefill, decode"):
         phases(at_most={"training": 1.0})
-    with pytest.raises(autoshard.AutoshardError, match="no phase 'training' to weigh"):
+    with pytest.raises(autoshard.AutoshardError, match="must be among prefill, decode, got 'training'"):
         phases(weights={"training": 1.0})
 
 
@@ -282,11 +282,11 @@ def test_the_fastest_way_to_emit_is_kept_and_said(plan: autoshard.Plan):
     audit = autoshard.audit(plan, work.fn, *work.args, target="host")
     other = replace(plan, emission=Emission("compiler", residual_barriers=False))
     first = Candidate(1, plan, replace(audit, compute_seconds=4e-3))
-    for seconds, kept in ((1e-3, other), (8e-3, plan)):
+    for seconds, kept in ((1e-3, other), (3.99e-3, plan), (8e-3, plan)):
         variant = Candidate(1, other, replace(audit, compute_seconds=seconds))
         found = Verification((first,), True, (variant, Candidate(1, other, None, "too large")))
         assert found.best is kept and loads(dumps(found.best)).emission == kept.emission
-        assert found.gain == pytest.approx(first.seconds / min(first.seconds, variant.seconds))
+        assert found.gain == pytest.approx(first.seconds / (first if kept is plan else variant).seconds)
     assert "The plan stays as it was." in str(found) and "too large" in str(found)
     faster = str(Verification((first,), True, (replace(variant, audit=replace(audit, compute_seconds=1e-3)),)))
     assert "The plan keeps the compiler's formats, no barriers in residual sums" in faster

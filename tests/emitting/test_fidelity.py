@@ -50,6 +50,7 @@ def on_sixteen_devices(examples: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.long
 def test_also_on_sixteen_devices() -> None:
     on_sixteen_devices(5)
 
@@ -124,6 +125,7 @@ def assert_changed_as_planned(some: Sequence[Change]) -> None:
     assert [pair for pair in pairs if not (pair.planned and pair.compiled)] == []
 
 
+@pytest.mark.long
 def test_every_change_of_layout_compiles_to_its_collectives() -> None:
     every = changes()
     assert len(every) > 600

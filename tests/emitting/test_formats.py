@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import warnings
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import autoshard
@@ -20,6 +21,7 @@ from autoshard.errors import AutoshardError, ExportError, PlanMismatchError
 from autoshard.plan import loads
 from autoshard.planning.plan_file import dumps
 from autoshard.planning.records import predecessors
+from tests.support.effort import examples
 from tests.support.plans import assert_close, well_linked
 
 STEP = jnp.float32(0.25)
@@ -76,7 +78,7 @@ def order_of(array: jax.Array) -> tuple[int, ...]:
 
 
 @given(orders_of(planned()), st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_placed_and_unplaced_arguments_give_the_unsharded_result(plan: autoshard.Plan, data: st.DataObject) -> None:
     mesh, args = plan.make_mesh(), arguments()
     wanted = jax.jit(fn)(*args)
@@ -187,6 +189,7 @@ def test_the_memory_of_arrays_can_be_given_up() -> None:
     x = jax.device_put(jnp.ones((8, 16)), plan.shardings(plan.make_mesh())[0][2])
     plan.place(x, argument="x", donate=True)
     assert x.is_deleted()
+    plan.place(jax.device_put(jnp.ones((8, 16)), jax.devices()[0]), argument="x", donate=True)  # of other devices
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_host_devices_choose_row_major() -> None:
 
 
 @given(orders_of(planned()))
-@settings(max_examples=6)
+@examples(6)
 def test_orders_round_trip(plan: autoshard.Plan) -> None:
     assert loads(dumps(plan)) == plan
 
@@ -262,11 +265,18 @@ def test_orders_that_are_none_are_refused(order: str) -> None:
         loads(text)
 
 
-def test_explain_shows_orders_that_are_not_row_major() -> None:
-    assert "major to minor" not in planned().explain()
-    rows = turned().explain().splitlines()
-    (wide,) = (row for row in rows if "wide" in row and "float32[16,8,4]" in row)
-    assert wide.rstrip().endswith("2,1,0")
+def test_explain_shows_orders_that_are_not_by_default() -> None:
+    assert "Orders in memory" not in planned().explain()
+    section = turned().explain().partition("Orders in memory, major to minor: as given")[2]
+    (wide,) = (line for line in section.splitlines() if "'wide'" in line)
+    assert wide.split()[:2] == ["params['layers'][*]['wide']", "×"] and "2,1,0" in wide and "0,1,2" in wide
+
+
+def test_exports_say_the_orders() -> None:
+    assert "Orders of dimensions" not in planned().export("specs")
+    for format in ("specs", "rules"):
+        said = ast.get_docstring(ast.parse(turned().export(format))) or ""
+        assert "params['layers'][*]['wide'] × 2: 2,1,0" in said
 
 
 # --- on TPUs

@@ -16,7 +16,7 @@ from tests.support.layout_strategies import blocks, mesh_shapes
 from tests.support.models import Block, arguments, function
 
 
-@examples(8)
+@examples(8, least=3)
 @given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
 def test_a_planned_model_computes_what_the_plain_one_does(block: Block, shape: str, seed: int) -> None:
     """Equal results, arguments and results in the planned layouts, a proven plan, and the planned collectives compiled."""

@@ -256,7 +256,9 @@ def test_remedies_need_the_function(plan_file: Path):
     assert found.exit_code == 2 and "--remedies needs the plan's workload" in found.stderr
 
 
-@pytest.mark.parametrize("ending", [".png", ".svg", ".html"])
+@pytest.mark.parametrize(
+    "ending", [*(pytest.param(each, marks=pytest.mark.long) for each in (".png", ".svg")), ".html"]
+)
 def test_a_roofline_has_a_panel_for_every_plan(plan_file: Path, tmp_path: Path, ending: str):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline{ending}"

@@ -310,7 +310,7 @@ def test_the_command_writes_what_the_method_does(tmp_path) -> None:
     found = run("export", path, "--format", "maxtext", "--argument", "params", "--names", names)
     assert found.stdout == plan.export("maxtext", argument="params", names=NAMES)
     assert refused("export", path, "-f", "rules", "-o", out) == f"{out} exists; --force overwrites it."
-    assert refused("export", path, "-f", "rules", "--axis", "x") == "--axis x is no AXIS=NAME, such as x=data."
+    assert refused("export", path, "-f", "rules", "--axis", "x") == "--axis must be AXIS=NAME, such as x=data, got x."
     assert "no argument 'cache'" in refused("export", path, "-f", "rules", "--argument", "cache", code=1)
     names.write_text("[]")
     assert refused("export", path, "-f", "flax", "--names", names).startswith(f"{names} must map regular expressions")

@@ -249,7 +249,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path):
         with pytest.raises(ReportError, match=says):
             write_report(tmp_path / "x.json", tmp_path / "x.html")
     (tmp_path / "x.json").write_text(json.dumps(small_sweep().to_dict()))
-    with pytest.raises(ReportError, match="no ending that is known"):
+    with pytest.raises(ReportError, match="must end in"):
         write_report(tmp_path / "x.json", tmp_path / "x.doc")
 
 

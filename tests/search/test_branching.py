@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology
-from search.answer.solution import Effort
+from search.answer.solution import Limits
 from search.cpsat import branching
 from search.cpsat.branching import Branching
-from search.cpsat.kernel import combined
+from search.cpsat.kernel import _combined
 from search.cpsat.solver import solve
+from search.cpsat.stages import Found, Task
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
-from search.presolve.pricing import settled
+from search.presolve.multipliers import bracket, raise_bound
+from search.presolve.policy import POLICY
 from search.presolve.primal import decode, overflow
-from search.presolve.repricing import bracketed
+from tests.support.effort import examples
 from tests.support.programs import TOPOLOGIES, programs
 
 ROUNDING = 2e-9
@@ -45,24 +51,25 @@ def least(problem: Problem) -> float:
     return np.inf if answer.status == "INFEASIBLE" else answer.value
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_branches_alone_find_the_optimum(program, topology, part):
     """Without CP-SAT's help but for what is decided, branching comes to CP-SAT's optimum, or proves that nothing fits."""
     problem = tight(program, topology, part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branching, "_SMALL", 0)
-        patch.setattr(branching, "_LARGE", 0)
+        patch.setattr(branching, "POLICY", replace(POLICY, small_pairs=0, close_pairs=0))
         ascent = begun(problem)
         if ascent.fits and not ascent.closed:
-            Branching(ascent, 60.0).run()
+            task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
+            found = Found(task.eliminate(0.0), ascent, ascent.dual.snapshot())
+            Branching(ascent, partial(task._decide_part, found)).run()
     best = least(problem)
     assert ascent.objective == pytest.approx(best, rel=1e-5)
     if np.isfinite(best):
         assert ascent.bound == pytest.approx(best, rel=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_holding_a_node_is_a_restriction_for_a_while(program, topology, part, random):
     """While a node is held the bound is that of the restricted problem; afterwards everything is as it was."""
@@ -108,7 +115,7 @@ def moved(dual: Dual, how: str, random) -> None:
 MOVES = ("sweep", "reprice", "narrow", "restrict", "hold", "exclude", "come back")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     programs(),
     st.sampled_from(TOPOLOGIES[:3]),
@@ -135,7 +142,7 @@ def test_whatever_is_moved_plans_cost_what_they_did(program, topology, moves, ra
     assert dual.bound() == pytest.approx(summed, rel=1e-9, abs=ROUNDING)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     """The bound does not sink, and stays below every plan; each trial is made at prices that the plans seen tell."""
@@ -148,27 +155,28 @@ def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
         dual.sweep()
         return ascent.look(decode(dual)).over
 
-    settled(ascent, ascent.look(decode(dual)).over, trial, 6)
+    raise_bound(ascent, ascent.look(decode(dual)).over, trial, 6)
     assert dual.bound() >= before - ROUNDING - 1e-9 * abs(before)
     assert dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
-def test_prices_in_a_branch_lie_between_plans_that_fit_and_plans_that_do_not(program, topology, part):
-    """The bound does not sink; of two plans one overflows and one does not; no plan costs less than the bound."""
+def test_the_plans_of_a_bracket_are_the_best_at_the_multipliers(program, topology, part):
+    """Of two plans one overflows and one does not; of the plans seen in what is left, none of its kind costs less."""
     problem = tight(program, topology, part)
     ascent = begun(problem)
     assume(ascent.fits)
-    before = ascent.dual.bound()
-    bracket = bracketed(ascent)
-    assert ascent.dual.bound() >= before - ROUNDING - 1e-9 * abs(before)
-    assert ascent.dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
-    for plan, fits in ((bracket.lean, True), (bracket.bulky, False)):
-        assert plan is None or bool(overflow(problem, ascent.rows, plan).max(initial=-np.inf) <= 0) == fits
+    found, multipliers = bracket(ascent), ascent.dual.multipliers
+    for states, fits in ((found.lean, True), (found.bulky, False)):
+        alike = [plan for plan in ascent.pool.within(ascent.dual.keep) if plan.fits == fits]
+        assert (states is None) == (not alike)
+        if states is not None:
+            assert bool(overflow(problem, ascent.rows, states).max(initial=-np.inf) <= 0) == fits
+            assert ascent.pool.add(states).priced(multipliers) == min(plan.priced(multipliers) for plan in alike)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology, part, random):
     """At the best prices the least of the plans seen costs what is said, or what is enough; at no others more."""
@@ -180,7 +188,7 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
     plans = [ascent.pool.add(states) for states in ascent.pool.states]
     plans = [plan for plan in plans if plan.seconds < FORBIDDEN / 2]
     enough = random.choice([np.inf, ascent.objective, 0.5 * min(plan.seconds for plan in plans)])
-    told = ascent.pool.best_prices(keep, enough)
+    told = ascent.pool.best_multipliers(keep, enough)
     if told is None:
         assert enough == np.inf and not any(plan.fits for plan in plans)
         event("the plans tell nothing")
@@ -189,14 +197,14 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
     def proven(prices: np.ndarray) -> float:
         return min(enough, *(plan.seconds + float(prices @ plan.over) for plan in plans), np.inf)
 
-    assert proven(told.prices) == pytest.approx(told.seconds, rel=1e-5)
+    assert proven(told.multipliers) == pytest.approx(told.seconds, rel=1e-5)
     for _ in range(8):
-        prices = told.prices * np.array([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in told.prices])
+        prices = told.multipliers * np.array([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in told.multipliers])
         prices = prices + random.choice([0.0, 1e-12, 1e-9]) * (np.arange(len(prices)) == random.randrange(len(prices)))
         assert proven(prices) <= told.seconds * (1 + 1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
 def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, part):
     """What is put together from the plans seen is a plan that fits, or one of those seen."""
@@ -205,7 +213,7 @@ def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, 
     seen = tuple(ascent.pool.states)
     assume(ascent.fits and seen)
     before = ascent.dual.bound()
-    found = combined(ascent.dual, ascent.rows, seen, ascent.best, ascent.objective, np.inf, Effort())
+    found = _combined(ascent)
     assert ascent.dual.bound() == pytest.approx(before, rel=1e-9, abs=ROUNDING)
     if not any((found == states).all() for states in seen):
         assert (overflow(problem, ascent.rows, found) <= 0).all()

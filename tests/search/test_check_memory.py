@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology, parse_topology
@@ -17,6 +17,7 @@ from search.answer.check_memory import _Account, alive_bytes
 from search.formulation.problem import Problem, build
 from search.memory import constraints
 from search.solve import Limits, NoPlan, search
+from tests.support.effort import examples
 from tests.support.layout_strategies import blocks, random_states, traced_on
 from tests.support.loops import NUMBERS, loops
 from tests.support.models import Block, arguments, function
@@ -43,7 +44,7 @@ def largest_difference(program: Program, topology: Topology, states: np.ndarray)
     return max((abs(alive[row.point] - bytes_) for row, bytes_ in zip(limits, held, strict=True)), default=0.0)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(programs() | layered(), st.sampled_from(TOPOLOGIES), st.integers(0, 2**31))
 def test_rows_and_checker_count_the_same(program, topology, seed):
     """At every point with a row, whatever the plan; no other point is fuller."""
@@ -55,7 +56,7 @@ def test_rows_and_checker_count_the_same(program, topology, seed):
     assert max(alive) == pytest.approx(max(limits.bytes(problem, states)), rel=1e-12)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(blocks(), st.sampled_from(TOPOLOGIES), st.integers(0, 2**31))
 def test_rows_and_checker_count_the_same_of_transformers(block, topology, seed):
     """With loops, views, updates in place and donated caches."""
@@ -65,7 +66,7 @@ def test_rows_and_checker_count_the_same_of_transformers(block, topology, seed):
     assert largest_difference(traced.program, topology, states) <= 1e-6
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(loops())
 def test_rows_and_checker_let_arrays_of_loops_live_as_long(case):
     """Stacks that loops update in place, read, pile up and copy: who shares memory, from when to when."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,14 +14,15 @@ from costmodels.machine.topology import Topology, parse_topology
 from costmodels.program.program import Factor, Operation, Program, Use, Value
 from search.answer.assignment import choice_of
 from search.answer.solution import Solver
-from search.cpsat.branching import Branching
 from search.cpsat.solver import solve
+from search.cpsat.stages import Found, Task
 from search.formulation.axis_renaming import renamed, renamings
 from search.formulation.problem import FORBIDDEN, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
 from search.solve import Limits, NoPlan, search
+from tests.support.effort import examples
 from tests.support.enumeration import best, enumerable
 from tests.support.layout_strategies import random_states
 from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
@@ -50,7 +52,7 @@ def assert_best(program: Program, topology: Topology, part: float, solver: Solve
     assert found.check.faults == () and found.check.peak_bytes <= problem.budget_bytes
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
 def test_the_search_equals_enumeration(program, topology, part):
     """On small problems, also where memory binds and in loops, nothing is better than what the search proves best."""
@@ -65,14 +67,14 @@ def test_the_search_equals_enumeration_on_many(program, topology, part):
     assert_best(program, topology, part)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
 def test_cp_sat_unaided_equals_enumeration(program, topology, part):
     """The model as it is built, without presolve, hint or bound, is the problem."""
     assert_best(program, topology, part, "cp-sat")
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(programs(), st.sampled_from(TOPOLOGIES))
 def test_every_solution_passes_the_checker(program, topology):
     """The checker, which shares no array with the solver, finds the same cost, no fault, and memory within the budget."""
@@ -83,7 +85,7 @@ def test_every_solution_passes_the_checker(program, topology):
     assert found.proof.gap == 0.0
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(programs(), st.sampled_from(TOPOLOGIES), st.integers(0, 2**31), st.floats(0.5, 1.2))
 def test_where_a_search_begins_changes_nothing(program, topology, seed, part):
     """A plan to start from, good or bad, fitting or not, leaves the proven cost as it is."""
@@ -103,7 +105,7 @@ def test_where_a_search_begins_changes_nothing(program, topology, seed, part):
         assert found.proof.status == "OPTIMAL" and found.check.peak_bytes <= room
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(programs(), st.sampled_from(TOPOLOGIES))
 def test_cp_sat_alone_finds_the_same(program, topology):
     """CP-SAT on the whole problem, without bound or incumbent, proves the cost that the search proves."""
@@ -115,22 +117,24 @@ def test_cp_sat_alone_finds_the_same(program, topology):
     assert answer.value == pytest.approx(found.proof.objective_seconds, rel=1e-5)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(programs(), st.sampled_from(TOPOLOGIES), st.integers(0, 3))
 def test_what_cp_sat_proves_of_a_branch_is_a_bound(program, topology, sweeps):
     """However rough the dual is that a branch is handed over with, the proven bound holds, and is tight but for rounding."""
     optimum = search(program, topology).proof.objective_seconds
     problem = build(program, topology, topology.chip.usable_hbm_bytes)
-    ascent = Ascent(problem, rows(problem), 0, lambda _: None)
+    task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
+    found = Found(task.eliminate(0.0), Ascent(problem, task.memory, 0, lambda _: None))
+    ascent = found.ascent
     for _ in range(sweeps):
         ascent.dual.sweep()
-    proven = Branching(ascent, 60.0)._finish(ascent.dual.bound())
+    proven = task._decide_part(found, ascent.dual.bound())
     assert proven <= optimum * (1 + 1e-9)
     assert ascent.objective == pytest.approx(optimum, rel=1e-5)
     assert proven >= optimum * (1 - 1e-3)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(programs(), st.sampled_from(TOPOLOGIES), st.floats(0.2, 0.9))
 def test_more_memory_never_costs_more(program, topology, part):
     """The optimum is monotone in the budget."""
@@ -147,7 +151,7 @@ def test_more_memory_never_costs_more(program, topology, part):
     assert cost(whole * 1.5) <= cost(whole * part) * (1 + 1e-9)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(programs(), st.sampled_from(TOPOLOGIES))
 def test_the_bound_holds_for_every_choice(program, topology):
     """Whatever has been moved between nodes and edges, no choice of states costs less than the bound."""
@@ -163,7 +167,7 @@ def test_the_bound_holds_for_every_choice(program, topology):
         assert dual.bound() <= min(costs) * (1 + 1e-9)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(programs())
 def test_an_axis_of_size_one_changes_nothing(program):
     """A mesh axis of size 1 is free."""
@@ -171,7 +175,7 @@ def test_an_axis_of_size_one_changes_nothing(program):
     assert plain == pytest.approx(longer, rel=1e-12)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(programs())
 def test_renaming_interchangeable_axes_changes_no_cost(program):
     """Every renaming of equal axes maps states to states of the same cost."""

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology, parse_topology
@@ -21,6 +21,7 @@ from search.k_best import _Parts, ranked
 from search.phases import TooSlow, search_phases
 from search.presolve.symmetry import renamed
 from search.solve import DEFAULTS, Limits, NoPlan, search
+from tests.support.effort import examples
 from tests.support.enumeration import enumerable, fitting, seconds_of_all
 from tests.support.programs import MESHES, TOPOLOGIES, layered, programs, small_programs, unrolled
 
@@ -53,7 +54,7 @@ def best_uniform(program: Program, topology: Topology, alike: tuple[int, ...]) -
 # --- folding
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(layered(least=3, most=6), SMALL)
 def test_layers_are_found_again(program, topology):
     """Every layer but perhaps the first and the last shares its operations with another; weights share their layouts."""
@@ -65,7 +66,7 @@ def test_layers_are_found_again(program, topology):
     assert len(set(alike)) < len(alike)
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(layered(sizes=(4, 64, 512)), SMALL | st.sampled_from(KEEPING))
 def test_folding_is_a_restriction(program, topology):
     """Layers laid out alike cost no less than layers that may differ; both are what the checker counts."""
@@ -76,7 +77,7 @@ def test_folding_is_a_restriction(program, topology):
         assert found.check.seconds == pytest.approx(found.proof.objective_seconds, rel=1e-9)
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(layered(least=3, most=4, sizes=(2, 3)), st.sampled_from(MESHES))
 def test_folded_is_the_best_with_like_layers(program, topology):
     """The folded optimum is the least over all choices that treat copies alike, by enumeration of the unfolded problem."""
@@ -87,7 +88,7 @@ def test_folded_is_the_best_with_like_layers(program, topology):
 # --- what must change nothing
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(layered() | programs(), SMALL)
 def test_elimination_is_exact(program, topology):
     """The problem without the operations between two others has the whole problem's optimum."""
@@ -97,7 +98,7 @@ def test_elimination_is_exact(program, topology):
     assert whole.proof.objective_seconds == pytest.approx(search(program, topology).proof.objective_seconds, rel=1e-9)
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(layered(), SMALL, st.randoms(use_true_random=False))
 def test_the_order_of_independent_operations_changes_nothing(program, topology, random):
     """Operations in any order that their operands allow cost the same."""
@@ -124,7 +125,7 @@ def reordered(program: Program, random) -> Program:
     )
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(programs(), st.sampled_from(("cpu:2x2", "cpu:2x4")))
 def test_names_of_axes_change_nothing(program, text):
     """A mesh whose axes have other names, or come in another order, has the same optimum."""
@@ -137,7 +138,7 @@ def test_names_of_axes_change_nothing(program, text):
 # --- pins
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(layered() | programs(), SMALL, st.data())
 def test_a_pin_never_helps_and_is_kept(program, topology, data):
     """Deciding a layout costs something or nothing, and the plan has it; axes that a pin names are no longer alike."""
@@ -157,7 +158,7 @@ def test_a_pin_never_helps_and_is_kept(program, topology, data):
 # --- phases
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(st.sampled_from(SIZES), st.sampled_from(SIZES), st.sampled_from(SIZES), st.floats(0.1, 50.0), SMALL)
 def test_sharing_costs_no_less_than_the_phases_alone(few, inner, hidden, weight, topology):
     """The joint optimum is at least the weighted sum of the separate ones, and all phases have the shared layouts."""
@@ -176,7 +177,7 @@ def test_sharing_costs_no_less_than_the_phases_alone(few, inner, hidden, weight,
         assert one == other
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.sampled_from(SIZES), st.sampled_from(SIZES), st.floats(0.0, 1.0), SMALL)
 def test_a_phase_keeps_to_its_limit(inner, hidden, part, topology):
     """Under a limit the phase is no slower than it, the sum no less than without, and the bound no more than the sum."""
@@ -202,7 +203,7 @@ def test_a_phase_keeps_to_its_limit(inner, hidden, part, topology):
 # --- ranking
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(small_programs(), st.sampled_from(MESHES), st.integers(1, 5))
 def test_the_k_best_are_those_of_enumeration(program, topology, k):
     """Sorted, distinct in how matmuls are split, and the least of each kind that there is."""
@@ -246,7 +247,7 @@ class _Interrupter:
             raise KeyboardInterrupt
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(programs(), SMALL, st.floats(0.3, 0.9), st.integers(1, 12))
 def test_an_interruption_keeps_the_best_plan(program, topology, part, lines):
     """What is found by then is a plan with a bound that holds; before there is any, the interruption goes on its way."""
@@ -263,7 +264,7 @@ def test_an_interruption_keeps_the_best_plan(program, topology, part, lines):
     assert proof.stopped in ("", "interrupted") and (proof.status == "OPTIMAL") == (proof.gap == 0.0)
 
 
-@settings(max_examples=CASES)
+@examples(CASES)
 @given(programs(), SMALL)
 def test_no_time_is_enough_for_a_plan(program, topology):
     """With the time limit passed already, there is a plan with a bound that holds, and the proof says why it ended."""

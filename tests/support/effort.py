@@ -15,6 +15,6 @@ def tries(count: int, least: int = 5) -> int:
     return min(count, max(least, count * settings().max_examples // 100))
 
 
-def examples(count: int, **options: Any) -> settings:
-    """Settings for a property that takes longer than most: so many examples in the profile `all`."""
-    return settings(max_examples=tries(count), **options)
+def examples(count: int, least: int = 5, **options: Any) -> settings:
+    """Settings for a property that takes longer than most: so many examples in the profile `all`, as `tries`."""
+    return settings(max_examples=tries(count, least), **options)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from jax import lax
 from jax.extend import core as jex
 from jax.sharding import PartitionSpec
@@ -18,6 +18,7 @@ import autoshard
 from autoshard.tracing.jaxprs import scan_counts
 from autoshard.tracing.loops_in_place import in_place
 from examples import llama
+from tests.support.effort import examples
 from tests.support.loops import COLUMNS, NUMBERS, WRITES, forgetting, loops, mixed, nested, part, replacing
 from tests.support.plans import well_linked
 
@@ -92,7 +93,7 @@ def same_results(fn: Callable[..., Any], *args: Any, donated: Sequence[int] = ()
 
 
 @given(loops())
-@settings(max_examples=60)
+@examples(60)
 def test_loops_in_place_compute_what_they_are_written_to(case: tuple[Callable[..., Any], int, list[int]]) -> None:
     fn, stacks, donated = case
     same_results(fn, jnp.int32(5), *map(jnp.asarray, NUMBERS[:stacks]), donated=donated)

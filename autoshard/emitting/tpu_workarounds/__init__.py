@@ -8,6 +8,8 @@
   the matmul's other operand.
 - `argument_layout`: the compiler may pad what a loop carries more than an argument. A carried array gets the layout of an
   argument of its shape: a cache of 25 heads of 64 takes 1 instead of 2.56 times its bytes.
+- `argument_copies`: the compiler copies an argument that a collective takes beside a matmul, for all layers at once. The
+  argument passes a `select` and is an operation's result.
 
 No upstream issue that tracks one of them was found. `tests/emitting/test_workarounds.py` compiles each construct with and
 without its rewrite. A test fails once the compiler no longer needs the rewrite, which can then go.

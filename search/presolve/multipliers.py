@@ -1,0 +1,227 @@
+"""Maximises the Lagrangian dual over the multipliers of the memory rows, by a stabilised cutting-plane method.
+
+At multipliers $\\lambda \\ge 0$ of the bytes by which rows overflow, a plan of $c_k$ seconds that is $g_k$ bytes over costs
+$c_k + \\lambda g_k$. The least of it over all plans is a bound on those that fit, concave in $\\lambda$. Over the plans looked
+at it lies above the bound, and is highest where a linear programme says: the master problem of Dantzig and Wolfe
+("Decomposition principle for linear programs", 1960), or Kelley's cutting planes. The next trial lies half way there, as the
+far end is often far too high or too low (the smoothing of Wentges, "Weighted Dantzig-Wolfe decomposition for linear
+mixed-integer programming", 1997). The same method serves the root and, in fewer trials, every branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from search.formulation.problem import FORBIDDEN, Problem
+from search.memory.constraints import Row
+from search.presolve.dual import Dual, Snapshot
+from search.presolve.policy import POLICY
+from search.presolve.primal import overflow
+
+# --- The plans that were looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A plan that was looked at: the states of its nodes, its seconds, and by how many bytes it overflows each row."""
+
+    states: np.ndarray
+    seconds: float
+    over: np.ndarray
+
+    @property
+    def fits(self) -> bool:
+        """Whether it overflows no row."""
+        return bool((self.over <= 0).all())
+
+    def priced(self, multipliers: np.ndarray) -> float:
+        """Seconds at these multipliers."""
+        return self.seconds + float(multipliers @ self.over)
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The multipliers, in seconds per byte, that prove most of the plans seen, and the seconds that they prove."""
+
+    multipliers: np.ndarray
+    seconds: float
+
+
+class Pool:
+    """The plans seen, each once."""
+
+    def __init__(self, problem: Problem, rows: tuple[Row, ...]) -> None:
+        self.problem, self.rows = problem, rows
+        self._plans: dict[bytes, Seen] = {}
+        self._start = np.cumsum([0, *(len(node.states) for node in problem.nodes)])
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def add(self, states: np.ndarray) -> Seen:
+        """Remembers a plan, whether it fits or not: parts of it may be right."""
+        key = states.tobytes()
+        if key not in self._plans:
+            over = overflow(self.problem, self.rows, states)
+            self._plans[key] = Seen(states, self.problem.objective(states), over)
+        return self._plans[key]
+
+    @property
+    def states(self) -> list[np.ndarray]:
+        """The states of every plan, in the order in which they were seen."""
+        return [plan.states for plan in self._plans.values()]
+
+    def within(self, keep: Sequence[np.ndarray]) -> list[Seen]:
+        """The possible plans of these states."""
+        plans = [plan for plan in self._plans.values() if plan.seconds < FORBIDDEN / 2]
+        if not plans:
+            return []
+        left = np.zeros(self._start[-1], dtype=bool)
+        left[np.concatenate([start + states for start, states in zip(self._start, keep, strict=False)])] = True
+        inside = left[np.array([plan.states for plan in plans]) + self._start[:-1]].all(axis=1)
+        return [plans[k] for k in np.flatnonzero(inside).tolist()]
+
+    def best_multipliers(self, keep: Sequence[np.ndarray], most: float) -> Best | None:
+        """The best multipliers as far as the possible plans of these states tell; `None` if they tell nothing.
+
+        **Arguments:**
+
+        - `keep`: per node the states that are left.
+        - `most`: seconds; to prove more is of no use. Infinite if no plan that fits is known.
+        """
+        plans = self.within(keep)
+        if not plans or (not np.isfinite(most) and not any(plan.fits for plan in plans)):
+            return None
+        return _best(plans, most, self.problem.budget_bytes)
+
+
+def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | None:
+    """Solves the master problem by GLOP, in seconds of about 1 and in budgets of memory."""
+    from ortools.math_opt.python import mathopt  # where memory does not bind, there is no use for it
+
+    over = np.array([plan.over for plan in plans])
+    rows = np.flatnonzero((over > 0).any(axis=0))
+    seconds = [plan.seconds for plan in plans]
+    least = min(seconds)
+    unit = max(max(seconds) - least, 1e-9 * abs(least), 1e-30)
+    model = mathopt.Model()
+    prices = [model.add_variable(lb=0.0) for _ in rows]
+    proven = model.add_variable(ub=(most - least) / unit if np.isfinite(most) else np.inf)
+    for plan, beyond in zip(plans, (over[:, rows] / budget_bytes).tolist(), strict=True):
+        cost = mathopt.LinearSum(price * part for price, part in zip(prices, beyond, strict=True))
+        model.add_linear_constraint(proven - cost <= (plan.seconds - least) / unit)
+    model.maximize(proven)
+    result = mathopt.solve(model, mathopt.SolverType.GLOP)
+    if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+        return None
+    found = np.zeros(over.shape[1])
+    found[rows] = [max(value, 0.0) * unit / budget_bytes for value in result.variable_values(prices)]
+    return Best(found, result.variable_values(proven) * unit + least)
+
+
+# --- Trials
+
+
+class Search(Protocol):
+    """What a search knows: its dual, plans, and best plan so far."""
+
+    dual: Dual
+    pool: Pool
+    objective: float
+
+    def reached(self, lower: float) -> bool:
+        """Whether a bound has reached the best plan."""
+        ...
+
+    @property
+    def late(self) -> bool:
+        """Whether time is up."""
+        ...
+
+
+Trial = Callable[[], np.ndarray]
+"""Lifts the bound at the dual's multipliers; returns by how much the relaxed plan overflows each row."""
+
+
+def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> None:
+    """Moves the dual's multipliers to where its bound is highest.
+
+    **Arguments:**
+
+    - `over`: bytes by which the relaxed plan overflows each row at the present multipliers.
+    - `trials`: how many are made, at most.
+    """
+    dual = search.dual
+    best: tuple[float, Snapshot] = (dual.bound(), dual.snapshot())
+    before, feeble = np.inf, 0
+    for _ in range(trials):
+        told = search.pool.best_multipliers(dual.keep, search.objective)
+        open_ = search.objective - best[0] if np.isfinite(search.objective) else 0.0
+        little = max(POLICY.settled_part * abs(best[0]), POLICY.settled_part_of_open * open_)
+        if search.reached(best[0]) or search.late or (told and told.seconds - best[0] < little):
+            break
+        if told is None and over.max(initial=0.0) <= 0:
+            break
+        if told is None:
+            multipliers = _higher(search, over)
+        else:
+            part = POLICY.step_part if told.seconds < before else 1.0
+            multipliers = best[1].multipliers + part * (told.multipliers - best[1].multipliers)
+            before = told.seconds
+        dual.reprice(multipliers)
+        over = trial()
+        if dual.emptied:
+            return
+        rise = dual.bound() - best[0]
+        if rise > 0:
+            best = dual.bound(), dual.snapshot()
+        feeble = feeble + 1 if told is not None and rise < POLICY.feeble_part * little else 0
+        if feeble == POLICY.feeble_trials:
+            break  # the plan that would say more is not among those that are read off the dual
+    if dual.bound() < best[0]:
+        left = dual.keep
+        dual.load(best[1])
+        dual.restrict([np.intersect1d(a, b, assume_unique=True) for a, b in zip(dual.keep, left, strict=True)])
+
+
+def _higher(search: Search, over: np.ndarray) -> np.ndarray:
+    """Multipliers under which the rows that overflow may not: higher ones, or a first one for that which overflows most."""
+    multipliers = search.dual.multipliers.copy()
+    priced = (over > 0) & (multipliers > 0)
+    if priced.any():
+        multipliers[priced] *= POLICY.growth
+    else:
+        row = int(np.argmax(over))
+        multipliers[row] = _first(search, float(over[row]))
+    return multipliers
+
+
+def _first(search: Search, over: float) -> float:
+    """The multiplier at which the dual's tangent, of slope `over`, reaches the best plan: the bound turns before."""
+    most = 1.0 / min(axis.bytes_per_second for axis in search.dual.problem.topology.axes)
+    lower = search.dual.bound()
+    rise = search.objective - lower if np.isfinite(search.objective) else abs(lower)
+    return min(rise / over, most) if rise > 0 else most
+
+
+@dataclass(frozen=True, eq=False)
+class Bracket:
+    """Plans at about the best multipliers: one that overflows a chip, and one that fits. Either may be missing."""
+
+    bulky: np.ndarray | None = None
+    lean: np.ndarray | None = None
+
+
+def bracket(search: Search) -> Bracket:
+    """Of the plans seen in what is left, the best that fits and the best that does not, at the dual's multipliers.
+
+    Where the bound is highest they cost about alike; in what they differ is what the multipliers cannot decide.
+    """
+    dual = search.dual
+    plans = sorted(search.pool.within(dual.keep), key=lambda plan: plan.priced(dual.multipliers))
+    bulky = next((plan.states for plan in plans if not plan.fits), None)
+    return Bracket(bulky, next((plan.states for plan in plans if plan.fits), None))
