@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -12,14 +13,16 @@ from hypothesis import strategies as st
 from costmodels.machine.topology import Topology, parse_topology
 from costmodels.program.program import Program
 from search.answer.assignment import choice_of
-from search.answer.check_memory import alive_bytes
+from search.answer.check_memory import _Account, alive_bytes
 from search.formulation.problem import Problem, build
 from search.memory import constraints
 from search.solve import Limits, NoPlan, search
 from tests.support.effort import examples
 from tests.support.layout_strategies import blocks, random_states, traced_on
+from tests.support.loops import NUMBERS, loops
 from tests.support.models import Block, arguments, function
 from tests.support.programs import MESHES, layered, programs, unrolled
+from tests.support.tracing import trace
 
 TOPOLOGIES = [*MESHES, parse_topology("v5e:2x2")]
 
@@ -61,6 +64,17 @@ def test_rows_and_checker_count_the_same_of_transformers(block, topology, seed):
     problem = build(traced.program, topology, np.inf)
     states = drawn_states(problem, seed)
     assert largest_difference(traced.program, topology, states) <= 1e-6
+
+
+@examples(40)
+@given(loops())
+def test_rows_and_checker_let_arrays_of_loops_live_as_long(case):
+    """Stacks that loops update in place, read, pile up and copy: who shares memory, from when to when."""
+    fn, stacks, donated = case
+    args = (jnp.int32(5), *NUMBERS[:stacks])
+    program = trace(fn, *args, donate_argnums=tuple(donated)).program
+    rows = {(each.value, each.first, each.last) for each in constraints.buffers(program)}
+    assert rows == set(_Account(program).arrays())
 
 
 # --- faults planted in the rows
