@@ -135,7 +135,8 @@ def search_phases(
     except TooSlow as error:
         name, least = list(targets)[error.phase], time(error.least_seconds)
         raise AutoshardError(
-            f"No layout meets the limit {time((at_most or {})[name])} of {name} on {where.name}: the fastest found takes {least}."
+            f"No layout meets the limit {time((at_most or {})[name])} of {name} on {where.name}:"
+            f" the fastest found takes {least}."
         ) from error
     except NoPlan as error:
         raise explained(error) from error

@@ -3,7 +3,7 @@
     python benchmarks/emission.py [--only TOPOLOGY ...]
 
 One row per step: `ours` is 1 if the compiled program has exactly the planned collective (kind, axes, bytes except for padded
-rows), `reference` is 1 if the search may plan it (`search.formulation.reshard.emittable`). A step that is planned
+rows), `reference` is 1 if the search may plan it (`search.formulation.collective_steps.emittable`). A step that is planned
 but compiles to something else is a miss. A step that is never planned but compiles as written only reduces the choice. Run it
 under every supported JAX: the table has the version.
 """
@@ -64,8 +64,8 @@ def cases(topology: Any) -> Iterator[Written]:
 
 def step_of(case: Written, sizes: Mapping[str, int]) -> Any:
     """The step between layouts; a permutation reverses the order of the axes."""
+    from search.formulation.collective_steps import CollectiveStep, permuted_axes
     from search.formulation.layouts import Layout
-    from search.formulation.reshard import Step, permuted_axes
 
     rank, at, other = len(case.shape), case.dim, (case.dim + 1) % len(case.shape)
 
@@ -75,15 +75,15 @@ def step_of(case: Written, sizes: Mapping[str, int]) -> Any:
     whole, partial = Layout(((),) * rank), Layout(((),) * rank, tuple(sorted(case.axes)))
     match case.kind:
         case "all-gather":
-            return Step(case.kind, case.axes, split(at), whole, source_dim=at)
+            return CollectiveStep(case.kind, case.axes, split(at), whole, source_dim=at)
         case "reduce-scatter":
-            return Step(case.kind, case.axes, partial, split(at), target_dim=at)
+            return CollectiveStep(case.kind, case.axes, partial, split(at), target_dim=at)
         case "all-reduce":
-            return Step(case.kind, case.axes, partial, whole)
+            return CollectiveStep(case.kind, case.axes, partial, whole)
         case "all-to-all":
-            return Step(case.kind, case.axes, split(at), split(other), source_dim=at, target_dim=other)
+            return CollectiveStep(case.kind, case.axes, split(at), split(other), source_dim=at, target_dim=other)
     turned = split(at, case.axes[::-1])
-    return Step(case.kind, permuted_axes(split(at), turned, sizes), split(at), turned)
+    return CollectiveStep(case.kind, permuted_axes(split(at), turned, sizes), split(at), turned)
 
 
 def measured(case: Written, topology: Any, mesh: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def measured(case: Written, topology: Any, mesh: Any) -> dict[str, Any]:
 
     from autoshard.auditing import hlo_collectives
     from autoshard.emitting.reshard_steps import FEW_ROWS, run_step
-    from search.formulation.reshard import emittable
+    from search.formulation.collective_steps import emittable
 
     sizes = topology.axis_sizes
     step = step_of(case, sizes)

@@ -27,7 +27,8 @@ from costmodels.machine.topology import Topology
 from costmodels.operations import evaluate, hbm_bytes, padded_flops
 from costmodels.program.program import Program
 from search.answer.assignment import Choice, Move, moves, products_behind, steps
-from search.formulation.reshard import Step, wire_seconds
+from search.formulation.collective_steps import CollectiveStep
+from search.formulation.reshard import wire_seconds
 from search.solve import Solution
 
 ROUNDS = 2
@@ -104,7 +105,7 @@ def _operation(program: Program, where: Topology, choice: Choice, i: int, bare: 
     return program.multiplicity(op.region), float(work), float(moved), float(matmul)
 
 
-def _wire(program: Program, where: Topology, move: Move, step: Step) -> tuple[float, float]:
+def _wire(program: Program, where: Topology, move: Move, step: CollectiveStep) -> tuple[float, float]:
     """Bandwidth seconds at the peak rate, and seconds of hops, of one run."""
     payload = step.payload(program.values[move.value].bytes, where.axis_sizes)
     wire = float(wire_seconds(step.kind, step.axes, payload, where)) * where.chip.wire_efficiency

@@ -7,7 +7,7 @@ audits do (`autoshard.auditing.replay`). It compares the planned step with the r
 lists the floor (bytes to read once over HBM's rate), the time on the chip, the communication that the core waits for, bytes on
 the wire, peak memory, and the operations with the most unplanned time. A row that could not run says why.
 
-Rows of cases that do not run again keep their last result; `--resume` runs only cases without a result.
+Rows of cases that do not run again keep their last result, with its commit; `--resume` runs only cases without a result.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def summarize(found: Any) -> dict[str, Any]:
 def run_apart(case: Case) -> dict[str, Any]:
     """The row of a case from a process of its own, or the reason why there is none."""
     head = {"row": case.name, "reference": 1.0, "ours": None, "example": case.example, "phase": case.phase}
-    head |= {"topology": case.topology, "sizes": dict(case.sizes)}
+    head |= {"topology": case.topology, "sizes": dict(case.sizes), "revision": revision()}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(
@@ -186,6 +186,16 @@ def run_apart(case: Case) -> dict[str, Any]:
         words = [line for line in done.stderr.strip().splitlines() if "Error" in line][-1:]
         return {**head, "why": (words or done.stderr.strip().splitlines()[-1:] or ["no message"])[0][:400]}
     return {**head, **json.loads(lines[-1])}
+
+
+def revision() -> str:
+    """The commit that is measured, empty where Git has none; a `+` marks changes on top."""
+    asked = (
+        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "status", "--porcelain", "--", "autoshard", "costmodels", "search"],
+    )
+    commit, changes = (subprocess.run(a, cwd=ROOT, capture_output=True, text=True, check=False).stdout for a in asked)
+    return commit.strip() + ("+" if changes.strip() else "")
 
 
 HEAD = (

@@ -17,8 +17,9 @@ from __future__ import annotations
 import dataclasses
 
 from autoshard.tracing.blocks import Traced
-from costmodels.program.on_chip import CARRY, CAST
+from costmodels.program.on_chip import CARRY
 from costmodels.program.program import Operation, Program, Use
+from costmodels.program.views import CAST, is_view
 from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice
 
 
@@ -89,7 +90,7 @@ def _is_view(program: Program, op: Operation) -> bool:
     """Whether an operation only shows its operand: a view, or a cast of what other operations use."""
     if op.op_class != "fused" or not op.inputs:
         return False
-    return not op.flops_per_point or (op.primitive == CAST and not _returned(program, op.outputs[0].value))
+    return is_view(op) or (op.primitive == CAST and not _returned(program, op.outputs[0].value))
 
 
 def _returned(program: Program, value: int) -> bool:

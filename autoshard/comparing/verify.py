@@ -24,6 +24,8 @@ from costmodels.machine.topology import Topology, as_its_chip_has_it
 Say = Callable[[str], None]
 NEAR = 0.1
 """The part of a step by which a plain layout may be slower in the model, to be compiled as well."""
+WORTH = 0.01
+"""The part of a step that another way to emit a plan must save to be kept."""
 EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
 """The constants that a correction changes."""
 
@@ -78,8 +80,8 @@ class Verification:
 
     @property
     def chosen(self) -> Candidate:
-        """The fastest program, of the first plan and its variants."""
-        return _ranked((self.ranked[0], *self.variants))[0]
+        """The fastest program, of the first plan and its variants; the first plan's where none is clearly faster."""
+        return _fastest(self.ranked[0], self.variants)
 
     @property
     def best(self) -> Plan:
@@ -167,6 +169,14 @@ class Verification:
         return self.render()
 
 
+def _fastest(first: Candidate, others: Iterable[Candidate]) -> Candidate:
+    """The first candidate, or the fastest of the others where that gains more than `WORTH`, or is as planned alone."""
+    best = _ranked((first, *others))[0]
+    unplanned = first.audit is None or not first.audit.ok
+    gains = best.seconds < (1 - WORTH) * first.seconds
+    return best if gains or (unplanned and best.audit is not None and best.audit.ok) else first
+
+
 def _ranked(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """As planned before not as planned, then the fastest first; of equally fast ones the first given."""
     return tuple(sorted(candidates, key=lambda each: (each.audit is None or not each.audit.ok, each.seconds)))
@@ -216,12 +226,12 @@ def _variants(
     first: Candidate, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
 ) -> Iterator[Candidate]:
     """The other ways to emit a plan, compiled: other formats, then barriers or none with the fastest of these."""
-    found = [first]
+    found: list[Candidate] = []
     for formats in ("compiler", "default"):
         if formats != first.plan.emission.formats:
             found.append(replace(_with_formats(formats, first.plan, fn, args, target, say), place=first.place))
             yield found[-1]
-    fastest = _ranked(found)[0].plan
+    fastest = _fastest(first, found).plan
     if resting(bind.traced_as(fastest, fn, args).program):
         barriers = not fastest.emission.residual_barriers
         plan = replace(fastest, emission=replace(fastest.emission, residual_barriers=barriers))

@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
 
+from search.formulation.collective_steps import CollectiveStep
 from search.formulation.layouts import Axes, Layout
-from search.formulation.reshard import Step
 
 _TILED = 2
 """Dimensions that lie in tiles in a TPU's memory: the last ones."""
@@ -28,7 +28,7 @@ FEW_ROWS = 0.004
 """The part by which rows may be padded: less than audits call alike."""
 
 
-def run_step(step: Step, piece: Any, sizes: Mapping[str, int]) -> Any:
+def run_step(step: CollectiveStep, piece: Any, sizes: Mapping[str, int]) -> Any:
     """Runs one step of a change of layout on one chip's piece."""
     match step.kind:
         case "all-gather":

@@ -28,8 +28,8 @@ from costmodels.machine.lazy_sympy import sympy
 from costmodels.program.program import Operation, Program
 from costmodels.symbols import Expr, pieces, volume
 from search.answer.assignment import Choice, moves, needed, produced
+from search.formulation.collective_steps import CollectiveStep, permuted_axes, steps_from
 from search.formulation.layouts import Axes, Layout
-from search.formulation.reshard import Step, permuted_axes, steps_from
 from search.formulation.strategies import Strategy
 
 Split = Mapping[str, Axes]
@@ -148,7 +148,7 @@ def total_volume(collectives: Sequence[Moved], exact: bool = False) -> Expr:
     return sympy.Add(*(each.volume(exact) for each in collectives))
 
 
-def _merge(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
+def _merge(steps: Sequence[CollectiveStep]) -> Iterator[tuple[str, Axes, Layout]]:
     """Kind, axes and the layout of the payload, without slices, which send nothing."""
     sending = [step for step in steps if step.kind != "slice"]
     at = 0
@@ -165,14 +165,14 @@ def _merge(steps: Sequence[Step]) -> Iterator[tuple[str, Axes, Layout]]:
         at = end
 
 
-def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tuple[Step, ...]:
+def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tuple[CollectiveStep, ...]:
     """The single collectives from one layout to another that send least, by Dijkstra's algorithm; the fewest of
     equal ones.
 
     **Raises:** `ValueError` if there are none.
     """
     order = count()
-    frontier: list[tuple[float, int, int, Layout, tuple[Step, ...]]] = [(0.0, 0, next(order), source, ())]
+    frontier: list[tuple[float, int, int, Layout, tuple[CollectiveStep, ...]]] = [(0.0, 0, next(order), source, ())]
     done: set[Layout] = set()
     while frontier:
         sent, taken, _, layout, path = heapq.heappop(frontier)
@@ -188,17 +188,17 @@ def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tup
     raise ValueError(f"no collectives lead from {source} to {target}")
 
 
-def _leaving(layout: Layout, target: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
+def _leaving(layout: Layout, target: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep]:
     yield from steps_from(layout, sizes)
     if layout.axes and _cuts(layout, sizes) == _cuts(target, sizes) and layout.partial == target.partial:
-        yield Step("collective-permute", permuted_axes(layout, target, sizes), layout, target)
+        yield CollectiveStep("collective-permute", permuted_axes(layout, target, sizes), layout, target)
 
 
 def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
 
 
-def _volume(step: Step, sizes: Mapping[str, int]) -> float:
+def _volume(step: CollectiveStep, sizes: Mapping[str, int]) -> float:
     """The bytes that a step sends per byte of the array."""
     chips = prod(sizes[axis] for axis in step.axes)
     if step.kind == "slice":

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from autoshard.tracing.jaxprs import CALLS, needed
+from costmodels.program.views import BROADCASTS, PARTS, RENAMES
 
-SHOWING = "broadcast_in_dim copy expand_dims reshape rev slice squeeze transpose".split()
+SHOWING = RENAMES | BROADCASTS | PARTS | {"copy"}
 """Primitives that are not worth a move of their own."""
 _STAYING = "cond optimization_barrier scan shard_map sharding_constraint while".split()
 """Primitives that stay where they are written: other regions, and what the user has placed."""

@@ -15,12 +15,13 @@ import numpy as np
 from jax.extend import core as jex
 
 from autoshard.tracing.jaxprs import CALLS, INLINED
+from costmodels.program.views import BROADCASTS, CAST, IDENTITIES, RENAMES
 
 MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
 """Per comparison that with its sides exchanged."""
 NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 """Per comparison that which holds when it does not."""
-_SAME = ("convert_element_type", "copy", "stop_gradient", "squeeze", "reshape", "broadcast_in_dim", "name")
+_SAME = RENAMES | BROADCASTS | IDENTITIES | {CAST}
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,

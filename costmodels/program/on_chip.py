@@ -16,10 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from costmodels.program.analysis import cached_analysis
-from costmodels.program.program import Operation, Program
-
-CAST = "convert_element_type"
-"""The primitive that converts a dtype; it has no traffic of its own."""
+from costmodels.program.program import Program
+from costmodels.program.views import CAST, is_view
 
 CARRY = "loop_carry"
 """The primitive of a loop carry. Operands: the initial value and the value of an iteration. Results: the carry inside the loop,
@@ -95,18 +93,13 @@ def _computes(program: Program, operation: int) -> bool:
     return program.operations[operation].op_class in _ARITHMETIC
 
 
-def _is_view(op: Operation) -> bool:
-    """Whether an operation is a view."""
-    return op.op_class == "fused" and not op.flops_per_point
-
-
 def _producer_through_views(program: Program, value: int) -> int | None:
     """The producer of the array that a value is a view or a cast of; None if there is none."""
     while value in program.producers:
         at = program.producers[value][0]
         op = program.operations[at]
         cast = op.op_class == "fused" and op.primitive == CAST
-        if not (_is_view(op) or cast) or not op.inputs:
+        if not (is_view(op) or cast) or not op.inputs:
             return at
         value = op.inputs[0].value
     return None
@@ -116,7 +109,7 @@ def _users(program: Program, value: int) -> Iterator[int]:
     """The operations that use a value or a view of it."""
     for at, _ in program.consumers.get(value, ()):
         op = program.operations[at]
-        if _is_view(op):
+        if is_view(op):
             for use in op.outputs:
                 yield from _users(program, use.value)
         else:

@@ -10,11 +10,12 @@ import numpy as np
 
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
+from search.formulation.collective_steps import CollectiveStep
 from search.formulation.intra_op import closing, payload
 from search.formulation.layouts import Axes, Layout
 from search.formulation.overlap import LOOPED_KINDS
 from search.formulation.problem import Problem
-from search.formulation.reshard import Step, reshard_table, step_seconds, wire_seconds
+from search.formulation.reshard import reshard_table, step_seconds, wire_seconds
 from search.formulation.strategies import Strategy, input_layout, output_layout
 from search.formulation.strategy_costs import product_seconds
 
@@ -119,7 +120,7 @@ def moves(program: Program, choice: Choice) -> Iterator[Move]:
             yield Move(use.value, given, taken, use.region, sink, -1)
 
 
-def steps(program: Program, topology: Topology, move: Move) -> tuple[Step, ...]:
+def steps(program: Program, topology: Topology, move: Move) -> tuple[CollectiveStep, ...]:
     """The collectives of one change of layout, in order."""
     array = program.values[move.value]
     partial = bool(move.source.partial or move.target.partial)
@@ -127,7 +128,7 @@ def steps(program: Program, topology: Topology, move: Move) -> tuple[Step, ...]:
 
 
 def products_behind(
-    program: Program, topology: Topology, choice: Choice, move: Move, path: Sequence[Step]
+    program: Program, topology: Topology, choice: Choice, move: Move, path: Sequence[CollectiveStep]
 ) -> tuple[int | None, ...]:
     """Per step of a change of layout the product that it is looped with, if it is with one.
 
@@ -154,7 +155,9 @@ def _neighbours(program: Program, choice: Choice, move: Move) -> tuple[tuple[int
     return (made, -1), (-1 if handed_over else move.operation, move.operand)
 
 
-def hidden_of(program: Program, topology: Topology, choice: Choice, move: Move, step: Step, product: int) -> float:
+def hidden_of(
+    program: Program, topology: Topology, choice: Choice, move: Move, step: CollectiveStep, product: int
+) -> float:
     """Seconds that hide of all runs of a collective behind the product that it is looped with."""
     sent = step.payload(program.values[move.value].bytes, topology.axis_sizes)
     part = 1 - 1 / prod(topology.axis_sizes[axis] for axis in step.axes)

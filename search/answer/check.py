@@ -19,9 +19,9 @@ from costmodels.program.on_chip import sharers
 from costmodels.program.program import REDUCED_INSIDE, Operation, Program, Value
 from search.answer.assignment import Choice, Move, moves, needed, produced, products_behind, steps
 from search.answer.check_memory import alive_bytes
+from search.formulation.collective_steps import CollectiveStep, emittable, permuted_axes, steps_from
 from search.formulation.intra_op import exchange_axes, gathers
 from search.formulation.layouts import Layout, divides, layouts, shards
-from search.formulation.reshard import Step, emittable, permuted_axes, steps_from
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _permutations(layout: Layout, alike: Mapping[tuple, list[Layout]], sizes: Ma
     """The permutations that leave a layout: to all that cut every dimension into equally many pieces."""
     for target in alike.get(_cuts(layout, sizes), []):
         if target != layout and layout.axes:
-            yield Step("collective-permute", permuted_axes(layout, target, sizes), layout, target)
+            yield CollectiveStep("collective-permute", permuted_axes(layout, target, sizes), layout, target)
 
 
 def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple:
@@ -242,7 +242,7 @@ def _alike(shape: tuple[int, ...], topology: Topology) -> dict[tuple, list[Layou
     return found
 
 
-def _step_price(step: Step, array_bytes: float, topology: Topology) -> float:
+def _step_price(step: CollectiveStep, array_bytes: float, topology: Topology) -> float:
     payload = step.payload(array_bytes, topology.axis_sizes)
     if step.kind == "slice":
         return 2 * payload / topology.chip.reached_hbm_bytes_per_second

@@ -22,6 +22,7 @@ from math import prod
 from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
 from costmodels.program.program import Operation, Program, Use
+from costmodels.program.views import CAST, RENAMES
 from search.answer.assignment import Choice, produced
 from search.formulation.layouts import local_shape
 from search.formulation.tpu_tiles import least_padded, padding
@@ -34,9 +35,7 @@ _LITTLE = 0.01
 """The part of what products read of an argument that others may read of it, such as the row that is written into a cache."""
 _PADDED = 1.25
 """How many times as many bytes as by default an array may take for its order, which the plan's memory does not count."""
-_SHOWN = frozenset(
-    {"convert_element_type", "transpose", "squeeze", "reshape", "optimization_barrier", "dynamic_slice", "slice"}
-)
+_SHOWN = RENAMES | {CAST, "optimization_barrier", "dynamic_slice", "slice"}
 _AROUND = frozenset({"loop_constant", "loop_slice", "loop_carry", "loop_stack", "branch_constant"})
 """Primitives after which an array's dimensions are still told apart, and which a compiler reads through."""
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from costmodels.machine.topology import Topology
 from costmodels.program.program import REDUCED_INSIDE, Operation, Program
+from search.formulation.collective_steps import CollectiveStep, emittable
 from search.formulation.layouts import Axes, Layout, shards
-from search.formulation.reshard import Step, emittable
 from search.formulation.strategies import Strategy, output_layout
 
 
@@ -64,15 +64,15 @@ def closing(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[I
                 yield Inside("collective-permute", moved, i, 0, layout, parts=parts)
 
 
-def gathers(axes: Axes, topology: Topology) -> tuple[Step, ...]:
+def gathers(axes: Axes, topology: Topology) -> tuple[CollectiveStep, ...]:
     """How an array of one element per chip along these axes is gathered: at once, if the compiler leaves that as it is."""
     spread, whole = Layout((axes,)), Layout(((),))
-    at_once = Step("all-gather", axes, spread, whole, source_dim=0)
+    at_once = CollectiveStep("all-gather", axes, spread, whole, source_dim=0)
     if emittable(at_once, (1,), 1, topology):
         return (at_once,)
     major = Layout((axes[:1],))
-    minor = Step("all-gather", axes[1:], spread, major, source_dim=0)
-    return (minor, Step("all-gather", axes[:1], major, whole, source_dim=0))
+    minor = CollectiveStep("all-gather", axes[1:], spread, major, source_dim=0)
+    return (minor, CollectiveStep("all-gather", axes[:1], major, whole, source_dim=0))
 
 
 def payload(program: Program, op: Operation, strategy: Strategy, found: Inside, topology: Topology) -> float:

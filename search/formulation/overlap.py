@@ -10,14 +10,12 @@ partial sums that are added up before they are reduced, and what runs less often
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from search.formulation.all_pairs import FORBIDDEN
-
-if TYPE_CHECKING:
-    from search.formulation.reshard import StepGraph
+from search.formulation.collective_steps import StepGraph
 
 LOOPED_KINDS = ("all-gather", "reduce-scatter")
 """The collectives that a looped einsum hides."""

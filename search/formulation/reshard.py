@@ -8,212 +8,21 @@ collectives are the steps of that path, and the emitted program runs exactly the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import permutations
 from math import gcd, prod
-from typing import NamedTuple
 
 import numpy as np
 
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 from search.formulation.all_pairs import FORBIDDEN, Edges, all_pairs
-from search.formulation.axis_renaming import Groups, images
-from search.formulation.layouts import Axes, Layout, layouts, local_shape, shards
+from search.formulation.axis_renaming import Groups
+from search.formulation.collective_steps import CollectiveStep, StepGraph, emittable, step_graph
+from search.formulation.layouts import Axes, Layout
 from search.formulation.overlap import LOOPED_KINDS, Ends, StepLoops, ends_of
 from search.formulation.strategies import Sizes
-
-Places = Mapping[str, tuple[int, int]]
-"""Axis to a dimension, and by how many of its pieces one step along the axis moves on."""
-
-
-class Step(NamedTuple):
-    """One collective (or a local slice) between two layouts.
-
-    `source_dim` is the dimension that loses `axes` (all-gather, all-to-all), `target_dim` the one that gains them
-    (reduce-scatter, all-to-all, slice); -1 where there is none.
-    """
-
-    kind: str
-    axes: Axes
-    source: Layout
-    target: Layout
-    source_dim: int = -1
-    target_dim: int = -1
-
-    def payload(self, array_bytes: float, sizes: Mapping[str, int]) -> float:
-        """Bytes by the collectives' convention: the gathered result of an all-gather, the local operand otherwise."""
-        return array_bytes / shards(self.payload_layout, sizes)
-
-    @property
-    def payload_layout(self) -> Layout:
-        """The layout of the array that the payload is one chip's piece of."""
-        return self.target if self.kind in ("all-gather", "slice") else self.source
-
-
-def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
-    """Every single step that leaves a layout; divisibility is the caller's to check."""
-    yield from _gathers(layout)
-    yield from _exchanges(layout)
-    yield from _reductions(layout)
-    yield from _slices(layout, sizes)
-
-
-def _with(layout: Layout, changes: Mapping[int, Axes], partial: Axes | None = None) -> Layout:
-    dims = tuple(changes.get(i, dim) for i, dim in enumerate(layout.dims))
-    return Layout(dims, layout.partial if partial is None else partial)
-
-
-def _gathers(layout: Layout) -> Iterator[Step]:
-    for i, dim in enumerate(layout.dims):
-        for keep in range(len(dim)):
-            yield Step("all-gather", dim[keep:], layout, _with(layout, {i: dim[:keep]}), source_dim=i)
-
-
-def _exchanges(layout: Layout) -> Iterator[Step]:
-    for i, dim in enumerate(layout.dims):
-        for keep in range(len(dim)):
-            for j, other in enumerate(layout.dims):
-                if i != j:
-                    target = _with(layout, {i: dim[:keep], j: (*other, *dim[keep:])})
-                    yield Step("all-to-all", dim[keep:], layout, target, source_dim=i, target_dim=j)
-
-
-def _reductions(layout: Layout) -> Iterator[Step]:
-    for count in range(1, len(layout.partial) + 1):
-        for chosen in permutations(layout.partial, count):
-            rest = tuple(axis for axis in layout.partial if axis not in chosen)
-            if chosen == tuple(sorted(chosen)):
-                yield Step("all-reduce", chosen, layout, _with(layout, {}, rest))
-            for i, dim in enumerate(layout.dims):
-                target = _with(layout, {i: (*dim, *chosen)}, rest)
-                yield Step("reduce-scatter", chosen, layout, target, target_dim=i)
-
-
-def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[Step]:
-    for axis, size in sizes.items():
-        if size > 1 and axis not in layout.axes and axis not in layout.partial:
-            for i, dim in enumerate(layout.dims):
-                yield Step("slice", (axis,), layout, _with(layout, {i: (*dim, axis)}), target_dim=i)
-
-
-WHOLE_SLICE_GATHER_CHIPS = 64
-"""From how many chips on an all-gather over all axes of a slice is compiled to something else.
-
-Measured ahead of time with libtpu 0.0.42 and 0.0.50 (v4 4x4x4 and 4x4x8, v5e 4x4 to 8x16): over all axes of a slice at
-once a reduce-scatter compiles to an all-reduce and a slice, and an all-gather, from 64 chips on, to an all-reduce of
-zero-padded arrays with twice the bytes. Over fewer axes, in any order, both compile to themselves.
-"""
-
-SCATTER_ROWS, SCATTER_LANES, SCATTER_LANE_BYTES = 8, 128, 512
-"""What a reduce-scatter must leave on a chip, in the two minor dimensions (not counting those of size 1): 8 rows, and a
-multiple of 512 bytes of lanes where it scatters these. Measured as above, 8 KiB to 64 MiB in bfloat16 and float32: with
-less, or with one dimension only, it compiles to an all-reduce and a slice. Behind a minor dimension of less than 128 lanes
-the compiler may well lay out the scattered dimension as lanes, and the same holds for it.
-
-Two more are measured and planned all the same. Over two axes of two chips each (v4 2x2x2), of 8 MiB or more, rows are scattered
-with padding and a few of them (72 KiB of 16 MiB) then moved to their owners; so may a dimension be that is neither the first
-nor one of the two minor ones (12 KiB of 8 MiB). Two scatters, one after the other, or blocks that are copied into their order
-before, would be exact and take up to twice as long; audits list what is sent more.
-"""
-
-
-def emittable(step: Step, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
-    """Whether the compiler makes of a step what it says: what it would turn into something else is never planned."""
-    if step.kind not in ("all-gather", "reduce-scatter") or topology.chip.kind != "tpu":
-        return True
-    split = [axis for axis, size in topology.axis_sizes.items() if size > 1]
-    over_all = len(split) > 1 and set(step.axes) == set(split)
-    if step.kind == "all-gather":
-        return not (over_all and topology.size >= WHOLE_SLICE_GATHER_CHIPS)
-    return not over_all and _tiles(step, shape, itemsize, topology)
-
-
-def _tiles(step: Step, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
-    local = local_shape(shape, step.target, topology.axis_sizes)
-    kept = [i for i, n in enumerate(local) if n > 1 or i == step.target_dim]
-    if len(kept) < 2 or local[kept[-2]] < SCATTER_ROWS:
-        return False
-    as_lanes = step.target_dim == kept[-1] or local[kept[-1]] < SCATTER_LANES
-    return not as_lanes or local[step.target_dim] * itemsize % SCATTER_LANE_BYTES == 0
-
-
-class StepGraph(NamedTuple):
-    """Layouts of a shape and the steps between them; what all arrays that divide alike have in common.
-
-    `fraction` is a step's payload over the array's bytes; `partial` has a bit for each axis that a layout is partial over;
-    `images` is what becomes of the layouts when axes that cost the same change names (`[renamings, layouts]`).
-    """
-
-    layouts: tuple[Layout, ...]
-    index: Mapping[Layout, int]
-    steps: tuple[Step, ...]
-    source: np.ndarray
-    target: np.ndarray
-    fraction: np.ndarray
-    partial: np.ndarray
-    images: np.ndarray
-
-
-@lru_cache(maxsize=512)
-def _graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Groups) -> StepGraph:
-    table, names = dict(sizes), [axis for axis, _ in sizes]
-    found = layouts(divisors, sizes, partial)
-    index = {layout: i for i, layout in enumerate(found)}
-    steps = [step for layout in found for step in steps_from(layout, table) if step.target in index]
-    steps += _permutes(found, table)
-    steps.sort(key=lambda step: index[step.target])
-    return StepGraph(
-        found,
-        index,
-        tuple(steps),
-        np.array([index[step.source] for step in steps], dtype=np.intp),
-        np.array([index[step.target] for step in steps], dtype=np.intp),
-        _fractions(steps, found, table),
-        np.array([sum(1 << names.index(axis) for axis in layout.partial) for layout in found], dtype=np.int64),
-        images(index, alike),
-    )
-
-
-def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Step]:
-    """Exchanges of whole pieces between chips: two layouts that cut every dimension into equally many pieces."""
-    alike: dict[tuple, list[tuple[Layout, Places]]] = {}
-    for layout in found:
-        counts = tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
-        if prod(counts) > 1:
-            alike.setdefault((counts, layout.partial), []).append((layout, _places(layout, sizes)))
-    pairs = ((a, b) for group in alike.values() for a in group for b in group if a is not b)
-    return [Step("collective-permute", _moved(at, to), a, b) for (a, at), (b, to) in pairs]
-
-
-def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
-    """The axes whose coordinates a permutation between two layouts changes.
-
-    A piece's number along a dimension is made of the coordinates of its axes, major to minor. An axis that both layouts
-    have in the same place of that number tells apart pieces that keep its coordinate.
-    """
-    return _moved(_places(a, sizes), _places(b, sizes))
-
-
-def _moved(before: Places, after: Places) -> Axes:
-    return tuple(sorted(axis for axis in {*before, *after} if before.get(axis) != after.get(axis)))
-
-
-def _places(layout: Layout, sizes: Mapping[str, int]) -> Places:
-    """Axis to the dimension that it splits, and by how many pieces one step along it moves on."""
-    return {
-        axis: (i, prod(sizes[minor] for minor in dim[k + 1 :]))
-        for i, dim in enumerate(layout.dims)
-        for k, axis in enumerate(dim)
-    }
-
-
-def _fractions(steps: Sequence[Step], found: Sequence[Layout], sizes: Mapping[str, int]) -> np.ndarray:
-    """Per step the part of the array that its payload is."""
-    parts = {layout: 1.0 / shards(layout, sizes) for layout in found}
-    return np.array([parts[step.payload_layout] for step in steps])
 
 
 @dataclass(frozen=True)
@@ -251,7 +60,7 @@ class ReshardTable:
         """The steps at the ends of each path that a product may hide; none where nothing is looped."""
         return ends_of(self.graph, self.step_seconds, self.seconds, self.loops)
 
-    def path(self, source: Layout, target: Layout) -> tuple[Step, ...]:
+    def path(self, source: Layout, target: Layout) -> tuple[CollectiveStep, ...]:
         """The steps of the cheapest change of layout; empty when there is nothing to change."""
         start, end = self.index[source], self.index[target]
         if self.seconds[start, end] >= FORBIDDEN:
@@ -262,7 +71,7 @@ class ReshardTable:
         middle = self._between(first.target if first else source, last.source if last else target)
         return tuple(step for step in (first, *middle, last) if step is not None)
 
-    def _between(self, source: Layout, target: Layout) -> tuple[Step, ...]:
+    def _between(self, source: Layout, target: Layout) -> tuple[CollectiveStep, ...]:
         end, steps, at = self.index[target], [], source
         while at != target:
             leaving = np.flatnonzero(self.graph.source == self.index[at])
@@ -291,7 +100,7 @@ class _On:
 def _table(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> ReshardTable:
     array_bytes, topology = float(itemsize * prod(shape)), on.topology
     divided = _divided(shape, topology, partial)
-    graph = _graph(*divided)
+    graph = step_graph(*divided)
     price = np.zeros(len(graph.steps))
     loops = StepLoops(np.zeros(len(price)), np.ones(len(price))) if topology.pricing.looped else None
     for kind, axes, members in _alike(*divided):
@@ -311,7 +120,7 @@ def _alike(
 ) -> tuple[tuple[str, Axes, np.ndarray], ...]:
     """The steps of a graph by kind and axes, which is what their price depends on but for the bytes."""
     groups: dict[tuple[str, Axes], list[int]] = {}
-    for i, step in enumerate(_graph(divisors, sizes, partial, alike).steps):
+    for i, step in enumerate(step_graph(divisors, sizes, partial, alike).steps):
         groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
     return tuple((kind, axes, np.array(members)) for (kind, axes), members in groups.items())
 
@@ -319,7 +128,7 @@ def _alike(
 @lru_cache(maxsize=1024)
 def _other_in_programs(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> np.ndarray:
     """The steps of a table that a TPU's compiler makes something else of."""
-    steps = _graph(*_divided(shape, on.topology, partial)).steps
+    steps = step_graph(*_divided(shape, on.topology, partial)).steps
     return np.flatnonzero([not emittable(step, shape, itemsize, on.topology) for step in steps])
 
 

@@ -12,9 +12,7 @@ from math import prod
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
-
-_RENAMING = ("transpose", "reshape", "squeeze", "broadcast_in_dim")
-"""Primitives that name the elements of an array anew; those of shapes and strides JAX writes in these."""
+from costmodels.program.views import BROADCASTS, RENAMES
 
 IN_PLACE = (
     "dynamic_update_slice",
@@ -53,13 +51,13 @@ def is_slice_of_stack(program: Program, op: Operation) -> bool:
 
 def is_whole_slice(stack: tuple[int, ...], part: tuple[int, ...]) -> bool:
     """Whether a part of an array of this shape has one index in the leading dimensions, and all of the others."""
-    lead = next((i for i, (n, m) in enumerate(zip(stack, part, strict=True)) if n == m), len(stack))
-    return stack[lead:] == part[lead:] and set(part[:lead]) <= {1}
+    return any(stack[k:] == part[k:] and set(part[:k]) <= {1} for k in range(len(stack) + 1))
 
 
 def _read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
     """Whether a slice is read before anything is written over what it is cut from."""
-    written = [at for at, _ in program.consumers[op.inputs[0].value] if program.operations[at].primitive in IN_PLACE]
+    uses = program.consumers[op.inputs[0].value]
+    written = [at for at, position in uses if position == 0 and program.operations[at].primitive in IN_PLACE]
     return not written or _last_read(program, op, known) < min(written)
 
 
@@ -69,7 +67,7 @@ def _last_read(program: Program, op: Operation, known: set[int]) -> int:
 
 
 def _renames(program: Program, op: Operation) -> bool:
-    if op.primitive not in _RENAMING or op.op_class != "fused" or len(op.inputs) != 1:
+    if op.primitive not in RENAMES | BROADCASTS or op.op_class != "fused" or len(op.inputs) != 1:
         return False
     given, made = (program.values[use.value] for use in (*op.inputs, *op.outputs))
     return prod(given.shape) == prod(made.shape) and given.itemsize == made.itemsize

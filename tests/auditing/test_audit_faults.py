@@ -28,7 +28,7 @@ SIZES: dict[CompileTarget, tuple[int, int, int]] = {
 """Rows, width and inner width."""
 TARGETS = (
     "host",
-    pytest.param("tpu", marks=pytest.mark.tpu),
+    pytest.param("tpu", marks=[pytest.mark.tpu, pytest.mark.long]),
     pytest.param("gpu", marks=pytest.mark.skipif(not targets.has_cuda(), reason="the GPU compiler is not installed")),
 )
 

@@ -22,8 +22,9 @@ from autoshard.emitting.reshard_steps import run_step
 from autoshard.emitting.sharding import spec_of
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN
+from search.formulation.collective_steps import CollectiveStep
 from search.formulation.layouts import Layout
-from search.formulation.reshard import ReshardTable, Step, reshard_table
+from search.formulation.reshard import ReshardTable, reshard_table
 from search.formulation.strategies import Strategy
 from search.solve import search
 from tests.support.effort import examples
@@ -40,7 +41,7 @@ from tests.support.models import Block, arguments, function
 from tests.support.tracing import trace
 
 
-def wrong_steps(steps: Sequence[Step], shape: tuple[int, ...], mesh_shape: str) -> list[Step]:
+def wrong_steps(steps: Sequence[CollectiveStep], shape: tuple[int, ...], mesh_shape: str) -> list[CollectiveStep]:
     """The steps that do not lead from pieces in their source layout to pieces in their target layout."""
     topology = cpu_topology(mesh_shape)
     sizes, mesh = topology.axis_sizes, mesh_of(topology)
@@ -92,7 +93,7 @@ def test_every_path_is_a_chain_of_steps() -> None:
 
 ODD_ROWS = (8 * 521, 512)
 """A prime number of tiles of 8 rows: the TPU compiler finds no blocks of them."""
-TO_COLUMNS = Step("reduce-scatter", ("x",), Layout(((), ()), ("x",)), Layout(((), ("x",))), target_dim=1)
+TO_COLUMNS = CollectiveStep("reduce-scatter", ("x",), Layout(((), ()), ("x",)), Layout(((), ("x",))), target_dim=1)
 
 
 def test_columns_of_odd_rows_are_scattered_as_others() -> None:

@@ -26,8 +26,8 @@ from autoshard.errors import AutoshardError
 from costmodels.machine.chips import catalogue
 from costmodels.machine.topology import parse_topology
 from examples import palm
+from search.formulation.collective_steps import CollectiveStep, emittable
 from search.formulation.layouts import Layout
-from search.formulation.reshard import Step, emittable
 
 TORUS = {"x": 4, "y": 4, "z": 4}
 
@@ -248,7 +248,7 @@ def test_however_the_tpu_scatters_it_is_accounted_for(torus, shape, dimension, a
     first, *others = collectives(compiled_text(operation, torus, shape), TORUS)
     assert first.kind in ("reduce-scatter", "all-reduce")
     assert (first.axes, first.bytes, first.reduction) == (axes, math.prod(shape) * 2, "add")
-    step = Step(
+    step = CollectiveStep(
         "reduce-scatter", axes, Layout(((),) * len(shape), axes), scattered(len(shape), dimension, axes), -1, dimension
     )
     if emittable(step, shape, 2, parse_topology("v4:4x4x4")):
@@ -266,7 +266,9 @@ def test_dimensions_before_a_tile_are_scattered_as_planned(shape, dimension, axe
     topology = parse_topology("v4:4x4x4")
     mesh = mesh_of(tpu_devices("v4:4x4x4", (4, 4, 4), "v4"), TORUS)
     none = ((),) * len(shape)
-    step = Step("reduce-scatter", axes, Layout(none, axes), scattered(len(shape), dimension, axes), -1, dimension)
+    step = CollectiveStep(
+        "reduce-scatter", axes, Layout(none, axes), scattered(len(shape), dimension, axes), -1, dimension
+    )
     assert emittable(step, shape, 2, topology)
 
     def products(v, w):

@@ -21,6 +21,9 @@ X = jnp.arange(64.0).reshape(8, 8) / 64
 W = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
 
 
+LONG_AXES = ({"t": 2, "d": 2}, {"d": 1, "t": 8})
+
+
 def _mesh(**axes: int) -> Mesh:
     count = int(np.prod(list(axes.values())))
     kinds = (AxisType.Auto,) * len(axes)
@@ -48,7 +51,9 @@ def exchanges(x: Array, w: Array) -> tuple[Array, ...]:
 OUT = (P("d"), P(None, "d"), P("d"), P("d", "t"), P("d", "t"), P("d", "t"), P("d", "t"), P("d", "t"), P("d"))
 
 
-@pytest.mark.parametrize("axes", [{"d": 2, "t": 4}, {"t": 2, "d": 2}, {"d": 1, "t": 8}, {"d": 1, "t": 1}])
+@pytest.mark.parametrize(
+    "axes", [{"d": 2, "t": 4}, *(pytest.param(axes, marks=pytest.mark.long) for axes in LONG_AXES), {"d": 1, "t": 1}]
+)
 def test_it_computes_what_it_did(axes: dict[str, int]) -> None:
     mesh = _mesh(**axes)
 

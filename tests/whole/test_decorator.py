@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 import autoshard
 from autoshard import decorator
 from autoshard.planning import plan_cache
+from tests.support.effort import tries
 from tests.support.paths import ROOT
 from tests.support.plans import assert_close, well_linked
 
@@ -190,16 +191,16 @@ PROCESS = """
 """
 
 
-def test_eight_processes_share_one_cache(tmp_path) -> None:
+def test_several_processes_share_one_cache(tmp_path) -> None:
     """All start at once on an empty cache, which ends up with one whole plan and nothing else."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(PROCESS), str(tmp_path / "cache")]
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(8)
+        for _ in range(tries(8, least=3))
     ]
     outcomes = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * 8, outcomes
+    assert [process.returncode for process in running] == [0] * len(running), outcomes
     assert len({out for out, _ in outcomes}) == 1
     (file,) = (tmp_path / "cache").iterdir()
     assert autoshard.load(file).fingerprint == outcomes[0][0].strip()

@@ -12,12 +12,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from costmodels.program.program import Program
+from costmodels.program.views import RENAMES
 
 _ADDITIONS = frozenset({"add", "add_any", "sub"})
-_RENAMING = frozenset({"reshape", "transpose", "squeeze"})
-"""Primitives that show a sum in another shape."""
-
-_IN_A_SUM = _ADDITIONS | _RENAMING
+_IN_A_SUM = _ADDITIONS | RENAMES
 
 _TERMS = 8
 """So many additions, at most, from one barrier to the next."""
