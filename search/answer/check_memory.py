@@ -4,13 +4,14 @@ It shares no code with the solver's rows (`search.memory`), so that an error in 
 components of a graph of values; how long each is needed is asked of its readers, one after the other; bytes are added up
 operation by operation. The rules are those of XLA's buffers that tests hold against compiled programs:
 
-- A view (a transposition, a change of shape, one element of a stack) that is only read takes no memory; its source lives until
-  the view's readers are done. An element is none if its stack is written to before that.
+- A view (a transposition, a change of shape, the slice of a stack at one index) that is only read takes no memory; its source
+  lives until its readers are done. A slice that is read after its stack is written to is no view.
+- The stacked results of a loop are there before it begins; what is made for them alone is made in them. They take a donated
+  argument's memory if nothing reads that from then on.
 - An update in place takes its operand's memory when nothing reads that any more; a loop's carry that of what enters it, when
   nothing else needs it; a result that of the donated argument.
 - What is fused lives in registers, unless an operation that is not fused, a loop or the caller needs it.
-- What enters a loop lives until the loop ends; arguments live as long as their phase. What a loop stacks is there, whole, from
-  its first operation on, and then takes a donated argument's memory only if the loop does not read that.
+- What enters a loop lives until the loop ends; arguments live as long as their phase.
 """
 
 from __future__ import annotations
@@ -70,11 +71,18 @@ class _Account:
         for values in self._sharing():
             if any(self._is_stored(value) for value in values):
                 makers = [self.maker[value] for value in values]
-                first = min(self.stacks.get(value, self.maker[value]) for value in values)
-                last = max(self.needed_until(value) for value in values)
+                first, last = min(map(self._begins, values)), max(self.needed_until(value) for value in values)
                 if any(self.program.operations[at].op_class == "source" for at in makers):
                     first = self._phase(first)[0]
                 yield min(values), first, last
+
+    def _begins(self, value: int) -> int:
+        """The first operation during which a value is there: stacked results as long as their loop."""
+        at = self.maker[value]
+        op = self.program.operations[at]
+        if op.primitive != "loop_stack" or not op.inputs:
+            return at
+        return next(i for i, each in enumerate(self.program.operations) if each.region == op.inputs[0].region)
 
     def needed_until(self, value: int) -> int:
         """The last operation during which a value is needed."""
@@ -114,56 +122,41 @@ class _Account:
         """The operations whose result is their operand, read in another order or shape."""
         found: set[int] = set()
         for i, op in reversed(list(enumerate(self.program.operations))):
-            if self._is_renaming(op) or (self._is_element(op) and self._is_read_in_time(op, found)):
-                shown = op.outputs[0].value
-                if all(self._only_reads(at, shown, found) for at in self.readers.get(shown, ())):
+            if self._shows(op) or (self._is_slice(op) and self._is_read_first(op, found)):
+                (made,) = (use.value for use in op.outputs)
+                if all(self._only_reads(at, made, found) for at in self.readers.get(made, ())):
                     found.add(i)
         return found
 
-    def _is_renaming(self, op: Operation) -> bool:
+    def _is_slice(self, op: Operation) -> bool:
+        """Whether an operation takes all of a stack that has certain leading indices."""
+        if op.primitive != "dynamic_slice" or op.op_class != "fused":
+            return False
+        whole, part = (self.program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
+        return any(whole[k:] == part[k:] and prod(part[:k]) == 1 for k in range(len(whole) + 1))
+
+    def _is_read_first(self, op: Operation, views: set[int]) -> bool:
+        """Whether the readers of a slice come before all that write into its stack."""
+        stack, waiting, last = op.inputs[0].value, [op.outputs[0].value], -1
+        while waiting:
+            for at in self.readers.get(waiting.pop(), ()):
+                if at in views:
+                    waiting.append(self.program.operations[at].outputs[0].value)
+                else:
+                    last = max(last, at)
+        return all(last < at for at in self.readers[stack] if _writes_into(self.program.operations[at], stack))
+
+    def _shows(self, op: Operation) -> bool:
         if op.primitive not in _SHOWN or op.op_class != "fused" or len(op.inputs) != 1:
             return False
         before, after = self.program.values[op.inputs[0].value], self.program.values[op.outputs[0].value]
         return (prod(before.shape), before.itemsize) == (prod(after.shape), after.itemsize)
 
-    def _is_element(self, op: Operation) -> bool:
-        """Whether an operation takes one index of leading dimensions, and all of the others."""
-        if op.primitive != "dynamic_slice" or op.op_class != "fused":
-            return False
-        pairs = list(zip(*(self.program.values[use.value].shape for use in (op.inputs[0], op.outputs[0])), strict=True))
-        cut = next((i for i, (whole, part) in enumerate(pairs) if whole == part), len(pairs))
-        return all(part == 1 for _, part in pairs[:cut]) and all(whole == part for whole, part in pairs[cut:])
-
-    def _is_read_in_time(self, op: Operation, views: set[int]) -> bool:
-        stack = op.inputs[0].value
-        writers = [at for at in self.readers[stack] if _writes(self.program.operations[at])]
-        return not writers or self._read_last(op.outputs[0].value, views) < min(writers)
-
-    def _read_last(self, value: int, views: set[int]) -> int:
-        """The last operation that reads a value or a view of it."""
-        last = -1
-        for at in self.readers.get(value, ()):
-            shown = self.program.operations[at].outputs[0].value if at in views else -1
-            last = max(last, at if shown < 0 else self._read_last(shown, views))
-        return last
-
     def _only_reads(self, at: int, value: int, views: set[int]) -> bool:
         op = self.program.operations[at]
-        if at in views:
-            return True
-        shows = self._is_renaming(op) or self._is_element(op)
-        written = _writes(op) and op.inputs[0].value == value
-        return op.op_class in ("matmul", "fused", "memory") and not shows and not written
-
-    @cached_property
-    def stacks(self) -> dict[int, int]:
-        """What loops pile up: value to the first operation of its loop."""
-        found = {}
-        for i, op in enumerate(self.program.operations):
-            if op.primitive == "loop_stack" and op.inputs:
-                inside = [at for at, other in enumerate(self.program.operations) if other.region == op.inputs[0].region]
-                found[op.outputs[0].value] = min(inside, default=i)
-        return found
+        shows = self._shows(op) or self._is_slice(op)
+        plain = op.op_class in ("matmul", "fused", "memory") and not shows and not _writes_into(op, value)
+        return at in views or plain
 
     def _sharing(self) -> Iterator[list[int]]:
         """Values that are one array in memory."""
@@ -194,27 +187,27 @@ class _Account:
                 yield made[0], made[1]
                 yield from ((value, made[0]) for value in given if self._becomes_carry(value, i))
         for argument, result in self.program.donated:
-            given = self.program.operations[self.program.arguments[argument]].outputs[0].value
-            taken = self.program.operations[self.program.results[result]].inputs[0].value
-            done = max((self._done(at) for at in self.readers.get(given, ())), default=-1)
-            if taken not in self.stacks or done < self.stacks[taken]:
+            giver = self.program.operations[self.program.arguments[argument]]
+            taker = self.program.operations[self.program.results[result]]
+            given, taken = giver.outputs[0].value, taker.inputs[0].value
+            stacked = self.program.operations[self.maker[taken]].primitive == "loop_stack"
+            if not stacked or all(self._done(at) < self._begins(taken) for at in self.readers.get(given, ())):
                 yield given, taken
 
     def _becomes_carry(self, value: int, carry: int) -> bool:
         maker = self.program.operations[self.maker[value]]
         if self.program.values[value].region == self.program.operations[carry].region:
             return maker.op_class != "source" and len(self.readers[value]) == 1
-        went_round = maker.primitive == "loop_carry" and maker.outputs[1].value == value
-        return went_round or _writes(maker)
+        return _writes(maker) or (maker.primitive == "loop_carry" and maker.outputs[1].value == value)
 
     def _is_stored(self, value: int) -> bool:
         """Whether a value has to be in memory."""
         at = self.maker[value]
         op = self.program.operations[at]
-        readers = [self.program.operations[reader].primitive for reader in self.readers.get(value, ())]
-        if op.primitive == "loop_slice" or at in self.views or (readers and set(readers) == {"loop_stack"}):
+        if op.primitive == "loop_slice" or at in self.views:
             return False
-        return not self._is_fused(at) or self._leaves(value)
+        readers = [self.program.operations[each].primitive for each in self.readers.get(value, ())]
+        return set(readers) != {"loop_stack"} and (not self._is_fused(at) or self._leaves(value))
 
     def _leaves(self, value: int) -> bool:
         """Whether anything but fused operations reads a value or a view of it."""
@@ -278,3 +271,8 @@ def _writes(op: Operation) -> bool:
     return op.primitive == "dynamic_update_slice" or (
         kind == "scatter" and how in ("", "add", "sub", "mul", "min", "max")
     )
+
+
+def _writes_into(op: Operation, value: int) -> bool:
+    """Whether an operation writes into a value."""
+    return _writes(op) and op.inputs[0].value == value
