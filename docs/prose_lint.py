@@ -23,7 +23,6 @@ PACKAGES = ("autoshard", "costmodels", "search")
 FOLDERS = ("autoshard", "costmodels", "search", "docs", "examples", "benchmarks")
 
 EXEMPT = (
-    "autoshard/annotating",
     "autoshard/auditing",
     "autoshard/comparing/verify.py",
     "autoshard/emitting",

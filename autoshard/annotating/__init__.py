@@ -1,4 +1,4 @@
-"""The second pass: a traced function gets its HBM traffic, names of dimensions, pins and fingerprint."""
+"""The second pass: HBM traffic, dimension names, pins and the fingerprint of a traced function."""
 
 from autoshard.annotating.annotated_function import AnnotatedFunction as AnnotatedFunction
 from autoshard.annotating.annotated_function import annotate as annotate

@@ -1,4 +1,4 @@
-"""The annotation of a traced function: HBM traffic, names of dimensions, pins, and the fingerprint after the pins."""
+"""The annotation of a traced function: HBM traffic, dimension names, pins, and the fingerprint after the pins."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from costmodels.program.program import Program
 
 @dataclass(frozen=True)
 class AnnotatedFunction(TracedFunction):
-    """A traced function whose program is ready to be searched.
+    """A traced function whose program is ready for the search.
 
     **Attributes:**
 
     - `dimensions`: the sizes of the program by name.
-    - `fingerprint`: that of the program with its pins.
-    - `pinned`: what is pinned in the program.
+    - `fingerprint`: the fingerprint of the program with its pins.
+    - `pinned`: the pins in the program.
     """
 
     dimensions: Dimensions
@@ -63,7 +63,7 @@ def annotate(
 
 
 def annotate_pins(function: AnnotatedFunction, topology: Topology, pins: Pins | None) -> AnnotatedFunction:
-    """Puts the pins of a function, and those given for its arguments, in terms of a topology.
+    """Resolves the pins of a function, and those given for its arguments, on a topology.
 
     **Raises:** `PinError` for pins that cannot hold.
     """

@@ -1,15 +1,17 @@
 """The user's names for dimensions: by argument path, by size, or from `jax.export.symbolic_shape`.
 
-Names are given as a mapping. A key is an argument's path, its dotted form or the end of it, with one word per dimension
-(`_` leaves one without a name, a number stays a number, and `2*F` is a size of its own); or it is a name, with the size
-that it stands for wherever an argument has that size and no other name:
+Names are given as a mapping, with two kinds of entries:
+
+- An argument's path, its dotted form or the end of either, maps to one word per dimension. `_` leaves a dimension without
+  a name, a number stays a number, and an expression such as `2*F` is a size too.
+- A name maps to a size. It names every dimension of that size in the arguments that has no other name.
 
 ```python
 dims = {"tokens": "B", "params['embedding']": "V E", "layers.wi_gate": "N E F", "layers.*.wq": "E H D"}
 dims = {"B": 64, "E": 18432, "F": 73728}
 ```
 
-Dimensions without a name are called after the first argument that has them: `wi_gate_2` is the last of `wi_gate`.
+Dimensions without a name are named after the first argument that has them: `wi_gate_2` is the last one of `wi_gate`.
 """
 
 from __future__ import annotations
@@ -46,10 +48,10 @@ def named(
     **Arguments:**
 
     - `values`, `paths`: the flat arguments' values and paths.
-    - `names`: the user's, as above.
+    - `names`: the user's names, as above.
     - `shapes`: the arguments' shapes as the user gave them, with the dimensions of `jax.export.symbolic_shape`, if any.
 
-    **Raises:** `AutoshardError` for names that fit no argument, and for one name that stands for two sizes.
+    **Raises:** `AutoshardError` for names that match no argument, and for one name with two sizes.
     """
     concrete = [program.values[value].shape for value in values]
     written = [list(row) for row in _written(paths, concrete, names or {})]
@@ -59,7 +61,7 @@ def named(
         given = [Given(value, at, _named(word)) for value, at, word in _each(values, written) if word not in ("", "_")]
         return dimensions_of(program, given, list(_automatic(values, paths, concrete, given)))
     except (DimensionError, ValueError) as error:
-        raise AutoshardError(f"The names of dimensions do not fit: {error}.") from error
+        raise AutoshardError(f"Invalid dimension names: {error}.") from error
 
 
 def _each(values: Sequence[int], rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, str]]:
@@ -71,16 +73,16 @@ def _named(word: str) -> Expr:
     size = parsed(word)
     taken = sorted(str(symbol) for symbol in size.free_symbols if str(symbol) in _RESERVED)
     if taken:
-        raise ValueError(f"{', '.join(_RESERVED)} are the sizes of mesh axes; call {taken[0]} something else")
+        raise ValueError(f"{', '.join(_RESERVED)} are reserved for the sizes of mesh axes; rename {taken[0]}")
     return size
 
 
 def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Iterator[list[str]]:
-    """A word per dimension of every argument: the user's name for it, or nothing."""
+    """A word per dimension of every argument: the user's name for it, or an empty string."""
     by_path = {key: words for key, words in names.items() if isinstance(words, str)}
     by_size = {size: key for key, size in names.items() if not isinstance(size, str)}
     if len(by_size) < len(names) - len(by_path):
-        raise AutoshardError("Two names are given for one size; name those dimensions by their arguments' paths.")
+        raise AutoshardError("Two names have the same size; name those dimensions by their arguments' paths.")
     unused = dict.fromkeys([*by_path, *by_size.values()])
     for path, shape in zip(paths, shapes, strict=True):
         key = next((key for key in by_path if matches_end(key, path)), None)
@@ -93,8 +95,8 @@ def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Ite
         if key in by_path:
             near = get_close_matches(key, [*paths, *map(dotted, paths)], n=1, cutoff=0.3)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise AutoshardError(f"No argument has the path {key!r}.{hint} There are {', '.join(paths[:8])}.")
-        raise AutoshardError(f"No argument has a dimension of {names[key]}, which is to be called {key!r}.")
+            raise AutoshardError(f"No argument has the path {key!r}.{hint} The paths are {', '.join(paths[:8])}.")
+        raise AutoshardError(f"No argument has a dimension of size {names[key]}, given for the name {key!r}.")
 
 
 def _words(path: str, shape: Shape, text: str) -> list[str]:
@@ -102,7 +104,7 @@ def _words(path: str, shape: Shape, text: str) -> list[str]:
     if len(words) != len(shape):
         written = ",".join(map(str, shape))
         raise AutoshardError(
-            f"{path} is [{written}], but {text!r} names {len(words)} dimensions; one word each would do, _ for none."
+            f"{path} has shape [{written}], but {text!r} names {len(words)} dimensions; give one word each, _ for no name."
         )
     return words
 
@@ -110,7 +112,7 @@ def _words(path: str, shape: Shape, text: str) -> list[str]:
 def _automatic(
     values: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape], given: Sequence[Given]
 ) -> Iterator[Given]:
-    """A name for every dimension, after its argument."""
+    """A name for every dimension, made from its argument's path."""
     taken = {str(symbol) for each in given for symbol in each.size.free_symbols} | set(_RESERVED)
     for value, path, shape in zip(values, paths, shapes, strict=True):
         words = [word if word.isidentifier() else f"_{word}" for word in map(_identifier, dotted(path).split("."))]
@@ -136,15 +138,15 @@ def symbols_of(args: Any) -> tuple[str, ...]:
 
 
 def with_numbers(args: Any, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-    """The arguments with numbers for symbolic dimensions: those given, or else primes, no two of them the same.
+    """The arguments with numbers for symbolic dimensions: the given sizes, and distinct primes for the others.
 
-    **Raises:** `AutoshardError` for a number that is given for no dimension.
+    **Raises:** `AutoshardError` for a size whose name is not a symbolic dimension.
     """
     names = symbols_of(args)
     unknown = sorted(set(sizes) - set(names))
     if unknown:
         raise AutoshardError(
-            f"No argument has a symbolic dimension {unknown[0]}; there are {', '.join(names) or 'none'}."
+            f"No argument has a symbolic dimension {unknown[0]}; the symbolic dimensions are {', '.join(names) or 'none'}."
         )
     numbers = {**dict(zip(names, primes(), strict=False)), **sizes}
 
@@ -159,7 +161,7 @@ def with_numbers(args: Any, sizes: Mapping[str, int]) -> tuple[Any, ...]:
 
 
 def primes() -> Iterator[int]:
-    """Primes from 11 on: sizes that no layer has by chance."""
+    """Primes from 11 on: sizes that a layer is unlikely to have by chance."""
     found, n = [2, 3, 5, 7], 11
     while True:
         if all(n % prime for prime in found):

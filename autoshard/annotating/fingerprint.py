@@ -1,4 +1,4 @@
-"""The fingerprint of a program: what it computes, what it costs, and where its layouts are pinned."""
+"""The fingerprint of a program: a hash of its computation, its costs and its pins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from costmodels.program.program import Program
 
 
 def fingerprint(program: Program) -> str:
-    """A hash of what the program computes and costs: operations, factors, shapes, types; free of names and JAX's spelling."""
+    """A hash of operations, factors, shapes and types. It does not depend on names or on JAX's spelling."""
     digest = hashlib.sha256()
     for value in program.values:
         digest.update(repr((value.shape, value.dtype, value.region)).encode())
@@ -19,6 +19,6 @@ def fingerprint(program: Program) -> str:
             digest.update(repr(op.pinned).encode())
     regions = [
         (region.kind, region.parent, region.count) for region in program.regions
-    ]  # names have the line they stand at
+    ]  # names contain their source line
     digest.update(repr((regions, program.results, program.donated)).encode())
     return digest.hexdigest()

@@ -1,15 +1,15 @@
-"""Which operands and results of fused operations pass through HBM, and how wide they lie there.
+"""HBM traffic of fused operations: the operands and results that pass through HBM, and their width there.
 
-A chain of fused operations reads its sources and writes its sinks; what it computes in between stays on the chip. Five
-rules make it what compilers do:
+A chain of fused operations reads its sources and writes its sinks. Its intermediates stay on the chip. Four rules follow
+the compilers:
 
-- Views (broadcasts, reshapes, transpositions) and casts move nothing of their own. Whoever reads through a cast reads
-  what lies in HBM: int8 weights that are cast for a matmul are read as int8. A result that is only used cast is written
-  as narrow as it is used.
-- A slice of a stack that arithmetic makes is written there at once.
-- A stack that a loop updates in place is copied before the loop if it is needed afterwards.
-- A reduction must end before anything can use it. What the operations after it use of the chain before it is read once
-  more: a softmax reads its logits for the maximum, for the sum and for the quotient.
+- Views (broadcasts, reshapes, transpositions) and casts have no traffic of their own. A read through a cast has the
+  width in HBM: int8 weights that are cast for a matmul are read as int8. A result whose uses are all casts is written
+  at the widest of their widths.
+- A slice computed by arithmetic is written directly into its stack.
+- A stack that a loop updates in place is copied before the loop if its old contents are used elsewhere.
+- A reduction must end before its result can be used. Operations after it read the values of the chain before it again:
+  a softmax reads its logits for the maximum, for the sum and for the quotient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def annotate_traffic(traced: Traced) -> Traced:
 
 
 def with_traffic(program: Program) -> Program:
-    """Gives fused operations their HBM traffic, and all operations the width of what they read and write."""
+    """Gives fused operations their HBM traffic, and all operations the widths of their operands and results."""
     operations, depths = list(program.operations), _Depths(program)
     for i, op in enumerate(operations):
         traffic = op.traffic
@@ -47,14 +47,14 @@ def with_traffic(program: Program) -> Program:
 
 
 def _writes_slice(program: Program, op: Operation) -> bool:
-    """Whether an operation writes a slice into a stack, all of it."""
+    """Whether an operation writes a whole slice into a stack."""
     if op.primitive != "dynamic_update_slice" or len(op.inputs) < 2:
         return False
     return is_whole_slice(*(program.values[use.value].shape for use in op.inputs[:2]))
 
 
 def _is_made_for(program: Program, value: int) -> bool:
-    """Whether arithmetic makes an array for one use, and nothing but what is fused with that uses it beside."""
+    """Whether arithmetic makes an array for one use; further uses must be fused operations."""
     while sum(program.operations[at].op_class != "fused" for at, _ in program.consumers[value]) <= 1:
         op = _producer(program, value)
         if not (_is_view(program, op) and op.inputs):
@@ -64,7 +64,7 @@ def _is_made_for(program: Program, value: int) -> bool:
 
 
 def _is_copied(program: Program, carry: Operation) -> bool:
-    """Whether what a loop updates in place is an array that is needed as it was."""
+    """Whether the array that a loop updates in place is also used with its old contents."""
     begins = [use.value for use in carry.inputs if use.region == carry.region]
     after = [use.value for use in carry.inputs if use.region != carry.region]
     if not begins or not after or _producer(program, after[0]).primitive not in (*IN_PLACE, CARRY):
@@ -87,14 +87,14 @@ def _writes(program: Program, op: Operation) -> list[int]:
 
 
 def _is_view(program: Program, op: Operation) -> bool:
-    """Whether an operation only shows its operand: a view, or a cast of what other operations use."""
+    """Whether an operation is a view, or a cast whose result stays in its block."""
     if op.op_class != "fused" or not op.inputs:
         return False
     return is_view(op) or (op.primitive == CAST and not _returned(program, op.outputs[0].value))
 
 
 def _returned(program: Program, value: int) -> bool:
-    """Whether a value leaves the program or goes round a loop as it is."""
+    """Whether a value leaves the program, or crosses into, out of or around a region."""
     return any(program.operations[at].op_class in ("sink", "boundary") for at, _ in program.consumers.get(value, ()))
 
 
@@ -107,14 +107,14 @@ def _fused(program: Program, value: int) -> bool:
 
 
 def _seen_through(program: Program, value: int) -> int:
-    """The value that a view shows."""
+    """The operand behind any number of views and casts."""
     while _is_view(program, op := _producer(program, value)):
         value = op.inputs[0].value
     return value
 
 
 def _leaves(program: Program, value: int) -> bool:
-    """Whether an operation outside a fused chain uses a value, directly or by way of views."""
+    """Whether an operation outside a fused chain uses a value, directly or through views."""
     users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
     return any(
         any(_leaves(program, use.value) for use in op.outputs) if _is_view(program, op) else op.op_class != "fused"
@@ -123,7 +123,7 @@ def _leaves(program: Program, value: int) -> bool:
 
 
 class _Depths:
-    """How many reductions stand before a value in its chain."""
+    """The number of reductions before each value in its chain."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -137,14 +137,14 @@ class _Depths:
                 self.made[use.value] = depth + _reduces(program, op, use) if fused else 0
 
     def reread(self, value: int, operation: int) -> bool:
-        """Whether a value of the chain must be read again, as a reduction ends between it and its use."""
+        """Whether a value of the chain must be read again, because a reduction ends between it and its use."""
         if _reduces(self.program, _producer(self.program, value), _producer(self.program, value).outputs[0]):
-            return False  # one number where there were many
+            return False  # a reduction's result is small
         return self.made[value] < self.before[operation]
 
 
 def _reduces(program: Program, op: Operation, result: Use) -> bool:
-    """Whether a chain ends here: elements are summed up, cut out, or put together of several arrays."""
+    """Whether a chain ends here: elements are reduced, sliced, or concatenated from several arrays."""
     if any(factor.kind == "exchanged" for factor in op.factors):
         return True
     if is_slice_of_stack(program, op):
@@ -154,7 +154,7 @@ def _reduces(program: Program, op: Operation, result: Use) -> bool:
 
 
 def _stored(program: Program, use: Use, moves: bool, read: bool) -> Use:
-    """The use with the width at which it lies in HBM."""
+    """The use with its width in HBM."""
     own = program.values[use.value].itemsize
     size = (_width_read(program, use.value) if read else _width_written(program, use.value)) if moves else own
     return dataclasses.replace(use, stored_itemsize=size) if size != own else use
@@ -168,7 +168,7 @@ def _width_read(program: Program, value: int) -> float:
 
 
 def _width_written(program: Program, value: int) -> float:
-    """The widest that any use wants it, seen through casts."""
+    """The widest type that any use needs, seen through casts."""
     users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
     own = program.values[value].itemsize
     casts = [op for op in users if op.primitive == CAST and _is_view(program, op)]

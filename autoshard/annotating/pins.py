@@ -1,8 +1,8 @@
-"""Pins: layouts that the user decides, for arguments by path and for intermediates by name.
+"""Pins: layouts that the user fixes, for arguments by path and for intermediates inside the function.
 
-An argument is pinned by a pattern over its path, or by a tree of `PartitionSpec`s shaped like the arguments; an intermediate
-by `pin` inside the function. A pin holds where the array is made: a use that wants another layout changes it there, and
-pays. A `jax.lax.with_sharding_constraint` whose mesh axes the topology has is a pin as well.
+A pattern over its path pins an argument, as does a tree of `PartitionSpec`s shaped like the arguments. `pin` inside the
+function pins an intermediate. A pin holds where the array is made: a use with another layout pays for a reshard. A
+`jax.lax.with_sharding_constraint` is a pin too if the topology has its mesh axes.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Pin:
-    """One pinned operation: in the user's words, and where it is in the program."""
+    """One pinned operation: the description for messages, and its position in the program."""
 
     words: str
     operation: int
 
 
 def parsed(text: str) -> tuple[str, PartitionSpec]:
-    """`params.*.wq=None,x,yz` as a pattern and its spec; letters of one part are axes, `x+data` names longer ones.
+    """`params.*.wq=None,x,yz` as a pattern and its spec; each letter of a part is an axis, `x+data` has longer names.
 
     **Raises:** `PinError`.
     """
     pattern, sign, parts = text.partition("=")
     if not sign or not pattern:
-        raise PinError(f"{text!r} is no pin; PATTERN=SPEC is, as in 'params.*.wq=None,x,yz'.")
+        raise PinError(f"Invalid pin {text!r}: expected PATTERN=SPEC, for example 'params.*.wq=None,x,yz'.")
 
     def part(word: str) -> Any:
         word = word.strip()
@@ -57,12 +57,12 @@ def parsed(text: str) -> tuple[str, PartitionSpec]:
 def pin_program(
     program: Program, paths: Sequence[str], topology: Topology, pins: Pins | None
 ) -> tuple[Program, tuple[Pin, ...]]:
-    """The program with its pins put in terms of the topology.
+    """The program with its pins resolved on the topology.
 
-    **Returns:** the program, and what is pinned in it.
+    **Returns:** the program, and the pins in it.
 
-    **Raises:** `PinError` for a pattern that matches no argument, an axis the topology has not or that is used twice, a
-    dimension that the axes do not divide, and two pins for one argument that differ.
+    **Raises:** `PinError` for a pattern that matches no argument, an axis that the topology lacks or that is used twice,
+    a dimension that the axes do not divide, and two different pins for one argument.
     """
     operations = list(program.operations)
     warnings: list[str] = []
@@ -74,7 +74,7 @@ def pin_program(
         unknown = {axis for axes in op.pinned for axis in axes or ()} - set(topology.axis_sizes)
         if unknown and op.primitive != PIN:
             warnings.append(
-                f"{words} names axes {topology.name} has not ({', '.join(sorted(unknown))}): it is left out"
+                f"{words} names axes that {topology.name} does not have ({', '.join(sorted(unknown))}): it is ignored"
             )
             operations[at] = replace(op, pinned=None)
             continue
@@ -86,7 +86,7 @@ def pin_program(
         shape = program.values[operations[at].outputs[0].value].shape
         fitting = _fitting(words, dims, shape, topology)
         if operations[at].pinned not in (None, fitting):
-            raise PinError(f"{words} contradicts another pin of {paths[position]}; keep one of them.")
+            raise PinError(f"{words} contradicts another pin of {paths[position]}; remove one of them.")
         if operations[at].pinned is None:
             found.append(Pin(words, at))
         operations[at] = replace(operations[at], pinned=fitting)
@@ -95,7 +95,7 @@ def pin_program(
 
 
 def unpinned(program: Program, keep: Sequence[Pin]) -> Program:
-    """The program with only these pins left."""
+    """The program with only these pins."""
     kept = {pin.operation for pin in keep}
     operations = tuple(
         op if op.pinned is None or at in kept else replace(op, pinned=None) for at, op in enumerate(program.operations)
@@ -104,7 +104,7 @@ def unpinned(program: Program, keep: Sequence[Pin]) -> Program:
 
 
 def _asked(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterator[tuple[int, Pinned, str]]:
-    """Every pinned argument: its position, its axes, and the pin in words."""
+    """Every pinned argument: its position, its axes, and the description of the pin."""
     ranks = [len(program.values[program.operations[at].outputs[0].value].shape) for at in program.arguments]
     if isinstance(pins, Mapping):
         for pattern, spec in pins.items():
@@ -112,14 +112,14 @@ def _asked(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterato
             hit = [i for i, path in enumerate(paths) if matches(pattern, path)]
             if not hit:
                 some = ", ".join(dotted(path) for path in paths[:4])
-                raise PinError(f"{words} matches no argument; there are {some}{', ...' if len(paths) > 4 else ''}.")
+                raise PinError(f"{words} matches no argument; the paths are {some}{', ...' if len(paths) > 4 else ''}.")
             for i in hit:
                 yield i, dims_of(spec, ranks[i], f"{words}, for {paths[i]},"), words
     elif pins is not None:
         leaves = jax.tree_util.tree_leaves(tuple(pins), is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
         if len(leaves) != len(paths):
             raise PinError(
-                f"The tree of pins has {len(leaves)} leaves, the arguments {len(paths)}; None leaves one free."
+                f"The tree of pins has {len(leaves)} leaves, but the arguments have {len(paths)}; None leaves an array free."
             )
         for i, spec in enumerate(leaves):
             if spec is not None:
@@ -138,5 +138,5 @@ def _fitting(words: str, dims: Pinned, shape: Sequence[int], topology: Topology)
     for at, (axes, n) in enumerate(zip(dims, shape, strict=True)):
         pieces = prod(sizes[axis] for axis in axes or ())
         if n % pieces:
-            raise PinError(f"{words} cuts dimension {at} of {n} into {pieces} pieces, which does not divide it.")
+            raise PinError(f"{words} splits dimension {at} of size {n} into {pieces} shards, which do not divide it.")
     return tuple(axes and tuple(axis for axis in axes if sizes[axis] > 1) for axes in dims)

@@ -70,7 +70,7 @@ def test_pins_are_kept_and_the_program_computes_the_same():
 @pytest.mark.parametrize(
     ("pins", "said"),
     (
-        ({"params.nothing": P("x")}, "matches no argument; there are params.down, params.up, x."),
+        ({"params.nothing": P("x")}, "matches no argument; the paths are params.down, params.up, x."),
         ({"params.up": P("w")}, "names axis 'w'; cpu:2x2 has x, y."),
         ({"params.up": P("x", "x")}, "uses an axis twice"),
         ({"x": P(("x", "y"), None, "x")}, "at most 2 dimensions, got 3"),
@@ -210,7 +210,7 @@ def test_search_takes_pins_and_compares():
         "search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params.layers.wi_gate=None,x,y", "--baselines", "--no-fold"
     )
     assert found.exit_code == 0 and "Baselines" in found.stdout and "P(None, 'x', 'y')" in found.stdout
-    assert "is no pin" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params", code=1)
+    assert "Invalid pin" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params", code=1)
 
 
 def test_commands_that_compare(plan_file: Path, tmp_path: Path):

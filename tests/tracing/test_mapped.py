@@ -117,7 +117,7 @@ def test_its_layouts_are_pins_on_a_topology_with_its_axes() -> None:
     assert plan.out_specs == P("x")
     np.testing.assert_allclose(plan.jit(fn)(X, W), X @ W, rtol=1e-5)
     other = autoshard.search(fn, X, W, topology="cpu:8")
-    assert any("names axes cpu:8 has not (y): it is left out" in text for text in other.warnings)
+    assert any("names axes that cpu:8 does not have (y): it is ignored" in text for text in other.warnings)
 
 
 def test_groups_within_an_axis_are_refused() -> None:

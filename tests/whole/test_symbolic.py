@@ -243,7 +243,7 @@ def test_numbers_can_be_given_for_symbolic_shapes() -> None:
         return x.reshape(2, x.shape[0] // 2, 4) * 2
 
     assert autoshard.trace_symbolic(halves, x, sizes={"b": 6}).bind(b=10).program.values[0].shape == (10, 4)
-    with pytest.raises(AutoshardError, match="No argument has a symbolic dimension c; there are b"):
+    with pytest.raises(AutoshardError, match="No argument has a symbolic dimension c; the symbolic dimensions are b"):
         autoshard.trace_symbolic(halves, x, sizes={"c": 6})
 
 
