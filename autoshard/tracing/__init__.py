@@ -1,4 +1,4 @@
-"""The first pass: a JAX function becomes a program over factors, and blocks that can be run."""
+"""The first pass: from a JAX function to a program over factors, and blocks that can be run."""
 
 from autoshard.tracing.blocks import Traced as Traced
 from autoshard.tracing.traced_function import TracedFunction as TracedFunction

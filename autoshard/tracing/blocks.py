@@ -1,7 +1,7 @@
-"""The traced program as nested blocks of steps: what emission walks.
+"""The traced program as nested blocks of steps, for emission.
 
-`costmodels.program.Program` says what is costed and searched; a `Block` says how to run it. The two share their
-numbering: a step names the operations and values of the program that it stands for.
+The search costs a `costmodels.program.Program`; emission runs a `Block`. The two share their numbering: a step names its
+operations and values in the program.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class OpStep:
 
 @dataclass(frozen=True)
 class Boundary:
-    """A value that crosses into, out of or round a region: the operation that owns its layout, outside and inside values.
+    """A value that crosses a region's boundary or is a loop carry: the operation that owns its layout, and its values.
 
-    `outer` and `inner` are what goes in, `inner_next` and `outer_result` what comes back; `None` or -1 where there is none.
+    `outer` and `inner` are the values on entry, `inner_next` and `outer_result` those on return; `None` or -1 if absent.
     """
 
     operation: int
@@ -50,7 +50,7 @@ class Boundary:
 
 @dataclass(frozen=True)
 class LoopStep:
-    """A `scan` or `while`: `constants` are fixed, `carries` go round, `slices` are cut from and `stacks` piled up."""
+    """A `scan` or `while`: loop constants, loop carries, stacked operands (`slices`) and stacked results (`stacks`)."""
 
     eqn: Any
     constants: tuple[Boundary, ...]
@@ -63,7 +63,7 @@ class LoopStep:
 
 @dataclass(frozen=True)
 class BranchStep:
-    """A `cond`: per branch the operands that enter it and its block; `joins` bring the branches' results together."""
+    """A `cond`: the operands and the block of each branch; `joins` merge the branches' results."""
 
     eqn: Any
     selector: Atom
@@ -75,7 +75,7 @@ class BranchStep:
 
 @dataclass(frozen=True)
 class BarrierStep:
-    """What is made of these values from here on is not what was made of them before: an `optimization_barrier`."""
+    """An `optimization_barrier`: values computed from these after it must not be merged (CSE) with those before it."""
 
     eqn: Any
     values: tuple[int, ...]
@@ -96,8 +96,8 @@ class Block:
 class Traced:
     """A traced function: the program, how to run it, and how to get from pytrees to flat arrays and back.
 
-    `paths` names every flat argument in the user's words; `constants` are the arrays the function closes over. `custom_vjp` is
-    the source line of the first `custom_vjp` call, "" if there is none.
+    `paths` has every flat argument's path; `constants` are the arrays that the function closes over. `custom_vjp` is the
+    source line of the first `custom_vjp` call, "" if there is none.
     """
 
     program: Program

@@ -1,4 +1,4 @@
-"""The arrays that the parts of a function close over."""
+"""Closed-over arrays of the parts of a function."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def closed_over(jaxpr: Any) -> list[Any]:
 
 
 def first_alike(arrays: Sequence[Any]) -> list[int]:
-    """Per array the place of the first that holds the same bytes in the same type and shape: compilers keep one of them.
+    """Per array the position of the first with the same bytes, type and shape: compilers keep one of them.
 
-    Layers that each make a table of their own, such as that of rotary positions, close over many. What is one number
-    throughout stays by itself: weights may begin so and differ later, when the plan is used.
+    Layers that each make their own table, such as rotary positions, close over many equal arrays. Arrays of one repeated
+    number are not merged: weights may be initialised so and differ later, when the plan is used.
     """
     firsts: dict[tuple, list[int]] = {}
     found = []
@@ -42,7 +42,7 @@ def first_alike(arrays: Sequence[Any]) -> list[int]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two arrays hold the same bytes; those that are not at hand, or keys, are only like themselves."""
+    """Whether two arrays hold the same bytes; keys and arrays that are not addressable here only equal themselves."""
     if one is other or not (_at_hand(one) and _at_hand(other)) or not one.size:
         return one is other
     with jax.ensure_compile_time_eval():
@@ -54,14 +54,14 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _at_hand(array: Any) -> bool:
-    """Whether this process holds all of an array's numbers."""
+    """Whether this process can read all of an array's elements."""
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return False
     return isinstance(array, np.ndarray) or getattr(array, "is_fully_addressable", False)
 
 
 _BEGINNING = 1024
-"""The numbers that are compared first: of arrays on devices few are to be fetched."""
+"""The number of elements that are compared first, so that few are fetched from devices."""
 
 
 def _walked(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:

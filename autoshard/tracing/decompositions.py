@@ -1,4 +1,4 @@
-"""Equations that are planned as several, because only the parts can be split where the whole cannot."""
+"""Decompositions of equations into several that can be split where the whole cannot."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXPANDED = ("argmax", "argmin")
 
 
 def expanded(eqn: Any) -> Any:
-    """The closed jaxpr of what an equation computes, from operations that may be split.
+    """A closed jaxpr of the same function as an equation, from operations that may be split.
 
-    The place of an extreme is the first at which the extreme stands: a maximum and a minimum over places, each with an
-    all-reduce of as many numbers as the result has where the dimension is split. In one operation the dimension would have to
-    be gathered: all logits for one token.
+    An `argmax` is the first index at which the maximum stands: a maximum, and a minimum over indices. Where the dimension
+    is split, each needs an all-reduce of the result's size. A single operation would have to gather the dimension, such as
+    all logits for one token.
     """
     (aval,) = (v.aval for v in eqn.invars)
     (axis,), dtype = eqn.params["axes"], eqn.params["index_dtype"]
@@ -30,7 +30,7 @@ def expanded(eqn: Any) -> Any:
         extreme = lax.broadcast_in_dim(reduced(x, axes=(axis,)), x.shape, others)
         here = lax.eq(x, extreme)
         if inexact(x):
-            here = lax.bitwise_or(here, lax.ne(x, x))  # one that is no number comes before any extreme
+            here = lax.bitwise_or(here, lax.ne(x, x))  # a NaN counts as the extreme
         place = lax.broadcasted_iota(dtype, x.shape, axis)
         past = lax.full(x.shape, x.shape[axis], dtype)
         return lax.reduce_min(lax.select_n(here, past, place), axes=(axis,))
@@ -39,7 +39,7 @@ def expanded(eqn: Any) -> Any:
 
 
 def expandable(eqn: Any) -> bool:
-    """Whether an equation is one that `expanded` knows, of arrays that it can take apart."""
+    """Whether `expanded` supports an equation and the type of its operand."""
     if eqn.primitive.name not in EXPANDED or len(eqn.params["axes"]) != 1:
         return False
     (aval,), dtype = [v.aval for v in eqn.invars], eqn.params["index_dtype"]

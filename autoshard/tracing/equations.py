@@ -1,4 +1,4 @@
-"""Equations and variables of jaxprs, made new."""
+"""Construction of jaxpr equations and variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.extend import core as jex
 
 
 def fresh(avals: Sequence[Any]) -> list[Any]:
-    """Variables of these shapes and types that no jaxpr has yet."""
+    """New variables of these shapes and types."""
     return jax.make_jaxpr(lambda *arrays: arrays)(*map(_abstract, avals)).jaxpr.invars
 
 
@@ -24,12 +24,12 @@ def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
 def equations(
     fn: Callable[..., Any], atoms: Sequence[Any], source: Any = None, results: Sequence[Any] = ()
 ) -> tuple[list[Any], list[Any]]:
-    """The equations of a function of these variables and literals, and the variables that they end with.
+    """The equations of a function of these variables and literals, and their result variables.
 
     **Arguments:**
 
     - `source`: the source information that the equations get.
-    - `results`: the variables to end with; new ones if there are none.
+    - `results`: the result variables; new ones by default.
     """
     jaxpr = jax.make_jaxpr(fn)(*(_abstract(atom.aval) for atom in atoms)).jaxpr
     named = dict(zip(jaxpr.invars, atoms, strict=True))
@@ -45,7 +45,7 @@ def renamed(eqn: Any, named: dict[Any, Any]) -> Any:
 
 
 def renamed_atoms(atoms: Sequence[Any], named: dict[Any, Any]) -> list[Any]:
-    """Variables by their new names; literals and others as they are."""
+    """Renamed variables; literals and other variables are unchanged."""
     return [atom if isinstance(atom, jex.Literal) else named.get(atom, atom) for atom in atoms]
 
 
@@ -60,7 +60,7 @@ def variables(eqn: Any) -> set[Any]:
     return {v for v in eqn.invars if not isinstance(v, jex.Literal)}
 
 
-# --- Indices behind which leading dimensions stand
+# --- Indexing into stacks
 
 
 def stacked(aval: Any, lead: Sequence[int]) -> jax.ShapeDtypeStruct:
@@ -69,7 +69,7 @@ def stacked(aval: Any, lead: Sequence[int]) -> jax.ShapeDtypeStruct:
 
 
 def window(index: Sequence[Any], sizes: Sequence[int], starts: Sequence[Any] = ()) -> Callable[[Any], Any]:
-    """What cuts a window out of a slice that lies in a stack at `index`."""
+    """A function that reads a window of the slice at `index` from a stack."""
 
     def cut(stack: Any) -> Any:
         first, own = _alike(index, starts or [0] * len(sizes))
@@ -87,7 +87,7 @@ def put(stack: Any, update: Any, index: Sequence[Any], starts: Sequence[Any] = (
 
 
 def gathered(eqn: Any, stack: Any, indices: Any, index: Sequence[Any]) -> Any:
-    """What a `gather` equation reads, from the slice at `index`."""
+    """The result of a `gather` equation on the slice at `index`."""
     numbers, n = eqn.params["dimension_numbers"], len(index)
     deeper = lax.GatherDimensionNumbers(
         offset_dims=numbers.offset_dims,
@@ -102,7 +102,7 @@ def gathered(eqn: Any, stack: Any, indices: Any, index: Sequence[Any]) -> Any:
 
 
 def scattered(eqn: Any, stack: Any, indices: Any, updates: Any, index: Sequence[Any]) -> Any:
-    """What a `scatter` equation writes, into the slice at `index`."""
+    """The stack after a `scatter` equation on the slice at `index`."""
     numbers, n = eqn.params["dimension_numbers"], len(index)
     deeper = lax.ScatterDimensionNumbers(
         update_window_dims=numbers.update_window_dims,
@@ -120,7 +120,7 @@ def _deeper(dims: Sequence[int], n: int) -> tuple[int, ...]:
 
 
 def _alike(index: Sequence[Any], starts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The indices and starts in one type, as JAX wants them: the starts' own, if that surely holds the indices."""
+    """The indices and starts in one type, as JAX requires: the starts' own, if it surely holds the indices."""
     own = {start.dtype for start in starts if not isinstance(start, int)}
     dtype = own.pop() if len(own) == 1 else jnp.dtype(jnp.int32)
     dtype = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.int32)
@@ -133,7 +133,7 @@ def _as(number: Any, dtype: Any) -> Any:
 
 
 def _with_columns(indices: Any, index: Sequence[Any]) -> Any:
-    """The indices of a gather or scatter, each with `index` before its own."""
+    """The indices of a gather or scatter, each with `index` in front."""
     if indices.dtype.itemsize < 4:
         indices = lax.convert_element_type(indices, jnp.int32)
     shape = (*indices.shape[:-1], 1)

@@ -1,4 +1,4 @@
-"""Small questions about jaxprs: what is needed, what is walked into, what is closed over."""
+"""Queries on jaxprs: needed equations, inlined calls, closed-over constants."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def called(eqn: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def computed_again(eqn: Any) -> bool:
-    """Whether a call computes what was computed before, and is to do so: a `jax.checkpoint` on the way back."""
-    kept_apart = eqn.params.get("prevent_cse", False)  # one answer for all operands, or one for each
+    """Whether a call is the rematerialisation of a `jax.checkpoint` in the backward pass."""
+    kept_apart = eqn.params.get("prevent_cse", False)  # one flag for all operands, or one for each
     return bool(eqn.params.get("differentiated")) and (any(kept_apart) if isinstance(kept_apart, tuple) else kept_apart)
 
 
 def scan_counts(params: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants and how many carries; JAX 0.12 says it by the operands' tree."""
+    """The numbers of constants and of carries of a scan; JAX 0.12 stores them in the operands' tree."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     constants, carries, _ = params["ft_in"].unpack()
@@ -54,13 +54,13 @@ def scan_counts(params: Any) -> tuple[int, int]:
 
 
 def without_sharding(eqn: Any) -> Any:
-    """An equation without the user's own placement of its result, made for the user's mesh: the plan places it."""
+    """An equation without the user's sharding of its result, which is for another mesh: the plan shards it."""
     placed = [key for key in ("out_sharding", "sharding") if eqn.params.get(key) is not None]
     return eqn.replace(params={**eqn.params, **dict.fromkeys(placed)}) if placed else eqn
 
 
 def is_held(constant: Any) -> bool:
-    """Whether a constant is more than a number written into the program: an array, or a PRNG key."""
+    """Whether a constant is an array or a PRNG key, and not a scalar literal."""
     aval = jax.typeof(constant)
     return bool(aval.shape) or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
@@ -70,7 +70,10 @@ def unique(arrays: Sequence[Any]) -> list[Any]:
 
 
 def unbatched(condition: Any, body: Any, n_cond: int, n_body: int) -> tuple[Any, Any]:
-    """Under `vmap` a predicate has dimensions: the loop goes on while any of it holds, and changes what it holds for."""
+    """A `while` whose predicate `vmap` has batched, with a scalar predicate.
+
+    The loop runs while any element of the predicate holds, and updates the elements for which it holds.
+    """
     test, step = jex.jaxpr_as_fun(condition), jex.jaxpr_as_fun(body)
 
     def go_on(*args: Any) -> Any:

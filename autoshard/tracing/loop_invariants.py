@@ -1,8 +1,8 @@
-"""What a loop computes anew in every round from what stays the same, and compilers compute once before it.
+"""Loop-invariant code motion, as XLA does it.
 
-XLA moves such an equation out of a loop unless its result takes more memory than what it is made of, as it then lives as
-long as the loop does; an equation that only shows an array in another shape goes along with one that needs it. Loops are
-planned in that form, so that plans count what the compiled loop holds and reads.
+XLA moves a loop-invariant equation before the loop unless its result takes more memory than its operands, because the
+result is live throughout the loop. A view moves together with an equation that needs it. Loops are planned in that form,
+so plans count what the compiled loop keeps live and reads.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from autoshard.tracing.jaxprs import CALLS, needed
 from costmodels.program.views import BROADCASTS, PARTS, RENAMES
 
 SHOWING = RENAMES | BROADCASTS | PARTS | {"copy"}
-"""Primitives that are not worth a move of their own."""
+"""Primitives that only move together with an equation that needs them."""
 _STAYING = "cond optimization_barrier scan shard_map sharding_constraint while".split()
-"""Primitives that stay where they are written: other regions, and what the user has placed."""
+"""Primitives that never move: other regions, and the user's placements."""
 
 
 class Split(NamedTuple):
-    """A loop's body in two: what is done before the loop, and the rest, which needs `entering` of the first."""
+    """A loop's body in two: the equations before the loop, and the rest, which reads the variables `entering`."""
 
     before: tuple[Any, ...]
     entering: tuple[Any, ...]
@@ -33,11 +33,11 @@ class Split(NamedTuple):
 
 
 def split(body: Any, fixed: Collection[Any]) -> Split:
-    """Takes what stays the same in every round out of a loop's body.
+    """Moves loop-invariant equations out of a loop's body.
 
     **Arguments:**
 
-    - `body`: a jaxpr; `fixed`: those of its variables that are the same in every round.
+    - `body`: a jaxpr; `fixed`: its loop-invariant variables.
     """
     made_of: dict[Any, frozenset[Any]] = {var: frozenset((var,)) for var in fixed}
     moved: list[Any] = []
@@ -81,7 +81,7 @@ def _read(jaxpr: Any) -> list[Any]:
 
 
 def _movable(eqn: Any) -> bool:
-    """Whether an equation may run elsewhere: it has no effect, and makes arrays of numbers."""
+    """Whether an equation may move: it has no effects, and its results are arrays of numbers."""
     name = eqn.primitive.name
     inside = any(
         isinstance(each, jex.Jaxpr | jex.ClosedJaxpr) for each in jax.tree_util.tree_leaves(list(eqn.params.values()))
@@ -91,7 +91,7 @@ def _movable(eqn: Any) -> bool:
 
 
 def _bytes(variables: Collection[Any]) -> float:
-    """Bytes of all variables together; numbers by themselves are none."""
+    """Bytes of all variables together; scalars count as 0."""
     return sum(
         prod(v.aval.shape) * v.aval.dtype.itemsize
         for v in variables

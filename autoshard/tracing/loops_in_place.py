@@ -1,8 +1,8 @@
-"""Scans that update the slices of a stack, on one buffer that goes round and is written where it lies.
+"""In-place updates of stacks in scans: the stack becomes a loop carry.
 
-A `scan` that takes a stack slice by slice and gives its slices back, updated, has two stacks: compilers copy every slice from
-the one to the other, and at last that to where a donated argument was. As a carry the stack is one array; each round reads
-and writes its own part of it.
+A `scan` that reads a stack slice by slice and returns the updated slices has two stacks. Compilers copy every slice from
+one to the other, and finally the result to the buffer of a donated argument. As a loop carry the stack is one array, of
+which each iteration reads and writes its own part.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autoshard.tracing.whole_stacks import on_stacks
 
 
 def in_place(closed: Any, donated: Collection[int] = ()) -> Any:
-    """A closed jaxpr that computes the same, its scans on stacks that they update in place.
+    """An equivalent closed jaxpr whose scans update their stacks in place.
 
     **Arguments:**
 
@@ -36,7 +36,7 @@ def in_place(closed: Any, donated: Collection[int] = ()) -> Any:
 
 
 def _in_place(jaxpr: Any, free: Collection[Any]) -> Any:
-    """The jaxpr with its scans in place; `free` are the operands that nobody needs after it."""
+    """The jaxpr with its scans in place; `free` are the operands that are not used after it."""
     eqns = needed(jaxpr)
     if not any(_has_blocks(eqn) for eqn in eqns):
         return jaxpr
@@ -55,7 +55,7 @@ def _has_blocks(eqn: Any) -> bool:
 
 
 class _Dying:
-    """Which variables have one use alone, and are made here or free to be overwritten."""
+    """Lookup of variables whose only use may overwrite them: made in this jaxpr, or free."""
 
     def __init__(self, jaxpr: Any, eqns: Sequence[Any], free: Collection[Any]) -> None:
         atoms = [*(v for eqn in eqns for v in eqn.invars), *jaxpr.outvars]
@@ -73,7 +73,7 @@ class _Dying:
 
 
 def _with_blocks_in_place(eqn: Any, ends: Sequence[int]) -> Any:
-    """An equation with what it calls, repeats or chooses from in place; the operands at `ends` are not needed after it."""
+    """An equation with its inner jaxprs in place; the operands at `ends` are not used after it."""
     name, params = eqn.primitive.name, eqn.params
     if name in CALLS:
         key = next(key for key in INLINED if key in params)
@@ -104,7 +104,7 @@ def _with(eqn: Any, params: dict[str, Any]) -> Any:
 
 
 def _scan_in_place(eqn: Any, ends: Sequence[int]) -> list[Any]:
-    """A scan with the stacks that it updates among its carries, and the numbers of its rounds before it."""
+    """A scan with the stacks that it updates among its carries, after the equations that make its iteration numbers."""
     constants, carries = scan_counts(eqn.params)
     pairs = _pairs(eqn, ends)
     if not pairs:
@@ -133,10 +133,10 @@ def _scan_in_place(eqn: Any, ends: Sequence[int]) -> list[Any]:
 
 
 def _pairs(eqn: Any, ends: Sequence[int]) -> list[tuple[int, int]]:
-    """The positions of operands that are stacks of slices, with those of the results that take their place.
+    """Pairs of positions: a stacked operand, and the stacked result that takes its buffer.
 
-    A result of which the rounds update a part takes its operand's place, at the price of one copy where that is needed
-    afterwards. One that the rounds make whole takes the place of an operand that it is made of and that ends here.
+    A result of partial updates takes its operand's buffer; this costs one copy if the operand is used afterwards. A
+    result whose slices are written whole takes the buffer of an operand that it is computed from and that ends here.
     """
     closed, (constants, carries) = eqn.params["jaxpr"], scan_counts(eqn.params)
     body = closed.jaxpr
@@ -160,13 +160,13 @@ def _pairs(eqn: Any, ends: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _is_stack(eqn: Any, operand: int) -> bool:
-    """Whether an operand has numbers, in slices of more than one."""
+    """Whether an operand has numeric elements, in slices that are not scalars."""
     aval = eqn.params["jaxpr"].jaxpr.invars[operand].aval
     return bool(aval.shape) and prod(aval.shape) > 0 and not jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def _replaces(eqn: Any, operand: int, result: int) -> bool:
-    """Whether a result may lie where an operand does."""
+    """Whether a result may take an operand's buffer."""
     body = eqn.params["jaxpr"].jaxpr
     given, made = body.invars[operand], body.outvars[result]
     same = (given.aval.shape, given.aval.dtype) == (made.aval.shape, made.aval.dtype)
@@ -174,7 +174,7 @@ def _replaces(eqn: Any, operand: int, result: int) -> bool:
 
 
 def _sources(jaxpr: Any, variable: Any) -> set[Any]:
-    """What a variable is made of, at any remove."""
+    """A variable and everything that it depends on, directly or indirectly."""
     found = {variable}
     for eqn in reversed(jaxpr.eqns):
         if not found.isdisjoint(eqn.outvars):

@@ -1,4 +1,4 @@
-"""How arrays nest, as plain data: what a plan file can hold of a pytree's structure.
+"""The structure of a pytree as plain data, for plan files.
 
 | node | as data |
 |---|---|
@@ -10,8 +10,8 @@
 | namedtuple | `{"namedtuple": "module:Name", "fields": {"field": child, ...}}` |
 | any other registered node | `{"custom": "module:Name", "children": {"key": child, ...}}` |
 
-Everything but the last row is rebuilt. A custom node comes back as a dict by path, because only its own class knows how to
-make one; so does a namedtuple whose module is not imported.
+Everything but the last row is rebuilt. A custom node is rebuilt as a dict by path, because only its own class can make
+one. So is a namedtuple whose module is not imported.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LEAF = "*"
 
 @dataclass(frozen=True)
 class Nesting:
-    """How the flat arrays of the arguments, or of the results, nest.
+    """The structure of the arguments or of the results.
 
-    - `data`: the structure as plain data, which a plan file holds.
-    - `treedef`: JAX's own structure, which knows custom nodes and which no file holds; `None` after loading.
+    - `data`: the structure as plain data, for plan files.
+    - `treedef`: JAX's own structure, with custom nodes; `None` in a plan from a file.
     """
 
     data: Data
@@ -58,7 +58,7 @@ class Nesting:
 
 
 def nesting_of(tree: Any) -> Nesting:
-    """The nesting of a pytree."""
+    """The structure of a pytree, as both plain data and a `treedef`."""
     return Nesting(describe(tree), jax.tree_util.tree_structure(tree))
 
 
@@ -90,7 +90,7 @@ def rebuild(data: Data, leaves: Sequence[Any]) -> Any:
     **Raises:** `ValueError` when there are more or fewer leaves than the structure has.
     """
     if len(leaves) != leaf_count(data):
-        raise ValueError(f"the structure has {leaf_count(data)} arrays, got {len(leaves)}")
+        raise ValueError(f"expected {leaf_count(data)} arrays for this structure, got {len(leaves)}")
     return _rebuild(data, iter(leaves))
 
 
@@ -124,7 +124,7 @@ def leaf_count(data: Data) -> int:
 
 
 def paths(data: Data) -> list[tuple[str, ...]]:
-    """The keys that lead to each array, as text, in JAX's order."""
+    """The path of keys to each array, as text, in JAX's order."""
     if data == LEAF:
         return [()]
     keyed = zip(_keys(data), _children(data), strict=True) if data is not None else ()
@@ -151,17 +151,17 @@ def unknown_class(data: Data) -> str | None:
 
 
 def checked(data: Data) -> Data:
-    """The same structure, if it is one.
+    """The data unchanged, if they are a structure.
 
-    **Raises:** `ValueError`, saying what is not.
+    **Raises:** `ValueError`, with the part that is not a node.
     """
     if data is None or data == LEAF:
         return data
     if not isinstance(data, dict) or frozenset(data) not in _FORMS:
-        raise ValueError(f"{str(data)[:80]!r} is no node of a tree")
+        raise ValueError(f"{str(data)[:80]!r} is not a node of a pytree")
     checks = _FORMS[frozenset(data)]
     if not all(check(data[key]) for key, check in checks.items()):
-        raise ValueError(f"{str(data)[:80]!r} is no node of a tree")
+        raise ValueError(f"{str(data)[:80]!r} is not a node of a pytree")
     for child in _children(data):
         checked(child)
     return data
@@ -207,7 +207,7 @@ def _class_name(kind: type) -> str:
 
 
 def namedtuple_class(data: Data) -> Any:
-    """The namedtuple class of a node's name and these fields, if its module is imported already; nothing is imported for it."""
+    """The namedtuple class of this name with these fields, if its module is imported already; nothing is imported."""
     module, _, name = data["namedtuple"].partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -217,18 +217,18 @@ def namedtuple_class(data: Data) -> Any:
 
 
 def _distinct(keys: Sequence[Any]) -> list[str]:
-    """The children's keys as text; numbered where two would read alike."""
+    """The children's keys as text, numbered if two have the same text."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
     return names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
 
 
-# --- arguments in the user's words
+# --- names of arguments
 
 
 def positional(fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a call in their positions, those given by keyword too.
+    """The arguments of a call by position, including those given by keyword.
 
-    **Raises:** `TypeError` for keywords that the function does not have, or has by keyword only.
+    **Raises:** `TypeError` for keywords that the function does not have, or that are keyword-only.
     """
     if not keywords:
         return args
@@ -236,13 +236,13 @@ def positional(fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str
     bound.apply_defaults()
     if bound.kwargs:
         raise TypeError(
-            f"{', '.join(bound.kwargs)} can be given by keyword only; bind it beforehand, with functools.partial."
+            f"Keyword-only arguments are not supported: {', '.join(bound.kwargs)}. Bind beforehand with functools.partial."
         )
     return bound.args
 
 
 def argument_paths(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[str, ...]:
-    """Every flat argument's path: the parameter's name, then where it stands inside, as `params['layers']['wq']`."""
+    """Every flat argument's path: the parameter's name, then the path inside it, such as `params['layers']['wq']`."""
     named = jax.tree_util.tree_flatten_with_path(tuple(args))[0]
     heads = _parameters(fn, len(args))
     return tuple(heads[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in named)

@@ -1,9 +1,9 @@
-"""What a `shard_map` in the user's code means on whole arrays.
+"""Rewriting of a user's `shard_map` as an equivalent computation on global arrays.
 
-Its body runs once per block of the arrays, and the blocks exchange what collectives say. Over whole arrays that is a function
-batched over the mesh's axes: a sum over an axis is a sum over that dimension of blocks, a gather puts the blocks side by
-side. In this form the search may lay the blocks out on any topology; where the topology has the mesh's axes, the layouts that
-the `shard_map` asks for are pins.
+The body of a `shard_map` runs once per block of the arrays, and collectives exchange data between blocks. On global
+arrays this is the body under `vmap` over the mesh axes: a `psum` sums over the dimension of blocks, an `all_gather`
+concatenates the blocks. In this form the search can shard the blocks over any topology. If the topology has the mesh's
+axes, the specs of the `shard_map` are pins.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Sizes = Mapping[str, int]
 
 
 def meaning(eqn: Any) -> Any:
-    """The closed jaxpr of what a `shard_map` equation computes, from whole arrays to whole arrays.
+    """An equivalent closed jaxpr of a `shard_map` equation, on global arrays.
 
-    **Raises:** `TraceError` for a body that cannot be said so; names the collective.
+    **Raises:** `TraceError` for a body that cannot be rewritten; names the collective.
     """
     return _meaning(_Same(eqn))
 
 
 class _Same:
-    """An equation as a key: equal to itself alone."""
+    """An equation as a dictionary key, compared by identity."""
 
     def __init__(self, eqn: Any) -> None:
         self.eqn = eqn
@@ -67,7 +67,7 @@ def _meaning(same: _Same) -> Any:
 
 
 def described(eqn: Any) -> str:
-    """The mesh of a `shard_map` in words: `x=4, y=2`."""
+    """The mesh of a `shard_map` as text: `x=4, y=2`."""
     return ", ".join(f"{axis}={n}" for axis, n in eqn.params["mesh"].shape.items() if axis in _manual(eqn.params))
 
 
@@ -76,7 +76,7 @@ def _manual(params: Any) -> Sequence[str]:
 
 
 def _axes_of(spec: Any, mapped: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """A spec's axes per dimension, but for those with one block."""
+    """A spec's axes per dimension, without axes of size 1."""
     parts = (() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec)
     return tuple(tuple(axis for axis in part if axis in mapped) for part in parts)
 
@@ -90,7 +90,7 @@ def _mentioned(spec: Sequence[Sequence[str]], mapped: Sequence[str]) -> list[str
 
 
 def _cut(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes: Sizes) -> Any:
-    """The array with a leading dimension of blocks for every mesh axis that splits it, in the mesh's order."""
+    """The array with a leading dimension of blocks for each mesh axis that splits it, in the mesh's order."""
     shape: list[int] = []
     place: dict[str, int] = {}
     for dim, n in enumerate(array.shape):
@@ -122,10 +122,10 @@ def _join(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], size
 def _over_blocks(
     body: Callable[..., list[Any]], mapped: Sequence[str], before: Any, after: Any, blocks: Any
 ) -> list[Any]:
-    """The body for all blocks at once.
+    """The body, batched over all blocks.
 
-    Of a result that a mesh axis does not split, all blocks along it are equal; where JAX cannot see that they are, the first
-    is taken.
+    All blocks of a result along a mesh axis that does not split it are equal; if JAX cannot infer this, the first is
+    taken.
     """
 
     def batched(whole_too: bool) -> Callable[..., list[Any]]:
@@ -150,7 +150,7 @@ def _over_blocks(
 
 
 class _Body:
-    """A jaxpr run equation by equation, without what only a `shard_map` may hold."""
+    """An interpreter of a jaxpr that replaces the primitives that only a `shard_map` may contain."""
 
     def __init__(self, jaxpr: Any, sizes: Sizes) -> None:
         self.jaxpr, self.sizes = jaxpr, sizes
@@ -215,10 +215,10 @@ class _Body:
     # --- collectives
 
     def exchange(self, name: str, params: Any, operands: list[Any]) -> list[Any]:
-        """A collective over the mesh axes that have more than one block; over the others it is none."""
+        """A collective over its mesh axes of more than one block; over the other axes it is the identity."""
         if params.get("axis_index_groups") is not None:
             raise TraceError(
-                f"{name} with axis_index_groups, inside a shard_map, is not supported; split the mesh axis in two."
+                f"{name} with axis_index_groups is not supported inside a shard_map; split the mesh axis in two."
             )
         given = params.get("axes", params.get("axis_name", ()))
         axes = (given,) if isinstance(given, str) else tuple(given)
@@ -231,7 +231,7 @@ _STAYS = "pvary pbroadcast sharding_constraint reshard optimization_barrier mesh
 
 
 def _place(axes: Sequence[str], sizes: Sizes) -> Any:
-    """This block's number along several axes, the first major."""
+    """This block's index along several axes, the first axis major."""
     at = jnp.int32(0)
     for axis in axes:
         at = at * sizes[axis] + lax.axis_index(axis)
@@ -252,7 +252,7 @@ def _gathered(operand: Any, axes: Any, params: Any) -> Any:
 
 
 def _stacked(operand: Any, axes: Sequence[str]) -> Any:
-    """All blocks along several axes behind one another, the first axis major; JAX batches a gather over one axis only."""
+    """All blocks along several axes, stacked, the first axis major; JAX batches a gather over one axis only."""
     found = operand
     for axis in reversed(axes):
         found = lax.all_gather(found, axis, axis=0, tiled=False)
@@ -268,7 +268,7 @@ def _scattered(operand: Any, axes: Any, params: Any) -> Any:
 
 
 def _own(array: Any, axes: Any, at: int, tiled: bool) -> Any:
-    """This block's part of what all blocks hold alike."""
+    """This block's part of an array that is equal in all blocks."""
     count, sizes = lax.axis_size(axes), {axis: lax.axis_size(axis) for axis in axes}
     size = array.shape[at] // count
     found = lax.dynamic_slice_in_dim(array, _place(axes, sizes) * size, size, at)
@@ -288,7 +288,7 @@ def _permuted(operand: Any, axes: Any, params: Any) -> Any:
 
 
 def _exchanged(operand: Any, axes: Any, params: Any) -> Any:
-    """An all-to-all, tiled or not: JAX makes and takes the dimensions of one that is not by equations beside it."""
+    """An all-to-all, tiled or not: JAX adds and removes the dimensions of an untiled one in separate equations."""
     if not axes:
         return operand
     gathered = _gathered(operand, axes, {"all_gather_dimension": params["concat_axis"], "tiled": True})

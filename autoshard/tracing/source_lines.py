@@ -1,4 +1,4 @@
-"""Small facts about equations and types: where in the user's code an equation comes from, how many bytes an element has."""
+"""Source lines of equations, and element sizes of types."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def source_of(eqn: Any) -> str:
 
 
 def is_jax_own(jaxpr: Any) -> bool:
-    """Whether a jaxpr is of a function that JAX or autoshard defines, such as `jnp.where`."""
+    """Whether a jaxpr belongs to a function of JAX or autoshard, such as `jnp.where`."""
     return (getattr(jaxpr.debug_info, "func_filename", None) or "").startswith((_JAX_HOME, _OWN_HOME))
 
 
 def itemsize_of(dtype: Any) -> float:
-    """Bytes of one element; half a byte for 4-bit types."""
+    """Bytes of one element; 0.5 for 4-bit types."""
     name = str(dtype)
     if "int4" in name or "float4" in name:
         return 0.5

@@ -1,7 +1,8 @@
-"""From a JAX function to a program over factors.
+"""Tracing of a JAX function to a program over factors.
 
-The function is traced to a jaxpr by public JAX; calls, remat and custom derivatives are walked through, `scan`, `while` and
-`cond` become regions with boundary operations that own the layout of what crosses them. Arguments keep their paths.
+Public JAX traces the function to a jaxpr. Calls, remat and custom derivatives are inlined. `scan`, `while` and `cond`
+become regions with boundary operations, each of which owns the layout of a value that crosses the boundary. Arguments
+keep their paths.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def trace(
     **Arguments:**
 
     - `args`: pytrees of arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
-    - `strict`: refuse primitives without a rule instead of replicating them.
+    - `strict`: raise for primitives without a rule instead of replicating their arrays.
 
     **Raises:** `TraceError` if JAX cannot trace the function with these arguments; `UnsupportedPrimitiveError`.
     """
@@ -78,7 +79,7 @@ def trace(
 
 
 def _held(tracer: Tracer, closed: Any) -> tuple[list[Any], list[int]]:
-    """The arrays that a function and its parts close over, those alike once, and their values; the tracer knows them all."""
+    """The distinct arrays that a function and its parts close over, and their values; registers all in the tracer."""
     arrays = list({id(array): array for array in (*closed.consts, *closed_over(closed.jaxpr))}.values())
     first = first_alike(arrays)
     kept = list(dict.fromkeys(first))
@@ -92,7 +93,7 @@ def _name_of(fn: Callable[..., Any]) -> str:
 
 
 def _argument_path(fn: Callable[..., Any], path: tuple[Any, ...]) -> str:
-    """The user's words for a flat argument: the parameter's name, then the path inside it."""
+    """A flat argument's path: the parameter's name, then the path inside it."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):

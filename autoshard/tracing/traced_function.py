@@ -1,4 +1,4 @@
-"""A function of pytrees, traced, with what a plan keeps of its arguments."""
+"""A traced function of pytrees, with the facts about its arguments that a plan keeps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class TracedFunction:
 
     **Attributes:**
 
-    - `in_tree`, `out_tree`: how the arguments and the results nest.
+    - `in_tree`, `out_tree`: the structures of the arguments and of the results.
     - `donate_argnums`: the donated positions, in order.
-    - `weak`: which flat arguments are Python scalars.
-    - `flat`: shapes and types of the flat arguments it was traced with.
+    - `weak`: per flat argument, whether it is a Python scalar.
+    - `flat`: shapes and types of the flat arguments that it was traced with.
     """
 
     traced: Traced
@@ -56,7 +56,7 @@ def trace_function(
 
 
 def _positions(donate_argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """The positions of donated arguments in order; negative ones count from the end."""
+    """The positions of donated arguments, in order; negative ones count from the end."""
     given = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
     if any(not -count <= at < count for at in given):
         raise AutoshardError(

@@ -1,7 +1,7 @@
-"""How many rounds a `while` runs, where its code says so: a counter goes from a known start by a known step to a known end.
+"""Trip counts of `while` loops with a counter of known start, step and end.
 
-The condition is taken apart into what must all hold for another round. Each comparison of such a counter with an end bounds the
-rounds; the least bound is how often the loop runs, exactly if nothing else can end it.
+The condition is split into the terms that must all hold for another iteration. Each comparison of a counter with its end
+bounds the trip count. The trip count is the least of these bounds; it is exact if no other term can end the loop.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from autoshard.tracing.jaxprs import CALLS, INLINED
 from costmodels.program.views import BROADCASTS, CAST, IDENTITIES, RENAMES
 
 MIRRORED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}
-"""Per comparison that with its sides exchanged."""
+"""Per comparison the one with its sides exchanged."""
 NEGATED = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
-"""Per comparison that which holds when it does not."""
+"""Per comparison its negation."""
 _SAME = RENAMES | BROADCASTS | IDENTITIES | {CAST}
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
@@ -33,7 +33,7 @@ _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True)
 class Rounds:
-    """A bound on a loop's rounds: the counter's first value, its step and its end; `exact` if nothing else ends the loop."""
+    """A bound on a loop's trip count, with its counter's start, step and end; `exact` if no other term ends the loop."""
 
     count: int
     start: int
@@ -44,25 +44,25 @@ class Rounds:
 
 @dataclass(frozen=True)
 class _Made:
-    """How a variable is made: a primitive and its operands, calls seen through."""
+    """The definition of a variable: a primitive and its operands, with calls inlined."""
 
     primitive: str
     operands: tuple[Any, ...]
 
 
 class Scalars:
-    """Whole numbers that are made of literals alone, evaluated when they are asked for."""
+    """Integers computed from literals alone, evaluated lazily."""
 
     def __init__(self, literal: Callable[[Any], Any]) -> None:
         self.literal, self.made = literal, {}
 
     def note(self, primitive: str, operands: Sequence[Any], results: Sequence[int]) -> None:
-        """Remembers how a value is made, if it may be asked for."""
+        """Records the definition of a value, if `number` can evaluate it."""
         if len(results) == 1 and (primitive in _SAME or primitive in _ARITHMETIC):
             self.made[results[0]] = _Made(primitive, tuple(operands))
 
     def number(self, atom: Any) -> int | None:
-        """The number that a literal or a value is; `None` if that depends on an argument."""
+        """The integer value of a literal or a value; `None` if it depends on an argument."""
         if not isinstance(atom, int):
             return _whole(self.literal(atom))
         made = self.made.get(atom)
@@ -75,11 +75,11 @@ class Scalars:
 
 
 def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable[[int], int | None]) -> Rounds | None:
-    """How many rounds a `while` runs at most; `None` where no counter ends it.
+    """An upper bound on the trip count of a `while`; `None` if no counter ends it.
 
     **Arguments:**
 
-    - `params`: of the equation.
+    - `params`: the parameters of the equation.
     - `initial`: the first value of a carry by position, if it is known.
     - `constant`: the value of a constant of the condition by position, if it is known.
     """
@@ -91,7 +91,7 @@ def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable
     place = {var: i for i, var in enumerate(test.invars)}
 
     def step_of(carry: int) -> int | None:
-        """What each round adds to a carry."""
+        """The amount that each iteration adds to a carry."""
         before, after = body.invars[n_body + carry], steps.get(body.outvars[carry], body.outvars[carry])
         if after is before:
             return 0
@@ -103,7 +103,7 @@ def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable
         return _literal(left) if right is before and after.primitive == "add" else None
 
     def number(atom: Any) -> int | None:
-        """A side of a comparison that stays the same in every round."""
+        """The value of a loop-invariant side of a comparison."""
         at = place.get(atom) if not isinstance(atom, jex.Literal) else None
         if at is None:
             return _literal(atom)
@@ -124,11 +124,12 @@ def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable
 
 
 def rounds_until(how: str, start: int, step: int, end: int) -> int | None:
-    """How often a counter may move until `counter HOW end` no longer holds; `None` if that never happens.
+    """The number of steps until `counter HOW end` no longer holds; `None` if that never happens.
 
     **Arguments:**
 
-    - `how`: "lt", "le", "gt", "ge", "eq" or "ne"; `start`, `step`: the counter's first value and what each move adds to it.
+    - `how`: "lt", "le", "gt", "ge", "eq" or "ne".
+    - `start`, `step`: the counter's first value, and the amount that each step adds to it.
     """
     if not getattr(operator, how)(start, end):
         return 0
@@ -142,7 +143,7 @@ def rounds_until(how: str, start: int, step: int, end: int) -> int | None:
 
 
 def _terms(known: dict[Any, Any], atom: Any, holds: bool) -> Iterator[tuple[str, Any, Any] | None]:
-    """The comparisons that must all hold for `atom` to be `holds`; `None` for whatever else must."""
+    """The comparisons that must all hold for `atom` to equal `holds`; `None` for each other term."""
     made = known.get(atom) if not isinstance(atom, jex.Literal) else None
     name = made.primitive if isinstance(made, _Made) else ""
     if isinstance(made, _Made) and name == ("and" if holds else "or"):
@@ -158,7 +159,7 @@ def _terms(known: dict[Any, Any], atom: Any, holds: bool) -> Iterator[tuple[str,
 
 
 def _definitions(jaxpr: Any, env: dict[Any, Any] | None = None) -> dict[Any, Any]:
-    """Per variable how it is made, or the variable that it is another name of; calls are seen through."""
+    """Per variable its definition, or the variable that it is an alias of; calls are inlined."""
     known: dict[Any, Any] = {}
     env = {} if env is None else env
 
@@ -189,7 +190,7 @@ def _definitions(jaxpr: Any, env: dict[Any, Any] | None = None) -> dict[Any, Any
 
 
 def _seen(known: dict[Any, Any], atom: Any) -> Any:
-    """A variable by its first name."""
+    """The variable that an alias stands for."""
     if isinstance(atom, jex.Literal):
         return atom
     made = known.get(atom, atom)

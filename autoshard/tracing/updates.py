@@ -1,4 +1,4 @@
-"""Updates in place: which operand a result of a jaxpr was before parts of it were overwritten."""
+"""In-place updates: the operand that a result of a jaxpr was before parts of it were overwritten."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from search.memory.views import IN_PLACE
 
 
 class Update(NamedTuple):
-    """An equation that writes into an operand, or hands it on to a loop, branch or call that does; both by position."""
+    """An equation that writes into an operand, or passes it to a loop, branch or call that does, by positions."""
 
     eqn: Any
     operand: int
@@ -19,7 +19,7 @@ class Update(NamedTuple):
 
 
 def updates_of(jaxpr: Any, variable: Any) -> tuple[Any, list[Update]]:
-    """The variable or literal that a variable was at first, and the updates that have made it what it is, in order."""
+    """The variable or literal that a variable was before any update, and the updates since, in order."""
     made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     found: list[Update] = []
     while not isinstance(variable, jex.Literal) and (eqn := made_by.get(variable)) is not None:
@@ -33,7 +33,7 @@ def updates_of(jaxpr: Any, variable: Any) -> tuple[Any, list[Update]]:
 
 
 def is_updated(jaxpr: Any, operand: int, result: int) -> bool:
-    """Whether a result is an operand, of which parts may have been overwritten."""
+    """Whether a result is an operand, possibly with parts overwritten."""
     return updates_of(jaxpr, jaxpr.outvars[result])[0] is jaxpr.invars[operand]
 
 

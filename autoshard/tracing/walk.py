@@ -1,6 +1,6 @@
 """The walk over a jaxpr: equations become operations over factors, loops and branches become regions.
 
-A value that crosses into, out of or round a region has a boundary operation, which owns the layout it crosses in.
+A value that crosses a region's boundary, or is a loop carry, has a boundary operation, which owns its layout there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from costmodels.program.program import Factor, OpClass, Operation, Region, Use, 
 
 
 class Tracer:
-    """Collects values, operations and regions while blocks are walked."""
+    """Collector of values, operations and regions during the walk."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
@@ -69,7 +69,7 @@ class Tracer:
         return self.held[0][id(array)]
 
     def constant(self, array: Any, region: int) -> Atom:
-        """What a call or a loop closes over: a scalar is a literal, anything else is held by the region."""
+        """A constant that a call or a loop closes over: a scalar as a literal, anything else as a value of the region."""
         return self.held[region][id(array)] if is_held(array) else Literal(np.asarray(array))
 
     def _enter_held(self, closed: Sequence[Any], outer: int, inner: int, primitive: str) -> list[Boundary]:
@@ -88,7 +88,7 @@ class Tracer:
     def _identity(
         self, name, primitive, inputs, outputs, region, op_class: OpClass = "boundary", lead=(), traffic=()
     ) -> int:
-        """An operation that owns one layout; `lead` lists the positions (operands 0, 1, results -1, -2) with a stack axis."""
+        """An operation that owns one layout; `lead` has the positions (operands 0, 1, results -1, -2) with a stack axis."""
         index = self.reserve()
         self.fill(index, name, primitive, inputs, outputs, region, op_class, lead, traffic)
         return index
@@ -100,7 +100,7 @@ class Tracer:
     def fill(
         self, index, name, primitive, inputs, outputs, region, op_class: OpClass = "boundary", lead=(), traffic=()
     ) -> None:
-        """Completes a reserved operation whose dimensions all pass through, but for a leading stack axis."""
+        """Completes a reserved operation whose dimensions all pass through, except a leading stack axis."""
         at = [*range(len(inputs)), *(-1 - k for k in range(len(outputs)))]
         every = [*inputs, *outputs]
         plain = [
@@ -144,7 +144,7 @@ class Tracer:
         if name in CALLS:
             inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
             given = _values(operands)
-            if computed_again(eqn) and not self.read.isdisjoint(given):  # else nothing was made of them to be kept
+            if computed_again(eqn) and not self.read.isdisjoint(given):  # else no earlier result to keep apart
                 steps.append(BarrierStep(eqn, given))
             return self._call(eqn, inner, operands, region, steps)
         if name == "shard_map":
@@ -168,16 +168,16 @@ class Tracer:
         return results
 
     def _mapped(self, eqn, operands, region, steps) -> Sequence[Atom]:
-        """Walks through what a `shard_map` means on whole arrays; all of it is at the user's line of the `shard_map`."""
+        """Walks a `shard_map` as its equivalent on global arrays; all of it has the source line of the `shard_map`."""
         where = self._where(eqn)
         self.warnings.append(
-            f"the shard_map at {where} ({described(eqn)}) is planned as what it computes on whole arrays; its layouts are"
-            " pins where the topology has its axes, its collectives are planned anew"
+            f"the shard_map at {where} ({described(eqn)}) is planned as its equivalent on global arrays; its specs are"
+            " pins if the topology has its axes, its collectives are replanned"
         )
         return self._call(eqn, meaning(eqn), operands, region, steps)
 
     def _call(self, eqn, inner, operands, region, steps) -> Sequence[Atom]:
-        """Walks through a call: its equations become the caller's."""
+        """Inlines a call: its equations become the caller's."""
         jaxpr, consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
         env.update(zip(jaxpr.constvars, (self.constant(c, region) for c in consts), strict=True))
@@ -188,7 +188,7 @@ class Tracer:
         return block.outputs
 
     def _where(self, eqn) -> str:
-        """The user's line; inside a function of JAX's own the line that called it, as JAX keeps only its first caller's."""
+        """The user's line; inside a function of JAX, the line that called it, because JAX keeps only the first caller."""
         return self.caller or source_of(eqn)
 
     def _operation(self, eqn, operands, region) -> OpStep:
@@ -196,7 +196,7 @@ class Tracer:
         where = self._where(eqn)
         if eqn.params.get("ordered") and name.startswith("debug"):
             raise TraceError(
-                f"{name} at {where} is ordered, which JAX cannot keep to on more than one device; ordered=False would do."
+                f"{name} at {where} must have ordered=False, got ordered=True: JAX orders effects on one device only."
             )
         if eqn.effects:
             self.warnings.append(f"{name} at {where} has side effects, which run once per chip")
@@ -204,9 +204,9 @@ class Tracer:
         if not rule.exact:
             if self.strict:
                 raise UnsupportedPrimitiveError(
-                    f"{_called(eqn)} at {where} has no sharding rule; register one (autoshard.rule), or trace without strict"
+                    f"{_called(eqn)} at {where} has no sharding rule; register one (autoshard.rule), or trace without strict."
                 )
-            self.warnings.append(f"{_called(eqn)} at {where} has no sharding rule: its arrays are whole on every chip")
+            self.warnings.append(f"{_called(eqn)} at {where} has no sharding rule: its arrays are replicated")
         pinned = pinned_by(name, eqn.params, len(eqn.outvars[0].aval.shape)) if eqn.outvars else None
         eqn = without_sharding(eqn)
         index = self.reserve()
@@ -218,7 +218,7 @@ class Tracer:
         return OpStep(index, eqn, rule, operands, results)
 
     def _costed(self, eqn, rule: Rule, operands, results, region, where) -> Operation:
-        """The operation as the search sees it: literals are no operands."""
+        """The operation as the search sees it, without literal operands."""
         place = {k: n for n, k in enumerate(k for k, atom in enumerate(operands) if not isinstance(atom, Literal))}
         linear = tuple(frozenset(place[k] for k in group) for group in rule.linear if all(k in place for k in group))
         traffic = tuple(place[k] if k >= 0 else k for k in rule.traffic if k < 0 or k in place)
@@ -258,7 +258,7 @@ class Tracer:
         return len(self.regions) - 1
 
     def _enter(self, atom: Atom, aval, outer: int, inner: int, primitive: str, sliced: bool = False) -> Boundary:
-        """A constant of a region, or a slice of a stacked array: one layout, changed outside or inside."""
+        """A constant of a region, or a slice of a stacked array: one layout, with reshards outside or inside."""
         if isinstance(atom, Literal):
             return Boundary(-1, atom)
         stacked = self.values[atom]
@@ -268,7 +268,7 @@ class Tracer:
         return Boundary(op, atom, value)
 
     def _before(self, body: Any, known: dict[Any, Atom], region: int, steps: list) -> tuple[Any, dict[Any, Atom]]:
-        """Walks what a loop's body makes of what stays the same: the rest of the body, and what enters it, `known` included."""
+        """Walks the loop-invariant equations of a body; returns the rest of the body, and the atoms of its constants."""
         found = split(body, known)
         if not found.before:
             return body, known
@@ -280,15 +280,15 @@ class Tracer:
         return found.rest, {v: env[v] for v in (*known, *found.entering) if v in read or v not in idle}
 
     def _entering(self, fixed: dict[Any, Atom], outer: int, inner: int) -> dict[Any, Boundary]:
-        """Brings what stays the same in every round into a loop."""
+        """Brings loop constants into a loop."""
         return {v: self._enter(atom, v.aval, outer, inner, "loop_constant") for v, atom in fixed.items()}
 
     def _scan(self, eqn, operands, region, steps) -> tuple[LoopStep, list[Atom]]:
         params = eqn.params
         if params.get("unroll", 1) not in (1, False):
             self.warnings.append(
-                f"scan at {self._where(eqn)}: planned and run round by round, without its unroll={params['unroll']}, which"
-                " would hold the slices of many rounds at once"
+                f"scan at {self._where(eqn)}: planned and run without its unroll={params['unroll']}, which would keep the"
+                " slices of several iterations live at once"
             )
         body = params["jaxpr"].jaxpr
         n_const, n_carry = scan_counts(params)
@@ -323,7 +323,7 @@ class Tracer:
         return Boundary(index, inner=self.value(var.aval, f"carry {var.aval.str_short()}", inner))
 
     def _carry_out(self, boundary: Boundary, init: Atom, after: Atom, outer: int, inner: int) -> Boundary:
-        """Closes the loop: what enters, what goes round and what leaves have one layout."""
+        """Completes a loop carry: its initial value, its value in the loop and its result have one layout."""
         before = self.values[boundary.inner]
         name = before.name if isinstance(init, Literal) else f"carry {self.values[init].name}"
         result = len(self.values)
@@ -378,7 +378,7 @@ class Tracer:
         return step, [b.outer_result for b in carries]
 
     def _rounds(self, params, operands, where: str) -> int:
-        """How often a `while` is priced to run; says where that is not how often it runs."""
+        """The trip count at which a `while` is costed; warns if it may not be the real one."""
         n_cond = params["cond_nconsts"]
         first = n_cond + params["body_nconsts"]
         found = rounds(
@@ -387,18 +387,18 @@ class Tracer:
             lambda constant: self.scalars.number(operands[constant]),
         )
         if found is None:
-            self.warnings.append(f"while at {where}: its trip count is unknown and was priced as 1")
+            self.warnings.append(f"while at {where}: its trip count is unknown, costed as 1")
             return 1
         if not found.exact:
             self.warnings.append(
-                f"while at {where}: priced as {found.count} rounds, its counter going from {found.start} to {found.end} by"
-                f" {found.step}; it may end before that"
+                f"while at {where}: costed as {found.count} iterations, with a counter from {found.start} to {found.end} by"
+                f" {found.step}; it may end earlier"
             )
         return max(1, found.count)
 
     def _cond(self, eqn, operands, region) -> tuple[BranchStep, list[Atom]]:
         where = self._where(eqn)
-        self.warnings.append(f"cond at {where}: every branch was priced as if it ran")
+        self.warnings.append(f"cond at {where}: all branches are costed")
         selector, *rest = operands
         selects = [] if isinstance(selector, Literal) else [(selector, region)]
         select = self._identity(f"cond ({where})", "branch_select", selects, [], region)
@@ -429,12 +429,12 @@ class Tracer:
 
 
 def _values(atoms: Sequence[Atom]) -> tuple[int, ...]:
-    """Those of the atoms that are values, once each."""
+    """The distinct values among the atoms."""
     return tuple(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))
 
 
 def _called(eqn: Any) -> str:
-    """A primitive by its name, a kernel by its own as well."""
+    """A primitive's name, followed by the kernel's own name if it has one."""
     kernel = eqn.params.get("name") if eqn.primitive.name in KERNELS else None
     return f"{eqn.primitive.name} {kernel}" if kernel else eqn.primitive.name
 

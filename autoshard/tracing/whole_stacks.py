@@ -1,7 +1,7 @@
-"""A jaxpr of slices as one of whole stacks: what it reads of a slice it reads there, what it writes it writes there.
+"""Rewriting of a jaxpr on slices as one on whole stacks, which it reads and writes in place.
 
-The stack takes the slice's place among operands and results. Where the slice lies in it is told by indices, which become
-operands behind all others.
+The stack replaces the slice among operands and results. Further operands, after all others, are the indices of the slice
+in the stack.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from autoshard.tracing.updates import Update, updates_of
 from search.memory.views import IN_PLACE
 
 READS = ("dynamic_slice", "gather")
-"""Primitives that read a part of their first operand, and read it from the stack."""
+"""Primitives that read a part of their first operand, and can read it from the stack."""
 
 
 def on_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> Any:
-    """A closed jaxpr whose operands and results at `places` are stacks, an index per leading dimension behind them.
+    """A closed jaxpr whose operands and results at `places` are stacks; an index per leading dimension follows all operands.
 
     **Arguments:**
 
-    - `places`: pairs of an operand and a result of the same shape and type. A result that is an update of its operand is
-      written where that is; any other is written whole, at the end.
-    - `lead`: the sizes of the leading dimensions that stacks have and slices have not.
+    - `places`: pairs of an operand and a result of the same shape and type. A result that updates its operand is written
+      at the point of each update; any other is written whole, at the end.
+    - `lead`: the sizes of the leading dimensions of stacks, which slices do not have.
     """
     closed = _with_calls_opened(closed, places)
     jaxpr = closed.jaxpr
@@ -70,7 +70,7 @@ def on_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int
 
 
 class _Rewriting:
-    """The equations written so far; `stacks` has, per variable that is a slice, the stack that it lies in."""
+    """The rewritten equations so far; `stacks` maps each variable that is a slice to its stack."""
 
     def __init__(self, jaxpr: Any, index: Sequence[Any], lead: Sequence[int]) -> None:
         self.jaxpr, self.index, self.lead = jaxpr, index, lead
@@ -90,7 +90,7 @@ class _Rewriting:
                 self.eqns.append(eqn.replace(invars=[self.value(v) for v in eqn.invars]))
 
     def value(self, atom: Any) -> Any:
-        """An operand that is no stack: of a slice, what is cut out of the stack when it is first needed."""
+        """An operand outside any stack; a slice is read from its stack at its first use."""
         if isinstance(atom, jex.Literal) or atom not in self.stacks:
             return atom
         if atom not in self.slices:
@@ -110,7 +110,7 @@ class _Rewriting:
         self.emit(part, [self.stacks[eqn.invars[0]], *others], eqn.outvars)
 
     def write(self, eqn: Any, updates: Sequence[Update], before: Sequence[Any], after: Sequence[Any]) -> None:
-        """Writes into the stacks what an equation writes into slices."""
+        """Redirects an equation's writes from slices to their stacks."""
         if eqn.primitive.name in IN_PLACE:
             self.write_part(eqn, before, after)
             return
@@ -128,10 +128,10 @@ class _Rewriting:
         self.stacks |= stacks
 
     def write_part(self, eqn: Any, before: Sequence[Any], after: Sequence[Any]) -> None:
-        """Writes a part of a slice into the stack, once what reads the slice as it was has done so."""
+        """Writes a part of a slice into the stack, after all reads of the old slice."""
         n, old = len(self.lead), eqn.invars[0]
         others = [self.value(v) for v in eqn.invars[1:]]
-        at = 0 if eqn.primitive.name == "dynamic_update_slice" else 1  # the part among the others
+        at = 0 if eqn.primitive.name == "dynamic_update_slice" else 1  # position of the update in `others`
         if _reads(after, self.jaxpr.outvars, old):
             others[at], self.slices[old] = self.wait(others[at], [self.value(old)])
         elif (made := _made_of(before, old)) and not _depends(before, eqn.invars[1 + at], made):
@@ -145,7 +145,7 @@ class _Rewriting:
         (self.stacks[eqn.outvars[0]],) = self.emit(part, [self.stacks[old], *others])
 
     def wait(self, atom: Any, made: Sequence[Any]) -> list[Any]:
-        """An operand, and others, that are there together."""
+        """An operand and other values, tied by an `optimization_barrier`."""
         return self.emit(lambda *arrays: lax.optimization_barrier(arrays[: 1 + len(made)]), [atom, *made])
 
     def write_whole(self, stack: Any, variable: Any) -> Any:
@@ -153,7 +153,7 @@ class _Rewriting:
         return self.emit(lambda at, update, *index: put(at, update, index), [stack, self.value(variable)])[0]
 
     def emit(self, fn: Callable[..., Any], atoms: Sequence[Any], results: Sequence[Any] = ()) -> list[Any]:
-        """Adds the equations of a function of these operands and the indices, and gives its results."""
+        """Adds the equations of a function of these operands and the indices, and returns its results."""
         eqns, found = equations(fn, [*atoms, *self.index], self.source, results)
         self.eqns += eqns
         return found
@@ -206,7 +206,7 @@ def _cond_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Seque
 
 
 REGIONS = {"scan": _scan_on_stacks, "while": _while_on_stacks, "cond": _cond_on_stacks}
-"""Per primitive with regions, its equation with stacks in the place of slices."""
+"""Per primitive with regions, the function that rewrites its equation on stacks."""
 
 
 def _results(eqn: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> list[Any]:
@@ -216,11 +216,11 @@ def _results(eqn: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -
     return found
 
 
-# --- Order: a write comes after what reads the slice as it was
+# --- Order: a write follows all reads of the old slice
 
 
 def _written_late(eqns: Sequence[Any], updates: dict[int, list[Update]]) -> list[Any]:
-    """The equations with each update right before the first that uses what it has made, or last."""
+    """The equations with each update directly before the first use of its results, or at the end."""
     found: list[Any] = []
     for eqn in reversed(eqns):
         at = 0
@@ -232,12 +232,12 @@ def _written_late(eqns: Sequence[Any], updates: dict[int, list[Update]]) -> list
 
 
 def _reads(eqns: Sequence[Any], results: Sequence[Any], variable: Any) -> bool:
-    """Whether any equation, or the jaxpr's end, needs a variable."""
+    """Whether any equation or result is a use of a variable."""
     return any(variable in variables(eqn) for eqn in eqns) or any(variable is each for each in results)
 
 
 def _made_of(eqns: Sequence[Any], variable: Any) -> list[Any]:
-    """What is made of a slice and is smaller: when it is there, the slice has been read."""
+    """Values computed from a slice that are smaller than it: once they exist, the slice has been read."""
     of_it, found = {variable}, []
     for eqn in eqns:
         if not of_it.isdisjoint(variables(eqn)) and not (eqn.primitive.name in IN_PLACE and eqn.invars[0] in of_it):
@@ -250,7 +250,7 @@ def _made_of(eqns: Sequence[Any], variable: Any) -> list[Any]:
 
 
 def _depends(eqns: Sequence[Any], variable: Any, sources: Sequence[Any]) -> bool:
-    """Whether a variable is made of all of these."""
+    """Whether a variable depends on all of these."""
     missing, waiting = set(sources), set() if isinstance(variable, jex.Literal) else {variable}
     for eqn in reversed(eqns):
         if not waiting.isdisjoint(eqn.outvars):
@@ -258,11 +258,11 @@ def _depends(eqns: Sequence[Any], variable: Any, sources: Sequence[Any]) -> bool
     return missing <= waiting
 
 
-# --- Calls that are opened
+# --- Inlined calls
 
 
 def _with_calls_opened(closed: Any, places: Sequence[tuple[int, int]]) -> Any:
-    """The jaxpr without the calls that an update goes through, or that read a slice."""
+    """The jaxpr with the calls inlined that an update passes through, or that read a slice."""
     while True:
         jaxpr = closed.jaxpr
         slices, through = set(), set()
@@ -285,7 +285,7 @@ def _is_opened(eqn: Any, slices: set[Any], through: set[int]) -> bool:
 
 
 def _opened(closed: Any, call: Any) -> Any:
-    """The jaxpr with a call's equations in its place."""
+    """The jaxpr with a call replaced by its equations."""
     jaxpr, (inner, arrays) = closed.jaxpr, called(call)
     own = {v for eqn in inner.eqns for v in eqn.outvars}
     named: dict[Any, Any] = dict(zip(own, fresh([v.aval for v in own]), strict=True))

@@ -88,7 +88,7 @@ def plan() -> Plan:
             operation("add (model.py:9)", matmul=False, einsum="ab,ab->ab", seconds=1e-6),
             operation("cache", matmul=False, seconds=0.0),
         ),
-        warnings=("sort at model.py:3 has no sharding rule: its arrays are whole on every chip",),
+        warnings=("sort at model.py:3 has no sharding rule: its arrays are replicated",),
     )
 
 
@@ -142,7 +142,7 @@ Constants of v4 without a published or measured source
   wire_efficiency                  1  assumed  links reach their rate; the latency of hops and launches is apart
 
 Warnings
-  - sort at model.py:3 has no sharding rule: its arrays are whole on every chip
+  - sort at model.py:3 has no sharding rule: its arrays are replicated
 """
 
 SYMBOLIC = "      FLOPs per chip and run: 2 · a · b/yz · c/x = 4.194e+06 where a = 64, b = 256, c = 128"

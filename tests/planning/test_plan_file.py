@@ -328,7 +328,7 @@ def test_a_damaged_plan_is_refused_or_still_a_plan(data, junk: Any) -> None:
         (("estimate", "seconds"), "soon", """estimate.seconds is "soon", which is no number"""),
         (("arguments", 1), 7, "arguments[1] is 7, not an object"),
         (("in_tree",), {"tuple": ["*"]}, "in_tree has 1 arrays and arguments has 2"),
-        (("in_tree",), {"call": ["*"]}, """"{'call': ['*']}" is no node of a tree"""),
+        (("in_tree",), {"call": ["*"]}, """"{'call': ['*']}" is not a node of a pytree"""),
         (("operations", 2, "splits"), 3, "operations[2].splits is 3"),
     ),
 )

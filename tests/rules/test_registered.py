@@ -72,7 +72,7 @@ def test_without_a_rule_a_kernel_is_whole_and_said_to_be() -> None:
     traced = assert_layouts_do_not_matter(lambda x: double(x + 1) - 1, Q)
     (warning,) = traced.program.warnings
     assert warning.startswith("pallas_call double at test_registered.py:")
-    assert "has no sharding rule: its arrays are whole on every chip" in warning
+    assert "has no sharding rule: its arrays are replicated" in warning
 
 
 def test_sums_are_partial() -> None:

@@ -403,7 +403,7 @@ def test_a_loop_without_its_unrolling_says_so() -> None:
     stacks, x = (S((4, 8, 2, 4), bf16), S((4, 2, 4, 8), bf16)), S((8, 8), bf16)
     plan = autoshard.search(unrolled, stacks, x, topology="cpu:8")
     (warning,) = (each for each in plan.warnings if "unroll" in each)
-    assert "round by round, without its unroll=4" in warning
+    assert "planned and run without its unroll=4" in warning
 
 
 def test_what_makes_a_weight_is_looked_at_once_however_often_it_is_used() -> None:

@@ -133,5 +133,5 @@ def test_groups_within_an_axis_are_refused() -> None:
             check_vma=False,
         )(x)
 
-    with pytest.raises(TraceError, match="psum with axis_index_groups, inside a shard_map, is not supported"):
+    with pytest.raises(TraceError, match="psum with axis_index_groups is not supported inside a shard_map"):
         trace(fn, X)

@@ -324,7 +324,7 @@ def line_of(fn: Callable[..., Any], below: int) -> str:
 def test_a_primitive_without_a_rule_is_said_by_name_and_line() -> None:
     where = line_of(unknown, 1)
     warnings = trace(unknown, X).program.warnings
-    assert f"symmetric_product at {where} has no sharding rule: its arrays are whole on every chip" in warnings
+    assert f"symmetric_product at {where} has no sharding rule: its arrays are replicated" in warnings
     with pytest.raises(UnsupportedPrimitiveError, match=f"symmetric_product at {where} has no sharding rule"):
         trace(unknown, X, strict=True)
 
@@ -335,8 +335,8 @@ def test_what_was_guessed_is_said() -> None:
         return lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x))
 
     warnings = trace(hostile, X).program.warnings
-    assert f"while at {line_of(hostile, 2)}: its trip count is unknown and was priced as 1" in warnings
-    assert f"cond at {line_of(hostile, 2)}: every branch was priced as if it ran" in warnings
+    assert f"while at {line_of(hostile, 2)}: its trip count is unknown, costed as 1" in warnings
+    assert f"cond at {line_of(hostile, 2)}: all branches are costed" in warnings
     assert any(line_of(hostile, 1) in text and "has side effects, which run once per chip" in text for text in warnings)
 
 

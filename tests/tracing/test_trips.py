@@ -76,7 +76,7 @@ def test_a_generate_loop_is_priced_as_its_longest_run() -> None:
     count, warnings = _priced(fn, X, X)
     assert count == 16
     (text,) = warnings
-    assert text.endswith("priced as 16 rounds, its counter going from 4 to 20 by 1; it may end before that")
+    assert text.endswith("costed as 16 iterations, with a counter from 4 to 20 by 1; it may end earlier")
     assert_layouts_do_not_matter(fn, X, X)
 
 
@@ -100,7 +100,7 @@ def test_several_ends() -> None:
 def test_what_depends_on_arguments_is_said(fn: Callable[..., Any]) -> None:
     count, warnings = _priced(fn, X, jnp.int32(3))
     assert count == 1
-    assert any("trip count is unknown and was priced as 1" in text for text in warnings)
+    assert any("trip count is unknown, costed as 1" in text for text in warnings)
 
 
 def test_a_batched_condition_is_said() -> None:

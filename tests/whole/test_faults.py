@@ -183,9 +183,7 @@ def test_assumed_constants_and_primitives_without_a_rule_are_said() -> None:
 
     plan = autoshard.search(fn, jnp.ones((8, 8)), topology="v4:2x2x1")
     assert "Of the constants of v4, collective_overhead_seconds, wire_efficiency are assumed." in plan.warnings
-    assert any(
-        re.fullmatch(r".* has no sharding rule: its arrays are whole on every chip", text) for text in plan.warnings
-    )
+    assert any(re.fullmatch(r".* has no sharding rule: its arrays are replicated", text) for text in plan.warnings)
     text = message(
         autoshard.UnsupportedPrimitiveError, autoshard.search, fn, jnp.ones((8, 8)), topology="v4:2x2x1", strict=True
     )
@@ -219,7 +217,7 @@ def test_an_argument_that_is_no_array_is_refused() -> None:
     text = message(
         autoshard.TraceError, autoshard.search, lambda x, mode: x, jnp.ones(8), {"mode": "fast"}, topology="cpu:8"
     )
-    assert text == "mode['mode'] is 'fast' (str), which is no array; bind it beforehand, with functools.partial."
+    assert text == "mode['mode'] must be an array, got 'fast' (str); bind it beforehand with functools.partial."
 
 
 def test_a_donated_position_that_is_none_is_refused() -> None:
