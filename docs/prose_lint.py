@@ -25,7 +25,6 @@ FOLDERS = ("autoshard", "costmodels", "search", "docs", "examples", "benchmarks"
 EXEMPT = (
     "autoshard/auditing",
     "autoshard/comparing/verify.py",
-    "autoshard/emitting",
     "autoshard/pipeline.py",
     "autoshard/plan.py",
     "autoshard/planning",

@@ -1,1 +1,1 @@
-"""The fourth pass: a plan becomes a sharded JAX function, with its meshes, shardings and formats."""
+"""The fourth pass: from a plan to a sharded JAX function, with its mesh, shardings and formats."""

@@ -1,4 +1,4 @@
-"""The topology a user means: a string, a TOML file, a `Topology`, or the devices that JAX sees."""
+"""The topology that a user gives: a string, a TOML file, a `Topology`, or the devices that JAX sees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoshard.errors import TopologyError
 from costmodels.machine.chips import ChipFormatError, Switch, Torus, UnknownChipError, catalogue, chip
 from costmodels.machine.topology import Topology, TopologyFormatError, parse_topology
 
-# What JAX calls the chips of the catalogue: `device.device_kind`.
+# Catalogue names of the chips by JAX's `device.device_kind`.
 _TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -27,7 +27,7 @@ _TPU_KINDS = {
 
 
 def topology_of(given: str | PathLike[str] | Topology) -> Topology:
-    """The topology that a string, a path, a `Topology` or "auto" stands for.
+    """The topology of a string, a path, a `Topology` or "auto".
 
     **Raises:** `TopologyError`.
     """
@@ -42,9 +42,9 @@ def topology_of(given: str | PathLike[str] | Topology) -> Topology:
 
 
 def name_of(devices: Sequence[Any]) -> str:
-    """The topology string of real devices, such as `v5e:4x4`: what "auto" stands for.
+    """The topology string of real devices, such as `v5e:4x4`; "auto" means that of all devices.
 
-    **Raises:** `TopologyError` for devices whose chip is not in the catalogue, or that fill no box of a torus.
+    **Raises:** `TopologyError` for devices whose chip is not in the catalogue, or that do not fill a box of a torus.
     """
     kinds = Counter((device.platform, device.device_kind) for device in devices)
     if len(kinds) != 1:
@@ -56,8 +56,8 @@ def name_of(devices: Sequence[Any]) -> str:
     found = _TPU_KINDS.get(kind) if platform == "tpu" else _gpu(kind)
     if found is None:
         raise TopologyError(
-            f"JAX sees {len(devices)} devices of kind {kind!r}, which the catalogue does not have ({', '.join(catalogue())});"
-            " describe them in a TOML file and pass its path."
+            f"JAX sees {len(devices)} devices of kind {kind!r}, which is not in the catalogue ({', '.join(catalogue())});"
+            " describe the devices in a TOML file and pass its path."
         )
     sizes = _torus(found, devices) if platform == "tpu" else _nodes(found, devices)
     return f"{found}:{'x'.join(map(str, sizes))}"
@@ -70,15 +70,15 @@ def _gpu(kind: str) -> str | None:
 
 
 def _torus(name: str, devices: Sequence[Any]) -> list[int]:
-    """The sizes of the box that the chips fill, trailing axes of one chip left out."""
+    """The sizes of the box that the chips fill, without trailing axes of size 1."""
     sizes = [len(set(along)) for along in zip(*(device.coords for device in devices), strict=True)]
     product = 1
     for size in sizes:
         product *= size
     if product != len(devices):
         raise TopologyError(
-            f"JAX sees {len(devices)} {name} devices, which fill no box of {'x'.join(map(str, sizes))} chips (several slices,"
-            " or two devices to a chip?); name the topology."
+            f"JAX sees {len(devices)} {name} devices, which do not fill a box of {'x'.join(map(str, sizes))} chips (several"
+            " slices, or two devices per chip?); name the topology."
         )
     torus = chip(name).interconnect
     while isinstance(torus, Torus) and len(sizes) > torus.axes and sizes[-1] == 1:
@@ -87,15 +87,13 @@ def _torus(name: str, devices: Sequence[Any]) -> list[int]:
 
 
 def _nodes(name: str, devices: Sequence[Any]) -> list[int]:
-    """Nodes × GPUs: a process has a node, or one GPU of a full node."""
+    """Nodes × GPUs per node, if each process has one node, or one GPU of a full node."""
     per_process = Counter(device.process_index for device in devices)
     per_node = max(per_process.values())
     switch = chip(name).interconnect
     if per_node == 1 and isinstance(switch, Switch):
         per_node = min(len(devices), int(switch.chips_per_node))
     if len(devices) % per_node or (max(per_process.values()) > 1 and len(set(per_process.values())) > 1):
-        raise TopologyError(
-            f"JAX sees {len(devices)} GPUs, which are not equally many on every node; name the topology."
-        )
+        raise TopologyError(f"JAX sees {len(devices)} GPUs, with different numbers per node; name the topology.")
     nodes = len(devices) // per_node
     return [per_node] if nodes == 1 else [nodes, per_node]

@@ -1,4 +1,4 @@
-"""A plan bound to its function again: traced anew, checked to be the one that was planned, and run on a mesh."""
+"""Binding of a plan to its function, which is traced, checked against the plan, and run on a mesh."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from costmodels.program.program import Program
 from search.formulation.layouts import Axes
 
 _NAMED = 8
-"""How many differences an error lists."""
+"""The number of differences that an error lists."""
 
 _NEARLY_FULL = 0.9
-"""The part of a chip's memory from which on a plan is taken to fill it."""
+"""The fraction of a chip's memory above which a plan counts as nearly filling it."""
 
 _COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
-"""The TPU compiler's option that says from which part of the memory on, in percent, it computes things again; 95 by default."""
+"""The TPU compiler's option for the memory use, in percent, above which it rematerialises; 95 by default."""
 
 
 def bound(
     plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None, orders: Sequence[Order] = ()
 ) -> Callable[..., Any]:
-    """`fn` as planned, traced once per nesting of its arguments and mesh, as `jax.jit` would.
+    """`fn` as planned, traced once per structure of its arguments and mesh, as `jax.jit` does.
 
     **Arguments:**
 
@@ -71,14 +71,14 @@ def bound(
 
 
 def _typed_as(leaf: Any, dtype: str) -> Any:
-    """A leaf as an array of the planned type; keys are arrays already, and of no type that NumPy knows."""
+    """A leaf as an array of the planned type; PRNG keys are arrays already, of types that NumPy lacks."""
     return leaf if dtype.startswith("key<") else jnp.asarray(leaf, dtype)
 
 
 def traced_as(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
-    """`fn` traced anew, with the plan's numbering of operations and values.
+    """A trace of `fn`, with the plan's numbering of operations and values.
 
-    **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ, or where the function does.
+    **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ, or the first operation that differs.
     """
     found = annotate_traffic(trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums))
     program, _ = pin_program(found.program, found.paths, plan.topology, _argument_pins(plan))
@@ -97,9 +97,9 @@ def _argument_pins(plan: PlanRecord) -> list[Any] | None:
 
 
 def _planned_for(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments as they were planned for: their nesting, with planned shapes and types.
+    """The structure of the arguments, with the planned shapes and types.
 
-    **Raises:** `PlanMismatchError` when they are others.
+    **Raises:** `PlanMismatchError` if the arguments differ from the planned ones.
     """
     flat = abstract(fn, args)
     _check_arguments(plan, fn, args, flat)
@@ -110,11 +110,11 @@ def _planned_for(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) 
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tuple(args)), avals)
 
 
-# --- what is no part of a planned program
+# --- features that a planned program lacks
 
 
 def _undifferentiable(fn: Callable[..., Any], own: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, which refuses to be differentiated if `fn` has a derivative of its own: a program of factors loses it."""
+    """`run`, which raises under differentiation if `fn` has a `custom_vjp`: the planned program does not keep it."""
     if not own:
         return run
     guarded = jax.custom_jvp(run)
@@ -122,15 +122,15 @@ def _undifferentiable(fn: Callable[..., Any], own: str, run: Callable[..., Any])
     @guarded.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise AutoshardError(
-            f"{getattr(fn, '__name__', fn)} has a derivative of its own (custom_vjp at {own}), which its planned form does not"
-            " keep. PlanRecord the gradient instead: autoshard.search(jax.grad(loss), ...)."
+            f"{getattr(fn, '__name__', fn)} has a custom derivative (custom_vjp at {own}), which its planned form does not"
+            " keep. Plan the gradient instead: autoshard.search(jax.grad(loss), ...)."
         )
 
     return guarded
 
 
 def _placed(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
-    """The arrays as the plan lays them out, where the mesh's axes are explicit and nothing is moved unasked."""
+    """The arrays in their planned layouts; on explicit mesh axes JAX does not reshard them by itself."""
     if AxisType.Explicit not in mesh.axis_types:
         return arrays
     rows = (*plan.arguments, *plan.constants)
@@ -141,11 +141,11 @@ def _placed(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
 
 
 def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str | bool]:
-    """What the TPU compiler is told about a plan that nearly fills the memory; nothing in all other cases.
+    """Compiler options for a plan that nearly fills a TPU's memory; empty in all other cases.
 
-    From 95 % of the memory on, which a plan may fill, the compiler (libtpu 0.0.42) computes things again to hold fewer of them:
-    gathers, too, which are then sent twice. It counts its code and all results all the time, and so begins before the memory
-    is full. It is to do so only for what would not fit at all.
+    Above 95 % of the memory, which a plan may use, the compiler (libtpu 0.0.42) rematerialises to save memory. It also
+    rematerialises gathers, which are then communicated twice. It counts its code and all results as live all the time, so
+    it begins before the memory is full. The option limits rematerialisation to programs that do not fit at all.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     full = plan.estimate.peak_bytes > _NEARLY_FULL * plan.topology.chip.usable_hbm_bytes
@@ -155,13 +155,13 @@ def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str | bool]:
 # --- meshes
 
 
-# --- refusals
+# --- checks
 
 
 def _check_arguments(
     plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]
 ) -> None:
-    """Refuses arguments that nest otherwise than planned or have other shapes or types; what they are called is no matter."""
+    """Raises for arguments whose structure, shapes or types differ from the plan; the names of parameters do not matter."""
     alike = pytrees.describe(tuple(args)) == plan.in_tree.data
     paths = [array.path for array in plan.arguments]
     planned = {array.path: typed(array.shape, array.dtype) for array in plan.arguments}
@@ -176,20 +176,20 @@ def _check_arguments(
         for path in dict.fromkeys((*planned, *given))
         if planned.get(path) != given.get(path)
     ]
-    faults = faults or ["the arguments nest otherwise than planned"]
-    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; plan anew for these:{listed(faults)}")
+    faults = faults or ["the pytree structure differs from the planned one"]
+    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; search again for these:{listed(faults)}")
 
 
 def listed(faults: Sequence[str]) -> str:
-    """Differences as the lines of an error, the first few of them."""
+    """The first few differences, as lines of an error."""
     lines = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
     return lines + (f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
 
 
 def _check_choice(plan: PlanRecord, program: Program) -> None:
-    """Refuses strategies and layouts that the program cannot have: a file may say anything.
+    """Checks that the program can have the strategies and layouts of the plan, which may come from a damaged file.
 
-    **Raises:** `PlanMismatchError`, with the first that it cannot.
+    **Raises:** `PlanMismatchError`, with the first invalid one.
     """
     sizes, strategies = plan.topology.axis_sizes, plan.choice.strategies
 
@@ -211,7 +211,7 @@ def _check_choice(plan: PlanRecord, program: Program) -> None:
         elif not divides(program.values[value].shape, layout.dims):
             faults.append(f"it keeps value {value}, of shape {program.values[value].shape}, as {layout}")
     if faults:
-        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Plan anew.")
+        raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Search again.")
 
 
 def typed(shape: Sequence[int], dtype: Any) -> str:
@@ -220,7 +220,7 @@ def typed(shape: Sequence[int], dtype: Any) -> str:
 
 
 def _other_program(plan: PlanRecord, found: Traced) -> str:
-    """Where another function with the same arguments first differs."""
+    """The message for another function with the same arguments, with the first difference."""
     planned = [(row.primitive, row.sizes, row.name) for row in plan.operations]
     given = [(op.primitive, tuple(f.size for f in op.factors), op.name) for op in found.program.operations]
     first = next(
@@ -235,4 +235,4 @@ def _other_program(plan: PlanRecord, found: Traced) -> str:
         if plan.jax_version != jax.__version__
         else ""
     )
-    return f"The plan {plan.name!r} is for another function, with the same arguments{where}{versions}. Plan anew for this one."
+    return f"The plan {plan.name!r} is for another function, with the same arguments{where}{versions}. Search again."

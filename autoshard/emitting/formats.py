@@ -1,9 +1,9 @@
-"""Formats: how arrays are split over the mesh, and in which order their dimensions lie in memory.
+"""Formats: the shardings of arrays over the mesh, and the orders of their dimensions in memory.
 
-An `ArrayPlan` without an order lies as the device lays out arrays by default: row-major on CPUs and GPUs, on TPUs in the order
-that pads its tiles least (`search.formulation.tpu_tiles.least_padded`). That order is chosen by the shape alone; a matmul that
-wants another one relays the array at every step. The compiler knows what reads an array, and with `Layout.AUTO` it chooses the
-orders of arguments and results itself (`of_the_compiler`).
+An `ArrayPlan` without an order has the device's default: row-major on CPUs and GPUs, on TPUs the order with the least
+tile padding (`search.formulation.tpu_tiles.least_padded`). That order depends on the shape alone. A matmul that needs
+another order copies the array in every step. The compiler knows the uses of an array; with `Layout.AUTO` it chooses the
+orders of arguments and results (`of_the_compiler`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Order = tuple[int, ...]
 
 
 def formats(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
-    """The arguments' and the results' `Format`s on a mesh that has the plan's axes, shaped like them."""
+    """The `Format`s of the arguments and results on a mesh that has the plan's axes, as pytrees of the same structure."""
     check_mesh(plan, mesh)
     ins, outs = flat_formats(plan, mesh)
     return plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs)
@@ -46,17 +46,17 @@ def flat_formats(plan: PlanRecord, mesh: Mesh) -> tuple[list[Format], list[Forma
 
 
 def has_orders(plan: PlanRecord, mesh: Mesh) -> bool:
-    """Whether the plan has orders of dimensions that hold on this mesh: they are chosen for one kind of chip."""
+    """Whether the plan has orders of dimensions, and the mesh has the kind of chip for which they were chosen."""
     kind = plan.topology.chip.kind
     here = mesh.devices.flat[0].platform
     return _KINDS.get(here, here) == kind and any(array.order for array in (*plan.arguments, *plan.results))
 
 
 _KINDS = {"cuda": "gpu", "rocm": "gpu"}
-"""What JAX calls a platform, where the catalogue calls it otherwise."""
+"""JAX's name of a platform, if it differs from the catalogue's."""
 
 
-# --- the compiler's choice
+# --- orders chosen by the compiler
 
 
 def choose_formats(plan: P, fn: Callable[..., Any], *args: Any, devices: Sequence[Any] | None = None) -> P:
@@ -65,16 +65,16 @@ def choose_formats(plan: P, fn: Callable[..., Any], *args: Any, devices: Sequenc
         plan = autoshard.choose_formats(plan, decode, params, cache, tokens, position)
         params = plan.place(params, argument="params")
 
-    The planned program is compiled once more, for the plan's own chips, which need not be there. A donated argument and the
-    result that overwrites it have one format.
+    The planned program is compiled once more, ahead of time, for the plan's own chips. A donated argument and the result
+    that overwrites it have the same format.
 
     **Arguments:**
 
-    - `args`: the arguments the plan was searched for, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
+    - `args`: the planned arguments, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
     - `devices`: compile for these instead.
 
-    **Raises:** `PlanMismatchError` when plan and function do not belong together; `AutoshardError` when the compiler cannot be
-    had, or refuses the program.
+    **Raises:** `PlanMismatchError` if the plan is not for this function and these arguments; `AutoshardError` if the
+    compiler is not available, or rejects the program.
     """
     topology = plan.topology
     chosen = targets.devices_of(topology, _TARGETS[topology.chip.kind]) if devices is None else devices
@@ -86,12 +86,12 @@ def choose_formats(plan: P, fn: Callable[..., Any], *args: Any, devices: Sequenc
 
 
 _TARGETS: dict[str, targets.Target] = {"cpu": "host", "tpu": "tpu", "gpu": "gpu"}
-"""Whose compiler compiles for a kind of chip."""
+"""The compiler target of a kind of chip."""
 
 
 @dataclass(frozen=True)
 class _Auto:
-    """What the compiler chose: an order per flat argument and result."""
+    """The compiler's choice: an order per flat argument and result."""
 
     arguments: tuple[Order, ...]
     results: tuple[Order, ...]
@@ -100,15 +100,14 @@ class _Auto:
 def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> P:
     """The plan with the orders that the compiler of the mesh's devices chooses for its arguments and results.
 
-    This compiles the planned program once more. A donated argument and the result that overwrites it have one order, the
-    argument's.
+    This compiles the planned program once more. The result that overwrites a donated argument has the argument's order.
 
     **Arguments:**
 
     - `args`: the arguments of the plan, arrays or `jax.ShapeDtypeStruct`s.
 
-    **Raises:** `PlanMismatchError` when plan and function do not belong together; `jax.errors.JaxRuntimeError` when the
-    compiler refuses the program.
+    **Raises:** `PlanMismatchError` if the plan is not for this function and these arguments; `jax.errors.JaxRuntimeError`
+    if the compiler rejects the program.
     """
     donated = bind.traced_as(plan, fn, args).program.donated
     chosen = _compiled_freely(plan, fn, args, mesh)
@@ -119,7 +118,7 @@ def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: 
 
 
 def with_orders(plan: P, arguments: Sequence[Order], results: Sequence[Order], source: str = "given") -> P:
-    """The plan with these orders of its flat arguments and results; `source` says whose they are."""
+    """The plan with these orders of its flat arguments and results; `source` is recorded as their origin."""
     ins, outs = records.with_orders(plan.arguments, arguments), records.with_orders(plan.results, results)
     return replace(plan, arguments=ins, results=outs, emission=replace(plan.emission, formats=source))
 
@@ -155,7 +154,7 @@ def _compiled_freely(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[An
 
 
 def _is_ordered(array: ArrayPlan) -> bool:
-    """Whether there is anything to choose: more than one dimension, of numbers."""
+    """Whether an array has more than one order: it is numeric, with more than one dimension."""
     return len(array.shape) > 1 and 0 not in array.shape and not array.dtype.startswith("key<")
 
 

@@ -1,7 +1,7 @@
-"""GPUs that are only described: what XLA:GPU must be told about a chip to compile for it where there is none.
+"""Descriptions of GPUs with which XLA:GPU compiles for a chip that is not attached.
 
-The compiler takes a `GpuTargetConfigProto` in text form. Rates and sizes of memory come from the chip catalogue; what is
-left are properties of the architecture, from the CUDA C++ programming guide ("technical specifications per compute
+The compiler takes a `GpuTargetConfigProto` in text form. Rates and sizes of memory come from the chip catalogue. The
+properties of the architecture come from the CUDA C++ programming guide ("technical specifications per compute
 capability") and NVIDIA's architecture whitepapers (multiprocessors, L2 cache).
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from costmodels.machine.chips import Chip
 
-# cuDNN is told to the compiler only so that it may plan its kernels; an audit reads collectives and memory.
+# The compiler needs a cuDNN version to choose kernels; an audit only reads collectives and memory.
 _DNN = "dnn_version_info { major: 9 minor: 10 }"
 
 
@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "h200": Architecture("NVIDIA H200", (9, 0), True, 132, 128, 228 * 2**10, 227 * 2**10, 50 * 2**20),
     "b200": Architecture("NVIDIA B200", (10, 0), True, 148, 128, 228 * 2**10, 227 * 2**10, 126 * 2**20),
 }
-"""By name in the chip catalogue."""
+"""Architectures by name in the chip catalogue."""
 
 
 def target_config(chip: Chip) -> str:

@@ -1,4 +1,4 @@
-"""A planned function under `jax.jit`: with the plan's shardings, formats and donations."""
+"""A planned function under `jax.jit`, with the plan's shardings, formats and donations."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from autoshard.planning.records import PlanRecord, predecessors
 from autoshard.tracing import pytrees
 
 Formats = Literal["plan", "default"]
-"""The orders of dimensions to compile with: the plan's, or those that the device gives arrays by default."""
+"""The orders of dimensions to compile with: the plan's, or the device's defaults."""
 
 
 def jitted(plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh, formats: Formats = "plan") -> Any:
-    """`jax.jit` of a function as planned; where the plan has orders for these devices, a `Step`.
+    """`jax.jit` of a function as planned; a `Step` if the plan has orders for these devices.
 
     **Raises:** `AutoshardError` for other `formats`.
     """
@@ -51,10 +51,11 @@ def _jitted(
 
 
 class Step:
-    """A jitted planned function whose arguments have formats; it has the methods of what `jax.jit` returns.
+    """A jitted planned function whose arguments have formats, with the methods of a `jax.jit` function.
 
-    For arrays in another order it is compiled as they are, and a warning says once what that costs; donated ones come out as
-    they went in. Transformed by JAX, it runs without formats, which JAX does not transform.
+    Arrays in another order are accepted: the function is compiled for their orders, and warns once of the cost. A donated
+    one keeps its order in the result. Under JAX transformations the function runs without formats, which JAX cannot
+    transform.
     """
 
     def __init__(self, plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh) -> None:
@@ -68,7 +69,7 @@ class Step:
         try:
             return self._jitted(*args, **keywords)
         except (ValueError, NotImplementedError):
-            # JAX says nothing more precise of an array in another order; nothing has run, and nothing is donated yet.
+            # JAX has no more specific error for an array in another order. Nothing has run or been donated yet.
             fn = self.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
             args = pytrees.positional(fn, args, keywords)
             flat = jax.tree_util.tree_leaves(args)
@@ -85,7 +86,7 @@ class Step:
         return getattr(self._jitted, name)
 
     def _for(self, others: Mapping[int, Format], fn: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """The function compiled for arrays as they are."""
+        """The function compiled for the arrays' present orders."""
         key = tuple(others.items())
         if key not in self._as_they_are:
             if not self._as_they_are:
@@ -97,7 +98,7 @@ class Step:
         return self._as_they_are[key]
 
     def _compiled(self, arguments: Mapping[int, Format], results: Mapping[int, Format], fn: Callable[..., Any]) -> Any:
-        """The function jitted with the planned formats, but for these."""
+        """The function jitted with the planned formats, except these."""
         ins, outs = (
             [others.get(at, each) for at, each in enumerate(planned)]
             for others, planned in zip((arguments, results), self._planned, strict=True)
@@ -111,8 +112,8 @@ class Step:
         seconds = 2 * moved / self._plan.topology.chip.reached_hbm_bytes_per_second
         which = arrays[0].path if len(arrays) == 1 else f"{arrays[0].path} and {len(arrays) - 1} more"
         warnings.warn(
-            f"{which} lie in memory in another order than planned: each call may relay {size(moved)} on each chip, which takes"
-            f" {time(seconds)}. plan.place(...) does it once.",
+            f"The order of dimensions of {which} in memory differs from the plan: each call may copy {size(moved)} on each"
+            f" chip, which takes {time(seconds)}. plan.place(...) copies once.",
             stacklevel=4,
         )
 
@@ -123,7 +124,7 @@ def _order_of(found: Format) -> Order:
 
 
 def _in_another_order(flat: Sequence[Any], formats: Sequence[Format]) -> dict[int, Format]:
-    """By position, the formats of the arrays that lie in another order than planned."""
+    """By position, the formats of the arrays whose order of dimensions differs from the plan."""
     if len(flat) != len(formats):
         return {}
     return {

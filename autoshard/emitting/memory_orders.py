@@ -1,9 +1,9 @@
-"""The order in which the dimensions of a value lie in memory, where the plan has one for the argument that it was.
+"""Memory orders of the values that stem from an argument with a planned order of dimensions.
 
-What goes round a loop a compiler lays out row-major, whatever the format of the argument that it began as: it then relays the
-array before the loop and after it. What a loop only reads or slices it takes as it lies. So an array that goes round in another
-order does so transposed, row-major in that order, and each round sees it transposed back. Both transpositions are bitcasts
-where the argument has the order's format; where it has not, each is a copy.
+Compilers store loop carries in row-major order, for any format of the argument that a carry starts from. They copy the
+array into that order before the loop, and back after it. Arrays that a loop only reads or slices keep their order.
+Therefore a carry with another order is transposed, so that it is row-major in that order, and each iteration transposes
+it back. Both transpositions are bitcasts if the argument has the order's format, and copies otherwise.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Order = tuple[int, ...]
 """The dimensions of an array from major to minor; empty for the device's default."""
 
 _SAME_ARRAY = ("loop_carry", *IN_PLACE)
-"""Primitives whose result has the dimensions of their first operand, and lies where that does."""
+"""Primitives whose result has the dimensions and the buffer of their first operand."""
 
 
 def orders_of_values(program: Program, arguments: Sequence[Order]) -> Mapping[int, Order]:
-    """The order of each value that lies where an argument with an order lies: in loops, and after updates in place.
+    """The order of each value in the buffer of an argument with an order: in loops, and after in-place updates.
 
     **Arguments:**
 
@@ -49,7 +49,7 @@ def orders_of_values(program: Program, arguments: Sequence[Order]) -> Mapping[in
 
 
 def _is_entered_late(program: Program, value: int) -> bool:
-    """Whether a carry's first operand is what a round makes, as of one that begins as a literal."""
+    """Whether a carry's first operand comes from an iteration, because its initial value is a literal."""
     op = program.operations[program.producers[value][0]]
     return op.primitive == "loop_carry" and op.inputs[0].region != op.region
 
@@ -60,10 +60,10 @@ def order_of_operand(op: Operation, orders: Mapping[int, Order]) -> Order:
 
 
 def in_order(piece: Any, order: Order) -> Any:
-    """A piece with its dimensions in the order in which they lie; as it is without an order."""
+    """A shard with its dimensions transposed to their order in memory; unchanged if the order is empty."""
     return lax.transpose(piece, order) if order else piece
 
 
 def as_written(piece: Any, order: Order) -> Any:
-    """A piece that `in_order` has transposed, with its dimensions as the program has them."""
+    """The inverse of `in_order`: a shard with the dimensions of the program."""
     return lax.transpose(piece, tuple(map(int, np.argsort(order)))) if order else piece

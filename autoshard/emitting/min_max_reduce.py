@@ -1,4 +1,4 @@
-"""Reductions over chips that are no sum: maxima, minima, conjunctions and disjunctions of pieces."""
+"""All-reduces other than sums: maxima, minima, conjunctions and disjunctions of shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from search.formulation.layouts import Axes
 
 
 def over_chips(kind: str, piece: Any, axes: Axes) -> Any:
-    """A split "max", "min", "and" or "or": every chip's piece to that of all of them."""
+    """The "max", "min", "and" or "or" of all chips' shards, elementwise."""
     if kind in ("max", "min"):
         return _extreme(piece, kind, axes)
     as_integers = piece.astype(np.int32)
@@ -25,7 +25,7 @@ def over_chips(kind: str, piece: Any, axes: Axes) -> Any:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
-    """The maximum or minimum over chips; JAX has no derivative of `pmax`, so it is given here."""
+    """The maximum or minimum over chips, with a derivative, which JAX's `pmax` lacks."""
     combined = partial(lax.pmax if kind == "max" else lax.pmin, axis_name=axes)
     if not jnp.issubdtype(piece.dtype, np.floating):
         return combined(piece)
@@ -35,11 +35,11 @@ def _extreme(piece: Any, kind: str, axes: Axes) -> Any:
 
 
 def _with_nans(kind: str, combined: Callable[..., Any], piece: Any) -> Any:
-    """The extreme of floats as that of integers in the same order, beyond which lies what is no number.
+    """A float max or min as an integer max or min with the same ordering, with NaN mapped to the extreme value.
 
-    The all-reduces of hosts (jaxlib 0.10: the first chip's number stays unless another's compares greater) and of GPUs (fmax)
-    lose a NaN, which JAX's own reductions keep. 16-bit floats take 32 bits, which hosts send of them anyway; GPUs do not, and
-    may lose a NaN there.
+    JAX's own reductions keep NaN. The all-reduces of hosts (jaxlib 0.10: the first chip's number stays unless another's
+    compares greater) and of GPUs (fmax) lose it. 16-bit floats are widened to 32 bits, which hosts send for them anyway.
+    GPUs do not, so they may lose a NaN of a 16-bit type.
     """
     wide = piece if piece.dtype.itemsize >= 4 else piece.astype(np.float32)
     integer = np.dtype(f"int{8 * wide.dtype.itemsize}")
@@ -47,7 +47,7 @@ def _with_nans(kind: str, combined: Callable[..., Any], piece: Any) -> Any:
     zero = np.zeros((), integer)
 
     def turned(bits: Any) -> Any:
-        return jnp.where(bits < zero, bits ^ most, bits)  # of negative floats the greater bits are the smaller number
+        return jnp.where(bits < zero, bits ^ most, bits)  # negative floats sort in the reverse order of their bits
 
     place = turned(lax.bitcast_convert_type(wide, integer))
     found = combined(jnp.where(jnp.isnan(wide), most if kind == "max" else least, place))
@@ -56,7 +56,7 @@ def _with_nans(kind: str, combined: Callable[..., Any], piece: Any) -> Any:
 
 @_extreme.defjvp
 def _extreme_jvp(kind: str, axes: Axes, primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    """The tangent is that of the chips that hold the extreme, shared among them."""
+    """The tangent: the mean over the chips that have the extreme."""
     (piece,), (tangent,) = primals, tangents
     whole = _extreme(piece, kind, axes)
     held = (piece == whole).astype(tangent.dtype)

@@ -1,4 +1,4 @@
-"""Arrays brought to where a plan wants them: into their shards and formats, once, before the first step."""
+"""Placement of arrays in their planned shardings and formats, once, before the first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Keys = tuple[str, ...]
 
 
 def place(plan: PlanRecord, tree: Any, mesh: Mesh, argument: str | int | None = None, donate: bool = False) -> Any:
-    """The tree with its arrays in their shards and formats; see `Plan.place`."""
+    """The tree with its arrays in their shardings and formats; see `Plan.place`."""
     sharding.check_mesh(plan, mesh)
     at = under(plan, argument)
     formats, _ = flat_formats(plan, mesh)
@@ -37,7 +37,7 @@ def place(plan: PlanRecord, tree: Any, mesh: Mesh, argument: str | int | None = 
 
 
 def _put(leaves: Sequence[Any], formats: Sequence[Format], donate: bool) -> list[Any]:
-    """All at once, but that a process of several cuts what it has in its memory itself."""
+    """Puts all arrays at once, except that one of several processes shards its own NumPy arrays."""
     found: dict[int, Any] = {}
     for i, (leaf, wanted) in enumerate(zip(leaves, formats, strict=True)):
         whole = wanted.sharding is None or wanted.sharding.is_fully_addressable
@@ -45,10 +45,10 @@ def _put(leaves: Sequence[Any], formats: Sequence[Format], donate: bool) -> list
             found[i] = jax.make_array_from_callback(leaf.shape, wanted, leaf.__getitem__)  # pyright: ignore
     rest = [i for i in range(len(leaves)) if i not in found]
     flat, wanted = [leaves[i] for i in rest], [formats[i] for i in rest]
-    # JAX does not move arrays from other devices and relay them at once.
+    # JAX cannot move arrays between devices and change their order in one step.
     near = [leaf.sharding if _is_on(leaf, each) else each.sharding for leaf, each in zip(flat, wanted, strict=True)]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those that change their size
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # shards of another size
         relaid = jax.device_put(jax.device_put(flat, near), wanted, donate=donate)
     found.update(zip(rest, relaid, strict=True))
     return [found[i] for i in range(len(leaves))]
@@ -67,7 +67,7 @@ def _typed(leaf: Any, array: ArrayPlan) -> Any:
 
 
 def abstract_args(plan: PlanRecord, mesh: Mesh, argument: str | int | None = None) -> Any:
-    """The arguments as `jax.ShapeDtypeStruct`s with shardings, and formats where they have orders; see `Plan.abstract_args`."""
+    """The arguments as `jax.ShapeDtypeStruct`s with shardings, or formats if they have orders; see `Plan.abstract_args`."""
     sharding.check_mesh(plan, mesh)
     formats, _ = flat_formats(plan, mesh)
     structs = plan.in_tree.rebuild(
@@ -88,16 +88,16 @@ def _dtype(array: ArrayPlan) -> Any:
     try:
         return jnp.dtype(array.dtype)
     except TypeError as error:
-        raise ExportError(f"{array.path} is of type {array.dtype}, which has no abstract form outside JAX.") from error
+        raise ExportError(f"{array.path} has type {array.dtype}, which has no `jax.ShapeDtypeStruct`.") from error
 
 
-# --- which arrays
+# --- selection of arrays
 
 
 def under(plan: PlanRecord, argument: str | int | None) -> dict[Keys, int]:
-    """The flat arguments that a name, a path or a position means, by their keys from there on.
+    """The flat arguments below a name, a path or a position, by the rest of their keys.
 
-    **Raises:** `ExportError` when there is none.
+    **Raises:** `ExportError` if there is none.
     """
     paths = pytrees.paths(plan.in_tree.data)
     if argument is None:
@@ -115,7 +115,7 @@ def under(plan: PlanRecord, argument: str | int | None) -> dict[Keys, int]:
 
 
 def _keys(plan: PlanRecord, known: Sequence[Keys], argument: str) -> Keys:
-    """The keys of a path: one that the plan writes, such as `params['layers'][0]`, or one with slashes."""
+    """The keys of a path, in the plan's form, such as `params['layers'][0]`, or with slashes."""
     for array, keys in zip(plan.arguments, known, strict=True):
         if array.path == argument:
             return keys
@@ -126,11 +126,11 @@ def _unknown(plan: PlanRecord, argument: str | int) -> ExportError:
     return ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(heads(plan))}.")
 
 
-# --- refusals
+# --- checks
 
 
 def _check(plan: PlanRecord, at: Mapping[Keys, int], leaves: Mapping[Keys, Any]) -> None:
-    """Refuses a tree with other arrays than planned.
+    """Checks the arrays of a tree against the plan.
 
     **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ.
     """

@@ -1,8 +1,7 @@
-"""Emission: the planned program, run on every chip's pieces with its collectives written out.
+"""Emission: the planned program on every chip's shards, with explicit collectives.
 
-The whole function becomes one fully manual `jax.shard_map`. Each equation runs in its planned strategy on local pieces,
-each change of layout is the planned sequence of collectives, also inside loops; the partitioner has nothing left to decide
-and so nothing to misread.
+The whole function becomes one fully manual `jax.shard_map`. Each equation runs in its planned strategy on local shards.
+Each reshard is the planned sequence of collectives, inside loops too. The partitioner has no decisions left.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from search.memory.views import IN_PLACE
 
 @dataclass(frozen=True)
 class _Pieces:
-    """One operation's strategy as its `local` function sees it."""
+    """One operation's strategy, as an argument of its rule's `local` function."""
 
     rule: Rule
     strategy: Strategy
@@ -74,7 +73,7 @@ class _Pieces:
         row = lax.optimization_barrier(lax.reshape(piece, (1, piece.size)))
         for step in gathers(self.strategy.splits[factor], self.topology):
             row = run_step(step, row, self.sizes)
-        # Without the barriers the TPU compiler (libtpu 0.0.42) takes few numbers as lanes, and makes an all-reduce of it.
+        # Without the barriers the TPU compiler (libtpu 0.0.42) maps few elements to lanes, and emits an all-reduce.
         return lax.reshape(lax.optimization_barrier(row), (row.shape[0], *piece.shape))
 
     def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
@@ -87,21 +86,21 @@ class _Pieces:
 
 
 class _Scope:
-    """The arrays of one block: per value, its pieces in each layout made so far."""
+    """The arrays of one block: per value, its shard in each layout made so far."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.arrays: dict[int, dict[Layout, Any]] = {}
 
     def put(self, value: int, piece: Any) -> None:
-        """Keeps a produced value, changing it to the layout that it is kept in."""
+        """Stores a produced value, resharded to the layout in which it is kept."""
         runner = self.runner
         made, home = produced(runner.program, runner.choice, value), kept(runner.program, runner.choice, value)
         piece = runner.reshard(value, piece, made, home)
         self.arrays[value] = {home: lax.optimization_barrier(piece) if value in runner.resting else piece}
 
     def get(self, atom: Atom, layout: Layout, hidden: bool = False) -> Any:
-        """A value's piece in the layout that a use needs, which a matmul may hide; a literal as it is."""
+        """A value's shard in the layout that a use needs, or a literal; `hidden` if a matmul may hide the reshard."""
         if isinstance(atom, Literal):
             return atom.value
         found = self.arrays[atom]
@@ -114,11 +113,11 @@ class _Scope:
         return found[layout]
 
     def kept(self, value: int) -> Any:
-        """A value's piece in the layout that it is kept in."""
+        """A value's shard in the layout in which it is kept."""
         return next(iter(self.arrays[value].values()))
 
     def keep_apart(self, step: BarrierStep) -> None:
-        """Lets what comes be made of values that the compiler takes for others, and are there together."""
+        """Passes the values through an `optimization_barrier`, so XLA cannot merge later recomputation with earlier results."""
         homes = {value: next(iter(self.arrays[value])) for value in step.values}
         plain = [v for v in homes if not jnp.issubdtype(self.kept(v).dtype, jax.dtypes.extended)]
         for value, piece in zip(plain, lax.optimization_barrier([self.kept(v) for v in plain]), strict=True):
@@ -126,7 +125,7 @@ class _Scope:
 
 
 class Runner:
-    """Runs a traced program under a choice, on local pieces; to be called inside `shard_map`."""
+    """Runner of a traced program under a choice, on local shards; to be called inside `shard_map`."""
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class Runner:
         self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
-        """Flat arguments and constants in their planned layouts to flat results in theirs."""
+        """Computes the flat results from the flat arguments and constants, all in their planned layouts."""
         scope = _Scope(self)
         values = (*self.traced.argument_values, *self.traced.constant_values)
         for value, piece in zip(values, pieces, strict=True):
@@ -164,9 +163,10 @@ class Runner:
         return as_a_result(piece) if overwrites and self._sent(atom, layout) else piece
 
     def _sent(self, value: int, layout: Layout) -> bool:
-        """Whether a result is what a collective made, which the TPU compiler (libtpu 0.0.42) does not put where results are.
+        """Whether a result comes directly from a collective.
 
-        It copies it when all is done, and the argument that it is to overwrite before anything begins, and holds all those.
+        The TPU compiler (libtpu 0.0.42) does not write it into the result's buffer. It copies the result at the end, and
+        the argument that the result overwrites at the start, and keeps all these copies live.
         """
         if self.topology.chip.kind != "tpu" or 0 in self.program.values[value].shape:
             return False
@@ -175,11 +175,11 @@ class Runner:
         return bool(steps) and steps[-1].kind != "slice"
 
     def reshard(self, value: int, piece: Any, source: Layout, target: Layout) -> Any:
-        """Runs the planned collectives of a change of layout."""
+        """Runs the planned collectives of a reshard."""
         if source == target:
             return piece
         array = self.program.values[value]
-        if 0 in array.shape:  # JAX does not lower a gather of nothing
+        if 0 in array.shape:  # JAX does not lower a gather of an empty array
             return jnp.zeros(local_shape(array.shape, target, self.sizes), piece.dtype)
         with jax.named_scope(f"{source}->{target}"):
             for step in self._path(value, source, target):
@@ -187,7 +187,7 @@ class Runner:
         return piece
 
     def _path(self, value: int, source: Layout, target: Layout) -> Sequence[Any]:
-        """The steps of a change of layout."""
+        """The steps of a reshard."""
         if source == target:
             return ()
         array = self.program.values[value]
@@ -227,7 +227,7 @@ class Runner:
     # --- regions ------------------------------------------------------------------------------------------------
 
     def _layout(self, boundary: Boundary, outer: bool) -> Layout:
-        """The layout of a boundary's outside or inside: its operation's strategy, with or without the stack axis."""
+        """The layout outside or inside a boundary: its operation's strategy, with or without the stack axis."""
         op = self.program.operations[boundary.operation]
         strategy = self.choice.strategies[boundary.operation]
         plain = Layout(strategy.splits[: len(op.factors) - _stacked(op)])
@@ -335,7 +335,7 @@ class Runner:
 
 
 def _as_written(eqn: Any) -> AbstractContextManager[None]:
-    """Gives what is emitted for an equation the equation's place in the user's code, which compiled programs keep."""
+    """A context that gives emitted operations the source line of their equation, which compiled programs keep."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
@@ -346,7 +346,7 @@ def _stacked(op: Any) -> int:
 
 
 def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) -> Sequence[Any]:
-    """Runs one equation on local pieces: as it is, or by its rule's `local` function."""
+    """Runs one equation on local shards: unchanged, or by its rule's `local` function."""
     if rule.local is not None:
         return rule.local(eqn, rule, pieces, *operands)
     if eqn.primitive.name == "dot_general" and pieces.on_tpu:
@@ -356,14 +356,14 @@ def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) 
 
 
 def _after(awaited: Any, piece: Any) -> Any:
-    """A piece that is there once another is; as it is where it awaits nothing."""
+    """A shard that the compiler cannot use before `awaited` exists; unchanged if that is `None`."""
     if awaited is None or jnp.issubdtype(piece.dtype, jax.dtypes.extended):
         return piece
     return lax.optimization_barrier((piece, awaited))[0]
 
 
 def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
-    """The all-reduce that a split maximum, minimum, conjunction or disjunction runs within its operation."""
+    """The result of the all-reduce inside the operation of a split maximum, minimum, conjunction or disjunction."""
     for factor, axes in zip(rule.factors, strategy.splits, strict=True):
         if axes and factor.kind in REDUCED_INSIDE:
             piece = over_chips(factor.kind, piece, axes)
@@ -382,7 +382,7 @@ def emitted(
 
     **Arguments:**
 
-    - `orders`: per flat argument the order of its dimensions in memory, major to minor, where that is not the device's default;
+    - `orders`: per flat argument the order of its dimensions in memory, major to minor, empty for the device's default;
       loops that carry the argument keep it.
     """
     program = traced.program
@@ -408,7 +408,7 @@ def emitted(
             )
         )
 
-    # XLA folds arrays of nothing away and then does not lower a shard_map of them: they are made inside.
+    # XLA folds empty arrays away and then cannot lower a shard_map of them, so they are made inside.
     inside = jax.shard_map(
         without_empty, mesh=mesh, in_specs=tuple(in_specs[k] for k in given), out_specs=out_specs, check_vma=False
     )

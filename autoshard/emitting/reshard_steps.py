@@ -1,4 +1,4 @@
-"""Planned steps as explicit JAX collectives, inside a fully manual `shard_map`."""
+"""Reshard steps as explicit JAX collectives, inside a fully manual `shard_map`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from search.formulation.collective_steps import CollectiveStep
 from search.formulation.layouts import Axes, Layout
 
 _TILED = 2
-"""Dimensions that lie in tiles in a TPU's memory: the last ones."""
+"""The number of trailing dimensions that are tiled in a TPU's memory."""
 _TILE_ROWS = 8
 """Rows of a tile."""
 _BLOCK = (2**16, 2**18)
-"""Elements of the blocks of rows in which the TPU compiler (libtpu 0.0.42, v5e, v5p, v4) scatters columns: more than the first
-(two chips; four take as many, too), and a safe most."""
+"""Elements of the blocks of rows in which the TPU compiler (libtpu 0.0.42, v5e, v5p, v4) scatters columns: more than the
+first number (on two chips; four chips take exactly as many, too), and at most the second, which is safe."""
 _TILE_COLUMNS = 128
-"""Columns of a tile; less than two whole tiles it does not scatter."""
+"""Columns of a tile; the compiler does not scatter fewer than two whole tiles."""
 FEW_ROWS = 0.004
-"""The part by which rows may be padded: less than audits call alike."""
+"""The fraction by which rows may be padded: below the tolerance of audits."""
 
 
 def run_step(step: CollectiveStep, piece: Any, sizes: Mapping[str, int]) -> Any:
-    """Runs one step of a change of layout on one chip's piece."""
+    """Runs one step of a reshard on one chip's shard."""
     match step.kind:
         case "all-gather":
             return lax.all_gather(piece, step.axes, axis=step.source_dim, tiled=True)
@@ -45,15 +45,16 @@ def run_step(step: CollectiveStep, piece: Any, sizes: Mapping[str, int]) -> Any:
             return lax.ppermute(piece, axes, permutation(step.source, step.target, axes, sizes))
         case "slice":
             return _own_slice(piece, step.axes, step.target_dim, sizes)
-    raise ValueError(f"no collective is called {step.kind}")
+    raise ValueError(f"unknown collective {step.kind!r}")
 
 
 def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
-    """A reduce-scatter in a form that the TPU compiler leaves as it is (measured with libtpu 0.0.42).
+    """A reduce-scatter in a form that the TPU compiler keeps (measured with libtpu 0.0.42).
 
-    Beside dimensions of size 1 it would make an all-reduce of it; so it would of a dimension that is neither the first nor one
-    of a tile's two, which goes first in memory, therefore. Rows of a matrix are scattered as the leading dimension of a view
-    `[chips, rows / chips, columns]`: scattered in place they would be padded, and realigned by permutations.
+    The compiler turns a reduce-scatter into an all-reduce if the array has dimensions of size 1. The same happens if the
+    scattered dimension is neither the first nor one of the two tiled ones; such a dimension is moved to the front in
+    memory. Rows of a matrix are scattered as the leading dimension of a view `[chips, rows / chips, columns]`: otherwise
+    the compiler pads them and realigns them by permutations.
     """
     kept = [i for i, n in enumerate(piece.shape) if n > 1 or i == dim]
     at = kept.index(dim)
@@ -77,10 +78,11 @@ def _scatter(piece: Any, axes: Axes, dim: int, chips: int) -> Any:
 
 
 def _odd_rows(rows: int, columns: int) -> int:
-    """How many rows more let the TPU compiler scatter columns, of which so many are left, block by block of rows.
+    """The number of rows of padding with which the TPU compiler scatters columns, in blocks of rows.
 
-    It cuts the rows, in tiles of 8, into equal blocks. Where no number of tiles divides them into blocks of a size that it
-    takes, as none does 6283 = 61 · 103, it makes an all-reduce, which sends twice as much. None if it needed many.
+    `columns` is the number of columns after the scatter. The compiler splits the rows, in tiles of 8, into equal blocks.
+    If no division gives blocks of a valid size, such as for 6283 = 61 · 103 tiles, it emits an all-reduce, which sends
+    twice as much. The result is 0 if too much padding is needed.
     """
     tiles = -(-rows // _TILE_ROWS)
     least, most = _BLOCK[0] // (_TILE_ROWS * columns) + 1, _BLOCK[1] // (_TILE_ROWS * columns)
@@ -94,15 +96,15 @@ def _odd_rows(rows: int, columns: int) -> int:
 def _own_slice(piece: Any, axes: Axes, dim: int, sizes: Mapping[str, int]) -> Any:
     size = piece.shape[dim] // prod(sizes[axis] for axis in axes)
     if prod(piece.shape) == piece.shape[dim] and size == 1 and jnp.issubdtype(piece.dtype, np.integer):
-        piece = lax.optimization_barrier(piece)  # XLA (jaxlib 0.10.2) loses the 2 in slice(2 * slice(integers)), of one
+        piece = lax.optimization_barrier(piece)  # XLA (jaxlib 0.10.2) loses the 2 in slice(2 * slice(integers)) of one
     return lax.dynamic_slice_in_dim(piece, lax.axis_index(axes) * size, size, dim)
 
 
 def permutation(source: Layout, target: Layout, axes: Axes, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Who sends its piece to whom, as positions along `axes` (row-major).
+    """Pairs of sender and receiver of a collective permute, as positions along `axes` (row-major).
 
-    A chip's coordinates along `axes` fall into those that name its block and those that tell copies apart. Block $b$,
-    copy $c$ under the source sends to block $b$, copy $c$ under the target, which is one to one.
+    A chip's coordinates along `axes` consist of those of its block and those of its copy of that block. Block $b$,
+    copy $c$ under the source sends to block $b$, copy $c$ under the target, which is a bijection.
     """
     counts = tuple(sizes[axis] for axis in axes)
     coordinates = np.indices(counts).reshape(len(axes), -1)

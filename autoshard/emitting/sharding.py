@@ -51,7 +51,7 @@ def shardings(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
 def make_mesh(plan: PlanRecord, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the plan's axes over `devices`, ordered by their torus coordinates; see `Plan.make_mesh`.
 
-    **Raises:** `TopologyError` when there are not as many devices as the plan has chips.
+    **Raises:** `TopologyError` if the number of devices differs from the plan's number of chips.
     """
     try:
         if devices is None and plan.topology.chip.kind == "cpu":
@@ -67,9 +67,9 @@ def current_mesh(plan: PlanRecord) -> Mesh:
 
 
 def mesh_in_context(plan: PlanRecord, abstract: bool = False) -> Any:
-    """The mesh of `jax.set_mesh`, or its abstract shape; `None` where there is none.
+    """The mesh of `jax.set_mesh`, or its abstract shape; `None` if there is none.
 
-    **Raises:** `TopologyError` if it has not the plan's axes.
+    **Raises:** `TopologyError` if it lacks the plan's axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -79,7 +79,7 @@ def mesh_in_context(plan: PlanRecord, abstract: bool = False) -> Any:
 
 
 def check_mesh(plan: PlanRecord, mesh: Any) -> None:
-    """Refuses a mesh without the plan's axes; it may have more.
+    """Checks that a mesh has the plan's axes; it may have more.
 
     **Raises:** `TopologyError`.
     """

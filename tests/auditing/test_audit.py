@@ -509,9 +509,13 @@ def test_an_audit_as_json() -> None:
 
 def test_targets_that_cannot_be_had() -> None:
     work = tiny("decode")
-    with pytest.raises(autoshard.AutoshardError, match="the GPU compiler is asked for a100, h100, h200, b200"):
+    with pytest.raises(
+        autoshard.AutoshardError, match="the chip must be one of a100, h100, h200, b200 for the GPU compiler"
+    ):
         audit(planned("decode"), work.fn, *work.args, target="gpu")
-    with pytest.raises(autoshard.AutoshardError, match="the TPU compiler is asked for v4, v5p, v5e, v6e"):
+    with pytest.raises(
+        autoshard.AutoshardError, match="the chip must be one of v4, v5p, v5e, v6e for the TPU compiler"
+    ):
         audit(planned("decode"), work.fn, *work.args, target="tpu")
     with pytest.raises(autoshard.PlanMismatchError):
         audit(planned("decode"), tiny("prefill").fn, *tiny("prefill").args)

@@ -119,7 +119,9 @@ def test_a_mesh_takes_exactly_its_devices():
 
 
 def test_a_chip_that_the_tpu_compiler_is_not_asked_for():
-    with pytest.raises(TargetError, match=r"h100:8: the TPU compiler is asked for v4, v5p, v5e, v6e; 'h100' is none"):
+    with pytest.raises(
+        TargetError, match=r"h100:8: the chip must be one of v4, v5p, v5e, v6e for the TPU compiler, got 'h100'"
+    ):
         tpu_devices("h100:8", (8,), "h100")
 
 
@@ -157,9 +159,9 @@ def test_described_tpus(name, shape):
 
 @pytest.mark.tpu
 def test_a_slice_that_the_tpu_compiler_does_not_know():
-    with pytest.raises(TargetError, match=r"^v5e:3x5: the TPU compiler does not know this slice\. It says: .*3x5"):
+    with pytest.raises(TargetError, match=r"^v5e:3x5: the TPU compiler does not support this slice\. It says: .*3x5"):
         tpu_devices("v5e:3x5", (3, 5), "v5e")
-    with pytest.raises(TargetError, match=r"^v5e:4x4x4: this chip's torus has 2 axes .* got sizes \(4, 4, 4\)"):
+    with pytest.raises(TargetError, match=r"^v5e:4x4x4: the shape must have 2 axes .*, got \(4, 4, 4\)"):
         tpu_devices("v5e:4x4x4", (4, 4, 4), "v5e")
 
 
@@ -358,7 +360,7 @@ def test_a_gpu_is_described_by_its_chip_and_its_architecture(name: str) -> None:
 
 def test_gpus_that_cannot_be_described() -> None:
     with pytest.raises(
-        TargetError, match="v4:2x2x2: the GPU compiler is asked for a100, h100, h200, b200; 'v4' is none"
+        TargetError, match="v4:2x2x2: the chip must be one of a100, h100, h200, b200 for the GPU compiler, got 'v4'"
     ):
         gpu_devices(parse_topology("v4:2x2x2"))
 

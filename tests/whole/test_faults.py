@@ -231,7 +231,9 @@ def test_a_donated_position_that_is_none_is_refused() -> None:
 
 def test_a_plan_for_other_shapes_is_refused() -> None:
     plan, fn, (params, tokens) = planned_block()
-    wanted = "The plan 'run' is for other arguments; plan anew for these:\n  tokens is int32[8,8], planned int32[4,8]"
+    wanted = (
+        "The plan 'run' is for other arguments; search again for these:\n  tokens is int32[8,8], planned int32[4,8]"
+    )
     twice = jnp.concatenate([tokens, tokens])
     for run in (plan.apply(fn), jax.jit(plan.apply(fn)), plan.jit(fn), plan.jit(fn).lower):
         assert message(autoshard.PlanMismatchError, run, params, twice) == wanted
@@ -246,7 +248,7 @@ def test_a_plan_for_other_types_or_nesting_is_refused_with_the_paths() -> None:
     layers["bias"] = layers.pop("norm")
     layers["wq"] = layers["wq"].astype(jnp.bfloat16)
     assert message(autoshard.PlanMismatchError, plan.apply(fn), params | {"layers": layers}, tokens).splitlines() == [
-        "The plan 'run' is for other arguments; plan anew for these:",
+        "The plan 'run' is for other arguments; search again for these:",
         "  params['layers']['norm'] is missing, planned float32[2,8]",
         "  params['layers']['wq'] is bfloat16[2,8,1,2,4], planned float32[2,8,1,2,4]",
         "  params['layers']['bias'] is float32[2,8], planned without it",
@@ -263,7 +265,7 @@ def test_a_plan_for_another_function_is_refused() -> None:
     text = message(autoshard.PlanMismatchError, plan.apply(lambda x: jnp.sin(x) + 1), jnp.ones(8))
     pattern = (
         r"The plan 'tanh' is for another function, with the same arguments: where it has sin .*\(test_faults.py:\d+\), the"
-        r" planned one had tanh .*\(test_faults.py:\d+\)\. Plan anew for this one\."
+        r" planned one had tanh .*\(test_faults.py:\d+\)\. Search again\."
     )
     assert re.fullmatch(pattern, text)
     older = replace(plan, jax_version="0.9.0")

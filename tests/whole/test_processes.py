@@ -137,7 +137,7 @@ def test_a_refusal_reaches_both() -> None:
         "no memory": ("InfeasibleError", "step does not fit cpu:2x4."),
         "part of the devices": (
             "TopologyError",
-            "The plan is for cpu:2x2, 4 chips. The first 4 of 8 host devices are those of 1 of 2 processes; plan for all"
+            "The plan is for cpu:2x2, 4 chips. The first 4 of 8 host devices belong to 1 of 2 processes; plan for all"
             " devices, or give each process fewer.",
         ),
         "more devices": (

@@ -4,15 +4,15 @@
   the product to the matrix unit: a decode step of Llama 7B on v5e:4x4 takes 9.2 instead of 73.7 ms on the chip.
 - `residual_barriers`: the compiler keeps all terms of a long 16-bit sum to its end. A barrier follows every eighth addition:
   Mixtral 8×7B prefill on v5e:4x4 peaks at 0.999 instead of 1.064 times the plan.
-- `conversion_barriers`: the compiler converts weights layers ahead of their use while collectives run. A conversion waits for
-  the matmul's other operand.
-- `argument_layout`: the compiler may pad what a loop carries more than an argument. A carried array gets the layout of an
+- `conversion_barriers`: the compiler converts weights layers ahead of their use while collectives run. A barrier delays a
+  conversion until the matmul's other operand exists.
+- `argument_layout`: the compiler may pad a loop carry more than an argument. A carried array gets the layout of an
   argument of its shape: a cache of 25 heads of 64 takes 1 instead of 2.56 times its bytes.
-- `argument_copies`: the compiler copies an argument that a collective takes beside a matmul, for all layers at once. The
-  argument passes a `select` and is an operation's result.
+- `argument_copies`: the compiler copies an argument that a collective reads during a matmul, for all layers at once. The
+  argument passes through a `select`, so it is an operation's result.
 
-No upstream issue that tracks one of them was found. `tests/emitting/test_workarounds.py` compiles a construct with and without
-the first two; a test fails once the compiler no longer needs the rewrite, which can then go. No small construct is known that
-shows the other three: with libtpu 0.0.42 eight layers of conversions on v5e:2x2, and a carried cache of 25 heads of 64, have
-the same peak with and without. They await the same trial on the whole models that they were written for.
+No upstream issue for any of them was found. `tests/emitting/test_workarounds.py` compiles a construct with and without the
+first two. A test fails once the compiler no longer needs the rewrite, which can then be removed. No small construct shows
+the other three: with libtpu 0.0.42, eight layers of conversions on v5e:2x2, and a carried cache of 25 heads of 64, have the
+same peak with and without. They have not been tried yet on the whole models for which they were written.
 """

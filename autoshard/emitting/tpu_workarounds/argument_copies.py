@@ -1,4 +1,4 @@
-"""Arguments that a collective takes while a matmul runs, which a TPU's compiler copies before anything else."""
+"""Avoidance of early copies of arguments that a collective reads during a matmul, on TPUs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jax import lax
 
 
 def as_a_result(piece: Any) -> Any:
-    """An argument's piece as the result of an operation, right where it is needed.
+    """An argument's shard as the result of an operation, made directly before its use.
 
-    Of an argument that a collective takes while a matmul runs, the TPU compiler (libtpu 0.0.42) makes a copy. It makes those of
-    all layers before anything else, and keeps each until it is used. A result needs no copy. So the piece is selected by a
-    condition that is true, which the compiler does not look through.
+    The TPU compiler (libtpu 0.0.42) copies an argument that a collective reads while a matmul runs. It makes the copies
+    of all layers before anything else, and keeps each until its use. An operation's result needs no copy. Therefore the
+    shard passes through a `select` whose condition is always true, which the compiler does not simplify.
     """
     true = lax.optimization_barrier(jnp.bool_(True))
     return lax.select(jnp.broadcast_to(true, piece.shape), piece, jnp.zeros_like(piece))

@@ -1,8 +1,9 @@
-"""How arrays lie in the memory of a TPU: in tiles of its registers' rows and lanes, which pad some shapes to a multiple.
+"""The memory layout of an argument for loop carries, on TPUs.
 
-The compiler lays arguments out so that they are padded the least (`search.packing`). What goes round a loop it lays out as it
-likes, such as a cache of 25 heads of 64 in 2.56 times its bytes, and then reads all of those in every round. So what a round
-updates in place is laid out as an argument of its shape would be.
+A TPU stores arrays in tiles of rows and lanes, which pad some shapes. The compiler gives arguments the order with the
+least padding (`search.formulation.tpu_tiles`). It may give a loop carry an order with more, such as 2.56 times the bytes
+for a cache of 25 heads of 64, and then reads all of these in every iteration. So a carry that is updated in place gets
+the layout of an argument of its shape.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from search.formulation.tpu_tiles import least_padded
 
 
 def as_an_argument(piece: Any) -> Any:
-    """An array as a TPU lays out an argument of its shape; on other devices it stays as it is."""
+    """An array with a TPU's layout of an argument of its shape; unchanged on other devices."""
     order = least_padded(tuple(piece.shape))
     if order == tuple(range(piece.ndim)):
         return piece

@@ -1,8 +1,8 @@
-"""What waits until it is needed, so that the compiled program holds no more at once than the plan says.
+"""Scheduling barriers that delay weight conversions until their matmul, so that the planned peak memory holds.
 
-What is made of arguments alone, such as a weight in another type, can be made at any time. The TPU compiler's scheduler fills
-the time that collectives take with it, layers ahead, as the chip's memory allows and not as the plan does. So it is made to
-wait for what it is multiplied with.
+A value computed from arguments alone, such as a weight in another type, can be computed at any time. The TPU compiler's
+scheduler fills the time of collectives with such operations, layers ahead, within the chip's memory but above the plan's
+peak. A barrier delays each until the other operand of its matmul exists.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from search.memory.views import views
 
 
 def waits(program: Program) -> dict[int, int]:
-    """Per operation that makes something of arguments for a product, the product's other operand, if that is made before."""
+    """Per operation to delay, the value to wait for: the other operand of its matmul, if that is made before it."""
     given, made = _of_arguments(program)
     known = given | made
     found: dict[int, int] = {}
@@ -28,7 +28,7 @@ def waits(program: Program) -> dict[int, int]:
 
 
 def _of_arguments(program: Program) -> tuple[set[int], set[int]]:
-    """The values that are arguments, or views of them, and those that fused operations make of them alone."""
+    """The values that are arguments or views of them, and those that fused operations compute from them alone."""
     given: set[int] = set()
     made: set[int] = set()
     for i, op in enumerate(program.operations):
@@ -41,7 +41,7 @@ def _of_arguments(program: Program) -> tuple[set[int], set[int]]:
 
 
 def _firsts(program: Program, value: int, given: set[int]) -> Iterator[int]:
-    """The operations with which the making of a value begins, each once: what is used twice is not looked at twice."""
+    """The operations with arguments as operands from which a value is computed, each once."""
     open_, seen = [value], {value}
     while open_:
         at = program.producers[open_.pop()][0]
@@ -54,6 +54,6 @@ def _firsts(program: Program, value: int, given: set[int]) -> Iterator[int]:
 
 
 def _together(program: Program, first: int, product: int, value: int) -> bool:
-    """Whether all are in one region, where one can wait for another."""
+    """Whether all are in one region, which a barrier requires."""
     operations: tuple[Operation, ...] = program.operations
     return operations[first].region == operations[product].region == program.values[value].region

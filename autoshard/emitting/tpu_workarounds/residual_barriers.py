@@ -1,10 +1,10 @@
-"""Long sums of 16-bit numbers, such as a transformer's residual, and where what they have come to is kept.
+"""Barriers in long sums of 16-bit floats, such as a transformer's residual stream.
 
-The TPU compiler (libtpu 0.0.42) adds 16-bit floats in 32 bits and leaves out the roundings between two additions. What an
-unrolled model's residual ends with is then a sum of its own of all layers' outputs, which are held till then: 64 of them in a
-model of 32 layers, 0.5 GiB of Mixtral 8×7B's prefill on 16 chips. A barrier now and then lets the sum begin anew from what
-was rounded; at every addition it would keep matmuls from adding to the sum as they end. Of one barrier in 1, 4, 8 and 16
-additions, 8 gave the fewest cycles (prefill on v5e:4x4: Llama 3 8B 1 % fewer than without, Mixtral 8×7B 14 %).
+The TPU compiler (libtpu 0.0.42) adds 16-bit floats in 32 bits and omits the rounding between two additions. The final
+residual of an unrolled model is then one sum of all layers' outputs, which stay live until its end: 64 of them in a model
+of 32 layers, 0.5 GiB of Mixtral 8×7B's prefill on 16 chips. A barrier forces the rounded partial sum. A barrier at every
+addition keeps matmuls from accumulating into the sum. Of one barrier per 1, 4, 8 and 16 additions, 8 gave the fewest
+cycles (prefill on v5e:4x4: Llama 3 8B 1 % fewer than without, Mixtral 8×7B 14 %).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _ADDITIONS = frozenset({"add", "add_any", "sub"})
 _IN_A_SUM = _ADDITIONS | RENAMES
 
 _TERMS = 8
-"""So many additions, at most, from one barrier to the next."""
+"""The number of additions, at most, between two barriers."""
 
 
 def resting(program: Program) -> frozenset[int]:
-    """The values at which a sum of 16-bit floats begins anew: each 8th in a row of additions."""
+    """The partial sums of 16-bit floats that get a barrier: each 8th in a chain of additions."""
     additions: dict[int, int] = {}
     found: set[int] = set()
     for op in program.operations:

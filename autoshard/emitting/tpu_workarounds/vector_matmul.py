@@ -1,9 +1,9 @@
-"""Products as the TPU compiler gives them to the matrix unit.
+"""Padding of vector-matrix products, so that the TPU compiler uses the matrix unit.
 
-A product of which one operand is a single vector for each element of the batch, as the query of a decode step is, becomes
-multiplications and sums on the vector unit (libtpu 0.0.42): by the compiler's own estimate the attention of 64 sequences
-with two heads then takes 2.5 ms of a v5e instead of the 0.2 that its caches take to read. A row and a row of zeros go to the
-matrix unit, which takes as long for both as for one.
+One operand may be a single vector per batch element, such as the query of a decode step. The compiler (libtpu 0.0.42)
+turns such a product into multiplications and sums on the vector unit. By its own estimate the attention of 64 sequences
+with two heads then takes 2.5 ms on a v5e, instead of the 0.2 ms of reading the caches. The vector and a row of zeros go to
+the matrix unit, which takes as long for two rows as for one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 
 ROW_OF_ZEROS = "with_a_row_of_zeros"
-"""The scope of products that have twice the rows that they need."""
+"""The name scope of products with a row of zeros, which have twice the rows that they need."""
 
 
 def product(eqn: Any, left: Any, right: Any) -> Any:
-    """One `dot_general` on pieces; what is a vector of floats and meets a matrix gets a row of zeros."""
+    """One `dot_general` on shards; a floating-point vector that meets a matrix gets a row of zeros."""
     contracted, batch = eqn.params["dimension_numbers"]
     operands = [left, right]
     free = [_others(each.ndim, c, b) for each, c, b in zip(operands, contracted, batch, strict=True)]
@@ -32,7 +32,7 @@ def product(eqn: Any, left: Any, right: Any) -> Any:
     side = vectors.index(True)
     with jax.named_scope(ROW_OF_ZEROS):
         operands[side] = _with_zeros(operands[side], free[side][0] if free[side] else None)
-        if not free[side]:  # the rows are a new first dimension
+        if not free[side]:  # the rows become a new first dimension
             contracted, batch = (_shifted(dims, side) for dims in (contracted, batch))
         found = eqn.primitive.bind(*operands, **{**eqn.params, "dimension_numbers": (contracted, batch)})
     at = len(batch[0]) + side * len(free[0])
@@ -40,14 +40,14 @@ def product(eqn: Any, left: Any, right: Any) -> Any:
 
 
 def _with_zeros(vector: Any, at: int | None) -> Any:
-    """A vector of any shape and zeros beside it, in a dimension of one element or else in a new one, the first."""
+    """A vector of any shape and as many zeros, along a dimension of size 1 or a new first dimension."""
     vector, at = (vector[None], 0) if at is None else (vector, at)
     widths = [(0, int(d == at), 0) for d in range(vector.ndim)]
     return lax.pad(vector, np.zeros((), vector.dtype), widths)
 
 
 def _shifted(dims: Sequence[Sequence[int]], side: int) -> tuple[tuple[int, ...], ...]:
-    """Dimensions of both operands, when one operand has a new first one."""
+    """Dimension numbers of both operands, after one operand has got a new first dimension."""
     return tuple(tuple(d + int(k == side) for d in each) for k, each in enumerate(dims))
 
 
