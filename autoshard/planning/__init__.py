@@ -1,4 +1,4 @@
-"""The third pass, around `search`: an annotated function is solved, and the solution becomes a record that files hold."""
+"""The third pass, around `search`: from an annotated function to a solution, and to a record for plan files."""
 
 from autoshard.planning.options import Options as Options
 from autoshard.planning.recording import record as record

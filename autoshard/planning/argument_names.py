@@ -11,7 +11,7 @@ from autoshard.tracing import pytrees
 
 
 def heads(plan: PlanRecord) -> list[str]:
-    """The names of the arguments; those of `*args` are numbered, and one without arrays is called by its position."""
+    """The names of the arguments; those of `*args` are numbered, and one without arrays is named by its position."""
     found: dict[int, str] = {}
     for keys, array in zip(pytrees.paths(plan.in_tree.data), plan.arguments, strict=True):
         name = re.match(r"\w*", array.path)
@@ -26,7 +26,7 @@ def heads(plan: PlanRecord) -> list[str]:
 
 
 def position(plan: PlanRecord, argument: str | int) -> int:
-    """Which argument a name or a position means.
+    """The position of the argument with a name or a position, which may be negative.
 
     **Raises:** `ExportError`.
     """

@@ -1,15 +1,15 @@
-"""The plain layouts that people choose by hand, solved as pinned problems: what the search's plan gains over each.
+"""Baselines: families of hand-chosen layouts, solved as restricted problems, to compare the plan with.
 
-A baseline says how matmuls by a weight are split and how weights are stored; all else is the search's, so each is as good as
-its kind can be.
+A baseline restricts how matmuls by a weight are split and how weights are stored. The search optimises everything else,
+so each baseline is as good as its family allows.
 
 | baseline | matmuls by a weight | weights are stored |
 |---|---|---|
-| data parallel | split by batch or sequence only | whole on every chip |
-| fully sharded | split by batch or sequence only | in as many pieces as divide |
+| data parallel | split by batch or sequence only | replicated |
+| fully sharded | split by batch or sequence only | in as many shards as divide |
 | Megatron 1D | split along the contracted or along the output dimension, never both; tokens whole | as they are used |
 | weight-stationary 2D | large ones split along both; tokens whole | as they are used |
-| weight-gathered | large ones split by batch or sequence, and along the weight if faster | in as many pieces as divide |
+| weight-gathered | large ones split by batch or sequence, and along the weight if faster | in as many shards as divide |
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from search.presolve.limits import Say
 from search.solve import Limits, NoPlan, Solution, search
 
 LARGE_PART = 1 / 64
-"""The part of all weights' bytes from which on a weight is large."""
+"""The fraction of all weights' bytes from which a weight counts as large."""
 MOST_SECONDS = 10.0
-"""How long a baseline is searched; what is found by then is a plan of its kind, not always the best."""
+"""The time limit of a baseline's search; the plan found by then may not be the best of its family."""
 
 Allow = Callable[[int, Strategy], bool]
 
 
 def baselines(program: Program, topology: Topology, limits: Limits, say: Say = lambda _: None) -> Iterator[Baseline]:
-    """Solves every baseline; each has as much time as the limits allow, but at most `MOST_SECONDS`."""
+    """Solves every baseline, each within the limits and `MOST_SECONDS`."""
     limits = replace(limits, wall_seconds=min(limits.wall_seconds, MOST_SECONDS))
     for name in FAMILIES:
         say(f"comparing with {name}")
@@ -50,7 +50,7 @@ def baselines(program: Program, topology: Topology, limits: Limits, say: Say = l
 
 
 def solved(name: str, program: Program, topology: Topology, limits: Limits, cutoff: float = inf) -> Solution:
-    """The best plan of one baseline, of those below `cutoff` seconds.
+    """The best plan of one baseline below `cutoff` seconds.
 
     **Raises:** `NoPlan`.
     """
@@ -67,7 +67,7 @@ def solved(name: str, program: Program, topology: Topology, limits: Limits, cuto
 
 
 class _Weights:
-    """The matmuls by a weight, with what their factors are to them."""
+    """The matmuls by a weight, with the roles of their factors."""
 
     def __init__(self, program: Program, topology: Topology) -> None:
         self.program, self.topology = program, topology
@@ -83,7 +83,7 @@ class _Weights:
         return ((at, self.program.operations[at]) for at in (*self.program.arguments, *self.program.constants))
 
     def source_of(self, operation: int) -> int:
-        """The argument that a matmul's weight is a view of; -1 where it is none."""
+        """The operation of the argument that a matmul's weight is a view of; -1 if there is none."""
         use = self.program.operations[operation].inputs[self.operand[operation]]
         return self._sources.get(self.program.values[use.value].origin, -1)
 
@@ -91,29 +91,29 @@ class _Weights:
         return self.program.values[self.program.operations[source].outputs[0].value].bytes
 
     def is_large(self, operation: int) -> bool:
-        """Whether the weight is a good part of all."""
+        """Whether the weight has at least `LARGE_PART` of all weights' bytes."""
         source = self.source_of(operation)
         return source >= 0 and self._bytes(source) >= LARGE_PART * self._total
 
     def split(self, operation: int, strategy: Strategy) -> set[str]:
-        """Along what a matmul is split: "contracted", "output", "batch", "sequence"."""
+        """The roles of the factors that a strategy splits: "contracted", "output", "batch", "sequence"."""
         pairs = zip(self.roles[operation], strategy.splits, strict=True)
         return {role for role, axes in pairs if axes}
 
     def possible(self, operation: int, wanted: set[str]) -> bool:
-        """Whether any strategy splits a matmul along all of these."""
+        """Whether any strategy splits a matmul along all these roles."""
         space = strategy_space(self.program.operations[operation], tuple(self.topology.axis_sizes.items()))
         return any(wanted <= self.split(operation, strategy) for strategy in space.strategies)
 
     def most_pieces(self, source: int) -> int:
-        """Into how many pieces an argument can be cut."""
+        """The largest number of shards of an argument."""
         if source not in self._most:
             space = strategy_space(self.program.operations[source], tuple(self.topology.axis_sizes.items()))
             self._most[source] = max(self.pieces(source, strategy) for strategy in space.strategies)
         return self._most[source]
 
     def pieces(self, source: int, strategy: Strategy) -> int:
-        """Into how many pieces a strategy cuts an argument."""
+        """The number of shards of an argument under a strategy."""
         layout = output_layout(self.program.operations[source].signature, strategy, 0)
         return shards(layout, self.topology.axis_sizes)
 

@@ -1,4 +1,4 @@
-"""The choices of emission that no rule decides, kept in the plan: how its program is written for the compiler."""
+"""Emission choices that no rule decides, which the plan keeps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Emission:
-    """How a plan is emitted.
+    """The emission choices of a plan.
 
-    - `formats`: where the orders of dimensions of arguments and results are from: "default", the device's own, without any in
-      the plan; "rule", by what reads an array (`search.answer.orders`); "compiler", chosen by `Layout.AUTO`; "given".
-    - `residual_barriers`: whether long residual sums begin again at barriers, on TPUs
+    - `formats`: the origin of the orders of dimensions of arguments and results: "default", the device's own, with none in
+      the plan; "rule", from an array's uses (`search.answer.orders`); "compiler", chosen by `Layout.AUTO`; "given".
+    - `residual_barriers`: whether long residual sums on TPUs get barriers
       (`autoshard.emitting.tpu_workarounds.residual_barriers`).
     """
 
@@ -19,12 +19,12 @@ class Emission:
     residual_barriers: bool = True
 
     def words(self) -> str:
-        """The choices that are not by default, in words; empty where all are."""
+        """The choices that differ from the default, as text; empty if none does."""
         found = [_FORMATS[self.formats]] if self.formats in _FORMATS else []
         found += [] if self.residual_barriers else ["no barriers in residual sums"]
         return ", ".join(found)
 
 
 BY_DEFAULT = Emission()
-"""How plans are emitted that nobody has compiled."""
+"""The emission choices of plans that have not been compiled."""
 _FORMATS = {"rule": "formats by rule", "compiler": "the compiler's formats", "given": "formats as given"}

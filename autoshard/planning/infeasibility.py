@@ -1,4 +1,4 @@
-"""Why no layout fits: which arrays take the memory, what is missing, and on how many chips it would do."""
+"""Explanation of an infeasible search: the largest arrays, the missing bytes, and a topology that is large enough."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from search.presolve.primal import decode, improve, overflow
 from search.solve import Limits, NoPlan, search
 
 _LISTED = 8
-"""How many arrays the message names."""
+"""The number of arrays that the message names."""
 _MOST_CHIPS = 4096
-"""The largest topology that is tried."""
+"""The number of chips of the largest topology that is tried."""
 _FULL_SECONDS = 1e3
-"""What memory costs that is full at every point: more than any step's time, and less than what cannot be built."""
+"""The cost of the whole budget, used at every point: above any step time, and below the cost of forbidden states."""
 _SWEEPS = 8
-"""How often the relaxation passes over the program."""
+"""The number of passes of the relaxation over the program."""
 
 
 def explained(error: NoPlan) -> InfeasibleError:
-    """The error that a user reads, for a search that found no plan."""
+    """The user's error for a search that found no plan."""
     problem = error.problem
     chip, limits = problem.topology.chip, rows(problem)
     states = min((error.states, _leanest(problem, limits)), key=lambda states: _overflow(problem, limits, states))
@@ -41,18 +41,19 @@ def explained(error: NoPlan) -> InfeasibleError:
     if len(parts) > _LISTED:
         listed += f"\n  {size(sum(count for _, count in parts[_LISTED:])):>12}  {len(parts) - _LISTED} smaller ones"
     kept_free = chip.usable_hbm_bytes - problem.budget_bytes
-    reserve = f", {size(kept_free)} of which are kept free" if kept_free else ""
+    reserve = f", {size(kept_free)} reserved" if kept_free else ""
     program = problem.program
     return InfeasibleError(
-        f"{program.name} does not fit {problem.topology.name}. The leanest layout needs {size(held)} on each chip; a"
-        f" {chip.name} holds {size(chip.usable_hbm_bytes)}{reserve}, so {size(held - problem.budget_bytes)} are missing."
-        f" At its fullest, in {program.operations[fullest.point].name}, a chip holds:{listed}\n"
+        f"{program.name} does not fit on {problem.topology.name}. The smallest layout found needs {size(held)} per chip,"
+        f" {size(held - problem.budget_bytes)} more than the {size(problem.budget_bytes)} available on a {chip.name}"
+        f" ({size(chip.usable_hbm_bytes)} usable{reserve})."
+        f" The live arrays at the peak, in {program.operations[fullest.point].name}, are:{listed}\n"
         f"{_advice(program, problem.topology, problem.budget_bytes)}"
     )
 
 
 def conflict(program: Program, pinned: Sequence[Pin], topology: Topology, limits: Limits) -> str:
-    """Which pins no layout can hold together, as a sentence: a smallest set of them; empty if pins are not to blame."""
+    """A minimal set of pins without a common layout, as a sentence; empty if the pins are not the cause."""
 
     def possible(kept: Sequence[Pin]) -> bool:
         try:
@@ -70,37 +71,37 @@ def conflict(program: Program, pinned: Sequence[Pin], topology: Topology, limits
             kept = fewer
     words = list(dict.fromkeys(pin.words for pin in kept))
     together = f"{words[0]} cannot hold" if len(words) == 1 else f"{' and '.join(words)} cannot hold together"
-    return f"{together} on {topology.name}: without {'it' if len(words) == 1 else 'one of them'} a plan fits."
+    return f"{together} on {topology.name}: a plan exists without {'it' if len(words) == 1 else 'any one of them'}."
 
 
 def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str, float]]:
-    """What lives at one point: names in the user's words, and bytes on one chip."""
+    """The live arrays at one point of the program: names, and bytes on one chip."""
     for i, vector in row.nodes:
         yield problem.nodes[i].name, float(vector[states[i]])
     for k, table in row.edges:
         edge = problem.edges[k]
         held = float(table[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
         if held:
-            yield f"{problem.program.values[edge.value].name}, once more in the layout of its use", held
+            yield f"{problem.program.values[edge.value].name}, a copy in the layout of its use", held
 
 
 def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
-    """The first topology that would do, of those with one axis after the other doubled."""
+    """A sentence with the first topology that is large enough, doubling the smallest axis again and again."""
     tried = topology
     given = [program.operations[at].outputs[0].value for at in (*program.arguments, *program.constants)]
     whole = sum(program.values[value].bytes for value in given)
     while (wider := doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
         tried = wider
         if whole / tried.size <= budget_bytes and fits(program, tried, budget_bytes):
-            return f"It would fit {tried.name}, {tried.size} chips."
+            return f"It fits on {tried.name}, {tried.size} chips."
     return (
-        f"It would fit none of the topologies up to {tried.name}, {tried.size} chips: what must be whole on a chip is too"
-        " large."
+        f"No topology up to {tried.name}, {tried.size} chips, was found on which it fits: some arrays cannot be split far"
+        " enough."
     )
 
 
 def fits(program: Program, topology: Topology, budget_bytes: float) -> bool:
-    """Whether a layout that fits is found by looking at memory alone; a quick look that may miss one."""
+    """Whether a quick heuristic that only minimises memory finds a layout that fits; it may miss one."""
     problem = build(program, topology, budget_bytes)
     limits = rows(problem)
     if any(_least(row) > problem.budget_bytes for row in limits):
@@ -109,7 +110,7 @@ def fits(program: Program, topology: Topology, budget_bytes: float) -> bool:
 
 
 def _leanest(problem: Problem, limits: tuple[Row, ...]) -> np.ndarray:
-    """A choice of states for memory's sake, read off a relaxation that prices every byte at every point."""
+    """A choice of states with little memory, decoded from a relaxation with a multiplier on every byte at every point."""
     dual = Dual(problem, limits)
     dual.reprice(np.full(len(limits), _FULL_SECONDS / (problem.budget_bytes * max(len(limits), 1))))
     for _ in range(_SWEEPS):
@@ -118,19 +119,19 @@ def _leanest(problem: Problem, limits: tuple[Row, ...]) -> np.ndarray:
 
 
 def _overflow(problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> float:
-    """Bytes over the budget; infinite for what cannot be built at all."""
+    """Bytes over the budget; infinite for a choice with forbidden states."""
     if problem.objective(states) >= FORBIDDEN / 2:
         return np.inf
     return float(overflow(problem, limits, states).max(initial=-np.inf))
 
 
 def _least(row: Row) -> float:
-    """A lower bound on the bytes alive: every array by itself as small as it can be, nothing held twice."""
+    """A lower bound on the live bytes: every array in its smallest state, without copies."""
     return sum(float(vector.min()) for _, vector in row.nodes)
 
 
 def doubled(topology: Topology) -> Topology | None:
-    """The topology with its smallest axis doubled; of equal ones the last. A full node of GPUs has its nodes doubled."""
+    """The topology with its smallest axis doubled; of equal axes the last. For full GPU nodes the number of nodes doubles."""
     sizes = list(topology.shape)
     switch = topology.chip.interconnect
     if isinstance(switch, Switch):
@@ -151,13 +152,13 @@ def doubled(topology: Topology) -> Topology | None:
 
 
 def _written(topology: Topology, sizes: list[int]) -> str:
-    """The topology of the same chips with axes of these sizes: `2xv4:4x4x8`."""
+    """The topology string of the same chips with axes of these sizes, such as `2xv4:4x4x8`."""
     slices, within = ("", sizes) if topology.slices == 1 else (f"{sizes[0]}x", sizes[1:])
     return f"{slices}{topology.chip.name}:{'x'.join(map(str, within))}"
 
 
 def _with_own_rates(wider: Topology, topology: Topology) -> Topology:
-    """The wider topology of the same chips, constants and all, with what was set for single axes."""
+    """The wider topology with the given topology's chip and constants, including those set for single axes."""
     wider = as_its_chip_has_it(replace(topology, name=wider.name, axes=wider.axes))
     if len(wider.axes) != len(topology.axes):
         return wider

@@ -1,8 +1,8 @@
 """One plan for all processes of `jax.distributed`.
 
-Processes that run one program must run it by one plan. Each could find its own: searches are deterministic, but one that ran
-out of time, or a cache that one host has and another has not, would lay arrays out differently here and there. So the first
-process plans, and the others take what it found.
+Processes that run one program must use the same plan. Searches are deterministic, but a search that runs out of time, or
+a cache that exists on one host only, could give different plans. So the first process plans, and the others receive its
+plan.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from autoshard.planning.records import PlanRecord
 
 
 def agreed(name: str, key: str, make: Callable[[], PlanRecord]) -> PlanRecord:
-    """The plan that the first process makes, in all of them; by itself if there is one process only.
+    """The plan that the first process makes, in all processes.
 
     **Arguments:**
 
-    - `name`: what is planned, for messages.
-    - `key`: what the plan depends on, as a hash: equal in all processes, or they do not run the same program.
+    - `name`: the name of the planned function, for messages.
+    - `key`: a hash of everything that the plan depends on; it must be equal in all processes.
 
-    **Raises:** in all processes what `make` raised in the first; `PlanMismatchError` where the key differs.
+    **Raises:** in all processes the error that `make` raised in the first; `PlanMismatchError` if the keys differ.
     """
     if jax.process_count() == 1:
         return make()
@@ -37,7 +37,7 @@ def agreed(name: str, key: str, make: Callable[[], PlanRecord]) -> PlanRecord:
     if jax.process_index() == 0:
         try:
             plan = make()
-        except Exception as error:  # the others must not wait for a plan that will not come
+        except Exception as error:  # the other processes must not wait forever
             failure = error
     sent = _from_first(_message(plan, failure))
     if failure is not None:
@@ -60,8 +60,8 @@ def _refuse_others(name: str, key: str) -> None:
     others = [str(i) for i, found in enumerate(every) if not np.array_equal(found, every[0])]
     if others:
         raise errors.PlanMismatchError(
-            f"{name} is not the same in all processes: process {', '.join(others)} has other arguments or options than process"
-            " 0, or it is another function there."
+            f"{name} must be the same in all processes: process {', '.join(others)} has other arguments or options than process"
+            " 0, or another function."
         )
 
 

@@ -13,7 +13,7 @@ from search.answer.solution import Limits, Solver
 
 @dataclass(frozen=True)
 class Options:
-    """How to plan; each as `search` explains it."""
+    """The options of `search`, which documents them."""
 
     donate_argnums: int | Sequence[int] = ()
     name: str = ""
@@ -30,6 +30,6 @@ class Options:
     solver: Solver = "presolved"
 
     def limits(self) -> Limits:
-        """When the search stops."""
+        """The limits of the search."""
         limits = Limits(reserve_bytes=self.reserve_bytes, memory_bytes=self.memory_bytes, solver=self.solver)
         return limits if self.time_limit is None else replace(limits, wall_seconds=self.time_limit)

@@ -1,6 +1,7 @@
-"""Plans on disk, found again by what they are for: one JSON file per program, topology and search options.
+"""A cache of plans on disk: one JSON file per program, topology and search options.
 
-Processes may share the directory: files appear whole or not at all, and two that plan the same thing write the same plan.
+Processes may share the directory. Files are written atomically, and two processes with the same problem write the same
+plan.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from costmodels.machine.topology import Topology
 
 
 def default_directory() -> Path:
-    """Where plans are kept when the user does not say: the user's cache directory."""
+    """The default directory for plans: the user's cache directory."""
     return platformdirs.user_cache_path("autoshard", appauthor=False) / "plans"
 
 
 def key_of(target: AnnotatedFunction, topology: Topology, options: Options) -> str:
-    """What a plan depends on, as a hash: the program and its paths, every constant of the topology, options, versions."""
+    """A hash of everything that a plan depends on: program, paths, constants of the topology, options and versions."""
     everything = [
         (target.fingerprint, target.program.name, target.in_tree.data, target.donate_argnums, target.weak),
         (target.traced.paths, target.traced.result_paths),
@@ -51,9 +52,9 @@ def _version() -> str:
 
 
 def cached(directory: str | PathLike[str], key: str, make: Callable[[], PlanRecord]) -> PlanRecord:
-    """The plan of this key, from the directory or made anew and kept there.
+    """The plan of this key, read from the directory, or made and written to it.
 
-    A file that cannot be read is replaced, a directory that cannot be written is done without; each with a warning.
+    A file that cannot be read is replaced, with a warning. If the directory cannot be written, a warning is given.
     """
     path = Path(directory) / f"{key}.json"
     found = _read(path)
@@ -61,12 +62,12 @@ def cached(directory: str | PathLike[str], key: str, make: Callable[[], PlanReco
         return found
     plan = make()
     if plan.proof.stopped == "interrupted":
-        return plan  # a later run may take the time
+        return plan  # a later run may search longer
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, dumps(plan))
     except OSError as error:
-        warnings.warn(f"autoshard keeps no plans in {directory}: {error}", stacklevel=3)
+        warnings.warn(f"autoshard cannot cache plans in {directory}: {error}", stacklevel=3)
     return plan
 
 
@@ -76,5 +77,5 @@ def _read(path: Path) -> PlanRecord | None:
     except FileNotFoundError:
         return None
     except (PlanMismatchError, OSError) as error:
-        warnings.warn(f"autoshard plans anew and replaces a cached plan: {error}", stacklevel=4)
+        warnings.warn(f"autoshard searches again and replaces a cached plan: {error}", stacklevel=4)
         return None

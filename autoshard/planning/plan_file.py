@@ -1,4 +1,4 @@
-"""Plans as JSON: versioned, readable, the same bytes for the same plan, and nothing in them is ever run.
+"""Plans as JSON: versioned, readable and deterministic; loading a plan never executes code.
 
 ```json
 {"autoshard_plan": 1,
@@ -13,9 +13,9 @@
 ```
 
 A layout has one entry per dimension, as a `PartitionSpec` has: null, an axis, or a list of axes, major to minor; partial
-sums are `{"dims": [...], "partial": ["x"]}`. An array's "order" has its dimensions in memory, major to minor; without one they
-lie as the device lays them out by default. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is as
-in `autoshard.program_file`; plans of older files lack it.
+sums are `{"dims": [...], "partial": ["x"]}`. An array's "order" has its dimensions in memory, major to minor; an array
+without one has the device's default order. Numbers that JSON lacks are the strings "inf", "-inf" and "nan". "program" is
+as in `autoshard.planning.program_file`; older files lack it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from search.formulation.strategies import Strategy
 from search.solve import Proof
 
 VERSION = 1
-"""The version of the format; a reader refuses newer ones."""
+"""The version of the format; newer versions are rejected."""
 _MOST_BYTES = 64 * 2**20
-"""The largest file that is read; 126 layers, unrolled, take 10 MiB."""
+"""The size of the largest file that is read; 126 unrolled layers take 10 MiB."""
 _MOST_VALUES = 2**22
-"""The most values in a file that is read, counted by commas and brackets: a value takes up to 0.2 KiB of memory."""
+"""The largest number of values in a file, counted by commas and brackets: a value takes up to 0.2 KiB of memory."""
 
 
 _NUMBER = (int, float)
@@ -67,9 +67,9 @@ Json = dict[str, Any]
 
 
 def save(plan: PlanRecord, path: str | PathLike[str]) -> None:
-    """Writes a plan to a file, all or nothing: whoever reads it meanwhile sees the old file or the new one.
+    """Writes a plan to a file atomically: a concurrent reader sees the old file or the new one.
 
-    **Raises:** `OSError` when the file cannot be written; nothing is left behind then.
+    **Raises:** `OSError` if the file cannot be written; no partial file is left.
     """
     write_whole(Path(path), dumps(plan))
 
@@ -77,8 +77,8 @@ def save(plan: PlanRecord, path: str | PathLike[str]) -> None:
 def load(path: str | PathLike[str]) -> PlanRecord:
     """Reads a plan from a file.
 
-    **Raises:** `PlanMismatchError`, with the reason, for anything that is no plan of this version or an older one;
-    `OSError` when there is no such file.
+    **Raises:** `PlanMismatchError`, with the reason, for anything that is not a plan of this version or an older one;
+    `OSError` if there is no such file.
     """
     size = os.stat(path).st_size
     if size > _MOST_BYTES:
@@ -102,15 +102,16 @@ def loads(text: str | bytes, where: str = "The plan") -> PlanRecord:
     try:
         data = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
-        raise PlanMismatchError(f"{where} is no JSON, or is cut off: {error}.") from error
+        raise PlanMismatchError(f"{where} is not valid JSON, or is truncated: {error}.") from error
     if not isinstance(data, dict) or "autoshard_plan" not in data:
-        raise PlanMismatchError(f"{where} is no plan of autoshard: it lacks the key autoshard_plan.")
+        raise PlanMismatchError(f"{where} is not an autoshard plan: the key autoshard_plan is missing.")
     version = data["autoshard_plan"]
     if type(version) is not int or version < 1:
-        raise PlanMismatchError(f"{where} has the version {version!r}; {VERSION} would do.")
+        raise PlanMismatchError(f"{where} has the invalid version {version!r}; expected {VERSION}.")
     if version > VERSION:
         raise PlanMismatchError(
-            f"{where} has version {version}, but this autoshard reads versions up to {VERSION}; update autoshard, or plan anew."
+            f"{where} has version {version}, but this autoshard reads versions up to {VERSION};"
+            " update autoshard, or search again."
         )
     try:
         return _from_json(_Reader(data, ""))
@@ -121,7 +122,7 @@ def loads(text: str | bytes, where: str = "The plan") -> PlanRecord:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no number of JSON")
+        raise ValueError(f"{text} is not a JSON number")
     return value
 
 
@@ -222,11 +223,11 @@ def _axes(axes: Axes) -> str | list[str] | None:
 
 
 class _Reader:
-    """A JSON object that says where a key is missing or has the wrong type."""
+    """A reader of a JSON object, with errors that locate a missing key or a value of the wrong type."""
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):
-            raise ValueError(f"{where or 'it'} is {_short(data)}, not an object")
+            raise ValueError(f"{where or 'it'} must be an object, got {_short(data)}")
         self.data, self.where = data, where
 
     def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
@@ -235,25 +236,25 @@ class _Reader:
             raise ValueError(f"{at} is missing")
         value = self.data[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{at} is {_short(value)}")
+            raise ValueError(f"{at} has the wrong type: {_short(value)}")
         return value
 
     def float(self, key: str) -> float:
         value = self.get(key, (int, float, str))
         if isinstance(value, str) and value not in ("inf", "-inf", "nan"):
-            raise ValueError(f"{self.where}.{key} is {_short(value)}, which is no number")
+            raise ValueError(f"{self.where}.{key} must be a number, got {_short(value)}")
         return float(value)
 
     def names(self, key: str) -> tuple[str, ...]:
         found = self.get(key, list)
         if not all(isinstance(each, str) for each in found):
-            raise ValueError(f"{self.where}.{key} is {_short(found)}, which is no list of names")
+            raise ValueError(f"{self.where}.{key} must be a list of names, got {_short(found)}")
         return tuple(found)
 
     def counts(self, key: str) -> tuple[int, ...]:
         found = self.get(key, list)
         if not all(type(each) is int and each >= 0 for each in found):
-            raise ValueError(f"{self.where}.{key} is {_short(found)}, which is no list of whole numbers")
+            raise ValueError(f"{self.where}.{key} must be a list of non-negative integers, got {_short(found)}")
         return tuple(found)
 
     def each(self, key: str) -> Iterator[_Reader]:
@@ -270,7 +271,7 @@ def _short(value: Any) -> str:
 
 
 def _record(kind: type, reader: _Reader, **special: Callable[[_Reader], Any]) -> Any:
-    """A frozen record from an object with its fields; `special` reads the ones that are no plain text or number."""
+    """A frozen record from an object with its fields; `special` reads the fields of other types than text and numbers."""
     plain: Mapping[str, Callable[[str], Any]] = {
         "str": lambda key: reader.get(key, str),
         "int": lambda key: reader.get(key, int),
@@ -324,14 +325,14 @@ def _from_json(reader: _Reader) -> PlanRecord:
         else (),
     )
     if not isinstance(plan.in_tree.data, dict) or "tuple" not in plan.in_tree.data:
-        raise ValueError(f"in_tree is {_short(plan.in_tree.data)}, which is no tuple of arguments")
+        raise ValueError(f"in_tree must be a tuple of arguments, got {_short(plan.in_tree.data)}")
     _count("in_tree", pytrees.leaf_count(plan.in_tree.data), "arguments", len(arguments))
     _count("out_tree", pytrees.leaf_count(plan.out_tree.data), "results", len(results))
     return plan
 
 
 def _program(reader: _Reader) -> tuple[Program | None, Dimensions | None]:
-    """The costed program, which plans of older files lack."""
+    """The costed program and its dimensions; `None` for older files, which lack them."""
     if "program" not in reader.data:
         return None, None
     try:
@@ -339,7 +340,7 @@ def _program(reader: _Reader) -> tuple[Program | None, Dimensions | None]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"its program cannot be read ({type(error).__name__}: {error})") from error
     if fingerprint(program) != reader.get("fingerprint", str):
-        raise ValueError("its program is not the one that was planned")
+        raise ValueError("its program does not match its fingerprint")
     return program, dimensions
 
 
@@ -353,7 +354,7 @@ def _topology(reader: _Reader) -> Topology:
 
 def _count(tree: str, leaves: int, key: str, rows: int) -> None:
     if leaves != rows:
-        raise ValueError(f"{tree} has {leaves} arrays and {key} has {rows}")
+        raise ValueError(f"{tree} has {leaves} arrays, but {key} has {rows}")
 
 
 def _collectives(reader: _Reader) -> tuple[PlannedCollective, ...]:
@@ -365,10 +366,10 @@ def _arrays(topology: Topology, reader: _Reader, key: str) -> tuple[ArrayPlan, .
     for array in found:
         if len(array.layout.dims) != len(array.shape):
             raise ValueError(
-                f"{array.path} has {len(array.shape)} dimensions and {len(array.layout.dims)} in its layout"
+                f"{array.path} has {len(array.shape)} dimensions, but {len(array.layout.dims)} in its layout"
             )
         if array.order and sorted(array.order) != list(range(len(array.shape))):
-            raise ValueError(f"{array.path} has {len(array.shape)} dimensions, in the order {list(array.order)}")
+            raise ValueError(f"{array.path} has {len(array.shape)} dimensions, but the order {list(array.order)}")
     return found
 
 
@@ -384,7 +385,7 @@ def _splits(topology: Topology, data: list[Any], where: str) -> tuple[Axes, ...]
     splits = tuple(() if each is None else (each,) if isinstance(each, str) else tuple(each) for each in data)
     used = [axis for axes in splits for axis in axes]
     if len(set(used)) != len(used) or not set(used) <= set(topology.axis_sizes):
-        raise ValueError(f"{where} is {_short(data)}; the axes are {', '.join(topology.axis_sizes)}, each at most once")
+        raise ValueError(f"{where} must use each of {', '.join(topology.axis_sizes)} at most once, got {_short(data)}")
     return splits
 
 

@@ -1,4 +1,4 @@
-"""The costed program in a plan's JSON, its sizes by name: what formulas, other numbers and crossovers are made of.
+"""The costed program in a plan's JSON, with its sizes by name, for formulas, other sizes and crossovers.
 
 ```json
 {"sizes": {"B": 64, "E": 18432}, "relations": [],
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 def to_json(program: Program, dimensions: Dimensions) -> Json:
-    """A program with its sizes by name as plain data."""
+    """A program as plain data, with its sizes by name."""
     regions = zip(program.regions, dimensions.counts, strict=True)
     values = zip(program.values, dimensions.shapes, strict=True)
     operations = zip(program.operations, dimensions.factors, strict=True)
@@ -67,7 +67,7 @@ def _use_to_json(use: Use) -> list[Any]:
 def from_json(data: Json) -> tuple[Program, Dimensions]:
     """The inverse of `to_json`.
 
-    **Raises:** `ValueError`, `TypeError` or `KeyError` for damaged data; whoever reads a file says which file.
+    **Raises:** `ValueError`, `TypeError` or `KeyError` for damaged data, without the name of the file.
     """
     operations = data["operations"]
     dimensions = Dimensions(
@@ -127,11 +127,11 @@ def _use(row: Sequence[Any]) -> Use:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
+        raise ValueError(f"expected a string, got {value!r}")
     return value
 
 
 def _size(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"expected a non-negative integer, got {value!r}")
     return value

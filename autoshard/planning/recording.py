@@ -1,4 +1,4 @@
-"""The record of a search: the solution as a plan in the user's words."""
+"""The record of a search: the solution as a plan with paths, strategy names and source lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from search.solve import Solution
 
 
 def record(function: AnnotatedFunction, solution: Solution, options: Options | None = None) -> PlanRecord:
-    """A solution as a plan; with the baselines that the options ask for."""
+    """A solution as a plan, with the baselines that the options request."""
     traced = function.traced
     ordered = orders(function.program, solution.choice, solution.problem.topology)
     arguments = records_of.argument_plans(traced, solution, function.weak)

@@ -1,4 +1,4 @@
-"""The plan as plain frozen data: layouts, costs and proof of every array and operation."""
+"""The plan as plain frozen data: the layouts of all arrays, the strategies of all operations, the cost and the proof."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from search.solve import Proof
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """One argument, closed-over constant or result: its path in the user's words, its layout, and its bytes on one chip.
+    """One argument, closed-over constant or result: its path, its layout, and its bytes on one chip.
 
-    `weak` marks a Python scalar, whose type gives way to the types it meets. `order` has the dimensions from major to minor in
-    memory; it is empty where they lie as the device lays out arrays by default.
+    `weak` marks a Python scalar, which has JAX's weak type. `order` has the dimensions from major to minor in memory; it
+    is empty for the device's default order.
     """
 
     path: str
@@ -42,10 +42,10 @@ def with_orders(arrays: Sequence[ArrayPlan], orders: Sequence[tuple[int, ...]]) 
 def predecessors(
     arguments: Sequence[ArrayPlan], results: Sequence[ArrayPlan], donated: Sequence[tuple[int, int]]
 ) -> dict[int, int]:
-    """By result the donated argument that it takes the place of in the next step, and so has the order of.
+    """Per result, the donated argument that it replaces in the next step, and whose order it has.
 
-    That is the one whose memory it takes; for other results the first donated one of their shape, type and layout, which may be
-    what the function returns for it: JAX pairs memory by shapes alone.
+    This is the argument whose memory the result takes. For any other result it is the first donated argument of the same
+    shape, type and layout, because JAX pairs memory by shapes alone.
     """
 
     def kind(array: ArrayPlan) -> object:
@@ -61,7 +61,7 @@ class PlannedCollective:
     """One collective of the plan.
 
     `bytes` is the payload per chip: the gathered result of an all-gather, the local operand otherwise. `count` executions
-    in one step take `seconds` together. `where` says which array changes layout for which operation, in the user's words.
+    in one step take `seconds` together. `where` names the array, and the operation for which it is resharded.
     """
 
     kind: str
@@ -74,10 +74,10 @@ class PlannedCollective:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step costs under the cost model; seconds, and bytes per chip.
+    """The cost of one step under the cost model, in seconds and bytes per chip.
 
-    `compute_seconds` and `memory_seconds` are the two sides of the operations' rooflines, each summed over operations as
-    if it were alone; `seconds` sums the larger of the two per operation and all collectives.
+    `compute_seconds` and `memory_seconds` are the two terms of the operations' rooflines, each summed over all operations.
+    `seconds` is the sum over operations of the larger term, plus all collectives.
     """
 
     seconds: float
@@ -95,9 +95,9 @@ class OperationPlan:
     """One operation: its strategy by name and per factor, and its cost in one step of the program.
 
     `einsum` writes the factors as letters (factor 0 is `a`, and so on), `sizes` their sizes and `splits` their mesh axes, in
-    that order. `seconds` is all its runs; `collective_seconds` the changes of layout of its operands, and the reductions
-    inside it. `regime` is what takes longest: "compute", "HBM", "communication" or "overhead". `runner_up` describes the
-    cheapest other strategy, with what the step would cost more if this operation alone changed.
+    that order. `seconds` covers all its runs. `collective_seconds` covers the reshards of its operands and the reductions
+    inside it. `regime` is the largest term: "compute", "HBM", "communication" or "overhead". `runner_up` describes the
+    cheapest other strategy, with an upper bound on the extra step time.
     """
 
     name: str
@@ -121,9 +121,9 @@ class OperationPlan:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A plain layout, such as "Megatron 1D": the seconds of its best plan, and a bound that no plan of its kind is below.
+    """A baseline, such as "Megatron 1D": the seconds of its best plan, and a lower bound on all plans of its family.
 
-    Where it has no plan, the seconds are infinite, and `why` says why.
+    If it has no plan, the seconds are infinite, and `why` has the reason.
     """
 
     name: str
@@ -133,28 +133,27 @@ class Baseline:
 
 
 NOISE_PART = 0.03
-"""Margins below this part of a step are within what the cost model can tell apart."""
+"""The fraction of a step below which the cost model cannot distinguish two plans."""
 
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """A layout of a function over a topology, with its cost and its proof, as data that a file can hold.
+    """A layout of a function over a topology, with its cost and its proof, as data for a file.
 
-    It names operations by their position in the annotated program and carries that program's fingerprint. To run, it is bound
-    to the function again, which must trace to a program with the same fingerprint.
+    It names operations by their position in the annotated program, and has that program's fingerprint. To run, it is bound
+    to the function, which must trace to a program with the same fingerprint.
 
     **Attributes:**
 
     - `arguments`, `constants`, `results`: an `ArrayPlan` each, flat, in order.
-    - `in_tree`, `out_tree`: how flat arguments and results nest.
-    - `operations`: an `OperationPlan` per operation of the traced program, in its numbering; those that only bring arrays in,
-      out or round a loop cost nothing.
+    - `in_tree`, `out_tree`: the structures of the arguments and of the results.
+    - `operations`: an `OperationPlan` per operation of the traced program, in its numbering; boundary operations, such as
+      arguments and loop carries, cost nothing.
     - `choice`: the strategies and layouts by operation and value number, for emission.
-    - `warnings`: everything the plan does not vouch for, in sentences.
-    - `program`, `dimensions`: the program that was costed, and its sizes by name: what formulas are made of. Plans of
-      older files have none.
-    - `baselines`: what plain layouts would take, if that was asked for.
-    - `emission`: how the plan is emitted where no rule decides, as `choose_formats` and `verify` found it best.
+    - `warnings`: assumptions and limitations of the plan, as sentences.
+    - `program`, `dimensions`: the costed program, and its sizes by name, for formulas; `None` in plans from older files.
+    - `baselines`: the baselines, if they were requested.
+    - `emission`: the emission choices that no rule decides, as `choose_formats` and `verify` found them best.
     """
 
     name: str
@@ -178,12 +177,12 @@ class PlanRecord:
     emission: Emission = BY_DEFAULT
 
     def require_program(self) -> Program:
-        """The program that was costed.
+        """The costed program.
 
-        **Raises:** `MissingProgramError` for a plan from an older file, which does not hold it.
+        **Raises:** `MissingProgramError` for a plan from an older file, which lacks it.
         """
         if self.program is None:
             raise MissingProgramError(
-                f"The plan {self.name!r} comes from an older file that does not hold its program. Search it again."
+                f"The plan {self.name!r} is from an older file, which lacks its program. Search again."
             )
         return self.program

@@ -1,4 +1,4 @@
-"""The account of a solution in the user's words: arrays, operations, collectives, and what the plan does not vouch for."""
+"""Records of a solution: arrays, operations, collectives, and warnings on assumptions and limitations."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from search.solve import Solution
 
 _COSTED = ("matmul", "memory", "fused")
 _MATTERS = 0.01
-"""The part of all arguments' bytes from which on an argument's indivisible dimension is worth a warning."""
+"""The fraction of all arguments' bytes from which an argument's indivisible dimension is worth a warning."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # --- arrays
 
 
 def argument_plans(traced: Traced, solution: Solution, weak: Sequence[bool]) -> tuple[ArrayPlan, ...]:
-    """The flat arguments, as they are given."""
+    """The records of the flat arguments."""
     program, donated = traced.program, {argument for argument, _ in traced.program.donated}
     return tuple(
         _source(program, solution, at, path, i in donated, weak[i])
@@ -40,7 +40,7 @@ def argument_plans(traced: Traced, solution: Solution, weak: Sequence[bool]) -> 
 
 
 def constant_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
-    """The arrays that the function closes over."""
+    """The records of the arrays that the function closes over."""
     program = traced.program
     return tuple(_source(program, solution, at, program.operations[at].name) for at in program.constants)
 
@@ -55,7 +55,7 @@ def _source(
 
 
 def result_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
-    """The flat results, as they are returned."""
+    """The records of the flat results."""
     program, found = traced.program, []
     for path, at, atom in zip(traced.result_paths, program.results, traced.block.outputs, strict=True):
         if isinstance(atom, Literal):
@@ -73,7 +73,7 @@ def result_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
 
 
 def estimate(solution: Solution) -> Estimate:
-    """What a step costs, by the independent checker, with its collectives in program order."""
+    """The cost of a step, by the independent checker, with its collectives in program order."""
     problem, check = solution.problem, solution.check
     return Estimate(
         check.seconds,
@@ -110,7 +110,7 @@ def _where(program: Program, collective: Collective) -> str:
 
 
 def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
-    """Every operation of the program, in its numbering; those that only carry arrays along cost nothing."""
+    """The records of all operations, in the program's numbering; boundary operations cost nothing."""
     problem, choice = solution.problem, solution.choice
     wire = _collective_seconds(problem.program, solution.collectives)
     others = Alternatives(problem, rows(problem), states_of(problem, choice))
@@ -125,14 +125,14 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
 
 
 def _of_this(copy: OperationPlan, op: Operation, wire: float, topology: Topology) -> OperationPlan:
-    """The account of an operation, from that of one like it."""
+    """The record of an operation, from that of an identical one."""
     overhead = copy.count * topology.chip.op_overhead_seconds if copy.matmul else 0.0
     bound = regime(copy.compute_seconds, copy.memory_seconds, wire, overhead)
     return replace(copy, name=op.name, source=op.source, collective_seconds=wire, regime=bound)
 
 
 def _collective_seconds(program: Program, planned: Iterable[Collective]) -> list[float]:
-    """Per operation the collectives of its operands and those inside it; a result that moves when it is made is its own."""
+    """Per operation the seconds of the collectives on its operands and inside it, and of a reshard directly after it."""
     found = [0.0] * len(program.operations)
     for each in planned:
         at = each.operation if each.operation >= 0 else program.producers[each.value][0]
@@ -141,7 +141,7 @@ def _collective_seconds(program: Program, planned: Iterable[Collective]) -> list
 
 
 def _operation(problem: Problem, choice: Choice, i: int, others: Alternatives) -> OperationPlan:
-    """The account of one operation, without its changes of layout."""
+    """The record of one operation, without its reshards."""
     program, topology = problem.program, problem.topology
     op, strategy = program.operations[i], choice.strategies[i]
     runs = program.multiplicity(op.region)
@@ -178,7 +178,7 @@ def _totals(program: Program, topology: Topology, choice: Choice, i: int) -> dic
 def repriced(
     program: Program, topology: Topology, choice: Choice, planned: Sequence[OperationPlan]
 ) -> tuple[OperationPlan, ...]:
-    """Planned operations with what they cost in another program or on another topology, planned as they were."""
+    """Planned operations with their costs in another program or on another topology, under the same choice."""
     wire = _collective_seconds(program, collectives(program, topology, choice))
     return tuple(
         replace(op, **_totals(program, topology, choice, i), collective_seconds=wire[i]) for i, op in enumerate(planned)
@@ -202,7 +202,7 @@ def einsum(op: Operation) -> str:
 
 
 def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
-    """Everything the plan does not vouch for, in sentences."""
+    """The assumptions and limitations of the plan, as sentences."""
     problem = solution.problem
     return (
         *problem.program.warnings,
@@ -215,7 +215,7 @@ def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
 
 
 def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:
-    """Dimensions of large arguments that an axis could split if only it divided them."""
+    """Dimensions of large arguments that are at least as long as an axis which does not divide them."""
     program = problem.program
     sizes = {name: size for name, size in problem.topology.axis_sizes.items() if size > 1}
     sources = [program.operations[at].outputs[0].value for at in program.arguments]
@@ -235,7 +235,7 @@ def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:
 
 
 def _held_whole(program: Program, value: int, dimension: int) -> bool:
-    """Whether every use holds the dimension whole anyway, as a loop does that cuts slices along it."""
+    """Whether every use keeps the dimension whole, such as a loop that takes slices along it."""
     uses = [program.operations[at].inputs[k].dims[dimension] for at, k in program.consumers.get(value, ())]
     at = [at for at, _ in program.consumers.get(value, ())]
     return all(
@@ -255,8 +255,8 @@ def _looped(solution: Solution) -> Iterator[str]:
     hidden = sum(each.hidden_seconds for each in solution.collectives)
     if hidden:
         yield (
-            f"{hidden * 1e3:.4g} ms of collectives are priced as hidden by looped einsums. The program that is emitted does not"
-            " loop: whether the compiler overlaps them is its own choice, and without it the step takes so much longer."
+            f"{hidden * 1e3:.4g} ms of collectives are costed as hidden by looped einsums. The emitted program does not"
+            " loop; if the compiler does not overlap them, the step takes that much longer."
         )
 
 

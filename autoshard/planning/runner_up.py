@@ -1,7 +1,7 @@
-"""What else an operation could have done, and what the step would cost then.
+"""Runner-up strategies of an operation, and the step time with each.
 
-The price of another strategy is that of a whole plan: the operation is held to it, and those around it adapt, one at a time,
-and those around them, until none improves. So it is a price that can be had, an upper bound on what the strategy costs at best.
+The cost of another strategy is the cost of a whole plan. The operation is fixed to the strategy; its neighbours and their
+neighbours are re-optimised one at a time until none improves. The result is a feasible upper bound on the strategy's cost.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from search.memory.constraints import Row, together
 from search.presolve.primal import improve, overflow
 
 _TRIED = 4
-"""How many strategies of other names are priced, and how many better states of a node are tried for room."""
+"""The number of strategies of other names that are costed, and of better states of a node that are tried for memory."""
 _STEEP = 10.0
-"""What full memory costs where states do not fit, in steps."""
+"""The cost of the whole budget, in step times, for states that do not fit."""
 _ROUNDS = 10
-"""How often all operations adapt, at most."""
+"""The largest number of rounds of re-optimisation."""
 
 
 class Alternatives:
-    """What the operations of one plan could have done instead."""
+    """Alternative strategies of the operations of one plan."""
 
     def __init__(self, problem: Problem, limits: tuple[Row, ...], states: np.ndarray) -> None:
         self.problem, self.limits, self.states = problem, limits, states
@@ -37,7 +37,7 @@ class Alternatives:
         return together(self.limits)
 
     def runner_up(self, operation: int) -> str:
-        """The cheapest other strategy of an operation by name, and what the step would cost more under it, at most.
+        """The cheapest strategy of another name of an operation, and an upper bound on the extra step time under it.
 
         "WS-2D: contracted over x, output over yz: at most 13.5 ms more"
         """
@@ -47,7 +47,7 @@ class Alternatives:
             return ""
         best = min(found, key=lambda plan: (self._over(plan) > 0, self.problem.objective(plan)))
         if (over := self._over(best)) > 0:
-            return f"{self._name(best, operation)}: {size(over)} too large, as found"
+            return f"{self._name(best, operation)}: the plan found is {size(over)} too large"
         rise = max(self.problem.objective(best) - self.problem.objective(self.states), 0.0)
         return f"{self._name(best, operation)}: at most {time(rise)} more"
 
@@ -55,7 +55,7 @@ class Alternatives:
         return strategy_name(self.problem.program, self.problem.topology, choice_of(self.problem, states), operation)
 
     def others(self, operation: int) -> Iterator[np.ndarray]:
-        """Plans around the likeliest strategies of other names."""
+        """Re-optimised plans with the most promising strategies of other names."""
         node = self.problem.of_operation[operation]
         cost, replies = _with_neighbours(self.problem, self.states, node)
         names = {self._name(self.states, operation)}
@@ -71,16 +71,16 @@ class Alternatives:
                 yield self._adapted(self._squeezed(changed, node), node)
 
     def _squeezed(self, states: np.ndarray, held: int) -> np.ndarray:
-        """The same states if they fit, else others of all nodes but one, chosen at a steep price on memory."""
+        """The same states if they fit; otherwise all nodes but one are chosen again with a large multiplier on memory."""
         if self._over(states) <= 0:
             return states
         steep = _STEEP * self.problem.objective(states) / self.problem.budget_bytes
         return improve(self.problem, (self._everywhere,), states, np.array([steep]), held)
 
     def _adapted(self, states: np.ndarray, held: int) -> np.ndarray:
-        """Changes one node at a time, all but one, to its best state that takes no more memory than there is, or was taken.
+        """The states after improving one node at a time, all but one, without exceeding the budget or the given excess.
 
-        Only the neighbours of what is not as it was before have reason to change, then theirs.
+        Only neighbours of changed nodes can improve, so each round visits these alone.
         """
         states, most = states.copy(), max(self._over(states), 0.0)
         stirred = self.problem.around(np.flatnonzero(states != self.states).tolist())
@@ -96,7 +96,7 @@ class Alternatives:
         return states
 
     def _improved(self, states: np.ndarray, node: int, most: float) -> float:
-        """Gives one node its best state, in place; returns by how many bytes memory may be exceeded from then on."""
+        """Gives one node its best state, in place; returns the excess memory in bytes that is allowed from then on."""
         cost, now = _apart_from(self.problem, states, node, -1), states[node]
         better = np.flatnonzero(cost < cost[now] * (1 - 1e-12))
         for state in better[np.argsort(cost[better], kind="stable")][:_TRIED]:
@@ -107,12 +107,12 @@ class Alternatives:
         return most
 
     def _over(self, states: np.ndarray) -> float:
-        """By how many bytes the fullest point exceeds the budget."""
+        """The bytes by which the peak exceeds the budget."""
         return float(overflow(self.problem, self.limits, states).max(initial=-1.0))
 
 
 def _with_neighbours(problem: Problem, states: np.ndarray, node: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Seconds of every state of one node, each neighbour replying by itself; and the replies, per neighbour and state."""
+    """Seconds of every state of one node with each neighbour's best reply; and the replies, per neighbour and state."""
     cost, replies = problem.nodes[node].cost.copy(), {}
     shared: dict[int, np.ndarray] = {}
     for k in problem.incident[node]:
@@ -130,7 +130,7 @@ def _with_neighbours(problem: Problem, states: np.ndarray, node: int) -> tuple[n
 
 
 def _apart_from(problem: Problem, states: np.ndarray, node: int, other: int) -> np.ndarray:
-    """Seconds of every state of one node with the changes of layout around it, but for those to another node."""
+    """Seconds of every state of one node with the reshards around it, except those to another node."""
     cost = problem.nodes[node].cost.copy()
     for k in problem.incident[node]:
         edge = problem.edges[k]

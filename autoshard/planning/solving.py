@@ -1,4 +1,4 @@
-"""The search of an annotated function, with refusals in the user's words."""
+"""The search of an annotated function, with errors that name its arrays and pins."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_topologies_that_are_none() -> None:
 def test_plans_that_are_damaged(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("{")
-    assert refused("explain", path, code=1).startswith(f"{path} is no JSON, or is cut off")
+    assert refused("explain", path, code=1).startswith(f"{path} is not valid JSON, or is truncated")
     assert run("explain", tmp_path / "gone.json").exit_code == 2
 
 

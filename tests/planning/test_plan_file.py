@@ -254,17 +254,17 @@ def refused(text: str | bytes) -> str:
 @pytest.mark.parametrize(
     "text, message",
     (
-        ("", "plan.json is no JSON, or is cut off: Expecting value: line 1 column 1 (char 0)."),
-        ("[1, 2]", "plan.json is no plan of autoshard: it lacks the key autoshard_plan."),
-        ('{"name": "x"}', "plan.json is no plan of autoshard: it lacks the key autoshard_plan."),
-        ('{"autoshard_plan": "1"}', "plan.json has the version '1'; 1 would do."),
+        ("", "plan.json is not valid JSON, or is truncated: Expecting value: line 1 column 1 (char 0)."),
+        ("[1, 2]", "plan.json is not an autoshard plan: the key autoshard_plan is missing."),
+        ('{"name": "x"}', "plan.json is not an autoshard plan: the key autoshard_plan is missing."),
+        ('{"autoshard_plan": "1"}', "plan.json has the invalid version '1'; expected 1."),
         (
             '{"autoshard_plan": 2}',
-            "plan.json has version 2, but this autoshard reads versions up to 1; update autoshard, or plan anew.",
+            "plan.json has version 2, but this autoshard reads versions up to 1; update autoshard, or search again.",
         ),
         ('{"autoshard_plan": 1}', "plan.json is damaged: topology is missing."),
-        ("[" * 100_000, "plan.json is no JSON, or is cut off: "),
-        (b"\xff\xfe\x00", "plan.json is no JSON, or is cut off: "),
+        ("[" * 100_000, "plan.json is not valid JSON, or is truncated: "),
+        (b"\xff\xfe\x00", "plan.json is not valid JSON, or is truncated: "),
     ),
     ids=("empty", "a list", "another file", "version as text", "newer", "bare", "deep", "binary"),
 )
@@ -317,19 +317,19 @@ def test_a_damaged_plan_is_refused_or_still_a_plan(data, junk: Any) -> None:
         (
             ("arguments", 0, "layout"),
             ["w", None],
-            """arguments[0].layout is ["w", null]; the axes are x, y, each at most once""",
+            """arguments[0].layout must use each of x, y at most once, got ["w", null]""",
         ),
         (
             ("arguments", 0, "layout"),
             ["x", "x"],
-            """arguments[0].layout is ["x", "x"]; the axes are x, y, each at most once""",
+            """arguments[0].layout must use each of x, y at most once, got ["x", "x"]""",
         ),
-        (("arguments", 0, "layout"), ["x"], "params['w'] has 2 dimensions and 1 in its layout"),
-        (("estimate", "seconds"), "soon", """estimate.seconds is "soon", which is no number"""),
-        (("arguments", 1), 7, "arguments[1] is 7, not an object"),
-        (("in_tree",), {"tuple": ["*"]}, "in_tree has 1 arrays and arguments has 2"),
+        (("arguments", 0, "layout"), ["x"], "params['w'] has 2 dimensions, but 1 in its layout"),
+        (("estimate", "seconds"), "soon", 'estimate.seconds must be a number, got "soon"'),
+        (("arguments", 1), 7, "arguments[1] must be an object, got 7"),
+        (("in_tree",), {"tuple": ["*"]}, "in_tree has 1 arrays, but arguments has 2"),
         (("in_tree",), {"call": ["*"]}, """"{'call': ['*']}" is not a node of a pytree"""),
-        (("operations", 2, "splits"), 3, "operations[2].splits is 3"),
+        (("operations", 2, "splits"), 3, "operations[2].splits has the wrong type: 3"),
     ),
 )
 def test_a_damaged_plan_says_where(path: tuple[Any, ...], value: Any, message: str) -> None:

@@ -162,7 +162,7 @@ def test_a_broken_cached_plan_is_replaced_with_a_warning(tmp_path, content: str)
     whole = json.loads(file.read_text())
     file.write_text(content)
     sharded = autoshard.autoshard(step, topology="cpu:8", cache_dir=tmp_path)
-    with pytest.warns(UserWarning, match="autoshard plans anew and replaces a cached plan: .*json"):
+    with pytest.warns(UserWarning, match="autoshard searches again and replaces a cached plan: .*json"):
         assert_close(sharded(*arguments()), jax.jit(step)(*arguments()))
     again = json.loads(file.read_text())
     assert (again["fingerprint"], again["arguments"]) == (whole["fingerprint"], whole["arguments"])

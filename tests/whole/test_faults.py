@@ -41,12 +41,13 @@ def test_what_does_not_fit_says_how_much_is_missing_and_where_it_would_fit() -> 
         autoshard.InfeasibleError, autoshard.search, product, *args, topology="v4:2x2x1", reserve_bytes=2**30
     )
     pattern = re.compile(
-        r"product does not fit v4:2x2x1\. The leanest layout needs (?P<held>[\d.]+) GiB on each chip; a v4 holds 30\.75 GiB,"
-        r" 1 GiB of which are kept free, so (?P<missing>[\d.]+) GiB are missing\. At its fullest, in .*, a chip holds:\n"
+        r"product does not fit on v4:2x2x1\. The smallest layout found needs (?P<held>[\d.]+) GiB per chip,"
+        r" (?P<missing>[\d.]+) GiB more than the 29\.75 GiB available on a v4 \(30\.75 GiB usable, 1 GiB reserved\)\."
+        r" The live arrays at the peak, in .*, are:\n"
         r"        32 GiB  x\n"
         r"        32 GiB  dot_general x · w \(test_faults\.py:\d+\)\n"
         r"(.*\n)*"
-        r"It would fit v4:2x2x4, 16 chips\."
+        r"It fits on v4:2x2x4, 16 chips\."
     )
     found = pattern.fullmatch(text)
     assert found, text
@@ -68,9 +69,9 @@ def test_palm_540b_says_on_how_many_chips_it_would_fit() -> None:
         donate_argnums=workload.donate_argnums,
         name=workload.name,
     )
-    assert text.startswith("palm-540b-decode does not fit v4:2x2x4.")
+    assert text.startswith("palm-540b-decode does not fit on v4:2x2x4.")
     assert "\n     18.67 GiB  params['layers']['wi_gate']\n" in text  # 118 × 18,432 × 73,728 × 2 bytes on 16 chips
-    assert text.endswith("It would fit v4:4x4x4, 64 chips.")
+    assert text.endswith("It fits on v4:4x4x4, 64 chips.")
 
 
 def test_what_no_topology_holds_is_said_to_be_so() -> None:
@@ -82,10 +83,10 @@ def test_what_no_topology_holds_is_said_to_be_so() -> None:
         topology="v5e:2x2",
         name="double",
     )
-    assert text.startswith("double does not fit v5e:2x2.")
+    assert text.startswith("double does not fit on v5e:2x2.")
     assert "\n     186.4 GiB  x\n" in text
     assert text.endswith(
-        "It would fit none of the topologies up to v5e:64x64, 4096 chips: what must be whole on a chip is too large."
+        "No topology up to v5e:64x64, 4096 chips, was found on which it fits: some arrays cannot be split far enough."
     )
 
 
@@ -93,11 +94,11 @@ def test_gpus_are_added_within_the_node_first_and_then_by_nodes() -> None:
     big = abstract(2**20, 2**15)  # 128 GiB
     for given, wanted in (("h100:2", "h100:8, 8 chips"), ("a100:1x4", "a100:1x8, 8 chips")):
         assert message(autoshard.InfeasibleError, autoshard.search, lambda x: x * 2, big, topology=given).endswith(
-            f"fit {wanted}."
+            f"fits on {wanted}."
         )
     more = abstract(2**24, 2**15)  # 2 TiB
     text = message(autoshard.InfeasibleError, autoshard.search, lambda x: x * 2, more, topology="h100:8")
-    assert re.search(r"It would fit h100:\d+x8, \d+ chips\.$", text)
+    assert re.search(r"It fits on h100:\d+x8, \d+ chips\.$", text)
 
 
 # --- topologies and devices

@@ -148,7 +148,7 @@ def test_a_disk_that_cannot_be_written_keeps_what_it_has(tmp_path: Path, monkeyp
         plan.save(path)
     with pytest.raises(OSError, match=os.strerror(number)):
         plan.export("rules", path)
-    with pytest.warns(UserWarning, match=f"autoshard keeps no plans in .*{os.strerror(number)}"):
+    with pytest.warns(UserWarning, match=f"autoshard cannot cache plans in .*{os.strerror(number)}"):
         assert cached(tmp_path, "key", lambda: plan) is plan
     assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
 
@@ -237,12 +237,12 @@ MANY = 2**21 - 100
     (
         ("[],", 20 * 2**20, "values; a plan has at most"),
         ('{"":0},', 9 * 2**20, "values; a plan has at most"),
-        ('{"":0},', MANY, "is no plan of autoshard"),
-        ("[[]],", MANY * 2 // 3, "is no plan of autoshard"),
+        ('{"":0},', MANY, "is not an autoshard plan"),
+        ("[[]],", MANY * 2 // 3, "is not an autoshard plan"),
         ("[", 60 * 2**20, "values; a plan has at most"),
-        ('{"a":', 2**20, "is no JSON, or is cut off"),
-        ("9", 60 * 2**20, "is no JSON, or is cut off"),
-        ('"\\u0041', 2**20, "is no JSON, or is cut off"),
+        ('{"a":', 2**20, "is not valid JSON, or is truncated"),
+        ("9", 60 * 2**20, "is not valid JSON, or is truncated"),
+        ('"\\u0041', 2**20, "is not valid JSON, or is truncated"),
     ),
     ids=("lists", "objects", "fewer objects", "fewer lists", "deep lists", "deep objects", "a number", "text"),
 )
@@ -275,7 +275,7 @@ def test_huge_numbers_are_taken_for_what_they_are() -> None:
         autoshard.TopologyError, match="The number of host devices must be at most 4096, got 2000000000"
     ):
         wide.make_mesh()
-    with pytest.raises(PlanMismatchError, match="is no JSON, or is cut off: Exceeds the limit"):
+    with pytest.raises(PlanMismatchError, match="is not valid JSON, or is truncated: Exceeds the limit"):
         loads('{"autoshard_plan": ' + "9" * 5000 + "}")
 
 
@@ -304,7 +304,7 @@ def test_a_plan_that_its_function_cannot_have_is_refused(path: Any, value: Any, 
 
 
 def test_arguments_are_a_tuple() -> None:
-    with pytest.raises(PlanMismatchError, match=r'in_tree is \{"list": .*, which is no tuple of arguments'):
+    with pytest.raises(PlanMismatchError, match=r'in_tree must be a tuple of arguments, got \{"list": '):
         loads(damaged(small_plan(), "in_tree", value={"list": ["*", "*"]}))
 
 

@@ -132,9 +132,9 @@ def test_a_refusal_reaches_both() -> None:
     wanted = {
         "other arguments": (
             "PlanMismatchError",
-            "step is not the same in all processes: process 1 has other arguments",
+            "step must be the same in all processes: process 1 has other arguments",
         ),
-        "no memory": ("InfeasibleError", "step does not fit cpu:2x4."),
+        "no memory": ("InfeasibleError", "step does not fit on cpu:2x4."),
         "part of the devices": (
             "TopologyError",
             "The plan is for cpu:2x2, 4 chips. The first 4 of 8 host devices belong to 1 of 2 processes; plan for all"

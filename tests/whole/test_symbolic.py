@@ -327,7 +327,7 @@ def test_an_older_plan_has_none() -> None:
 
 def test_a_program_that_is_not_the_one_planned_is_refused() -> None:
     text = dumps(planned(Block(), parse_topology("v5e:2x4")))
-    with pytest.raises(autoshard.PlanMismatchError, match="its program is not the one that was planned"):
+    with pytest.raises(autoshard.PlanMismatchError, match="its program does not match its fingerprint"):
         loads(text.replace('"down_1": 16', '"down_1": 32'))
 
 
