@@ -39,7 +39,7 @@ def search(
     dims: Names | None = None,
     solver: Solver = "presolved",
 ) -> Plan:
-    """Searches the layout of every array and operation of a function that makes one step fastest on a topology.
+    """Searches for the layout of every array and operation of a function with the least step time on a topology.
 
         plan = autoshard.search(decode, params, cache, tokens, position, topology="v4:4x4x4", donate_argnums=1)
         plan.proof.status, plan.estimate.seconds
@@ -47,26 +47,26 @@ def search(
     **Arguments:**
 
     - `fn`: a function of pytrees of arrays.
-    - `args`: its arguments, arrays or `jax.ShapeDtypeStruct`s; only shapes and types count, and nothing is allocated.
+    - `args`: its arguments, arrays or `jax.ShapeDtypeStruct`s; only shapes and types are used, and nothing is allocated.
     - `topology`: `CHIP:AxBxC`, the path of a TOML file, a `Topology`, or "auto" for the devices that JAX sees.
     - `donate_argnums`: positions of arguments whose memory the results may take, as for `jax.jit`.
-    - `name`: what the plan is called; the function's name by default.
-    - `strict`: refuse primitives without a sharding rule, instead of computing them whole on every chip.
-    - `reserve_bytes`: memory of each chip to leave free; by default a twentieth, for what a compiler may need on top.
-    - `time_limit`: seconds after which the best plan so far is returned, with the gap that is left.
-    - `progress`: called with a line of text now and then; by default these go to the log "autoshard".
-    - `pins`: layouts that you decide: `{"params.*.wq": P(None, "x", ("y", "z"))}`, patterns over dotted argument paths, or
-      a tree of specs per argument with `None` for what is free. `autoshard.pin` pins intermediates.
-    - `fold`: whether the layers that a Python loop unrolled are laid out alike, which makes depth free. Without it, layers may
-      differ, and the search takes as many times longer.
-    - `memory_bytes`: what the plan may take of each chip's memory; by default all but the reserve.
-    - `baselines`: whether plain layouts (data parallel, Megatron 1D, ...) are searched as well, to compare with.
+    - `name`: the name of the plan; the function's name by default.
+    - `strict`: raise for primitives without a sharding rule, instead of replicating their arrays.
+    - `reserve_bytes`: memory of each chip to leave free; by default a twentieth, for the compiler's own needs.
+    - `time_limit`: seconds after which the best plan so far is returned, with the remaining gap.
+    - `progress`: called with a line of text now and then; by default the lines go to the log "autoshard".
+    - `pins`: layouts to fix: `{"params.*.wq": P(None, "x", ("y", "z"))}`, patterns over dotted argument paths, or a tree of
+      specs per argument with `None` for free arrays. `autoshard.pin` pins intermediates.
+    - `fold`: whether identical layers of an unrolled Python loop have the same layouts, so the search time does not depend
+      on their number. Without it layers may differ, and the search time is proportional to their number.
+    - `memory_bytes`: the memory of each chip that the plan may use; by default all but the reserve.
+    - `baselines`: whether baselines (data parallel, Megatron 1D, ...) are searched too, to compare with.
     - `dims`: names of dimensions for formulas, such as `{"tokens": "B", "layers.wi_gate": "N E F"}` or `{"B": 64}`
-      (`autoshard.dimensions`); what has no name is called after its argument.
-    - `solver`: "presolved", or "cp-sat" for CP-SAT on the model as it is built: a reference for small functions and meshes.
+      (`autoshard.annotating.dimension_names`); a dimension without a name is named after its argument.
+    - `solver`: "presolved", or "cp-sat" for CP-SAT on the original model: a reference for small functions and meshes.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
-    `InfeasibleError` when no layout fits.
+    `InfeasibleError` if no layout fits.
     """
     if solver not in get_args(Solver):
         raise AutoshardError(f'`solver` must be "presolved" or "cp-sat", got {solver!r}.')
@@ -91,7 +91,7 @@ def search(
 
 @seldom_collected()
 def annotated_function(fn: Callable[..., Any], args: Sequence[Any], options: Options) -> AnnotatedFunction:
-    """A function, traced with arguments of these shapes and types, and annotated; the pins wait for a topology.
+    """A function, traced with arguments of these shapes and types, and annotated, without the pins.
 
     **Raises:** `TraceError`, `UnsupportedPrimitiveError`; `AutoshardError` for symbolic dimensions.
     """
@@ -102,7 +102,7 @@ def annotated_function(fn: Callable[..., Any], args: Sequence[Any], options: Opt
 
 @seldom_collected()
 def plan_function(function: AnnotatedFunction, topology: Topology, options: Options) -> Plan:
-    """Searches the layout of an annotated function on a topology, and records it as a plan.
+    """Searches for the layout of an annotated function on a topology, and records it as a plan.
 
     **Raises:** `InfeasibleError`, `PinError`.
     """
@@ -115,6 +115,6 @@ def _refuse_symbols(args: Sequence[Any]) -> None:
     symbols = symbols_of(args)
     if symbols:
         raise AutoshardError(
-            f"The arguments have symbolic dimensions ({', '.join(symbols)}), and a plan needs numbers:"
+            f"The arguments must not have symbolic dimensions, got {', '.join(symbols)}:"
             f" use autoshard.trace_symbolic(fn, ...).bind({symbols[0]}=...).search(topology)."
         )

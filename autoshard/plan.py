@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Plan(PlanRecord):
-    """A layout of a function over a topology, with its cost and its proof; made by `autoshard.search`.
+    """A layout of a function over a topology, with its cost and its proof, made by `autoshard.search`.
 
     Its attributes are those of `PlanRecord`: `arguments`, `results`, `operations`, `estimate`, `proof`, `warnings` and more.
     """
@@ -50,22 +50,22 @@ class Plan(PlanRecord):
     # --- execution -----------------------------------------------------------------------------------------------
 
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """A mesh with the plan's axes over `devices`, each where it stands in the torus; over all that JAX sees by default.
+        """A mesh with the plan's axes over `devices`, placed by torus coordinates; by default over all that JAX sees.
 
         A plan for host devices takes the first of them, and makes them if JAX has not started yet.
 
-        **Raises:** `TopologyError` when there are not as many devices as the plan has chips.
+        **Raises:** `TopologyError` if the number of devices differs from the plan's number of chips.
         """
         return sharding.make_mesh(self, devices)
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` as planned: a function of the same arguments, in which every array lies and moves as the plan says.
+        """`fn` as planned: a function of the same arguments, with the layouts and collectives of the plan.
 
-        It runs by itself and under `jax.jit`, `jax.grad` and `jax.vmap`; on the mesh of `jax.set_mesh` if there is one, else
-        on `make_mesh()`. The function is traced with the arguments it is called with.
+        It runs directly and under `jax.jit`, `jax.grad` and `jax.vmap`, on the mesh of `jax.set_mesh` if there is one, else
+        on `make_mesh()`. Each call traces the function with its arguments, once per structure and mesh.
 
         **Raises:** when called, `PlanMismatchError` if the plan is not for this function and these arguments, `TopologyError`
-        if the mesh has not the plan's axes.
+        if the mesh lacks the plan's axes.
         """
         return bind.bound(self, fn, None)
 
@@ -75,29 +75,29 @@ class Plan(PlanRecord):
             plan.jit(decode)(params, cache, tokens, position)
             plan.jit(decode, mesh).lower(*args).compile()
 
-        Without a `mesh` it runs on the one of `jax.set_mesh` if there is one, else on `make_mesh()`. A plan from a file does
-        not know custom pytree nodes; where the arguments or results have some, their placement is left to the arrays
-        themselves and to the compiler, which takes it from the plan inside the function. On TPUs whose memory the plan nearly
-        fills, the compiler is told not to compute things again before it is full; JAX wants such options outermost, so
-        within another `jax.jit` there take `apply`.
+        Without a `mesh` it runs on the one of `jax.set_mesh` if there is one, else on `make_mesh()`. A plan from a file lacks
+        custom pytree nodes. If the arguments or results have some, their shardings are left to the arrays themselves and to
+        the compiler, which infers them from the plan inside the function. If the plan nearly fills the memory of a TPU, a
+        compiler option limits rematerialisation. JAX accepts such options only on the outermost `jax.jit`, so use `apply`
+        within another `jax.jit`.
 
-        Arrays whose dimensions lie in another order than planned are relaid at each call, and a warning says so once; `place`
-        does it beforehand. With `formats="default"` all arrays lie as the device lays them out by default.
+        Arrays whose order of dimensions in memory differs from the plan are copied at each call, with one warning; `place`
+        copies them beforehand. With `formats="default"` all arrays have the device's default order.
         """
         return jitted(self, fn, mesh or sharding.current_mesh(self), formats)
 
     def formats(self, mesh: Mesh | None = None) -> tuple[tuple[Any, ...], Any]:
         """The arguments' and the results' `jax.experimental.layout.Format`s: shardings, and orders of dimensions in memory.
 
-        The layout of a format is None where the array lies as the device lays it out by default, and on devices of another
-        kind than the plan's chips.
+        The layout of a format is None if the array has the device's default order, and on devices of another kind than the
+        plan's chips.
         """
         return formats_of(self, mesh or sharding.current_mesh(self))
 
     def place(
         self, tree: Any, argument: str | int | None = None, *, mesh: Mesh | None = None, donate: bool = False
     ) -> Any:
-        """The arrays of a tree brought into their shards and formats, once: NumPy's, JAX's, or those of a checkpoint.
+        """The arrays of a tree in their shardings and formats: NumPy's, JAX's, or those of a checkpoint.
 
             params = plan.place(params, argument="params")
             params, cache, tokens, position = plan.place((params, cache, tokens, position))
@@ -105,36 +105,36 @@ class Plan(PlanRecord):
         **Arguments:**
 
         - `argument`: the argument that the tree is, by its name or position, or a part of one by its path, such as
-          `"params/layers/0"`; the tuple of all by default.
-        - `mesh`: the mesh to lie on; that of `jax.set_mesh` if there is one, else `make_mesh()`.
-        - `donate`: whether the memory of arrays that are on the mesh's devices already may be taken.
+          `"params/layers/0"`; by default the tree is the tuple of all arguments.
+        - `mesh`: the mesh; by default that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `donate`: whether the memory of arrays that are on the mesh's devices already may be reused.
 
-        **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` when there is no such
-        argument; `TopologyError` if the mesh has not the plan's axes.
+        **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` if there is no such
+        argument; `TopologyError` if the mesh lacks the plan's axes.
         """
         return placing.place(self, tree, mesh or sharding.current_mesh(self), argument, donate)
 
     def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
-        """The arguments as `jax.ShapeDtypeStruct`s that know where and how they lie: what Orbax restores a checkpoint into.
+        """The arguments as `jax.ShapeDtypeStruct`s with shardings and formats, for Orbax to restore a checkpoint into.
 
             params = checkpointer.restore(path, plan.abstract_args(argument="params"))
 
-        Where the plan has orders of dimensions, Orbax restores into them with `StandardRestore(..., support_layout=True)`;
-        `place` brings what is restored without that into them.
+        If the plan has orders of dimensions, Orbax restores into them with `StandardRestore(..., support_layout=True)`. For
+        arrays restored without that option, use `place`.
 
         **Arguments:**
 
-        - `mesh`: the mesh to lie on; that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `mesh`: the mesh; by default that of `jax.set_mesh` if there is one, else `make_mesh()`.
         - `argument`: one argument, by its name or position, instead of the tuple of all.
 
-        A plan from a file has dicts for custom pytree nodes, as `in_specs` has.
+        A plan from a file has dicts in place of custom pytree nodes, as in `in_specs`.
 
-        **Raises:** `ExportError` when there is no such argument, or for types that only JAX can make (random keys);
-        `TopologyError` if the mesh has not the plan's axes.
+        **Raises:** `ExportError` if there is no such argument, or for types that only JAX can make (PRNG keys);
+        `TopologyError` if the mesh lacks the plan's axes.
         """
         return placing.abstract_args(self, mesh or sharding.current_mesh(self), argument)
 
-    # --- words and files -----------------------------------------------------------------------------------------
+    # --- text and files -----------------------------------------------------------------------------------------
 
     def explain(self, symbolic: bool = False) -> str:
         """The plan as text: every matmul with its strategy, cost, regime and runner-up; `symbolic` adds formulas."""
@@ -143,21 +143,21 @@ class Plan(PlanRecord):
         return render(self, symbolic=symbolic)
 
     def formulas(self) -> Formulas:
-        """What the plan costs in closed form, in named dimensions, axis sizes and rates.
+        """The cost of the plan in closed form, in named dimensions, axis sizes and rates.
 
             found = plan.formulas()
             found.total.seconds                                    # a SymPy expression
             found.at(found.total.seconds)                          # plan.estimate.seconds
             found.at(found.total.wire_bytes, B=128)                # with the same strategies, at another batch
 
-        **Raises:** `MissingProgramError` for a plan from an older file, which does not hold the program.
+        **Raises:** `MissingProgramError` for a plan from an older file, which lacks the program.
         """
         from autoshard.explaining.formula_sections import formulas
 
         return formulas(self)
 
     def regimes(self) -> Any:
-        """What every operation and the whole step wait for: an `autoshard.regimes.Regimes`, which prints as a table."""
+        """The resource that bounds each operation and the step: an `autoshard.explaining.bottlenecks.Regimes`, a table."""
         from autoshard.explaining.bottlenecks import regimes
 
         return regimes(self)
@@ -167,14 +167,14 @@ class Plan(PlanRecord):
 
             str(plan.parallelism())     # "fully sharded data parallel (ZeRO-3) over x, 4 ways; tensor parallel over y, 4 ways"
 
-        **Raises:** `MissingProgramError` for a plan from an older file, which does not hold the program.
+        **Raises:** `MissingProgramError` for a plan from an older file, which lacks the program.
         """
         from autoshard.naming.parallelism import parallelism
 
         return parallelism(self.require_program(), self.topology, self.choice)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the plan to a JSON file, all or nothing; `autoshard.load` reads it."""
+        """Writes the plan to a JSON file atomically; `autoshard.load` reads it."""
         from autoshard.planning.plan_file import save
 
         save(self, path)
@@ -188,7 +188,7 @@ class Plan(PlanRecord):
         names: Any = None,
         axes: Mapping[str, str] | None = None,
     ) -> str:
-        """The layouts of the arguments in a format that others read, as text; also written to `path` if that is given.
+        """The layouts of the arguments as text in the format of another tool; also written to `path` if given.
 
             plan.export("rules", "partition_rules.py", argument="params")
 
@@ -203,7 +203,7 @@ class Plan(PlanRecord):
           size have one name.
         - `axes`: other names for mesh axes, such as `{"x": "data", "y": "model"}`.
 
-        **Raises:** `ExportError` for what the format cannot say, with the arrays; `OSError` when the file cannot be written.
+        **Raises:** `ExportError` for arrays that the format cannot express; `OSError` if the file cannot be written.
         """
         from pathlib import Path
 
@@ -228,6 +228,6 @@ def load(path: str | PathLike[str]) -> Plan:
     """Reads a plan from a file.
 
     **Raises:** `PlanMismatchError`, with the reason, for anything that is not a plan of this version or an older one;
-    `OSError` when there is no such file.
+    `OSError` if there is no such file.
     """
     return Plan.of(plan_file.load(path))
