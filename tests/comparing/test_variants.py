@@ -75,7 +75,7 @@ def test_pins_are_kept_and_the_program_computes_the_same():
         ({"params.up": P("x", "x")}, "uses an axis twice"),
         ({"x": P(("x", "y"), None, "x")}, "at most 2 dimensions, got 3"),
         ({"params.*": P("x"), "params.up": P("y")}, "contradicts another pin of params['up']"),
-        (({"up": P("x")},), "has 1 leaves, the arguments 3"),
+        (({"up": P("x")},), "has 1 leaves, but the arguments have 3"),
     ),
 )
 def test_pins_that_cannot_be_are_refused(pins, said: str):

@@ -261,7 +261,7 @@ def test_files_without_orders_are_as_before() -> None:
 @pytest.mark.parametrize("order", ("[0]", "[0, 0]", "[1, 2]", "[0, 1, 2]"))
 def test_orders_that_are_none_are_refused(order: str) -> None:
     text = dumps(turned()).replace('"order": [1, 0]', f'"order": {order}', 1)
-    with pytest.raises(PlanMismatchError, match="has 2 dimensions, in the order"):
+    with pytest.raises(PlanMismatchError, match="has 2 dimensions, but the order"):
         loads(text)
 
 

@@ -189,7 +189,7 @@ def test_a_gather_hides_behind_the_product_that_takes_it(columns: int):
     assert (left.kind, left.axes, left.bytes) == (gather.kind, gather.axes, gather.bytes)
     assert gather.seconds - left.seconds == pytest.approx(hidden)
     assert (hidden == pytest.approx(wire)) == (columns == 32_768)
-    assert [text for text in plan.warnings if "The program that is emitted does not loop" in text]
+    assert [text for text in plan.warnings if "The emitted program does not loop" in text]
     assert not [text for text in plain.warnings if "loop" in text]
 
 
