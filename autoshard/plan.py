@@ -62,7 +62,7 @@ class Plan(PlanRecord):
         """`fn` as planned: a function of the same arguments, with the layouts and collectives of the plan.
 
         It runs directly and under `jax.jit`, `jax.grad` and `jax.vmap`, on the mesh of `jax.set_mesh` if there is one, else
-        on `make_mesh()`. Each call traces the function with its arguments, once per structure and mesh.
+        on `make_mesh()`. The function is traced with the arguments of the call.
 
         **Raises:** when called, `PlanMismatchError` if the plan is not for this function and these arguments, `TopologyError`
         if the mesh lacks the plan's axes.
@@ -157,7 +157,7 @@ class Plan(PlanRecord):
         return formulas(self)
 
     def regimes(self) -> Any:
-        """The resource that bounds each operation and the step: an `autoshard.explaining.bottlenecks.Regimes`, a table."""
+        """The resource that bounds each operation and the step, as a printable `autoshard.explaining.bottlenecks.Regimes`."""
         from autoshard.explaining.bottlenecks import regimes
 
         return regimes(self)
