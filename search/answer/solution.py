@@ -87,7 +87,7 @@ class Effort:
 class Proof:
     """The proven quality of the plan, relative to the cost model, and the work of presolve and solver.
 
-    `gap` is $(\text{objective} - \text{bound}) / \text{objective}$. It is 0 when the plan is proven best up to
+    `gap` is $(\\text{objective} - \\text{bound}) / \\text{objective}$. It is 0 when the plan is proven best up to
     `rounding_seconds`: the most that integer rounding inside CP-SAT may have hidden, at most a millionth of the
     objective (more without presolve, which makes the integers finer).
 
