@@ -121,9 +121,7 @@ def _that_matter(best: Solution) -> list[int]:
 
 
 def _labels(program: Program, node: Node, alike: Mapping[str, int]) -> np.ndarray:
-    """A number per strategy; strategies that differ by a swap of like axes, by their order, or within a role share
-    it.
-    """
+    """A number per strategy, shared by those that differ by a swap of like axes, by their order, or within a role."""
     op = program.operations[node.operation]
     roles = [_role(op, factor) for factor in range(len(op.factors))]
     numbers: dict[object, int] = {}
@@ -137,8 +135,9 @@ def _labels(program: Program, node: Node, alike: Mapping[str, int]) -> np.ndarra
 
 
 def _role(op: Operation, factor: int) -> tuple[int, ...]:
-    """The role of a factor in a matmul: the operands and results that have it; a factor that all have is its own
-    role.
+    """The role of a factor in a matmul: the operands and results that have it.
+
+    A factor that all have is its own role.
     """
     has = tuple(int(any(factor in dim for dim in use.dims)) for use in (*op.inputs, *op.outputs))
     return (*has, factor if all(has) else -1)

@@ -1,4 +1,4 @@
-"""Joint search over several phases: one layout for shared arguments, and the least weighted sum of the phases' times."""
+"""Joint search over several phases: one layout for shared arguments, and the least weighted sum of times."""
 
 from __future__ import annotations
 
@@ -112,9 +112,7 @@ def _handed(joined: Program, topology: Topology, choice: Choice) -> float:
 _HEAVIEST = 1e5
 """The largest factor by which a phase's weight is raised to make it keep its limit."""
 _TRIALS = 15
-"""The number of factors tried: growing until the phase keeps its limit, then halving the interval on a logarithmic
-scale.
-"""
+"""The number of factors tried: growing until the phase keeps its limit, then bisecting on a logarithmic scale."""
 
 
 def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, first: Phases) -> Phases:

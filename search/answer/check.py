@@ -153,8 +153,9 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
 
 
 def _exchanged_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
-    """Seconds of the permutations within one run of an operation; a payload is one part of an operand's or a result's
-    shard.
+    """Seconds of the permutations within one run of an operation.
+
+    A payload is one part of an operand's or a result's shard.
     """
     op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
     total = 0.0
@@ -171,9 +172,7 @@ def _exchanged_seconds(program: Program, topology: Topology, choice: Choice, i: 
 
 
 def _gathered_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
-    """Seconds of the all-gathers within one run of an operation: of every result, or of one element of it along the
-    factor.
-    """
+    """Seconds of the all-gathers within one run of an operation: of results, or of one element along the factor."""
     op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
     pieces = [prod(sizes[axis] for axis in split) for split in splits]
     total = 0.0

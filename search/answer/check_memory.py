@@ -218,9 +218,7 @@ class _Account:
         return False
 
     def _is_fused(self, at: int) -> bool:
-        """Elementwise work, and a scatter of one element to each row of a constant array, which XLA fuses as a
-        comparison.
-        """
+        """Elementwise work, and a scatter of one element to each row of a constant array, which XLA fuses."""
         op = self.program.operations[at]
         if op.op_class == "fused" or not op.primitive.startswith("scatter") or len(op.inputs) != 3:
             return op.op_class == "fused"
@@ -233,8 +231,9 @@ class _Account:
         return each and filled.primitive == "broadcast_in_dim" and not filled.inputs
 
     def copy_life(self, move: Move) -> tuple[int, int]:
-        """The operations during which an operand's resharded copy lives. A gather begins beside the matmul before its
-        own.
+        """The operations during which an operand's resharded copy lives.
+
+        A gather begins beside the matmul before its own.
         """
         at = move.operation
         before = self._matmuls_before[at] if self.program.operations[at].op_class == "matmul" else None

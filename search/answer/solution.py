@@ -48,8 +48,7 @@ DEFAULTS = Limits()
 
 @dataclass(frozen=True)
 class Answer:
-    """CP-SAT's answer: its status, the states (or `None`) and their cost, and a bound in seconds that holds despite
-    rounding.
+    """CP-SAT's answer: its status, the states (or `None`), their cost, and a bound that holds despite rounding.
 
     `booleans` and `constraints` are the model's size, `seconds` the time to build and to solve it.
     """

@@ -1,6 +1,4 @@
-"""OR-Tools, imported in the background of a search's first work: the import takes half a second, most of it for
-pandas.
-"""
+"""OR-Tools, imported in the background of a search: the import takes half a second, most of it for pandas."""
 
 from __future__ import annotations
 

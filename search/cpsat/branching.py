@@ -1,6 +1,4 @@
-"""Branch and bound for problems too large for one CP-SAT call: branch on heavy layouts, solve small enough parts by
-CP-SAT.
-"""
+"""Branch and bound for problems too large for one CP-SAT call: branch on heavy layouts, solve the parts by CP-SAT."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ class Branching:
         self.ascent.bound = max(self.ascent.bound, min(self.ascent.objective, self.unproven))
 
     def _explore(self, open_: list[Snapshot]) -> None:
-        """Closes branches, the last one first. Those undecided when time is up, or at an interruption, stay in the
-        list.
-        """
+        """Closes branches, the last one first; those undecided at the deadline or an interruption stay in the list."""
         while open_ and not self.ascent.late:
             self._close_last(open_)
 
@@ -79,8 +75,9 @@ class Branching:
         open_[-1:] = [] if split is None else self._sides(split, lower)
 
     def _more_promising(self, open_: Sequence[Snapshot], lower: float) -> int | None:
-        """The open branch that promises much better plans than the last one can hold; a good plan may close that one
-        unopened.
+        """The open branch that promises much better plans than the last one can hold.
+
+        A good plan may close that one unopened.
         """
         if len(open_) < 2 or not np.isfinite(self.ascent.objective):
             return None
@@ -132,8 +129,9 @@ class Branching:
         return max(snapshot.least, self.dual.bound())
 
     def _refine(self) -> float:
-        """Sweeps one branch until its bound stalls, reaches the best plan, or proves that nothing fits; returns the
-        bound.
+        """Sweeps one branch until its bound stalls, reaches the best plan, or proves that nothing fits.
+
+        Returns the bound.
         """
         lower = FORBIDDEN if self.dual.overfull() else self.dual.bound()
         while not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.ascent.late:
@@ -155,9 +153,7 @@ class Branching:
         return lower
 
     def _sides(self, split: Split, least: float) -> list[Snapshot]:
-        """The two sides of a branch whose plans cost at least this much, in the order of the stack: the last is
-        closed first.
-        """
+        """The two sides of a branch whose plans cost at least this much, in stack order: the last is closed first."""
         found = []
         for side in (split.far, split.near):
             snapshot = self.dual.snapshot()

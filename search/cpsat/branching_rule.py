@@ -99,9 +99,7 @@ class Probing:
         return Split(node, keep[near], keep[~near], contested)
 
     def _contested(self, bracket: Bracket, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
-        """Nodes where the plans of a bracket hold different bytes: the difference at the memory multipliers, and the
-        threshold.
-        """
+        """Nodes where the plans of a bracket hold different bytes: the seconds, and the threshold in bytes."""
         if bracket.bulky is None or bracket.lean is None:
             return {}
         found = {}
@@ -112,9 +110,7 @@ class Probing:
         return found
 
     def _candidates(self, held: dict[int, np.ndarray]) -> list[int]:
-        """The undecided nodes that depend most on the Lagrange multipliers, and those with the most bytes around
-        them.
-        """
+        """The undecided nodes that depend most on the multipliers, and those with the most bytes around them."""
         least = (
             POLICY.contested_part * (self.ascent.objective - self.dual.bound())
             if np.isfinite(self.ascent.objective)

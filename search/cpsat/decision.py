@@ -36,8 +36,9 @@ class Domains:
 def domains(
     problem: Problem, surviving: Sequence[np.ndarray], incumbent: np.ndarray | None, most_pairs: int
 ) -> Domains | None:
-    """The surviving states and the incumbent's; the incumbent's alone for nodes that would add too many pairs of
-    layouts.
+    """The surviving states and the incumbent's.
+
+    Nodes that would add too many pairs of layouts keep the incumbent's alone.
 
     **Returns:** `None` if they are too many and there is no incumbent.
     """

@@ -234,8 +234,9 @@ class Model:
         return unit
 
     def _cut_at_bound(self, lower: float) -> float:
-        """9. The bound, minus the rounding of a plan's cost; returns the number of units within which a plan counts
-        as best.
+        """9. The bound, minus the rounding of a plan's cost.
+
+        Returns the number of units within which a plan counts as best.
         """
         proven = max(lower, self.constant)
         enough = TOLERANCE * abs(proven) / self.unit

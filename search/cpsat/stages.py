@@ -235,8 +235,9 @@ class Task:
         return self._domains(found, incumbent, most_pairs)
 
     def _surviving(self, found: Found) -> list[np.ndarray]:
-        """The states of the smaller problem that a plan as good as the best may have; none for a node without such
-        states.
+        """The states of the smaller problem that a plan as good as the best may have.
+
+        A node without such states has an empty array.
         """
         return found.ascent.dual.within(self._width(found.ascent))
 

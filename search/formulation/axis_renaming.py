@@ -42,8 +42,6 @@ def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | La
 
 
 def images(index: Mapping[Layout, int], groups: Groups) -> np.ndarray:
-    """The image of each layout under each renaming of axes: `[renamings, layouts]`, indices of layouts, the identity
-    first.
-    """
+    """The image of each layout under each renaming of axes: `[renamings, layouts]`, indices, the identity first."""
     found = [[index[renamed(layout, names)] for layout in index] for names in renamings(groups)]
     return np.array(found, dtype=np.intp)

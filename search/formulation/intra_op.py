@@ -67,8 +67,9 @@ def closing(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[I
 
 
 def gathers(axes: Axes, topology: Topology) -> tuple[CollectiveStep, ...]:
-    """The all-gathers of an array of one element per chip along these axes: one step, if the compiler keeps that as
-    it is.
+    """The all-gathers of an array of one element per chip along these axes.
+
+    It is one step, if the compiler keeps that as it is.
     """
     spread, whole = Layout((axes,)), Layout(((),))
     at_once = CollectiveStep("all-gather", axes, spread, whole, source_dim=0)
@@ -99,8 +100,9 @@ class Sent(NamedTuple):
 
 @lru_cache(maxsize=256)
 def exchange(parts: int, chips: int) -> tuple[tuple[Sent, ...], ...]:
-    """The rounds that move the blocks of joined parts to those of the separate parts; every chip sends and gets one in
-    each.
+    """The rounds that move the blocks of joined parts to those of the separate parts.
+
+    In each, every chip sends and gets one block.
 
     With $g = \\gcd(n, p)$ and $a_j = \\lfloor jg/p \\rfloor$, in round $t$ chip $j$ sends slot $s = (t + a_j) \\bmod
     n$ to chip $(nj + s) \\bmod p$. That is one to one: chips that differ in $a_j$ differ in $s$ modulo $g$, and so do

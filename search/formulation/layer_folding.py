@@ -182,9 +182,7 @@ class _Search:
 
 
 def _key(program: Program, op: Operation) -> tuple:
-    """The properties in which copies of an operation agree: all but reads from memory, which only the first copy may
-    have.
-    """
+    """The properties in which copies of an operation agree: all but its reads from memory, which may differ."""
     uses = (*op.inputs, *op.outputs)
     arrays = tuple((program.values[use.value].shape, program.values[use.value].dtype) for use in uses)
     runs = tuple(program.multiplicity(use.region) for use in uses)
@@ -232,9 +230,7 @@ def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -
 
 
 def _around(program: Program, i: int, partner: int | None) -> list[list[tuple[int, int]]]:
-    """An operation's neighbourhood, in unordered groups: each operand's maker, each result's users, its donation
-    partner.
-    """
+    """An operation's neighbourhood, in unordered groups: operands' makers, results' users, its donation partner."""
     op = program.operations[i]
     made = [[program.producers[use.value]] for use in op.inputs]
     users = [list(program.consumers.get(use.value, ())) for use in op.outputs if program.values[use.value].shape]

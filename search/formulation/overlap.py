@@ -24,8 +24,9 @@ _ALIKE = 1e-9
 
 
 class StepLoops(NamedTuple):
-    """Per step the seconds that a product may hide: communication without latency and launch; and the number of
-    shards.
+    """Per step the seconds that a product may hide, and the number of shards.
+
+    The seconds are communication without latency and launch.
     """
 
     wire_seconds: np.ndarray
@@ -48,8 +49,9 @@ class Ends(NamedTuple):
 
 
 def ends_of(graph: StepGraph, price: np.ndarray, distance: np.ndarray, loops: StepLoops | None) -> Ends:
-    """The ends of the cheapest path between every two layouts; equally cheap paths are ranked by the seconds they can
-    hide.
+    """The ends of the cheapest path between every two layouts.
+
+    Equally cheap paths are ranked by the seconds they can hide.
 
     **Arguments:**
 
@@ -82,8 +84,9 @@ def _hideable(loops: StepLoops | None, steps: np.ndarray) -> tuple[np.ndarray, n
 
 
 class Hiding(NamedTuple):
-    """Per strategy of a product the seconds of one run that one of its reshards may hide behind; 0 if another is
-    looped.
+    """Per strategy of a product the seconds of one run that one of its reshards may hide behind.
+
+    They are 0 if another reshard is looped.
 
     `key` identifies the product and the reshard.
     """
@@ -107,9 +110,7 @@ def grouped(layouts_of: np.ndarray, behind: Hiding | None) -> tuple[Groups, np.n
 
 
 def hidden_seconds(ends: Ends, before: Groups, after: Groups) -> np.ndarray:
-    """Seconds hidden of the reshard between every two groups: scatters by the product before, gathers by the one
-    after.
-    """
+    """Seconds hidden of the reshard between every two groups: scatters behind the product before, gathers after."""
     window = np.ix_(before.layouts, after.layouts)
     scattered = np.minimum(ends.scatter_seconds[window], before.seconds[:, None] * ends.scatter_part[window])
     return scattered + np.minimum(ends.gather_seconds[window], after.seconds * ends.gather_part[window])

@@ -21,11 +21,11 @@ Sizes = tuple[tuple[str, int], ...]
 
 
 class Strategy(NamedTuple):
-    """Per factor the mesh axes that split it, major to minor; per linear group the axes whose partial sums pass
-    through.
+    """A split of an operation's factors over mesh axes.
 
-    `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the operation, if the pricing
-    has looped collectives (`costmodels.machine.conventions`).
+    `splits` has the mesh axes that split each factor, major to minor. `carried` has, per linear group, the axes whose
+    partial sums pass through. `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the
+    operation, if the pricing has looped collectives (`costmodels.machine.conventions`).
     """
 
     splits: tuple[Axes, ...]
@@ -107,9 +107,7 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
 
 
 def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequence) -> int:
-    """The fewest elements in a shard of a gathered factor: the number that the results make of it, such as the best
-    k.
-    """
+    """The fewest elements in a shard of a gathered factor: as many as the results make of it, such as the best k."""
     given = {i for dims in inputs for dim in dims for i in dim}
     made = {i for dims in outputs for dim in dims for i in dim} - given
     return prod(factors[i].size for i in made)
@@ -118,9 +116,7 @@ def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequen
 def _legal(
     factors: Sequence[Factor], uses: Sequence, splits: Sequence[Axes], table: dict[str, int], least: int
 ) -> bool:
-    """Whether every factor divides, compound dimensions are cut into contiguous shards, and gathered shards are large
-    enough.
-    """
+    """Whether factors divide, compound dimensions have contiguous shards, and gathered shards are large enough."""
     counts = [prod(table[axis] for axis in split) for split in splits]
     if any(factor.size % count for factor, count in zip(factors, counts, strict=True)):
         return False

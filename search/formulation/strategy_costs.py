@@ -24,8 +24,7 @@ def strategy_seconds(program: Program, op: Operation, space: StrategySpace, topo
 
 
 def product_seconds(program: Program, op: Operation, shards: np.ndarray, topology: Topology) -> np.ndarray:
-    """Seconds that collectives may hide behind in one run of a product: the longer of compute and HBM, without
-    overhead.
+    """Seconds that collectives may hide behind in a product's run: the longer of compute and HBM, without overhead.
 
     **Arguments:**
 

@@ -93,8 +93,9 @@ def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
 
 
 def _stored(rows: int, lanes: int, itemsize: float) -> float:
-    """Bytes of the tiles over those of the array; a few rows are stored as a power of 2, small types several to a
-    row.
+    """Bytes of the tiles over those of the array.
+
+    A few rows are stored as a power of 2, small types several to a row.
     """
     if rows <= max(_PART_TILES):
         stored = next(n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES)

@@ -45,9 +45,7 @@ class Row:
 
 
 class Rows(tuple[Row, ...]):
-    """Rows that are summed together: most of the values at one point live at others, too, and are looked up once for
-    all.
-    """
+    """Rows that are summed together: most values at one point live at others, too, and are looked up once for all."""
 
     def bytes(self, problem: Problem, states: np.ndarray) -> np.ndarray:
         """Per row the bytes alive under a choice of states."""
@@ -58,8 +56,9 @@ class Rows(tuple[Row, ...]):
 
     @cached_property
     def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, Copies]], np.ndarray, np.ndarray]:
-        """The terms of the rows: nodes, edges; per row the indices of its terms, a 0 last; and the start of each
-        row's indices.
+        """The nodes and edges of all rows, the indices of each row's terms among them, and each row's start.
+
+        Each row's indices end with that of a 0.
         """
         nodes = {(i, id(vector)): vector for row in self for i, vector in row.nodes}
         edges = {(k, id(table)): table for row in self for k, table in row.edges}
@@ -400,9 +399,7 @@ def _result_terms(problem: Problem) -> Iterator[_Term]:
 
 
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
-    """Bytes of the second array, per layout before and after: the old array if the reshard goes into a hub, else the
-    new one.
-    """
+    """Bytes of the second array, per layout before and after: into a hub the old array, else the new one."""
     bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
     none, which = np.zeros_like(bytes_of), np.arange(len(bytes_of))
     return Copies(bytes_of, none, which, which) if into_hub else Copies(none, bytes_of, which, which)

@@ -20,8 +20,9 @@ from search.formulation.tpu_tiles import argument_tile
 
 
 def copied_bytes(program: Program, topology: Topology, operation: int, layout: Layout) -> float:
-    """Bytes of the second array that one chip holds while a result is copied; 0 if it keeps its tiling, or stays on
-    the chip.
+    """Bytes of the second array that one chip holds while a result is copied.
+
+    They are 0 if it keeps its tiling, or stays on the chip.
 
     **Arguments:**
 

@@ -50,9 +50,7 @@ def is_slice_of_stack(program: Program, op: Operation) -> bool:
 
 
 def is_whole_slice(stack: tuple[int, ...], part: tuple[int, ...]) -> bool:
-    """Whether a part of an array of this shape has one index in the leading dimensions, and is complete in the
-    others.
-    """
+    """Whether a part of an array of this shape has one index in the leading dimensions, and is complete in others."""
     return any(stack[k:] == part[k:] and set(part[:k]) <= {1} for k in range(len(stack) + 1))
 
 

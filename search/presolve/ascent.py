@@ -119,8 +119,9 @@ class Ascent:
             self.prices = self.dual.multipliers.copy()
 
     def lift(self, rounds: int) -> np.ndarray:
-        """Alternates sweeps, incumbents and reduced-cost fixing; returns the last relaxed solution's overflow of each
-        row.
+        """Alternates sweeps, incumbents and reduced-cost fixing.
+
+        Returns the last relaxed solution's overflow of each row.
         """
         stalled, idle, lower = 0, 0, -np.inf
         over = None
@@ -144,17 +145,13 @@ class Ascent:
         return self.attempt(decode(self.dual, thorough=False)) if over is None else over
 
     def _reads(self, turn: int, idle: int, lower: float) -> bool:
-        """Whether a plan is read off the dual in this turn: less often if one is given, or if the last ones gave
-        nothing.
-        """
+        """Whether a plan is read off the dual in this turn: less often if one is given, or if the last gave nothing."""
         if not self._given and idle < POLICY.reading:
             return True
         return turn % POLICY.reading == 0 and not self.closed and (not self._given or self._near(lower))
 
     def settle(self) -> np.ndarray:
-        """Like `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one reduced-cost
-        fixing.
-        """
+        """Like `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one fixing."""
         lower = -np.inf
         for _ in range(POLICY.settling):
             for _ in range(3):
@@ -170,8 +167,9 @@ class Ascent:
         return over
 
     def attempt(self, states: np.ndarray) -> np.ndarray:
-        """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each
-        row.
+        """Improves a solution and keeps the best that fits.
+
+        Returns the bytes by which the relaxed one overflows each row.
 
         A solution that does not fit is improved again with high memory multipliers.
         """

@@ -124,8 +124,9 @@ class Dual:
         return self._priced[1:]
 
     def priced_bytes(self) -> dict[int, np.ndarray]:
-        """Per node and surviving state its bytes at points with a multiplier, weighted by it; of reshard buffers the
-        least.
+        """Per node and surviving state its bytes at points with a multiplier, weighted by it.
+
+        Reshard buffers count with their least bytes.
         """
         nodes, edges = self._priced_rows()
         found = {i: vector[self.keep[i]] for i, vector in nodes.items()}
@@ -236,9 +237,7 @@ class Dual:
         return constant + sum(float(theta.min()) for theta in self.theta) + sum(edge.least for edge in self.edges)
 
     def objective(self, states: np.ndarray) -> float:
-        """Seconds of one step under a choice of states, plus the multipliers' cost of the bytes over (or under) the
-        budget.
-        """
+        """Seconds of one step under a choice of states, plus the multipliers' cost of bytes over the budget."""
         total = self.problem.objective(states)
         for row, multiplier in zip(self.rows, self.multipliers, strict=True):
             if multiplier > 0:

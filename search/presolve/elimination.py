@@ -25,8 +25,9 @@ from search.memory.constraints import Row, Rows
 from search.presolve.policy import POLICY
 
 SMALL_PARTS = (0.01, 0.001, 0.0001)
-"""The parts of the budget up to which an array counts as small; each is tried if the plan of the one before does not
-fit.
+"""The parts of the budget up to which an array counts as small.
+
+Each is tried if the plan of the one before does not fit.
 """
 _CHUNK = 50_000
 """Numbers compared at a time, few enough to stay in a processor's cache."""
@@ -83,9 +84,7 @@ class Reduction:
 
 
 def _possible_beside(gone: _Gone, left: Sequence[np.ndarray], width: float) -> np.ndarray:
-    """The states of an eliminated node that are optimal within `width` seconds for some choice of its neighbours'
-    surviving states.
-    """
+    """The states of an eliminated node that are optimal, within `width` seconds, beside some surviving neighbours."""
     if len(gone.cost) == 1:
         return np.zeros(1, dtype=int)
     tables = _beside(gone, left)

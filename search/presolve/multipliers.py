@@ -190,9 +190,7 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
 
 
 def _higher(search: Search, over: np.ndarray) -> np.ndarray:
-    """Multipliers under which the overflowing rows may fit: higher ones, or a first one for the row that overflows
-    most.
-    """
+    """Multipliers under which overflowing rows may fit: higher ones, or a first one for the row with most overflow."""
     multipliers = search.dual.multipliers.copy()
     priced = (over > 0) & (multipliers > 0)
     if priced.any():

@@ -36,8 +36,9 @@ class Policy:
     near: float = 0.03
     """With a plan to start from: the gap, as a part, at which others are read off the dual."""
     reading: int = 3
-    """Then plans are read off once in this many turns; without a plan, in this many turns they are read in several
-    ways.
+    """Then plans are read off once in this many turns.
+
+    Without a plan, in this many turns they are read in several ways.
     """
     forests: int = 4
     """The most forests of nodes drawn to improve a plan; a forest that changes nothing ends the improvement."""

@@ -35,8 +35,9 @@ def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
 
 
 def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarray:
-    """States after the improvement by forests, numbered as in the problem; the forests are drawn on demand and
-    reused.
+    """States after the improvement by forests, numbered as in the problem.
+
+    The forests are drawn on demand and reused.
     """
     for which in range(POLICY.forests):
         if which == len(forests):
