@@ -102,7 +102,7 @@ class Pool:
 
 def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | None:
     """Solves the master problem by GLOP, in seconds of about 1 and in budgets of memory."""
-    from ortools.math_opt.python import mathopt  # where memory does not bind, a multiplier has no use
+    from ortools.math_opt.python import mathopt  # imported here: not needed if memory does not bind
 
     over = np.array([plan.over for plan in plans])
     rows = np.flatnonzero((over > 0).any(axis=0))
