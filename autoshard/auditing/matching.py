@@ -247,7 +247,7 @@ class _Pairing:
 def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
     """At most this many lots whose bytes sum to another's: all, or the fewest of the nearest sums.
 
-    None if no sum matches.
+    Empty if no sum matches.
     """
     fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
     if one_by_one := _part_by_part(whole, fitting):

@@ -99,7 +99,7 @@ class Probing:
         return Split(node, keep[near], keep[~near], contested)
 
     def _contested(self, bracket: Bracket, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
-        """Nodes where the plans of a bracket hold different bytes: the seconds, and the threshold in bytes."""
+        """Nodes where a bracket's plans hold different bytes: difference and midpoint, in seconds at the multipliers."""
         if bracket.bulky is None or bracket.lean is None:
             return {}
         found = {}

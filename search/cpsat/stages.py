@@ -51,7 +51,7 @@ class Found:
 
     @property
     def decided(self) -> bool:
-        """Whether there is a plan, or a proof that there is none."""
+        """Whether the answer has a plan, or there is none to find."""
         return self.ascent.best is None or (self.answer is not None and self.answer.states is not None)
 
     @property

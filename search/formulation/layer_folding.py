@@ -122,7 +122,7 @@ class _Search:
         self.free[first : first + len(fold.operations)] = False
 
     def _periods(self) -> list[int]:
-        """The most frequent distances between matmuls of one kind, adjacent or a few apart."""
+        """Distances between matmuls of one kind, adjacent or a few apart: the most frequent at each step."""
         places: dict[int, list[int]] = {}
         for place in np.flatnonzero(self.heavy & self.free).tolist():
             places.setdefault(int(self.kinds[place]), []).append(place)
