@@ -188,5 +188,5 @@ def test_unknown_names_are_refused():
         ValueError, match="The size must be one of 8b, 62b, 540b, 540b-multihead, 540b-serial, tiny, got '7b'"
     ):
         palm.decode("7b")
-    with pytest.raises(ValueError, match="'bf16' or 'int8', not 'fp8'"):
+    with pytest.raises(ValueError, match="weights must be 'bf16' or 'int8', got 'fp8'"):
         palm.prefill("tiny", weights="fp8")
