@@ -1,1 +1,1 @@
-"""Which layout is best: strategies, reshards, the CP-SAT model and its independent checker. Knows no JAX."""
+"""The layout search: strategies, reshards, the CP-SAT model and its independent checker, without JAX."""

@@ -1,10 +1,10 @@
-"""The k best plans that differ in a way that matters, in order.
+"""The k best plans that differ in a significant matmul, in order.
 
-Plans count as different when a matmul that takes a good part of the step is split otherwise: over other axes along what it
-contracts, along its output, along its rows, or along one of its batch dimensions. Mesh axes that the topology does not tell
-apart count as one. The plans other than a known best are partitioned (Lawler 1972, Murty 1968): the $i$-th part
-keeps the first $i - 1$ matmuls split as they were, and forbids the $i$-th to be. The best of each part is found by the same
-search, as far as it can still be among the k best.
+Plans count as different if a matmul that takes a significant part of the step is split in another way: over other axes
+along its contracted dimensions, its output, its rows, or one of its batch dimensions. Mesh axes that the topology does
+not distinguish count as one. The plans other than a known best are partitioned (Lawler 1972, Murty 1968): the $i$-th
+part keeps the splits of the first $i - 1$ matmuls, and forbids that of the $i$-th. The best of each part is found by
+the same search, with the k-th best cost as its cutoff.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from search.presolve.symmetry import axis_classes
 from search.solve import DEFAULTS, Limits, NoPlan, Solution, solve
 
 MATTERS = 0.01
-"""The part of the step from which on a matmul's strategy matters."""
+"""The part of the step from which on a matmul's strategy is significant."""
 
 Banned = Mapping[int, frozenset[int]]
-"""Node to the labels that its states may not have."""
+"""Node to the labels that its states must not have."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best plans in order; `proven` says that each is, and that no other comes between."""
+    """The best plans in order; `proven` says that each is optimal, and that no other plan comes between."""
 
     solutions: tuple[Solution, ...]
     proven: bool
 
 
 def ranked(best: Solution, k: int, limits: Limits = DEFAULTS, say: Say = lambda _: None) -> Ranking:
-    """The k best plans of a problem whose best is known; fewer if there are no more.
+    """The k best plans of a problem with a known best; fewer if there are no more.
 
     **Arguments:**
 
@@ -66,7 +66,7 @@ def ranked(best: Solution, k: int, limits: Limits = DEFAULTS, say: Say = lambda 
 
 
 class _Parts:
-    """Parts of a problem: per matmul that matters the ways it may not be split."""
+    """Parts of a problem: the forbidden splits of each significant matmul."""
 
     def __init__(self, best: Solution, limits: Limits, say: Say) -> None:
         self.problem, self.limits, self.say = best.problem, limits, say
@@ -78,7 +78,7 @@ class _Parts:
         self.proven = True
 
     def of(self, solution: Solution, banned: Banned) -> Iterator[Banned]:
-        """The parts of all plans that are split otherwise than a solution."""
+        """The parts of all plans whose splits differ from a solution's."""
         states = states_of(self.problem, solution.choice)
         kept = dict(banned)
         for node in self.nodes:
@@ -110,7 +110,7 @@ class _Parts:
 
 
 def _that_matter(best: Solution) -> list[int]:
-    """The nodes of matmuls that take a good part of the step, the heaviest first."""
+    """The nodes of significant matmuls, the heaviest first."""
     problem, states = best.problem, states_of(best.problem, best.choice)
     cost: dict[int, float] = {}
     for i, _ in problem.program.matmuls():
@@ -121,7 +121,7 @@ def _that_matter(best: Solution) -> list[int]:
 
 
 def _labels(program: Program, node: Node, alike: Mapping[str, int]) -> np.ndarray:
-    """A number per strategy; those that differ by a swap of like axes, by their order, or within a role have the same."""
+    """A number per strategy, shared by those that differ by a swap of like axes, by their order, or within a role."""
     op = program.operations[node.operation]
     roles = [_role(op, factor) for factor in range(len(op.factors))]
     numbers: dict[object, int] = {}
@@ -135,6 +135,9 @@ def _labels(program: Program, node: Node, alike: Mapping[str, int]) -> np.ndarra
 
 
 def _role(op: Operation, factor: int) -> tuple[int, ...]:
-    """What a factor is to a matmul: which operands and results have it; of those that all have, each is its own."""
+    """The role of a factor in a matmul: the operands and results that have it.
+
+    A factor that all have is its own role.
+    """
     has = tuple(int(any(factor in dim for dim in use.dims)) for use in (*op.inputs, *op.outputs))
     return (*has, factor if all(has) else -1)

@@ -1,4 +1,4 @@
-"""Several phases at once: one layout for what they share, the weighted sum of their times least."""
+"""Joint search over several phases: one layout for shared arguments, and the least weighted sum of times."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Phases:
-    """The phases' solutions under one layout of what they share.
+    """The phases' solutions under one layout of the shared arguments.
 
-    `proof` is about the weighted sum, handing over included; `alone` are the phases' solutions each by itself;
-    `handoff_seconds` what changing the layout of handed-over arrays takes, once.
+    `proof` is about the weighted sum, with handoffs; `alone` are the phases' solutions without sharing;
+    `handoff_seconds` is the time to reshard the handed-over arrays, once.
     """
 
     solutions: tuple[Solution, ...]
@@ -37,7 +37,7 @@ class Phases:
 
 
 class TooSlow(Exception):
-    """No layout of what is shared keeps a phase under its limit; `least_seconds` is the least that was found for it."""
+    """No layout of the shared arguments keeps a phase under its limit; `least_seconds` is the least found for it."""
 
     def __init__(self, phase: int, least_seconds: float) -> None:
         super().__init__(f"phase {phase} takes at least {least_seconds} s")
@@ -54,17 +54,17 @@ def search_phases(
     say: Say = lambda _: None,
     at_most: tuple[int, float] | None = None,
 ) -> Phases:
-    """Lays several phases out together.
+    """Finds the layouts of several phases together.
 
     **Arguments:**
 
-    - `weights`: how often each phase counts in the sum that is minimised.
+    - `weights`: how often each phase counts in the minimised sum.
     - `shared`: pairs of arguments (phase, position) that have one layout.
-    - `handoffs`: pairs of a result (phase, position) and the argument of another phase that takes it over; its change of
-      layout is paid once per run of the phase that made it.
+    - `handoffs`: pairs of a result (phase, position) and the argument of another phase that takes it over; its reshard
+      is paid once per run of the phase that made it.
 
-    - `at_most`: a phase, and the seconds that it may take. Then its weight is raised until it keeps to them, no further than
-      needed; the proof's bound is that of Lagrange, and between it and the plan a gap may stay.
+    - `at_most`: a phase, and its limit in seconds. The phase's weight is raised until it keeps the limit, no further
+      than needed. The proof's bound is the Lagrangian one, and a gap may remain between it and the plan.
 
     **Raises:** `NoPlan` when no layout fits all phases; `TooSlow`.
     """
@@ -81,7 +81,7 @@ def search_phases(
 
 @dataclass(frozen=True)
 class _Joint:
-    """Phases to be laid out together, whatever their weights."""
+    """Phases with a joint layout, under any weights."""
 
     programs: Sequence[Program]
     topology: Topology
@@ -91,7 +91,7 @@ class _Joint:
     say: Say
 
     def weighed(self, used: Sequence[float], asked: Sequence[float]) -> Phases:
-        """The best plans under some weights, and their sum under those that are asked for."""
+        """The best plans under some weights, and their sum under the requested weights."""
         joined, spans = join(self.programs, used)
         pairs = tuple((spans[p].results + r, spans[q].arguments + a) for (p, r), (q, a) in self.handoffs)
         joined = replace(joined, handoffs=pairs)
@@ -104,21 +104,22 @@ class _Joint:
 
 
 def _handed(joined: Program, topology: Topology, choice: Choice) -> float:
-    """Seconds of handing everything over, once."""
+    """Seconds of all handoffs, once."""
     moved = [c for c in collectives(joined, topology, choice) if c.operand == -1 and c.operation >= 0]
     return sum(c.seconds / joined.multiplicity(joined.operations[c.operation].inputs[0].region) for c in moved)
 
 
 _HEAVIEST = 1e5
-"""By how much a phase's weight is raised, at most, to make it keep to its limit."""
+"""The largest factor by which a phase's weight is raised to make it keep its limit."""
 _TRIALS = 15
-"""How many factors are tried: growing until the phase keeps to its limit, then halving the interval on a logarithmic scale."""
+"""The number of factors tried: growing until the phase keeps its limit, then bisecting on a logarithmic scale."""
 
 
 def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, first: Phases) -> Phases:
-    """The least weighted sum found under which a phase keeps to its limit, with Lagrange's bound on any such.
+    """The least weighted sum found under which a phase keeps to its limit, with the Lagrangian bound on any such sum.
 
-    With the weight raised by $\\lambda$, $\\min_x \\sum_p w_p t_p(x) + \\lambda (t_q(x) - T)$ is one for every $\\lambda$.
+    With the weight raised by $\\lambda$, $\\min_x \\sum_p w_p t_p(x) + \\lambda (t_q(x) - T)$ is a bound for every
+    $\\lambda$.
     """
     bound, best = first.proof.bound_seconds, None
     low, high, factor = 1.0, inf, 4.0

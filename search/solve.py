@@ -1,10 +1,11 @@
 """The search, from a program and a topology to a proven plan.
 
 memory rows ──► eliminate ──► ascend: bound, incumbent, states fixed by reduced costs ──► CP-SAT ──► checker
-                                                     └── branch, where that is too much at once: CP-SAT on every part
+                                                     └── branch, if the problem is too large: CP-SAT on every part
 
-CP-SAT decides: its model (`search.cpsat.model`) is the problem, its assignment the plan, its status the verdict. What comes
-before is presolve: it takes away what no better plan has, finds a plan to start from, and proves a bound, the model's cut.
+CP-SAT decides: its model (`search.cpsat.model`) is the problem, its assignment the plan, its status the verdict. The
+steps before it are presolve: they remove states that no better plan has, find a plan to start from, and prove a bound,
+the model's cut.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ def search(
 
     **Arguments:**
 
-    - `allow`: which strategies operations may take, by operation number; all by default. What it forbids is pinned away,
-      as an argument's layout is by allowing one strategy of its source. Of a class of like operations the first is asked for.
-    - `symmetric`: whether `allow` treats interchangeable mesh axes alike; by default only if there is none.
+    - `allow`: the strategies that operations may take, by operation number; all by default. An argument's layout is
+      pinned by allowing one strategy of its source. `allow` is called for the first operation of a class.
+    - `symmetric`: whether `allow` treats interchangeable mesh axes alike; by default only if there is no `allow`.
     - `ties`: pairs of operations that take one strategy, as the same argument of two phases does.
-    - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies (`formulation.layer_folding`).
-    - `cutoff`: seconds; slower plans are not looked for.
-    - `start`: a plan to begin with, if it fits; it changes nothing but how long the search takes.
+    - `fold`: whether the copies of a layer that a Python loop unrolled take the same strategies
+      (`formulation.layer_folding`).
+    - `cutoff`: seconds; slower plans are not searched.
+    - `start`: a plan to begin with, if it fits; it only changes the duration of the search.
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, none is allowed, or none is below the cutoff.
     """
@@ -78,9 +80,10 @@ def solve(
 
     **Arguments:**
 
-    - `symmetric`: whether interchangeable mesh axes are alike in it, so that one of them may be taken for the others.
-    - `cutoff`: seconds; slower plans are not looked for.
-    - `start`: a plan to begin with, if it fits; it changes nothing but how long the search takes.
+    - `symmetric`: whether interchangeable mesh axes are equivalent in the problem, so that the search may fix one of
+      them.
+    - `cutoff`: seconds; slower plans are not searched.
+    - `start`: a plan to begin with, if it fits; it only changes the duration of the search.
 
     **Raises:** `NoPlan` when no plan fits, or none is below the cutoff.
     """
@@ -89,12 +92,12 @@ def solve(
     if limits.solver == "cp-sat":
         return task.checked(task.decide_unaided())
     found = None
-    for part in (*SMALL_PARTS, 0.0):  # of a chip's memory: nodes on which less hangs may be eliminated
+    for part in (*SMALL_PARTS, 0.0):  # parts of a chip's memory: nodes that hold less may be eliminated
         presolved = task.eliminate(part)  # presolve: exact variable elimination
         found = task.ascend(presolved, found)  # presolve: a bound, an incumbent, and states fixed by reduced costs
-        found = task.decide(found)  # CP-SAT, unless what is left is too much at once
+        found = task.decide(found)  # CP-SAT, unless the rest is too large at once
         if found.answer is None:
-            found = task.decide(task.branch(found), last=True)  # CP-SAT on every part, then on what that leaves
+            found = task.decide(task.branch(found), last=True)  # CP-SAT on every part, then on the rest
         if found.decided:
             break
         say("the smaller problem's plan does not fit: less is eliminated")

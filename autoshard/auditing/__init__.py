@@ -1,1 +1,1 @@
-"""Compiled programs held against their plans: `audit.audit` compiles and compares, `replay.replay` times a schedule."""
+"""Audits and replays of compiled programs: `audit.audit` compares with the plan, `replay.replay` times a schedule."""

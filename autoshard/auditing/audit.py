@@ -1,27 +1,26 @@
-"""The audit: a comparison of the compiled program with its plan, collective by collective, and in memory, FLOPs and time.
+"""The audit: a comparison of the compiled program with its plan in collectives, memory, FLOPs and time.
 
-A planned collective is found when the compiled program runs one of the same kind over the same axes with the same bytes
-as often. What a compiler may do to a plan without making it another plan is recognised, and said:
+A planned collective is found if the compiled program runs one of the same kind over the same axes with the same bytes
+as often. Rewrites that keep the plan are recognised and reported:
 
 | the compiled program | is the same plan |
 |---|---|
 | runs several planned collectives as one, or one in several pieces | at the same cost, or lower |
-| changes the layout of an array once for several uses | at lower cost |
+| reshards an array once for several uses | at lower cost |
 | runs a planned all-reduce as a reduce-scatter and an all-gather | at the same cost |
 | reduces and slices where a reduce-scatter was planned | at higher cost |
 | gathers by an all-reduce of arrays padded with zeros | at higher cost |
 | reduces and scatters padded rows, then moves a few to their owners | at higher cost |
 | sends 16-bit floats as float32, on host devices | at twice the bytes, which are expected there |
 
-Everything else that was planned is *missing*, everything else that was compiled is *unplanned*. Shares are of the plan's
-time on the wire, with compiled collectives priced by the model that priced the planned ones. Whatever the class of the
-differences, the program is not as planned where bytes on a set of mesh axes, memory or FLOPs leave their bounds
-(`autoshard.auditing.bounds`).
+All other planned collectives are *missing*, all other compiled ones are *unplanned*. Shares are relative to the plan's
+communication time, with compiled collectives priced by the plan's model. For differences of any class, the program is
+not as planned if bytes on a set of mesh axes, memory or FLOPs leave their bounds (`autoshard.auditing.bounds`).
 
-Matmuls are held against the plan by their FLOPs, line by line of the user's code: what computes more than planned had an
-operand *replicated*, or was *computed again* where the compiler would rather form it twice than keep it. An array that is
-gathered for nothing but slices of it is called what the partitioner calls it, an involuntary full rematerialization.
-Arguments and results are held against the plan by their bytes on one chip, donated ones by whether results overwrite them.
+Matmuls are compared with the plan by their FLOPs, for each source line. A line that computes more than planned had an
+operand *replicated*, or was *recomputed* because the compiler formed a result twice instead of keeping it. An array
+that is gathered only for slices of it has the partitioner's name, an involuntary full rematerialization. Arguments and
+results are compared with the plan by their bytes on one chip, donated ones by whether results overwrite them.
 
 The time of a TPU program's step is that of its schedule, replayed (`autoshard.auditing.replay`).
 """
@@ -51,7 +50,7 @@ from search.answer.assignment import collectives as solution_collectives
 
 
 class AuditError(AutoshardError):
-    """A plan could not be compiled for the target that it was to be audited on; the compiler's error is chained."""
+    """A plan could not be compiled for the audit's target; the compiler's error is chained."""
 
 
 class Audit(AuditRecord):
@@ -76,13 +75,13 @@ def audit(
     **Arguments:**
 
     - `args`: the arguments the plan was searched for, arrays or `jax.ShapeDtypeStruct`s; nothing is allocated or run.
-    - `target`: "host" compiles for CPU devices of this machine, which is quick and partitions alike, "tpu" for the
-      plan's own chips with the real TPU compiler (libtpu), without any TPU, "gpu" with the real XLA:GPU compiler,
-      without any GPU (extra `gpu`).
-    - `devices`: compile for these instead.
+    - `target`: "host" compiles for CPU devices of this machine, which is quick and partitions in the same way, "tpu"
+      for the plan's own chips with the real TPU compiler (libtpu), without any TPU, "gpu" with the real XLA:GPU
+      compiler, without any GPU (extra `gpu`).
+    - `devices`: the devices to compile for instead.
 
-    **Raises:** `PlanMismatchError` when plan and function do not belong together; `AuditError` when the compiler
-    refuses the program (memory that does not suffice, for instance); `AutoshardError` when the target cannot be had.
+    **Raises:** `PlanMismatchError` when the plan is of another function or other arguments; `AuditError` when the compiler
+    refuses the program (for instance, for lack of memory); `AutoshardError` when the target is not available.
     """
     if target not in ("host", "tpu", "gpu"):
         raise AutoshardError(f'target must be "host", "tpu" or "gpu", got {target!r}.')
@@ -104,10 +103,10 @@ def _shape(leaf: Any) -> Any:
 
 
 def _peak_bytes(memory: Any) -> float | None:
-    """Peak memory per chip, as the compiler counts it; None where it does not.
+    """Peak memory per chip, as the compiler counts it; None if it does not.
 
-    A TPU's peak also has what is prefetched into its on-chip memory while the program before it ends. Arguments, results
-    and temporaries that are not aliased are in HBM, and bound it from above.
+    A TPU's peak also contains data prefetched into on-chip memory during the end of the previous program. Arguments,
+    results and temporaries that are not aliased are in HBM, and bound it from above.
     """
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     if not peak:
@@ -135,9 +134,9 @@ def compare(
     **Arguments:**
 
     - `text`: `compiled.as_text()`.
-    - `peak_bytes`: the compiled program's peak memory per chip, if it is known; on host devices it does not count.
-    - `arrays`: number and type of the array that each planned collective sends, where they are known: what one array
-      is sent for twice may be sent once, and host devices widen some types.
+    - `peak_bytes`: the compiled program's peak memory per chip, if known; on host devices it is not compared.
+    - `arrays`: number and type of the array that each planned collective sends, if known: an array that is
+      planned twice may be sent once, and host devices widen some types.
     """
     topology, estimate = plan.topology, plan.estimate
     compiled = tuple(c for c in hlo_collectives.collectives(text, topology.axis_sizes) if axes_of(c, topology))
@@ -194,7 +193,7 @@ def _findings(
     due: Mapping[str, float],
     done: Mapping[str, float],
 ) -> list[Finding]:
-    """All in which the compiled program is not word for word the plan."""
+    """All differences between the compiled program and the plan."""
     estimate, topology = plan.estimate, plan.topology
     spent = sum(seconds_of(c, topology) * pair.count for pair in pairs for c in pair.compiled)
     wire = sum(p.seconds for p in estimate.collectives) or max(estimate.seconds, spent)

@@ -1,11 +1,11 @@
 """The time of a compiled collective, from its bytes and its replica groups.
 
-- Groups of all chips that share coordinates on the other axes cost what the plan's model says of these axes.
+- Groups of all chips that share coordinates on the other axes cost as much as the plan's model says of these axes.
 - Boxes of chips (parts of axes, or every k-th chip) cost the same over open axes as long as the box; where k groups are
   interleaved each has 1/k of the links.
 - Other groups cost the same over all axes along which members of a group differ, as if the groups were whole.
-- Pairs (a collective-permute) cost what the most loaded link carries, when every pair takes the shortest way, axis after
-  axis; at most the costliest permutation of `costmodels.machine.collectives`, which takes ways that avoid each other.
+- Pairs (a collective-permute) cost as much as the most loaded link, if every pair takes the shortest way, axis by
+  axis; at most the costliest permutation of `costmodels.machine.collectives`, whose ways avoid each other.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Link = tuple[str, int]
 class Sent:
     """One collective of the program: all its runs in one step together, per chip.
 
-    `priced_as` says how its groups were understood: "axes", "box", "pairs", or "odd groups of 3". `links` are those that a
-    run takes.
+    `priced_as` is the interpretation of its groups: "axes", "box", "pairs", or "odd groups of 3". `links` are those of
+    a run.
     """
 
     kind: str
@@ -88,7 +88,7 @@ def _differ(members: Sequence[Sequence[int]], axis: int, topology: Topology) -> 
 def _taking_part(
     members: Sequence[Sequence[int]], varying: Sequence[Axis], topology: Topology
 ) -> tuple[tuple[Axis, ...], str]:
-    """The axes to price a collective over, and how they were found."""
+    """The axes to price a collective over, and the interpretation by which they were found."""
     whole = prod(axis.size for axis in varying)
     if all(len(group) == whole for group in members):
         return tuple(varying), "axes"
@@ -119,9 +119,10 @@ def _box(group: Sequence[int], topology: Topology) -> tuple[Axis, ...] | None:
 def _permute(pairs: Sequence[Sequence[int]], bytes: float, topology: Topology) -> tuple[float, float, frozenset[Link]]:
     """Seconds of a collective-permute, the bytes that an average chip sends, and the links that it takes.
 
-    Every pair takes the shortest way, along one axis after the other; where both ways round a ring are as short, half
-    goes either way. The link with the most to carry decides, and the longest way adds its hops. Some permutations crowd
-    few links so; ways that avoid each other are never slower than two uniform exchanges, which is the bound from above.
+    Every pair takes the shortest way, axis by axis. If both directions around a ring are equally short, half of the
+    bytes take each. The most loaded link determines the time, and the longest way adds its hops. Some permutations
+    then crowd few links. Ways that avoid each other are never slower than two uniform exchanges, which is the upper
+    bound.
     """
     moving = [pair for pair in pairs if pair[0] != pair[1]]
     if not moving:

@@ -1,8 +1,8 @@
-"""The differences between a plan and its compiled program, and those by which the audit fails.
+"""The differences between a plan and its compiled program, and those that fail the audit.
 
-Differences of an unrolled model's layers are one each, and each counts if all of its kind come to something together: what
-is little in one layer is much in a hundred. Whatever leaves the bounds of `autoshard.auditing.bounds` counts, also where
-every difference by itself is of a harmless kind.
+The differences of an unrolled model's layers are listed one by one, and each counts if the sum of its kind exceeds the
+limit. Any figure outside the bounds of `autoshard.auditing.bounds` counts, even if every single difference is of a
+harmless kind.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _LIMITS = {
     "unplanned": bounds.NOTICEABLE,
     "same plan at higher cost": bounds.HIGHER_COST,
 }
-"""The share of the plan's time on the wire above which all findings of a kind count."""
+"""The share of the plan's communication time above which all findings of a kind count."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One way in which the compiled program is not word for word the plan.
+    """One difference between the compiled program and the plan.
 
-    `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the part
-    of the plan's time on the wire, of its bytes there, of the planned peak or of the planned FLOPs, that is at stake.
-    `counts` says whether the audit fails by it.
+    `bytes` is what it sends more (less, if negative) per chip and step, or needs more at its peak. `share` is the
+    affected part of the plan's communication time, of its bytes there, of the planned peak or of the planned FLOPs.
+    `counts` says whether it fails the audit.
     """
 
     kind: Kind
@@ -78,11 +78,11 @@ def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
 def find_in_collectives(
     pairs: Sequence[Pair], topology: Topology, target: CompileTarget, wire_seconds: float
 ) -> list[Finding]:
-    """The findings of pairs of planned and compiled collectives; none where all is as planned.
+    """The findings of pairs of planned and compiled collectives; none if all are as planned.
 
     **Arguments:**
 
-    - `wire_seconds`: what the plan spends on the wire.
+    - `wire_seconds`: the plan's communication time.
     """
     found = [d for pair in pairs if (d := _of_pair(pair, topology, target, wire_seconds)) is not None]
     sent = sum(sent_bytes(each, topology) * pair.count for pair in pairs for each in pair.planned)
@@ -91,9 +91,10 @@ def find_in_collectives(
 
 
 def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Finding]:
-    """Those that are alike as one; each counts where all of its kind reach the limit.
+    """Equal findings as one; each counts if the sum of its kind reaches the limit.
 
-    What is missing has to reach it in bytes, too: compilers add up numbers before they send them, each alone all latency.
+    Missing collectives have to reach it in bytes, too: compilers sum small values before they send them, and each
+    alone is all latency.
     """
     groups: dict[tuple[str, str], list[Finding]] = {}
     shares: dict[str, float] = {}
@@ -113,9 +114,9 @@ def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Findin
 
 
 def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds: float) -> Finding | None:
-    """The finding of a pair; None where all is as planned.
+    """The finding of a pair; None if all is as planned.
 
-    Host devices are no such topology: there the cost of a form is its bytes, not the time of its pieces.
+    Host devices have no such topology: there the cost of a form is its bytes, not the time of its parts.
     """
     planned = max(pair.width, 1.0) * sum(p.seconds / p.count * pair.count for p in pair.planned)
     compiled = sum(seconds_of(c, topology) * pair.count for c in pair.compiled)
@@ -156,7 +157,8 @@ def _of_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float)
 def wire_bytes_by_axes(pairs: Sequence[Pair], topology: Topology) -> dict[Axes, tuple[float, float, float]]:
     """Per set of mesh axes: bytes that one chip sends in one step, planned, expected of the compiler, and compiled.
 
-    Those expected are within `bounds.WIRE` of the compiled ones where the program is the plan; sorted, the most first.
+    The expected ones are within `bounds.WIRE` of the compiled ones if the program is as planned; sorted, the most
+    first.
     """
     found: dict[Axes, tuple[float, float, float]] = {}
     for pair in pairs:
@@ -189,9 +191,9 @@ def _of_axes(pairs: Sequence[Pair], topology: Topology) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Repeated:
-    """A line of the user's code whose matmuls compute more than was planned, in FLOPs per chip and step.
+    """A source line whose matmuls compute more than was planned, in FLOPs per chip and step.
 
-    `again` are those of `compiled` that form a result which was there already.
+    `again` are those of `compiled` that form a result which exists already.
     """
 
     source: str
@@ -212,9 +214,10 @@ def planned_flops(operations: Sequence[OperationPlan]) -> dict[str, float]:
 def find_repeated(
     planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float], tolerance: float
 ) -> tuple[Repeated, ...]:
-    """The lines that compute more than planned, the worst first; none where all of them together do not.
+    """The lines that compute more than planned, the worst first; none unless the total exceeds the plan.
 
-    Compilers turn some small matmuls into multiplications and sums, which are not counted: less than planned says nothing.
+    Compilers turn some small matmuls into multiplications and sums, which are not counted, so less than planned says
+    nothing.
     """
     total = sum(planned.values())
     if sum(compiled.values()) <= total * (1 + tolerance):
@@ -227,11 +230,11 @@ def find_repeated(
 def find_in_work(
     planned: Mapping[str, float], compiled: Mapping[str, float], again: Mapping[str, float]
 ) -> Iterator[Finding]:
-    """Matmuls that compute more than planned, by line of the user's code: `planned`, `compiled` and `again` are FLOPs.
+    """Matmuls that compute more than planned, by source line: `planned`, `compiled` and `again` are FLOPs.
 
     **Arguments:**
 
-    - `again`: of the compiled ones, those that form again what another fusion forms, too.
+    - `again`: of the compiled ones, those that recompute the result of another fusion.
     """
     due, done = max(sum(planned.values()), 1.0), sum(compiled.values())
     for each in find_repeated(planned, compiled, again, bounds.NOTICEABLE):
@@ -264,7 +267,7 @@ def find_in_interface(
     compiled: CompiledArguments,
     planned_peak: float,
 ) -> Iterator[Finding]:
-    """Arguments and results that a chip holds more of than planned, and donated arguments that no result overwrites."""
+    """Arguments and results that take more of a chip than planned, and donated arguments that no result overwrites."""
     sides: tuple[tuple[Literal["argument", "result"], Sequence[ArrayPlan], Sequence[int]], ...] = (
         ("argument", arguments, compiled.argument_bytes),
         ("result", results, compiled.result_bytes),
@@ -272,7 +275,7 @@ def find_in_interface(
     for kind, planned, held in sides:
         if len(planned) == len(held):
             rows = [(p.path, p.bytes_per_chip, float(b)) for p, b in zip(planned, held, strict=True)]
-        else:  # the compiler leaves arguments out that nothing uses
+        else:  # the compiler drops unused arguments
             rows = [(f"all {kind}s", sum(p.bytes_per_chip for p in planned), float(sum(held)))]
         more = [(path, due, b) for path, due, b in rows if b > due]
         counts = sum(b - due for _, due, b in more) > bounds.MEMORY * planned_peak
@@ -301,7 +304,7 @@ def _of_donations(
 def find_in_time(planned: float, replayed: float, costs: Sequence[AuditedCost]) -> Iterator[Finding]:
     """A step that is much slower than planned, with the instructions that take the most unplanned time.
 
-    The audit does not fail by it: `Audit.is_slow` says it.
+    The audit does not fail by it; `Audit.is_slow` reports it.
     """
     if replayed > bounds.SLOWER * planned:
         causes = _causes(costs, bounds.NOTICEABLE * planned)
@@ -311,11 +314,11 @@ def find_in_time(planned: float, replayed: float, costs: Sequence[AuditedCost]) 
 
 
 _CAUSES = 3
-"""How many operations are named as the cause of a slow step."""
+"""The number of operations named as the cause of a slow step."""
 
 
 def _causes(costs: Sequence[AuditedCost], least: float) -> list[str]:
-    """The operations of the user's lines that take the most unplanned time, as long as they take more than the least."""
+    """The operations of source lines that take the most unplanned time, while they take more than the least."""
     groups: dict[tuple[str, str], list[AuditedCost]] = {}
     for each in sorted(costs, key=lambda each: -each.unplanned_seconds):
         it = each.instruction
@@ -340,7 +343,7 @@ def _names(alike: Sequence[AuditedCost]) -> str:
 
 
 def _described(group: Sequence[PlannedCollective | CompiledCollective], topology: Topology, count: int) -> str:
-    """Such as `2 reduce-scatters over x of 2 KiB × 118`."""
+    """A description such as `2 reduce-scatters over x of 2 KiB × 118`."""
     alike = Counter((each.kind, "".join(axes_of(each, topology)), size(each.bytes)) for each in group)
     parts = [f"{f'{n} {kind}s' if n > 1 else kind} over {axes} of {of}" for (kind, axes, of), n in alike.items()]
     return " and ".join(parts) + (f" × {count}" if count > 1 else "")

@@ -3,8 +3,8 @@
 Every spelling of a collective becomes one `CompiledCollective`: the plain instruction, the `-start` of an asynchronous
 pair (its `-done` is not counted again), a combined instruction with a tuple of operands, the TPU's fusions that hold
 an all-reduce and the slice that makes it a reduce-scatter, the TPU's chains of fusions that spread one collective over
-several matmuls, and calls handed to another core. Loops multiply: `count` is how often one run of the program executes
-the collective.
+several matmuls, and calls handed to another core. Loops multiply: `count` is the executions of the collective in one
+run of the program.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ class CompiledCollective:
     type that is sent (`dtype`), which need not be the type that was written: the host compiler reduces bf16 as f32.
 
     - `kind`: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
-    - `axes`: the mesh axes it runs over, in mesh order; None where its `groups` are no set of axes.
+    - `axes`: the mesh axes it runs over, in mesh order; None if its `groups` are not a set of axes.
     - `count`: executions in one run. A branch of a conditional is counted as if it were always taken.
-    - `op_name`, `source`: the JAX operation and `file.py:12` that it stems from, "" where the compiler kept neither.
-    - `spelling`: how the program says it: the opcode, e.g. "all-gather-start", or "combined 2" (one instruction for
+    - `op_name`, `source`: the JAX operation and `file.py:12` that it stems from, "" if the compiler kept neither.
+    - `spelling`: its form in the program: the opcode, e.g. "all-gather-start", or "combined 2" (one instruction for
       two arrays), "tuple" (an all-to-all in pieces), "all-reduce-scatter fusion", "async collective fusion",
       "reduce-scatter realignment" (a permute of the rows that padding left with a neighbour), "gather by all-reduce",
       "scatter by all-reduce", "windowed einsum".
     - `reduction`: "add", "max", ... of a reduce-scatter or all-reduce.
-    - `count_known`: False where a loop's length could not be read, and `count` is a guess: its bound, or once.
+    - `count_known`: False if a loop's length could not be read, and `count` is a guess: its bound, or once.
     - `groups`: the replica groups or source-target pairs as the program spells them.
-    - `parts`: the bytes of each array where it combines several.
-    - `only_sliced`: an all-gather of which the program uses nothing but slices: a change of layout that the partitioner
-      knew no other way for (it warns of an "involuntary full rematerialization").
+    - `parts`: the bytes of each array if it combines several.
+    - `only_sliced`: an all-gather of which the program uses only slices: a reshard for which the partitioner
+      has no other way (it warns of an "involuntary full rematerialization").
     """
 
     kind: str
@@ -91,7 +91,7 @@ class CompiledCollective:
 
 
 def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollective, ...]:
-    """The collectives of a compiled program, in the order in which they stand.
+    """The collectives of a compiled program, in program order.
 
     **Arguments:**
 
@@ -121,9 +121,9 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
 
 
 def estimated_cycles(text: str) -> int | None:
-    """Core cycles of one run by the TPU compiler's own estimates, loops multiplied; None where there are none.
+    """Core cycles of one run by the TPU compiler's own estimates, loops multiplied; None if there are none.
 
-    Collectives carry no estimate. Of a conditional the dearest branch is counted.
+    Collectives carry no estimate. Of a conditional the costliest branch is counted.
     """
     if '"estimated_cycles"' not in text:
         return None
@@ -152,7 +152,7 @@ def _regions(inst: Instruction, scope: Scope, module: Module) -> list[Scope]:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An instruction in the place where the program runs it."""
+    """An instruction at its place in the program."""
 
     instruction: Instruction
     scope: Scope
@@ -224,7 +224,7 @@ def _measured_shape(inst: Instruction, scope: Scope, kind: str) -> str:
 
 
 def _before_padding(name: str, scope: Scope) -> Instruction | None:
-    """A fusion pads what it scatters to whole tiles; the operand as it was before that."""
+    """The operand before padding; a fusion pads the array that it scatters to whole tiles."""
     inst = scope.operand(name)
     while inst and inst.opcode in ("bitcast", "copy", "pad") and (origin := scope.operand(inst.operands[0])):
         inst = origin
@@ -232,7 +232,7 @@ def _before_padding(name: str, scope: Scope) -> Instruction | None:
 
 
 def _only_sliced(name: str, scope: Scope, module: Module) -> bool:
-    """Whether slices of a value are all that is used of it, seen through views, fusions and asynchronous pairs."""
+    """Whether only slices of a value are used, seen through views, fusions and asynchronous pairs."""
     found = users(scope.computation).get(name, [])
     return bool(found) and all(_slices(each, name, scope, module) for each in found)
 
@@ -294,7 +294,7 @@ def chain_of(site: Site) -> tuple[str, ...] | None:
 
 
 def starts_chain(site: Site) -> bool:
-    """Whether this piece of such a chain is the one that sets it going."""
+    """Whether this part of such a chain starts it."""
     others = site.scope.computation.instructions.values()
     return any("AsyncCollectiveStart" in each.attributes and site.instruction.name in each.operands for each in others)
 
@@ -348,7 +348,7 @@ def groups_of(groups: str, devices: int) -> list[list[int]]:
     **Arguments:**
 
     - `groups`: as in `CompiledCollective.groups`; `{}` is one group of all devices.
-    - `devices`: how many devices the program runs on.
+    - `devices`: the number of devices of the program.
     """
     if named := _MESH.match(groups):
         return _mesh_groups(named["axes"], named["ids"], named["grouped"])

@@ -1,10 +1,10 @@
 """The FLOPs of matmuls and the bytes through HBM of a compiled program, read from its HLO text.
 
-Loops multiply, which the compiler's own `cost_analysis` leaves out. A convolution, as which a TPU runs its matmuls, counts
-the products that it really forms, without those with padding or with a planned program's rows of zeros. An instruction at
-the top of a computation reads its operands and writes its results; where its layout says `S(1)` and the like, an array lies
-in on-chip memory and costs no traffic. A fusion that only takes a slice of an operand reads the slice, and one that updates
-a slice in place writes it. What collectives read and write is left out, as it is in a plan.
+Loops multiply, which the compiler's own `cost_analysis` leaves out. A TPU runs its matmuls as convolutions. A
+convolution counts the products that it really forms, without those with padding or with a planned program's rows of
+zeros. An instruction at the top of a computation reads its operands and writes its results. If its layout says `S(1)`
+and the like, an array is in on-chip memory and costs no traffic. A fusion that only takes a slice of an operand reads
+the slice, and one that updates a slice in place writes it. Reads and writes of collectives are left out, as in a plan.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 
 @dataclass(frozen=True)
 class CompiledCosts:
-    """One run on one chip: FLOPs of matmuls, bytes through HBM without what collectives move, and whether every loop's
-    length is known."""
+    """One run on one chip: FLOPs of matmuls, HBM bytes without collectives, whether all loops' lengths are known."""
 
     flops: float
     hbm_bytes: float
@@ -67,7 +66,7 @@ def compiled_costs(text: str) -> CompiledCosts:
 
 
 def matmul_flops(text: str) -> dict[str, float]:
-    """FLOPs of the matmuls of one run, loops multiplied, by the line of the user's code (`file.py:12`) they stem from.
+    """FLOPs of the matmuls of one run, loops multiplied, by the source line (`file.py:12`) that they stem from.
 
     **Raises:** `ValueError` when the text is not a compiled program.
     """
@@ -81,9 +80,9 @@ def matmul_flops(text: str) -> dict[str, float]:
 
 
 def flops_formed_again(text: str) -> dict[str, float]:
-    """FLOPs, by source line, of the matmuls that another instruction forms from the same operands as well.
+    """FLOPs, by source line, of the matmuls that another instruction forms from the same operands, too.
 
-    A compiler does so where it would rather compute a matmul in each fusion that uses it than keep its result.
+    A compiler does so if it prefers to compute a matmul in each fusion that uses it over keeping its result.
 
     **Raises:** `ValueError` when the text is not a compiled program.
     """
@@ -101,7 +100,10 @@ def flops_formed_again(text: str) -> dict[str, float]:
 
 
 def _reads(inst: Instruction, matmul: Instruction, module: Module) -> frozenset[str] | None:
-    """The operands of an instruction that a matmul in it, however deep in fusions, depends on; None if it holds no such."""
+    """The operands of an instruction on which a matmul in it depends, at any depth of fusions.
+
+    None if it holds no matmul.
+    """
     if inst is matmul:
         return frozenset(inst.operands)
     if inst.opcode != "fusion":
@@ -120,7 +122,7 @@ def _reads(inst: Instruction, matmul: Instruction, module: Module) -> frozenset[
 
 
 def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator[tuple[Scope, Instruction, int, bool]]:
-    """Every instruction at the top of a computation that runs, with how often; fusions are one instruction."""
+    """Every instruction at the top of a computation that runs, with its executions; fusions are one instruction."""
     for inst in scope.computation.instructions.values():
         if inst.opcode == "while":
             rounds, certain = trip_count(inst, scope, module)
@@ -164,7 +166,7 @@ def _dot_flops(inst: Instruction, scope: Scope) -> float:
 
 
 def _needed(inst: Instruction, rows: int) -> float:
-    """The part of a matmul that its program needs: half where one of two rows is of zeros, which a compiler may leave out."""
+    """The part of a matmul that its program needs: half if one of two rows is zero, which a compiler may leave out."""
     return 0.5 if rows == 2 and f"/{ROW_OF_ZEROS}/" in inst.attributes else 1.0
 
 
@@ -199,7 +201,7 @@ def _window(inst: Instruction, dimension: int) -> dict[str, list[int]]:
 
 
 def _products(image: int, kernel: int, result: int, window: dict[str, list[int]]) -> int:
-    """How many pairs of an image's and a kernel's element along one dimension meet."""
+    """The number of meeting pairs of an image's and a kernel's elements along one dimension."""
     stride, low = window.get("stride", [1])[0], window.get("pad", [0, 0])[0]
     spread, apart = window.get("lhs_dilate", [1])[0], window.get("rhs_dilate", [1])[0]
     last, met = (image - 1) * spread, 0
@@ -222,15 +224,15 @@ def _numbers(found: re.Match[str] | None) -> list[int]:
 
 
 def _in_hbm(shape: str) -> int:
-    """Bytes of the arrays of a shape that lie in HBM."""
+    """Bytes of the arrays of a shape that are in HBM."""
     return sum(shape_bytes(array) for array, layout in _ARRAY.findall(shape) if "S(" not in layout)
 
 
 def bytes_to_read_once(module: Module) -> float:
-    """The bytes of the arguments that one run reads, each counted once however often it is read.
+    """The bytes of the arguments that one run reads, each counted once despite repeated reads.
 
-    Of an argument of which only slices are read (a row of an embedding, a layer of a stack), those slices count, up to the
-    whole of it.
+    Of an argument of which only slices are read (a row of an embedding, a layer of a stack), those slices count, up to
+    the whole of it.
     """
     read: dict[str, float] = {}
     for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
@@ -260,18 +262,18 @@ def _argument(name: str, scope: Scope, module: Module, index: int | None = None)
 
 
 def moved_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
-    """Bytes through HBM of one run of an instruction: what it reads there and what it writes."""
+    """Bytes through HBM of one run of an instruction: its reads and its writes there."""
     return sum(read_bytes(inst, scope, module).values()) + _written_bytes(inst, scope, module)
 
 
 def _moves_nothing(inst: Instruction) -> bool:
-    """Whether an instruction takes no traffic of its own; what collectives move is counted on the wire."""
+    """Whether an instruction has no traffic of its own; bytes of collectives count as communication."""
     opcode = inst.opcode
     return opcode in _FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in _COLLECTIVES
 
 
 def read_bytes(inst: Instruction, scope: Scope, module: Module) -> dict[str, float]:
-    """Bytes that one run of an instruction reads from HBM, by the operand that it reads."""
+    """Bytes that one run of an instruction reads from HBM, by operand."""
     if _moves_nothing(inst):
         return {}
     operands = {name: found for name in inst.operands if (found := scope.operand(name)) is not None}
@@ -331,9 +333,9 @@ def _fusion_writes(inst: Instruction, scope: Scope, module: Module) -> float:
 
 
 def _read(array: Instruction, scope: Scope, module: Module) -> float:
-    """Bytes of an operand of a fusion that are read: all, or the slices that are taken; none of what is updated in place.
+    """Bytes of an operand that a fusion reads: all, or the slices that it takes; none of an operand updated in place.
 
-    Fusions hold fusions: an operand is followed into them, and out again where one only writes it in another shape.
+    Fusions hold fusions: an operand is followed into them, and out again if one only writes it in another shape.
     """
     total = 0.0
     for user in scope.computation.instructions.values():

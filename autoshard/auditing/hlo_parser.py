@@ -1,7 +1,7 @@
 """Compiled HLO text as computations of instructions, with the loops' trip counts.
 
-Only what an audit needs is read: names, shapes, opcodes, operands, and the rest of each line as
-text. The grammar is XLA's `HloModule::ToString` as host, TPU and GPU compilers print it.
+The parser reads only the parts that an audit needs: names, shapes, opcodes, operands, and the rest of each
+line as text. The grammar is XLA's `HloModule::ToString` as host, TPU and GPU compilers print it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 
 _OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-"""The folder of autoshard's own code, of which no line is the user's."""
+"""The folder of autoshard's own code, which holds no user lines."""
 _NARROW_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _TRANSPARENT = {"copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "broadcast", "optimization-barrier"}
 _CALLERS = {"call", "fusion", "conditional", "custom-call", "async-start", "call-start", "fusion-start"}
@@ -53,12 +53,12 @@ class Instruction:
 
     @property
     def structure(self) -> str:
-        """The attributes that say what the instruction does, without its annotations."""
+        """The attributes of the instruction's operation, without its annotations."""
         cut = _ANNOTATIONS.search(self.attributes)
         return self.attributes[: cut.start()] if cut else self.attributes
 
     def attribute(self, key: str) -> str:
-        """The word after `key=`, or "" where there is none."""
+        """The word after `key=`, or "" if there is none."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.structure)
         return found[1] if found else ""
 
@@ -88,7 +88,7 @@ class Module:
     sources: dict[str, str]
 
     def source(self, inst: Instruction) -> str:
-        """`file.py:12` in the user's code that an instruction stems from, "" where the compiler kept nothing."""
+        """The user's source line `file.py:12` that an instruction stems from, "" if the compiler kept none."""
         if frame := re.search(r"\bstack_frame_id=(\d+)", inst.attributes):
             return self.sources.get(frame[1], "")
         found = re.search(r'source_file="([^"]*)" source_line=(\d+)', inst.attributes)
@@ -97,7 +97,7 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A computation together with the instruction that runs it, and where that one stands."""
+    """A computation together with the instruction that runs it, and that instruction's own scope."""
 
     computation: Computation
     caller: Instruction | None = None
@@ -115,7 +115,7 @@ class Scope:
 
 
 def parse(text: str) -> Module:
-    """Read the text of a compiled program (`compiled.as_text()`).
+    """Reads the text of a compiled program (`compiled.as_text()`).
 
     **Raises:** `ValueError` when the text holds no entry computation.
     """
@@ -225,10 +225,10 @@ def _dtype_bits(dtype: str) -> int:
 def follow(
     name: str, scope: Scope, module: Module, index: int | None = None
 ) -> tuple[Instruction | None, int | None, Scope]:
-    """The origin of a value, seen through copies, tuples, fusions and calls, up to the loop it is in.
+    """The origin of a value, seen through copies, tuples, fusions and calls, up to the enclosing loop.
 
     **Returns:** (instruction, tuple index or None, scope). The instruction is a `parameter` when
-    the value is carried by the loop whose region `scope` is; None when the name is not known.
+    the value is carried by the loop whose region `scope` is; None if the name is not known.
     """
     while (found := scope.operand(name)) is not None:
         if found.opcode in _TRANSPARENT:
@@ -248,14 +248,17 @@ def follow(
 
 
 def _position(parameter: Instruction, caller: Instruction, scope: Scope) -> int:
-    """The operand of its caller that a parameter is; a conditional's first operand chooses, then comes one a branch."""
+    """The caller's operand that a parameter is.
+
+    A conditional's first operand chooses, then comes one for each branch.
+    """
     if caller.opcode == "conditional":
         return caller.called().index(scope.computation.name) + 1
     return int(parameter.arguments)
 
 
 def _constant(name: str, scope: Scope, module: Module, index: int | None = None) -> int | None:
-    """The integer that a value always is, also where an outer loop carries it unchanged."""
+    """The integer that a value always is, also if an outer loop carries it unchanged."""
     found, index, scope = follow(name, scope, module, index)
     if found is None:
         return None
@@ -270,7 +273,7 @@ def _constant(name: str, scope: Scope, module: Module, index: int | None = None)
 
 
 def _step(index: int, body: Scope, module: Module) -> int | None:
-    """By how much one round of a loop changes carried value `index`."""
+    """The increase of carried value `index` in one iteration of a loop."""
     found, _, scope = follow(body.computation.root, body, module, index)
     if found is None or found.opcode not in ("add", "subtract"):
         return None
@@ -283,11 +286,11 @@ def _step(index: int, body: Scope, module: Module) -> int | None:
 
 
 def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bool]:
-    """How many rounds a `while` takes, and whether that is certain.
+    """The trip count of a `while`, and whether it is certain.
 
-    From `known_trip_count` where the compiler wrote it; else from a comparison in the condition of `i + c` with `n`, and the
-    start and the step of `i`: for `<` $\\lceil (n - c - i_0) / \\mathrm{step} \\rceil$. Beside other conditions it is the most
-    that it takes.
+    From `known_trip_count` if the compiler wrote it; else from a comparison in the condition of `i + c` with `n`, and
+    the start and the step of `i`: for `<` $\\lceil (n - c - i_0) / \\mathrm{step} \\rceil$. With other conditions it
+    is an upper bound.
     """
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known[1]), True
@@ -300,7 +303,7 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
 
 
 def _terms(name: str, scope: Scope, module: Module, holds: bool) -> Iterator[tuple[Instruction | None, Scope, bool]]:
-    """The terms of a condition that must all hold for it to be `holds`, each with its scope and the value it must have."""
+    """The terms of a condition that must all hold for it to be `holds`, each with its scope and its required value."""
     test, _, where = follow(name, scope, module)
     if test is not None and test.opcode == ("and" if holds else "or"):
         for operand in test.operands:
@@ -320,7 +323,7 @@ def _rounds(
     scope: Scope,
     module: Module,
 ) -> tuple[int, bool] | None:
-    """How many rounds a comparison of a counter with a constant allows, and whether that is certain."""
+    """The number of iterations that a comparison of a counter with a constant allows, and whether it is certain."""
     if test is None or test.opcode != "compare":
         return None
     body = Scope(module.computations[loop.attribute("body")], loop, scope)
@@ -342,7 +345,7 @@ def _rounds(
 
 
 def _counter(name: str, scope: Scope, condition: Scope, module: Module) -> tuple[int | None, int]:
-    """The carried value that a side of a comparison is (None if it is none), and the constant that is added to it."""
+    """The carried value that a side of a comparison is (None if it is not one), and the constant added to it."""
     found, index, at = follow(name, scope, module)
     if found is None:
         return None, 0

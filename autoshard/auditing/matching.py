@@ -1,7 +1,8 @@
 """The matching of compiled collectives with the planned ones whose work they do.
 
-Partners are looked for pass by pass, the most literal first: one for one, several planned in one compiled, one planned in
-several compiled pieces; each of the same kind first, then in the spellings that a compiler may choose instead.
+Partners are matched pass by pass, the most literal first: one for one, several planned in one compiled, one planned in
+several compiled parts. Each pass begins with the same kind, then tries the spellings that a compiler may choose
+instead.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from costmodels.machine.topology import Topology
 Axes = tuple[str, ...]
 
 _ALIKE = 0.005
-"""Relative difference between byte counts that padding may make."""
+"""Relative difference between byte counts that padding may cause."""
 _GRAIN = _ALIKE / 16
-"""Relative difference below which sums of byte counts are taken for one while they are added up."""
+"""Relative difference below which partial sums of byte counts are merged."""
 _MOST_TOGETHER = 4
-"""How many collectives are looked for in one, where the compiled program does not say how many it combined."""
+"""The most collectives matched with one, if the compiled program does not say how many it combined."""
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _SPELLINGS = (*((kind, kind) for kind in _KINDS), ("reduce-scatter", "all-reduce"), ("all-gather", "all-reduce"))
 """Planned kinds with the kinds that they may be compiled to, the most literal first."""
 
 
 _MOVES = ("all-gather", "all-to-all", "collective-permute")
-"""Kinds that change no number."""
+"""Kinds that leave all values unchanged."""
 _HALF = ("bf16", "f16")
 _NARROWER = 0.75
 """The part of its bytes below which a collective must have been sent in a narrower type."""
@@ -40,8 +41,8 @@ _NARROWER = 0.75
 class Pair:
     """Planned collectives beside the compiled ones that do their work, `count` times; either side may be empty.
 
-    `width` is by which factor the numbers are sent wider than planned: 2 for 16-bit floats on host devices, 1/2 for float32
-    that a matmul reads as bfloat16. `arrays` are the numbers of the arrays that the planned ones send.
+    `width` is the width of the sent values over the planned one: 2 for 16-bit floats on host devices, 1/2 for float32
+    that a matmul reads as bfloat16. `arrays` are the indices of the arrays that the planned ones send.
     """
 
     planned: tuple[PlannedCollective, ...]
@@ -59,12 +60,12 @@ def match_collectives(
     widths: Sequence[float] = (),
     narrow: Sequence[bool] = (),
 ) -> tuple[Pair, ...]:
-    """Pairs all planned with all compiled collectives, knowing that what one array is sent for twice may be sent once.
+    """Pairs all planned with all compiled collectives, where an array that is planned twice may be sent once.
 
     **Arguments:**
 
-    - `arrays`: the number of the array that each planned collective sends.
-    - `widths`, `narrow`: as of `pair_collectives`.
+    - `arrays`: the index of the array that each planned collective sends.
+    - `widths`, `narrow`: as in `pair_collectives`.
     """
     times: Counter[tuple[Any, ...]] = Counter()
     again = []
@@ -72,7 +73,7 @@ def match_collectives(
         alike = (array, each.kind, frozenset(each.axes), each.bytes, each.count)
         again.append(times[alike])
         times[alike] += 1
-    order = sorted(range(len(planned)), key=lambda i: again[i])  # so that repetitions are what stays without a partner
+    order = sorted(range(len(planned)), key=lambda i: again[i])  # so that repetitions are those left without a partner
     pairs = pair_collectives(
         [planned[i] for i in order],
         compiled,
@@ -92,13 +93,13 @@ def pair_collectives(
     narrow: Sequence[bool] = (),
     arrays: Sequence[int] = (),
 ) -> tuple[Pair, ...]:
-    """Pairs all planned with all compiled collectives; those that have no partner come last, alone.
+    """Pairs all planned with all compiled collectives; those without a partner come last, alone.
 
     **Arguments:**
 
-    - `widths`: by which factor the numbers of each planned collective are wider when they are sent; 1 by default.
-    - `narrow`: whether the compiler may send its numbers with half as many bits, where whoever uses them reads no more.
-    - `arrays`: the number of the array that each planned collective sends; by default each sends one of its own.
+    - `widths`: the factor by which the sent values of each planned collective are wider; 1 by default.
+    - `narrow`: whether the compiler may send its values with half as many bits, if their users read no more.
+    - `arrays`: the index of the array that each planned collective sends; by default each sends its own.
     """
     widths, arrays = widths or [1.0] * len(planned), arrays or range(len(planned))
     lots = [
@@ -109,7 +110,7 @@ def pair_collectives(
     pairing = _Pairing(lots, found, [])
     pairing.run()
     for lot in lots:
-        lot.bytes = float(lot.of.bytes)  # what was not widened after all
+        lot.bytes = float(lot.of.bytes)  # not widened after all
     pairing.run()
     halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in _MOVES]
     for lot in halves:
@@ -120,7 +121,7 @@ def pair_collectives(
 
 
 def join_repetitions(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
-    """Joins planned collectives without a partner to those that send the same array likewise, for another use."""
+    """Joins planned collectives without a partner to those that send the same array in the same way, for another use."""
 
     def sent(pair: Pair) -> set[tuple[Any, ...]]:
         numbered = zip(pair.arrays, pair.planned, strict=True)
@@ -139,10 +140,9 @@ def join_repetitions(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
 
 
 def expected_bytes(pair: Pair, topology: Topology) -> float:
-    """Bytes that the plan expects one chip to send in one step for a pair: at most the planned ones, in the pair's width.
+    """Bytes that the plan expects one chip to send per step for a pair: at most the planned ones, in its width.
 
-    Several uses of one array may be served by sending it once, and several arrays sent as one: what a compiler saves, the
-    plan expects it to save.
+    A compiler may send one array once for several uses, and several arrays as one. The plan expects these savings.
     """
     planned = pair.width * sum(sent_bytes(each, topology) for each in pair.planned)
     compiled = sum(sent_bytes(each, topology) for each in pair.compiled)
@@ -157,13 +157,13 @@ def sent_bytes(each: PlannedCollective | CompiledCollective, topology: Topology)
 
 
 def axes_of(collective: PlannedCollective | CompiledCollective, topology: Topology) -> Axes:
-    """The axes of a collective in mesh order, without those of one chip; all where its groups are no set of axes."""
+    """The axes of a collective in mesh order, without those of one chip; all if its groups are not a set of axes."""
     order = [axis.name for axis in topology.axes if axis.size > 1]
     return tuple(axis for axis in order if collective.axes is None or axis in collective.axes)
 
 
 def is_literal(pair: Pair) -> bool:
-    """Whether every planned collective of a pair is compiled to one of its kind, of no narrower numbers."""
+    """Whether every planned collective of a pair is compiled to one of its kind, with values that are not narrower."""
     kinds = {p.kind for p in pair.planned} == {c.kind for c in pair.compiled} and len(pair.planned) == len(
         pair.compiled
     )
@@ -172,7 +172,7 @@ def is_literal(pair: Pair) -> bool:
 
 @dataclass(eq=False)
 class _Lot:
-    """A collective of either side, and how many of its executions have no partner yet."""
+    """A collective of either side, and its executions that have no partner yet."""
 
     of: Any
     kind: str
@@ -187,7 +187,7 @@ class _Pairing:
         self.planned, self.compiled, self.pairs = planned, compiled, pairs
 
     def run(self) -> None:
-        """All passes over what has no partner yet."""
+        """All passes over the collectives without a partner."""
         for planned_kind, compiled_kind in _SPELLINGS:
             planned = [lot for lot in self.planned if lot.kind == planned_kind]
             compiled = [lot for lot in self.compiled if _may_be(lot, planned_kind, compiled_kind)]
@@ -198,7 +198,7 @@ class _Pairing:
         self._realignments()
 
     def _match(self, single: Sequence[_Lot], several: Sequence[_Lot], most: Callable[[_Lot], int]) -> None:
-        """Finds, for every lot of one side, lots of the other side that add up to it."""
+        """Finds, for every lot of one side, lots of the other side that sum to it."""
         for lot in single:
             while lot.left and (group := _adding_up_to(lot, several, most(lot))):
                 self._pair([lot, *group])
@@ -245,7 +245,10 @@ class _Pairing:
 
 
 def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
-    """At most so many lots whose bytes are those of another: all, or of those the nearest to it the fewest; none if none do."""
+    """At most this many lots whose bytes sum to another's: all, or the fewest of the nearest sums.
+
+    Empty if no sum matches.
+    """
     fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
     if one_by_one := _part_by_part(whole, fitting):
         return one_by_one
@@ -256,7 +259,7 @@ def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
 
 
 def _part_by_part(whole: _Lot, lots: Sequence[_Lot]) -> list[_Lot]:
-    """A lot for each array that a compiled collective says it combines; none if any lacks one."""
+    """A lot for each array that a compiled collective says it combines; none if any has no match."""
     parts = whole.of.parts if isinstance(whole.of, CompiledCollective) else ()
     left, found = list(lots), []
     for part in sorted(parts, reverse=True):
@@ -268,16 +271,16 @@ def _part_by_part(whole: _Lot, lots: Sequence[_Lot]) -> list[_Lot]:
 
 
 def _groups(lots: Sequence[_Lot], most: int, target: float) -> Iterator[list[_Lot]]:
-    """Groups of lots up to a number of bytes, of those with about the same sum the smallest.
+    """Groups of lots up to a number of bytes; of those with about the same sum the smallest.
 
-    Lots of the same bytes are as good as each other, and sums much nearer to each other than what is alike are one: so that
-    hundreds of lots that a compiler combined are not tried in all their combinations.
+    Lots of the same bytes are interchangeable, and sums that differ by much less than padding are merged. So hundreds
+    of lots that a compiler combined are not tried in all their combinations.
     """
     kinds: dict[float, list[_Lot]] = {}
     for lot in lots:
         kinds.setdefault(lot.bytes, []).append(lot)
     grain = _GRAIN * target or 1.0
-    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # the sum, and how many of each kind
+    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # the sum, and the number of each kind
     for bytes, alike in sorted(kinds.items(), reverse=True):
         grown: dict[int, tuple[float, tuple[int, ...]]] = {}
         for total, counts in found.values():

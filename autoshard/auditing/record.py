@@ -20,13 +20,13 @@ class AuditRecord:
     """The result of an audit.
 
     - `ok`: whether no difference counts.
-    - `collectives`: everything that the compiled program sends.
+    - `collectives`: all collectives of the compiled program.
     - `pairs`: planned beside compiled.
-    - `peak_bytes`: per chip, as the compiler reports it; None where it does not.
+    - `peak_bytes`: per chip, as the compiler reports it; None if it does not.
     - `planned_flops`, `flops`: of the matmuls of one chip and step, planned and compiled.
-    - `compute_seconds`: the compiler's own estimate of everything but collectives; None where it makes none.
-    - `replay`: the schedule replayed, with copies and collectives beside the core; None where there is no estimate.
-    - `costs`: the instructions of the replay by their time, the costliest first, with what of it is not planned.
+    - `compute_seconds`: the compiler's own estimate of everything but collectives; None if there is none.
+    - `replay`: the schedule replayed, with copies and collectives beside the core; None if there is no estimate.
+    - `costs`: the instructions of the replay by their time, the costliest first, with the unplanned part of it.
     """
 
     target: CompileTarget
@@ -53,7 +53,7 @@ class AuditRecord:
 
     @property
     def step_seconds(self) -> float | None:
-        """One step of the compiled program, by the replay of its schedule; None where the compiler estimates nothing."""
+        """One step of the compiled program, by the replay of its schedule; None if the compiler estimates nothing."""
         return None if self.replay is None else self.replay.seconds
 
     @property
@@ -72,11 +72,11 @@ class AuditRecord:
         return {axes: (planned, compiled) for axes, (planned, _, compiled) in sent.items()}
 
     def saved_bytes(self) -> dict[Axes, float]:
-        """Per set of mesh axes: what the compiler is expected to send less than planned, per chip and step.
+        """Per set of mesh axes: the bytes that the compiler is expected to save against the plan, per chip and step.
 
-        Such as an array that is gathered once for two uses, or as the bfloat16 that a matmul reads of float32. On host
-        devices, which widen 16-bit floats, it is what they send more, and negative. Forms of a collective that cost more
-        than planned are not expected.
+        An example is an array that is gathered once for two uses, or as the bfloat16 that a matmul reads of float32.
+        Host devices widen 16-bit floats; there the figure is the excess, and negative. Forms of a collective that cost
+        more than planned are not expected.
         """
         sent = wire_bytes_by_axes(self.pairs, self.topology)
         return {axes: planned - due for axes, (planned, due, _) in sent.items() if planned != due}
@@ -87,7 +87,7 @@ class AuditRecord:
         return sum(sent_bytes(each, self.topology) * pair.count for pair in alone for each in pair.compiled)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """The record as plain data, for JSON."""
         sent = [
             {"axes": list(axes), "planned": planned, "expected": expected, "compiled": compiled}
             for axes, (planned, expected, compiled) in wire_bytes_by_axes(self.pairs, self.topology).items()

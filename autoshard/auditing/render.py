@@ -56,7 +56,7 @@ def _collectives(audit: AuditRecord, width: int) -> Iterator[str]:
 
 
 def _rows(audit: AuditRecord) -> list[tuple[str, ...]]:
-    """A row for each kind of pair: those of an unrolled model's layers, planned and compiled alike, are one."""
+    """A row for each kind of pair: equal pairs of an unrolled model's layers, planned and compiled, are one row."""
     groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in audit.pairs:
         groups.setdefault(tuple(map(unnumbered, _row(audit, [pair]))), []).append(pair)
@@ -132,7 +132,7 @@ def _chip(audit: AuditRecord, width: int) -> Iterator[str]:
 
 
 def _costliest(audit: AuditRecord, width: int) -> Iterator[str]:
-    """The instructions that take the core the longest, running them or waiting for them."""
+    """The instructions that take the core the longest, to run them or to wait for them."""
     if audit.costs:
         yield "Costliest instructions"
         rows = [_cost(each) for each in audit.costs[:MOST_COSTLY]]

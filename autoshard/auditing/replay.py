@@ -1,10 +1,10 @@
-"""The replay of a compiled program's schedule: the time of one step with copies and collectives in parallel with the core.
+"""The replay of a compiled program's schedule: the time of one step, with copies and collectives beside the core.
 
-The core runs its instructions in order. Asynchronous copies wait in a queue for HBM, which gives them what the running
-instruction leaves; while the core waits, they have all of it. Collectives take the links of their axes, those that share a
-link one after the other. A `-done` lets the core wait. Loops are replayed round by round until a round leaves the queues as
-it found them; the others take as long. No step is shorter than the floor: the bytes that it must read once, over HBM's rate on
-paper.
+The core runs its instructions in order. Asynchronous copies queue for HBM and take the bandwidth that the running
+instruction leaves; while the core waits, they have all of it. Collectives take the links of their axes, and those that
+share a link are serial. A `-done` makes the core wait. Loops are replayed iteration by iteration until an iteration
+leaves the queues unchanged; the others take as long. No step is shorter than the floor: the bytes that it must read
+once, over HBM's nominal rate.
 
 So removing an instruction never lengthens a step, and more bandwidth never costs more.
 """
@@ -23,12 +23,12 @@ from autoshard.auditing.schedule import Branches, Copy, Label, Link, Loop, Send,
 from costmodels.machine.topology import Topology
 
 MOST_COSTLY = 10
-"""How many instructions a replay names."""
+"""The number of instructions that a replay lists."""
 
 
 @dataclass(frozen=True)
 class Costly:
-    """An instruction of the program and the core's time in one step that goes to it, running it or waiting for it.
+    """An instruction of the program and the core's time for it in one step, running it or waiting for it.
 
     `matmul` says whether it is or holds a matrix multiplication.
     """
@@ -47,7 +47,7 @@ class Replay:
     """The time of one step by its schedule, in seconds.
 
     - `seconds`: the whole step, at least `floor_seconds`.
-    - `floor_seconds`: the bytes that the step must read once, over HBM's rate on paper.
+    - `floor_seconds`: the bytes that the step must read once, over HBM's nominal rate.
     - `core_seconds`: instructions on the core.
     - `exposed_seconds`: communication that the core waits for.
     - `copy_seconds`: asynchronous copies that the core waits for.
@@ -105,7 +105,7 @@ def replay_steps(steps: Sequence[Step], floor_seconds: float = 0.0) -> Replay:
 
 @dataclass
 class _Spent:
-    """The core's time, by what it goes to."""
+    """The core's time, by its use."""
 
     core: float = 0.0
     exposed: float = 0.0
@@ -124,7 +124,7 @@ class _Spent:
 
 
 class _Clock:
-    """The core's time, the copies that wait for HBM in order, and when each link is free again."""
+    """The core's time, the queue of copies for HBM, and the time at which each link is free again."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -188,7 +188,7 @@ class _Clock:
         return 0.0
 
     def _pass(self, seconds: float, for_copies: float) -> None:
-        """Lets time pass, of which HBM is free for copies for a part."""
+        """Advances time, of which HBM is free for copies for a part."""
         self.now += seconds
         while self.copies and for_copies >= self.copies[0][1]:
             for_copies -= self.copies.popleft()[1]
@@ -219,13 +219,13 @@ class _Clock:
         self.spent = outer
 
     def _skip(self, seconds: float) -> None:
-        """Lets rounds pass that leave the queues as they found them."""
+        """Advances by iterations that leave the queues unchanged."""
         self.now += seconds
         self.free = {link: ends + seconds for link, ends in self.free.items()}
         self.arrives = {name: (ends + seconds, label) for name, (ends, label) in self.arrives.items()}
 
     def _branches(self, step: Branches) -> None:
-        """Goes on from the slowest alternative, with the most that any of them leaves under way."""
+        """Continues from the slowest alternative, with the most that any of them leaves in flight."""
         ways = [copy.deepcopy(self) for _ in step.bodies]
         for way, body in zip(ways, step.bodies, strict=True):
             way.run(body)

@@ -1,9 +1,9 @@
-"""A compiled TPU program as the steps of its schedule, in order, each with what it takes of the core, HBM and the links.
+"""A compiled TPU program as the steps of its schedule, in order, each with its use of the core, HBM and the links.
 
-The text of a compiled module is in schedule order (`is_scheduled=true`). What is started and awaited apart becomes two
-steps: asynchronous copies (`copy-start`, `slice-start`), collectives (`all-gather-start`, a call handed to another core), and
-collectives that are spread over a chain of fusions. Everything else runs on the core, as long as the compiler estimates;
-what carries no estimate takes its bytes at HBM's rate.
+The text of a compiled module is in schedule order (`is_scheduled=true`). An operation with separate start and wait
+becomes two steps: asynchronous copies (`copy-start`, `slice-start`), collectives (`all-gather-start`, a call handed to
+another core), and collectives that are spread over a chain of fusions. Everything else runs on the core for the
+compiler's estimated time. An instruction without an estimate takes its bytes at HBM's rate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from costmodels.machine.topology import Topology
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _MOST_REACHED = 32
-"""How many instructions are looked at for the line that uses an asynchronous copy."""
+"""The number of instructions searched for the line that uses an asynchronous copy."""
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
 _FRAMES = re.compile(
     r"^(?:p?jit\(.*\)|shard_map|while|body|cond|closed_call|branch_\d+_fun|checkpoint|rematted_computation)$"
@@ -37,7 +37,7 @@ _FRAMES = re.compile(
 
 @dataclass(frozen=True)
 class Label:
-    """An instruction as a reader finds it: its name, its opcode, the user's line and scopes."""
+    """An instruction as shown to a reader: its name, its opcode, the user's source line and scopes."""
 
     name: str
     opcode: str
@@ -57,7 +57,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Copy:
-    """An asynchronous copy starts: it keeps HBM busy for `hbm_seconds`, beside the core."""
+    """The start of an asynchronous copy: it keeps HBM busy for `hbm_seconds`, beside the core."""
 
     label: Label
     hbm_seconds: float
@@ -65,7 +65,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Send:
-    """A collective starts; the core waits for it where it is not asynchronous."""
+    """The start of a collective; the core waits for it if it is not asynchronous."""
 
     label: Label
     seconds: float
@@ -75,7 +75,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Wait:
-    """The core waits until the copy or collective of this name is done."""
+    """A wait of the core until the copy or collective of this name is done."""
 
     started: str
 
@@ -90,7 +90,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Branches:
-    """Steps of which one alternative runs: the slowest, for what is not known."""
+    """Steps of which one alternative runs: the slowest, as the choice is not known."""
 
     bodies: tuple[tuple[Step, ...], ...]
 
@@ -104,7 +104,9 @@ def read_schedule(module: Module, topology: Topology) -> tuple[Step, ...]:
     **Raises:** `ValueError` for a chip whose clock is not known.
     """
     if not topology.chip.clock_hertz:
-        raise ValueError(f"The clock of {topology.chip.name} is not known, so cycles are no time.")
+        raise ValueError(
+            f"The clock of {topology.chip.name} is not known, so its cycles cannot be converted to seconds."
+        )
     return tuple(_Reader(module, topology).steps(Scope(module.computations[module.entry])))
 
 
@@ -156,7 +158,7 @@ class _Reader:
         ]
 
     def _sends(self, inst: Instruction, scope: Scope, sites: list[Site]) -> Iterator[Step]:
-        if _CYCLES.search(inst.attributes):  # a fusion with other work; what a collective itself moves is on the wire
+        if _CYCLES.search(inst.attributes):  # a fusion with other work; collectives' own bytes do not count
             yield from self._work(inst, scope)
         for site in sites:
             chain = chain_of(site)
@@ -206,13 +208,14 @@ class _Reader:
     def _label_copy(self, inst: Instruction, scope: Scope) -> Label:
         """An asynchronous copy by the array that it copies, and by the line of the first instruction that uses it.
 
-        A copy that nobody uses is of an argument, for the next run of the program; then it is the line that uses that.
+        A copy without a user is of an argument, for the next run of the program; its line is then that of the
+        argument's user.
         """
         label = self._label(inst, scope)
         array, _, _ = follow(inst.operands[0], scope, self.module)
         name = op_name_of(array) if array is not None and array.opcode == "parameter" else ""
         reached = [inst.name, inst.operands[0]]
-        for name_of in reached:  # grows while it is walked
+        for name_of in reached:  # grows during the iteration
             for user in users(scope.computation).get(name_of, ()):
                 if label.source or len(reached) > _MOST_REACHED:
                     break
@@ -225,7 +228,7 @@ class _Reader:
 
 
 def _ends_chain(site: Site) -> bool:
-    """Whether the collective of a chain of fusions is awaited here."""
+    """Whether the core waits here for the collective of a chain of fusions."""
     others = site.scope.computation.instructions.values()
     return any('custom_call_target="AsyncCollectiveDone"' in each.attributes for each in others)
 

@@ -1,8 +1,8 @@
-"""The time of a replayed step that the plan does not have, by instruction.
+"""The unplanned time of a replayed step, by instruction.
 
-What the plan has for a line of the user's code goes to the instructions of this line, matmuls first, then the costliest.
-Whatever exceeds it is not planned: copies, changes of memory layout, slices of stacked arrays that are copied out. Collectives
-are held against the plan by themselves, and count as planned here.
+The planned time of a source line goes to the instructions of this line, matmuls first, then the costliest. Any excess
+is unplanned: copies, re-tiling, slices of stacked arrays that are copied out. Collectives are compared with the plan
+separately, and count as planned here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autoshard.planning.records import OperationPlan
 
 @dataclass(frozen=True)
 class AuditedCost:
-    """An instruction with its time in one step, and how much of it the plan does not have, in seconds."""
+    """An instruction with its time in one step, and the unplanned part of it, in seconds."""
 
     instruction: Costly
     unplanned_seconds: float
@@ -32,7 +32,7 @@ def planned_seconds(operations: Sequence[OperationPlan]) -> dict[str, float]:
 
 
 def attribute_time(costly: Sequence[Costly], planned: Mapping[str, float]) -> tuple[AuditedCost, ...]:
-    """Every instruction of a replay with the part of its time that is not planned, in the replay's order."""
+    """Every instruction of a replay with the unplanned part of its time, in the replay's order."""
     left = dict(planned)
     unplanned: dict[int, float] = {}
     for i, each in sorted(enumerate(costly), key=lambda item: (not item[1].matmul, -item[1].seconds)):

@@ -1,6 +1,6 @@
-"""Search with the compiler in the loop: the best few plans, compiled ahead of time and ranked by what came of them.
+"""Search with the compiler in the loop: the best few plans, compiled ahead of time and ranked by their programs.
 
-The fastest of them is then emitted in other ways, between which no rule decides, and the fastest way is kept in the plan.
+The fastest of them is then emitted in other ways, between which no rule decides, and the plan keeps the fastest one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from costmodels.machine.topology import Topology, as_its_chip_has_it
 
 Say = Callable[[str], None]
 NEAR = 0.1
-"""The part of a step by which a plain layout may be slower in the model, to be compiled as well."""
+"""The relative difference in modelled step time within which a plain layout is compiled as well."""
 WORTH = 0.01
 """The part of a step that another way to emit a plan must save to be kept."""
 EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
@@ -32,7 +32,7 @@ EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan and its audit, or why the compiler refused it.
+    """A plan and its audit, or the compiler's reason for rejecting it.
 
     `place` is its rank in the model, from 1; plain layouts come after the best plans, and have their `name`.
     """
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """A step of the compiled program: its schedule replayed, else the compiler's cycles and the plan's collectives."""
+        """The time of one compiled step: its replayed schedule, else compiler cycles and planned collectives."""
         if self.audit is None:
             return float("inf")
         if self.audit.step_seconds is not None:
@@ -56,7 +56,7 @@ class Candidate:
 
     @property
     def slowdown(self) -> str:
-        """How much slower than planned the compiled program is, and why; empty where it is not much slower."""
+        """The slowdown of the compiled program against the plan, and its cause; empty if it is not much slower."""
         if self.audit is None or not self.audit.is_slow:
             return ""
         return next((each.text for each in self.audit.differences if each.kind == "slower than planned"), "")
@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verification:
-    """The best few plans with their compiled programs, in the model's order; `proven` as of `best_plans`.
+    """The best few plans with their compiled programs, in the model's order; `proven` as in `best_plans`.
 
     `variants` are other ways to emit the first of `ranked`.
     """
@@ -75,38 +75,38 @@ class Verification:
 
     @property
     def ranked(self) -> tuple[Candidate, ...]:
-        """As planned before not as planned, then the fastest compiled program first."""
+        """Programs as planned before others, then the fastest first."""
         return _ranked(self.candidates)
 
     @property
     def chosen(self) -> Candidate:
-        """The fastest program, of the first plan and its variants; the first plan's where none is clearly faster."""
+        """The fastest program of the first plan and its variants; the first plan's if none is clearly faster."""
         return _fastest(self.ranked[0], self.variants)
 
     @property
     def best(self) -> Plan:
-        """The plan to take, emitted in the fastest way. Warnings say if it is not the model's first, or if it is slow."""
+        """The chosen plan, emitted in the fastest way. Warnings say if it is not the model's first, or if it is slow."""
         first, plan, words = self.ranked[0], self.chosen.plan, []
         if first.place != 1:
             what = first.name or f"the model's place {first.place}"
-            words += [f"Of {len(self.candidates)} plans that were compiled this one, {what}, has the fastest program."]
+            words += [f"This plan, {what}, has the fastest program of the {len(self.candidates)} compiled plans."]
         if self.is_slow:
             words += [f"Compiled, {self.chosen.slowdown}."]
         return replace(plan, warnings=(*plan.warnings, *words)) if words else plan
 
     @property
     def is_slow(self) -> bool:
-        """Whether even the best of the compiled programs takes much longer than planned."""
+        """Whether even the best compiled program takes much longer than planned."""
         return bool(self.chosen.slowdown)
 
     @property
     def gain(self) -> float:
-        """How many times as fast the first plan's program is in the fastest way to emit it."""
+        """The speed-up of the first plan's program by the fastest way to emit it."""
         before, after = self.ranked[0].seconds, self.chosen.seconds
         return before / after if isfinite(after) and after > 0 and isfinite(before) else 1.0
 
     def correction(self) -> float:
-        """How many times as long the compiled programs take on the chip as planned: the median over the candidates."""
+        """The ratio of compiled to planned time on the chip: the median over the candidates."""
         pairs = [(each.plan.estimate, each.audit) for each in self.candidates if each.audit is not None]
         found = [
             found.compute_seconds / (planned.seconds - planned.collective_seconds)
@@ -116,7 +116,7 @@ class Verification:
         return median(found) if found else 1.0
 
     def calibrated(self) -> Topology:
-        """The topology with efficiencies under which these plans would take what their compiled programs do, at most 1."""
+        """The topology with efficiencies under which these plans take as long as their compiled programs, at most 1."""
         topology, factor = self.candidates[0].plan.topology, self.correction()
         chip = topology.chip
         changed = {name: min(getattr(chip, name) / factor, 1.0) for name in EFFICIENCIES}
@@ -126,7 +126,7 @@ class Verification:
         )
 
     def render(self, width: int = WIDTH) -> str:
-        """The candidates as a table, and what the model had wrong."""
+        """The candidates as a table, and the model's errors."""
         headers = (
             "model",
             "step",
@@ -143,13 +143,13 @@ class Verification:
         order = [each.place for each in self.ranked]
         agreed = "keeps the model's order" if order == sorted(order) else "changes the model's order"
         lines.append(
-            f"  The compiler {agreed}. On the chip its programs take {self.correction():.2f} times what is planned."
+            f"  The compiler {agreed}. On the chip its programs take {self.correction():.2f} times the planned time."
         )
         if self.is_slow:
             lines += item(f"Of the best of them {self.chosen.slowdown}.", width)
         lines += self._emissions(width) if self.variants else ()
         if not self.proven:
-            lines.append("  The time limit came first: there may be other plans between these.")
+            lines.append("  The time limit ended the search: there may be other plans between these.")
         return "\n".join(lines) + "\n"
 
     def _emissions(self, width: int) -> Iterator[str]:
@@ -159,7 +159,7 @@ class Verification:
         headers = ("", "compiled step", "on the chip", "collectives", "peak", "")
         yield from (f"  {line}" for line in table(headers, rows, "<>>>>~", width - 2))
         yield (
-            "  The plan stays as it was."
+            "  The plan is unchanged."
             if chosen is first
             else f"  The plan keeps {_way(chosen.plan)}: {time(chosen.seconds)} instead of"
             f" {time(first.seconds)}, {self.gain:.2f} times as fast."
@@ -170,7 +170,7 @@ class Verification:
 
 
 def _fastest(first: Candidate, others: Iterable[Candidate]) -> Candidate:
-    """The first candidate, or the fastest of the others where that gains more than `WORTH`, or is as planned alone."""
+    """The first candidate, or the fastest of the others if that gains more than `WORTH`, or is as planned alone."""
     best = _ranked((first, *others))[0]
     unplanned = first.audit is None or not first.audit.ok
     gains = best.seconds < (1 - WORTH) * first.seconds
@@ -178,7 +178,7 @@ def _fastest(first: Candidate, others: Iterable[Candidate]) -> Candidate:
 
 
 def _ranked(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """As planned before not as planned, then the fastest first; of equally fast ones the first given."""
+    """Plans as planned before others, then the fastest first; of equally fast ones the first given."""
     return tuple(sorted(candidates, key=lambda each: (each.audit is None or not each.audit.ok, each.seconds)))
 
 
@@ -192,22 +192,22 @@ def verify(
     progress: Say = lambda _: None,
     tune: bool = True,
 ) -> Verification:
-    """Compiles the k best plans of a function, and the plain layouts that are nearly as good, and ranks them by their programs.
+    """Compiles the k best plans of a function and the plain layouts that are nearly as good, and ranks the programs.
 
         verified = autoshard.verify(plan, decode, params, cache, tokens, position, k=4)
         print(verified); plan = verified.best
 
-    Only the TPU compiler tells cycles; elsewhere what is as planned comes first, in the model's order. With cycles, the first
-    plan is also emitted in other ways: with the formats that the compiler chooses, and without barriers in residual sums. The
-    plan keeps the fastest.
+    Only the TPU compiler reports cycles; elsewhere programs as planned come first, in the model's order. With cycles,
+    the first plan is also emitted in other ways: with the formats that the compiler chooses, and without barriers in
+    residual sums. The plan keeps the fastest.
 
     **Arguments:**
 
     - `plan`: the best plan, as `autoshard.search` found it for this function and these arguments.
     - `time_limit`: seconds for finding the other plans; compiling comes on top.
-    - `tune`: whether other ways to emit the first plan are compiled: four or five compilations more.
+    - `tune`: whether other ways to emit the first plan are compiled, which takes four or five more compilations.
 
-    **Raises:** as `autoshard.audit`, but that a program which the compiler refuses is a candidate that comes last.
+    **Raises:** as `autoshard.audit`, except that a program which the compiler rejects is a candidate in last place.
     """
     found = best_plans(plan, k, time_limit, progress)
     known = [each.choice for each in found]
@@ -225,7 +225,7 @@ def verify(
 def _variants(
     first: Candidate, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
 ) -> Iterator[Candidate]:
-    """The other ways to emit a plan, compiled: other formats, then barriers or none with the fastest of these."""
+    """The other ways to emit a plan, compiled: other formats, then with or without barriers with the fastest."""
     found: list[Candidate] = []
     for formats in ("compiler", "default"):
         if formats != first.plan.emission.formats:

@@ -1,1 +1,1 @@
-"""Solutions: strategies and layouts of the whole program, their proof, and the independent checker."""
+"""Solutions: strategies and layouts of the whole program, the proof of optimality, and the independent checker."""

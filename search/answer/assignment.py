@@ -1,4 +1,4 @@
-"""From solver integers back to the program: strategies, layouts, and the collectives in the order they run."""
+"""The mapping from solver integers to the program: strategies, layouts, and the collectives in execution order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from search.formulation.strategy_costs import product_seconds
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan as the search sees it: one strategy per operation, and the layout each value with several uses is kept in."""
+    """A plan in the search's terms: one strategy per operation, and one layout per value that has several uses."""
 
     strategies: tuple[Strategy, ...]
     hubs: Mapping[int, Layout]
@@ -30,9 +30,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Move:
-    """A change of layout: of which value, between which layouts, for which use (operation, operand).
+    """A reshard of a value from one layout to another, for one use (operation, operand).
 
-    (-1, -1) stands for the value's hub, and the operand -1 of a result for the phase that takes it over.
+    (-1, -1) stands for the value's hub. Operand -1 stands for a result that another phase takes over.
     """
 
     value: int
@@ -45,10 +45,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Collective:
-    """A planned collective: kind, axes, payload bytes per chip, executions in one step, seconds of all of them.
+    """A planned collective: kind, axes, payload bytes per chip, runs per step, and seconds of all runs.
 
-    `operation` and `operand` say for which use a value changes layout, as a `Move` does. `hidden_seconds` more hide behind the
-    product that it is looped with, all executions together.
+    `operation` and `operand` identify the use that the value is resharded for, as in `Move`. `hidden_seconds` are
+    the further seconds of all runs that overlap with the product that the collective is looped with.
     """
 
     kind: str
@@ -78,23 +78,23 @@ def states_of(problem: Problem, choice: Choice) -> np.ndarray:
 
 
 def produced(program: Program, choice: Choice, value: int) -> Layout:
-    """The layout that a value's producer leaves it in."""
+    """The layout in which a value's producer leaves it."""
     operation, position = program.producers[value]
     return output_layout(program.operations[operation].signature, choice.strategies[operation], position)
 
 
 def kept(program: Program, choice: Choice, value: int) -> Layout:
-    """The layout that a value is kept in: its hub's, or its producer's."""
+    """The layout in which a value is kept: its hub's, or its producer's without a hub."""
     return choice.hubs.get(value) or produced(program, choice, value)
 
 
 def needed(program: Program, choice: Choice, operation: int, operand: int) -> Layout:
-    """The layout that an operation needs an operand in."""
+    """The layout that an operation requires for an operand."""
     return input_layout(program.operations[operation].signature, choice.strategies[operation], operand)
 
 
 def moves(program: Program, choice: Choice) -> Iterator[Move]:
-    """Every change of layout, in program order of the values."""
+    """Every reshard, in program order of the values."""
     for value, uses in sorted(program.consumers.items()):
         if value not in program.producers:
             continue
@@ -121,7 +121,7 @@ def moves(program: Program, choice: Choice) -> Iterator[Move]:
 
 
 def steps(program: Program, topology: Topology, move: Move) -> tuple[CollectiveStep, ...]:
-    """The collectives of one change of layout, in order."""
+    """The collectives of one reshard, in order."""
     array = program.values[move.value]
     partial = bool(move.source.partial or move.target.partial)
     return reshard_table(array.shape, array.itemsize, topology, partial).path(move.source, move.target)
@@ -130,10 +130,10 @@ def steps(program: Program, topology: Topology, move: Move) -> tuple[CollectiveS
 def products_behind(
     program: Program, topology: Topology, choice: Choice, move: Move, path: Sequence[CollectiveStep]
 ) -> tuple[int | None, ...]:
-    """Per step of a change of layout the product that it is looped with, if it is with one.
+    """Per step of a reshard the product that it is looped with, if any.
 
-    What a product's strategy names is looped: the reduce-scatter that its result's change of layout begins with, or the
-    all-gather that an operand's ends with, where they run as often as it does.
+    A product's strategy names the looped collective: the reduce-scatter that begins the reshard of its result, or the
+    all-gather that ends the reshard of an operand. It is looped only if it runs as often as the product.
     """
     found: list[int | None] = [None] * len(path)
     if not topology.pricing.looped or not path:
@@ -148,7 +148,7 @@ def products_behind(
 
 
 def _neighbours(program: Program, choice: Choice, move: Move) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What makes the array and what takes it: the operation, -1 for none, and which of its results or operands it is."""
+    """The operations that produce and consume the array (-1 for none), and the index of the result or operand."""
     handed_over = move.operation >= 0 > move.operand
     kept_first = move.operation >= 0 and move.value in choice.hubs
     made = -1 if handed_over or kept_first else program.producers[move.value][0]
@@ -158,7 +158,7 @@ def _neighbours(program: Program, choice: Choice, move: Move) -> tuple[tuple[int
 def hidden_of(
     program: Program, topology: Topology, choice: Choice, move: Move, step: CollectiveStep, product: int
 ) -> float:
-    """Seconds that hide of all runs of a collective behind the product that it is looped with."""
+    """Seconds of all runs of a collective that overlap with the product that it is looped with."""
     sent = step.payload(program.values[move.value].bytes, topology.axis_sizes)
     part = 1 - 1 / prod(topology.axis_sizes[axis] for axis in step.axes)
     wire = float(wire_seconds(step.kind, step.axes, sent, topology))
@@ -168,7 +168,7 @@ def hidden_of(
 
 
 def looped(program: Program, topology: Topology, choice: Choice) -> Choice:
-    """The same layouts where each product loops the collective of which it hides the most; priced so, if `topology` says so."""
+    """The same layouts, where each product loops the collective that it hides most of, if `topology` prices loops."""
     best: dict[int, tuple[float, int]] = {}
     for which in sorted({-1, *(k for _, op in program.matmuls() for k in range(len(op.inputs)))}):
         each = _all_looping(choice, which)
@@ -191,7 +191,7 @@ def _all_looping(choice: Choice, which: int) -> Choice:
 
 
 def collectives(program: Program, topology: Topology, choice: Choice) -> tuple[Collective, ...]:
-    """Every planned collective, local slices left out."""
+    """Every planned collective, without local slices."""
     found = []
     for move in moves(program, choice):
         count = program.multiplicity(move.region)

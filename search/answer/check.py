@@ -1,8 +1,8 @@
 """The independent checker: recomputes the cost and the memory of a plan from the program alone.
 
-It shares with the solver the definition of a plan (strategies, layouts, steps, what is looped with what) and the physical
-prices, and none of its arrays: costs are plain arithmetic over factors, changes of layout are searched anew by Dijkstra's
-algorithm, and memory is counted on its own (`search.answer.check_memory`).
+It shares the definition of a plan (strategies, layouts, steps, looped collectives) and the physical prices with the
+solver, but none of its arrays. Costs are plain arithmetic over factors. Dijkstra's algorithm finds the reshards.
+`search.answer.check_memory` counts the memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from search.formulation.layouts import Layout, divides, layouts, shards
 
 @dataclass(frozen=True)
 class Check:
-    """What a plan costs, recomputed: seconds of one step, peak bytes per chip and where, and what is wrong with it."""
+    """The recomputed cost of a plan: seconds of one step, peak bytes per chip and their place, and the faults found."""
 
     seconds: float
     compute_seconds: float
@@ -40,8 +40,8 @@ class Check:
 def check(program: Program, topology: Topology, choice: Choice) -> Check:
     """Recomputes a plan's cost and memory.
 
-    **Returns:** a `Check`; `faults` names operations that do not divide, layouts that use an axis twice, and changes of
-    layout that no sequence of collectives makes.
+    **Returns:** a `Check`; `faults` names operations that do not divide, layouts that use an axis twice, and reshards
+    that no sequence of collectives makes.
     """
     faults = [*_faults(program, topology, choice)]
     total = compute = memory = 0.0
@@ -84,7 +84,7 @@ def _faults(program: Program, topology: Topology, choice: Choice):
 
 
 def _made(op: Operation) -> int:
-    """How many elements the results have along factors that no operand has."""
+    """The number of elements that the results have along factors that no operand has."""
     given = {i for use in op.inputs for dim in use.dims for i in dim}
     return prod(op.factors[i].size for i in {i for use in op.outputs for dim in use.dims for i in dim} - given)
 
@@ -111,7 +111,7 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
 
 
 def _hidden(program: Program, topology: Topology, choice: Choice, move: Move) -> float:
-    """Seconds of a change of layout that the products hide with which its collectives are looped."""
+    """Seconds of a reshard that overlap with the products that its collectives are looped with."""
     if not topology.pricing.looped:
         return 0.0
     path, found = steps(program, topology, move), 0.0
@@ -128,7 +128,7 @@ def _hidden(program: Program, topology: Topology, choice: Choice, move: Move) ->
 
 
 def _matrix_work(op: Operation, local: list[float], tile: float) -> float:
-    """FLOPs that the matrix unit does, in whole tiles (`costmodels.operations` derives them)."""
+    """FLOPs of the matrix unit, in whole tiles (derived in `costmodels.operations`)."""
     if len(op.inputs) != 2:
         return op.flops_per_point * prod(local)
     places = [[any(i in dim for dim in use.dims) for use in (*op.inputs, *op.outputs[:1])] for i in range(len(local))]
@@ -153,7 +153,10 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
 
 
 def _exchanged_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
-    """Seconds of the permutations within one run of an operation: of a part's piece, which is an operand's or a result's."""
+    """Seconds of the permutations within one run of an operation.
+
+    A payload is one part of an operand's or a result's shard.
+    """
     op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
     total = 0.0
     for f, (factor, axes) in enumerate(zip(op.factors, splits, strict=True)):
@@ -169,7 +172,7 @@ def _exchanged_seconds(program: Program, topology: Topology, choice: Choice, i: 
 
 
 def _gathered_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
-    """Seconds of the all-gathers within one run of an operation: of every result, or of one element of it along the factor."""
+    """Seconds of the all-gathers within one run of an operation: of results, or of one element along the factor."""
     op, splits, sizes = program.operations[i], choice.strategies[i].splits, topology.axis_sizes
     pieces = [prod(sizes[axis] for axis in split) for split in splits]
     total = 0.0
@@ -186,7 +189,7 @@ def _gathered_seconds(program: Program, topology: Topology, choice: Choice, i: i
 
 
 class _Cheapest:
-    """The price of a change of layout, `None` where nothing makes it; like changes of like arrays are priced once."""
+    """The seconds of a reshard, `None` if no sequence of collectives makes it. Equal reshards are priced once."""
 
     def __init__(self, program: Program, topology: Topology) -> None:
         self.program, self.topology = program, topology
@@ -201,7 +204,7 @@ class _Cheapest:
         return self._known[key]
 
     def _search(self, array: Value, source: Layout, target: Layout) -> float | None:
-        """Dijkstra's algorithm over single steps."""
+        """Shortest path over single steps, by Dijkstra's algorithm."""
         sizes, order = self.topology.axis_sizes, count()
         frontier = [(0.0, next(order), source)]
         done: set[Layout] = set()
@@ -224,7 +227,7 @@ class _Cheapest:
 
 
 def _permutations(layout: Layout, alike: Mapping[tuple, list[Layout]], sizes: Mapping[str, int]):
-    """The permutations that leave a layout: to all that cut every dimension into equally many pieces."""
+    """The permutations that leave a layout: to every layout with the same number of shards in each dimension."""
     for target in alike.get(_cuts(layout, sizes), []):
         if target != layout and layout.axes:
             yield CollectiveStep("collective-permute", permuted_axes(layout, target, sizes), layout, target)
@@ -235,7 +238,7 @@ def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple:
 
 
 def _alike(shape: tuple[int, ...], topology: Topology) -> dict[tuple, list[Layout]]:
-    """Every layout of a shape by the number of pieces it cuts each dimension into."""
+    """Every layout of a shape, by the number of shards in each dimension."""
     found: dict[tuple, list[Layout]] = {}
     for layout in layouts(shape, tuple(topology.axis_sizes.items()), True):
         found.setdefault(_cuts(layout, topology.axis_sizes), []).append(layout)

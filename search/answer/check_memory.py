@@ -1,17 +1,17 @@
-"""The checker's own account of memory: what one chip holds while each operation runs, from the program and a plan alone.
+"""The checker's own count of memory: the bytes of one chip during each operation, from the program and a plan.
 
-It shares no code with the solver's rows (`search.memory`), so that an error in those is found. Arrays that share memory are the
-components of a graph of values; how long each is needed is asked of its readers, one after the other; bytes are added up
-operation by operation. The rules are those of XLA's buffers that tests hold against compiled programs:
+It shares no code with the solver's rows (`search.memory`), so it finds errors in them. Arrays that share memory are
+the connected components of a graph of values. The life of each follows from its readers, and bytes are added up
+operation by operation. The rules are those of XLA's buffers. Tests compare them with compiled programs:
 
-- A view (a transposition, a change of shape, the slice of a stack at one index) that is only read takes no memory; its source
-  lives until its readers are done. A slice that is read after its stack is written to is no view.
-- The stacked results of a loop are there before it begins; what is made for them alone is made in them. They take a donated
-  argument's memory if nothing reads that from then on.
-- An update in place takes its operand's memory when nothing reads that any more; a loop's carry that of what enters it, when
-  nothing else needs it; a result that of the donated argument.
-- What is fused lives in registers, unless an operation that is not fused, a loop or the caller needs it.
-- What enters a loop lives until the loop ends; arguments live as long as their phase.
+- A view (a transposition, a reshape, the slice of a stack at one index) that is only read takes no memory. Its source
+  lives until the view's readers are done. A slice that is read after a write to its stack is not a view.
+- The stacked results of a loop are allocated before it begins, and values made only for them are written into them.
+  They take a donated argument's memory if nothing reads that from then on.
+- An update in place takes its operand's memory if nothing reads that any more. A loop carry takes the memory of its
+  initial value if nothing else needs that. A result takes the memory of the donated argument.
+- Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
+- A value that enters a loop lives until the loop ends. Arguments live as long as their phase.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
 
 
 def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[float]:
-    """The bytes that one chip holds while each operation of the program runs, in order."""
+    """The bytes that one chip holds during each operation of the program, in order."""
     account, sizes = _Account(program), topology.axis_sizes
     changes = [0.0] * (len(program.operations) + 1)
 
@@ -56,7 +56,7 @@ def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[fl
 
 
 class _Account:
-    """Who makes, shares and reads what."""
+    """The makers, sharers and readers of each value."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -67,7 +67,7 @@ class _Account:
                 self.readers.setdefault(use.value, []).append(i)
 
     def arrays(self) -> Iterator[tuple[int, int, int]]:
-        """Per array in memory one of its values, and the first and last operation during which it is there."""
+        """One value per array in memory, with the first and the last operation of its life."""
         for values in self._sharing():
             if any(self._is_stored(value) for value in values):
                 makers = [self.maker[value] for value in values]
@@ -77,7 +77,7 @@ class _Account:
                 yield min(values), first, last
 
     def _begins(self, value: int) -> int:
-        """The first operation during which a value is there: stacked results as long as their loop."""
+        """The first operation of a value's life; stacked results live as long as their loop."""
         at = self.maker[value]
         op = self.program.operations[at]
         if op.primitive != "loop_stack" or not op.inputs:
@@ -85,13 +85,13 @@ class _Account:
         return next(i for i, each in enumerate(self.program.operations) if each.region == op.inputs[0].region)
 
     def needed_until(self, value: int) -> int:
-        """The last operation during which a value is needed."""
+        """The last operation that needs a value."""
         if self.program.operations[self.maker[value]].op_class == "source":
             return self._phase(self.maker[value])[1]
         return max((self._done(at) for at in self.readers.get(value, ())), default=self.maker[value])
 
     def _done(self, at: int) -> int:
-        """When a reader no longer needs what it reads: a view when its readers do not, a loop when it ends."""
+        """The end of a reader's need: a view ends with its own readers, a loop with its last operation."""
         op = self.program.operations[at]
         if at in self.views:
             return max((self._done(other) for other in self.readers.get(op.outputs[0].value, ())), default=at)
@@ -101,7 +101,7 @@ class _Account:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """The last operation inside each region; regions come after the ones around them."""
+        """The last operation inside each region; regions follow those that contain them."""
         regions = range(len(self.program.regions))
         found = [
             max((i for i, op in enumerate(self.program.operations) if op.region == r), default=-1) for r in regions
@@ -119,7 +119,7 @@ class _Account:
 
     @cached_property
     def views(self) -> set[int]:
-        """The operations whose result is their operand, read in another order or shape."""
+        """The operations whose result is their operand in another order or shape."""
         found: set[int] = set()
         for i, op in reversed(list(enumerate(self.program.operations))):
             if self._shows(op) or (self._is_slice(op) and self._is_read_first(op, found)):
@@ -129,14 +129,14 @@ class _Account:
         return found
 
     def _is_slice(self, op: Operation) -> bool:
-        """Whether an operation takes all of a stack that has certain leading indices."""
+        """Whether an operation takes everything in a stack that has certain leading indices."""
         if op.primitive != "dynamic_slice" or op.op_class != "fused":
             return False
         whole, part = (self.program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
         return any(whole[k:] == part[k:] and prod(part[:k]) == 1 for k in range(len(whole) + 1))
 
     def _is_read_first(self, op: Operation, views: set[int]) -> bool:
-        """Whether the readers of a slice come before all that write into its stack."""
+        """Whether the readers of a slice come before all writers into its stack."""
         stack, waiting, last = op.inputs[0].value, [op.outputs[0].value], -1
         while waiting:
             for at in self.readers.get(waiting.pop(), ()):
@@ -159,7 +159,7 @@ class _Account:
         return at in views or plain
 
     def _sharing(self) -> Iterator[list[int]]:
-        """Values that are one array in memory."""
+        """Groups of values that are one array in memory."""
         beside: dict[int, set[int]] = {value: set() for value in self.maker}
         for a, b in self._pairs():
             beside[a].add(b)
@@ -201,7 +201,7 @@ class _Account:
         return _writes(maker) or (maker.primitive == "loop_carry" and maker.outputs[1].value == value)
 
     def _is_stored(self, value: int) -> bool:
-        """Whether a value has to be in memory."""
+        """Whether a value must be in memory."""
         at = self.maker[value]
         op = self.program.operations[at]
         if op.primitive == "loop_slice" or at in self.views:
@@ -210,7 +210,7 @@ class _Account:
         return set(readers) != {"loop_stack"} and (not self._is_fused(at) or self._leaves(value))
 
     def _leaves(self, value: int) -> bool:
-        """Whether anything but fused operations reads a value or a view of it."""
+        """Whether an unfused operation reads a value or a view of it."""
         for at in self.readers.get(value, ()):
             shown = self.program.operations[at].outputs[0].value if at in self.views else -1
             if self._leaves(shown) if shown >= 0 else not self._is_fused(at):
@@ -218,7 +218,7 @@ class _Account:
         return False
 
     def _is_fused(self, at: int) -> bool:
-        """Elementwise work, and a scatter of one number to each row of one number all over: XLA compares columns instead."""
+        """Elementwise work, and a scatter of one element to each row of a constant array, which XLA fuses."""
         op = self.program.operations[at]
         if op.op_class == "fused" or not op.primitive.startswith("scatter") or len(op.inputs) != 3:
             return op.op_class == "fused"
@@ -231,7 +231,10 @@ class _Account:
         return each and filled.primitive == "broadcast_in_dim" and not filled.inputs
 
     def copy_life(self, move: Move) -> tuple[int, int]:
-        """During which operations an operand's changed copy is there; gathers begin beside the matmul before theirs."""
+        """The operations during which an operand's resharded copy lives.
+
+        A gather begins beside the matmul before its own.
+        """
         at = move.operation
         before = self._matmuls_before[at] if self.program.operations[at].op_class == "matmul" else None
         return at if before is None else max(before, self.maker[move.value]), self._done(at)

@@ -1,15 +1,17 @@
-"""The orders in which the dimensions of arguments lie in a TPU's memory, by what reads them.
+"""The orders of the dimensions of arguments in a TPU's memory, derived from their readers.
 
-The matrix unit takes an operand whose two minor dimensions are the matrix's: the longest of the summed dimensions, and the
-longest of the kept ones. Dimensions of a batch, and all others, are gone through from outside. Either of the two may lie along
-the lanes, so the one that pads less does. `ragged_dot` reads its weights as [group, summed, kept], and a look-up reads whole
-rows. What a loop slices lies slice by slice. Without an order an argument lies as its shape alone suggests
-(`search.formulation.tpu_tiles.least_padded`), and is relaid at every step where what reads it wants another.
+The matrix unit takes an operand whose two minor dimensions are the matrix's: the longest of the summed dimensions, and
+the longest of the kept ones. It iterates over batch dimensions and all others. Either of the two may lie along the
+lanes, so the one that pads less does. `ragged_dot` reads its weights as [group, summed, kept], and a look-up reads
+whole rows. An array that a loop slices is stored slice by slice. Without an order, an argument is stored as its shape
+alone suggests (`search.formulation.tpu_tiles.least_padded`), and is re-tiled at every step if its readers need another
+order.
 
-An argument gets an order where all that read it are products, look-ups and updates in place. Where an elementwise operation
-reads it too, as an optimizer does, the operation's other arrays must lie alike.
+An argument gets an order if all of its readers are products, look-ups and updates in place. If an elementwise operation
+reads it too, as an optimizer does, the operation's other arrays must have the same order.
 
-On compiled programs (libtpu 0.0.42) these orders are those that the compiler chooses with `Layout.AUTO`; see docs/plan.md.
+On compiled programs (libtpu 0.0.42) these orders are those that the compiler chooses with `Layout.AUTO`; see
+docs/plan.md.
 """
 
 from __future__ import annotations
@@ -30,21 +32,22 @@ from search.memory.views import IN_PLACE
 
 Order = tuple[int, ...]
 Dims = tuple[int | None, ...]
-"""Per dimension of an array the argument's dimension that it is, or None where it is none or several."""
+"""Per dimension of an array the argument's dimension that it is, or None if it is none or several."""
 _LITTLE = 0.01
-"""The part of what products read of an argument that others may read of it, such as the row that is written into a cache."""
+"""Limit on what other readers may read of an argument, relative to what products read: a row written into a cache."""
 _PADDED = 1.25
-"""How many times as many bytes as by default an array may take for its order, which the plan's memory does not count."""
+"""Limit on an array's bytes in its order, relative to its default bytes. The plan's memory does not count the excess.
+"""
 _SHOWN = RENAMES | {CAST, "optimization_barrier", "dynamic_slice", "slice"}
 _AROUND = frozenset({"loop_constant", "loop_slice", "loop_carry", "loop_stack", "branch_constant"})
-"""Primitives after which an array's dimensions are still told apart, and which a compiler reads through."""
+"""Primitives that keep an array's dimensions distinguishable, and through which a compiler reads."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """An operation that reads an argument, the order that it wants, and the bytes of one chip that it reads in a step.
+    """An operation that reads an argument, the order that it needs, and the bytes that one chip reads in a step.
 
-    Without an order it is one that the argument's dimensions cannot be followed to.
+    There is no order where the argument's dimensions cannot be followed to the operation.
     """
 
     operation: int
@@ -53,9 +56,9 @@ class Reader:
 
 
 def orders(program: Program, choice: Choice, topology: Topology) -> tuple[Order, ...]:
-    """Per flat argument the order of its dimensions, major to minor; empty where the device's default is as good.
+    """Per flat argument the order of its dimensions, major to minor; empty if the device's default is as good.
 
-    A donated argument's is that of the result in its place, too. Chips other than TPUs have no tiles, and no orders.
+    A donated argument and the result in its place have one order. Chips other than TPUs have no tiles, and no orders.
     """
     if topology.chip.kind != "tpu":
         return ((),) * len(program.arguments)
@@ -80,17 +83,17 @@ def _order(program: Program, choice: Choice, topology: Topology, source: int) ->
 
 
 def default_order(sizes: Order, kind: str) -> Order:
-    """The order in which a kind of chip lays out an array of this shape when nobody says."""
+    """The default order in which a kind of chip stores an array of this shape."""
     return least_padded(sizes) if kind == "tpu" else tuple(range(len(sizes)))
 
 
 def is_same_order(one: Order, other: Order, sizes: Order) -> bool:
-    """Whether two orders are one in memory: dimensions of one element do not count."""
+    """Whether two orders are the same in memory: dimensions of one element do not count."""
     return _long(one, sizes) == _long(other, sizes)
 
 
 def _padding(order: Order, sizes: Order) -> float:
-    """Bytes that tiles take over the bytes of the array."""
+    """Bytes of the tiles over the bytes of the array."""
     long = _long(order, sizes)
     return padding(sizes[long[-2]], sizes[long[-1]]) if len(long) > 1 else 1.0
 
@@ -124,7 +127,7 @@ def readers(program: Program, choice: Choice, topology: Topology, source: int) -
 
 
 def _shows(op: Operation, operand: int) -> bool:
-    """Whether what an operation makes of an operand is that array, or a part of it."""
+    """Whether an operation's result is its operand, or a part of it."""
     return op.primitive in _AROUND or (operand == 0 and op.primitive in (*_SHOWN, *IN_PLACE))
 
 
@@ -134,7 +137,7 @@ def _after(op: Operation, operand: int, result: Use, dims: Dims) -> Dims:
 
 
 def _wanted(op: Operation, operand: int, dims: Dims, sizes: Order) -> Order | None:
-    """The order in which an operation takes an argument, whose dimensions are those of its operand."""
+    """The order in which an operation needs an argument whose dimensions are those of its operand."""
     known = tuple(at for at in dims if at is not None)
     order = _of_operand(op, operand, known, sizes) if len(known) == len(dims) else None
     if order is None:
@@ -156,7 +159,7 @@ def _of_operand(op: Operation, operand: int, dims: Order, sizes: Order) -> Order
 
 
 def _for_product(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
-    """Dimensions of the batch, then those gone through one by one, then the matrix: the way round that pads it less."""
+    """Batch dimensions, then the dimensions iterated over, then the matrix in the order that pads less."""
     rows, lanes = sorted((max(summed, key=lambda i: (sizes[i], -i)), max(kept, key=lambda i: (sizes[i], i))))
     if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
         rows, lanes = lanes, rows

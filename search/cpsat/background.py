@@ -1,4 +1,4 @@
-"""OR-Tools, imported beside the first work of a search: it takes half a second, most of it pandas."""
+"""OR-Tools, imported in the background of a search: the import takes half a second, most of it for pandas."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import threading
 
 
 def begin_import() -> None:
-    """Begins to import CP-SAT in a thread of its own; whoever needs it waits for the rest."""
+    """Begins to import CP-SAT in a thread of its own. A later import waits for the rest."""
     threading.Thread(target=importlib.import_module, args=("search.cpsat.solver",), daemon=True).start()

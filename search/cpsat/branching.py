@@ -1,4 +1,4 @@
-"""Dividing what is too much for CP-SAT at once: branch on heavy layouts, and give CP-SAT every part that is small enough."""
+"""Branch and bound for problems too large for one CP-SAT call: branch on heavy layouts, solve the parts by CP-SAT."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from search.presolve.primal import decode
 from search.presolve.symmetry import surroundings
 
 Decide = Callable[[float], float]
-"""CP-SAT on what the dual has left, where nothing costs less than so many seconds: the bound that is then proven."""
+"""CP-SAT on the states that the dual has left, given a bound in seconds; returns the proven bound."""
 
 
 class Branching:
     """Closes a stalled ascent.
 
-    A branch holds one heavily used layout to some of its states (`search.cpsat.branching_rule`). Each side is swept again, at
-    multipliers of its own, and dropped when its bound reaches the best plan known. Depth first, the side of the relaxed plan
-    first, unless another branch promises much better plans. `unproven` is the least bound of what the limits, or an
-    interruption, left undecided.
+    A branch restricts one heavily used layout to some of its states (`search.cpsat.branching_rule`). Each side is
+    swept again with multipliers of its own, and dropped when its bound reaches the best plan known. The search is
+    depth first, beginning with the side of the relaxed plan, unless another branch promises much better plans.
+    `unproven` is the least bound of the branches left undecided by the limits or by an interruption.
     """
 
     def __init__(self, ascent: Ascent, decide: Decide) -> None:
@@ -36,7 +36,7 @@ class Branching:
         self.unproven = np.inf
 
     def run(self) -> None:
-        """Branches until nothing is open, or time is up; lifts the ascent's bound to what is proven."""
+        """Branches until nothing is open or time is up, then lifts the ascent's bound to what is proven."""
         open_: list[Snapshot] = [self.dual.snapshot()]
         try:
             self._explore(open_)
@@ -44,17 +44,17 @@ class Branching:
             self._leave(open_)
 
     def _leave(self, open_: Sequence[Snapshot]) -> None:
-        """Lifts the ascent's bound to what is proven, whatever is still open."""
+        """Lifts the ascent's bound to what is proven despite the branches still open."""
         self.unproven = min([self.unproven, *map(self._bound_of, open_)])
         self.ascent.bound = max(self.ascent.bound, min(self.ascent.objective, self.unproven))
 
     def _explore(self, open_: list[Snapshot]) -> None:
-        """Closes branches, the last one first; what is undecided when time is up, or at an interruption, stays in the list."""
+        """Closes branches, the last one first; those undecided at the deadline or an interruption stay in the list."""
         while open_ and not self.ascent.late:
             self._close_last(open_)
 
     def _close_last(self, open_: list[Snapshot]) -> None:
-        """Closes the last branch, or leaves its two sides in its place."""
+        """Closes the last branch, or replaces it by its two sides."""
         self.dual.load(open_[-1])
         self.branches += 1
         lower = max(open_[-1].least, self._refine())
@@ -75,7 +75,10 @@ class Branching:
         open_[-1:] = [] if split is None else self._sides(split, lower)
 
     def _more_promising(self, open_: Sequence[Snapshot], lower: float) -> int | None:
-        """Which open branch promises much better plans than the last one can hold; a good plan may close that unopened."""
+        """The open branch that promises much better plans than the last one can hold.
+
+        A good plan may close that one unopened.
+        """
         if len(open_) < 2 or not np.isfinite(self.ascent.objective):
             return None
         first = min(range(len(open_) - 1), key=lambda at: open_[at].least)
@@ -83,7 +86,7 @@ class Branching:
         return first if lower - promised > POLICY.promising_part * (self.ascent.objective - promised) else None
 
     def _small(self, lower: float) -> int:
-        """How many pairs a branch with this bound may have to go to CP-SAT."""
+        """The most pairs that a branch with this bound may have to go to CP-SAT."""
         return (
             POLICY.close_pairs
             if self.ascent.objective - lower < POLICY.close_part * self.ascent.objective
@@ -91,9 +94,9 @@ class Branching:
         )
 
     def _finished(self, lower: float) -> tuple[float, Split | None]:
-        """Closes a branch by CP-SAT; returns the bound that is proven for it, and what to branch on if that is too coarse.
+        """Closes a branch by CP-SAT; returns the proven bound, and the decision to branch on if that is too coarse.
 
-        It is so where costs differ widely, or where CP-SAT came to no end.
+        It is too coarse if costs differ widely, or if CP-SAT did not finish.
         """
         before = self.dual.snapshot()
         proven = self.decide(lower)
@@ -106,13 +109,13 @@ class Branching:
         return proven, None
 
     def _undecided(self) -> Split | None:
-        """What to branch on, if the best prices of memory and what can be dropped leave anything open."""
+        """The decision to branch on, if the best Lagrange multipliers and reduced-cost fixing leave anything open."""
         over = self.ascent.attempt(decode(self.dual, thorough=not self.dual.multipliers.any()))
         raise_bound(self.ascent, over, self._try_multipliers, POLICY.branch_trials)
         return self._probing.split(bracket(self.ascent)) if self._is_open(self._refine()) else None
 
     def _try_multipliers(self) -> np.ndarray:
-        """Lifts a branch's bound a little; returns by how much the relaxed plan overflows each row."""
+        """Lifts a branch's bound a little; returns the relaxed plan's overflow of each row."""
         self.dual.sweep()
         self.dual.sweep()
         return self.ascent.look(decode(self.dual, thorough=False)).over
@@ -126,7 +129,10 @@ class Branching:
         return max(snapshot.least, self.dual.bound())
 
     def _refine(self) -> float:
-        """Sweeps one branch until its bound stalls, reaches the best plan, or says that nothing fits; returns the bound."""
+        """Sweeps one branch until its bound stalls, reaches the best plan, or proves that nothing fits.
+
+        Returns the bound.
+        """
         lower = FORBIDDEN if self.dual.overfull() else self.dual.bound()
         while not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.ascent.late:
             self.dual.sweep()
@@ -147,7 +153,7 @@ class Branching:
         return lower
 
     def _sides(self, split: Split, least: float) -> list[Snapshot]:
-        """Two branches of one that costs at least so much, the one to look at first last."""
+        """The two sides of a branch whose plans cost at least this much, in stack order: the last is closed first."""
         found = []
         for side in (split.far, split.near):
             snapshot = self.dual.snapshot()

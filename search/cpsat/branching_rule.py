@@ -1,10 +1,10 @@
-"""Which decision to branch on, and which need no branch.
+"""The branching rule, with strong branching to drop sides.
 
-A side of a decision whose bound reaches the best plan, when it is tried for a moment, is dropped: the other is taken for good
-(as in strong branching: Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995). Of what is left, the choice that
-a price of memory cannot make is branched on: where a plan that is too large and one that fits cost alike at the best price,
-the array on whose bytes they differ most. Without such a pair it is the array on which memory's price hangs most, or else the
-node with the most bytes around it.
+A side of a decision whose bound reaches the best plan in a short trial is dropped, and the other is fixed (as in
+strong branching: Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995). Of the remaining decisions, the
+rule prefers those that a Lagrange multiplier cannot settle: at the best multiplier a plan that is too large and one
+that fits cost the same, and the rule takes the array whose bytes differ most between them. Without such a pair of
+plans it takes the array that depends most on the multipliers, or else the node with the most bytes around it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from search.presolve.primal import decode
 
 @dataclass(frozen=True)
 class Split:
-    """One node's surviving states in two: the side on which the relaxed plan is, and the other.
+    """A partition of one node's surviving states: the side of the relaxed plan, and the other.
 
-    `contested` are the seconds, at memory's price, by which plans at the best price differ here.
+    `contested` are the seconds, at the memory multipliers, by which plans at the best multipliers differ here.
     """
 
     node: int
@@ -34,13 +34,13 @@ class Split:
 
 
 class Probing:
-    """Looks for the decision to branch on, and drops what cannot be better than the best plan."""
+    """Finds the decision to branch on, and drops the sides that cannot beat the best plan."""
 
     def __init__(self, ascent: Ascent, weights: Sequence[float]) -> None:
         self.ascent, self.dual, self.weights = ascent, ascent.dual, weights
 
     def split(self, bracket: Bracket) -> Split | None:
-        """The decision to branch on, once no more sides can be dropped; `None` if none is left, or needed any more."""
+        """The decision to branch on, once no more sides can be dropped; `None` if none is left or needed."""
         found: list[Split] = []
         for _ in range(POLICY.probing_rounds):
             splits = self._splits(bracket)
@@ -57,7 +57,7 @@ class Probing:
         return max(found, key=lambda split: split.contested, default=None)  # the first, if none is contested
 
     def _dropped(self, split: Split) -> bool:
-        """Whether the far side cannot hold a better plan; the near one is then kept alone."""
+        """Whether the far side cannot hold a better plan; then only the near side is kept."""
         lower = self.dual.bound()
         above = self.dual.excess_of(split.node)[np.isin(self.dual.keep[split.node], split.far)].min()
         if above < POLICY.hopeful_part * (self.ascent.objective - lower):
@@ -73,7 +73,7 @@ class Probing:
             return self.dual.bound()
 
     def _splits(self, bracket: Bracket) -> list[Split]:
-        """One split of each node that may be branched on."""
+        """One split of each candidate node for branching."""
         relaxed = decode(self.dual, thorough=False)
         held = self.dual.priced_bytes()
         contested = self._contested(bracket, held)
@@ -99,7 +99,7 @@ class Probing:
         return Split(node, keep[near], keep[~near], contested)
 
     def _contested(self, bracket: Bracket, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
-        """Where the plans of a bracket hold other bytes: by how much, at memory's price, and what lies between."""
+        """Nodes where a bracket's plans hold different bytes: difference and midpoint, in seconds at the multipliers."""
         if bracket.bulky is None or bracket.lean is None:
             return {}
         found = {}
@@ -110,7 +110,7 @@ class Probing:
         return found
 
     def _candidates(self, held: dict[int, np.ndarray]) -> list[int]:
-        """The undecided nodes on which the price of memory hangs most, and those with the most bytes around them."""
+        """The undecided nodes that depend most on the multipliers, and those with the most bytes around them."""
         least = (
             POLICY.contested_part * (self.ascent.objective - self.dual.bound())
             if np.isfinite(self.ascent.objective)

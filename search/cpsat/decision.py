@@ -1,8 +1,8 @@
-"""CP-SAT decides among what presolve has left of the whole problem.
+"""The final decision by CP-SAT among the states that presolve has left of the whole problem.
 
-It sees every operation, those that elimination took out of the bound's problem, too, and memory at every point as it is. The
-incumbent is its hint, the bound a cut. Where the bound has met the incumbent, the survivors are plans that cost the same; when
-they are many, light choices are held to the incumbent's, as any one of them is as good.
+CP-SAT sees every operation, including those eliminated from the bound's problem, and the exact memory at every point.
+The incumbent is its hint, the bound a cut. Where the bound has met the incumbent, the survivors are plans of the same
+cost. If they are many, light choices are fixed to the incumbent's, as any of them is as good.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from search.presolve.symmetry import surroundings
 
 @dataclass(frozen=True)
 class Domains:
-    """Per node of the whole problem the states that are left; `complete` says that no plan of interest has any other."""
+    """Per node of the whole problem the surviving states; `complete` if no plan of interest has any other."""
 
     keep: tuple[np.ndarray, ...]
     complete: bool
 
     @property
     def count(self) -> int:
-        """How many states are left."""
+        """The number of surviving states."""
         return sum(map(len, self.keep))
 
 
 def domains(
     problem: Problem, surviving: Sequence[np.ndarray], incumbent: np.ndarray | None, most_pairs: int
 ) -> Domains | None:
-    """The surviving states and the incumbent's; with the incumbent's alone where more would make too many pairs of layouts.
+    """The surviving states and the incumbent's.
+
+    Nodes that would add too many pairs of layouts keep the incumbent's alone.
 
     **Returns:** `None` if they are too many and there is no incumbent.
     """
@@ -49,12 +51,12 @@ def domains(
 
 
 def only(incumbent: np.ndarray) -> Domains:
-    """One plan's states alone."""
+    """The states of one plan alone."""
     return Domains(tuple(np.array([state]) for state in incumbent), False)
 
 
 def _pairs(problem: Problem, k: int, keep: Sequence[np.ndarray]) -> int:
-    """Pairs of layouts of an edge, where there is a choice of them."""
+    """Pairs of layouts of an edge with a choice of them."""
     edge = problem.edges[k]
     if len(keep[edge.a]) == 1 or len(keep[edge.b]) == 1:
         return 0
@@ -64,7 +66,7 @@ def _pairs(problem: Problem, k: int, keep: Sequence[np.ndarray]) -> int:
 def _opened(
     problem: Problem, left: Sequence[np.ndarray], incumbent: np.ndarray, most_pairs: int
 ) -> tuple[np.ndarray, ...]:
-    """All states of the nodes with the most bytes around them, as long as the pairs are few; the incumbent's of the others."""
+    """All states of the nodes with the most bytes around them while the pairs are few; the incumbent's of the others."""
     found = [np.array([state]) for state in incumbent]
     room = most_pairs
     for i in sorted(range(len(left)), key=lambda i: (-surroundings(problem, i), i)):
@@ -87,15 +89,15 @@ def answer_on(
     deterministic_seconds: float,
     wall_seconds: float,
 ) -> Answer:
-    """CP-SAT's answer on what is left of the whole problem.
+    """CP-SAT's answer on the surviving states of the whole problem.
 
     **Arguments:**
 
     - `incumbent`: the best plan known, if it fits.
-    - `lower`: seconds that are proven for every plan; where nothing is, the model is as it is built.
-    - `most`: seconds; no slower plan is of interest.
+    - `lower`: seconds, a proven lower bound; without one, the model is as it is built.
+    - `most`: seconds; slower plans are not of interest.
     """
-    from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
+    from search.cpsat.solver import solve  # a slow import: `search.cpsat.background` has begun it
 
     dual = Dual(problem, rows, left.keep)
     for _ in range(POLICY.survivor_sweeps if np.isfinite(lower) else 0):

@@ -1,9 +1,9 @@
-"""Good plans from those already seen: the states that occur in any of them, put together anew by CP-SAT.
+"""Kernel search: CP-SAT on the states that occur in any of the plans already seen.
 
-Plans read off the dual under one price of memory are too large, under another too slow. Each is right in parts. With only
-the states that occur in them, and the cheapest others, the problem is small enough to be solved outright, with memory as it
-is: the kernel search of Angelelli, Mansini and Speranza ("Kernel search: A general heuristic for the multi-dimensional
-knapsack problem", 2010).
+Plans read off the dual at one value of the Lagrange multipliers are too large, at another too slow, and each is right
+in parts. With only the states that occur in them, and the cheapest others, the problem is small enough to be solved
+outright with exact memory: the kernel search of Angelelli, Mansini and Speranza ("Kernel search: A general heuristic
+for the multi-dimensional knapsack problem", 2010).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from search.presolve.policy import POLICY
 
 
 def combine(ascent: Ascent) -> None:
-    """Puts the plans seen together to better ones, where memory leaves much open; the dual stays as it was."""
+    """Combines the plans seen into better ones if memory leaves a large gap; the dual stays unchanged."""
     if ascent.closed or ascent.late or ascent.objective - ascent.bound < POLICY.kernel_gap * ascent.objective:
         return
     ascent.attempt(_combined(ascent))
@@ -27,8 +27,8 @@ def combine(ascent: Ascent) -> None:
 
 
 def _combined(ascent: Ascent) -> np.ndarray:
-    """The best plan that can be put together from the plans seen, or the last of these."""
-    from search.cpsat.solver import solve  # takes long to import: `search.cpsat.background` has begun
+    """The best combination of the plans seen, or of the last of them."""
+    from search.cpsat.solver import solve  # a slow import: `search.cpsat.background` has begun it
 
     dual, seen, best = ascent.dual, ascent.pool.states, ascent.objective
     before = dual.snapshot()
@@ -47,11 +47,11 @@ def _combined(ascent: Ascent) -> np.ndarray:
 
 
 def _chosen(dual: Dual, seen: Sequence[np.ndarray], width: float) -> list[np.ndarray]:
-    """Per node the states of the plans seen, the latest first as long as they are few, and the cheapest others.
+    """Per node the states of the plans seen, the latest first while they are few, and the cheapest others.
 
     **Arguments:**
 
-    - `width`: seconds by which the choice of a further state may lift the bound, at most.
+    - `width`: seconds; the most by which the choice of a further state may lift the bound.
     """
     chosen = [np.zeros(len(node.states), dtype=bool) for node in dual.problem.nodes]
     for states in reversed(seen):
@@ -84,7 +84,7 @@ def _pairs(dual: Dual, chosen: Sequence[np.ndarray]) -> int:
 
 
 def _count(layouts: np.ndarray, of: int) -> int:
-    """How many of so many layouts there are among these."""
+    """The number of distinct layouts among these, of `of` in all."""
     found = np.zeros(of, dtype=bool)
     found[layouts] = True
     return int(np.count_nonzero(found))

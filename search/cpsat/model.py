@@ -1,12 +1,12 @@
-"""The CP-SAT model: which strategy every operation takes, so that a step is fastest within each chip's memory.
+"""The CP-SAT model: one strategy per operation that minimises the step time within each chip's memory.
 
-It is built from the whole problem, or from what presolve has left of it (`search.presolve`): fewer states, and costs that
-have been moved between nodes and edges, which changes no plan's cost.
+It is built from the whole problem, or from the reduced problem that presolve leaves (`search.presolve`): fewer states,
+and costs moved between nodes and edges, which changes no plan's cost.
 
 Sets
     $i$     nodes: an operation, or an array with several uses (a *hub*: the layout in which it is kept)
     $S_i$   the states of a node: an operation's strategies, a hub's layouts
-    $ij$    edges: an array that node $i$ leaves in one layout and node $j$ needs in one
+    $ij$    edges: an array that node $i$ produces in one layout and node $j$ needs in one
     $P_{ij}, Q_{ij}$   those layouts, at either end
     $r$     points of the program at which memory may be full
 
@@ -15,7 +15,7 @@ Variables, all boolean
     $u_{ijp}$    the array of edge $ij$ is left in layout $p$; $v_{ijq}$: it is needed in layout $q$
     $y_{ijpq}$   it is resharded from $p$ to $q$ (from $p$ to $p$, it stays)
 
-Objective: seconds of one step; what a loop repeats counts as often as it runs
+Objective: seconds of one step; a loop's body counts once for each iteration
     $\\min \\sum_{is} \\theta_i(s)\\, x_{is} + \\sum_{ijpq} \\theta_{ij}(p, q)\\, y_{ijpq}$
     implemented in `_price`
 
@@ -29,15 +29,15 @@ Constraints
  3. Every edge makes one reshard, between the layouts at its ends (the local polytope).
     $\\sum_q y_{ijpq} = u_{ijp}$, $\\sum_p y_{ijpq} = v_{ijq}$
     implemented in `_link_reshards`
- 4. At every point of the program, what lives there fits a chip, the copies that reshards make included.
+ 4. At every point of the program, the live arrays fit a chip, including the copies that reshards make.
     $\\sum_{is} b_{ri}(s)\\, x_{is} + \\sum_{ijpq} b_{rij}(p, q)\\, y_{ijpq} \\le M$
     implemented in `_bound_memory`
- 5. Pinned layouts are kept, and what does not divide is not split: $x_{is} = 0$ for all others.
+ 5. Pinned layouts are kept, and only dimensions that divide are split: $x_{is} = 0$ for all other states.
     Such states are left out of $S_i$; implemented in `search.formulation.problem` (`build`, `allowing`)
  6. A donated argument and the result in its memory have one layout: $y_{ijpq} = 0$ for $p \\ne q$.
     Such pairs are left out; implemented in `_link_reshards`
- 7. Folded layers, and the arguments that phases share, are laid out alike: one node stands for all copies.
-    Implemented in `search.formulation.layer_folding` and `search.phases`; so is a loop's body, for all rounds
+ 7. Folded layers, and the arguments that phases share, have one layout: one node stands for all copies.
+    Implemented in `search.formulation.layer_folding` and `search.phases`; so is a loop's body, for all iterations
  8. Phases: each costs its weight, has its own points, and hands arrays over along edges like any others.
     Implemented in `search.phases`
  9. No plan is faster than presolve has proven.
@@ -45,8 +45,8 @@ Constraints
     implemented in `_cut_at_bound`
 
 Numbers: a linear's coefficients are integers that sum to at most $2^{29}$ (CP-SAT 9.15 has certified wrong optima above
-$2^{30}$: google/or-tools#5293). Seconds are rounded down, so that what is proven holds; bytes up, so that no plan overflows,
-and counted from those of the hint, so that a hint that fits is not rounded away.
+$2^{30}$: google/or-tools#5293). Seconds are rounded down, so that the proven bound holds. Bytes are rounded up, so
+that no plan overflows, and counted from those of the hint, so that a hint that fits stays feasible.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ class Model:
     - `dual`: surviving states and moved costs; its multipliers are 0, as memory has rows of its own.
     - `rows`: memory at every point.
     - `hint`: states of a plan, if one is known.
-    - `slack`: seconds above the dual's bound beyond which no plan is of interest.
-    - `lower`: seconds; no plan is faster.
+    - `slack`: seconds above the dual's bound; slower plans are not of interest.
+    - `lower`: seconds, a proven lower bound.
 
-    `unit` are the seconds that the objective is counted in. Rounding hides at most `rounding` of them of a plan's cost; a plan
-    that is within `enough` of them of what is proven counts as best.
+    `unit` is the objective's unit, in seconds. Rounding hides at most `rounding` units of a plan's cost. A plan within
+    `enough` units of the proven bound counts as best.
     """
 
     def __init__(self, dual: Dual, rows: Sequence[Row], hint: np.ndarray | None, slack: float, lower: float) -> None:
@@ -90,7 +90,7 @@ class Model:
         self.model = cp_model.CpModel()
         self.constant = dual.bound()
         self._costs: list[tuple[Literal, float]] = []
-        self._terms = 0  # at most so many of the costs are paid by one plan
+        self._terms = 0  # one plan pays at most this many of the costs
         self.hint = self._places(hint)
         self._excess = [dual.pair_excess(k) for k in range(len(dual.edges))]
         slack += TOLERANCE * (slack + abs(self.constant))
@@ -106,23 +106,23 @@ class Model:
 
     @property
     def booleans(self) -> int:
-        """How many variables there are."""
+        """The number of variables."""
         return len(self.model.proto.variables)
 
     @property
     def constraints(self) -> int:
-        """How many constraints there are."""
+        """The number of constraints."""
         return len(self.model.proto.constraints)
 
     def _places(self, hint: np.ndarray | None) -> list[int] | None:
-        """Per node the place of the hint's state among those that survive."""
+        """Per node the index of the hint's state among the surviving states."""
         if hint is None:
             return None
         found = [np.flatnonzero(keep == state) for keep, state in zip(self.dual.keep, hint, strict=True)]
         return [int(at[0]) for at in found] if all(map(len, found)) else None
 
     def _hint_excess(self) -> Iterator[float]:
-        """What the hint's states and pairs cost above the least; beside forbidden ones they are not exact."""
+        """The cost of the hint's states and pairs above the least, inexact beside forbidden pairs."""
         if self.hint is not None:
             yield from (float(theta[at] - theta.min()) for theta, at in zip(self.dual.theta, self.hint, strict=True))
             for edge, excess in zip(self.dual.edges, self._excess, strict=True):
@@ -140,7 +140,7 @@ class Model:
         return found
 
     def _exclude(self, found: Sequence[Literal]) -> None:
-        """What costs too much by itself."""
+        """Fixes to 0 the literals that cost too much on their own."""
         for literal in found:
             self.model.add(literal == 0)
 
@@ -151,7 +151,7 @@ class Model:
         self._terms += bool(paid)
 
     def _link_layouts(self, k: int) -> dict[tuple[int, int], Literal]:
-        """2. The layouts at an edge's ends; then its reshards. Costs that differ within a layout go back to the states."""
+        """2. The layouts at an edge's ends, then its reshards. Costs that differ within a layout move to the states."""
         edge, excess = self.dual.edges[k], self._excess[k]
         for end, group, given in ((edge.a, edge.rows, edge.left), (edge.b, edge.columns, edge.right)):
             self._pay(self.states[end], -given - group.minimum(-given)[group.group])
@@ -172,7 +172,7 @@ class Model:
     def _link_reshards(
         self, excess: np.ndarray, left: list[Literal], right: list[Literal]
     ) -> dict[tuple[int, int], Literal]:
-        """3. One reshard of an edge, between the layouts at its ends; 6. none that is forbidden, or costs too much."""
+        """3. One reshard of an edge, between the layouts at its ends; 6. none that is forbidden or too costly."""
         possible = excess <= self.slack
         if len(right) == 1:
             reshards = {(p, 0): literal for p, literal in enumerate(left)}
@@ -201,7 +201,7 @@ class Model:
             room -= least
             terms += [(x, b - least) for x, b in zip(literals, held.tolist(), strict=True) if b != least]
         if abs(room) <= TOLERANCE * self.problem.budget_bytes:
-            room = 0.0  # a plan that fills the chip to the last byte, added up in another order
+            room = 0.0  # a plan that fills the chip to the last byte, summed in another order
         if sum(max(more, 0.0) for _, more in terms) <= room:
             return
         unit = max(sum(abs(more) for _, more in terms) / COEFFICIENT_SUM, _LEAST_BYTES)
@@ -210,13 +210,13 @@ class Model:
         self.model.add(bytes_ <= floor(room / unit))
 
     def _held(self, row: Row) -> Iterator[tuple[list[Literal], np.ndarray, int | None]]:
-        """What a row counts: literals of which a plan takes one, the bytes of each, and which the hint takes."""
+        """The terms of a row: literals of which a plan takes one, the bytes of each, and the hint's choice."""
         for i, vector in row.nodes:
             yield self.states[i], vector[self.dual.keep[i]], None if self.hint is None else self.hint[i]
         for k, table in row.edges:
             edge, pairs = self.dual.edges[k], list(self.reshards[k])
             if not pairs:
-                continue  # nothing is possible here: the model has no plan
+                continue  # no pair is possible here: the model is infeasible
             held = table[edge.window][tuple(np.array(pairs).T)]
             at = None
             if self.hint is not None:
@@ -234,14 +234,17 @@ class Model:
         return unit
 
     def _cut_at_bound(self, lower: float) -> float:
-        """9. The bound, less what rounding takes off a plan's cost; returns within how many units of it a plan is best."""
+        """9. The bound, minus the rounding of a plan's cost.
+
+        Returns the number of units within which a plan counts as best.
+        """
         proven = max(lower, self.constant)
         enough = TOLERANCE * abs(proven) / self.unit
         least = floor((proven - self.constant) / self.unit - enough)
         if least <= 0:
             return enough
         if least - self.rounding > COEFFICIENT_SUM:
-            self.model.add_bool_or([])  # no plan costs as much as that
+            self.model.add_bool_or([])  # no plan costs this much
         elif least > self.rounding:
             self.model.add(self._objective >= least - self.rounding)
         return enough + min(least, self.rounding)

@@ -1,4 +1,4 @@
-"""CP-SAT at work on a model: one worker, so that the answer is the same on every machine."""
+"""The CP-SAT solver on a model, with one worker, so that the answer is reproducible on every machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = f"CP-SAT {ortools.__version__}"
 _MEGABYTES = 1500
 """The memory that CP-SAT may take."""
 _GRACE_SECONDS = 2.0
-"""How much longer than its limit CP-SAT may take (its presolve does) before its answer is no longer waited for."""
+"""The grace beyond its limit that CP-SAT gets, as its presolve overruns, before its answer is abandoned."""
 
 
 def solve(
@@ -32,16 +32,16 @@ def solve(
     gap: float = 0.0,
     lower: float = -np.inf,
 ) -> Answer:
-    """Decides what a dual has left of a problem.
+    """Solves the part of a problem that a dual has left.
 
     **Arguments:**
 
-    - `rows`: memory at every point, of which none may overflow.
+    - `rows`: memory at every point; no point may overflow.
     - `hint`: the states of the best plan known.
-    - `slack`: seconds by which it exceeds the dual's bound; what lies above cannot improve it.
-    - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an answer that is overdue is left.
+    - `slack`: seconds by which it exceeds the dual's bound; costlier plans cannot improve it.
+    - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an overdue answer is abandoned.
     - `gap`: the part of the excess over the bound within which a plan is good enough.
-    - `lower`: seconds that are proven for every plan; where the hint reaches them there is nothing to look for.
+    - `lower`: seconds, a proven lower bound; if the hint reaches it, there is nothing to search.
     """
     started = time.monotonic()
     built = Model(dual, rows, hint, slack, max(lower, -1e300))
@@ -76,7 +76,7 @@ def _states(dual: Dual, built: Model, solver: cp_model.CpSolver) -> np.ndarray:
 
 
 def _status(solver: cp_model.CpSolver, model: cp_model.CpModel, wall_seconds: float):
-    """How the solver ends, or `None` if it does not end in time; an interruption (Ctrl-C) stops it and goes on its way."""
+    """The solver's status, or `None` if it does not end in time. An interruption (Ctrl-C) stops it and propagates."""
     answers: list = []
     errors: list[BaseException] = []
 

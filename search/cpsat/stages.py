@@ -28,15 +28,15 @@ from search.presolve.symmetry import tidied
 from search.presolve.warm_start import starting_states
 
 _AGREEMENT = 1e-6
-"""The part by which checker and solver may differ: they add up the same terms in another order."""
+"""The relative difference allowed between checker and solver, which sum the same terms in another order."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """How far a search has come: presolve's state, and CP-SAT's answer on the whole problem.
+    """The progress of a search: presolve's state, and CP-SAT's answer on the whole problem.
 
-    `root` is the dual before branching, `presolve_bound` what it had proven by then, `parts` how many parts were decided apart,
-    and `left` how many states CP-SAT saw in the end.
+    `root` is the dual before branching, `presolve_bound` its bound at that time, `parts` the number of parts decided
+    separately, and `left` the number of states that CP-SAT saw in the end.
     """
 
     presolved: Reduction
@@ -51,26 +51,26 @@ class Found:
 
     @property
     def decided(self) -> bool:
-        """Whether there is a plan, or none to be found."""
+        """Whether the answer has a plan, or there is none to find."""
         return self.ascent.best is None or (self.answer is not None and self.answer.states is not None)
 
     @property
     def ended(self) -> str:
-        """What ended the search before its end."""
+        """The reason for which the search ended early."""
         return self.stopped or ("time limit" if self.ascent.late else "")
 
     @cached_property
     def states(self) -> np.ndarray:
-        """Presolve's best states of the whole problem; the leanest where none fits."""
+        """Presolve's best states of the whole problem; the leanest if none fits."""
         found = self.ascent.leanest[1] if self.ascent.best is None else self.ascent.best
         return self.presolved.expanded(np.zeros(len(self.presolved.kept), dtype=int) if found is None else found)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one search is told: the problem, limits, whether axes are alike, and what is too slow to be of interest.
+    """The input of one search: the problem, limits, whether axes are interchangeable, and the cutoff.
 
-    `started` is when, on the monotonic clock.
+    `started` is the start, on the monotonic clock.
     """
 
     problem: Problem
@@ -88,15 +88,15 @@ class Task:
 
     @property
     def deadline(self) -> float:
-        """When time is up."""
+        """The deadline."""
         return self.started + self.limits.wall_seconds
 
     def eliminate(self, part: float) -> Reduction:
-        """The problem without nodes on which less than a part of a chip's memory hangs; 0 for all of it."""
+        """The problem without the nodes that hold less than a part of a chip's memory; 0 for all of it."""
         return reduced(self.problem, self.memory, part) if part else Reduction.none(self.problem, self.memory)
 
     def ascend(self, presolved: Reduction, before: Found | None = None) -> Found:
-        """Lifts the bound and lowers the best plan until they meet or stall; when interrupted, ends with those.
+        """Lifts the bound and improves the best plan until they meet or stall; an interruption ends with those found.
 
         `before` is a relaxation: its bound holds here, too, and its plans may fit.
         """
@@ -127,7 +127,7 @@ class Task:
         return Ascent(presolved.problem, rows, rounds, self.say, self.symmetric, self.deadline, self.cutoff)
 
     def branch(self, found: Found) -> Found:
-        """Divides what is too much for CP-SAT at once, and lifts the bound to what is proven of all parts."""
+        """Divides a problem too large for one CP-SAT call, and lifts the bound to what all parts prove."""
         if found.ended or not found.ascent.fits or found.root is None:
             return found
         found.ascent.dual.load(found.root)
@@ -142,7 +142,7 @@ class Task:
         return replace(found, parts=branching.branches, nothing_fits=nothing)
 
     def _decide_part(self, found: Found, lower: float) -> float:
-        """CP-SAT on what the dual has left of a branch, as on the whole; returns the bound that is then proven for it."""
+        """CP-SAT on the states that the dual has left of a branch, as on the whole; returns the proven bound."""
         ascent, proven = found.ascent, lower
         for _ in range(POLICY.refinements):
             if not all(map(len, self._surviving(found))):
@@ -159,9 +159,9 @@ class Task:
         return proven
 
     def decide(self, found: Found, last: bool = False) -> Found:
-        """CP-SAT on the whole problem: its answer, or none if that is too much at once and this is not the `last` word.
+        """CP-SAT on the whole problem: its answer, or none if that is too large and this is not the `last` call.
 
-        When interrupted, it confirms the best plan; without one, the interruption goes on its way.
+        When interrupted, it confirms the best plan; without one, the interruption propagates.
         """
         try:
             return self._decide(found, last)
@@ -183,9 +183,9 @@ class Task:
         return self._answered(found, states, POLICY.open_pairs)
 
     def _answered(self, found: Found, incumbent: np.ndarray | None, most_pairs: int, settled: bool = False) -> Found:
-        """With CP-SAT's answer on what is left; what it finds and proves goes to the ascent.
+        """Applies CP-SAT's answer on the surviving states: its plan and its bound go to the ascent.
 
-        Unless all is settled but for that, there is none where too much is left, or where CP-SAT does not come to an end.
+        Unless this is all that remains open, there is no answer if too much is left, or if CP-SAT does not finish.
         """
         ascent = found.ascent
         for _ in range(POLICY.refinements):
@@ -211,7 +211,7 @@ class Task:
     def _asked(
         self, left: Domains, incumbent: np.ndarray | None, ascent: Ascent, lower: float, seconds: float = np.inf
     ) -> Answer:
-        """CP-SAT's answer; the incumbent where rounding or time leave it nothing better."""
+        """CP-SAT's answer; the incumbent if rounding or time leave it nothing better."""
         seconds = min(seconds, self.limits.deterministic_seconds)
         wall = max(self.deadline - time.monotonic(), POLICY.least_wall_seconds)
         proven, best = min(lower, ascent.objective), ascent.objective
@@ -228,14 +228,17 @@ class Task:
         return answer
 
     def _left(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
-        """What presolve leaves of the whole problem; the incumbent alone where time is up."""
+        """The states that presolve leaves of the whole problem; the incumbent alone if time is up."""
         if found.root is None or found.ended:
             return None if incumbent is None else only(incumbent)
         found.ascent.dual.load(found.root)
         return self._domains(found, incumbent, most_pairs)
 
     def _surviving(self, found: Found) -> list[np.ndarray]:
-        """The states of the smaller problem that a plan as good as the best may have; none of a node where there is no such."""
+        """The states of the smaller problem that a plan as good as the best may have.
+
+        A node without such states has an empty array.
+        """
         return found.ascent.dual.within(self._width(found.ascent))
 
     def _width(self, ascent: Ascent) -> float:
@@ -244,15 +247,15 @@ class Task:
         return max(ascent.objective - ascent.dual.bound(), 0.0) + TOLERANCE * abs(ascent.objective)
 
     def _domains(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
-        """What the dual leaves of the whole problem; `None` if that is nothing, or too much."""
+        """The states that the dual leaves of the whole problem; `None` if there are none, or too many."""
         keep = self._surviving(found)
-        if not all(map(len, keep)):  # nothing is better than the incumbent
+        if not all(map(len, keep)):  # no plan is better than the incumbent
             return None if incumbent is None else only(incumbent)
         left = found.presolved.surviving(keep, self._width(found.ascent))
         return domains(self.problem, left, incumbent, most_pairs)
 
     def decide_unaided(self) -> Found:
-        """CP-SAT on the problem as it is built: the reference for all that presolve does."""
+        """CP-SAT on the unreduced problem: the reference for presolve."""
         whole = Reduction.none(self.problem, self.memory)
         found = Found(whole, self._ascent(whole))
         left = Domains(tuple(np.flatnonzero(node.cost < FORBIDDEN / 2) for node in self.problem.nodes), True)
@@ -268,7 +271,7 @@ class Task:
         return replace(found, answer=answer, left=left.count, nothing_fits=answer.status == "INFEASIBLE")
 
     def checked(self, found: Found) -> Solution:
-        """The plan with its proof and the checker's account of it.
+        """The plan with its proof and the checker's recomputation.
 
         **Raises:** `NoPlan`.
         """
@@ -284,22 +287,22 @@ class Task:
         return Solution(self.problem, choice, self._proof(found, answer), replace(account, faults=faults))
 
     def _disagreements(self, account: Check, seconds: float) -> Iterator[str]:
-        """What the checker, which counts on its own, finds to be otherwise than the solver."""
+        """The differences between the independent checker and the solver."""
         if abs(account.seconds - seconds) > _AGREEMENT * seconds:
-            yield f"the plan takes {account.seconds} s, and the solver says {seconds} s"
+            yield f"the plan takes {account.seconds} s, but the solver says {seconds} s"
         budget = self.problem.budget_bytes
         if account.peak_bytes > budget * (1 + _AGREEMENT):
-            yield f"the plan takes {account.peak_bytes:.0f} bytes of a chip, more than the {budget:.0f} that it may"
+            yield f"the plan takes {account.peak_bytes:.0f} bytes of a chip, more than the budget of {budget:.0f}"
 
     def _proof(self, found: Found, answer: Answer) -> Proof:
-        """What is proven of the answer's plan, and by whom."""
+        """The proof of the answer's plan, and its source."""
         from search.cpsat.solver import NAME
 
         ascent, wall = found.ascent, time.monotonic() - self.started
         bound = min(ascent.bound, answer.value)
         apart, proven = answer.value - bound, _is_precise(answer.value, bound)
         if self.limits.solver == "cp-sat":
-            proven = answer.status == "OPTIMAL"  # but for rounding, which presolve makes finer
+            proven = answer.status == "OPTIMAL"  # except for rounding, which presolve makes finer
         states = _states(self.problem)
         return Proof(
             status="OPTIMAL" if proven else "FEASIBLE",
@@ -328,5 +331,5 @@ def _states(problem: Problem) -> int:
 
 
 def _is_precise(value: float, bound: float) -> bool:
-    """Whether no more than rounding lies between a plan and what is proven."""
+    """Whether a plan exceeds the proven bound by rounding at most."""
     return bool(np.isfinite(value)) and value - bound <= PRECISION * abs(value)

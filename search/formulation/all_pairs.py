@@ -1,7 +1,7 @@
-"""Shortest paths between all pairs of nodes of a graph whose nodes have images of the same distances.
+"""Shortest paths between all pairs of nodes of a graph with symmetries.
 
-Paths from a few nodes at a time are shortened by relaxing the edges that leave what was just shortened, until nothing is.
-Where renaming the nodes changes no price, only one node of each orbit is started from; the others' distances are its own,
+From a few nodes at a time, the edges that leave the nodes last improved are relaxed until no path gets shorter. If
+renaming the nodes changes no price, only one node of each orbit is a start; the distances of the others are its own,
 renamed.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 FORBIDDEN = 1e5
 """Seconds that stand for "impossible"; finite, so that differences stay numbers."""
 _STARTS = 16
-"""Nodes started from at a time: few enough for their distances along all edges to stay in the processor's cache."""
+"""Start nodes per pass: few enough for their distances along all edges to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Edges:
     price: np.ndarray
 
     def among(self, nodes: np.ndarray) -> Edges:
-        """Those between nodes for which `nodes` is true."""
+        """The edges between nodes for which `nodes` is true."""
         kept = np.flatnonzero(nodes[self.source] & nodes[self.target] & np.isfinite(self.price))
         return Edges(self.source[kept], self.target[kept], self.price[kept])
 
@@ -37,7 +37,7 @@ def all_pairs(edges: Edges, within: np.ndarray, images: np.ndarray) -> np.ndarra
 
     **Arguments:**
 
-    - `within`: `[nodes]`, bits; a node is only ever followed by nodes whose bits are among its own.
+    - `within`: `[nodes]`, bits; every successor's bits on a path are a subset of the node's own.
     - `images`: `[renamings, nodes]`, permutations of the nodes that keep every price, the identity first.
 
     **Returns:** `[nodes, nodes]`.
@@ -73,7 +73,7 @@ def _from(starts: np.ndarray, edges: Edges, count: int) -> np.ndarray:
 
 
 def _relaxed(reached: np.ndarray, edges: Edges, shortened: np.ndarray) -> np.ndarray:
-    """Relaxes the edges that leave the nodes last shortened; the nodes that this shortens."""
+    """Relaxes the edges that leave the nodes last improved; returns the nodes that this improves."""
     leaving = np.flatnonzero(shortened[edges.source])
     found = np.zeros(len(reached), dtype=bool)
     for part in _parts(leaving):
@@ -87,6 +87,6 @@ def _relaxed(reached: np.ndarray, edges: Edges, shortened: np.ndarray) -> np.nda
 
 
 def _parts(edges: np.ndarray, size: int = 8192) -> Iterator[np.ndarray]:
-    """Pieces that fit the processor's cache."""
+    """Slices that fit the processor's cache."""
     for at in range(0, len(edges), size):
         yield edges[at : at + size]

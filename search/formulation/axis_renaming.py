@@ -1,4 +1,4 @@
-"""Mesh axes under other names: what layouts and strategies become, and which are the same but for names."""
+"""Renamings of mesh axes: the images of layouts and strategies, and those that are the same up to names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from search.formulation.layouts import Axes, Layout
 from search.formulation.strategies import Strategy
 
 Groups = tuple[tuple[str, ...], ...]
-"""Axes that could change names among each other, in groups."""
+"""Axes that may exchange names, in groups."""
 
 
 def renamings(groups: Iterable[Sequence[str]]) -> list[dict[str, str]]:
@@ -42,6 +42,6 @@ def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | La
 
 
 def images(index: Mapping[Layout, int], groups: Groups) -> np.ndarray:
-    """Where each renaming of axes takes each layout: `[renamings, layouts]`, indices of layouts, the identity first."""
+    """The image of each layout under each renaming of axes: `[renamings, layouts]`, indices, the identity first."""
     found = [[index[renamed(layout, names)] for layout in index] for names in renamings(groups)]
     return np.array(found, dtype=np.intp)

@@ -16,7 +16,7 @@ from search.formulation.layouts import Axes, Layout, layouts, local_shape, shard
 from search.formulation.strategies import Sizes
 
 Places = Mapping[str, tuple[int, int]]
-"""Axis to a dimension, and by how many of its pieces one step along the axis moves on."""
+"""Axis to a dimension, and the number of shards along it that one step on the axis advances."""
 
 
 class CollectiveStep(NamedTuple):
@@ -39,12 +39,12 @@ class CollectiveStep(NamedTuple):
 
     @property
     def payload_layout(self) -> Layout:
-        """The layout of the array that the payload is one chip's piece of."""
+        """The layout of which the payload is one chip's shard."""
         return self.target if self.kind in ("all-gather", "slice") else self.source
 
 
 def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep]:
-    """Every single step that leaves a layout; divisibility is the caller's to check."""
+    """Every single step that leaves a layout; the caller checks divisibility."""
     yield from _gathers(layout)
     yield from _exchanges(layout)
     yield from _reductions(layout)
@@ -90,29 +90,30 @@ def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep
 
 
 WHOLE_SLICE_GATHER_CHIPS = 64
-"""From how many chips on an all-gather over all axes of a slice is compiled to something else.
+"""The chip count from which an all-gather over all axes of a slice is compiled to something else.
 
 Measured ahead of time with libtpu 0.0.42 and 0.0.50 (v4 4x4x4 and 4x4x8, v5e 4x4 to 8x16): over all axes of a slice at
-once a reduce-scatter compiles to an all-reduce and a slice, and an all-gather, from 64 chips on, to an all-reduce of
-zero-padded arrays with twice the bytes. Over fewer axes, in any order, both compile to themselves.
+once, a reduce-scatter compiles to an all-reduce and a slice. From 64 chips on, an all-gather compiles to an all-reduce
+of zero-padded arrays with twice the bytes. Over fewer axes, in any order, both compile to themselves.
 """
 
 
 SCATTER_ROWS, SCATTER_LANES, SCATTER_LANE_BYTES = 8, 128, 512
-"""What a reduce-scatter must leave on a chip, in the two minor dimensions (not counting those of size 1): 8 rows, and a
-multiple of 512 bytes of lanes where it scatters these. Measured as above, 8 KiB to 64 MiB in bfloat16 and float32: with
-less, or with one dimension only, it compiles to an all-reduce and a slice. Behind a minor dimension of less than 128 lanes
-the compiler may well lay out the scattered dimension as lanes, and the same holds for it.
+"""The least shard that a reduce-scatter must leave on a chip, in the two minor dimensions (without those of size 1).
 
-Two more are measured and planned all the same. Over two axes of two chips each (v4 2x2x2), of 8 MiB or more, rows are scattered
-with padding and a few of them (72 KiB of 16 MiB) then moved to their owners; so may a dimension be that is neither the first
-nor one of the two minor ones (12 KiB of 8 MiB). Two scatters, one after the other, or blocks that are copied into their order
-before, would be exact and take up to twice as long; audits list what is sent more.
+The least is 8 rows, and a multiple of 512 bytes of lanes if it scatters these. Measured as above, 8 KiB to 64 MiB in
+bfloat16 and float32: with less, or with one dimension only, it compiles to an all-reduce and a slice. Behind a minor
+dimension of less than 128 lanes the compiler may well use the scattered dimension as lanes, and the same holds for it.
+
+Two more cases are measured and planned all the same. Over two axes of two chips each (v4 2x2x2), of 8 MiB or more,
+rows are scattered with padding and a few of them (72 KiB of 16 MiB) then moved to their owners. The same may happen to
+a dimension that is neither the first nor one of the two minor ones (12 KiB of 8 MiB). Two serial scatters, or blocks
+that are copied into their order before, would be exact and take up to twice as long. Audits list the excess bytes.
 """
 
 
 def emittable(step: CollectiveStep, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
-    """Whether the compiler makes of a step what it says: what it would turn into something else is never planned."""
+    """Whether the compiler keeps a step as it is; a step that it would rewrite into something else is never planned."""
     if step.kind not in ("all-gather", "reduce-scatter") or topology.chip.kind != "tpu":
         return True
     split = [axis for axis, size in topology.axis_sizes.items() if size > 1]
@@ -132,10 +133,10 @@ def _tiles(step: CollectiveStep, shape: Sequence[int], itemsize: float, topology
 
 
 class StepGraph(NamedTuple):
-    """Layouts of a shape and the steps between them; what all arrays that divide alike have in common.
+    """Layouts of a shape and the steps between them; arrays that divide in the same way share them.
 
-    `fraction` is a step's payload over the array's bytes; `partial` has a bit for each axis that a layout is partial over;
-    `images` is what becomes of the layouts when axes that cost the same change names (`[renamings, layouts]`).
+    `fraction` is a step's payload over the array's bytes; `partial` has a bit for each axis that a layout is partial
+    over; `images` are the layouts with axes of equal cost renamed (`[renamings, layouts]`).
     """
 
     layouts: tuple[Layout, ...]
@@ -169,7 +170,7 @@ def step_graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Gr
 
 
 def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[CollectiveStep]:
-    """Exchanges of whole pieces between chips: two layouts that cut every dimension into equally many pieces."""
+    """Exchanges of whole shards between chips: two layouts with the same number of shards in every dimension."""
     alike: dict[tuple, list[tuple[Layout, Places]]] = {}
     for layout in found:
         counts = tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
@@ -182,8 +183,8 @@ def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[Colle
 def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
     """The axes whose coordinates a permutation between two layouts changes.
 
-    A piece's number along a dimension is made of the coordinates of its axes, major to minor. An axis that both layouts
-    have in the same place of that number tells apart pieces that keep its coordinate.
+    The coordinates of a dimension's axes, major to minor, form a shard's number along it. An axis that has the same
+    place in that number in both layouts separates shards that keep its coordinate.
     """
     return _moved(_places(a, sizes), _places(b, sizes))
 
@@ -193,7 +194,7 @@ def _moved(before: Places, after: Places) -> Axes:
 
 
 def _places(layout: Layout, sizes: Mapping[str, int]) -> Places:
-    """Axis to the dimension that it splits, and by how many pieces one step along it moves on."""
+    """Axis to the dimension that it splits, and the number of shards that one step along it advances."""
     return {
         axis: (i, prod(sizes[minor] for minor in dim[k + 1 :]))
         for i, dim in enumerate(layout.dims)
@@ -202,6 +203,6 @@ def _places(layout: Layout, sizes: Mapping[str, int]) -> Places:
 
 
 def _fractions(steps: Sequence[CollectiveStep], found: Sequence[Layout], sizes: Mapping[str, int]) -> np.ndarray:
-    """Per step the part of the array that its payload is."""
+    """Per step the payload as a part of the array."""
     parts = {layout: 1.0 / shards(layout, sizes) for layout in found}
     return np.array([parts[step.payload_layout] for step in steps])

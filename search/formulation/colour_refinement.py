@@ -1,7 +1,8 @@
-"""Colour refinement: what looks alike is told apart by what it sees, until all of one colour see the same.
+"""Colour refinement: splits classes until all members of a class have identically coloured neighbours.
 
-Each round costs what changed in the one before, not the size of the graph: a chain needs as many rounds as it has links. As in
-Hopcroft, "An n log n algorithm for minimizing states in a finite automaton", 1971, the most of those that part keep their name.
+Each round costs as much as changed in the one before, not the size of the graph: a chain needs as many rounds as it
+has links. As in Hopcroft, "An n log n algorithm for minimizing states in a finite automaton", 1971, the largest part
+of a split class keeps its name.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ def refine(
     sight: Callable[[int], Hashable],
     seers: Mapping[int, Collection[int]],
 ) -> None:
-    """Gives members of one colour new ones, in place, until all members of a colour have the same sight.
+    """Splits colours, in place, until all members of a colour have the same sight.
 
     **Arguments:**
 
     - `colours`: per vertex its first colour.
     - `members`: the vertices whose colour may change.
-    - `sight`: what a vertex sees under the colours as they are.
-    - `seers`: per vertex the members whose sight its colour is part of; no others, since who sees none that is new must see
-      what it saw.
+    - `sight`: the coloured neighbourhood of a vertex under the current colours.
+    - `seers`: per vertex the members whose sight its colour is part of; the sight of all others is unchanged.
     """
     sizes = Counter(colours[i] for i in members)
     unused = itertools.count(max(colours, default=-1) + 1)
@@ -45,7 +45,7 @@ def refine(
 
 
 def _leaving(groups: Mapping[Hashable, list[int]], size: int) -> list[list[int]]:
-    """The groups of one colour that see what the rest of it does not: all but the largest if everyone was looked at."""
+    """The groups of one colour that get a new one: all but the largest if every member was looked at."""
     found = list(groups.values())
     if sum(map(len, found)) == size:
         found.remove(max(found, key=len))

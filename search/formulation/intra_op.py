@@ -1,13 +1,13 @@
 """The collectives that run within operations along a split factor.
 
-A maximum over a split dimension is closed by an all-reduce. A factor of kind `gathered` is closed by all-gathers: of what each
-chip has found, where the results do not have the factor, such as the best of its piece; else of one element along it, such as
-the total of its piece of a running sum.
+A maximum over a split dimension is closed by an all-reduce. A factor of kind `gathered` is closed by all-gathers. If
+the results lack the factor, they gather each chip's result, such as the best of its shard. Otherwise they gather one
+element along the factor, such as the total of a chip's shard of a running sum.
 
-A factor of kind `exchanged` is that of $n$ equal parts, which lie one behind the other along a dimension of the operand or
-of the result. Cut over $p$ chips, that dimension has $np$ blocks, of which chip $j$ holds $nj + s$ for $0 \\le s < n$; of the
-parts chip $r$ holds block $ip + r$, for each part $i$. Every chip sends and gets $n$ blocks, so $n$ permutations do it
-(`exchange`).
+A factor of kind `exchanged` is that of $n$ equal parts, which are concatenated along a dimension of the operand or of
+the result. Cut over $p$ chips, that dimension has $np$ blocks, of which chip $j$ holds $nj + s$ for $0 \\le s < n$; of
+the parts chip $r$ holds block $ip + r$, for each part $i$. Every chip sends and gets $n$ blocks, so $n$ permutations
+do it (`exchange`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from search.formulation.strategies import Strategy, output_layout
 class Inside(NamedTuple):
     """A collective within an operation.
 
-    - `factor`: along which it runs; `result`: whose pieces it works on; `layout`: that of the result.
-    - `thinned`: whether one element along the factor takes part, not a chip's piece; `copies`: the axes whose chips' parts its
-      payload holds beside one another; `parts`: of how many equal ones of a piece it sends one.
+    - `factor`: the factor along which it runs; `result`: the result whose shards it works on; `layout`: that of the
+      result.
+    - `thinned`: whether one element along the factor takes part instead of a chip's shard; `copies`: the axes whose
+      chips' parts its payload holds side by side; `parts`: the number of equal parts of a shard, of which it sends
+      one.
     """
 
     kind: str
@@ -65,7 +67,10 @@ def closing(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[I
 
 
 def gathers(axes: Axes, topology: Topology) -> tuple[CollectiveStep, ...]:
-    """How an array of one element per chip along these axes is gathered: at once, if the compiler leaves that as it is."""
+    """The all-gathers of an array of one element per chip along these axes.
+
+    It is one step, if the compiler keeps that as it is.
+    """
     spread, whole = Layout((axes,)), Layout(((),))
     at_once = CollectiveStep("all-gather", axes, spread, whole, source_dim=0)
     if emittable(at_once, (1,), 1, topology):
@@ -85,7 +90,7 @@ def payload(program: Program, op: Operation, strategy: Strategy, found: Inside, 
 
 
 class Sent(NamedTuple):
-    """One block of an exchange: from which slot of which chip's piece, to which chip, of which part it is."""
+    """One block of an exchange: the source chip, the slot in its shard, the target chip, and the part it belongs to."""
 
     chip: int
     slot: int
@@ -95,11 +100,13 @@ class Sent(NamedTuple):
 
 @lru_cache(maxsize=256)
 def exchange(parts: int, chips: int) -> tuple[tuple[Sent, ...], ...]:
-    """The rounds in which the blocks of joined parts go where those of the parts lie; in each, every chip sends and gets one.
+    """The rounds that move the blocks of joined parts to those of the separate parts.
 
-    With $g = \\gcd(n, p)$ and $a_j = \\lfloor jg/p \\rfloor$, in round $t$ chip $j$ sends slot $s = (t + a_j) \\bmod n$ to chip
-    $(nj + s) \\bmod p$. That is one to one: chips that differ in $a_j$ differ in $s$ modulo $g$, and so do those that they
-    send to, as $g$ divides $nj$ and $p$; for the others $nj$ differs modulo $p$.
+    In each, every chip sends and gets one block.
+
+    With $g = \\gcd(n, p)$ and $a_j = \\lfloor jg/p \\rfloor$, in round $t$ chip $j$ sends slot $s = (t + a_j) \\bmod
+    n$ to chip $(nj + s) \\bmod p$. That is one to one: chips that differ in $a_j$ differ in $s$ modulo $g$, and so do
+    those that they send to, as $g$ divides $nj$ and $p$; for the others $nj$ differs modulo $p$.
     """
     shared = gcd(parts, chips)
 
@@ -112,7 +119,7 @@ def exchange(parts: int, chips: int) -> tuple[tuple[Sent, ...], ...]:
 
 
 def exchange_axes(parts: int, axes: Axes, topology: Topology) -> tuple[Axes, ...]:
-    """Per round of an exchange, in which anything moves, the axes that something moves along."""
+    """Per round of an exchange that moves anything, the axes along which it moves."""
     counts = [topology.axis_sizes[axis] for axis in axes]
     places = np.indices(counts).reshape(len(axes), -1)
     rounds = exchange(parts, prod(counts))

@@ -1,16 +1,18 @@
-"""Identical layers, found again in the program that a Python loop unrolled.
+"""The folding of identical layers in a program that a Python loop unrolled.
 
-A layer written once and run in a Python loop comes out of the trace as a stretch of operations that repeats with a period;
-so do two or three kinds of layer that take turns. Copies of an operation share one variable of the search, as they would in
-a `scan`: the classes found here. Sharing is a restriction to plans that treat all copies alike; what such a plan costs is
-exact, since every copy's changes of layout and bytes are counted where they are. Depth then enters the search only as a factor.
+A layer written once and run in a Python loop is traced as a stretch of operations that repeats with a period; so are
+two or three kinds of layer that alternate. Copies of an operation share one variable of the search, as they would in a
+`scan`: the classes found here. Sharing restricts the search to plans that treat all copies alike. The cost of such a
+plan is exact, since every copy's reshards and bytes are counted where they occur. Depth then enters the search only as
+a factor.
 
-A stretch counts as layers when its copies agree operation by operation (what is computed, on which shapes), when operands
-come from the same place in each (the same position of the same copy, or of the copy before; one array for all; or from before
-all copies: an argument, or what the forward pass left for a backward pass), and when each copy is fed by the one before.
+A stretch counts as layers when its copies agree operation by operation (the computation and its shapes), when operands
+come from the same place in each (the same position of the same copy, or of the copy before; one array for all; or from
+before all copies: an argument, or a value that the forward pass saved for a backward pass), and when each copy is fed
+by the one before.
 
-What stands apart from the stretches is alike when it is used by and made from what is alike, in the same way: the copies'
-arguments and results, and all that an optimizer does to each layer's parameters.
+Operations outside the stretches share a class if their operands and users do, in the same way: the copies' arguments
+and results, and an optimizer's work on each layer's parameters.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ from costmodels.program.program import Operation, Program
 from search.formulation.colour_refinement import refine
 
 _PERIODS = 24
-"""How many of the commonest distances between like operations are tried as periods."""
+"""The number of most frequent distances between like operations that are tried as periods."""
 _KINDS = 8
-"""How many matmuls of one kind a period may have: as many kinds of layer may take turns."""
+"""The most matmuls of one kind in a period: as many kinds of layer may alternate."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A stretch of the program that repeats: its operations in order, and how many make one copy."""
+    """A stretch of the program that repeats: its operations in order, and the number of them in one copy."""
 
     operations: tuple[int, ...]
     period: int
 
     @property
     def copies(self) -> int:
-        """How many whole copies there are."""
+        """The number of whole copies."""
         return len(self.operations) // self.period
 
 
@@ -50,7 +52,7 @@ def unfolded(program: Program) -> tuple[int, ...]:
 
 
 def classes(program: Program) -> tuple[int, ...]:
-    """Per operation the first operation of its class; an operation that nothing repeats is its own class."""
+    """Per operation the first operation of its class; an operation without a copy is its own class."""
     found = list(unfolded(program))
     for fold in folds(program):
         for at, operation in enumerate(fold.operations):
@@ -62,7 +64,7 @@ def classes(program: Program) -> tuple[int, ...]:
 
 
 def tied(found: Sequence[int], pairs: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    """The classes after making each pair of operations alike; two classes that meet become one."""
+    """The classes after merging the classes of each pair of operations."""
     root = {first: first for first in found}
 
     def top(first: int) -> int:
@@ -90,7 +92,7 @@ def folds(program: Program) -> tuple[Fold, ...]:
 
 
 class _Search:
-    """Looks for repeats among the operations of a program that no fold has taken yet."""
+    """Finds repeats among the operations of a program that no fold has taken yet."""
 
     def __init__(self, program: Program, body: Sequence[int]) -> None:
         self.program, self.body = program, body
@@ -104,7 +106,7 @@ class _Search:
     def longest(self) -> Fold | None:
         """The fold that shares the most operations, of those not yet taken."""
         best = (0, 0, 0)
-        for period in self._periods():  # in rising order: of two as long, the shorter period is right
+        for period in self._periods():  # in rising order: of two equally long stretches, the shorter period is right
             for start, length in self._runs(period, longer_than=best[1]):
                 if length > best[1]:
                     best = (start, length, period)
@@ -115,12 +117,12 @@ class _Search:
         return Fold(tuple(self.body[start : start + whole]), period)
 
     def take(self, fold: Fold) -> None:
-        """Leaves a fold's operations out of what is looked for next."""
+        """Excludes a fold's operations from further search."""
         first = self.place[fold.operations[0]]
         self.free[first : first + len(fold.operations)] = False
 
     def _periods(self) -> list[int]:
-        """Distances between matmuls of one kind, next to each other or a few apart; of each the commonest."""
+        """Distances between matmuls of one kind, adjacent or a few apart: the most frequent at each step."""
         places: dict[int, list[int]] = {}
         for place in np.flatnonzero(self.heavy & self.free).tolist():
             places.setdefault(int(self.kinds[place]), []).append(place)
@@ -146,7 +148,7 @@ class _Search:
         return found
 
     def _sound(self, start: int, length: int, period: int) -> int:
-        """How far from `start` on the operands, too, come from like places."""
+        """The length from `start` on for which the operands, too, come from corresponding places."""
         for at in range(start, start + length):
             if not self._flows_alike(at, period, start):
                 return at - start
@@ -163,12 +165,12 @@ class _Search:
         return True
 
     def _made_at(self, value: int) -> int:
-        """Where in the body a value is made; before it all, for an argument."""
+        """The place in the body where a value is made; before the body, for an argument."""
         producer = self.program.producers.get(value)
         return -1 if producer is None else self.place.get(producer[0], -1)
 
     def _chained(self, start: int, period: int) -> bool:
-        """Whether the second copy does matrix work, and needs something of the first."""
+        """Whether the second copy does matrix work, and needs a value of the first."""
         if not self.heavy[start : start + period].any():
             return False
         for at in range(start + period, start + 2 * period):
@@ -180,7 +182,7 @@ class _Search:
 
 
 def _key(program: Program, op: Operation) -> tuple:
-    """What two operations must agree in to be copies of each other: all but what they read from memory, which the first may."""
+    """The properties in which copies of an operation agree: all but its reads from memory, which may differ."""
     uses = (*op.inputs, *op.outputs)
     arrays = tuple((program.values[use.value].shape, program.values[use.value].dtype) for use in uses)
     runs = tuple(program.multiplicity(use.region) for use in uses)
@@ -189,10 +191,10 @@ def _key(program: Program, op: Operation) -> tuple:
 
 
 def _share_alike(program: Program, found: list[int], repeated: set[int]) -> None:
-    """Puts operations outside of the folds into one class that are used by like operations and made from like ones.
+    """Classes operations outside of the folds by their users and operands, which must be alike.
 
-    Colours are refined until operations of one colour have operands and users of the same colours. Who adds up numbers makes
-    no layers different: the users of scalars do not count.
+    Colours are refined until operations of one colour have operands and users of the same colours. Sums of scalars do
+    not separate layers: the users of scalars do not count.
     """
     apart = [i for i in _reached(program, found, repeated) if found[i] not in repeated]
     colours = _first_colours(program, found, repeated)
@@ -214,7 +216,7 @@ def _share_alike(program: Program, found: list[int], repeated: set[int]) -> None
 
 
 def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
-    """What operations are by themselves: a fold's class as it is, others by what they compute."""
+    """The first colour of each operation: a fold's class for its members, the computation for others."""
     given = {program.arguments[argument] for argument, _ in program.donated}
     handed = {program.arguments[argument] for _, argument in program.handoffs}
     handed |= {program.results[result] for result, _ in program.handoffs}
@@ -228,7 +230,7 @@ def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -
 
 
 def _around(program: Program, i: int, partner: int | None) -> list[list[tuple[int, int]]]:
-    """What an operation sees, in groups without order: each operand's maker, each result's users, who shares donated memory."""
+    """An operation's neighbourhood, in unordered groups: operands' makers, results' users, its donation partner."""
     op = program.operations[i]
     made = [[program.producers[use.value]] for use in op.inputs]
     users = [list(program.consumers.get(use.value, ())) for use in op.outputs if program.values[use.value].shape]

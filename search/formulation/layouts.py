@@ -1,4 +1,4 @@
-"""Layouts: how one array lies on the mesh.
+"""Layouts: the sharding of one array over the mesh.
 
 A `Layout` gives, for each dimension, the ordered tuple of mesh axes that split it (major to minor, as in a
 `PartitionSpec`), and the axes over which the array is still a partial sum. `Layout((("x",), ("y", "z")), ())` is
@@ -37,17 +37,17 @@ def replicated(rank: int) -> Layout:
 
 
 def shards(layout: Layout, sizes: Mapping[str, int]) -> int:
-    """Into how many distinct pieces the array is cut."""
+    """The number of distinct shards of the array."""
     return prod(sizes[axis] for axis in layout.axes)
 
 
 def local_shape(shape: Sequence[int], layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of one chip's piece."""
+    """The shape of one chip's shard."""
     return tuple(n // prod(sizes[axis] for axis in dim) for n, dim in zip(shape, layout.dims, strict=True))
 
 
 def divides(shape: Sequence[int], layout: Layout, sizes: Mapping[str, int]) -> bool:
-    """Whether every dimension divides evenly. JAX drops a constraint that does not, without a word; we never plan one."""
+    """Whether every dimension divides evenly. JAX silently drops a constraint that does not, so none is ever planned."""
     return all(n % prod(sizes[axis] for axis in dim) == 0 for n, dim in zip(shape, layout.dims, strict=True))
 
 

@@ -1,11 +1,11 @@
-"""Looped collective einsums: what a product hides of the collectives around it (`costmodels.pricing`).
+"""Looped collective einsums: the parts of collectives that a product hides (`costmodels.machine.collectives`).
 
-A product hides one collective: the all-gather that ends the change of layout of one of its operands, or the reduce-scatter that
-begins that of its result; which one is part of its strategy. So what a change of layout costs depends on the strategies at its
-two ends, as any cost of an edge does, and the search stays exact.
+A product hides one collective: the all-gather that ends the reshard of one of its operands, or the reduce-scatter that
+begins the reshard of its result. Its strategy says which one. So the cost of a reshard depends on the strategies at
+its two ends, as any cost of an edge does, and the search stays exact.
 
-What it leaves out is never hidden: an all-reduce, an exchange, a gather of what several operations then take from one place,
-partial sums that are added up before they are reduced, and what runs less often than the product.
+Other communication is never hidden: an all-reduce, an exchange, a gather from which several operations read, partial
+sums that are added up before they are reduced, and collectives that run less often than the product.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from search.formulation.collective_steps import StepGraph
 LOOPED_KINDS = ("all-gather", "reduce-scatter")
 """The collectives that a looped einsum hides."""
 _ALIKE = 1e-9
-"""The part by which two paths may differ and still cost the same."""
+"""The relative difference below which two paths count as equally costly."""
 
 
 class StepLoops(NamedTuple):
-    """Per step what a product may hide of it: seconds on the wire, without latency and launch; and of how many pieces."""
+    """Per step the seconds that a product may hide, and the number of shards.
+
+    The seconds are communication without latency and launch.
+    """
 
     wire_seconds: np.ndarray
     pieces: np.ndarray
 
 
 class Ends(NamedTuple):
-    """Per change of layout the reduce-scatter that its path begins with, and the all-gather that it ends with; -1 for none.
+    """Per reshard the reduce-scatter that begins its path, and the all-gather that ends it; -1 for none.
 
-    `scatter_seconds` and `gather_seconds` are what a product may hide of them, and the parts how much of the product's own time
-    they may take: all pieces but one.
+    `scatter_seconds` and `gather_seconds` are the seconds of them that a product may hide. The parts are the share of
+    the product's own time that they may take: all shards but one.
     """
 
     first: np.ndarray
@@ -46,7 +49,9 @@ class Ends(NamedTuple):
 
 
 def ends_of(graph: StepGraph, price: np.ndarray, distance: np.ndarray, loops: StepLoops | None) -> Ends:
-    """The ends of the cheapest path between every two layouts: of paths that cost alike, of that with the most to hide.
+    """The ends of the cheapest path between every two layouts.
+
+    Equally cheap paths are ranked by the seconds they can hide.
 
     **Arguments:**
 
@@ -65,13 +70,13 @@ def ends_of(graph: StepGraph, price: np.ndarray, distance: np.ndarray, loops: St
             else:
                 better = (distance[b] + price[k] <= reached[a]) & (wire > most[1, a])
                 first[a, better], most[1, a, better] = k, wire
-        # The first step is that of the path to where the last one begins.
+        # the first step belongs to the path to the layout at which the last one begins
         first = np.take_along_axis(first, np.where(last >= 0, graph.source[last], np.arange(count)), axis=1)
     return Ends(first, last, *_hideable(loops, first), *_hideable(loops, last))
 
 
 def _hideable(loops: StepLoops | None, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each step the seconds on the wire, and the part of a product's time that it can take."""
+    """Per step the seconds of communication, and the part of a product's time that it can take."""
     if loops is None or not len(loops.pieces):
         return np.zeros(steps.shape), np.zeros(steps.shape)
     part = 1 - 1 / loops.pieces
@@ -79,9 +84,11 @@ def _hideable(loops: StepLoops | None, steps: np.ndarray) -> tuple[np.ndarray, n
 
 
 class Hiding(NamedTuple):
-    """Per strategy of a product the seconds of one run that one of its changes of layout may hide behind: 0 where another does.
+    """Per strategy of a product the seconds of one run that one of its reshards may hide behind.
 
-    `key` tells which product and which of its changes of layout.
+    They are 0 if another reshard is looped.
+
+    `key` identifies the product and the reshard.
     """
 
     key: tuple
@@ -89,7 +96,7 @@ class Hiding(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """States that have a layout and what they hide in common: both, per group."""
+    """Groups of states with one layout and one time to hide behind: both, per group."""
 
     layouts: np.ndarray
     seconds: np.ndarray
@@ -103,7 +110,7 @@ def grouped(layouts_of: np.ndarray, behind: Hiding | None) -> tuple[Groups, np.n
 
 
 def hidden_seconds(ends: Ends, before: Groups, after: Groups) -> np.ndarray:
-    """What is hidden of the change between every two groups: scatters by the product before, gathers by the one after."""
+    """Seconds hidden of the reshard between every two groups: scatters behind the product before, gathers after."""
     window = np.ix_(before.layouts, after.layouts)
     scattered = np.minimum(ends.scatter_seconds[window], before.seconds[:, None] * ends.scatter_part[window])
     return scattered + np.minimum(ends.gather_seconds[window], after.seconds * ends.gather_part[window])

@@ -1,14 +1,15 @@
 """The search problem as arrays: nodes that choose a state, edges that price pairs of states, rows that bound memory.
 
-A node is a class of operations that choose alike (its states are strategies) or a class of *hubs* (the layout that values
-with several uses are kept in; its states are layouts). An edge is a change of layout between the layout one end provides and
-the one the other end needs, priced by the reshard table of the value. With $x_i$ the state of node $i$, the problem is
+A node is a class of operations with one choice (its states are strategies) or a class of *hubs* (its states are the
+layouts in which values with several uses are kept). An edge is a reshard from the layout that one end provides to the
+layout that the other end needs, priced by the reshard table of the value. With $x_i$ the state of node $i$, the
+problem is
 
 $$\\min_x \\sum_i \\theta_i(x_i) + \\sum_{(i,j)} \\theta_{ij}(x_i, x_j) \\quad\\text{s.t.}\\quad
   \\sum_i b_{ri}(x_i) + \\sum_{(i,j)} b_{rij}(x_i, x_j) \\le M \\;\\; \\forall r,$$
 
-one row $r$ per point of the program. Repeated regions enter as factors on the costs, and the copies of a class as sums, so
-depth does not enter.
+one row $r$ per point of the program. Repeated regions enter as factors on the costs, and the copies of a class as
+sums, so depth does not enter.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """A change of layout from node `a` to node `b`.
+    """A reshard from node `a` to node `b`.
 
     State `s` of `a` provides layout `rows[s]` of the table, state `t` of `b` needs layout `columns[t]`; the pair costs
-    `weight * matrix[rows[s], columns[t]]` seconds. `members` are the changes of layout it stands for, each a value and the
-    consumer's operation (-1 on the way into a hub); `table` is `None` for a pairing that allows no change (a donated argument
-    and its result). Where `a` is `b`, a class feeds its own next copy, and the cost is part of the node's. `moved_bytes` are
-    the bytes, of whole arrays, that may change layout here in one step. Where a product hides a part of its collectives, states
-    with one layout but other times to hide behind differ: `layouts` are then those that the rows and columns stand for.
+    `weight * matrix[rows[s], columns[t]]` seconds. `members` are the reshards that it stands for, each a value and the
+    consumer's operation (-1 on the way into a hub). `table` is `None` for a pair of values with one layout (a donated
+    argument and its result). If `a` is `b`, a class feeds its own next copy, and the cost is part of the node's.
+    `moved_bytes` are the bytes, of whole arrays, that may be resharded here in one step. If a product hides a part of
+    its collectives, states with one layout but different times to hide behind differ: `layouts` are then the layouts
+    of the rows and columns.
     """
 
     a: int
@@ -70,16 +72,16 @@ class Edge:
 
     @property
     def value(self) -> int:
-        """The value that changes layout: of several, the first."""
+        """The resharded value; the first of several."""
         return self.members[0][0]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the solver and the checker need.
+    """The input of the solver and the checker.
 
-    `of_operation` and `of_hub` give the node that decides for an operation and for a value with several uses; `loops` the
-    edges of a node with itself.
+    `of_operation` and `of_hub` give the node that decides for an operation and for a value with several uses; `loops`
+    the edges of a node with itself.
     """
 
     program: Program
@@ -107,13 +109,13 @@ class Problem:
         return {*nodes, *(edge.a for edge in edges), *(edge.b for edge in edges)}
 
     def ends(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Per edge the row and the column of its table that a choice of states comes to."""
+        """Per edge the row and the column of its table under a choice of states."""
         (a, row_start, rows), (b, column_start, columns) = self._packed_ends
         return rows[row_start + states[a]], columns[column_start + states[b]]
 
     @cached_property
     def _packed_ends(self) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
-        """For rows and columns: each edge's node, where its states start in those of all edges, and those."""
+        """For rows and columns: each edge's node, the start of its states among those of all edges, and those."""
         none = [np.zeros(0, dtype=np.intp)]
         sides = ([(e.a, e.rows) for e in self.edges], [(e.b, e.columns) for e in self.edges])
         return tuple(
@@ -145,8 +147,8 @@ def build(program: Program, topology: Topology, budget_bytes: float, classes: Se
 
     **Arguments:**
 
-    - `classes`: per operation the first operation of its class (`search.folding.classes`); operations of a class take one
-      strategy. By default each operation is its own.
+    - `classes`: per operation the first operation of its class (`search.formulation.layer_folding.classes`);
+      operations of a class take one strategy. By default each operation is its own.
     """
     builder = _Builder(program, topology, unfolded(program) if classes is None else classes)
     for value in range(len(program.values)):
@@ -157,7 +159,7 @@ def build(program: Program, topology: Topology, budget_bytes: float, classes: Se
 
 
 def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Problem:
-    """The problem with every strategy forbidden that `allow(operation, strategy)` does not allow."""
+    """The problem with every strategy forbidden for which `allow(operation, strategy)` is false."""
 
     def restricted(node: Node) -> Node:
         if node.operation < 0:
@@ -169,14 +171,14 @@ def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Proble
 
 
 def _obeys(layout: Layout, pinned: Pinned) -> bool:
-    """Whether a layout is the one that the user decided on."""
+    """Whether a layout is the user's pinned one."""
     same = all(axes is None or dim == axes for dim, axes in zip(layout.dims, pinned, strict=True))
     return same and not layout.partial
 
 
 @dataclass
 class _Draft:
-    """An edge in the making."""
+    """An edge under construction."""
 
     a: int
     b: int
@@ -223,7 +225,7 @@ class _Builder:
         return len(self.nodes) - 1
 
     def _price_nodes(self) -> None:
-        """What the operations of each class cost, all together; copies may differ in what they read from memory."""
+        """Seconds of the operations of each class, all together; copies may differ in their reads from memory."""
         runs: dict[tuple, float] = {}
         first: dict[tuple, Operation] = {}
         for node, op in zip(self.of_operation, self.program.operations, strict=True):
@@ -237,7 +239,7 @@ class _Builder:
             self.nodes[key[0]] = replace(node, cost=node.cost + runs[key] * cost)
 
     def connect(self, value: int) -> None:
-        """Links a value's producer with its uses, by way of a hub where there are several."""
+        """Links a value's producer with its uses, through a hub if there are several."""
         uses = self.program.consumers.get(value, ())
         if value not in self.program.producers or not uses:
             return
@@ -267,11 +269,11 @@ class _Builder:
         provided = self.spaces[source].outputs[position]
         partial = any(layout.partial for layout in provided)
         table = reshard_table(array.shape, array.itemsize, self.topology, partial)
-        self._tables[id(table)] = table  # held, so that its id stays its own
+        self._tables[id(table)] = table  # kept alive, so that its id stays unique
         return table
 
     def _hub(self, value: int, source: int, position: int, table: ReshardTable) -> int:
-        """The node for where a value is kept: one for all copies of it."""
+        """The node that decides a value's layout: one for all copies of it."""
         if (source, position) not in self._hubs:
             name = self.program.values[value].name
             self._hubs[source, position] = len(self.nodes)
@@ -290,7 +292,7 @@ class _Builder:
             self.nodes[node] = replace(self.nodes[node], cost=np.where(unknown, FORBIDDEN, self.nodes[node].cost))
 
     def _hiding(self, operation: int, which: int, region: int) -> Hiding | None:
-        """What the change of layout of an operand or the result can hide behind: a product that runs as often."""
+        """The product that the reshard of an operand or the result can hide behind, if it runs as often."""
         op = self.program.operations[operation]
         if operation < 0 or not self.topology.pricing.looped or op.op_class != "matmul" or op.region != region:
             return None
@@ -312,7 +314,7 @@ class _Builder:
         member,
         behind: tuple[Hiding | None, Hiding | None] = (None, None),
     ) -> None:
-        """Adds one change of layout; `source` and `target` are a node and which of its results or operands it is."""
+        """Adds one reshard; `source` and `target` are a node and the index of its result or operand."""
         weight = float(self.program.multiplicity(region))
         key = (source, target, id(table), *(each and each.key for each in behind))
         if key in self._drafts:
@@ -329,7 +331,7 @@ class _Builder:
         self._drafts[key] = _Draft(source[0], target[0], rows, columns, matrix, table, weight, [member], layouts_of)
 
     def _places(self, slot: tuple, layouts_of: Sequence[Layout], table: ReshardTable) -> np.ndarray:
-        """Where the layouts of a node's states are in a table; the first place for those it does not have."""
+        """The index of each state's layout in a table; 0 for layouts that the table lacks."""
         key = (slot, id(table))
         if key not in self._index:
             self._index[key] = np.array([table.index.get(layout, 0) for layout in layouts_of], dtype=np.intp)
@@ -352,7 +354,7 @@ class _Builder:
             self._drafts["donated", a, b] = _Draft(a, b, rows, columns, matrix, None, 1.0, [member])
 
     def hand_over(self) -> None:
-        """A result that another phase takes for an argument changes layout on the way."""
+        """Adds the reshards of results that other phases take as arguments."""
         for result, argument in self.program.handoffs:
             sink, at = self.program.results[result], self.program.arguments[argument]
             a, b = self.of_operation[sink], self.of_operation[at]
@@ -366,7 +368,7 @@ class _Builder:
             self._edge((a, 0), provided, (b, 0), needed, table, region, (value, sink))
 
     def built(self, budget_bytes: float) -> Problem:
-        """The problem; what a node costs with itself is added to its own cost."""
+        """The problem; a node's reshards to itself are added to its own cost."""
         edges = [
             Edge(d.a, d.b, d.rows, d.columns, d.matrix, d.weight, tuple(d.members), d.table, d.moved_bytes, d.layouts)
             for d in self._drafts.values()

@@ -1,8 +1,8 @@
-"""Changes of layout as the cheapest sequence of single collectives.
+"""Reshards as the cheapest sequence of single collectives.
 
 Every layout of an array is a node of a graph; every single collective (all-gather of the minor axes of a dimension,
-reduce-scatter or all-reduce of partial sums, all-to-all between two dimensions, permutation of equal pieces, local slice)
-is an edge priced by the torus model. The price of a change of layout is the length of the shortest path, the plan's
+reduce-scatter or all-reduce of partial sums, all-to-all between two dimensions, permutation of equal shards, local
+slice) is an edge priced by the torus model. The price of a reshard is the length of the shortest path, the plan's
 collectives are the steps of that path, and the emitted program runs exactly these.
 """
 
@@ -27,10 +27,10 @@ from search.formulation.strategies import Sizes
 
 @dataclass(frozen=True)
 class ReshardTable:
-    """The price of every change of layout of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`.
+    """The price of every reshard of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`.
 
-    Where collectives may be looped with products, `loops` says what there is to hide; of paths that cost the same the one is
-    taken whose last gather, then whose first scatter, has the most.
+    Where collectives may be looped with products, `loops` has the seconds to hide. Of equally cheap paths, the one
+    whose last gather, then whose first scatter, has the most to hide is taken.
     """
 
     graph: StepGraph
@@ -50,18 +50,18 @@ class ReshardTable:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Shortest paths between all pairs; `FORBIDDEN` where no steps lead from one to the other."""
+        """Shortest paths between all pairs; `FORBIDDEN` if no steps lead from one to the other."""
         edges = Edges(self.graph.source, self.graph.target, self.step_seconds)
         found = all_pairs(edges, self.graph.partial, self.graph.images)
         return np.minimum(found, FORBIDDEN, out=found)
 
     @cached_property
     def ends(self) -> Ends:
-        """The steps at the ends of each path that a product may hide; none where nothing is looped."""
+        """The steps at the ends of each path that a product may hide; none if nothing is looped."""
         return ends_of(self.graph, self.step_seconds, self.seconds, self.loops)
 
     def path(self, source: Layout, target: Layout) -> tuple[CollectiveStep, ...]:
-        """The steps of the cheapest change of layout; empty when there is nothing to change."""
+        """The steps of the cheapest reshard; empty if the layouts are equal."""
         start, end = self.index[source], self.index[target]
         if self.seconds[start, end] >= FORBIDDEN:
             raise ValueError(f"no collectives lead from {source} to {target}")
@@ -83,14 +83,14 @@ class ReshardTable:
 
 
 def _divided(shape: Sequence[int], topology: Topology, partial: bool) -> tuple[tuple[int, ...], Sizes, bool, Groups]:
-    """What the graph of an array's layouts depends on."""
+    """The key of the graph of an array's layouts."""
     divisors = tuple(gcd(n, topology.size) for n in shape)
     return divisors, tuple(topology.axis_sizes.items()), partial, topology.symmetries()
 
 
 @dataclass(frozen=True)
 class _On:
-    """A topology that counts as the same as another where what a table depends on, `key`, is the same."""
+    """A topology that equals another with the same `key`, which is all that a table depends on."""
 
     key: tuple
     topology: Topology = field(compare=False)
@@ -118,7 +118,7 @@ def _table(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> R
 def _alike(
     divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Groups
 ) -> tuple[tuple[str, Axes, np.ndarray], ...]:
-    """The steps of a graph by kind and axes, which is what their price depends on but for the bytes."""
+    """The steps of a graph by kind and axes, on which their price depends besides the bytes."""
     groups: dict[tuple[str, Axes], list[int]] = {}
     for i, step in enumerate(step_graph(divisors, sizes, partial, alike).steps):
         groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
@@ -127,13 +127,13 @@ def _alike(
 
 @lru_cache(maxsize=1024)
 def _other_in_programs(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> np.ndarray:
-    """The steps of a table that a TPU's compiler makes something else of."""
+    """The steps of a table that a TPU's compiler rewrites into something else."""
     steps = step_graph(*_divided(shape, on.topology, partial)).steps
     return np.flatnonzero([not emittable(step, shape, itemsize, on.topology) for step in steps])
 
 
 def wire_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
-    """Seconds of a collective on the wire, without latency and launch."""
+    """Seconds of communication of a collective, without latency and launch."""
     return seconds_on(topology, kind, axes, payload) - seconds_on(topology, kind, axes, 0.0)
 
 
@@ -145,9 +145,9 @@ def step_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: T
 
 
 def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, partial: bool) -> ReshardTable:
-    """The prices of all changes of layout of an array of this shape.
+    """The prices of all reshards of an array of this shape.
 
-    Two shapes that divide alike by the chip count share their layouts and steps, and differ only in prices.
+    Two shapes with the same divisibility by the chip count share their layouts and steps, and differ only in prices.
     """
     chip = topology.chip
     key = (

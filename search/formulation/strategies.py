@@ -1,7 +1,7 @@
-"""Strategies: which factor each mesh axis splits in one operation, and the layouts that this forces.
+"""Strategies: the factor that each mesh axis splits in one operation, and the layouts that this forces.
 
-One generic function turns an operation's factors into everything the search needs: which splits are legal, the layout
-each operand must have, the layout each result comes in, and the reductions that run inside the operation.
+One generic function derives from an operation's factors the legal splits, the layout of each operand, the layout of
+each result, and the reductions that run inside the operation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ Sizes = tuple[tuple[str, int], ...]
 
 
 class Strategy(NamedTuple):
-    """Per factor the mesh axes that split it, major to minor; per linear group the axes whose partial sums pass through.
+    """A split of an operation's factors over mesh axes.
 
-    `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the operation, where collectives are
-    priced so (`costmodels.pricing`).
+    `splits` has the mesh axes that split each factor, major to minor. `carried` has, per linear group, the axes whose
+    partial sums pass through. `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the
+    operation, if the pricing has looped collectives (`costmodels.machine.conventions`).
     """
 
     splits: tuple[Axes, ...]
@@ -41,8 +42,8 @@ class Strategy(NamedTuple):
 class StrategySpace:
     """Every strategy of an operation with the layouts it forces.
 
-    `inputs[k][s]` is the layout that operand `k` must have under strategy `s`, `outputs[k][s]` the one that result `k` comes
-    in; `shards` (`[strategies, factors]`) the number of pieces of each factor.
+    `inputs[k][s]` is the layout that operand `k` must have under strategy `s`, `outputs[k][s]` the layout of result
+    `k`; `shards` (`[strategies, factors]`) is the number of shards of each factor.
     """
 
     strategies: tuple[Strategy, ...]
@@ -56,7 +57,7 @@ def strategy_space(operation: Operation, sizes: Sizes, looped: bool = False) -> 
 
     **Arguments:**
 
-    - `looped`: whether a matmul's strategies say which of its collectives is looped with it.
+    - `looped`: whether a matmul's strategies name the collective that is looped with it.
     """
     if looped and operation.op_class == "matmul":
         return _looped_space(operation.signature, sizes)
@@ -65,7 +66,7 @@ def strategy_space(operation: Operation, sizes: Sizes, looped: bool = False) -> 
 
 @lru_cache(maxsize=1024)
 def _looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
-    """Each strategy as often as it has collectives that may be looped with it; once if it has none."""
+    """Each strategy once for each collective that may be looped with it; once if there is none."""
     plain = _space(signature, sizes)
     axes = sum(size > 1 for _, size in sizes)
     chosen: list[tuple[int, int | None]] = []
@@ -106,7 +107,7 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
 
 
 def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequence) -> int:
-    """The fewest elements that a piece of a gathered factor may have: as many as the results make of it, such as the best k."""
+    """The fewest elements in a shard of a gathered factor: as many as the results make of it, such as the best k."""
     given = {i for dims in inputs for dim in dims for i in dim}
     made = {i for dims in outputs for dim in dims for i in dim} - given
     return prod(factors[i].size for i in made)
@@ -115,7 +116,7 @@ def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequen
 def _legal(
     factors: Sequence[Factor], uses: Sequence, splits: Sequence[Axes], table: dict[str, int], least: int
 ) -> bool:
-    """Every factor divides, a compound dimension is cut into contiguous pieces, and gathered pieces are large enough."""
+    """Whether factors divide, compound dimensions have contiguous shards, and gathered shards are large enough."""
     counts = [prod(table[axis] for axis in split) for split in splits]
     if any(factor.size % count for factor, count in zip(factors, counts, strict=True)):
         return False
@@ -146,7 +147,7 @@ def input_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
 
 
 def output_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
-    """The layout that result `k` comes in; partial over the axes that split a summed factor and those carried."""
+    """The layout of result `k`; partial over the axes that split a summed factor and those carried."""
     factors, _, outputs, _, _ = signature
     summed = [axis for f, axes in zip(factors, strategy.splits, strict=True) if f.kind == "sum" for axis in axes]
     carried = [axis for axes in strategy.carried for axis in axes]

@@ -1,4 +1,4 @@
-"""What every strategy of an operation costs on one chip, without the changes of layout around it."""
+"""The cost of every strategy of an operation on one chip, without the reshards around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from search.formulation.strategies import StrategySpace
 from search.formulation.tpu_tiles import repacked
 
 _TIE = 1e-10
-"""The part of an operation's cost by which, of strategies that cost the same, one is told from the other."""
+"""The tie-breaker between strategies of equal cost, as a part of an operation's cost."""
 
 
 def strategy_seconds(program: Program, op: Operation, space: StrategySpace, topology: Topology) -> np.ndarray:
@@ -24,11 +24,11 @@ def strategy_seconds(program: Program, op: Operation, space: StrategySpace, topo
 
 
 def product_seconds(program: Program, op: Operation, shards: np.ndarray, topology: Topology) -> np.ndarray:
-    """Seconds that collectives may hide behind in one run of a product: the longer of compute and HBM, without overhead.
+    """Seconds that collectives may hide behind in a product's run: the longer of compute and HBM, without overhead.
 
     **Arguments:**
 
-    - `shards`: `[strategies, factors]`, the number of pieces of each factor.
+    - `shards`: `[strategies, factors]`, the number of shards of each factor.
     """
     cost = price(program, op, shards, topology.chip)
     return np.maximum(cost.compute_seconds, cost.memory_seconds)

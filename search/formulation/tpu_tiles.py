@@ -1,16 +1,16 @@
-"""Which strategies leave a matmul an operand that a compiler has to lay out anew before it can use it.
+"""The matmul operands that libtpu must re-tile before use, under each strategy; this breaks ties only.
 
-Beyond the chip's rates this costs what no roofline knows: libtpu's own estimates for a weight of three dimensions, sliced
-out of a stack by a loop, are four times as long when it is laid out anew as when it is not. The rule is what these
-estimates show for products of [e, h, d] and of [h, d, e], with pieces of 1 to 256 of h and d, on v4 and v5e:
+Re-tiling costs time beyond the chip's rates that no roofline contains: libtpu's own estimates for a weight of three
+dimensions, sliced out of a stack by a loop, are four times as long if it is re-tiled. The rule follows these estimates
+for products of [e, h, d] and of [h, d, e], with shards of 1 to 256 of h and d, on v4 and v5e:
 
-- An array lies in memory in tiles of 8 rows by 128 lanes of its last two dimensions; where that pads it, another dimension
+- An array is stored in tiles of 8 rows by 128 lanes of its last two dimensions. If that pads it, another dimension
   than its last may lie along the lanes, if that pads it less.
-- Of several dimensions that are summed, or kept, the longest counts as the matrix's, the others are gone through one by one.
-- When the matrix's two dimensions are not those of the tiles, the operand is laid out anew; so it is when a tile's rows,
-  with other dimensions around them, are no multiple of 8.
+- Of several dimensions that are summed, or kept, the longest counts as the matrix's. The others are iterated over.
+- If the matrix's two dimensions are not those of the tiles, the operand is re-tiled; so it is if a tile's rows, with
+  other dimensions around them, are not a multiple of 8.
 
-It tells strategies apart that cost the same, and changes no price.
+It separates strategies of equal cost, and changes no price.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _ROWS, _LANES = 8, 128
 _PART_TILES = (1, 2, 4)
 """Fewer rows than a tile's that are stored without padding."""
 _LANE_BYTES = 4
-"""What a lane holds of one row or, of a smaller type, of several."""
+"""Bytes of a lane, which holds one row or, of a smaller type, several."""
 
 
 def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
-    """Per strategy of a matmul, how many operands are laid out anew, and factors cut into less than a tile's rows.
+    """Per strategy of a matmul, the number of re-tiled operands, and of factors cut into less than a tile's rows.
 
     **Arguments:**
 
-    - `shards`: `[strategies, factors]`, the number of pieces of each factor.
+    - `shards`: `[strategies, factors]`, the number of shards of each factor.
 
-    **Returns:** `[strategies]`, both counts together.
+    **Returns:** `[strategies]`, the sum of both counts.
     """
     sizes = np.array([factor.size for factor in op.factors], dtype=float)
     local = sizes / shards
@@ -49,7 +49,7 @@ def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
 
 
 def _laid_out_anew(use: Use, groups: MatrixFactors, local: np.ndarray) -> np.ndarray:
-    """Per strategy, whether an operand is laid out anew; of one with dimensions of a batch nothing is known."""
+    """Per strategy, whether an operand is re-tiled; unknown, and so false, with batch dimensions."""
     summed = tuple(set(dim) <= set(groups.contracted) for dim in use.dims)
     kept = tuple(set(dim) <= {*groups.rows, *groups.columns} for dim in use.dims)
     if len(use.dims) < 3 or not all(a or b for a, b in zip(summed, kept, strict=True)):
@@ -60,7 +60,7 @@ def _laid_out_anew(use: Use, groups: MatrixFactors, local: np.ndarray) -> np.nda
 
 @lru_cache(maxsize=65536)
 def laid_out_anew(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
-    """Whether an operand of a product is laid out anew.
+    """Whether an operand of a product is re-tiled.
 
     **Arguments:**
 
@@ -77,7 +77,7 @@ def laid_out_anew(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
 
 
 def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
-    """The order in which an argument's dimensions lie in memory, the last along the lanes: the first that pads least."""
+    """The order of an argument's dimensions in memory, the last along the lanes: the first order that pads least."""
     dims = [i for i, size in enumerate(sizes) if size > 1]
     if len(dims) < 2:
         return tuple(range(len(sizes)))
@@ -86,14 +86,17 @@ def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
-    """The dimensions along the rows and the lanes of an argument's tiles: of the pairs that pad it least the last ones."""
+    """The dimensions along the rows and the lanes of an argument's tiles: the last of the pairs that pad it least."""
     backwards = range(len(sizes))[::-1]
     pairs = [(rows, lanes) for lanes in backwards for rows in backwards if rows != lanes]
     return min(pairs, key=lambda pair: _stored(sizes[pair[0]], sizes[pair[1]], itemsize), default=(*backwards,))
 
 
 def _stored(rows: int, lanes: int, itemsize: float) -> float:
-    """How often tiles hold the bytes that are in them; a few rows are stored as a power of 2, small types several to one."""
+    """Bytes of the tiles over those of the array.
+
+    A few rows are stored as a power of 2, small types several to a row.
+    """
     if rows <= max(_PART_TILES):
         stored = next(n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES)
     else:
@@ -102,11 +105,11 @@ def _stored(rows: int, lanes: int, itemsize: float) -> float:
 
 
 def _orders(dims: list[int]) -> list[list[int]]:
-    """As they are, and with each other dimension along the lanes, the later ones first."""
+    """The given order, then each other dimension along the lanes, the later ones first."""
     return [[*(i for i in dims if i != last), last] for last in reversed(dims)]
 
 
 def padding(rows: float, lanes: float) -> float:
-    """What tiles of these rows and lanes take over what is in them."""
+    """Bytes of tiles over those of the rows and lanes in them."""
     stored = rows if rows in _PART_TILES else ceil(rows / _ROWS) * _ROWS
     return stored * ceil(lanes / _LANES) * _LANES / (rows * lanes)

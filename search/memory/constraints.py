@@ -1,10 +1,10 @@
 """Peak memory as linear rows: at every point of the program, the bytes of what lives there.
 
-An array lives from the operation that makes it to its last use; one that enters a loop lives until the loop ends, and one
-that a loop piles up is there whole before its first round. Arrays that share memory (a donated argument and its result, a
-loop's carry, an update in place, a view) are one buffer. What a compiler keeps inside a fused kernel takes no memory: results
-of fused operations count only where an unfused operation, a loop or the caller needs them. A change of layout holds the old
-and the new array at once.
+An array lives from the operation that makes it to its last use. One that enters a loop lives until the loop ends. A
+stacked result of a loop is allocated in full before the first iteration. Arrays that share memory (a donated argument
+and its result, a loop's carry, an update in place, a view) are one buffer. Values inside a fused kernel take no
+memory: results of fused operations count only if an unfused operation, a loop or the caller needs them. A reshard
+holds the old and the new array at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T", np.ndarray, Copies)
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes alive at one point: per node a vector over its states, per edge those of its copies."""
+    """Bytes alive at one point: per node a vector over its states, per edge those of its reshard buffers."""
 
     point: int
     nodes: tuple[tuple[int, np.ndarray], ...]
@@ -45,7 +45,7 @@ class Row:
 
 
 class Rows(tuple[Row, ...]):
-    """Rows that are summed up at once: most of what lives at one point lives at others, too, and is looked up once for all."""
+    """Rows that are summed together: most values at one point live at others, too, and are looked up once for all."""
 
     def bytes(self, problem: Problem, states: np.ndarray) -> np.ndarray:
         """Per row the bytes alive under a choice of states."""
@@ -56,7 +56,10 @@ class Rows(tuple[Row, ...]):
 
     @cached_property
     def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, Copies]], np.ndarray, np.ndarray]:
-        """What the rows add up: nodes, edges; per row its items among them, a 0 last; and where the items of each row start."""
+        """The nodes and edges of all rows, the indices of each row's terms among them, and each row's start.
+
+        Each row's indices end with that of a 0.
+        """
         nodes = {(i, id(vector)): vector for row in self for i, vector in row.nodes}
         edges = {(k, id(table)): table for row in self for k, table in row.edges}
         place = {("node", *key): at for at, key in enumerate(nodes)}
@@ -76,7 +79,7 @@ class Rows(tuple[Row, ...]):
 
 @dataclass(frozen=True)
 class Buffer:
-    """Arrays that share memory: the array that stands for them, and the first and last point at which they live."""
+    """Arrays that share memory: the array that stands for them, and the first and last point of their life."""
 
     value: int
     members: tuple[int, ...]
@@ -110,7 +113,7 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
 
 
 def _ends_here(program: Program, value: int, carry: int) -> bool:
-    """Whether nothing but the carry needs an array that enters the loop, or that a loop's round updates in place."""
+    """Whether only the carry needs an array that enters the loop, or that an iteration of the loop updates in place."""
     at, position = program.producers[value]
     made_by = program.operations[at]
     if program.values[value].region == program.operations[carry].region:
@@ -119,7 +122,7 @@ def _ends_here(program: Program, value: int, carry: int) -> bool:
 
 
 def stack_starts(program: Program) -> dict[int, int]:
-    """What a loop piles up, which is there whole before the first round, to the first operation of the loop."""
+    """Each stacked result of a loop, allocated before the first iteration, to the first operation of the loop."""
     first: dict[int, int] = {}
     for i, op in enumerate(program.operations):
         first.setdefault(op.region, i)
@@ -131,7 +134,7 @@ def stack_starts(program: Program) -> dict[int, int]:
 
 
 def _is_read_since(program: Program, value: int, start: int | None) -> bool:
-    """Whether a loop that begins at `start` reads a value, or what comes after it does; no loop reads nothing."""
+    """Whether a loop that begins at `start`, or an operation after it, reads a value; False without a loop."""
     if start is None:
         return False
     ends = region_ends(program)
@@ -185,7 +188,7 @@ def last_uses(program: Program) -> dict[int, int]:
 
 
 def _until(program: Program, operation: int, ends: dict[int, int]) -> int:
-    """Until when an operand of this operation is needed: if that shows it in another shape, until nothing reads the view."""
+    """The end of the need for an operand of this operation: of a view, when nothing reads the view any more."""
     op = program.operations[operation]
     if operation in views(program):
         users = program.consumers.get(op.outputs[0].value, ())
@@ -206,7 +209,7 @@ def _materialised(program: Program, value: int) -> bool:
         return False
     users = program.consumers.get(value, ())
     if users and all(program.operations[at].primitive == "loop_stack" for at, _ in users):
-        return False  # is made where the stack has it
+        return False  # made in place in the stack
     return not is_inlined(program, program.producers[value][0]) or _leaves_kernel(program, value)
 
 
@@ -232,7 +235,7 @@ def _buffer(program: Program, members: list[int], last: dict[int, int], starts: 
 class _Term:
     """Bytes of one node (an array over its states) or edge (`Copies`) over some points.
 
-    `key` tells equal ones, of which a class has many, from others.
+    Equal terms, of which a class has many, have one `key`.
     """
 
     key: tuple
@@ -245,7 +248,7 @@ class _Term:
 
 @cached_analysis
 def rows(problem: Problem) -> Rows:
-    """The rows that can bind: one per point at which no more lives at any other point."""
+    """The rows that can bind: the points at which the live values are not a subset of those at another point."""
     terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []
@@ -260,7 +263,7 @@ def rows(problem: Problem) -> Rows:
 
 
 def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> tuple[list[int], np.ndarray]:
-    """The points right before something dies, and how many terms of each kind live there; of like points the first."""
+    """The points right before a value dies, and the number of live terms of each kind; the first of equal points."""
     points = len(program.operations)
     born: list[list[int]] = [[] for _ in range(points)]
     dead: list[list[int]] = [[] for _ in range(points)]
@@ -286,9 +289,9 @@ def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> t
 
 
 def _undominated(counts: np.ndarray) -> list[int]:
-    """The rows of counts that no other row reaches in every kind, in order.
+    """The rows of counts that no other row dominates, in order.
 
-    Only rows that hold the rarest of its kinds can reach a row: few, as what lives briefly is rare.
+    A row that dominates holds the rarest of its kinds. Few rows do, as short-lived values are rare.
     """
     holders: list[list[int]] = [[] for _ in range(counts.shape[1])]
     kept: list[int] = []
@@ -304,13 +307,13 @@ def _undominated(counts: np.ndarray) -> list[int]:
 
 
 def together(limits: tuple[Row, ...]) -> Row:
-    """The bytes at all points, added up: what a price on memory everywhere is paid for."""
+    """The bytes at all points, summed: the row to which a single multiplier for all points belongs."""
     nodes = _added(item for row in limits for item in row.nodes)
     return Row(-1, tuple(nodes.items()), tuple(_added(item for row in limits for item in row.edges).items()))
 
 
 def _added(items: Iterable[tuple[int, T]]) -> dict[int, T]:
-    """Per index the sum; what is the same in many is counted first."""
+    """The sum per index; arrays that occur in many are counted first."""
     held = list(items)
     counts = Counter((i, id(array)) for i, array in held)
     arrays = {(i, id(array)): array for i, array in held}
@@ -322,7 +325,7 @@ def _added(items: Iterable[tuple[int, T]]) -> dict[int, T]:
 
 
 def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, Any]) -> Row:
-    """One row; what is the same in several is one array, found in `known`."""
+    """One row; parts that occur in several rows are one array, found in `known`."""
     parts: dict[tuple[str, int], list[tuple[_Term, int]]] = {}
     for term, count in terms:
         parts.setdefault((term.kind, term.index), []).append((term, count))
@@ -350,7 +353,7 @@ def _local_bytes(problem: Problem, array_bytes: float, found: tuple[Layout, ...]
 
 
 def _place(problem: Problem, value: int) -> tuple[int, int]:
-    """The node that decides how a value is kept, and which of its results it is (-1: its own layout)."""
+    """The node that decides a value's layout, and the index of its result (-1: the node's own layout)."""
     if value in problem.of_hub:
         return problem.of_hub[value], -1
     operation, position = problem.program.producers[value]
@@ -358,13 +361,13 @@ def _place(problem: Problem, value: int) -> tuple[int, int]:
 
 
 def layouts_at(problem: Problem, value: int) -> tuple[int, tuple[Layout, ...]]:
-    """The node that decides how a value is kept, and the layout under each of its states."""
+    """The node that decides a value's layout, and the layout under each of its states."""
     node, slot = _place(problem, value)
     return node, problem.nodes[node].states if slot < 0 else problem.spaces[node].outputs[slot]
 
 
 def _copy_terms(problem: Problem) -> Iterator[_Term]:
-    """A change of layout holds a second array: where it is made, or through the loop that it is made for."""
+    """A reshard holds a second array: where it is made, or through the loop that it is made for."""
     ends = region_ends(problem.program)
     copied: dict[tuple[int, bool], Copies] = {}
     for k, edge in enumerate((*problem.edges, *problem.loops)):
@@ -385,7 +388,7 @@ def _copy_terms(problem: Problem) -> Iterator[_Term]:
 
 
 def _result_terms(problem: Problem) -> Iterator[_Term]:
-    """A result that is laid out anew is held twice meanwhile."""
+    """A result that is re-tiled is held twice during the copy."""
     for at in problem.program.results:
         if problem.program.operations[at].inputs:
             node = problem.of_operation[at]
@@ -396,17 +399,17 @@ def _result_terms(problem: Problem) -> Iterator[_Term]:
 
 
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
-    """Bytes of the second array, per layout before and after: into a hub it is the old one that dies, else the new one."""
+    """Bytes of the second array, per layout before and after: into a hub the old array, else the new one."""
     bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
     none, which = np.zeros_like(bytes_of), np.arange(len(bytes_of))
     return Copies(bytes_of, none, which, which) if into_hub else Copies(none, bytes_of, which, which)
 
 
 def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]) -> tuple[int, int]:
-    """The first and last point at which an operand's changed copy lives.
+    """The first and last point at which an operand's resharded copy lives.
 
-    Compilers start a gather early, to hide it behind the matmul before the one that needs it: so the copy lives from there,
-    once its source is made, to the operation; through the whole loop if it is made for one.
+    Compilers start a gather early, to hide it behind the matmul before the one that needs it. So the copy lives from
+    there, once its source is made, to the operation, or through the whole loop if it is made for one.
     """
     ahead = program.matmul_before[operation]
     made = program.producers[value][0]

@@ -1,7 +1,7 @@
-"""Which operations run inside the kernel that uses their result, though they are not elementwise as they are written.
+"""Scatters that run inside the kernel that uses their result, though they are not written as elementwise.
 
-A scatter of single numbers, one to each row of an array that is one number all over, is the gradient of taking one number out
-of each row, such as the logit of the right word. Compilers write it as a comparison of the columns' numbers with the index.
+A scatter of one element to each row of a constant array is the gradient of a per-row gather, such as the label's logit
+in a cross-entropy. Compilers write it as a comparison of the column numbers with the index.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from costmodels.program.program import Program
 
 
 def is_inlined(program: Program, operation: int) -> bool:
-    """Whether an operation's result takes no memory where fused operations alone use it.
+    """Whether an operation's result takes no memory if only fused operations use it.
 
     **Arguments:**
 

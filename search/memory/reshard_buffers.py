@@ -1,4 +1,4 @@
-"""The bytes of copies that changes of layout make, without a table of all pairs of layouts."""
+"""The bytes of the second arrays that reshards hold, without a table of all pairs of layouts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Bytes held by a change of layout: `before[p] + after[q]`, and none where the layouts `rows[p]` and `columns[q]` are one.
+    """Bytes held by a reshard: `before[p] + after[q]`, and none if the layouts `rows[p]` and `columns[q]` are equal.
 
-    It is indexed, added and scaled as the matrix would be that it stands for.
+    It supports indexing, addition and scaling like the matrix that it stands for.
     """
 
     before: np.ndarray
     after: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    __array_ufunc__ = None  # NumPy's numbers leave the products to us
+    __array_ufunc__ = None  # NumPy's scalars leave the products to this class
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of the matrix."""
+        """The shape of the matrix."""
         return len(self.before), len(self.after)
 
     def __getitem__(self, at: tuple[Any, ...]) -> np.ndarray:
@@ -31,7 +31,7 @@ class Copies:
         return np.where(self.rows[p] != self.columns[q], self.before[p] + self.after[q], 0.0)
 
     def at(self, p: int, q: int) -> float:
-        """One entry; much faster than an array of one."""
+        """One entry, much faster than by an array index."""
         return self.before.item(p) + self.after.item(q) if self.rows.item(p) != self.columns.item(q) else 0.0
 
     def __add__(self, other: Copies) -> Copies:
@@ -41,9 +41,9 @@ class Copies:
         return Copies(factor * self.before, factor * self.after, self.rows, self.columns)
 
     def among(self, rows: np.ndarray, columns: np.ndarray) -> Copies:
-        """The matrix of these rows and columns."""
+        """The matrix restricted to these rows and columns."""
         return Copies(self.before[rows], self.after[columns], self.rows[rows], self.columns[columns])
 
     def max(self) -> float:
-        """No entry is larger."""
+        """An upper bound of the entries."""
         return float(self.before.max() + self.after.max())

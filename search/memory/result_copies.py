@@ -1,9 +1,10 @@
-"""Results that a TPU's compiler lays out anew, and so holds twice.
+"""Results that libtpu copies into another tiling on return, which doubles their memory for a moment.
 
-A product is written in tiles of its matrix's rows and columns (`search.packing`). A result of the program lies as an
-argument of its shape does, padded the least: where that puts other dimensions into the tiles, as for one chip's [16, 1024,
-50257] logits, it is copied when it is done. libtpu 0.0.42 does so for results of 2 to 4 dimensions. Where other operations
-come between the product and the result, the product's own array is counted beside theirs already, though they may be one.
+A product is written in tiles of its matrix's rows and columns (`search.formulation.tpu_tiles`). A result of the
+program is stored like an argument of its shape, padded the least. If that puts other dimensions into the tiles, as for
+one chip's [16, 1024, 50257] logits, the finished product is copied. libtpu 0.0.42 does so for results of 2 to 4
+dimensions. If other operations come between the product and the result, the product's own array is counted beside
+theirs already, though they may be one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from search.formulation.tpu_tiles import argument_tile
 
 
 def copied_bytes(program: Program, topology: Topology, operation: int, layout: Layout) -> float:
-    """Bytes of the second array that one chip holds while a result is copied; 0 where it lies as it is made, or on the chip.
+    """Bytes of the second array that one chip holds while a result is copied.
+
+    They are 0 if it keeps its tiling, or stays on the chip.
 
     **Arguments:**
 
@@ -39,7 +42,7 @@ def copied_bytes(program: Program, topology: Topology, operation: int, layout: L
 
 @cached_analysis
 def _sides(program: Program, value: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The dimensions of a value that are the rows, and the columns, of the product that it is; None if it is none."""
+    """The row and the column dimensions of a value that is a product; None if it is not one."""
     at, position = program.producers[value]
     return _split(program.operations[at], program.operations[at].outputs[position])
 

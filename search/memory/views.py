@@ -1,9 +1,9 @@
-"""Which operations only show an array they are given, and take no memory of their own.
+"""View operations (transpose, reshape, squeeze, slice of a stack) that allocate no memory of their own.
 
-A transposition or a change of shape neither computes nor moves anything where what uses it reads the array in the other order:
-compilers give a product its operands' dimensions in the order in which they lie. Nor does a slice of a stack, whole but for the
-index that it has in the stack: what uses it reads it there. What leaves the program, goes round a loop or is updated in place
-is an array of its own.
+A transposition or a reshape neither computes nor moves anything if its users read the array in the other order:
+compilers give a product its operands' dimensions in the order in which they are stored. Nor does a slice of a stack
+that is complete except for its index: its users read it in the stack. A result of the program, a loop carry and an
+array updated in place are arrays of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IN_PLACE = (
 
 @cached_analysis
 def views(program: Program) -> frozenset[int]:
-    """The operations whose result is their operand, seen in another shape."""
+    """The operations whose result is a view of their operand."""
     found: set[int] = set()
     for i in reversed(range(len(program.operations))):
         op = program.operations[i]
@@ -43,19 +43,19 @@ def _shows(program: Program, op: Operation) -> bool:
 
 
 def is_slice_of_stack(program: Program, op: Operation) -> bool:
-    """Whether an operation cuts out what has one index, or several, in an array's leading dimensions."""
+    """Whether an operation slices an array at one index, or several, of its leading dimensions."""
     if op.primitive != "dynamic_slice" or op.op_class != "fused":
         return False
     return is_whole_slice(*(program.values[use.value].shape for use in (op.inputs[0], op.outputs[0])))
 
 
 def is_whole_slice(stack: tuple[int, ...], part: tuple[int, ...]) -> bool:
-    """Whether a part of an array of this shape has one index in the leading dimensions, and all of the others."""
+    """Whether a part of an array of this shape has one index in the leading dimensions, and is complete in others."""
     return any(stack[k:] == part[k:] and set(part[:k]) <= {1} for k in range(len(stack) + 1))
 
 
 def _read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
-    """Whether a slice is read before anything is written over what it is cut from."""
+    """Whether a slice is read before anything overwrites its source."""
     uses = program.consumers[op.inputs[0].value]
     written = [at for at, position in uses if position == 0 and program.operations[at].primitive in IN_PLACE]
     return not written or _last_read(program, op, known) < min(written)
@@ -74,7 +74,7 @@ def _renames(program: Program, op: Operation) -> bool:
 
 
 def _only_read(program: Program, op: Operation, known: set[int]) -> bool:
-    """Whether operations that read it are all that use a result; `known` are the views among those after it."""
+    """Whether only reading operations use a result; `known` are the views among those after it."""
     return all(
         at in known
         or (

@@ -1,4 +1,4 @@
-"""Lifting the bound and lowering the best plan until they meet or stall."""
+"""The ascent: lifts the bound and improves the best plan until they meet or stall."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from search.presolve.symmetry import representatives
 
 
 class Ascent:
-    """The state of one search: the dual, the best plan so far, and the bound that is proven for the whole problem.
+    """The state of one search: the dual, the best plan so far, and the proven bound of the whole problem.
 
-    `fits` is false when the least bytes of everything already overflow a chip. `leanest` is the solution with the least
-    overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best bound that
-    was found without branching. `pool` holds the plans that were looked at, fitting or not. Only plans below `cutoff` seconds
-    are looked for. At `deadline`, of the monotonic clock, it ends with what it has.
+    `fits` is false if the least bytes of all arrays already overflow a chip. `leanest` is the solution with the least
+    overflow seen, and that overflow in bytes. `prices` are the rows' multipliers, in seconds per byte, at the best
+    bound found without branching. `pool` holds the plans seen, feasible or not. Only plans below `cutoff` seconds are
+    searched. At `deadline`, on the monotonic clock, the ascent ends with its current state.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Ascent:
             self._hold_symmetry()
 
     def begin_with(self, states: np.ndarray) -> None:
-        """Starts from a plan: if it fits, fewer are read off the dual while its bound is far away."""
+        """Starts from a plan. If it fits, fewer plans are read off the dual while its bound is far away."""
         self.look(states)
         self._given = self.best is not None
 
@@ -65,7 +65,7 @@ class Ascent:
 
     @property
     def fits(self) -> bool:
-        """Whether the least bytes of everything, side by side, fit a chip."""
+        """Whether the least bytes of all arrays together fit a chip."""
         return self.dual.fits
 
     def reached(self, lower: float) -> bool:
@@ -95,13 +95,13 @@ class Ascent:
             self.best, self.objective = states, value
 
     def _near(self, lower: float) -> bool:
-        """Whether a bound is so near the best plan that what is read off the dual may well be better."""
+        """Whether a bound is so near the best plan that a plan read off the dual is likely to be better."""
         return lower >= self.objective * (1 - POLICY.near)
 
     def run(self, prices: np.ndarray | None = None) -> None:
-        """Lifts the bound until it stalls, first without memory, then with a price on the rows that overflow.
+        """Lifts the bound until it stalls, first without memory, then with multipliers on the rows that overflow.
 
-        With `prices` that were good for a problem much like this one, from those.
+        With `prices` that were good for a similar problem, it starts from those.
         """
         self.dual.propagate()
         if not self.fits:
@@ -119,7 +119,10 @@ class Ascent:
             self.prices = self.dual.multipliers.copy()
 
     def lift(self, rounds: int) -> np.ndarray:
-        """Alternates sweeps, incumbents and exclusion; returns by how much the last relaxed solution overflows each row."""
+        """Alternates sweeps, incumbents and reduced-cost fixing.
+
+        Returns the last relaxed solution's overflow of each row.
+        """
         stalled, idle, lower = 0, 0, -np.inf
         over = None
         for turn in range(rounds):
@@ -132,7 +135,7 @@ class Ascent:
                 over = self.attempt(decode(self.dual, thorough=turn % POLICY.reading == 0))
                 idle = idle + 1 if self.objective == best and self.best is not None else 0
             struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
-            self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}")
+            self.say(f"turn {turn}: bound {lower:.6e} s, best {self.objective:.6e} s, fixed {struck}")
             little = POLICY.flat_part if over is None or over.max(initial=0.0) <= 0 else POLICY.flat_part_to_price
             open_ = self.objective - lower if np.isfinite(self.objective) else 0.0
             flat = lower - before < max(little * abs(lower), POLICY.flat_part_of_open * open_)
@@ -142,13 +145,13 @@ class Ascent:
         return self.attempt(decode(self.dual, thorough=False)) if over is None else over
 
     def _reads(self, turn: int, idle: int, lower: float) -> bool:
-        """Whether a plan is read off the dual in this turn: less often where one is given, or the last ones gave nothing."""
+        """Whether a plan is read off the dual in this turn: less often if one is given, or if the last gave nothing."""
         if not self._given and idle < POLICY.reading:
             return True
         return turn % POLICY.reading == 0 and not self.closed and (not self._given or self._near(lower))
 
     def settle(self) -> np.ndarray:
-        """As `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one exclusion."""
+        """Like `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one fixing."""
         lower = -np.inf
         for _ in range(POLICY.settling):
             for _ in range(3):
@@ -159,14 +162,16 @@ class Ascent:
         over = self.attempt(decode(self.dual, thorough=False))
         struck = self.dual.exclude(self.objective) if np.isfinite(self.objective) else 0
         self.say(
-            f"price {self.dual.multipliers.max():.3e}: bound {lower:.6e} s, best {self.objective:.6e} s, struck {struck}"
+            f"multiplier {self.dual.multipliers.max():.3e}: bound {lower:.6e} s, best {self.objective:.6e} s, fixed {struck}"
         )
         return over
 
     def attempt(self, states: np.ndarray) -> np.ndarray:
-        """Improves a solution and keeps the best that fits; returns the bytes by which the relaxed one overflows each row.
+        """Improves a solution and keeps the best that fits.
 
-        A solution that does not fit is improved again with a steep price on memory.
+        Returns the bytes by which the relaxed one overflows each row.
+
+        A solution that does not fit is improved again with high memory multipliers.
         """
         steep = 10 * abs(self.bound) if np.isfinite(self.bound) else FORBIDDEN / 100
         everywhere = np.array([max(steep, 1e-9) / self.problem.budget_bytes])
@@ -184,7 +189,7 @@ class Ascent:
         return relaxed
 
     def _repair(self, plan: Seen, price: np.ndarray) -> None:
-        """Raises the price of the rows that overflow until they fit, and keeps what comes out if it is better."""
+        """Raises the multipliers of the rows that overflow until they fit, and keeps the result if it is better."""
         least = float(price.max())
         for _ in range(POLICY.repairs):
             if plan.fits:

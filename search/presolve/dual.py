@@ -1,13 +1,13 @@
-"""A lower bound by reparametrisation, and the states it excludes.
+"""A lower bound by reparametrisation, and the states that it fixes to 0.
 
-Moving cost between a node and its edges changes no solution's total. Whatever has been moved,
+Moving cost between a node and its edges changes no solution's total. For every reparametrisation,
 
 $$L = \\sum_i \\min_s \\tilde\\theta_i(s) + \\sum_{ij} \\min_{s,t} \\tilde\\theta_{ij}(s, t)$$
 
-is a lower bound, and a state whose own minimum exceeds the best known solution by itself can be struck out: reduced-cost
-fixing. The sweeps below are sequential reweighted message passing (Kolmogorov, "A New Look at Reweighted Message
-Passing", 2015), block-coordinate ascent on the dual of the same local polytope that a linear program would solve,
-with tables of a few hundred layouts instead of as many thousand columns.
+is a lower bound. A state whose own minimum exceeds the best known solution can be fixed to 0: reduced-cost fixing. The
+sweeps below are sequential reweighted message passing (Kolmogorov, "A New Look at Reweighted Message Passing", 2015),
+block-coordinate ascent on the dual of the local polytope's linear program, with tables of a few hundred layouts
+instead of as many thousand columns.
 
 Memory rows enter by Lagrange multipliers $\\lambda_r \\ge 0$: $\\lambda_r (b_r(x) - M)$ is added to the cost.
 """
@@ -32,7 +32,7 @@ from search.presolve.messages import DualEdge
 
 @dataclass
 class Snapshot:
-    """What a dual can be restored from; `least` is what its plans are known to cost at least, if anything is."""
+    """The state to restore a dual from; `least` is a proven lower bound of its plans, if there is one."""
 
     multipliers: np.ndarray
     left: list[np.ndarray]
@@ -43,7 +43,7 @@ class Snapshot:
 
 @dataclass(frozen=True, eq=False)
 class Ban:
-    """What banned pairs of layouts cost, indexed as the matrix would be that it stands for."""
+    """The costs of banned pairs of layouts, indexed like the matrix that they stand for."""
 
     pairs: np.ndarray
 
@@ -82,7 +82,7 @@ class Dual:
         )
 
     def _rebuild(self) -> None:
-        """Recomputes potentials from the messages, the surviving states and the multipliers; what they leave alone stays."""
+        """Recomputes potentials from the messages, the surviving states and the multipliers; unaffected ones stay."""
         extra_nodes, extra_edges = self._priced_rows()
         edges, made = [], []
         for k, e in enumerate(self.problem.edges):
@@ -103,14 +103,14 @@ class Dual:
         self._settle(made)
 
     def _settle(self, edges: Sequence[int]) -> None:
-        """Empties the separable edges among these into their ends; sweeps then leave them out."""
+        """Moves the costs of the separable edges among these into their ends; sweeps then leave them out."""
         for k in edges:
             if (edge := self.edges[k]).separable:
                 for node in (edge.a, edge.b):
                     self.theta[node] = self.theta[node] + edge.take(node)
 
     def _priced_rows(self) -> tuple[dict[int, np.ndarray], dict[int, list[Any]]]:
-        """Per node and edge the price of its bytes; the same objects as long as the multipliers are the same."""
+        """Per node and edge the memory cost of its bytes; the same objects while the multipliers are unchanged."""
         if not np.array_equal(self._priced[0], self.multipliers):
             nodes: dict[int, np.ndarray] = {}
             edges: dict[int, list[Any]] = {}
@@ -124,7 +124,10 @@ class Dual:
         return self._priced[1:]
 
     def priced_bytes(self) -> dict[int, np.ndarray]:
-        """Per node and surviving state the bytes it holds at priced points, times their price; of copies the least."""
+        """Per node and surviving state its bytes at points with a multiplier, weighted by it.
+
+        Reshard buffers count with their least bytes.
+        """
         nodes, edges = self._priced_rows()
         found = {i: vector[self.keep[i]] for i, vector in nodes.items()}
         for k, tables in edges.items():
@@ -149,7 +152,7 @@ class Dual:
         self._rebuild()
 
     def restrict(self, keep: Sequence[np.ndarray]) -> None:
-        """Keeps only these states; whoever wants the others back takes a snapshot before, as what is left moves costs."""
+        """Keeps only these states; a caller that wants the others back takes a snapshot before, as costs are moved."""
         self._store()
         self.keep = list(keep)
         self._rebuild()
@@ -159,7 +162,7 @@ class Dual:
         self._strike({node: np.isin(self.keep[node], states, assume_unique=True)})
 
     def _strike(self, kept: Mapping[int, np.ndarray]) -> None:
-        """Keeps, of some nodes, only the surviving states that a mask says; their edges alone are looked up anew."""
+        """Keeps, of some nodes, only the surviving states that a mask selects; only their edges are looked up again."""
         for i, mask in kept.items():
             self.keep[i], self.theta[i] = self.keep[i][mask], self.theta[i][mask]
         touched = sorted({k for i in kept for k in self.problem.incident[i]})
@@ -172,7 +175,7 @@ class Dual:
 
     @contextmanager
     def held(self, node: int, states: np.ndarray) -> Iterator[None]:
-        """For a while, keeps only these states of one node; then all is as it was."""
+        """Temporarily keeps only these states of one node, then restores everything."""
         before = self.keep, self.theta, self.edges
         self.keep, self.theta, self.edges = list(self.keep), list(self.theta), [copy(edge) for edge in self.edges]
         try:
@@ -182,14 +185,14 @@ class Dual:
             self.keep, self.theta, self.edges = before
 
     def snapshot(self) -> Snapshot:
-        """The messages and surviving states, to come back to."""
+        """The messages and surviving states, to restore later."""
         self._store()
         return Snapshot(
             self.multipliers, [v.copy() for v in self._left], [v.copy() for v in self._right], list(self.keep)
         )
 
     def load(self, snapshot: Snapshot) -> None:
-        """Goes back to a snapshot."""
+        """Restores a snapshot."""
         self.emptied = False
         self.multipliers = snapshot.multipliers
         self._left = [v.copy() for v in snapshot.left]
@@ -198,11 +201,11 @@ class Dual:
         self._rebuild()
 
     def pairs(self) -> int:
-        """How many pairs of layouts the surviving states make, over all edges."""
+        """The number of pairs of layouts of the surviving states, over all edges."""
         return sum(edge.size for edge in self.edges)
 
     def sweep(self) -> None:
-        """One pass forward and one back."""
+        """One pass forward and one backward."""
         self._pass(self.order, forward=True)
         self._pass(self.order[::-1], forward=False)
 
@@ -225,7 +228,7 @@ class Dual:
             self.theta[i] = theta
 
     def undecided(self, node: int) -> list[DualEdge]:
-        """The edges of a node that have anything left to say: at both of their ends several layouts survive."""
+        """The edges of a node that still carry messages: several layouts survive at both ends."""
         return [edge for k in self.problem.incident[node] if not (edge := self.edges[k]).separable]
 
     def bound(self) -> float:
@@ -234,7 +237,7 @@ class Dual:
         return constant + sum(float(theta.min()) for theta in self.theta) + sum(edge.least for edge in self.edges)
 
     def objective(self, states: np.ndarray) -> float:
-        """Seconds of one step under a choice of states, and the price of the bytes over the budget, or under it."""
+        """Seconds of one step under a choice of states, plus the multipliers' cost of bytes over the budget."""
         total = self.problem.objective(states)
         for row, multiplier in zip(self.rows, self.multipliers, strict=True):
             if multiplier > 0:
@@ -242,25 +245,25 @@ class Dual:
         return total
 
     def excess(self) -> list[np.ndarray]:
-        """Per node and surviving state: by how much the bound rises if the state is chosen."""
+        """Per node and surviving state: the rise of the bound if the state is chosen."""
         return [self.excess_of(i) for i in range(len(self.theta))]
 
     def excess_of(self, node: int) -> np.ndarray:
-        """For each surviving state of one node: by how much the bound rises if it is chosen."""
+        """For each surviving state of one node: the rise of the bound if it is chosen."""
         found = self.theta[node] - self.theta[node].min()
         for edge in self.undecided(node):
             found = found + (edge.minima(node) - edge.least)
         return found
 
     def pair_excess(self, k: int) -> np.ndarray:
-        """For the layout groups of an edge: by how much its own term of the bound rises, at least, if a pair is chosen."""
+        """For the layout groups of an edge: the least rise of its own term of the bound if a pair is chosen."""
         edge = self.edges[k]
         left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
         table = edge.table() + left[:, None] + right
         return table - table.min()
 
     def overfull(self) -> bool:
-        """Whether the least bytes of what survives already overflow a row that has a price."""
+        """Whether the least bytes of the surviving states already overflow a row with a multiplier."""
         return any(
             sum(float(vector[self.keep[i]].min()) for i, vector in row.nodes) > self.problem.budget_bytes
             for row, multiplier in zip(self.rows, self.multipliers, strict=True)
@@ -268,7 +271,7 @@ class Dual:
         )
 
     def propagate(self) -> None:
-        """Strikes out what cannot fit: a state or pair whose bytes, beside the least of all others, overflow a row."""
+        """Fixes what cannot fit: states or pairs whose bytes, beside the least of all others, overflow a row."""
         while self._propagate_once():
             pass
 
@@ -304,7 +307,7 @@ class Dual:
         return float(held.min()), float(np.max(held, where=np.isfinite(held), initial=0.0))
 
     def _held(self, k: int, table: Copies) -> np.ndarray:
-        """Bytes of an edge's surviving pairs; those already banned count for nothing."""
+        """Bytes of an edge's surviving pairs; banned ones count 0."""
         window = self.edges[k].window
         return np.where(self.banned[k].pairs[window], np.inf, table[window]) if k in self.banned else table[window]
 
@@ -317,16 +320,16 @@ class Dual:
         return int(over.sum())
 
     def _forbid(self, k: int, over: np.ndarray) -> None:
-        """Bans these of an edge's surviving pairs, beside those that are."""
+        """Bans these of an edge's surviving pairs, in addition to the banned ones."""
         shape = self.problem.edges[k].matrix.shape
         banned = self.banned[k].pairs.copy() if k in self.banned else np.zeros(shape, dtype=bool)
         banned[self.edges[k].window] |= over
         self.banned[k] = Ban(banned)
 
     def exclude(self, incumbent: float) -> int:
-        """Strikes out every state that no solution better than the incumbent can use; returns how many.
+        """Fixes to 0 every state that no solution better than the incumbent can use; returns their number.
 
-        Where a node has no state left, no solution here is better: `emptied` becomes true, and nothing is struck out.
+        If a node has no state left, no solution here is better: `emptied` becomes true, and nothing is fixed.
         """
         width = max(incumbent - self.bound(), 0.0) + 1e-9 * abs(incumbent)
         kept = [excess <= width for excess in self.excess()]

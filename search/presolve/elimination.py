@@ -4,12 +4,12 @@ A node $j$ whose edges lead to at most two others, $i$ and $k$, can be minimised
 
 $$\\theta_{ik}(x_i, x_k) = \\min_{x_j} \\theta_{ij}(x_i, x_j) + \\theta_j(x_j) + \\theta_{jk}(x_j, x_k)$$
 
-takes its place. Chains of elementwise operations become one edge between the matmuls at their ends, so that a bound need
-not creep along them and a better layout for a whole chain is one step away.
+takes its place. A chain of elementwise operations becomes one edge between the matmuls at its ends. A bound
+then need not creep along it, and a better layout for the whole chain is one step away.
 
-Memory is what a node or an edge may not lose: only that is eliminated on which a small part of a chip hangs, and it counts in
-the rows with the least bytes that it can hold. So the smaller problem is a relaxation in its rows and exact in its costs; an
-optimum of it that fits the whole rows is one of the whole problem.
+Memory limits elimination: only nodes and edges that hold a small part of a chip's memory are eliminated, and they
+count in the rows with the least bytes that they can hold. So the smaller problem is a relaxation in its rows and exact
+in its costs. An optimum of it that fits the whole rows is an optimum of the whole problem.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from search.memory.constraints import Row, Rows
 from search.presolve.policy import POLICY
 
 SMALL_PARTS = (0.01, 0.001, 0.0001)
-"""The parts of the budget up to which an array counts as small: the next where the plan of the one before does not fit."""
+"""The parts of the budget up to which an array counts as small.
+
+Each is tried if the plan of the one before does not fit.
+"""
 _CHUNK = 50_000
 """Numbers compared at a time, few enough to stay in a processor's cache."""
 
@@ -41,7 +44,7 @@ class _Gone:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A smaller problem: `problem` and `rows` of it, the original number of each of its nodes, and how to come back."""
+    """A smaller problem: its `problem` and `rows`, the original number of each of its nodes, and the way back."""
 
     whole: Problem
     problem: Problem
@@ -51,11 +54,11 @@ class Reduction:
 
     @staticmethod
     def none(problem: Problem, rows: tuple[Row, ...]) -> Reduction:
-        """The whole problem, nothing eliminated."""
+        """The whole problem, with nothing eliminated."""
         return Reduction(problem, problem, rows, tuple(range(len(problem.nodes))), ())
 
     def expanded(self, states: np.ndarray) -> np.ndarray:
-        """The states of the whole problem: what was eliminated takes its best states, last gone first."""
+        """The states of the whole problem: eliminated nodes take their best states, the last eliminated first."""
         found = np.zeros(len(self.whole.nodes), dtype=int)
         found[list(self.kept)] = states
         for each in reversed(self.gone):
@@ -81,7 +84,7 @@ class Reduction:
 
 
 def _possible_beside(gone: _Gone, left: Sequence[np.ndarray], width: float) -> np.ndarray:
-    """The states of an eliminated node that some choice of its neighbours' surviving states wants, but for `width` seconds."""
+    """The states of an eliminated node that are optimal, within `width` seconds, beside some surviving neighbours."""
     if len(gone.cost) == 1:
         return np.zeros(1, dtype=int)
     tables = _beside(gone, left)
@@ -125,7 +128,7 @@ class _Side:
 
 
 def reduced(problem: Problem, rows: tuple[Row, ...], small_part: float = SMALL_PARTS[0]) -> Reduction:
-    """Eliminates what can be, the node with the fewest pairs first; what may hold more than a part of the budget stays."""
+    """Eliminates nodes, that with the fewest pairs first; nodes that may hold more than a part of the budget stay."""
     worker = _Reducer(problem, rows, small_part)
     worker.run()
     kept = tuple(i for i in range(len(problem.nodes)) if i not in worker.eliminated)
@@ -143,7 +146,7 @@ def reduced(problem: Problem, rows: tuple[Row, ...], small_part: float = SMALL_P
 
 
 def _relaxed(rows: tuple[Row, ...], place: dict[int, int], number: dict[int, int]) -> tuple[Row, ...]:
-    """The rows with the least bytes of what was eliminated; a change of layout that is none holds no copy."""
+    """The rows with the least bytes of the eliminated nodes; a reshard between equal layouts holds no copy."""
     return Rows(_relaxed_row(row, place, number) for row in rows)
 
 
@@ -177,7 +180,7 @@ class _Reducer:
             waiting = later
 
     def _eliminate(self, node: int) -> bool:
-        """Eliminates one node if it may be; says whether it was."""
+        """Eliminates one node if allowed; returns whether it was eliminated."""
         if node in self._held or not self.incident[node]:
             return False
         sides = [_Side(self.edges[k], node) for k in sorted(self.incident[node])]
@@ -200,7 +203,7 @@ class _Reducer:
             matrix = np.minimum(_min_sum(ends[0][1] + self.costs[node], ends[1][1]), FORBIDDEN)
             self._add(Edge(others[0], others[1], ends[0][0], ends[1][0], matrix, 1.0, (), None, moved))
         else:
-            own = self.costs[node]  # to be paid once: by the first of the others, if its one state leaves no choice
+            own = self.costs[node]  # paid once: by the first of the others, if its one state leaves no choice
             for other, (groups, table) in zip(others, ends, strict=True):
                 self.costs[other] = np.minimum(self.costs[other] + (table + own).min(axis=1)[groups], FORBIDDEN)
                 own = 0 * own
@@ -219,7 +222,7 @@ class _Reducer:
 
 
 def _small(groups: list[int], states: int) -> bool:
-    """Whether a node with so many groups of states at its ends is worth eliminating."""
+    """Whether a node with this many groups of states at its ends is worth eliminating."""
     if len(groups) < 2 or states == 1:
         return True
     pairs = groups[0] * groups[1]
@@ -227,7 +230,7 @@ def _small(groups: list[int], states: int) -> bool:
 
 
 def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[int]:
-    """The nodes that must stay: on them hangs much memory, or they are the end of a change of layout on which it does."""
+    """The nodes that must stay: those with much memory, or at the end of a reshard with much memory."""
     large = small_part * problem.budget_bytes
     nodes = {(i, id(vector)): (i, vector) for row in rows for i, vector in row.nodes}
     edges = {
@@ -241,7 +244,7 @@ def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[in
 
 
 def _together(sides: list[_Side]) -> tuple[np.ndarray, np.ndarray]:
-    """All edges to one node as one: groups of its states that cost alike, and the cost by group and own state."""
+    """All edges to one node as one: groups of its states with equal costs, and the cost by group and own state."""
     if len(sides) == 1:
         return sides[0].groups, sides[0].table
     pairs = np.stack([side.groups for side in sides], axis=1)
@@ -250,7 +253,7 @@ def _together(sides: list[_Side]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _min_sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """$\\min_s L_{ps} + R_{qs}$; states with the same right column are first made one."""
+    """$\\min_s L_{ps} + R_{qs}$; states with the same right column are merged first."""
     _, first, group = np.unique(right, axis=1, return_index=True, return_inverse=True)
     best = np.full((left.shape[0], len(first)), np.inf)
     group = group.reshape(-1)

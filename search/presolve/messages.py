@@ -1,7 +1,7 @@
-"""One edge's share of the costs, and what it says to its ends.
+"""One edge's share of the costs, and its messages to its ends.
 
-A table of two layouts' pairs is looked up in the matrix that all edges of one array share. Only small ones are kept; of the
-others, rows are gathered, added up and compared a few at a time, in the processor's cache.
+A table of pairs of layouts is looked up in the matrix that all edges of one array share. Only small tables are kept.
+The rows of others are gathered, summed and compared a few at a time, in the processor's cache.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Groups:
 class DualEdge:
     """An edge's share of the costs: `table[p, q] - left[s] - right[t]` for states `s`, `t` in layout groups `p`, `q`.
 
-    `extra` is added to the edge's own costs: whatever can be indexed as a matrix of all pairs of layouts. `separable` says that
-    one end has a single layout left: what the edge has to say can then be said to each end once and for all.
+    `extra` is added to the edge's own costs: anything indexed like a matrix of all pairs of layouts. `separable` says
+    that one end has a single layout left: the edge's messages are then final.
     """
 
     def __init__(
@@ -67,24 +67,24 @@ class DualEdge:
         self.separable = len(self.rows.unique) == 1 or len(self.columns.unique) == 1
 
     def has(self, extra: Sequence[Any], keep: Sequence[np.ndarray]) -> bool:
-        """Whether it was made of these very extra costs and surviving states."""
+        """Whether it was made of these extra costs and surviving states."""
         same = self._ends[0] is keep[self.a] and self._ends[1] is keep[self.b] and len(extra) == len(self.extra)
         return same and all(one is other for one, other in zip(extra, self.extra, strict=True))
 
     def after(self, left: np.ndarray, right: np.ndarray) -> DualEdge:
-        """The same edge after other messages."""
+        """The same edge with other messages."""
         found = copy(self)
         found.left, found.right, found._least = left, right, None
         return found
 
     @property
     def size(self) -> int:
-        """How many pairs of layouts there are."""
+        """The number of pairs of layouts."""
         return len(self.rows.unique) * len(self.columns.unique)
 
     @property
     def window(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the pairs are in a matrix of all pairs of layouts."""
+        """The indices of the pairs in a matrix of all pairs of layouts."""
         return self.rows.unique[:, None], self.columns.unique
 
     def table(self) -> np.ndarray:
@@ -145,7 +145,7 @@ class DualEdge:
         return self.least_over_rows(self.left)[self.columns.group] - self.right
 
     def take(self, node: int) -> np.ndarray:
-        """Takes the `minima` of one end out of the edge, to give them to the node."""
+        """Moves the `minima` of one end out of the edge, to give them to the node."""
         if node == self.a:
             whole = self.least_over_columns(self.right)[self.rows.group]
             found, self.left = whole - self.left, whole
@@ -172,7 +172,7 @@ class DualEdge:
 
     @property
     def strength(self) -> float:
-        """By how much the median pair costs more than the best; of a large table, of as many rows as are compared at once."""
+        """The excess of the median pair over the best; of a large table, over as many rows as are compared at once."""
         if self._strength is None:
             every = 1 if self._kept is not None else max(1, self.size // _CHUNK)
             some = np.concatenate([self.row(p) for p in range(0, len(self.rows.unique), every)])

@@ -1,11 +1,12 @@
 """Maximises the Lagrangian dual over the multipliers of the memory rows, by a stabilised cutting-plane method.
 
-At multipliers $\\lambda \\ge 0$ of the bytes by which rows overflow, a plan of $c_k$ seconds that is $g_k$ bytes over costs
-$c_k + \\lambda g_k$. The least of it over all plans is a bound on those that fit, concave in $\\lambda$. Over the plans looked
-at it lies above the bound, and is highest where a linear programme says: the master problem of Dantzig and Wolfe
-("Decomposition principle for linear programs", 1960), or Kelley's cutting planes. The next trial lies half way there, as the
-far end is often far too high or too low (the smoothing of Wentges, "Weighted Dantzig-Wolfe decomposition for linear
-mixed-integer programming", 1997). The same method serves the root and, in fewer trials, every branch.
+At multipliers $\\lambda \\ge 0$ of the bytes by which rows overflow, a plan of $c_k$ seconds that is $g_k$ bytes over
+costs $c_k + \\lambda g_k$. Its least value over all plans is a bound on those that fit, concave in $\\lambda$. The
+least value over the plans seen lies above the bound, and a linear program finds its maximum: the master problem of
+Dantzig and Wolfe ("Decomposition principle for linear programs", 1960), or Kelley's cutting planes. The next trial
+lies half way there, as the maximum is often far too high or too low (the smoothing of Wentges, "Weighted Dantzig-Wolfe
+decomposition for linear mixed-integer programming", 1997). The same method serves the root and, in fewer trials, every
+branch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from search.presolve.primal import overflow
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A plan that was looked at: the states of its nodes, its seconds, and by how many bytes it overflows each row."""
+    """A plan seen: the states of its nodes, its seconds, and the bytes by which it overflows each row."""
 
     states: np.ndarray
     seconds: float
@@ -45,7 +46,7 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Best:
-    """The multipliers, in seconds per byte, that prove most of the plans seen, and the seconds that they prove."""
+    """The multipliers, in seconds per byte, with the highest bound over the plans seen, and that bound in seconds."""
 
     multipliers: np.ndarray
     seconds: float
@@ -63,7 +64,7 @@ class Pool:
         return len(self._plans)
 
     def add(self, states: np.ndarray) -> Seen:
-        """Remembers a plan, whether it fits or not: parts of it may be right."""
+        """Remembers a plan, feasible or not: parts of it may be right."""
         key = states.tobytes()
         if key not in self._plans:
             over = overflow(self.problem, self.rows, states)
@@ -76,7 +77,7 @@ class Pool:
         return [plan.states for plan in self._plans.values()]
 
     def within(self, keep: Sequence[np.ndarray]) -> list[Seen]:
-        """The possible plans of these states."""
+        """The plans that these states allow."""
         plans = [plan for plan in self._plans.values() if plan.seconds < FORBIDDEN / 2]
         if not plans:
             return []
@@ -86,12 +87,12 @@ class Pool:
         return [plans[k] for k in np.flatnonzero(inside).tolist()]
 
     def best_multipliers(self, keep: Sequence[np.ndarray], most: float) -> Best | None:
-        """The best multipliers as far as the possible plans of these states tell; `None` if they tell nothing.
+        """The best multipliers by the plans that these states allow; `None` if there is no such plan.
 
         **Arguments:**
 
         - `keep`: per node the states that are left.
-        - `most`: seconds; to prove more is of no use. Infinite if no plan that fits is known.
+        - `most`: seconds; a higher bound is of no use. Infinite if no plan that fits is known.
         """
         plans = self.within(keep)
         if not plans or (not np.isfinite(most) and not any(plan.fits for plan in plans)):
@@ -101,7 +102,7 @@ class Pool:
 
 def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | None:
     """Solves the master problem by GLOP, in seconds of about 1 and in budgets of memory."""
-    from ortools.math_opt.python import mathopt  # where memory does not bind, there is no use for it
+    from ortools.math_opt.python import mathopt  # imported here: not needed if memory does not bind
 
     over = np.array([plan.over for plan in plans])
     rows = np.flatnonzero((over > 0).any(axis=0))
@@ -127,7 +128,7 @@ def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | Non
 
 
 class Search(Protocol):
-    """What a search knows: its dual, plans, and best plan so far."""
+    """The state of a search: its dual, plans, and best plan so far."""
 
     dual: Dual
     pool: Pool
@@ -144,16 +145,16 @@ class Search(Protocol):
 
 
 Trial = Callable[[], np.ndarray]
-"""Lifts the bound at the dual's multipliers; returns by how much the relaxed plan overflows each row."""
+"""Lifts the bound at the dual's multipliers; returns the relaxed plan's overflow of each row."""
 
 
 def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> None:
-    """Moves the dual's multipliers to where its bound is highest.
+    """Moves the dual's multipliers towards its highest bound.
 
     **Arguments:**
 
     - `over`: bytes by which the relaxed plan overflows each row at the present multipliers.
-    - `trials`: how many are made, at most.
+    - `trials`: the most trials.
     """
     dual = search.dual
     best: tuple[float, Snapshot] = (dual.bound(), dual.snapshot())
@@ -181,7 +182,7 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
             best = dual.bound(), dual.snapshot()
         feeble = feeble + 1 if told is not None and rise < POLICY.feeble_part * little else 0
         if feeble == POLICY.feeble_trials:
-            break  # the plan that would say more is not among those that are read off the dual
+            break  # the informative plan is not among those that are read off the dual
     if dual.bound() < best[0]:
         left = dual.keep
         dual.load(best[1])
@@ -189,7 +190,7 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
 
 
 def _higher(search: Search, over: np.ndarray) -> np.ndarray:
-    """Multipliers under which the rows that overflow may not: higher ones, or a first one for that which overflows most."""
+    """Multipliers under which overflowing rows may fit: higher ones, or a first one for the row with most overflow."""
     multipliers = search.dual.multipliers.copy()
     priced = (over > 0) & (multipliers > 0)
     if priced.any():
@@ -201,7 +202,7 @@ def _higher(search: Search, over: np.ndarray) -> np.ndarray:
 
 
 def _first(search: Search, over: float) -> float:
-    """The multiplier at which the dual's tangent, of slope `over`, reaches the best plan: the bound turns before."""
+    """The multiplier at which the dual's tangent, of slope `over`, reaches the best plan; the bound turns before."""
     most = 1.0 / min(axis.bytes_per_second for axis in search.dual.problem.topology.axes)
     lower = search.dual.bound()
     rise = search.objective - lower if np.isfinite(search.objective) else abs(lower)
@@ -217,9 +218,9 @@ class Bracket:
 
 
 def bracket(search: Search) -> Bracket:
-    """Of the plans seen in what is left, the best that fits and the best that does not, at the dual's multipliers.
+    """Of the plans seen that survive, the best that fits and the best that does not, at the dual's multipliers.
 
-    Where the bound is highest they cost about alike; in what they differ is what the multipliers cannot decide.
+    At the highest bound they cost about the same; their differences are the choices that the multipliers cannot settle.
     """
     dual = search.dual
     plans = sorted(search.pool.within(dual.keep), key=lambda plan: plan.priced(dual.multipliers))

@@ -16,9 +16,9 @@ from search.presolve.policy import POLICY
 
 
 def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
-    """The states read off a dual in several ways, each improved over forests of nodes at a time: the best of them.
+    """The best of the states read off a dual in several ways, each improved over forests of nodes.
 
-    If not `thorough`, in one way alone.
+    If not `thorough`, in one way only.
     """
     found: list[tuple[float, np.ndarray]] = []
     forests: list[_Forest] = []
@@ -35,7 +35,10 @@ def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
 
 
 def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarray:
-    """States after the forests, numbered as in the problem; the forests are drawn as they are needed, and left for others."""
+    """States after the improvement by forests, numbered as in the problem.
+
+    The forests are drawn on demand and reused.
+    """
     for which in range(POLICY.forests):
         if which == len(forests):
             forests.append(_Forest(dual, np.random.default_rng(which).permutation(len(local))))
@@ -47,10 +50,10 @@ def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarr
 
 
 def _grown(dual: Dual) -> list[int]:
-    """The nodes in an order in which each is tied to those before it as strongly as can be.
+    """The nodes in an order in which each has the strongest possible ties to those before it.
 
-    Layouts that differ only in which axis comes first cost alike. Read off apart, two regions of the program may choose two of
-    them, and pay where they meet; grown from one seed, each follows what is there.
+    Layouts that differ only in the order of axes cost the same. If two regions of the program are read off separately,
+    they may choose two of them, and pay where they meet. Grown from one seed, each follows its predecessors.
     """
     strength = [edge.strength for edge in dual.edges]
     order: list[int] = []
@@ -72,9 +75,9 @@ def _grown(dual: Dual) -> list[int]:
 
 
 def _greedy(dual: Dual, order: Sequence[int], alike: float) -> np.ndarray:
-    """Chooses states in order: each node takes the state that is cheapest given those already chosen.
+    """Chooses states in order: each node takes the cheapest state given those already chosen.
 
-    Of states that cost the same but for `alike`, which sweeps may not have evened out yet, the first is taken.
+    Among states within `alike` of the cheapest, which sweeps may not have evened out yet, it takes the first.
     """
     problem = dual.problem
     local = np.full(len(problem.nodes), -1)
@@ -90,8 +93,8 @@ def _greedy(dual: Dual, order: Sequence[int], alike: float) -> np.ndarray:
 class _Forest:
     """Nodes whose edges among each other form no cycle: given all others, their best states are found exactly.
 
-    Nodes join in a given order unless they would close a cycle; several edges between two nodes count as one. Those without an
-    edge that has anything to say are as good as they can be.
+    Nodes join in a given order unless they would close a cycle; several edges between two nodes count as one. Nodes
+    without an edge that carries messages are optimal already.
     """
 
     def __init__(self, dual: Dual, order: np.ndarray) -> None:
@@ -153,7 +156,7 @@ class _Forest:
         return cost
 
     def _reply(self, i: int, parent: int, cost: np.ndarray) -> np.ndarray:
-        """For each state of the parent, the least cost of a node and all below it."""
+        """For each state of the parent, the least cost of a node and its subtree."""
         edges = self.links[i][parent]
         if len(edges) > 1:
             return (sum(_pairs(edge, i) for edge in edges) + cost[:, None]).min(axis=0)
@@ -179,7 +182,7 @@ def _given(edge: DualEdge, node: int, other: int) -> np.ndarray:
 def improve(
     problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray, held: int = -1
 ) -> np.ndarray:
-    """Changes one node at a time, all but one that is held, to its best state until none improves.
+    """Changes one node at a time, except the held one, to its best state until none improves.
 
     **Arguments:**
 
@@ -216,7 +219,7 @@ def _conditional(problem: Problem, states: np.ndarray, i: int) -> np.ndarray:
 
 
 class _Held:
-    """What a row counts, by node."""
+    """The terms of a row, by node."""
 
     def __init__(self, problem: Problem, row: Row) -> None:
         self.problem = problem
@@ -227,7 +230,7 @@ class _Held:
             self.edges.setdefault(problem.edges[k].b, []).append((k, table))
 
     def given(self, states: np.ndarray, i: int) -> np.ndarray:
-        """Bytes that depend on a node, for each of its states, all others being as they are."""
+        """Bytes that depend on a node, for each of its states, with all others fixed."""
         held = np.zeros(len(self.problem.nodes[i].states))
         if i in self.nodes:
             held = held + self.nodes[i]
@@ -241,5 +244,5 @@ class _Held:
 
 
 def overflow(problem: Problem, rows: tuple[Row, ...], states: np.ndarray) -> np.ndarray:
-    """Bytes over the budget in each row; negative where there is room."""
+    """Bytes over the budget in each row; negative where the row has room."""
     return (rows if isinstance(rows, Rows) else Rows(rows)).bytes(problem, states) - problem.budget_bytes

@@ -1,7 +1,7 @@
-"""Interchangeable mesh axes: of a choice and its images under renaming, one is enough.
+"""Interchangeable mesh axes: one representative suffices of a choice and its images under renaming.
 
-Where axes have equal size and links, renaming them turns every solution into another of the same cost and memory. One
-node may therefore be held to one representative of each orbit of its states without losing an optimum.
+If axes have equal size and links, renaming them turns every solution into another of the same cost and memory. One
+node may therefore be fixed to one representative of each orbit of its states without losing an optimum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from search.formulation.problem import Problem
 
 
 def interchangeable(problem: Problem) -> list[tuple[str, ...]]:
-    """Groups of axes that neither the topology nor a pin tells apart."""
+    """Groups of axes that neither the topology nor a pin distinguishes."""
     pinned = {axis for op in problem.program.operations for axes in op.pinned or () for axis in axes or ()}
     groups = (tuple(axis for axis in group if axis not in pinned) for group in problem.topology.symmetries())
     return [group for group in groups if len(group) > 1]
@@ -30,7 +30,7 @@ def axis_classes(problem: Problem) -> dict[str, int]:
 
 
 def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
-    """The node to hold, and the states it may keep; `None` when no axes are interchangeable.
+    """The node to fix, and the states that it may keep; `None` when no axes are interchangeable.
 
     The node chosen is the one with the most costly surroundings: an orbit fixed there breaks most ties.
     """
@@ -65,5 +65,5 @@ def tidied(problem: Problem, choice: Choice) -> Choice:
 
 
 def surroundings(problem: Problem, i: int) -> float:
-    """Bytes that change layout around a node in one step."""
+    """Bytes that may be resharded around a node in one step."""
     return sum(problem.edges[k].moved_bytes for k in problem.incident[i])

@@ -1,6 +1,6 @@
-"""A plan that a search begins with: what it has to beat, when a problem much like this one was solved before.
+"""A warm start: a plan of a similar problem that the search must beat.
 
-It changes neither what is found nor what is proven.
+It changes neither the result nor the proof.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from search.formulation.strategies import Strategy
 
 
 def starting_states(problem: Problem, choice: Choice) -> np.ndarray | None:
-    """The states that a plan stands for; `None` if the problem has not all of them."""
+    """The states of a plan; `None` if the problem lacks one of them."""
     found = [
         _state(node, choice.strategies[node.operation] if node.operation >= 0 else choice.hubs.get(node.value))
         for node in problem.nodes
@@ -22,7 +22,7 @@ def starting_states(problem: Problem, choice: Choice) -> np.ndarray | None:
 
 
 def _state(node: Node, wanted) -> int | None:
-    """The state of a node; of those that differ only in what is looped, the first if it has not the very same."""
+    """The state of a node; of those that differ only in the looped collective, the first if the exact one is missing."""
     if wanted in node.states:
         return node.states.index(wanted)
     if not isinstance(wanted, Strategy):

@@ -256,7 +256,7 @@ def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
         (Candidate(1, plan, slow), Candidate(2, plan, fast), Candidate(3, plan, None, "too large")), True
     )
     assert [each.place for each in found.ranked] == [2, 1, 3]
-    assert found.best.warnings[-1].startswith("Of 3 plans that were compiled this one, the model's place 2,")
+    assert found.best.warnings[-1].startswith("This plan, the model's place 2, has the fastest program of the 3")
     assert found.correction() == pytest.approx(3.0)
     before, after = plan.topology.chip, found.calibrated().chip
     assert after.hbm_efficiency == pytest.approx(before.hbm_efficiency / 3)
@@ -287,7 +287,7 @@ def test_the_fastest_way_to_emit_is_kept_and_said(plan: autoshard.Plan):
         found = Verification((first,), True, (variant, Candidate(1, other, None, "too large")))
         assert found.best is kept and loads(dumps(found.best)).emission == kept.emission
         assert found.gain == pytest.approx(first.seconds / (first if kept is plan else variant).seconds)
-    assert "The plan stays as it was." in str(found) and "too large" in str(found)
+    assert "The plan is unchanged." in str(found) and "too large" in str(found)
     faster = str(Verification((first,), True, (replace(variant, audit=replace(audit, compute_seconds=1e-3)),)))
     assert "The plan keeps the compiler's formats, no barriers in residual sums" in faster
 

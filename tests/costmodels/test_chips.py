@@ -27,7 +27,7 @@ each_chip = pytest.mark.parametrize("c", CATALOGUE, ids=lambda c: c.name)
 
 
 def test_catalogue_has_the_chips_that_topology_strings_name():
-    assert list(catalogue()) == ["v4", "v5e", "v5p", "v6e", "a100", "h100", "h200", "b200", "cpu"]
+    assert {"v4", "v5e", "v5p", "v6e", "a100", "h100", "h200", "b200", "cpu"} <= set(catalogue())
 
 
 @each_chip
@@ -137,8 +137,7 @@ def test_unknown_chip_names_the_nearest_and_all():
     with pytest.raises(UnknownChipError) as error:
         chip("v5")
     assert str(error.value) == (
-        "There is no chip 'v5' in the catalogue. Did you mean v5p or v5e or v4? "
-        "It has v4, v5e, v5p, v6e, a100, h100, h200, b200, cpu."
+        f"There is no chip 'v5' in the catalogue. Did you mean v5p or v5e or v4? It has {', '.join(catalogue())}."
     )
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.errors import ExportError
+from autoshard.export import FORMATS
 from autoshard.export.arrays import Leaf
 from autoshard.export.rules import rules_for, spec_at
 from search.formulation.layouts import Layout
@@ -282,7 +283,7 @@ def test_abstract_arguments_know_where_they_lie() -> None:
 def test_what_is_asked_for_must_be_there() -> None:
     plan, _, _ = planned_block()
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"format": "toml"}, "The format must be one of specs, rules, flax, maxtext, got 'toml'."),
+        ({"format": "toml"}, f"The format must be one of {', '.join(FORMATS)}, got 'toml'."),
         ({"format": "rules", "argument": "state"}, "The plan 'run' has no argument 'state'; it has params, tokens."),
         ({"format": "rules", "argument": 2}, "The plan 'run' has no argument 2; it has params, tokens."),
         ({"format": "rules", "axes": {"z": "data"}}, "The plan has no mesh axis z; it has x, y."),

@@ -17,6 +17,7 @@ from autoshard.annotating.fingerprint import fingerprint
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from tests.support.layout_strategies import assert_layouts_do_not_matter
 from tests.support.tracing import trace
+from tests.support.unruled import NAME, unruled_p
 
 X = jnp.arange(32.0).reshape(8, 4) / 32
 W = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4)), jnp.float32)
@@ -241,7 +242,7 @@ def other_calls(x: Array) -> Any:
 
 
 def unknown(x: Array) -> Any:
-    return lax.linalg.symmetric_product(x, x @ x.T), lax.linalg.qr(x)
+    return unruled_p.bind(x), lax.linalg.qr(x)
 
 
 def parts(x: Array) -> Any:
@@ -324,8 +325,8 @@ def line_of(fn: Callable[..., Any], below: int) -> str:
 def test_a_primitive_without_a_rule_is_said_by_name_and_line() -> None:
     where = line_of(unknown, 1)
     warnings = trace(unknown, X).program.warnings
-    assert f"symmetric_product at {where} has no sharding rule: its arrays are replicated" in warnings
-    with pytest.raises(UnsupportedPrimitiveError, match=f"symmetric_product at {where} has no sharding rule"):
+    assert f"{NAME} at {where} has no sharding rule: its arrays are replicated" in warnings
+    with pytest.raises(UnsupportedPrimitiveError, match=f"{NAME} at {where} has no sharding rule"):
         trace(unknown, X, strict=True)
 
 

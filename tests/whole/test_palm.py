@@ -185,8 +185,8 @@ def test_depth_can_be_cut():
 
 def test_unknown_names_are_refused():
     with pytest.raises(
-        ValueError, match="no PaLM of size '7b'; there are 8b, 62b, 540b, 540b-multihead, 540b-serial, tiny"
+        ValueError, match="The size must be one of 8b, 62b, 540b, 540b-multihead, 540b-serial, tiny, got '7b'"
     ):
         palm.decode("7b")
-    with pytest.raises(ValueError, match="'bf16' or 'int8', not 'fp8'"):
+    with pytest.raises(ValueError, match="weights must be 'bf16' or 'int8', got 'fp8'"):
         palm.prefill("tiny", weights="fp8")
