@@ -385,7 +385,9 @@ def _splits(topology: Topology, data: list[Any], where: str) -> tuple[Axes, ...]
     splits = tuple(() if each is None else (each,) if isinstance(each, str) else tuple(each) for each in data)
     used = [axis for axes in splits for axis in axes]
     if len(set(used)) != len(used) or not set(used) <= set(topology.axis_sizes):
-        raise ValueError(f"{where} must use each of {', '.join(topology.axis_sizes)} at most once, got {_short(data)}")
+        raise ValueError(
+            f"{where} must use only {', '.join(topology.axis_sizes)}, each at most once, got {_short(data)}"
+        )
     return splits
 
 

@@ -317,12 +317,12 @@ def test_a_damaged_plan_is_refused_or_still_a_plan(data, junk: Any) -> None:
         (
             ("arguments", 0, "layout"),
             ["w", None],
-            """arguments[0].layout must use each of x, y at most once, got ["w", null]""",
+            """arguments[0].layout must use only x, y, each at most once, got ["w", null]""",
         ),
         (
             ("arguments", 0, "layout"),
             ["x", "x"],
-            """arguments[0].layout must use each of x, y at most once, got ["x", "x"]""",
+            """arguments[0].layout must use only x, y, each at most once, got ["x", "x"]""",
         ),
         (("arguments", 0, "layout"), ["x"], "params['w'] has 2 dimensions, but 1 in its layout"),
         (("estimate", "seconds"), "soon", 'estimate.seconds must be a number, got "soon"'),
