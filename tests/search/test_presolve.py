@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology
@@ -68,7 +68,7 @@ def test_no_plan_that_fits_has_a_state_that_is_propagated_away(program, topology
         assert not np.isfinite(seconds).any()
 
 
-@examples(60)
+@examples(60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(small_programs(), st.sampled_from(MESHES), st.integers(0, 2**31))
 def test_eliminated_nodes_cost_what_they_did(program, topology, seed):
     """A choice of what is kept costs the least of all ways to choose the rest, and comes back as one of them."""
