@@ -521,6 +521,7 @@ def test_targets_that_cannot_be_had() -> None:
         audit(planned("decode"), tiny("prefill").fn, *tiny("prefill").args)
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_palm_540b_decode_is_what_the_tpu_compiler_makes_of_it() -> None:
     work = palm.decode()
