@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from autoshard.tracing.trip_counts import MIRRORED, NEGATED, rounds_until
+from autoshard.tracing.loops.trip_counts import MIRRORED, NEGATED, rounds_until
 
 # `%name = shape opcode(`: a shape holds no ` word(`, so the shortest match ends at the opcode.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")

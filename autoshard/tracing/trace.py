@@ -17,7 +17,7 @@ from autoshard.errors import TraceError
 from autoshard.tracing.blocks import Literal, Traced
 from autoshard.tracing.closed_over import closed_over, first_alike
 from autoshard.tracing.jaxprs import custom_vjps
-from autoshard.tracing.loops_in_place import in_place
+from autoshard.tracing.loops.in_place import in_place
 from autoshard.tracing.walk import Tracer
 from costmodels.program.program import Program
 

@@ -31,10 +31,10 @@ from autoshard.tracing.jaxprs import (
     unique,
     without_sharding,
 )
-from autoshard.tracing.loop_invariants import split, used
+from autoshard.tracing.loops.invariants import split, used
+from autoshard.tracing.loops.trip_counts import Scalars, rounds
 from autoshard.tracing.shard_maps import described, meaning
 from autoshard.tracing.source_lines import is_jax_own, itemsize_of, source_of
-from autoshard.tracing.trip_counts import Scalars, rounds
 from costmodels.program.program import Factor, OpClass, Operation, Region, Use, Value
 
 

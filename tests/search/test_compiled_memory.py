@@ -20,7 +20,7 @@ from autoshard.emitting.tpu_workarounds import conversion_barriers
 from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
 from autoshard.emitting.tpu_workarounds.residual_barriers import resting
 from autoshard.tracing.blocks import BarrierStep
-from autoshard.tracing.loop_invariants import split
+from autoshard.tracing.loops.invariants import split
 from examples import llama
 from search.formulation.tpu_tiles import argument_tile
 from search.memory.views import views

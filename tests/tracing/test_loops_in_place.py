@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard.tracing.jaxprs import scan_counts
-from autoshard.tracing.loops_in_place import in_place
+from autoshard.tracing.loops.in_place import in_place
 from examples import llama
 from tests.support.effort import examples
 from tests.support.loops import COLUMNS, NUMBERS, WRITES, forgetting, loops, mixed, nested, part, replacing

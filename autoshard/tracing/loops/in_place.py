@@ -19,9 +19,9 @@ from jax.extend import core as jex
 
 from autoshard.tracing.equations import equations, rebuilt, variables
 from autoshard.tracing.jaxprs import CALLS, INLINED, needed, scan_counts
-from autoshard.tracing.loop_invariants import SHOWING
-from autoshard.tracing.updates import updates_of
-from autoshard.tracing.whole_stacks import on_stacks
+from autoshard.tracing.loops.invariants import SHOWING
+from autoshard.tracing.loops.updates import updates_of
+from autoshard.tracing.loops.whole_stacks import on_stacks
 
 
 def in_place(closed: Any, donated: Collection[int] = ()) -> Any:

@@ -28,8 +28,8 @@ from autoshard.tracing.equations import (
     window,
 )
 from autoshard.tracing.jaxprs import CALLS, called, scan_counts
+from autoshard.tracing.loops.updates import Update, updates_of
 from autoshard.tracing.source_lines import is_jax_own
-from autoshard.tracing.updates import Update, updates_of
 from search.memory.views import IN_PLACE
 
 READS = ("dynamic_slice", "gather")

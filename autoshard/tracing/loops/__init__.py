@@ -1,0 +1,1 @@
+"""Loops: what is invariant, which stacks are updated in place, and how often a `while` runs."""
