@@ -50,7 +50,7 @@ def zoo() -> list[Any]:
             library = "optax" if library is None and "train" in phase else library
             missing = library is not None and importlib.util.find_spec(library) is None
             marks = [pytest.mark.skipif(missing, reason=f"{library} is not installed (make models-test)")]
-            marks += [] if name in FAST else [pytest.mark.slow]
+            marks += [pytest.mark.long if name in FAST else pytest.mark.slow]
             found.append(pytest.param(build, phase, id=name, marks=marks))
     return found
 
