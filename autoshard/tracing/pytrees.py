@@ -242,24 +242,20 @@ def positional(fn: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str
 
 
 def argument_paths(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[str, ...]:
-    """Every flat argument's path: the parameter's name, then the path inside it, such as `params['layers']['wq']`."""
+    """The path of every flat argument: the parameter's name, then the path inside it, as `params['layers']['wq']`."""
     named = jax.tree_util.tree_flatten_with_path(tuple(args))[0]
-    heads = _parameters(fn, len(args))
+    heads = _heads(fn, len(args))
     return tuple(heads[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in named)
 
 
-def _parameters(fn: Callable[..., Any], count: int) -> list[str]:
+def _heads(fn: Callable[..., Any], count: int) -> list[str]:
+    """The names of the first `count` positional arguments; those of `*rest` are `rest[0]`, `rest[1]`, ..."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    heads = []
-    for i in range(count):
-        if i < len(parameters) and parameters[i].kind in (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        ):
-            heads.append(parameters[i].name)
-        else:
-            heads.append(f"args[{i}]")
-    return heads
+    starred = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(parameters))
+    named = [each.name for each in parameters[:starred]][:count]
+    if starred < len(parameters):
+        return named + [f"{parameters[starred].name}[{i}]" for i in range(count - len(named))]
+    return named + [f"args[{i}]" for i in range(len(named), count)]

@@ -7,7 +7,6 @@ keep their paths.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from autoshard.tracing.blocks import Literal, Traced
 from autoshard.tracing.closed_over import closed_over, first_alike
 from autoshard.tracing.jaxprs import custom_vjps
 from autoshard.tracing.loops.in_place import in_place
+from autoshard.tracing.pytrees import argument_paths
 from autoshard.tracing.walk import Tracer
 from costmodels.program.program import Program
 
@@ -40,8 +40,7 @@ def trace(
         raise TraceError(f"{_name_of(fn)} could not be traced with these arguments: {error}") from error
     own_derivatives = next(custom_vjps(closed.jaxpr), "")
     closed = in_place(closed, _donated(args, donate_argnums))
-    named, in_tree = jax.tree_util.tree_flatten_with_path(args)
-    paths = tuple(_argument_path(fn, path) for path, _ in named)
+    in_tree, paths = jax.tree_util.tree_structure(args), argument_paths(fn, args)
     out_named, out_tree = jax.tree_util.tree_flatten_with_path(out_shape)
     result_paths = tuple("result" + jax.tree_util.keystr(path) for path, _ in out_named)
     tracer = Tracer(strict)
@@ -90,23 +89,6 @@ def _held(tracer: Tracer, closed: Any) -> tuple[list[Any], list[int]]:
 
 def _name_of(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", None) or getattr(getattr(fn, "func", None), "__name__", None) or type(fn).__name__
-
-
-def _argument_path(fn: Callable[..., Any], path: tuple[Any, ...]) -> str:
-    """A flat argument's path: the parameter's name, then the path inside it."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    position = path[0].idx
-    starred = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_POSITIONAL), len(parameters))
-    if position < starred:
-        head = parameters[position].name
-    elif starred < len(parameters):
-        head = f"{parameters[starred].name}[{position - starred}]"
-    else:
-        head = f"args[{position}]"
-    return head + jax.tree_util.keystr(path[1:])
 
 
 def _donated(args: Sequence[Any], donate_argnums: Sequence[int]) -> list[int]:
