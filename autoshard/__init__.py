@@ -2,12 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from autoshard.comparing.diff import Difference as Difference
-from autoshard.comparing.diff import diff as diff
-from autoshard.comparing.what_if import Remedies as Remedies
-from autoshard.comparing.what_if import remedies as remedies
 from autoshard.decorator import autoshard as autoshard
-from autoshard.emitting.formats import choose_formats as choose_formats
 from autoshard.errors import AutoshardError as AutoshardError
 from autoshard.errors import ExportError as ExportError
 from autoshard.errors import InfeasibleError as InfeasibleError
@@ -15,8 +10,6 @@ from autoshard.errors import PlanMismatchError as PlanMismatchError
 from autoshard.errors import TopologyError as TopologyError
 from autoshard.errors import TraceError as TraceError
 from autoshard.errors import UnsupportedPrimitiveError as UnsupportedPrimitiveError
-from autoshard.explaining.rule_coverage import Census as Census
-from autoshard.explaining.rule_coverage import census as census
 from autoshard.pipeline import search as search
 from autoshard.plan import Plan as Plan
 from autoshard.plan import load as load
@@ -31,16 +24,30 @@ if TYPE_CHECKING:
     from autoshard.auditing.audit import audit as audit
     from autoshard.calibrating.calibration import Calibration as Calibration
     from autoshard.calibrating.calibration import calibrate as calibrate
+    from autoshard.comparing.diff import Difference as Difference
+    from autoshard.comparing.diff import diff as diff
     from autoshard.comparing.other_plans import best_plans as best_plans
     from autoshard.comparing.other_plans import why_not as why_not
     from autoshard.comparing.verify import Verification as Verification
     from autoshard.comparing.verify import verify as verify
+    from autoshard.comparing.what_if import Remedies as Remedies
+    from autoshard.comparing.what_if import remedies as remedies
+    from autoshard.emitting.formats import choose_formats as choose_formats
+    from autoshard.explaining.rule_coverage import Census as Census
+    from autoshard.explaining.rule_coverage import census as census
     from autoshard.phases import PhasePlans as PhasePlans
     from autoshard.phases import search_phases as search_phases
     from autoshard.symbolic import SymbolicTrace as SymbolicTrace
     from autoshard.symbolic import trace_symbolic as trace_symbolic
 
 _AT_FIRST_USE = {
+    "Difference": "autoshard.comparing.diff",
+    "diff": "autoshard.comparing.diff",
+    "Remedies": "autoshard.comparing.what_if",
+    "remedies": "autoshard.comparing.what_if",
+    "choose_formats": "autoshard.emitting.formats",
+    "Census": "autoshard.explaining.rule_coverage",
+    "census": "autoshard.explaining.rule_coverage",
     "Audit": "autoshard.auditing.audit",
     "audit": "autoshard.auditing.audit",
     "Calibration": "autoshard.calibrating.calibration",
