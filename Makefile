@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-chip bench-peers models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs wheel clean
+.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-carry bench-chip bench-overlap bench-reports bench-uneven bench-moe bench-peers peaks models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs first-user wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -20,7 +20,7 @@ demo: $(VENV)/.tpu  ## lay out PaLM 540B, audit it with the TPU compiler, run a 
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # One worker per processor; `--dist worksteal` keeps most tests of a file together, which share plans. Host programs run once
-# or twice each: without LLVM's expensive passes they are compiled in two thirds of the time. `test-all` has them as users do.
+# or twice each: without LLVM's expensive passes they are compiled in two thirds of the time.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
@@ -28,7 +28,7 @@ test: $(VENV)/.test $(VENV)/.tpu  ## the tests without the long ones (ARGS="-k n
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(VENV)/.test $(VENV)/.tpu  ## all tests, with more examples (ARGS="-m slow" runs sweeps of many minutes)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --hypothesis-profile=all --durations=25 $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest $(PARALLEL) -m "not slow" --hypothesis-profile=all --durations=25 $(ARGS)
 
 lint: $(VENV)/.dev  ## style, types, the layer contract and the prose
 	$(BIN)/ruff check
@@ -56,8 +56,26 @@ bench-emission: $(VENV)/.tpu  ## what each planned collective compiles to, alone
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
 
+bench-carry: $(VENV)/.tpu  ## plans carried by specs, by constraints and by hand: a table, and benchmarks/results/carry.json (ARGS="--resume", ARGS="--only CASE")
+	$(BIN)/python benchmarks/carry.py $(ARGS)
+
 bench-chip: $(VENV)/.tpu  ## compiled TPU steps, replayed, against their plans and the bytes they must read: a table, and benchmarks/results/on_chip.json (ARGS="--resume", ARGS="--only CASE", ARGS="--list")
 	$(BIN)/python benchmarks/on_chip.py $(ARGS)
+
+bench-overlap: $(VENV)/.tpu  ## compiled steps with rings against those without, replayed: a table, and benchmarks/results/overlap.json (ARGS="--resume", ARGS="--only CASE")
+	$(BIN)/python benchmarks/overlap.py $(ARGS)
+
+bench-uneven: $(VENV)/.tpu  ## models whose dimensions do not divide, with and without padding: a table, and benchmarks/results/uneven.json (ARGS="--only CASE", ARGS="--audit")
+	PYTHONPATH=. $(BIN)/python benchmarks/uneven.py $(ARGS)
+
+bench-moe: $(VENV)/.tpu  ## mixtures of experts against the rules of public code: a table, and benchmarks/results/moe.json (ARGS="--only CASE", ARGS="--resume")
+	PYTHONPATH=. $(BIN)/python benchmarks/moe.py $(ARGS)
+
+bench-reports: $(VENV)/.tpu  ## public bug reports, rebuilt: a table, and benchmarks/results/reports.json (ARGS="--only NAME", ARGS="--no-tpu")
+	PYTHONPATH=. $(BIN)/python benchmarks/reports.py $(ARGS)
+
+peaks: $(VENV)/.test $(VENV)/.tpu  ## planned peaks of 200 random programs against the TPU compiler's (20 minutes)
+	$(BIN)/python -m pytest -n0 -m slow tests/search/memory/test_random_peaks.py $(ARGS)
 
 models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")
 	$(ZOO_VENV)/bin/python benchmarks/models.py $(ARGS)
@@ -85,7 +103,7 @@ bench-sweep: $(VENV)/.test $(VENV)/.ray  ## points a minute with one and two wor
 
 browser-test: $(VENV)/.test $(VENV)/.browser  ## the reports in a headless Chromium (Debian: apt-get install chromium), screenshots in docs/images
 	@mkdir -p $(SCREENSHOTS)
-	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/report/test_report.py $(ARGS)
+	AUTOSHARD_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -m browser tests/report/test_browser.py $(ARGS)
 
 screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures of PaLM's reports, taken again (needs Chromium)
 	PYTHONPATH=. $(BIN)/python docs/screenshots.py
@@ -93,7 +111,10 @@ screenshots: $(VENV)/.test $(VENV)/.tpu $(VENV)/.browser  ## the docs' pictures 
 docs: $(VENV)/.docs  ## the documentation site, in site/, its notebooks run
 	$(BIN)/python -m mkdocs build --strict
 
-wheel: $(VENV)/.test  ## dist/*.whl and the source archive it is built from
+first-user:  ## every snippet of README and docs as printed: fresh environments outside the repository, the wheel, Python 3.11 and 3.12 (ARGS="--python python3.12 docs/index.md")
+	$(PYTHON) docs/first_user.py $(ARGS)
+
+wheel: $(VENV)/.build  ## dist/*.whl and the source archive it is built from
 	$(BIN)/python -m build
 
 clean:  ## forget the environment and everything built
@@ -107,6 +128,12 @@ $(VENV)/.core: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade 'pip>=25.1'
 	@$(PIP) --editable .
+	@touch $@
+
+# A wheel needs neither JAX nor the tests.
+$(VENV)/.build:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) build
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev $(VENV)/.browser $(VENV)/.docs $(VENV)/.ray: $(VENV)/.%: $(VENV)/.core

@@ -1,8 +1,9 @@
 """Build hook: makes the imports of the flat repository fit the nested wheel.
 
-In the repository `costmodels` and `search` are top-level packages. A wheel that installed them as such would be
-shadowed by a user's own `search.py`, so pyproject.toml nests them as `autoshard._costmodels` and `autoshard._search`
-(`sources`), and this hook rewrites exactly the statements `from costmodels... import` and `from search... import`.
+In the repository `costmodels`, `search` and `examples` are top-level packages. A wheel that installed them as such would be
+shadowed by a user's own `search.py`, so pyproject.toml nests them as `autoshard._costmodels`, `autoshard._search` and
+`autoshard.examples` (`sources`), and this hook rewrites exactly the statements `from costmodels... import`,
+`from search... import` and `from examples... import`.
 """
 
 import ast
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NESTED = {"costmodels", "search"}
+NESTED = {"costmodels": "autoshard._costmodels", "search": "autoshard._search", "examples": "autoshard.examples"}
 
 
 class NestPackages(BuildHookInterface):
@@ -44,5 +45,6 @@ def nest_imports(source: str, filename: str) -> str:
             raise SyntaxError(f"{filename}:{node.lineno}: write `from ... import`, which the wheel can nest")
         if isinstance(node, ast.ImportFrom) and node.level == 0 and str(node.module).split(".")[0] in NESTED:
             line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = re.sub(r"\bfrom\s+(costmodels|search)\b", r"from autoshard._\1", line, count=1)
+            name = str(node.module).split(".")[0]
+            lines[node.lineno - 1] = re.sub(rf"\bfrom\s+{name}\b", f"from {NESTED[name]}", line, count=1)
     return "\n".join(lines)

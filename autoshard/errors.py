@@ -4,7 +4,19 @@ from __future__ import annotations
 
 
 class AutoshardError(Exception):
-    """The base class of all errors that autoshard raises."""
+    """The base class of all errors that autoshard raises.
+
+    `is_usage` marks what the caller has to write differently: an option, a name or a value that does not exist. Commands exit
+    with 2 for it, and with 1 for all other errors.
+    """
+
+    is_usage = False
+
+
+class OptionError(AutoshardError):
+    """An option or a name that does not exist, or a value that it cannot have; states those that it can."""
+
+    is_usage = True
 
 
 class InfeasibleError(AutoshardError):
@@ -22,6 +34,8 @@ class PlanMismatchError(AutoshardError):
 class TopologyError(AutoshardError):
     """A topology is malformed, has an unknown chip, or does not fit the devices."""
 
+    is_usage = True
+
 
 class TraceError(AutoshardError):
     """A function or a target file could not be traced; the cause is chained."""
@@ -29,6 +43,10 @@ class TraceError(AutoshardError):
 
 class ExportError(AutoshardError):
     """A plan cannot be expressed in a format; states the arrays, and the formats that can."""
+
+
+class UnknownNameError(ExportError, OptionError):
+    """A plan has no argument, or no mesh axis, of this name; states those that it has."""
 
 
 class MissingProgramError(AutoshardError, ValueError):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 from autoshard._util.collector import seldom_collected
 from autoshard._util.paths import dotted
 from autoshard._util.tables import time
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
 from autoshard.emitting.attached import topology_of
-from autoshard.emitting.formats import without_orders
 from autoshard.errors import AutoshardError
 from autoshard.pipeline import annotated_function
 from autoshard.plan import Plan
-from autoshard.planning.infeasibility import explained
+from autoshard.planning.infeasibility import explain_infeasible
 from autoshard.planning.options import Options
-from autoshard.planning.recording import record
+from autoshard.planning.recording import apply_orders, record
+from autoshard.planning.records import PlanRecord, predecessors
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
+from search.answer.orders import demand, order_of, stored_shape
 from search.phases import Phases, Place, TooSlow
 from search.phases import search_phases as solve
 from search.solve import NoPlan, Proof
@@ -120,13 +123,13 @@ def search_phases(
     rates = [float((weights or {}).get(name, 1.0)) for name in targets]
     if unknown := set(weights or ()) - set(targets):
         raise AutoshardError(f"The phases of weights must be among {', '.join(targets)}, got {sorted(unknown)[0]!r}.")
-    pairs = _handed(targets, handoffs)
+    pairs, common = _find_handovers(targets, handoffs), _shared_pairs(targets, shared)
     try:
         found = solve(
             [target.program for target in targets.values()],
             rates,
             where,
-            _shared(targets, shared),
+            common,
             [(a, b) for a, b, _ in pairs],
             options.limits(),
             progress or (lambda _: None),
@@ -139,8 +142,11 @@ def search_phases(
             f" the fastest found takes {least}."
         ) from error
     except NoPlan as error:
-        raise explained(error) from error
-    return _plans(targets, found, tuple(dict.fromkeys(words for _, _, words in pairs)))
+        raise explain_infeasible(error) from error
+    plans = [record(target, part) for target, part in zip(targets.values(), found.solutions, strict=True)]
+    plans = _share_orders(plans, found.weights, common, [(a, b) for a, b, _ in pairs])
+    handed = tuple(dict.fromkeys(words for _, _, words in pairs))
+    return _plans(targets, found, dict(zip(targets, map(Plan.of, plans), strict=True)), handed)
 
 
 def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float] | None) -> tuple[int, float] | None:
@@ -153,13 +159,12 @@ def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float
     return list(targets).index(name), float(seconds)
 
 
-def _plans(targets: Mapping[str, AnnotatedFunction], found: Phases, handed: tuple[Handoff, ...]) -> PhasePlans:
+def _plans(
+    targets: Mapping[str, AnnotatedFunction], found: Phases, plans: Mapping[str, Plan], handed: tuple[Handoff, ...]
+) -> PhasePlans:
     names = list(targets)
     return PhasePlans(
-        {
-            name: Plan.of(without_orders(record(targets[name], part)))  # what phases share must lie alike in all
-            for name, part in zip(names, found.solutions, strict=True)
-        },
+        plans,
         dict(zip(names, found.weights, strict=True)),
         {name: alone.check.seconds for name, alone in zip(names, found.alone, strict=True)},
         found.proof,
@@ -168,10 +173,67 @@ def _plans(targets: Mapping[str, AnnotatedFunction], found: Phases, handed: tupl
     )
 
 
-def _shared(targets: Mapping[str, AnnotatedFunction], shared: str | Mapping[str, str]) -> list[tuple[Place, Place]]:
+def _share_orders(
+    plans: Sequence[PlanRecord],
+    weights: Sequence[float],
+    shared: Sequence[tuple[Place, Place]],
+    handed: Sequence[tuple[Place, Place]],
+) -> list[PlanRecord]:
+    """The plans with orders of dimensions that are the same in all phases for one array.
+
+    Arguments that are one array, shared or handed over in the place of a donated one, have the order that most of their
+    readers need, weighted by the runs of their phases. A result that becomes an argument has the argument's order.
+    """
+    over = [predecessors(plan.arguments, plan.results, plan.require_program().donated) for plan in plans]
+    same = list(shared)
+    same += [((phase, over[phase][k]), argument) for (phase, k), argument in handed if k in over[phase]]
+    orders: dict[Place, tuple[int, ...]] = {}
+    for group in _groups([(phase, at) for phase, plan in enumerate(plans) for at in range(len(plan.arguments))], same):
+        wanted = Counter[Any]()
+        for phase, at in group:
+            program = plans[phase].require_program()
+            found = demand(program, plans[phase].choice, plans[phase].topology, program.arguments[at])
+            wanted.update({order: bytes * weights[phase] for order, bytes in found.items()})
+        phase, at = group[0]
+        program, choice, topology = plans[phase].require_program(), plans[phase].choice, plans[phase].topology
+        sizes = stored_shape(program, choice, topology, program.arguments[at])
+        orders |= dict.fromkeys(group, order_of(wanted, sizes, topology))
+    placed = [
+        apply_orders(plan, [orders[phase, at] for at in range(len(plan.arguments))]) for phase, plan in enumerate(plans)
+    ]
+    for (phase, k), argument in handed:
+        if k not in over[phase] and orders[argument]:
+            results = list(placed[phase].results)
+            results[k] = replace(results[k], order=orders[argument])
+            emission = replace(placed[phase].emission, formats="rule")
+            placed[phase] = replace(placed[phase], results=tuple(results), emission=emission)
+    return placed
+
+
+def _groups(places: Sequence[Place], same: Sequence[tuple[Place, Place]]) -> list[list[Place]]:
+    """The places that are one array."""
+    root = {place: place for place in places}
+
+    def find(place: Place) -> Place:
+        while root[place] != place:
+            place = root[place]
+        return place
+
+    for one, other in same:
+        one, other = sorted((find(one), find(other)))
+        root[other] = one
+    groups: dict[Place, list[Place]] = {}
+    for place in places:
+        groups.setdefault(find(place), []).append(place)
+    return list(groups.values())
+
+
+def _shared_pairs(
+    targets: Mapping[str, AnnotatedFunction], shared: str | Mapping[str, str]
+) -> list[tuple[Place, Place]]:
     """Pairs of the first phase's shared arguments with those of every other, by the path inside the argument."""
     heads = {name: shared if isinstance(shared, str) else shared.get(name, "") for name in targets}
-    each = [_inside(target, heads[name]) for name, target in targets.items()]
+    each = [_arguments_inside(target, heads[name]) for name, target in targets.items()]
     for name, found in zip(targets, each, strict=True):
         if not found:
             raise AutoshardError(f"Phase {name!r} has no argument {heads[name]!r} to share.")
@@ -183,21 +245,21 @@ def _shared(targets: Mapping[str, AnnotatedFunction], shared: str | Mapping[str,
                     f"Phase {list(targets)[phase]!r} shares {path or 'an array'}, which the first phase lacks."
                 )
             first = each[0][path]
-            arrays = [_argument(target, at) for target, at in _two(targets, phase, first, position)]
+            arrays = [_argument(target, at) for target, at in _two_phases(targets, phase, first, position)]
             if len(set(arrays)) > 1:
                 raise AutoshardError(f"The shared {path} is {arrays[0]} in one phase and {arrays[1]} in another.")
             pairs.append(((0, first), (phase, position)))
     return pairs
 
 
-def _two(
+def _two_phases(
     targets: Mapping[str, AnnotatedFunction], phase: int, first: int, position: int
 ) -> list[tuple[AnnotatedFunction, int]]:
     each = list(targets.values())
     return [(each[0], first), (each[phase], position)]
 
 
-def _inside(target: AnnotatedFunction, head: str) -> dict[str, int]:
+def _arguments_inside(target: AnnotatedFunction, head: str) -> dict[str, int]:
     """The arguments below a name: the path inside it to the position."""
     return {
         path[len(head) :]: at
@@ -218,14 +280,18 @@ def _result(target: AnnotatedFunction, position: int) -> tuple[tuple[int, ...], 
     return (program.values[uses[0].value].shape, program.values[uses[0].value].dtype) if uses else None
 
 
-def _handed(
+def _find_handovers(
     targets: Mapping[str, AnnotatedFunction], handoffs: Sequence[Handoff] | None
 ) -> list[tuple[Place, Place, Handoff]]:
     """The handed-over arrays, leaf by leaf, with their names."""
-    return _alike(targets) if handoffs is None else [pair for each in handoffs for pair in _named(targets, each)]
+    return (
+        _match_shapes(targets)
+        if handoffs is None
+        else [pair for each in handoffs for pair in _match_names(targets, each)]
+    )
 
 
-def _alike(targets: Mapping[str, AnnotatedFunction]) -> list[tuple[Place, Place, Handoff]]:
+def _match_shapes(targets: Mapping[str, AnnotatedFunction]) -> list[tuple[Place, Place, Handoff]]:
     """Donated arguments, each with the only earlier result that fits."""
     names, found = list(targets), []
     for phase, target in enumerate(targets.values()):
@@ -235,8 +301,8 @@ def _alike(targets: Mapping[str, AnnotatedFunction]) -> list[tuple[Place, Place,
                 (before, at)
                 for before in range(phase)
                 for at, result in enumerate(targets[names[before]].traced.result_paths)
-                if _last(result) == _last(path)
-                and _nearly(_result(targets[names[before]], at), _argument(target, argument))
+                if _last_component(result) == _last_component(path)
+                and _mismatch_text(_result(targets[names[before]], at), _argument(target, argument))
             ]
             if len(fits) == 1:
                 (before, at) = fits[0]
@@ -245,18 +311,18 @@ def _alike(targets: Mapping[str, AnnotatedFunction]) -> list[tuple[Place, Place,
     return found
 
 
-def _last(path: str) -> str:
+def _last_component(path: str) -> str:
     return dotted(path).rpartition(".")[2]
 
 
-def _nearly(result: tuple[tuple[int, ...], str] | None, argument: tuple[tuple[int, ...], str]) -> bool:
+def _mismatch_text(result: tuple[tuple[int, ...], str] | None, argument: tuple[tuple[int, ...], str]) -> bool:
     """Whether a result could be an argument: the same type, and the same shape but for one dimension."""
     if result is None or result[1] != argument[1] or len(result[0]) != len(argument[0]):
         return False
     return sum(n != m for n, m in zip(result[0], argument[0], strict=True)) <= 1
 
 
-def _named(targets: Mapping[str, AnnotatedFunction], handoff: Handoff) -> Iterator[tuple[Place, Place, Handoff]]:
+def _match_names(targets: Mapping[str, AnnotatedFunction], handoff: Handoff) -> Iterator[tuple[Place, Place, Handoff]]:
     """The leaves of a handoff that the user named."""
     sides = []
     for text, kind in zip(handoff, ("result", "argument"), strict=True):
@@ -276,7 +342,7 @@ def _named(targets: Mapping[str, AnnotatedFunction], handoff: Handoff) -> Iterat
         raise AutoshardError(f"{handoff[0]} and {handoff[1]} nest differently: {sorted(given)} and {sorted(taken)}.")
     each = list(targets.values())
     for path, at in given.items():
-        if not _nearly(_result(each[before], at), _argument(each[after], taken[path])):
+        if not _mismatch_text(_result(each[before], at), _argument(each[after], taken[path])):
             raise AutoshardError(
                 f"{handoff[0]}{path} and {handoff[1]}{path} differ in type, or in more than one dimension."
             )

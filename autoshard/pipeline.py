@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any, get_args
 
 from autoshard._util.collector import seldom_collected
-from autoshard.annotating.annotated_function import AnnotatedFunction, annotate, annotate_pins
+from autoshard.annotating.annotated_function import AnnotatedFunction, annotate
 from autoshard.annotating.dimension_names import Names, symbols_of
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
+from autoshard.planning.chains import choose_chains
 from autoshard.planning.options import Options
+from autoshard.planning.padding import choose_padding
 from autoshard.planning.recording import record
-from autoshard.planning.solving import solve
+from autoshard.planning.solving import LOG
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import trace_function
 from costmodels.machine.topology import Topology
+from costmodels.program.grouped import CHAIN, grouped
 from search.answer.solution import Solver
 from search.cpsat.background import begin_import
 
@@ -38,6 +42,8 @@ def search(
     baselines: bool = False,
     dims: Names | None = None,
     solver: Solver = "presolved",
+    padding: bool = True,
+    tune: bool = False,
 ) -> Plan:
     """Searches for the layout of every array and operation of a function with the least step time on a topology.
 
@@ -63,10 +69,15 @@ def search(
     - `baselines`: whether baselines (data parallel, Megatron 1D, ...) are searched too, to compare with.
     - `dims`: names of dimensions for formulas, such as `{"tokens": "B", "layers.wi_gate": "N E F"}` or `{"B": 64}`
       (`autoshard.annotating.dimension_names`); a dimension without a name is named after its argument.
+    - `padding`: whether dimensions that the mesh axes do not divide may be padded, where that makes the step faster and does
+      not add work on the chip. Such a function is searched once per padding that is tried, and each plan is proven on its
+      own. `plan.place` pads arguments once; arguments without padding are padded at each call.
+    - `tune`: whether to compile the plan for its chips, search again within less memory if the compiler refuses it, and
+      keep the fastest way to emit it (`autoshard.verify` with `k=1`, without baselines). `plan.warnings` say what was gained.
     - `solver`: "presolved", or "cp-sat" for CP-SAT on the original model: a reference for small functions and meshes.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
-    `InfeasibleError` if no layout fits.
+    `InfeasibleError` if no layout fits; with `tune`, `AuditError` if the compiler refuses every plan.
     """
     if solver not in get_args(Solver):
         raise AutoshardError(f'`solver` must be "presolved" or "cp-sat", got {solver!r}.')
@@ -83,10 +94,12 @@ def search(
         baselines=baselines,
         dims=dims,
         solver=solver,
+        padding=padding,
+        tune=tune,
     )
     begin_import()  # of OR-Tools, while the function is traced
     where = topology_of(topology)
-    return plan_function(annotated_function(fn, args, options), where, options)
+    return plan_and_tune(annotated_function(fn, args, options), where, options, fn, args)
 
 
 @seldom_collected()
@@ -96,8 +109,31 @@ def annotated_function(fn: Callable[..., Any], args: Sequence[Any], options: Opt
     **Raises:** `TraceError`, `UnsupportedPrimitiveError`; `AutoshardError` for symbolic dimensions.
     """
     _refuse_symbols(args)
-    traced = trace_function(fn, args, options.donate_argnums, options.name, options.strict)
-    return annotate(traced, options.dims, options.shapes)
+    given = (fn, args, options.donate_argnums, options.name, options.strict)
+    function = annotate(trace_function(*given), options.dims, options.shapes)
+    if all(grouped(op) is None for op in function.program.operations):
+        return function
+    chained = annotate(trace_function(*given, chains=True), options.dims, options.shapes)
+    has_chains = any(op.primitive == CHAIN for op in chained.program.operations)
+    return replace(function, chained=chained) if has_chains else function
+
+
+def plan_and_tune(
+    function: AnnotatedFunction, topology: Topology, options: Options, fn: Callable[..., Any], args: Sequence[Any]
+) -> Plan:
+    """The plan of `plan_function`, compiled and tuned if the options say so.
+
+    **Raises:** as `plan_function`; `AuditError` if the compiler refuses every plan.
+    """
+    plan = plan_function(function, topology, options)
+    if not options.tune:
+        return plan
+    from autoshard.candidates import tune_plan
+
+    def again(limit: float) -> Plan:
+        return plan_function(function, topology, replace(options, memory_bytes=limit))
+
+    return tune_plan(plan, again, fn, args, options.progress or LOG.info)
 
 
 @seldom_collected()
@@ -106,9 +142,9 @@ def plan_function(function: AnnotatedFunction, topology: Topology, options: Opti
 
     **Raises:** `InfeasibleError`, `PinError`.
     """
-    pinned = annotate_pins(function, topology, options.pins)
-    solution = solve(pinned, topology, options)
-    return Plan.of(record(pinned, solution, options))
+    choose = choose_padding if options.padding else choose_chains
+    choice = choose(function, topology, options)
+    return Plan.of(record(choice.function, choice.solution, options, choice.notes))
 
 
 def _refuse_symbols(args: Sequence[Any]) -> None:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
+from autoshard._util.tables import columns, percent, size, time
 from autoshard.emitting import bind, placing, sharding
 from autoshard.emitting.formats import formats as formats_of
-from autoshard.emitting.jitted import Formats, jitted
-from autoshard.planning import plan_file
+from autoshard.emitting.jitted import Formats, jit_plan
+from autoshard.emitting.meshes import AxisNames, on_mesh
+from autoshard.planning.carriage import Carry
+from autoshard.planning.files import plan_file
 from autoshard.planning.records import PlanRecord
 
 if TYPE_CHECKING:
@@ -43,9 +46,9 @@ class Plan(PlanRecord):
         """The results' `PartitionSpec`s, shaped like the result."""
         return sharding.out_specs(self)
 
-    def shardings(self, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
-        """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes."""
-        return sharding.shardings(self, mesh)
+    def shardings(self, mesh: Mesh, axes: AxisNames | None = None) -> tuple[tuple[Any, ...], Any]:
+        """The arguments' and the results' `NamedSharding`s on a mesh; `axes` as for `jit`."""
+        return sharding.shardings(self, mesh, axes)
 
     # --- execution -----------------------------------------------------------------------------------------------
 
@@ -58,24 +61,38 @@ class Plan(PlanRecord):
         """
         return sharding.make_mesh(self, devices)
 
-    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(
+        self, fn: Callable[..., Any], mesh: Mesh | None = None, *, axes: AxisNames | None = None
+    ) -> Callable[..., Any]:
         """`fn` as planned: a function of the same arguments, with the layouts and collectives of the plan.
 
         It runs directly and under `jax.jit`, `jax.grad` and `jax.vmap`, on the mesh of `jax.set_mesh` if there is one, else
-        on `make_mesh()`. The function is traced with the arguments of the call.
+        on `make_mesh()`. The function is traced with the arguments of the call. `mesh` and `axes` as for `jit`.
 
         **Raises:** when called, `PlanMismatchError` if the plan is not for this function and these arguments, `TopologyError`
-        if the mesh lacks the plan's axes.
+        if the mesh does not fit the plan.
         """
-        return bind.bound(self, fn, None)
+        return bind.bind_plan(self, fn, mesh, axes=axes)
 
-    def jit(self, fn: Callable[..., Any], mesh: Mesh | None = None, *, formats: Formats = "plan") -> Any:
+    def jit(
+        self,
+        fn: Callable[..., Any],
+        mesh: Mesh | None = None,
+        *,
+        formats: Formats = "plan",
+        carry: Carry | None = None,
+        axes: AxisNames | None = None,
+    ) -> Any:
         """`jax.jit` of `fn` as planned, with the plan's shardings and formats of arguments and results and its donations.
 
             plan.jit(decode)(params, cache, tokens, position)
-            plan.jit(decode, mesh).lower(*args).compile()
+            plan.jit(decode, mesh, axes={"x": "data", "y": "model"}).lower(*args).compile()
 
-        Without a `mesh` it runs on the one of `jax.set_mesh` if there is one, else on `make_mesh()`. A plan from a file lacks
+        Without a `mesh` it runs on the one of `jax.set_mesh` if there is one, else on `make_mesh()`. The axes of a mesh may
+        be Auto or Explicit. Without `axes`, they are those of the plan's names and sizes, or else are paired with the plan's
+        by size. The devices are taken in the mesh's order; only `make_mesh` follows the torus.
+
+        A plan from a file lacks
         custom pytree nodes. If the arguments or results have some, their shardings are left to the arrays themselves and to
         the compiler, which infers them from the plan inside the function. If the plan nearly fills the memory of a TPU, a
         compiler option limits rematerialisation. JAX accepts such options only on the outermost `jax.jit`, so use `apply`
@@ -83,19 +100,30 @@ class Plan(PlanRecord):
 
         Arrays whose order of dimensions in memory differs from the plan are copied at each call, with one warning; `place`
         copies them beforehand. With `formats="default"` all arrays have the device's default order.
-        """
-        return jitted(self, fn, mesh or sharding.current_mesh(self), formats)
 
-    def formats(self, mesh: Mesh | None = None) -> tuple[tuple[Any, ...], Any]:
+        `carry` is the way to carry the plan: "manual" runs the planned collectives, "constraints" leaves them to the
+        partitioner with the constraints that `autoshard.carry` chose, "specs" has shardings of arguments and results only.
+        By default it is the way with the fastest program of those that `autoshard.carry` compiled, else "manual".
+        """
+        mesh = mesh or sharding.current_mesh(self)
+        return jit_plan(on_mesh(self, mesh, axes), fn, mesh, formats, carry)
+
+    def formats(self, mesh: Mesh | None = None, axes: AxisNames | None = None) -> tuple[tuple[Any, ...], Any]:
         """The arguments' and the results' `jax.experimental.layout.Format`s: shardings, and orders of dimensions in memory.
 
         The layout of a format is None if the array has the device's default order, and on devices of another kind than the
-        plan's chips.
+        plan's chips. `mesh` and `axes` as for `jit`.
         """
-        return formats_of(self, mesh or sharding.current_mesh(self))
+        return formats_of(self, mesh or sharding.current_mesh(self), axes)
 
     def place(
-        self, tree: Any, argument: str | int | None = None, *, mesh: Mesh | None = None, donate: bool = False
+        self,
+        tree: Any,
+        argument: str | int | None = None,
+        *,
+        mesh: Mesh | None = None,
+        donate: bool = False,
+        axes: AxisNames | None = None,
     ) -> Any:
         """The arrays of a tree in their shardings and formats: NumPy's, JAX's, or those of a checkpoint.
 
@@ -106,41 +134,72 @@ class Plan(PlanRecord):
 
         - `argument`: the argument that the tree is, by its name or position, or a part of one by its path, such as
           `"params/layers/0"`; by default the tree is the tuple of all arguments.
-        - `mesh`: the mesh; by default that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `mesh`, `axes`: as for `jit`.
         - `donate`: whether the memory of arrays that are on the mesh's devices already may be reused.
 
         **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` if there is no such
-        argument; `TopologyError` if the mesh lacks the plan's axes.
+        argument; `TopologyError` if the mesh does not fit the plan.
         """
-        return placing.place(self, tree, mesh or sharding.current_mesh(self), argument, donate)
+        return placing.place(self, tree, mesh or sharding.current_mesh(self), argument, donate, axes)
 
-    def abstract_args(self, mesh: Mesh | None = None, argument: str | int | None = None) -> Any:
+    def unpad(self, tree: Any, argument: str | int | None = None) -> Any:
+        """The arrays of a tree without the plan's padding, as the function has them: to save a checkpoint, for instance.
+
+            checkpointer.save(path, plan.unpad(params, argument="params"))
+
+        **Arguments:**
+
+        - `argument`: as for `place`. Arrays without padding are returned as they are.
+
+        A padded dimension is gathered, because the mesh axes do not divide it without its padding.
+
+        **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` if there is no such
+        argument.
+        """
+        return placing.unpad(self, tree, argument)
+
+    def abstract_args(
+        self, mesh: Mesh | None = None, argument: str | int | None = None, axes: AxisNames | None = None
+    ) -> Any:
         """The arguments as `jax.ShapeDtypeStruct`s with shardings and formats, for Orbax to restore a checkpoint into.
 
             params = checkpointer.restore(path, plan.abstract_args(argument="params"))
 
         If the plan has orders of dimensions, Orbax restores into them with `StandardRestore(..., support_layout=True)`. For
-        arrays restored without that option, use `place`.
+        arrays restored without that option, use `place`. If the plan has padding, Orbax restores an unpadded checkpoint into it
+        with `restore(..., strict=False)`; a warning names arrays for which that is not possible.
 
         **Arguments:**
 
-        - `mesh`: the mesh; by default that of `jax.set_mesh` if there is one, else `make_mesh()`.
+        - `mesh`, `axes`: as for `jit`.
         - `argument`: one argument, by its name or position, instead of the tuple of all.
 
         A plan from a file has dicts in place of custom pytree nodes, as in `in_specs`.
 
         **Raises:** `ExportError` if there is no such argument, or for types that only JAX can make (PRNG keys);
-        `TopologyError` if the mesh lacks the plan's axes.
+        `TopologyError` if the mesh does not fit the plan.
         """
-        return placing.abstract_args(self, mesh or sharding.current_mesh(self), argument)
+        return placing.abstract_args(self, mesh or sharding.current_mesh(self), argument, axes)
 
     # --- text and files -----------------------------------------------------------------------------------------
 
-    def explain(self, symbolic: bool = False) -> str:
-        """The plan as text: every matmul with its strategy, cost, regime and runner-up; `symbolic` adds formulas."""
+    def __repr__(self) -> str:
+        proof, estimate = self.proof, self.estimate
+        status = proof.status if proof.status == "OPTIMAL" else f"{proof.status}, gap {percent(proof.gap)}"
+        collectives = sum(each.count for each in estimate.collectives)
+        return (
+            f"<Plan {self.name!r} on {self.topology.name}: {time(estimate.seconds)} a step ({status}),"
+            f" {collectives:g} collectives, {size(estimate.peak_bytes)} per chip; print(plan.explain())>"
+        )
+
+    def explain(self, symbolic: bool = False, width: int | None = None) -> str:
+        """The plan as text: every matmul with its strategy, cost, regime and runner-up; `symbolic` adds formulas.
+
+        The tables fit the terminal, or `width` columns.
+        """
         from autoshard.explaining.explain import render
 
-        return render(self, symbolic=symbolic)
+        return render(self, symbolic=symbolic, width=width or columns())
 
     def formulas(self) -> Formulas:
         """The cost of the plan in closed form, in named dimensions, axis sizes and rates.
@@ -175,7 +234,7 @@ class Plan(PlanRecord):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a JSON file atomically; `autoshard.load` reads it."""
-        from autoshard.planning.plan_file import save
+        from autoshard.planning.files.plan_file import save
 
         save(self, path)
 
@@ -194,9 +253,9 @@ class Plan(PlanRecord):
 
         **Arguments:**
 
-        - `format`: "specs", a pytree of `PartitionSpec`s as Python source; "rules", ordered pairs of a regular expression over
-          `/`-joined paths and a `PartitionSpec`, as Python source; "flax", rules for logical axes as Python source; "maxtext",
-          the same as MaxText's `custom_mesh_and_rule` YAML.
+        - `format`: a format of `autoshard.export`, such as "specs", a pytree of `PartitionSpec`s as Python source; "rules",
+          ordered pairs of a regular expression over `/`-joined paths and a `PartitionSpec`, as Python source; "flax", rules
+          for logical axes as Python source; "maxtext", the same as MaxText's `custom_mesh_and_rule` YAML.
         - `argument`: one argument, by its name or position, instead of all; paths then start inside it.
         - `names`: for logical axes, the names of the arrays' dimensions: a pytree of tuples (or `PartitionSpec`s) of names, or
           a mapping of regular expressions over paths to tuples of names. By default (not for MaxText) dimensions of one

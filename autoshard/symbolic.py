@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
-from autoshard.annotating.dimension_names import Names, named, primes, with_numbers
+from autoshard.annotating.dimension_names import Names, name_dimensions, primes, with_numbers
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError, TraceError
@@ -26,7 +26,7 @@ from autoshard.tracing.blocks import Traced
 from costmodels.dimensions import DimensionError, Dimensions, rebound
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
-from costmodels.symbols import evaluated, parsed
+from costmodels.symbols import evaluate, parse_expression
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def trace_symbolic(
     shapes = [tuple(leaf.shape) if hasattr(leaf, "shape") else () for leaf in jax.tree_util.tree_leaves(args)]
     options = Options(donate_argnums, name, strict, dims=dims, shapes=tuple(shapes))
     target = annotated_function(fn, with_numbers(args, dict(sizes or {})), options)
-    dimensions, fixed = _verified(fn, args, target, options)
+    dimensions, fixed = _verify(fn, args, target, options)
     target = replace(target, dimensions=dimensions)
     return SymbolicTrace(target, dimensions, fixed, replace(options, shapes=()))
 
@@ -135,12 +135,12 @@ def _check(trace: SymbolicTrace, name: str, size: int) -> None:
         )
 
 
-def _verified(
+def _verify(
     fn: Callable[..., Any], args: Any, target: AnnotatedFunction, options: Options
 ) -> tuple[Dimensions, dict[str, str]]:
     """The names that can be bound, and the reasons why the others cannot."""
     first = target.dimensions
-    fixed = {name: _of_one(name) for name, size in first.sizes.items() if size == 1}
+    fixed = {name: _single_dimension_text(name) for name, size in first.sizes.items() if size == 1}
     names = [name for name in first.sizes if name not in fixed]
     probing = _Probing(fn, target, options)
     probe = _larger(first, names)
@@ -153,7 +153,9 @@ def _verified(
     apart = probing.dimensions_at(first, probe) if possible else None
     if apart is not None and set(apart.sizes) == set(first.sizes):
         back = replace(apart, sizes={**apart.sizes, **first.sizes})
-        if _same(rebound_or_none(probing.program_at(first, probe), apart, first.sizes), target.traced.program):
+        if _is_same_program(
+            rebound_or_none(probing.program_at(first, probe), apart, first.sizes), target.traced.program
+        ):
             return back, fixed
     reasons = {name: probing.difference(first, _consistent(first, {name: 2 * first.sizes[name]})) for name in names}
     fixed |= {name: reason for name, reason in reasons.items() if reason is not None}
@@ -162,7 +164,7 @@ def _verified(
     return first, fixed if why is None else {**fixed, **dict.fromkeys(together, why)}
 
 
-def _of_one(name: str) -> str:
+def _single_dimension_text(name: str) -> str:
     return f"it is 1 here, and JAX treats dimensions of 1 differently; trace with {name} = 2 or more"
 
 
@@ -184,8 +186,8 @@ def _consistent(dimensions: Dimensions, sizes: dict[str, int]) -> dict[str, int]
     found = dict(sizes)
     for one, other in dimensions.relations:
         left, right = (one, other) if other in dimensions.sizes and one in sizes else (other, one)
-        if right in dimensions.sizes and set(map(str, parsed(left).free_symbols)) & set(sizes):
-            found[right] = int(evaluated(parsed(left), {**dimensions.sizes, **found}))
+        if right in dimensions.sizes and set(map(str, parse_expression(left).free_symbols)) & set(sizes):
+            found[right] = int(evaluate(parse_expression(left), {**dimensions.sizes, **found}))
     return found
 
 
@@ -197,7 +199,7 @@ def rebound_or_none(program: Program | None, dimensions: Dimensions, sizes: Mapp
         return None
 
 
-def _same(a: Program | None, b: Program | None) -> bool:
+def _is_same_program(a: Program | None, b: Program | None) -> bool:
     return a is not None and b is not None and fingerprint(a) == fingerprint(b)
 
 
@@ -214,7 +216,7 @@ class _Probing:
         program, numbers = self.target.traced.program, {**dimensions.sizes, **sizes}
         flat = [
             jax.ShapeDtypeStruct(
-                tuple(int(evaluated(parsed(n), numbers)) for n in dimensions.shapes[value]),
+                tuple(int(evaluate(parse_expression(n), numbers)) for n in dimensions.shapes[value]),
                 leaf.dtype,
                 weak_type=leaf.weak_type,
             )
@@ -237,7 +239,9 @@ class _Probing:
             names = {
                 path: " ".join(dimensions.shapes[v]) for path, v in zip(other.paths, other.argument_values, strict=True)
             }
-            return named(other.program, other.argument_values, other.paths, {k: v for k, v in names.items() if v})
+            return name_dimensions(
+                other.program, other.argument_values, other.paths, {k: v for k, v in names.items() if v}
+            )
         except (TraceError, AutoshardError):
             return None
 
@@ -252,10 +256,14 @@ class _Probing:
             other = self.traced(dimensions, sizes).program
         except AutoshardError as error:
             return f"the function cannot be traced with {at}: {' '.join(str(error).split())[:300]}"
-        return None if _same(bound, other) else f"with {at} the program differs: {_where(bound, other)}"
+        return (
+            None
+            if _is_same_program(bound, other)
+            else f"with {at} the program differs: {_first_difference(bound, other)}"
+        )
 
 
-def _where(bound: Program, other: Program) -> str:
+def _first_difference(bound: Program, other: Program) -> str:
     """The first operation in which two programs differ."""
     for a, b in zip(bound.operations, other.operations, strict=False):
         if (a.primitive, a.factors, a.inputs, a.outputs) != (b.primitive, b.factors, b.inputs, b.outputs):

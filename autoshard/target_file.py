@@ -26,13 +26,27 @@ def workload(target: str, keywords: dict[str, Any]) -> Workload:
     **Raises:** `Misuse`, in one line, for a missing file or one that does not import, a missing name or one that is not
     callable, unknown keywords, an error of the function, and a result other than a `Workload`.
     """
+    from autoshard.emitting.targets import quiet_without_tpu
+
+    quiet_without_tpu()
     path, name = _split(target)
     with _on_path(path.parent.resolve()):
         make = factory(target, keywords)
         found = _attempt(lambda: make(**keywords), f"{name} in {path} failed")
     if not isinstance(found, Workload):
         raise Misuse(f"{name} in {path} must return an autoshard.Workload(fn, args), got {type(found).__name__}.")
+    _check_shapes(found, f"{name} in {path}")
     return found
+
+
+def _check_shapes(found: Workload, where: str) -> None:
+    """Refuses arrays with dimensions of text or of fractions, as from `--set batch=abc`."""
+    import jax
+
+    for leaf in jax.tree_util.tree_leaves(found.args):
+        shape = getattr(leaf, "shape", ())
+        if any(isinstance(n, str | float) for n in shape):
+            raise Misuse(f"{where} returns an array of shape {tuple(shape)}: its dimensions must be integers.")
 
 
 def factory(target: str, keywords: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -42,7 +56,7 @@ def factory(target: str, keywords: Mapping[str, Any] | None = None) -> Callable[
     """
     path, name = _split(target)
     with _on_path(path.parent.resolve()):
-        found = _factory(_imported(path), path, name)
+        found = _factory(_import_file(path), path, name)
     if keywords is not None:
         _check_keywords(found, name, keywords)
     return found
@@ -52,7 +66,7 @@ def _split(target: str) -> tuple[Path, str]:
     file, _, name = target.rpartition(":")
     if not file or not name.isidentifier():
         raise Misuse(f"The target must be FILE.py:NAME, such as examples/palm.py:decode, got {target}.")
-    path = Path(file)
+    path = find_target(Path(file))
     if not path.is_file():
         raise Misuse(f"There is no file {path}.")
     if path.suffix != ".py":
@@ -60,17 +74,30 @@ def _split(target: str) -> tuple[Path, str]:
     return path, name
 
 
+def find_target(path: Path) -> Path:
+    """A file; if there is none, the example of this package with that path, such as examples/palm.py."""
+    package = Path(__file__).resolve().parent
+    if path.is_file() or path.parts[:1] != ("examples",):
+        return path
+    return next((home / path for home in (package, package.parent) if (home / path).is_file()), path)
+
+
 @contextmanager
 def _on_path(directory: Path) -> Iterator[None]:
-    """Lets a file import its neighbours, as if Python ran it."""
-    sys.path.insert(0, str(directory))
+    """Lets a file import its neighbours, as if Python ran it, and its package from the package's parent folder."""
+    home = directory
+    while (home / "__init__.py").is_file():
+        home = home.parent
+    added = [str(directory)] if home == directory else [str(directory), str(home)]
+    sys.path[:0] = added
     try:
         yield
     finally:
-        sys.path.remove(str(directory))
+        for each in added:
+            sys.path.remove(each)
 
 
-def _imported(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     """Imports a file as a module, under a unique name that hides no other module."""
     spec = importlib.util.spec_from_file_location(f"_autoshard_target_{path.stem}", path)
     if spec is None or spec.loader is None:

@@ -93,7 +93,7 @@ def measured(case: Written, topology: Any, mesh: Any) -> dict[str, Any]:
     from jax.sharding import PartitionSpec
 
     from autoshard.auditing import hlo_collectives
-    from autoshard.emitting.reshard_steps import FEW_ROWS, run_step
+    from autoshard.emitting.collectives.reshard_steps import FEW_ROWS, run_step
     from search.formulation.collective_steps import emittable
 
     sizes = topology.axis_sizes

@@ -4,10 +4,10 @@ one that was measured?
     python benchmarks/frontier.py       # two tables, benchmarks/results/frontier.json, and frontier.png beside it
 
 Pope et al. 2022 ("Efficiently Scaling Transformer Inference", arXiv 2211.05102), figure 1 and tables 2 and 3, on TPU v4: 2048
-tokens of prompt, 64 generated. `reference` is measured: seconds of a decode step or of a prefill, cost in chip-seconds a token
-beside it. `ours` is the fastest plan, searched freely, on the machine that `fit_published.py` fitted to some of these points
-(marked "fitted"). MFU counts the parameters' FLOPs alone, as the paper does. Every point is a search of its own; a point
-whose search reached `SEARCH_SECONDS` has its gap.
+tokens of prompt, 64 generated. `reference` is measured: seconds of a decode step or of a prefill, beside it cost in
+chip-seconds per token. `ours` is the fastest plan, searched freely, on the machine that `fit_published.py` fitted to some of
+these points (marked "fitted"). MFU counts the parameters' FLOPs alone, as the paper does. Every point is a search of its own;
+a point whose search reached `SEARCH_SECONDS` has its gap.
 """
 
 from __future__ import annotations

@@ -14,6 +14,11 @@ Letters that a model lacks, and axes that do not divide a dimension, are left ou
   gathered to x.
 - **fully sharded** (Zhao et al. 2023, arXiv 2304.11277): of weights the largest dimension over all axes, to be gathered; all
   else with the batch over all axes, in prefill the tokens over the rest.
+- **FSDP × tensor** (the logical axis rules of MaxText's `base.yml`, and tunix's Llama configuration for training): weights
+  with E over x, to be gathered, heads, feed-forward and vocabulary over the others; batch over x everywhere, the
+  residual with E over the others.
+- **batch × tensor** (tunix's configuration for sampling, MaxText's for serving with `data` and `tensor` axes): the same
+  without E over x; weights are replicated there.
 """
 
 from __future__ import annotations
@@ -104,6 +109,8 @@ def hand_layouts(topology: Topology, sizes: Mapping[str, int]) -> tuple[HandLayo
     one_d = {letter: wide[letter] for letter in wide if letter in "HK"}
     two_d = {letter: over_others[letter] for letter in over_others if letter in "HK"}
     data = {"B": batch, "T": tokens}
+    rows = {"B": _fitting(sizes["B"], (first,), topology)}
+    thin = {"E": _fitting(sizes["E"], others, topology)}
 
     def attention(batch: Sequence[str]) -> Splits:
         left = _wide([axis for axis in every if axis not in batch], topology, sizes)
@@ -128,6 +135,10 @@ def hand_layouts(topology: Topology, sizes: Mapping[str, int]) -> tuple[HandLayo
             two_d,
         ),
         HandLayout("fully sharded", wide, data, data, data, data, data_parallel=True),
+        *(
+            HandLayout(name, {**stored, **over_others}, rows | two_d, rows | thin, rows, rows | two_d)
+            for name, stored in (("FSDP × tensor", {"E": (first,)}), ("batch × tensor", {}))
+        ),
     )
 
 

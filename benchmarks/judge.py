@@ -38,7 +38,7 @@ class Verdict:
     - `compute_seconds`: estimated cycles over the clock.
     - `wire_seconds`, `wire_bytes`: collectives, run serially; bytes that one chip sends.
     - `replayed_seconds`: the schedule replayed, with copies and collectives beside the core.
-    - `floor_seconds`: the bytes that the step must read once, at nominal HBM bandwidth.
+    - `floor_seconds`: the bytes that the step must read or write once, at nominal HBM bandwidth.
     - `prefetch_bytes`: copies from HBM to on-chip memory beside computation; in no estimate.
     - `unestimated`: the number of runs of working operations without an estimate, by opcode.
     - `notes`: the judge's assumptions.

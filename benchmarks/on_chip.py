@@ -4,7 +4,7 @@
 
 A row is a model, a phase and a slice: searched, compiled with the TPU compiler (libtpu, no TPU), and its schedule replayed as
 audits do (`autoshard.auditing.replay`). It compares the planned step with the replayed one (`ours` = replayed / planned), and
-lists the floor (bytes to read once over HBM's rate), the time on the chip, the communication that the core waits for, bytes on
+lists the floor (bytes to move once over HBM's rate), the time on the chip, the communication that the core waits for, bytes on
 the wire, peak memory, and the operations with the most unplanned time. A row that could not run says why.
 
 Rows of cases that do not run again keep their last result, with its commit; `--resume` runs only cases without a result.
@@ -165,14 +165,14 @@ def summarize(found: Any) -> dict[str, Any]:
 # --- all cases
 
 
-def run_apart(case: Case) -> dict[str, Any]:
-    """The row of a case from a process of its own, or the reason why there is none."""
+def run_apart(case: Case, script: Path = Path(__file__)) -> dict[str, Any]:
+    """The row of a case from a process of its own, which runs a script with `--case`, or the reason why there is none."""
     head = {"row": case.name, "reference": 1.0, "ours": None, "example": case.example, "phase": case.phase}
     head |= {"topology": case.topology, "sizes": dict(case.sizes), "revision": revision()}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--case", case.name],
+            [sys.executable, str(script), "--case", case.name],
             env=environment,
             capture_output=True,
             text=True,

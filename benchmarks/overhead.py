@@ -59,16 +59,16 @@ def calls() -> dict[str, float]:
     import jax.numpy as jnp
 
     import autoshard
-    from autoshard.emitting.bind import traced_as
-    from autoshard.emitting.program import emitted
+    from autoshard.emitting.bind import trace_as_planned
+    from autoshard.emitting.program import emit
     from examples import llama
 
     work = llama.decode(size="tiny", batch=8, context=16)
     plan = autoshard.search(work.fn, *work.args, topology=f"cpu:{DEVICES}")
     mesh = plan.make_mesh()
     ins, outs = plan.shardings(mesh)
-    traced = traced_as(plan, work.fn, work.args)
-    body = emitted(traced, plan.choice, plan.topology, mesh)
+    traced = trace_as_planned(plan, work.fn, work.args)
+    body = emit(traced, plan.choice, plan.topology, mesh)
 
     def plain(*args: Any) -> Any:
         return jax.tree.unflatten(traced.out_tree, body(*jax.tree.leaves(args), *traced.constants))

@@ -9,10 +9,11 @@ the compiled text. Contestants:
 - **hand layouts** (`hand_layouts.py`): argument specs, the rest left to the partitioner (Shardy);
 - for diagnosis only, **our specs alone**: our plan's argument and result specs, the rest left to the partitioner.
 
-Memory layouts of arguments are the defaults for all contestants or, with `--layouts auto`, the compiler's choice for all
-programs of our compiler.
+A step's time is the replay of the compiled schedule. Every peer of our compiler is compiled with the device's own memory
+formats of arguments and results and with those that the compiler chooses (`Layout.AUTO`); the faster program counts. Ours
+has the formats of its plan, by rule, and is compiled once.
 
-    python benchmarks/peers.py [--only CASE ...] [--layouts auto] [--peer-python .venv-peer/bin/python]
+    python benchmarks/peers.py [--only CASE ...] [--peer-python .venv-peer/bin/python]
 
 Rows of cases that are not run again are kept from the last time.
 """
@@ -38,9 +39,7 @@ PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
 CASE_SECONDS, AUTOSHARDING_SECONDS = 900, 300
 OURS, AUTOSHARDING, AUTO_SPECS, OUR_SPECS = "ours", "AutoSharding", "AutoSharding's specs", "our specs alone"
 NOT_PEERS = (OURS, OUR_SPECS)
-TARGETS = {"worst ours / best peer": 1.0, "geomean ours / AutoSharding": 0.5, "geomean ours / best peer": 0.85}
-TOGETHER = 0.01
-"""Steps this close together are a draw: the estimates they add up are no better."""
+TARGETS = {"worst ours / best peer": 1.0, "geomean ours / AutoSharding": 0.5, "geomean ours / best peer": 0.75}
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,49 @@ CASES = (
         "v5e:4x4",
     ),
     Case("llama-405b-decode-64", "llama", "decode", {"size": "405b", "batch": 64}, "v5p:4x4x8"),
+    # The slices and batches of public serving and training recipes (MaxText's and tunix's Llama configurations).
+    Case("llama-8b-decode-1", "llama", "decode", {"size": "8b", "batch": 1}, "v5e:2x4"),
+    Case("llama-8b-decode-128", "llama", "decode", {"size": "8b", "batch": 128}, "v5e:4x4"),
+    Case("llama-8b-decode-64-v6e", "llama", "decode", {"size": "8b", "batch": 64}, "v6e:2x4"),
+    Case("llama-8b-prefill-16", "llama", "prefill", {"size": "8b", "batch": 16, "length": 1024}, "v5e:4x4"),
+    Case("llama-8b-prefill-1-v6e", "llama", "prefill", {"size": "8b", "batch": 1, "length": 4096}, "v6e:2x4"),
+    Case(
+        "llama-8b-unrolled-8-layers-decode-64",
+        "llama",
+        "decode",
+        {"size": "8b", "batch": 64, "unrolled": True, "layers": 8},
+        "v5e:2x4",
+    ),
+    Case("llama-70b-decode-32", "llama", "decode", {"size": "70b", "batch": 32}, "v5e:4x4"),
+    Case("llama-70b-decode-64-v5p", "llama", "decode", {"size": "70b", "batch": 64}, "v5p:2x2x4"),
+    Case("llama-70b-prefill-8-v6e", "llama", "prefill", {"size": "70b", "batch": 8, "length": 2048}, "v6e:4x4"),
+    Case("palm-8b-prefill-8", "palm", "prefill", {"size": "8b", "batch": 8, "length": 2048}, "v4:2x2x2"),
 )
 
 
 # --- one case, in a process of its own
 
 
-def contest(case: Case, layouts: str, peer_python: str, keep: Path | None, ours_only: bool) -> Iterator[dict[str, Any]]:
-    """Every contestant's row, as it is done."""
+def contest(case: Case, peer_python: str, keep: Path | None, only: str) -> Iterator[dict[str, Any]]:
+    """Every contestant's row, as it is done; ours, then the expert layouts.
+
+    `only` is "ours", "experts" (ours and expert layouts), or empty for all contestants.
+    """
     from autoshard.emitting import targets
     from benchmarks import contestants
     from costmodels.machine.topology import parse_topology
 
     topology = parse_topology(case.topology)
     mesh = targets.mesh_of(targets.tpu_devices(topology.name, topology.shape, topology.chip.name), topology.axis_sizes)
-    bench = contestants.Bench(case.name, case.example, contestants.workload_of(case), topology, mesh, layouts, keep)
+    bench = contestants.Bench(case.name, case.example, contestants.workload_of(case), topology, mesh, keep)
     plan, spent = bench.searched()
     yield bench.ours(OURS, plan, spent)
-    if ours_only:
+    if only == "ours":
+        return
+    yield from bench.hand_layouts()
+    if only == "experts":
         return
     yield bench.partitioned(OUR_SPECS, plan.in_specs, plan.out_specs)
-    yield from bench.hand_layouts()
     yield from autosharded(case, bench, peer_python)
 
 
@@ -111,7 +132,7 @@ def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python:
     """The output of the peer's process, or the reason why there is none."""
     from autoshard.emitting import targets
 
-    name, options = targets.described_as(topology.name, topology.shape, topology.chip.name)
+    name, options = targets.describe_target(topology.name, topology.shape, topology.chip.name)
     task = {
         "example": case.example,
         "phase": case.phase,
@@ -154,9 +175,9 @@ def _last_words(stderr: str) -> str:
 def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """One case in a process of its own; contestants that it did not reach are missing, with the reason."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "--contest", case.name, "--layouts", options.layouts]
+    command = [sys.executable, __file__, "--contest", case.name]
     command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])
-    command += ["--ours-only"] * options.ours_only
+    command += ["--ours-only"] * options.ours_only + ["--experts"] * options.experts
     started = time.monotonic()
     try:
         done = subprocess.run(
@@ -236,10 +257,10 @@ def show(row: Mapping[str, Any]) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="run these; keep the others' rows")
-    parser.add_argument("--layouts", choices=("default", "auto"), default="default", help="memory layouts of arguments")
     parser.add_argument("--peer-python", default=str(PEER_PYTHON), help="the Python that has jax 0.9.2")
     parser.add_argument("--keep", default="", metavar="FOLDER", help="write every compiled text here")
     parser.add_argument("--ours-only", action="store_true", help="judge our plans again, and keep the peers' rows")
+    parser.add_argument("--experts", action="store_true", help="compare with the expert layouts alone")
     parser.add_argument("--contest", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -250,13 +271,14 @@ def main() -> None:
     by_name = {case.name: case for case in CASES}
     if options.contest:
         keep = Path(options.keep) if options.keep else None
-        for row in contest(by_name[options.contest], options.layouts, options.peer_python, keep, options.ours_only):
+        only = "ours" if options.ours_only else "experts" if options.experts else ""
+        for row in contest(by_name[options.contest], options.peer_python, keep, only):
             print(json.dumps({key: value for key, value in row.items() if key != "text"}), flush=True)
         return
     unknown = [name for name in options.only if name not in by_name]
     if unknown:
         sys.exit(f"There is no case {unknown[0]!r}; there are {', '.join(by_name)}.")
-    path = RESULTS / ("peers.json" if options.layouts == "default" else "peers_auto_layouts.json")
+    path = RESULTS / "peers.json"
     known = {row["row"]: row for row in json.loads(path.read_text("utf-8"))} if path.exists() else {}
     for name in options.only or by_name:
         known[name] = isolated(by_name[name], options, known.get(name))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from autoshard.annotating.hbm_traffic import annotate_traffic
-from autoshard.naming.strategy_names import strategy_name, weight_operand
+from autoshard.naming.strategy_names import strategy_name
+from autoshard.naming.weights import weight_operand
 from autoshard.tracing.blocks import Traced
 from autoshard.tracing.trace import trace
 from autoshard.workload import Workload

@@ -49,11 +49,18 @@ def _programs() -> Rows:
     return rows()
 
 
+def _measured() -> Rows:
+    from benchmarks.published_measured import rows
+
+    return rows()
+
+
 PARTS: dict[str, Callable[[], Rows]] = {
     "crossovers": _crossovers,
     "book": _book,
     "programs": _programs,
     "pope": _pope,
+    "measured elsewhere": _measured,
 }
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from costmodels.machine.chips import Torus, chip
+from costmodels.machine.chips import chip
 from costmodels.machine.collectives import seconds_on
+from costmodels.machine.interconnects import Torus
 from costmodels.machine.topology import Topology, parse_topology
 from examples import llama
 

@@ -1,7 +1,8 @@
-"""Bottlenecks of operations: compute, HBM, communication or overhead, and the distance to the roofline.
+"""Bottlenecks of operations: compute, HBM, vector unit, communication or overhead, and the distance to the roofline.
 
 An operation with $F$ FLOPs and $B$ bytes through HBM has the intensity $F/B$. If that exceeds the *ridge* of the roofline,
-FLOP/s over bytes/s, it is compute-bound, else HBM-bound. If its collectives take longer than both it is
+FLOP/s over bytes/s, it is compute-bound, else HBM-bound. If its loads and stores by the vector unit take longer than both,
+it is bound by the vector unit. If its collectives take longer than both it is
 communication-bound, and if its start-up does, overhead-bound (Lienhart, "LLM Inference Series: 5. Dissecting model
 performance"). All seconds are those of the cost model.
 """
@@ -12,12 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-REGIMES: tuple[str, ...] = ("compute", "HBM", "communication", "overhead")
+REGIMES: tuple[str, ...] = ("compute", "HBM", "vector unit", "communication", "overhead")
 
 
-def regime(compute: float, memory: float, communication: float, overhead: float) -> str:
-    """The name of the largest of the four; the first of equal ones; "" if all are 0."""
-    sides = dict(zip(REGIMES, (compute, memory, communication, overhead), strict=True))
+def regime(compute: float, memory: float, vector: float, communication: float, overhead: float) -> str:
+    """The name of the largest of the five; the first of equal ones; "" if all are 0."""
+    sides = dict(zip(REGIMES, (compute, memory, vector, communication, overhead), strict=True))
     return max(sides, key=lambda side: sides[side]) if any(sides.values()) else ""
 
 
@@ -25,7 +26,8 @@ def regime(compute: float, memory: float, communication: float, overhead: float)
 class Work:
     """The work of an operation in one step on one chip, and the seconds of each resource alone.
 
-    `seconds` is the on-chip time: the longer of compute and memory, plus the overhead.
+    `seconds` is the on-chip time: the longest of compute, memory and vector unit, plus the overhead. A matmul adds the vector
+    unit's time to that of memory.
     """
 
     name: str
@@ -37,11 +39,13 @@ class Work:
     overhead_seconds: float
     seconds: float
     count: float = 1
+    vector_seconds: float = 0.0
 
     @property
     def regime(self) -> str:
-        """The slowest resource: "compute", "HBM", "communication" or "overhead"."""
-        return regime(self.compute_seconds, self.memory_seconds, self.communication_seconds, self.overhead_seconds)
+        """The slowest resource: "compute", "HBM", "vector unit", "communication" or "overhead"."""
+        on_chip = (self.compute_seconds, self.memory_seconds, self.vector_seconds)
+        return regime(*on_chip, self.communication_seconds, self.overhead_seconds)
 
     @property
     def intensity(self) -> float:
@@ -81,20 +85,24 @@ class Work:
             self.overhead_seconds + other.overhead_seconds,
             self.seconds + other.seconds,
             self.count + other.count,
+            self.vector_seconds + other.vector_seconds,
         )
 
 
-def divided(works: Iterable[Work]) -> dict[str, float]:
+def split_by_bottleneck(works: Iterable[Work]) -> dict[str, float]:
     """The seconds of a step by bottleneck; they add up to the step.
 
-    On the chip an operation counts for the longer side of its roofline, and for its overhead; all collectives count for
-    communication.
+    On the chip an operation counts for the longest side of its roofline, and for its overhead. What a matmul needs to store
+    its results after that counts for the vector unit. All collectives count for communication.
     """
     spent = dict.fromkeys(REGIMES, 0.0)
     for work in works:
         overhead = min(work.overhead_seconds, work.seconds)
-        side = "compute" if work.compute_seconds > work.memory_seconds else "HBM"
-        spent[side] += work.seconds - overhead
+        sides = {"HBM": work.memory_seconds, "compute": work.compute_seconds, "vector unit": work.vector_seconds}
+        longest = max(sides, key=lambda side: sides[side])
+        alone = min(sides[longest], work.seconds - overhead)
+        spent[longest] += alone
+        spent["vector unit"] += work.seconds - overhead - alone
         spent["overhead"] += overhead
         spent["communication"] += work.communication_seconds
     return spent

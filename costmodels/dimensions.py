@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.program.program import Operation, Program
-from costmodels.symbols import Expr, dimension, evaluated, parsed, text
+from costmodels.symbols import Expr, dimension, evaluate, parse_expression, text
 
 
 class DimensionError(ValueError):
@@ -42,18 +42,17 @@ class Dimensions:
 
     def factor(self, operation: int, factor: int) -> Expr:
         """The size of one factor of an operation."""
-        return parsed(self.factors[operation][factor])
+        return parse_expression(self.factors[operation][factor])
 
     def elements(self, value: int) -> Expr:
         """The number of elements of a value."""
-        return sympy.Mul(*map(parsed, self.shapes[value]))
+        return sympy.Mul(*map(parse_expression, self.shapes[value]))
 
     def runs(self, program: Program, region: int) -> Expr:
         """The number of runs of a region in one step of the program."""
         count = sympy.Integer(1)
-        while region >= 0:
-            count *= parsed(self.counts[region])
-            region = program.regions[region].parent
+        for around in program.enclosing(region):
+            count *= parse_expression(self.counts[around])
         return count
 
     @cached_property
@@ -105,11 +104,11 @@ def _sizes(program: Program, given: Sequence[Given]) -> dict[str, int]:
             free = sorted(each.size.free_symbols - {dimension(name) for name in sizes}, key=str)
             solved = sympy.solve(each.size.subs(sizes) - number, free[0]) if len(free) == 1 else None
             if not free:
-                if evaluated(each.size, sizes) != number:
+                if evaluate(each.size, sizes) != number:
                     known = ", ".join(f"{symbol} = {sizes[str(symbol)]}" for symbol in each.size.free_symbols)
                     raise DimensionError(
                         f"dimension {each.at} of {program.values[each.value].name} is {number}, but {text(each.size)} is"
-                        f" {evaluated(each.size, sizes):g} ({known or 'a number'}); one name stands for one number"
+                        f" {evaluate(each.size, sizes):g} ({known or 'a number'}); one name stands for one number"
                     )
             elif solved and solved[0].is_Integer and solved[0] > 0:
                 sizes[str(free[0])] = int(solved[0])
@@ -358,17 +357,17 @@ def rebound(program: Program, dimensions: Dimensions, sizes: Mapping[str, int]) 
             f"unknown dimension {', '.join(unknown)}; the dimensions are {', '.join(dimensions.sizes)}"
         )
     numbers = {**dimensions.sizes, **sizes}
-    for left, right in dimensions.relations:
-        if evaluated(parsed(left), numbers) != evaluated(parsed(right), numbers):
+    for left, right in (map(parse_expression, relation) for relation in dimensions.relations):
+        if evaluate(left, numbers) != evaluate(right, numbers):
             raise DimensionError(
-                f"{text(parsed(left))} and {text(parsed(right))} are one dimension of the program, but would be"
-                f" {evaluated(parsed(left), numbers):g} and {evaluated(parsed(right), numbers):g}"
+                f"{text(left)} and {text(right)} are one dimension of the program, but would be"
+                f" {evaluate(left, numbers):g} and {evaluate(right, numbers):g}"
             )
     known = {name: size for name, size in numbers.items() if size >= 0}  # a size may be a name alone
 
     def number(size: str) -> int:
         if size not in known:
-            known[size] = _whole(size, numbers)
+            known[size] = _exact_integer(size, numbers)
         return known[size]
 
     values = (
@@ -383,13 +382,17 @@ def rebound(program: Program, dimensions: Dimensions, sizes: Mapping[str, int]) 
     return replace(program, values=tuple(values), operations=tuple(operations), regions=tuple(regions))
 
 
-def _whole(size: str, numbers: Mapping[str, int]) -> int:
+def _exact_integer(size: str, numbers: Mapping[str, int]) -> int:
     """The size as a whole number, exactly."""
     if size.isdecimal():
         return int(size)
-    names = {str(symbol) for symbol in parsed(size).free_symbols}
-    found = parsed(size).xreplace({dimension(name): sympy.Integer(numbers[name]) for name in names})
+    names = {str(symbol) for symbol in parse_expression(size).free_symbols}
+    found = parse_expression(size).xreplace({dimension(name): sympy.Integer(numbers[name]) for name in names})
     if not found.is_Integer or found < 0:
-        asked = ", ".join(f"{symbol} = {numbers[str(symbol)]}" for symbol in sorted(parsed(size).free_symbols, key=str))
-        raise DimensionError(f"{text(parsed(size))} must be a whole number of 0 or more, got {found} with {asked}")
+        asked = ", ".join(
+            f"{symbol} = {numbers[str(symbol)]}" for symbol in sorted(parse_expression(size).free_symbols, key=str)
+        )
+        raise DimensionError(
+            f"{text(parse_expression(size))} must be a whole number of 0 or more, got {found} with {asked}"
+        )
     return int(found)

@@ -25,11 +25,12 @@ from itertools import combinations
 
 import numpy as np
 
-from costmodels.machine.chips import Chip, Constant, Switch, Torus
+from costmodels.machine.chips import Chip, Constant
 from costmodels.machine.collectives import seconds as collective_seconds
-from costmodels.machine.topology import Axis, Topology, as_its_chip_has_it
+from costmodels.machine.interconnects import Switch, Torus
+from costmodels.machine.topology import Axis, Topology, complete_axes
 from costmodels.operations import price
-from costmodels.program.program import Factor, Operation, Program, Use, Value
+from costmodels.program.program import Factor, Operation, Output, Program, Use, Value
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FAST = 1e30
@@ -69,7 +70,7 @@ def predict(timing: Timing, topology: Topology) -> float:
     if timing.kind in COLLECTIVES:
         axes = tuple(topology.axis(name) for name in timing.axes)
         return float(collective_seconds(timing.kind, axes, float(timing.sizes[0])))
-    return _model_seconds(timing, topology.chip)[2]
+    return model_seconds(timing, topology.chip)[2]
 
 
 def fit_topology(timings: Sequence[Timing], topology: Topology, source: str) -> Topology:
@@ -89,13 +90,13 @@ def fit_topology(timings: Sequence[Timing], topology: Topology, source: str) -> 
         chip = chip.override({name: Constant(value, source, "measured") for name, value in found.items()}, source)
     links = _fit_collectives(used, replace(topology, chip=chip))
     chip = chip.override({name: Constant(value, source, "measured") for name, value in links.items()}, source)
-    return as_its_chip_has_it(replace(topology, chip=chip))
+    return complete_axes(replace(topology, chip=chip))
 
 
 # --- on the chip
 
 
-def _model_seconds(timing: Timing, chip: Chip) -> tuple[float, float, float]:
+def model_seconds(timing: Timing, chip: Chip) -> tuple[float, float, float]:
     """Modelled seconds of one run: compute, memory, all."""
     program = _program(timing)
     op = program.operations[0]
@@ -119,7 +120,7 @@ def _program(timing: Timing) -> Program:
         uses[:-1],
         uses[-1:],
         op_class="matmul" if matmul else "fused",
-        traffic=(0, 1, -1) if matmul else (0, -1),
+        traffic=(0, 1, Output()) if matmul else (0, Output()),
         flops_per_point=2.0 if matmul else timing.flops_per_element,
         dtype=timing.dtype,
     )
@@ -128,7 +129,7 @@ def _program(timing: Timing) -> Program:
 
 def _overhead(timing: Timing, chip: Chip) -> float:
     """The seconds that the model adds to the longer side of an operation."""
-    compute, memory, seconds = _model_seconds(timing, chip)
+    compute, memory, seconds = model_seconds(timing, chip)
     return max(seconds - max(compute, memory), 0.0)
 
 
@@ -138,7 +139,7 @@ def _fit_matmul(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     dtypes = list(dict.fromkeys(timing.dtype for timing in used))
     if not used:
         return {}
-    compute = np.array([_model_seconds(timing, chip)[0] for timing in used])
+    compute = np.array([model_seconds(timing, chip)[0] for timing in used])
     columns = [np.where([timing.dtype == dtype for timing in used], compute, 0.0) for dtype in dtypes]
     overhead, *slower = robust_fit([np.ones(len(used)), *columns], [timing.seconds for timing in used])
     rates = {
@@ -177,7 +178,7 @@ def _fit_vector(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     used = [timing for timing in timings if timing.kind == "vector"]
     if not used:
         return {}
-    columns = [np.array([_model_seconds(timing, chip)[0] for timing in used])]
+    columns = [np.array([model_seconds(timing, chip)[0] for timing in used])]
     (slower,) = robust_fit(columns, [timing.seconds - _overhead(timing, chip) for timing in used])
     return {"vector_flops_per_second": chip.vector_flops_per_second / slower} if slower else {}
 
@@ -188,7 +189,7 @@ def _fit_memory(timings: Sequence[Timing], chip: Chip) -> dict[str, float]:
     kept = [i for i, seconds in enumerate(left) if seconds > 0]
     if not kept:
         return {}
-    columns = [np.array([_model_seconds(used[i], chip)[1] for i in kept])]
+    columns = [np.array([model_seconds(used[i], chip)[1] for i in kept])]
     (slower,) = robust_fit(columns, [left[i] for i in kept])
     return _measured_rates(
         chip, "hbm_efficiency", {"hbm_bytes_per_second": (chip.hbm_bytes_per_second, slower)} if slower else {}
@@ -224,12 +225,16 @@ def _column(
 ) -> np.ndarray:
     """The coefficient of one constant of a group of links in each timing."""
 
-    def alone(axis: Axis) -> Axis:
+    def without_constants(axis: Axis) -> Axis:
         return replace(axis, launch_seconds=0.0, **constants)
 
     return np.array(
         [
-            float(collective_seconds(timing.kind, (alone(topology.axis(timing.axes[0])),), float(timing.sizes[0])))
+            float(
+                collective_seconds(
+                    timing.kind, (without_constants(topology.axis(timing.axes[0])),), float(timing.sizes[0])
+                )
+            )
             if alike[timing.axes[0]] == group
             else 0.0
             for timing in timings

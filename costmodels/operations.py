@@ -9,11 +9,21 @@ compiled once, costs all strategies of an operation at once as numpy arrays.
 
 The time is the roofline $\\max(\\text{padded flops}/C, \\text{bytes}/W) + o$ (Pope et al. 2022 §2; "How To Scale Your
 Model", "All About Rooflines"), where $C$ and $W$ are the achieved rates (the peak times an efficiency) and $o$
-is the overhead of an operation on the matrix unit.
+is the start-up time of an operation.
+
+The vector unit loads and stores arrays at a rate $E$ of elements, in HBM or on the chip
+(`costmodels.program.vector_passes`). An elementwise operation or a reduction takes
+$\\max(\\text{flops}/C, \\text{bytes}/W, n/E) + o$ for $n$ elements. The results of a matmul are stored after they are
+computed. If HBM bounds the matmul, this adds to the time:
+$\\max(\\text{padded flops}/C, \\text{bytes}/W + n/E) + o$, within 10 % of libtpu's cycles for products of 8 to 350 rows with
+matrices of 1 to 64 Mi elements on v4 to v6e. Without a rate $E$ there is no such term.
+
+The elements $n_c$ of an operand that is stored in a narrower type are converted at a rate $E_c$, so the matmul takes at
+least $n_c/E_c + o$.
 
 A matrix unit works in tiles of $t \\times t$. One matrix is loaded tile by tile; the other streams through it row by
-row. Loading the next tile takes as long as streaming $t/2$ rows. A batch of $B$ products of $R \\times K$ with
-$K \\times C$ therefore does
+row. Loading the next tile takes as long as streaming $t/2$ rows (`weight_load_rows` of a chip, if it has them). A batch of
+$B$ products of $R \\times K$ with $K \\times C$ therefore does
 
 $$c B \\, \\lceil K \\rceil_t \\min(\\lceil C \\rceil_t \\max(R, t/2),\\; \\lceil R \\rceil_t \\max(C, t/2)),$$
 
@@ -24,6 +34,8 @@ of about $t/2$, and between multiples of $t$ it grows in proportion.
 On chips with a large on-chip memory, a result of arithmetic of at most $m$ bytes that does not leave its region never touches
 HBM. $k$ loop carries share the room: $k$ times the bytes of each must be at most $m$ (`costmodels.program.on_chip`). $m$ is
 `on_chip_bytes`, 0 by default. The TPU compiler does so on v4, v5e and v6e.
+
+Matmuls of grouped rows compute and read only the groups that have rows (`costmodels.program.grouped`).
 """
 
 from __future__ import annotations
@@ -31,42 +43,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import prod
 
 import numpy as np
 
+from costmodels.factor_symbols import flatten, number, points, shards_symbol, size_symbol, tile_symbol, tiles
+from costmodels.grouped_costs import between_elements, grouped_flops, hidden_bytes, hidden_elements, moved_points
 from costmodels.machine.chips import Chip
+from costmodels.machine.conventions import EXPERT_LOAD
 from costmodels.machine.lazy_sympy import sympy
+from costmodels.program.asynchronous import is_fused_into_reads, is_lender, lenders, static_operands
+from costmodels.program.grouped import grouped
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Operation, Program
+from costmodels.program.vector_passes import REGISTER, converted_operands, ends_pass, is_streamed, vector_uses
 
 Array = np.ndarray
 
 
-@cache
-def size_symbol(factor: int) -> sympy.Symbol:
-    """$d_i$: the size of factor `i` in elements."""
-    return sympy.Symbol(f"d{factor}", positive=True, integer=True)
+def flops(operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """Floating-point operations on one chip, in $d_i$ and $s_i$; of split groups of rows, on that with the most.
 
-
-@cache
-def shards_symbol(factor: int) -> sympy.Symbol:
-    """$s_i$: the number of shards of factor `i`."""
-    return sympy.Symbol(f"s{factor}", positive=True, integer=True)
-
-
-def _points(factors: Sequence[int]) -> sympy.Expr:
-    return sympy.Mul(*(size_symbol(i) / shards_symbol(i) for i in factors))
-
-
-def flops(operation: Operation) -> sympy.Expr:
-    """Floating-point operations on one chip, in $d_i$ and $s_i$."""
-    return _number(operation.flops_per_point) * _points(range(len(operation.factors)))
-
-
-@cache
-def tile_symbol() -> sympy.Symbol:
-    """$t$: the side of the matrix unit's tile."""
-    return sympy.Symbol("t", positive=True)
+    `load` is as for `padded_flops`.
+    """
+    most = 1
+    if groups := grouped(operation):
+        most = sympy.Min(shards_symbol(groups.groups), number(load), evaluate=False)
+    return number(operation.flops_per_point) * points(range(len(operation.factors))) * most
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def matrix_factors(operation: Operation) -> MatrixFactors | None:
     """The factors of an operation as those of a matmul; None if it is not a matmul."""
     if operation.op_class != "matmul" or len(operation.inputs) != 2:
         return None
-    left, right = (set(_flat(use.dims)) for use in operation.inputs)
-    kept = {factor for use in operation.outputs for factor in _flat(use.dims)}
+    left, right = (set(flatten(use.dims)) for use in operation.inputs)
+    kept = {factor for use in operation.outputs for factor in flatten(use.dims)}
     groups: dict[str, list[int]] = {"batch": [], "rows": [], "columns": [], "contracted": []}
     for i in range(len(operation.factors)):
         side = "rows" if i in left - right else "columns" if i in right - left else "batch"
@@ -92,22 +95,28 @@ def matrix_factors(operation: Operation) -> MatrixFactors | None:
     return MatrixFactors(**{name: tuple(group) for name, group in groups.items()})
 
 
-def padded_flops(operation: Operation) -> sympy.Expr:
-    """The FLOPs of one chip for an operation, in whole tiles of the matrix unit; in $d_i$, $s_i$ and $t$."""
+def padded_flops(operation: Operation, load_rows: float = 0.0, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """The FLOPs of one chip for an operation, in whole tiles of the matrix unit; in $d_i$, $s_i$ and $t$.
+
+    **Arguments:**
+
+    - `load_rows`: the rows that stream while a tile is loaded; $t/2$ if 0.
+    - `load`: the rows of the chip with the most, over the mean, if groups of rows are split ($\\lambda$).
+    """
+    if groups := grouped(operation):
+        return grouped_flops(groups, load_rows, load)
     found = matrix_factors(operation)
     if found is None:
         return flops(operation)
     rows, columns = found.rows, found.columns
-    shape = sympy.Min(_streamed_rows(rows) * _tiles(columns), _streamed_rows(columns) * _tiles(rows), evaluate=False)
-    return _number(operation.flops_per_point) * _points(found.batch) * _tiles(found.contracted) * shape
+    least = number(load_rows) if load_rows else tile_symbol() / 2
+    sides = (_streamed_rows(rows, least) * tiles(columns), _streamed_rows(columns, least) * tiles(rows))
+    shape = sympy.Min(*sides, evaluate=False)
+    return number(operation.flops_per_point) * points(found.batch) * tiles(found.contracted) * shape
 
 
-def _tiles(factors: Sequence[int]) -> sympy.Expr:
-    return tile_symbol() * sympy.ceiling(_points(factors) / tile_symbol()) if factors else tile_symbol()
-
-
-def _streamed_rows(factors: Sequence[int]) -> sympy.Expr:
-    return sympy.Max(_points(factors), tile_symbol() / 2, evaluate=False) if factors else tile_symbol() / 2
+def _streamed_rows(factors: Sequence[int], least: sympy.Expr) -> sympy.Expr:
+    return sympy.Max(points(factors), least, evaluate=False) if factors else least
 
 
 @cache
@@ -116,13 +125,17 @@ def on_chip_symbol() -> sympy.Symbol:
     return sympy.Symbol("m", nonnegative=True)
 
 
-def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sympy.Expr:
-    """HBM bytes that one chip moves, in $d_i$ and $s_i$, and in $m$ if the chip `keeps` values on the chip."""
-    terms = []
+def hbm_bytes(program: Program, operation: Operation, keeps: bool = False, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """HBM bytes that one chip moves, in $d_i$ and $s_i$, and in $m$ if the chip `keeps` values on the chip.
+
+    The matmuls of a chain write and read its hidden arrays; the elementwise work between them is in `between_elements`. `load`
+    is as for `padded_flops`.
+    """
+    terms = [hidden_bytes(program, operation, load)]
     for index in operation.traffic:
         use = operation.use(index)
         size = use.stored_itemsize or program.values[use.value].itemsize
-        moved = _number(size) * _points(_flat(use.dims))
+        moved = number(size) * moved_points(operation, index, load)
         if keeps and (count := sharers(program, use.value)):
             large = count * moved > on_chip_symbol()
             moved = sympy.Piecewise((moved, large), (sympy.Integer(0), True), evaluate=False)
@@ -130,18 +143,69 @@ def hbm_bytes(program: Program, operation: Operation, keeps: bool = False) -> sy
     return sympy.Add(*terms)
 
 
-def hbm_traffic(program: Program, operation: Operation) -> tuple[tuple[int, float, int], ...]:
-    """Per use in `traffic` its index, the bytes of a stored element, and its `sharers`: all that copies may differ in."""
+def prefetched_bytes(program: Program, operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """HBM bytes of the operands that a compiler can read ahead, in $d_i$ and $s_i$: arguments, and work on arguments only."""
+    found = []
+    for index in set(operation.traffic) & set(static_operands(program, operation)):
+        use = operation.use(index)
+        size = use.stored_itemsize or program.values[use.value].itemsize
+        found.append(number(size) * moved_points(operation, index, load))
+    return sympy.Add(*found)
+
+
+def arriving_bytes(program: Program, operation: Operation) -> sympy.Expr:
+    """The bytes of all operands of elementwise work that runs as they are read (`is_fused_into_reads`), in $d_i$ and $s_i$."""
+    uses = operation.inputs
+    return sympy.Add(*(number(program.values[use.value].itemsize) * points(flatten(use.dims)) for use in uses))
+
+
+def vector_elements(program: Program, operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """Elements that the vector unit of one chip loads and stores, in $d_i$ and $s_i$.
+
+    The matmuls of a chain store all its hidden arrays but the last.
+    """
+    groups = grouped(operation)
+    hidden = (groups.hidden_arrays - 1) * hidden_elements(groups, load) if groups and groups.hidden is not None else 0
+    uses = (operation.use(index) for index in vector_uses(program, operation))
+    return sympy.Add(hidden, *(points(flatten(use.dims)) for use in uses))
+
+
+def between_seconds(program: Program, operation: Operation, shards: Array, chip: Chip, load: float) -> Array:
+    """Seconds of the passes between the matmuls of a chain, and of the starts of all but the first matmul."""
+    groups = grouped(operation)
+    if groups is None or groups.hidden is None:
+        return np.zeros(len(shards))
+    size = program.values[operation.outputs[0].value].itemsize
+    rate = chip.vector_elements_per_second
+    slowest = max(size / chip.reached_hbm_bytes_per_second, 1 / rate if rate else 0.0)
+    starts = (groups.hidden_arrays - 1) * chip.op_overhead_seconds + chip.vector_overhead_seconds
+    return evaluate(between_elements(operation, load), operation, shards) * slowest + starts
+
+
+def converted_elements(program: Program, operation: Operation) -> sympy.Expr:
+    """$n_c$: elements that one chip converts for a matmul, in $d_i$ and $s_i$."""
+    return sympy.Add(*(points(flatten(operation.use(k).dims)) for k in converted_operands(program, operation)))
+
+
+def start_seconds(program: Program, operation: Operation, chip: Chip) -> float:
+    """$o$: the start-up time of an operation on the matrix unit, or of a loop of the vector unit."""
+    if operation.op_class == "matmul":
+        return chip.op_overhead_seconds + is_streamed(program, operation) * chip.stream_overhead_seconds
+    points = prod(factor.size for factor in operation.factors)
+    return chip.vector_overhead_seconds if points >= REGISTER and ends_pass(program, operation) else 0.0
+
+
+def cost_key(program: Program, operation: Operation) -> tuple[object, ...]:
+    """All that the costs of operations with equal strategies may differ in.
+
+    Per use in `traffic` its index, the bytes of a stored element, its `sharers`, and whether it can be read ahead; the uses
+    and the start of a loop of the vector unit; whether operands are streamed.
+    """
     uses = ((index, operation.use(index)) for index in operation.traffic)
-    return tuple((index, use.stored_itemsize, sharers(program, use.value)) for index, use in uses)
-
-
-def _flat(dims: Sequence[Sequence[int]]) -> list[int]:
-    return [factor for dim in dims for factor in dim]
-
-
-def _number(value: float) -> sympy.Expr:
-    return sympy.Integer(int(value)) if float(value).is_integer() else sympy.Float(value)
+    static = static_operands(program, operation)
+    moved = tuple((index, use.stored_itemsize, sharers(program, use.value), index in static) for index, use in uses)
+    passes = (vector_uses(program, operation), ends_pass(program, operation))
+    return (moved, passes, is_streamed(program, operation))
 
 
 @lru_cache(maxsize=4096)
@@ -167,32 +231,121 @@ def evaluate(
 class OperationCost:
     """The costs of the strategies of one operation on one chip, as arrays over strategies; seconds are of one execution.
 
-    `flops` are those of the program; `compute_seconds` includes those that padding adds.
+    `flops` are those of the program; `compute_seconds` includes those that padding adds. `vector_seconds` are those of loads
+    and stores by the vector unit, or of conversions if they take longer, `overhead_seconds` the start-up time, and that of the
+    passes between the matmuls of a chain.
     """
 
     flops: Array
     bytes: Array
     compute_seconds: Array
     memory_seconds: Array
+    vector_seconds: Array
+    overhead_seconds: Array
     seconds: Array
 
 
-def price(program: Program, operation: Operation, shards: Array, chip: Chip) -> OperationCost:
+def price(
+    program: Program,
+    operation: Operation,
+    shards: Array,
+    chip: Chip,
+    asynchronous: bool = False,
+    load: float = EXPERT_LOAD,
+) -> OperationCost:
     """Costs every strategy of an operation.
 
     **Arguments:**
 
     - `shards`: `[strategies, factors]`, the number of shards of each factor.
+    - `asynchronous`: whether reads of arguments run beside the overhead of their matmul, and beside fused work on them.
+    - `load`: as for `padded_flops`.
 
-    **Returns:** an `OperationCost`; `seconds` is the roofline's maximum plus the chip's overhead per operation.
+    **Returns:** an `OperationCost`; `seconds` is the roofline's maximum plus the start-up time.
     """
-    work = evaluate(flops(operation), operation, shards)
+    work = evaluate(flops(operation, load), operation, shards)
     kept = chip.on_chip_bytes
-    moved = evaluate(hbm_bytes(program, operation, bool(kept)), operation, shards, on_chip_bytes=kept)
-    if operation.op_class == "matmul":
-        done = evaluate(padded_flops(operation), operation, shards, chip.matrix_tile)
-        rate, overhead = chip.reached_matmul_flops_per_second(operation.dtype), chip.op_overhead_seconds
-    else:
-        done, rate, overhead = work, chip.vector_flops_per_second, 0.0
+    moved = evaluate(hbm_bytes(program, operation, bool(kept), load), operation, shards, on_chip_bytes=kept)
+    matmul = operation.op_class == "matmul"
+    done = work
+    if matmul:
+        done = evaluate(padded_flops(operation, chip.weight_load_rows, load), operation, shards, chip.matrix_tile)
+    rate = chip.reached_matmul_flops_per_second(operation.dtype) if matmul else chip.vector_flops_per_second
     compute, memory = done / rate, moved / chip.reached_hbm_bytes_per_second
-    return OperationCost(work, moved, compute, memory, np.maximum(compute, memory) + overhead)
+    between = between_seconds(program, operation, shards, chip, load)
+    if asynchronous:
+        seconds = _asynchronous_seconds(program, operation, shards, chip, compute, memory) + between
+        overhead = np.maximum(seconds - np.maximum(compute, memory), 0.0)
+        return OperationCost(work, moved, compute, memory, np.zeros(len(shards)), overhead, seconds)
+    stored = evaluate(vector_elements(program, operation, load), operation, shards)
+    converted = evaluate(converted_elements(program, operation), operation, shards)
+    vector, conversion = (
+        elements / rate if rate else np.zeros(len(shards))
+        for elements, rate in (
+            (stored, chip.vector_elements_per_second),
+            (converted, chip.converted_elements_per_second),
+        )
+    )
+    longest = np.maximum(compute, memory + vector if matmul else np.maximum(memory, vector))
+    longest, vector = np.maximum(longest, conversion), np.maximum(vector, conversion)
+    overhead = start_seconds(program, operation, chip) + between
+    return OperationCost(work, moved, compute, memory, vector, overhead, longest + overhead)
+
+
+def _asynchronous_seconds(
+    program: Program, operation: Operation, shards: Array, chip: Chip, compute: Array, memory: Array
+) -> Array:
+    """Seconds of an operation under the overlap "async", without the vector unit's loops, as its constants were fitted."""
+    overhead = chip.op_overhead_seconds if operation.op_class == "matmul" else 0.0
+    if is_fused_into_reads(program, operation):
+        arrives = evaluate(arriving_bytes(program, operation), operation, shards) / chip.reached_hbm_bytes_per_second
+        return np.maximum(compute - arrives, 0.0)
+    if static_operands(program, operation):
+        return np.maximum(compute + overhead, memory)
+    return np.maximum(compute, memory) + overhead
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Seconds of one run of a matmul, per strategy, behind which its communication is hidden under the overlap "async".
+
+    - `chain`: HBM seconds beyond those of the core, of reads that can run ahead, with those of the `lenders`.
+    - `beside`: the seconds of the matmul without its own part of `chain`, for transfers that nothing waits for.
+    """
+
+    chain: Array
+    beside: Array
+
+
+def windows(
+    program: Program, operation: int, shards: Array, chip: Chip, chips: int, load: float = EXPERT_LOAD
+) -> Windows:
+    """The `Windows` of the strategies of a matmul (derived in `costmodels.machine.conventions.Pricing`).
+
+    **Arguments:**
+
+    - `chips`: the number of chips, over all of which the weights of lenders count as split.
+    - `load`: as for `padded_flops`.
+    """
+    op = program.operations[operation]
+    cost = price(program, op, shards, chip, True, load)
+    ahead = np.minimum(evaluate(prefetched_bytes(program, op, load), op, shards), chip.prefetch_bytes)
+    core = cost.compute_seconds + chip.op_overhead_seconds
+    own = np.minimum(np.maximum(cost.memory_seconds - core, 0.0), ahead / chip.reached_hbm_bytes_per_second)
+    lent = lent_seconds(program, operation, chip, chips) if is_lender(program, operation) else 0.0
+    borrowed = sum(lent_seconds(program, i, chip, chips) for i in lenders(program, operation))
+    room = chip.prefetch_bytes / chip.reached_hbm_bytes_per_second
+    return Windows(np.minimum(np.maximum(own - lent, 0.0) + borrowed, room), cost.seconds - own)
+
+
+def lent_seconds(program: Program, operation: int, chip: Chip, chips: int) -> float:
+    """HBM seconds beyond those of the core that a matmul lends: those of a weight that is split over all chips.
+
+    Its other operand counts as whole, so that the strategy of the lender does not enter.
+    """
+    op = program.operations[operation]
+    whole = np.ones((1, len(op.factors)))
+    read = float(evaluate(prefetched_bytes(program, op), op, whole)[0]) / chips
+    work = float(evaluate(padded_flops(op, chip.weight_load_rows), op, whole, chip.matrix_tile)[0]) / chips
+    core = work / chip.reached_matmul_flops_per_second(op.dtype) + chip.op_overhead_seconds
+    return max(min(read, chip.prefetch_bytes) / chip.reached_hbm_bytes_per_second - core, 0.0)

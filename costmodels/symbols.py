@@ -10,12 +10,15 @@ Rates are achieved rates: the peak times the chip's efficiency.
 | $t_{tile}$ | side of the matrix unit | elements |
 | $W_{hbm}$ | HBM bandwidth | bytes/s |
 | $m_{chip}$ | the largest array that stays on the chip between two operations | bytes |
+| $m_{ahead}$ | the room for weights that are copied into on-chip memory ahead, under the overlap "async" | bytes |
 | $W_{ici}$, or $W_x, W_y, ...$ if axes differ | one-way bandwidth of a link | bytes/s |
 | $W_{total}$ | bandwidth of all links of a chip together, under the convention "total" | bytes/s |
 | $f_{overlap}$ | the part of the bandwidth time that computation hides | 1 |
-| $α_{ici}$, or $α_x, ...$; $o_{op}$, $o_{coll}$ | latency of a hop; launch of an operation, of a collective | s |
+| $E_{vector}$, $E_{convert}$ | rate at which the vector unit loads and stores arrays, converts operands | elements/s |
+| $α_{ici}$, or $α_x, ...$ | latency of a hop | s |
+| $o_{op}$, $o_{stream}$, $o_{vector}$, $o_{coll}$ | start of a matmul, its stream, a vector loop, a collective | s |
 
-Expressions are written to files as text and read back by `parsed`, which accepts arithmetic only.
+Expressions are written to files as text and read back by `parse_expression`, which accepts arithmetic only.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Any
 
 from costmodels.machine.collectives import expression
 from costmodels.machine.lazy_sympy import sympy
+from costmodels.machine.rings import longest_way
 from costmodels.machine.topology import Axis, Topology
 
 Expr = Any
@@ -58,7 +62,7 @@ _GREATEST_POWER = 16
 
 
 @lru_cache(maxsize=4096)
-def parsed(text: str) -> Expr:
+def parse_expression(text: str) -> Expr:
     """The expression of a text such as `2*F` or `H*D/(X*Y)`; the text is never executed.
 
     **Raises:** `ValueError` for anything but names, whole numbers, arithmetic and `floor`, `ceiling`, `max`, `min`, `mod`.
@@ -98,7 +102,7 @@ def text(expression: Expr) -> str:
 # --- Numbers
 
 
-def evaluated(expression: Expr, numbers: Mapping[str, float]) -> float:
+def evaluate(expression: Expr, numbers: Mapping[str, float]) -> float:
     """The value of an expression, with numbers by the names of its symbols.
 
     **Raises:** `KeyError`, with the names of symbols without a number.
@@ -115,13 +119,13 @@ def _compile(expression: Expr, symbols: tuple[sympy.Symbol, ...]) -> Callable[..
     return sympy.lambdify(symbols, expression, "math")
 
 
-def replaced(expression: Expr, table: Mapping[Expr, Expr]) -> Expr:
+def substitute(expression: Expr, table: Mapping[Expr, Expr]) -> Expr:
     """`xreplace` without evaluation of maxima and minima: SymPy would compare their terms pair by pair, for seconds."""
     if expression in table:
         return table[expression]
     if not expression.args or not expression.free_symbols & table.keys():
         return expression
-    args = [replaced(arg, table) for arg in expression.args]
+    args = [substitute(arg, table) for arg in expression.args]
     if isinstance(expression, (sympy.Max, sympy.Min, sympy.Piecewise)):
         return expression.func(*args, evaluate=False)
     return expression.func(*args)
@@ -147,7 +151,7 @@ def matmul_rate(dtype: str) -> sympy.Symbol:
 
 @cache
 def rate(name: str) -> sympy.Symbol:
-    """The symbol of a rate or an overhead: `C_vector`, `W_hbm`, `W_total`, `o_op`, `o_coll`, `f_overlap`, `t_tile`, ..."""
+    """The symbol of a rate or an overhead: `C_vector`, `W_hbm`, `W_total`, `o_op`, `E_vector`, `f_overlap`, `t_tile`, ..."""
     return sympy.Symbol(name, nonnegative=True) if name[0] in "oafm" else sympy.Symbol(name, positive=True)
 
 
@@ -159,10 +163,15 @@ def rates(topology: Topology, dtypes: Iterable[str]) -> dict[str, float]:
     found |= {str(matmul_rate(dtype)): chip.reached_matmul_flops_per_second(dtype) for dtype in dtypes}
     found |= {
         "C_vector": chip.vector_flops_per_second,
+        "E_vector": chip.vector_elements_per_second,
+        "E_convert": chip.converted_elements_per_second,
         "W_hbm": chip.reached_hbm_bytes_per_second,
         "t_tile": chip.matrix_tile,
         "m_chip": chip.on_chip_bytes,
+        "m_ahead": chip.prefetch_bytes,
         "o_op": chip.op_overhead_seconds,
+        "o_stream": chip.stream_overhead_seconds,
+        "o_vector": chip.vector_overhead_seconds,
         "o_coll": max(launches, default=0.0),
         "W_total": topology.total_bytes_per_second,
         "f_overlap": topology.pricing.hidden_part,
@@ -188,25 +197,63 @@ def _link_symbols(axes: Sequence[Axis]) -> dict[str, tuple[sympy.Symbol, sympy.S
 # --- Time
 
 
-def operation_seconds(done: Expr, moved: Expr, matmul: bool, dtype: str) -> Expr:
-    """Seconds of one run of an operation: `costmodels.operations.price` as a formula.
+def asynchronous_seconds(done: Expr, moved: Expr, matmul: bool, dtype: str, beside: bool) -> Expr:
+    """Seconds of one run of an operation under the overlap "async": `costmodels.operations.price` as a formula.
 
     **Arguments:**
 
     - `done`: FLOPs, in whole tiles on a matrix unit.
     - `moved`: HBM bytes.
+    - `beside`: whether the overhead runs beside HBM.
     """
     compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
+    overhead = rate("o_op") if matmul else sympy.Integer(0)
+    if beside:
+        compute, overhead = compute + overhead, sympy.Integer(0)
     sides = [side for side in (compute, memory) if side != 0]
     longest = sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sympy.Add(*sides)
-    return longest + (rate("o_op") if matmul else 0)
+    return longest + overhead
+
+
+def operation_seconds(done: Expr, moved: Expr, elements: Expr, converted: Expr, matmul: bool, dtype: str) -> Expr:
+    """Seconds of one run of an operation without its start: `costmodels.operations.price` as a formula.
+
+    **Arguments:**
+
+    - `done`: FLOPs, in whole tiles on a matrix unit.
+    - `moved`: HBM bytes.
+    - `elements`, `converted`: elements that the vector unit loads and stores, and that it converts for a matmul.
+    """
+    compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
+    vector, conversion = elements / rate("E_vector"), converted / rate("E_convert")
+    terms = (compute, memory + vector, conversion) if matmul else (compute, memory, vector)
+    sides = [side for side in terms if side != 0]
+    return sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sympy.Add(*sides)
+
+
+def spare_seconds(done: Expr, moved: Expr, ahead: Expr, dtype: str) -> Expr:
+    """HBM seconds of a matmul beyond those of its arithmetic, of reads that can run ahead (`costmodels.operations.windows`).
+
+    **Arguments:**
+
+    - `ahead`: HBM bytes that can be read before the matmul begins.
+    """
+    spare = moved / rate("W_hbm") - done / matmul_rate(dtype) - rate("o_op")
+    room = sympy.Min(ahead, rate("m_ahead"), evaluate=False) / rate("W_hbm")
+    return sympy.Min(sympy.Max(spare, 0, evaluate=False), room, evaluate=False)
 
 
 def collective_seconds(kind: str, axes: Sequence[str], payload: Expr, topology: Topology) -> Expr:
     """Seconds of a collective, or of a local slice, for a payload by the convention of `costmodels.machine.collectives`."""
     if kind == "slice":
         return 2 * payload / rate("W_hbm")
-    return replaced(_collective(kind, tuple(sorted(axes)), topology), {_payload(): payload})
+    return substitute(_collective(kind, tuple(sorted(axes)), topology), {_payload(): payload})
+
+
+def hop_seconds(name: str, sent: Expr, topology: Topology) -> Expr:
+    """Seconds of one hop of a ring over an axis: `costmodels.machine.rings.hop_seconds` as a formula."""
+    axis, (bandwidth, hop) = topology.axis(name), _link_symbols(topology.axes)[name]
+    return sent / bandwidth + hop * longest_way(axis, axis_size(name)) + rate("o_coll")
 
 
 @cache
@@ -223,7 +270,7 @@ def _collective(kind: str, axes: tuple[str, ...], topology: Topology) -> Expr:
         bandwidth, hop = links[axis.name]
         known |= {f"n_{axis.name}": axis_size(axis.name), f"W_{axis.name}": bandwidth, f"alpha_{axis.name}": hop}
     found = expression(kind, taking_part, topology.pricing)
-    return replaced(found, {symbol: known[str(symbol)] for symbol in found.free_symbols})
+    return substitute(found, {symbol: known[str(symbol)] for symbol in found.free_symbols})
 
 
 # --- Volume
@@ -278,9 +325,9 @@ def specialize(expression: Expr, numbers: Mapping[str, float]) -> Expr:
         return specialize(next(case for case, where in cases if _holds(where, numbers)), numbers)
     if isinstance(expression, (sympy.Max, sympy.Min)):
         choose = max if isinstance(expression, sympy.Max) else min
-        return specialize(choose(expression.args, key=lambda side: evaluated(side, numbers)), numbers)
+        return specialize(choose(expression.args, key=lambda side: evaluate(side, numbers)), numbers)
     args = [specialize(arg, numbers) for arg in expression.args]
-    if isinstance(expression, (sympy.floor, sympy.ceiling)) and evaluated(args[0], numbers).is_integer():
+    if isinstance(expression, (sympy.floor, sympy.ceiling)) and evaluate(args[0], numbers).is_integer():
         return args[0]
     return expression.func(*args)
 
@@ -296,13 +343,13 @@ def largest_terms(expression: Expr, numbers: Mapping[str, float], part: float) -
     """
     kept: dict[Expr, Expr] = {}
 
-    def closed(sum_: Expr) -> Expr:
+    def close_sum(sum_: Expr) -> Expr:
         return kept.setdefault(sum_, sympy.Dummy(positive=True))
 
-    opened = expression.replace(_is_chips_but_one, closed)
+    opened = expression.replace(_is_chips_but_one, close_sum)
     back = {dummy: sum_ for sum_, dummy in kept.items()}
     terms = [term.xreplace(back) for term in sympy.Add.make_args(sympy.expand(opened)) if term != 0]
-    values = {term: abs(evaluated(term, numbers)) for term in terms}
+    values = {term: abs(evaluate(term, numbers)) for term in terms}
     terms.sort(key=lambda term: (-values[term], str(term)))
     total, rest = sum(values.values()), 0.0
     count = len(terms)

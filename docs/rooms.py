@@ -37,6 +37,7 @@ FLOORS: dict[str, str] = {
     "autoshard.planning": "solution to plan, plan files",
     "autoshard.emitting": "plan to sharded function",
     "autoshard.auditing": "compiled program against plan",
+    "autoshard.carrying": "specs, constraints, by hand",
     "autoshard.explaining": "tables, formulas, rooflines",
     "autoshard.export": "specs, rules, Flax, MaxText",
     "autoshard": "search(), Plan, decorator",

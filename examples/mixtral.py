@@ -1,13 +1,16 @@
 """Mixtral 8×7B in plain JAX: a mixture of experts, without sharding code.
 
 The model is that of Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088), §2: a Llama-like block whose feed-forward
-half is eight of them, two for each token. There are two ways to compute it:
+half is eight of them, two for each token. There are three ways to compute it:
 
 - `dense`: every expert processes every token, and all except two have weight 0. Decode loses nothing by that: a batch of any
   size needs every expert's weights, and reading them takes most of the time.
 - `dispatch`: each expert gets a buffer of `capacity` tokens per group of tokens; matmuls with one-hot arrays move tokens
   there and back (GShard, Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1). If experts are
   sharded over chips, each of the two matmuls is an all-to-all: expert parallelism. Tokens skip experts with a full buffer.
+
+- `ragged`: tokens are sorted by expert, and `lax.ragged_dot` multiplies the rows of each expert by its matrices. No token skips
+  an expert. If experts are sharded over chips, each chip computes the rows of its own experts, and adds them by token.
 
 Letters in shapes, beside those of `llama.py`: X experts, N experts of each token, G groups of S tokens, C capacity.
 
@@ -114,6 +117,19 @@ def dispatched_experts(layer: Params, x: Array, chosen: int) -> Array:
     return jnp.einsum("gsxc,xgce->gse", fetch.astype(x.dtype), outputs).reshape(x.shape)
 
 
+def ragged_experts(layer: Params, x: Array, chosen: int) -> Array:
+    """Each expert on the tokens `[..., E]` that chose it, sorted by expert."""
+    tokens = x.reshape(-1, x.shape[-1])  # [T, E]
+    experts, weights = routed(layer, tokens, chosen)  # [T, N]
+    order = jnp.argsort(experts.reshape(-1))  # [T N]
+    sizes = jnp.bincount(experts.reshape(-1), length=layer["router"].shape[1]).astype(jnp.int32)  # [X]
+    rows = tokens[order // chosen]
+    hidden = jax.nn.silu(lax.ragged_dot(rows, layer["w_gate"], sizes)) * lax.ragged_dot(rows, layer["w_up"], sizes)
+    outputs = lax.ragged_dot(hidden, layer["w_down"], sizes)
+    weighted = outputs * weights.reshape(-1)[order][:, None].astype(x.dtype)
+    return jnp.zeros_like(tokens).at[order // chosen].add(weighted).reshape(x.shape)
+
+
 def capacity(tokens: int, layer: Params, chosen: int) -> int:
     """Tokens of a group for which an expert has room."""
     return max(chosen, int(CAPACITY_FACTOR * tokens * chosen / layer["router"].shape[1]))
@@ -143,34 +159,47 @@ def prefill_step(params: Params, tokens: Array, *, chosen: int, feed_forward: An
     return llama.logits(params, x[:, -1]), cache
 
 
-def decode_step(params: Params, cache: llama.Cache, tokens: Array, position: Array, *, chosen: int) -> Any:
+def decode_step(
+    params: Params,
+    cache: llama.Cache,
+    tokens: Array,
+    position: Array,
+    *,
+    chosen: int,
+    feed_forward: Any = dense_experts,
+) -> Any:
     """The logits `[B, V]` that follow `tokens` `[B]`, which stand at `position`, and the cache with them in it."""
     x, new_cache = params["embedding"][tokens], []
     for layer, entry in zip(params["layers"], cache, strict=True):
         x, entry = llama.cached_attention_half(layer, x, entry, position)
-        x = x + dense_experts(layer, rms_norm(x, layer["ffn_norm"]), chosen)
+        x = x + feed_forward(layer, rms_norm(x, layer["ffn_norm"]), chosen)
         new_cache.append(entry)
     return llama.logits(params, x), new_cache
 
 
 # --- Workloads
 
-WAYS = {"dense": dense_experts, "dispatch": dispatched_experts}
+WAYS = {"dense": dense_experts, "dispatch": dispatched_experts, "ragged": ragged_experts}
 
 
-def decode(size: str = "8x7b", batch: int = 64, context: int = 2048, layers: int | None = None) -> Workload:
-    """One decode step: a token for each of `batch` sequences against a cache of `context` tokens, which is donated."""
+def decode(
+    size: str = "8x7b", batch: int = 64, context: int = 2048, layers: int | None = None, experts: str = "dense"
+) -> Workload:
+    """One decode step: a token for each of `batch` sequences against a cache of `context` tokens, which is donated.
+
+    `experts` is "dense" or "ragged".
+    """
     config = config_of(size, layers)
     tokens, position = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     args = (abstract_params(config), llama.abstract_cache(config, batch, context, unrolled=True), tokens, position)
-    step = partial(decode_step, chosen=config.chosen)
+    step = partial(decode_step, chosen=config.chosen, feed_forward=WAYS[experts])
     return Workload(step, args, donate_argnums=(1,), name=f"mixtral-{size}-decode")
 
 
 def prefill(
     size: str = "8x7b", batch: int = 16, length: int = 1024, layers: int | None = None, experts: str = "dispatch"
 ) -> Workload:
-    """Prefill: `batch` prompts of `length` tokens into a fresh cache; `experts` is "dispatch" or "dense"."""
+    """Prefill: `batch` prompts of `length` tokens into a fresh cache; `experts` is "dispatch", "dense" or "ragged"."""
     config = config_of(size, layers)
     args = (abstract_params(config), jax.ShapeDtypeStruct((batch, length), jnp.int32))
     step = partial(prefill_step, chosen=config.chosen, feed_forward=WAYS[experts])

@@ -40,7 +40,7 @@ class Ranking:
     proven: bool
 
 
-def ranked(best: Solution, k: int, limits: Limits = DEFAULTS, say: Say = lambda _: None) -> Ranking:
+def rank(best: Solution, k: int, limits: Limits = DEFAULTS, say: Say = lambda _: None) -> Ranking:
     """The k best plans of a problem with a known best; fewer if there are no more.
 
     **Arguments:**
@@ -71,7 +71,7 @@ class _Parts:
     def __init__(self, best: Solution, limits: Limits, say: Say) -> None:
         self.problem, self.limits, self.say = best.problem, limits, say
         self.deadline = time.monotonic() + limits.wall_seconds
-        self.nodes = _that_matter(best)
+        self.nodes = _significant_nodes(best)
         alike = axis_classes(self.problem)
         program = self.problem.program
         self.labels = {node: _labels(program, self.problem.nodes[node], alike) for node in self.nodes}
@@ -109,7 +109,7 @@ class _Parts:
         return found
 
 
-def _that_matter(best: Solution) -> list[int]:
+def _significant_nodes(best: Solution) -> list[int]:
     """The nodes of significant matmuls, the heaviest first."""
     problem, states = best.problem, states_of(best.problem, best.choice)
     cost: dict[int, float] = {}
@@ -122,7 +122,7 @@ def _that_matter(best: Solution) -> list[int]:
 
 def _labels(program: Program, node: Node, alike: Mapping[str, int]) -> np.ndarray:
     """A number per strategy, shared by those that differ by a swap of like axes, by their order, or within a role."""
-    op = program.operations[node.operation]
+    op = program.operations[node.of]
     roles = [_role(op, factor) for factor in range(len(op.factors))]
     numbers: dict[object, int] = {}
 
@@ -140,4 +140,4 @@ def _role(op: Operation, factor: int) -> tuple[int, ...]:
     A factor that all have is its own role.
     """
     has = tuple(int(any(factor in dim for dim in use.dims)) for use in (*op.inputs, *op.outputs))
-    return (*has, factor if all(has) else -1)
+    return (*has, factor) if all(has) else has

@@ -73,9 +73,9 @@ def search_phases(
     if at_most is not None and alone[at_most[0]].proof.bound_seconds > at_most[1]:
         raise TooSlow(at_most[0], alone[at_most[0]].check.seconds)
     joint = _Joint(programs, topology, tuple(shared), tuple(handoffs), limits, say)
-    found = joint.weighed(weights, weights)
+    found = joint.solve_weighted(weights, weights)
     if at_most is not None and found.solutions[at_most[0]].check.seconds > at_most[1]:
-        found = _limited(joint, weights, *at_most, found)
+        found = _keep_limit(joint, weights, *at_most, found)
     return replace(found, alone=alone, proof=replace(found.proof, wall_seconds=time.monotonic() - started))
 
 
@@ -90,7 +90,7 @@ class _Joint:
     limits: Limits
     say: Say
 
-    def weighed(self, used: Sequence[float], asked: Sequence[float]) -> Phases:
+    def solve_weighted(self, used: Sequence[float], asked: Sequence[float]) -> Phases:
         """The best plans under some weights, and their sum under the requested weights."""
         joined, spans = join(self.programs, used)
         pairs = tuple((spans[p].results + r, spans[q].arguments + a) for (p, r), (q, a) in self.handoffs)
@@ -99,14 +99,17 @@ class _Joint:
         whole = search(joined, self.topology, self.limits, self.say, ties=ties)
         parts = zip(self.programs, spans, strict=True)
         found = tuple(_part(program, self.topology, whole, span) for program, span in parts)
-        handed = _handed(joined, self.topology, whole.choice)
+        handed = _handover_seconds(joined, self.topology, whole.choice)
         return Phases(found, (), tuple(asked), whole.proof, handed)
 
 
-def _handed(joined: Program, topology: Topology, choice: Choice) -> float:
+def _handover_seconds(joined: Program, topology: Topology, choice: Choice) -> float:
     """Seconds of all handoffs, once."""
-    moved = [c for c in collectives(joined, topology, choice) if c.operand == -1 and c.operation >= 0]
-    return sum(c.seconds / joined.multiplicity(joined.operations[c.operation].inputs[0].region) for c in moved)
+    found = 0.0
+    for each in collectives(joined, topology, choice):
+        if each.operation is not None and each.operand is None:
+            found += each.seconds / joined.multiplicity(joined.operations[each.operation].inputs[0].region)
+    return found
 
 
 _HEAVIEST = 1e5
@@ -115,7 +118,7 @@ _TRIALS = 15
 """The number of factors tried: growing until the phase keeps its limit, then bisecting on a logarithmic scale."""
 
 
-def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, first: Phases) -> Phases:
+def _keep_limit(joint: _Joint, weights: Sequence[float], phase: int, most: float, first: Phases) -> Phases:
     """The least weighted sum found under which a phase keeps to its limit, with the Lagrangian bound on any such sum.
 
     With the weight raised by $\\lambda$, $\\min_x \\sum_p w_p t_p(x) + \\lambda (t_q(x) - T)$ is a bound for every
@@ -125,7 +128,7 @@ def _limited(joint: _Joint, weights: Sequence[float], phase: int, most: float, f
     low, high, factor = 1.0, inf, 4.0
     for _ in range(_TRIALS):
         raised = [weight * factor if p == phase else weight for p, weight in enumerate(weights)]
-        found = joint.weighed(raised, weights)
+        found = joint.solve_weighted(raised, weights)
         extra = (factor - 1) * weights[phase]
         bound = max(bound, found.proof.bound_seconds - extra * most)
         took = found.solutions[phase].check.seconds

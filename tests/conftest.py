@@ -8,10 +8,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu must not look for a TPU on the network
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nor abort because another process compiles too
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: tables would be as narrow as its terminal
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from autoshard._util import elapsed
+
+elapsed.SILENT_SECONDS = 1e9  # a busy machine must not add lines to what tests compare
 
 pytest.register_assert_rewrite("tests.support")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -37,7 +37,7 @@ def matches_end(pattern: str, path: str) -> bool:
     return pattern == path or any(fnmatchcase(".".join(keys[at:]), pattern) for at in range(len(keys)))
 
 
-def unnumbered(name: str) -> str:
+def star_numbers(name: str) -> str:
     """A name with a star for each number that may tell layers apart: `[3]`, `['3']`, `['layer_3']`, `block_3/`."""
     return _NUMBER.sub("*", name)
 
@@ -49,7 +49,7 @@ def shared_name(names: Iterable[str]) -> str:
 
     **Arguments:**
 
-    - `names`: at least one; with the same `unnumbered`.
+    - `names`: at least one; with the same `star_numbers`.
     """
     different = list(dict.fromkeys(names))
     numbers = zip(*map(_NUMBER.findall, different), strict=True)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoshard.annotating.dimension_names import Names, named
+from autoshard.annotating.dimension_names import Names, name_dimensions
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
+from autoshard.annotating.padding import Padding, pad_traced
 from autoshard.annotating.pins import Pin, pin_program
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import TracedFunction
@@ -25,17 +26,36 @@ class AnnotatedFunction(TracedFunction):
 
     - `dimensions`: the sizes of the program by name.
     - `fingerprint`: the fingerprint of the program with its pins.
+    - `names`, `shapes`: the user's names of dimensions, and symbolic shapes of the flat arguments, as for `annotate`.
     - `pinned`: the pins in the program.
+    - `padding`: the padded dimensions of the program.
+    - `chained`: the same function with its chains of grouped matmuls as one operation each, if it has some.
     """
 
     dimensions: Dimensions
     fingerprint: str
+    names: Names | None = None
+    shapes: tuple[Sequence[Any], ...] = ()
     pinned: tuple[Pin, ...] = ()
+    padding: tuple[Padding, ...] = ()
+    chained: AnnotatedFunction | None = None
 
     @property
     def program(self) -> Program:
         """The annotated program."""
         return self.traced.program
+
+    def padded(self, padding: Sequence[Padding]) -> AnnotatedFunction:
+        """The same function, without pins, with longer dimensions."""
+        if not padding:
+            return self
+        traced = pad_traced(self.traced, padding)
+        program = traced.program
+        names = {key: words for key, words in (self.names or {}).items() if isinstance(words, str)}  # not by size
+        dimensions = name_dimensions(program, traced.argument_values, traced.paths, names, self.shapes)
+        return replace(
+            self, traced=traced, dimensions=dimensions, fingerprint=fingerprint(program), padding=tuple(padding)
+        )
 
     def with_program(self, program: Program, **changes: Any) -> AnnotatedFunction:
         """The same function with another program, and its fingerprint."""
@@ -56,9 +76,13 @@ def annotate(
     **Raises:** `AutoshardError` for names that fit no dimension.
     """
     traced = annotate_traffic(function.traced)
-    dimensions = named(traced.program, traced.argument_values, traced.paths, dims, tuple(shapes))
+    dimensions = name_dimensions(traced.program, traced.argument_values, traced.paths, dims, tuple(shapes))
     return AnnotatedFunction(
-        **vars(replace(function, traced=traced)), dimensions=dimensions, fingerprint=fingerprint(traced.program)
+        **vars(replace(function, traced=traced)),
+        dimensions=dimensions,
+        fingerprint=fingerprint(traced.program),
+        names=dims,
+        shapes=tuple(shapes),
     )
 
 

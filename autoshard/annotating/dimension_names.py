@@ -24,11 +24,11 @@ from typing import Any
 import jax
 
 from autoshard._util.paths import dotted, matches_end
-from autoshard.errors import AutoshardError
+from autoshard.errors import OptionError
 from costmodels.dimensions import DimensionError, Dimensions, Given, dimensions_of
 from costmodels.machine.topology import AXIS_NAMES
 from costmodels.program.program import Program
-from costmodels.symbols import Expr, dimension, evaluated, parsed
+from costmodels.symbols import Expr, dimension, evaluate, parse_expression
 
 Names = Mapping[str, str | int]
 Shape = Sequence[Any]
@@ -36,7 +36,7 @@ Shape = Sequence[Any]
 _RESERVED = tuple(name.upper() for name in AXIS_NAMES)
 
 
-def named(
+def name_dimensions(
     program: Program,
     values: Sequence[int],
     paths: Sequence[str],
@@ -51,38 +51,42 @@ def named(
     - `names`: the user's names, as above.
     - `shapes`: the arguments' shapes as the user gave them, with the dimensions of `jax.export.symbolic_shape`, if any.
 
-    **Raises:** `AutoshardError` for names that match no argument, and for one name with two sizes.
+    **Raises:** `OptionError` for names that match no argument, and for one name with two sizes.
     """
     concrete = [program.values[value].shape for value in values]
-    written = [list(row) for row in _written(paths, concrete, names or {})]
+    written = [list(row) for row in _given_words(paths, concrete, names or {})]
     for row, shape in zip(written, shapes or (), strict=False):
         row[:] = [str(n) if jax.export.is_symbolic_dim(n) else word for word, n in zip(row, shape, strict=True)]
     try:
-        given = [Given(value, at, _named(word)) for value, at, word in _each(values, written) if word not in ("", "_")]
+        given = [
+            Given(value, at, _parse_size(word))
+            for value, at, word in _words_by_dimension(values, written)
+            if word not in ("", "_")
+        ]
         return dimensions_of(program, given, list(_automatic(values, paths, concrete, given)))
     except (DimensionError, ValueError) as error:
-        raise AutoshardError(f"Invalid dimension names: {error}.") from error
+        raise OptionError(f"Invalid dimension names: {error}.") from error
 
 
-def _each(values: Sequence[int], rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, str]]:
+def _words_by_dimension(values: Sequence[int], rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, str]]:
     for value, row in zip(values, rows, strict=True):
         yield from ((value, at, word) for at, word in enumerate(row))
 
 
-def _named(word: str) -> Expr:
-    size = parsed(word)
+def _parse_size(word: str) -> Expr:
+    size = parse_expression(word)
     taken = sorted(str(symbol) for symbol in size.free_symbols if str(symbol) in _RESERVED)
     if taken:
         raise ValueError(f"{', '.join(_RESERVED)} are reserved for the sizes of mesh axes; rename {taken[0]}")
     return size
 
 
-def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Iterator[list[str]]:
+def _given_words(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Iterator[list[str]]:
     """A word per dimension of every argument: the user's name for it, or an empty string."""
     by_path = {key: words for key, words in names.items() if isinstance(words, str)}
     by_size = {size: key for key, size in names.items() if not isinstance(size, str)}
     if len(by_size) < len(names) - len(by_path):
-        raise AutoshardError("Two names have the same size; name those dimensions by their arguments' paths.")
+        raise OptionError("Two names have the same size; name those dimensions by their arguments' paths.")
     unused = dict.fromkeys([*by_path, *by_size.values()])
     for path, shape in zip(paths, shapes, strict=True):
         key = next((key for key in by_path if matches_end(key, path)), None)
@@ -95,15 +99,15 @@ def _written(paths: Sequence[str], shapes: Sequence[Shape], names: Names) -> Ite
         if key in by_path:
             near = get_close_matches(key, [*paths, *map(dotted, paths)], n=1, cutoff=0.3)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise AutoshardError(f"No argument has the path {key!r}.{hint} The paths are {', '.join(paths[:8])}.")
-        raise AutoshardError(f"No argument has a dimension of size {names[key]}, given for the name {key!r}.")
+            raise OptionError(f"No argument has the path {key!r}.{hint} The paths are {', '.join(paths[:8])}.")
+        raise OptionError(f"No argument has a dimension of size {names[key]}, given for the name {key!r}.")
 
 
 def _words(path: str, shape: Shape, text: str) -> list[str]:
     words = text.replace(",", " ").split()
     if len(words) != len(shape):
         written = ",".join(map(str, shape))
-        raise AutoshardError(
+        raise OptionError(
             f"{path} has shape [{written}], but {text!r} names {len(words)} dimensions; give one word each, _ for no name."
         )
     return words
@@ -134,30 +138,30 @@ def symbols_of(args: Any) -> tuple[str, ...]:
     """The names of the dimensions of `jax.export.symbolic_shape` in the arguments' shapes, in order."""
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree_util.tree_leaves(args)]
     dims = [n for shape in shapes for n in shape if jax.export.is_symbolic_dim(n)]
-    return tuple(dict.fromkeys(name for n in dims for name in sorted(map(str, parsed(str(n)).free_symbols))))
+    return tuple(dict.fromkeys(name for n in dims for name in sorted(map(str, parse_expression(str(n)).free_symbols))))
 
 
 def with_numbers(args: Any, sizes: Mapping[str, int]) -> tuple[Any, ...]:
     """The arguments with numbers for symbolic dimensions: the given sizes, and distinct primes for the others.
 
-    **Raises:** `AutoshardError` for a size whose name is not a symbolic dimension.
+    **Raises:** `OptionError` for a size whose name is not a symbolic dimension.
     """
     names = symbols_of(args)
     unknown = sorted(set(sizes) - set(names))
     if unknown:
-        raise AutoshardError(
+        raise OptionError(
             f"No argument has a symbolic dimension {unknown[0]}; the symbolic dimensions are {', '.join(names) or 'none'}."
         )
     numbers = {**dict(zip(names, primes(), strict=False)), **sizes}
 
-    def numbered(leaf: Any) -> Any:
+    def substitute(leaf: Any) -> Any:
         shape = getattr(leaf, "shape", ())
         if not any(jax.export.is_symbolic_dim(n) for n in shape):
             return leaf
-        found = tuple(int(evaluated(parsed(str(n)), numbers)) for n in shape)
+        found = tuple(int(evaluate(parse_expression(str(n)), numbers)) for n in shape)
         return jax.ShapeDtypeStruct(found, leaf.dtype)
 
-    return tuple(jax.tree_util.tree_map(numbered, tuple(args)))
+    return tuple(jax.tree_util.tree_map(substitute, tuple(args)))
 
 
 def primes() -> Iterator[int]:

@@ -8,8 +8,9 @@ the compilers:
   at the widest of their widths.
 - A slice computed by arithmetic is written directly into its stack.
 - A stack that a loop updates in place is copied before the loop if its old contents are used elsewhere.
-- A reduction must end before its result can be used. Operations after it read the values of the chain before it again:
-  a softmax reads its logits for the maximum, for the sum and for the quotient.
+- A sum must end before its result can be used. Operations after it read the values of the chain before it again: a softmax
+  reads its logits for the sum and for the quotient. It does not read them again for the maximum, which compilers find in
+  the same pass (the TPU compiler as a `reduce-window`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import dataclasses
 
 from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY
-from costmodels.program.program import Operation, Program, Use
+from costmodels.program.program import Operation, Output, Program, Use
 from costmodels.program.views import CAST, is_view
 from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice
 
@@ -39,9 +40,11 @@ def with_traffic(program: Program) -> Program:
         elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
             traffic = ()
         elif op.primitive == CARRY and _is_copied(program, op):
-            traffic = (0, -2)
-        inputs = tuple(_stored(program, use, k in traffic, read=True) for k, use in enumerate(op.inputs))
-        outputs = tuple(_stored(program, use, -1 - k in traffic, read=False) for k, use in enumerate(op.outputs))
+            traffic = (0, Output(1))
+        inputs = tuple(_with_hbm_width(program, use, k in traffic, read=True) for k, use in enumerate(op.inputs))
+        outputs = tuple(
+            _with_hbm_width(program, use, Output(k) in traffic, read=False) for k, use in enumerate(op.outputs)
+        )
         operations[i] = dataclasses.replace(op, traffic=traffic, inputs=inputs, outputs=outputs)
     return dataclasses.replace(program, operations=tuple(operations))
 
@@ -78,22 +81,23 @@ def _reads(program: Program, depths: _Depths, i: int, op: Operation) -> list[int
     return [
         k
         for k, use in enumerate(op.inputs)
-        if not _fused(program, source := _seen_through(program, use.value)) or depths.reread(source, i)
+        if not _is_fused_result(program, source := _producer_through_casts(program, use.value))
+        or depths.reread(source, i)
     ]
 
 
-def _writes(program: Program, op: Operation) -> list[int]:
-    return [-1 - k for k, use in enumerate(op.outputs) if _leaves(program, use.value)]
+def _writes(program: Program, op: Operation) -> list[Output]:
+    return [Output(k) for k, use in enumerate(op.outputs) if _leaves(program, use.value)]
 
 
 def _is_view(program: Program, op: Operation) -> bool:
     """Whether an operation is a view, or a cast whose result stays in its block."""
     if op.op_class != "fused" or not op.inputs:
         return False
-    return is_view(op) or (op.primitive == CAST and not _returned(program, op.outputs[0].value))
+    return is_view(op) or (op.primitive == CAST and not _leaves_region(program, op.outputs[0].value))
 
 
-def _returned(program: Program, value: int) -> bool:
+def _leaves_region(program: Program, value: int) -> bool:
     """Whether a value leaves the program, or crosses into, out of or around a region."""
     return any(program.operations[at].op_class in ("sink", "boundary") for at, _ in program.consumers.get(value, ()))
 
@@ -102,11 +106,11 @@ def _producer(program: Program, value: int) -> Operation:
     return program.operations[program.producers[value][0]]
 
 
-def _fused(program: Program, value: int) -> bool:
+def _is_fused_result(program: Program, value: int) -> bool:
     return _producer(program, value).op_class == "fused"
 
 
-def _seen_through(program: Program, value: int) -> int:
+def _producer_through_casts(program: Program, value: int) -> int:
     """The operand behind any number of views and casts."""
     while _is_view(program, op := _producer(program, value)):
         value = op.inputs[0].value
@@ -123,7 +127,7 @@ def _leaves(program: Program, value: int) -> bool:
 
 
 class _Depths:
-    """The number of reductions before each value in its chain."""
+    """The number of reductions, without maxima and minima, before each value in its chain."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -134,13 +138,21 @@ class _Depths:
             depth = max((self.made.get(use.value, 0) for use in op.inputs), default=0) if fused else 0
             self.before.append(depth)
             for use in op.outputs:
-                self.made[use.value] = depth + _reduces(program, op, use) if fused else 0
+                self.made[use.value] = depth + _ends_chain(program, op, use) if fused else 0
 
     def reread(self, value: int, operation: int) -> bool:
         """Whether a value of the chain must be read again, because a reduction ends between it and its use."""
         if _reduces(self.program, _producer(self.program, value), _producer(self.program, value).outputs[0]):
             return False  # a reduction's result is small
         return self.made[value] < self.before[operation]
+
+
+def _ends_chain(program: Program, op: Operation, result: Use) -> bool:
+    """Whether operations after a reduction read again what is before it: not after a maximum or a minimum alone."""
+    kept = {factor for dim in result.dims for factor in dim}
+    lost = {factor for use in op.inputs for dim in use.dims for factor in dim if factor not in kept}
+    extreme = bool(lost) and all(op.factors[factor].kind in ("max", "min") for factor in lost)
+    return _reduces(program, op, result) and not extreme
 
 
 def _reduces(program: Program, op: Operation, result: Use) -> bool:
@@ -153,7 +165,7 @@ def _reduces(program: Program, op: Operation, result: Use) -> bool:
     return any(factor not in kept for use in op.inputs for dim in use.dims for factor in dim)
 
 
-def _stored(program: Program, use: Use, moves: bool, read: bool) -> Use:
+def _with_hbm_width(program: Program, use: Use, moves: bool, read: bool) -> Use:
     """The use with its width in HBM."""
     own = program.values[use.value].itemsize
     size = (_width_read(program, use.value) if read else _width_written(program, use.value)) if moves else own
@@ -161,7 +173,7 @@ def _stored(program: Program, use: Use, moves: bool, read: bool) -> Use:
 
 
 def _width_read(program: Program, value: int) -> float:
-    source = _seen_through(program, value)
+    source = _producer_through_casts(program, value)
     in_hbm = _producer(program, source).op_class not in ("fused", "matmul")
     stored = program.values[source].itemsize
     return stored if in_hbm else min(stored, program.values[value].itemsize)

@@ -35,12 +35,12 @@ class Pin:
     operation: int
 
 
-def parsed(text: str) -> tuple[str, PartitionSpec]:
+def parse_pin(text: str) -> tuple[str, PartitionSpec]:
     """`params.*.wq=None,x,yz` as a pattern and its spec; each letter of a part is an axis, `x+data` has longer names.
 
     **Raises:** `PinError`.
     """
-    pattern, sign, parts = text.partition("=")
+    pattern, sign, parts = text.strip().partition("=")
     if not sign or not pattern:
         raise PinError(f"Invalid pin {text!r}: expected PATTERN=SPEC, for example 'params.*.wq=None,x,yz'.")
 
@@ -79,12 +79,12 @@ def pin_program(
             operations[at] = replace(op, pinned=None)
             continue
         shape = program.values[op.outputs[0].value].shape
-        operations[at] = replace(op, pinned=_fitting(words, op.pinned, shape, topology))
+        operations[at] = replace(op, pinned=_fit_rank(words, op.pinned, shape, topology))
         found.append(Pin(words, at))
-    for position, dims, words in _asked(program, paths, pins):
+    for position, dims, words in _match_pins(program, paths, pins):
         at = program.arguments[position]
         shape = program.values[operations[at].outputs[0].value].shape
-        fitting = _fitting(words, dims, shape, topology)
+        fitting = _fit_rank(words, dims, shape, topology)
         if operations[at].pinned not in (None, fitting):
             raise PinError(f"{words} contradicts another pin of {paths[position]}; remove one of them.")
         if operations[at].pinned is None:
@@ -94,7 +94,7 @@ def pin_program(
     return program, tuple(found)
 
 
-def unpinned(program: Program, keep: Sequence[Pin]) -> Program:
+def keep_pins(program: Program, keep: Sequence[Pin]) -> Program:
     """The program with only these pins."""
     kept = {pin.operation for pin in keep}
     operations = tuple(
@@ -103,7 +103,7 @@ def unpinned(program: Program, keep: Sequence[Pin]) -> Program:
     return replace(program, operations=operations)
 
 
-def _asked(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterator[tuple[int, Pinned, str]]:
+def _match_pins(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterator[tuple[int, Pinned, str]]:
     """Every pinned argument: its position, its axes, and the description of the pin."""
     ranks = [len(program.values[program.operations[at].outputs[0].value].shape) for at in program.arguments]
     if isinstance(pins, Mapping):
@@ -126,7 +126,7 @@ def _asked(program: Program, paths: Sequence[str], pins: Pins | None) -> Iterato
                 yield i, dims_of(spec, ranks[i], f"the pin of {paths[i]}"), f"the pin of {paths[i]} to {spec}"
 
 
-def _fitting(words: str, dims: Pinned, shape: Sequence[int], topology: Topology) -> Pinned:
+def _fit_rank(words: str, dims: Pinned, shape: Sequence[int], topology: Topology) -> Pinned:
     """The axes of a pin without those of size 1."""
     sizes = topology.axis_sizes
     used = [axis for axes in dims for axis in axes or ()]

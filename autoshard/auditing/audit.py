@@ -38,13 +38,14 @@ from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.hlo_interface import read_arguments
 from autoshard.auditing.matching import Pair, axes_of, match_collectives
+from autoshard.auditing.planned_times import attribute_time, overlaps, planned_seconds, ring_parts
 from autoshard.auditing.record import AuditRecord
 from autoshard.auditing.render import render
 from autoshard.auditing.replay import replay
-from autoshard.auditing.unplanned_time import attribute_time, planned_seconds
 from autoshard.emitting import bind, targets
-from autoshard.emitting.jitted import jitted
+from autoshard.emitting.jitted import default_way, jit_plan
 from autoshard.errors import AutoshardError
+from autoshard.planning.carriage import Carry
 from autoshard.planning.records import PlannedCollective, PlanRecord
 from search.answer.assignment import collectives as solution_collectives
 
@@ -66,6 +67,7 @@ def audit(
     *args: Any,
     target: CompileTarget = "host",
     devices: Sequence[Any] | None = None,
+    carry: Carry | None = None,
 ) -> Audit:
     """Compiles a planned function and compares the compiled program with the plan.
 
@@ -79,6 +81,7 @@ def audit(
       for the plan's own chips with the real TPU compiler (libtpu), without any TPU, "gpu" with the real XLA:GPU
       compiler, without any GPU (extra `gpu`).
     - `devices`: the devices to compile for instead.
+    - `carry`: the way in which the program carries the plan, as for `Plan.jit`.
 
     **Raises:** `PlanMismatchError` when the plan is of another function or other arguments; `AuditError` when the compiler
     refuses the program (for instance, for lack of memory); `AutoshardError` when the target is not available.
@@ -89,13 +92,14 @@ def audit(
     mesh = targets.mesh_of(targets.devices_of(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
-    lowered = jitted(plan, fn, mesh).lower(*shapes)
+    way = carry or default_way(plan)
+    lowered = jit_plan(plan, fn, mesh, carry=way).lower(*shapes)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
     peak = _peak_bytes(compiled.memory_analysis())
-    return compare(plan, compiled.as_text(), target, peak, arrays)
+    return compare(plan, compiled.as_text(), target, peak, arrays, way)
 
 
 def _shape(leaf: Any) -> Any:
@@ -117,7 +121,7 @@ def _peak_bytes(memory: Any) -> float | None:
 
 def _sent_arrays(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
     """The number and type of the array that each planned collective sends."""
-    program = bind.traced_as(plan, fn, args).program
+    program = bind.trace_as_planned(plan, fn, args).program
     sent = solution_collectives(program, plan.topology, plan.choice)
     return tuple((each.value, program.values[each.value].dtype) for each in sent)
 
@@ -128,6 +132,7 @@ def compare(
     target: CompileTarget = "host",
     peak_bytes: float | None = None,
     arrays: Sequence[tuple[int, str]] = (),
+    carry: Carry = "manual",
 ) -> Audit:
     """Compares the text of a compiled program with a plan.
 
@@ -137,16 +142,19 @@ def compare(
     - `peak_bytes`: the compiled program's peak memory per chip, if known; on host devices it is not compared.
     - `arrays`: number and type of the array that each planned collective sends, if known: an array that is
       planned twice may be sent once, and host devices widen some types.
+    - `carry`: the way in which the program carries the plan.
     """
     topology, estimate = plan.topology, plan.estimate
     compiled = tuple(c for c in hlo_collectives.collectives(text, topology.axis_sizes) if axes_of(c, topology))
-    planned, pairs = _paired_with(plan, compiled, target, arrays)
+    planned, pairs = _pair_with(plan, compiled, target, arrays, carry)
     due, done = findings.planned_flops(plan.operations), matmul_flops(text) if text else {}
     found = _findings(plan, text, pairs, target, peak_bytes, due, done)
     cycles, clock = hlo_collectives.estimated_cycles(text), topology.chip.clock_hertz
     replayed = replay(text, topology) if text and target == "tpu" else None
     costs = attribute_time(replayed.costly, planned_seconds(plan.operations)) if replayed else ()
     found += findings.find_in_time(estimate.seconds, replayed.seconds, costs) if replayed else ()
+    beside = overlaps(estimate.collectives, topology, replayed) if replayed and carry == "manual" else ()
+    found += findings.find_in_overlap(beside, estimate.seconds)
     return Audit(
         target=target,
         name=plan.name,
@@ -164,19 +172,31 @@ def compare(
         flops=sum(done.values()),
         replay=replayed,
         costs=costs,
+        line_flops=tuple((line, due.get(line, 0.0), done.get(line, 0.0)) for line in {**due, **done}),
+        carry=carry,
+        overlap=beside,
     )
 
 
-def _paired_with(
+def _pair_with(
     plan: PlanRecord,
     compiled: Sequence[CompiledCollective],
     target: CompileTarget,
     arrays: Sequence[tuple[int, str]],
+    carry: Carry,
 ) -> tuple[tuple[PlannedCollective, ...], tuple[Pair, ...]]:
-    """The planned collectives among several chips, and all of them beside the compiled ones."""
+    """The planned collectives among several chips, and all of them beside the compiled ones.
+
+    Only the program that is written by hand has rings.
+    """
     of = plan.estimate.collectives
     known = arrays or [(-1 - i, "") for i in range(len(of))]
-    rows = [(each, *array) for each, array in zip(of, known, strict=True) if axes_of(each, plan.topology)]
+    rows = [
+        (part, *array)
+        for each, array in zip(of, known, strict=True)
+        for part in (ring_parts(each, plan.topology) if carry == "manual" else (each,))
+        if axes_of(part, plan.topology)
+    ]
     planned = tuple(each for each, _, _ in rows)
     widths = [2.0 if target == "host" and dtype in _WIDENED else 1.0 for _, _, dtype in rows]
     narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]

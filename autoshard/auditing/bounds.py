@@ -13,6 +13,8 @@ communication time | rows of padding sent to their owners |
 
 A step that takes more than `SLOWER` times the plan by the replay of its schedule is reported as slow. That is an error
 of the model or the compiler, not of the layout, and the program may be as planned all the same.
+Rings of which the schedule hides less than planned, by more than `HIDDEN` of their time, are reported and fail no audit
+either.
 
 The bytes that the plan expects are the planned ones, minus the compilers' savings (one array sent once for two uses,
 float32 that a matmul reads as bfloat16), and more if host devices send 16-bit floats as float32. Fewer FLOPs than
@@ -29,6 +31,8 @@ MEMORY = 0.05
 """The relative difference allowed between the compiled and the planned peak."""
 FLOPS = 0.05
 """The part by which the FLOPs of all matmuls may exceed the planned ones."""
+HIDDEN = 0.15
+"""The part of a ring's time by which the schedule may hide less than planned."""
 NOTICEABLE = 0.01
 """The part of the plan's communication time, or of its FLOPs, above which missing and unplanned work counts."""
 HIGHER_COST = 0.02

@@ -55,7 +55,7 @@ def price_collective(collective: CompiledCollective, topology: Topology) -> Sent
         once, moved, links = _permute(members, collective.bytes, topology)
         how = "pairs"
     else:
-        axes, how = _taking_part(members, varying, topology)
+        axes, how = _participating_axes(members, varying, topology)
         once = float(collective_seconds(collective.kind, axes, float(collective.bytes)))
         moved = float(wire_bytes(collective.kind, axes, float(collective.bytes)))
     return Sent(
@@ -85,7 +85,7 @@ def _differ(members: Sequence[Sequence[int]], axis: int, topology: Topology) -> 
     return any(len({_coordinates(device, topology)[axis] for device in group}) > 1 for group in members)
 
 
-def _taking_part(
+def _participating_axes(
     members: Sequence[Sequence[int]], varying: Sequence[Axis], topology: Topology
 ) -> tuple[tuple[Axis, ...], str]:
     """The axes to price a collective over, and the interpretation by which they were found."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
-from autoshard._util.paths import shared_name, unnumbered
-from autoshard._util.tables import size, time
+from autoshard._util.paths import shared_name, star_numbers
+from autoshard._util.tables import percent, size, time
 from autoshard.auditing import bounds
+from autoshard.auditing.collective_times import price_collective
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_interface import CompiledArguments
 from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, sent_bytes
-from autoshard.auditing.unplanned_time import AuditedCost
+from autoshard.auditing.planned_times import AuditedCost, Overlap
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
@@ -40,6 +41,7 @@ Kind = Literal[
     "donation",
     "peak memory",
     "slower than planned",
+    "less overlap",
 ]
 
 _LIMITS = {
@@ -67,7 +69,9 @@ class Finding:
 
 
 def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
-    """Seconds of one execution of a compiled collective under the plan's model."""
+    """Seconds of one execution of a compiled collective under the plan's model; of a permute, by its pairs."""
+    if collective.kind == "collective-permute" and collective.groups not in ("", "{}"):
+        return price_collective(replace(collective, count=1), topology).seconds
     axes = axes_of(collective, topology)
     return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
 
@@ -84,13 +88,13 @@ def find_in_collectives(
 
     - `wire_seconds`: the plan's communication time.
     """
-    found = [d for pair in pairs if (d := _of_pair(pair, topology, target, wire_seconds)) is not None]
+    found = [d for pair in pairs if (d := _find_in_pair(pair, topology, target, wire_seconds)) is not None]
     sent = sum(sent_bytes(each, topology) * pair.count for pair in pairs for each in pair.planned)
-    widened = _of_widening(pairs, topology, wire_seconds) if target == "host" else ()
-    return [*_together(found, sent or 1.0), *widened, *_of_axes(pairs, topology)]
+    widened = _find_in_widening(pairs, topology, wire_seconds) if target == "host" else ()
+    return [*_merge_equal(found, sent or 1.0), *widened, *_find_in_axes(pairs, topology)]
 
 
-def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Finding]:
+def _merge_equal(found: Iterable[Finding], planned_bytes: float) -> Iterator[Finding]:
     """Equal findings as one; each counts if the sum of its kind reaches the limit.
 
     Missing collectives have to reach it in bytes, too: compilers sum small values before they send them, and each
@@ -99,7 +103,7 @@ def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Findin
     groups: dict[tuple[str, str], list[Finding]] = {}
     shares: dict[str, float] = {}
     for each in found:
-        groups.setdefault((each.kind, unnumbered(each.text)), []).append(each)
+        groups.setdefault((each.kind, star_numbers(each.text)), []).append(each)
         share = min(each.share, -each.bytes / planned_bytes) if each.kind == "missing" else each.share
         shares[each.kind] = shares.get(each.kind, 0.0) + share
     for (kind, _), alike in groups.items():
@@ -113,7 +117,7 @@ def _together(found: Iterable[Finding], planned_bytes: float) -> Iterator[Findin
         )
 
 
-def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds: float) -> Finding | None:
+def _find_in_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds: float) -> Finding | None:
     """The finding of a pair; None if all is as planned.
 
     Host devices have no such topology: there the cost of a form is its bytes, not the time of its parts.
@@ -123,16 +127,16 @@ def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds
     more = sum(sent_bytes(c, topology) for c in pair.compiled) - sum(sent_bytes(p, topology) for p in pair.planned)
     share, bytes = abs(compiled - planned) / wire_seconds, more * pair.count
     if not pair.compiled:
-        text = f"{_described(pair.planned, topology, pair.count)}, {pair.planned[0].where}: not in the compiled program"
+        text = f"{_describe(pair.planned, topology, pair.count)}, {pair.planned[0].where}: not in the compiled program"
         return Finding("missing", text, bytes, share)
     if not pair.planned:
-        text = f"{_described(pair.compiled, topology, pair.count)}{_place(pair.compiled[0])}: not in the plan"
+        text = f"{_describe(pair.compiled, topology, pair.count)}{_place(pair.compiled[0])}: not in the plan"
         if any(each.only_sliced for each in pair.compiled):
             text += ", and only slices of it are used (an involuntary full rematerialization)"
         return Finding("unplanned", text, bytes, share)
     if is_literal(pair):
         return None
-    text = " compiled as ".join(_described(side, topology, pair.count) for side in (pair.planned, pair.compiled))
+    text = " compiled as ".join(_describe(side, topology, pair.count) for side in (pair.planned, pair.compiled))
     if compiled < planned * (1 - 1e-9):
         return Finding("same plan at lower cost", text, bytes, share)
     sent = sum(sent_bytes(c, topology) for c in pair.compiled) * pair.count
@@ -142,7 +146,7 @@ def _of_pair(pair: Pair, topology: Topology, target: CompileTarget, wire_seconds
     return Finding("same plan at higher cost", text, bytes, share)
 
 
-def _of_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Finding]:
+def _find_in_widening(pairs: Sequence[Pair], topology: Topology, wire_seconds: float) -> Iterator[Finding]:
     """Host devices send 16-bit floats as 32-bit ones: one finding for all."""
     wider = [pair for pair in pairs if pair.width > 1]
     runs = sum(pair.count * len(pair.compiled) for pair in wider)
@@ -170,7 +174,7 @@ def wire_bytes_by_axes(pairs: Sequence[Pair], topology: Topology) -> dict[Axes, 
     return dict(sorted(found.items(), key=lambda item: -max(item[1][0], item[1][2])))
 
 
-def _of_axes(pairs: Sequence[Pair], topology: Topology) -> Iterator[Finding]:
+def _find_in_axes(pairs: Sequence[Pair], topology: Topology) -> Iterator[Finding]:
     """The sets of mesh axes on which the bytes leave their bounds."""
     sent = wire_bytes_by_axes(pairs, topology)
     total = sum(expected for _, expected, _ in sent.values())
@@ -283,10 +287,10 @@ def find_in_interface(
             if b - due > bounds.NOTICEABLE * planned_peak:
                 text = f"{path} takes {size(b)} of each chip, planned {size(due)}"
                 yield Finding(kind, text, b - due, (b - due) / planned_peak, counts)
-    yield from _of_donations(arguments, compiled, planned_peak)
+    yield from _find_in_donations(arguments, compiled, planned_peak)
 
 
-def _of_donations(
+def _find_in_donations(
     arguments: Sequence[ArrayPlan], compiled: CompiledArguments, planned_peak: float
 ) -> Iterator[Finding]:
     """Donated arguments that stay beside the results that should overwrite them."""
@@ -307,10 +311,30 @@ def find_in_time(planned: float, replayed: float, costs: Sequence[AuditedCost]) 
     The audit does not fail by it; `Audit.is_slow` reports it.
     """
     if replayed > bounds.SLOWER * planned:
+        ratio = f"{replayed / planned:.2f} times the planned {time(planned)}" if planned else "planned without cost"
         causes = _causes(costs, bounds.NOTICEABLE * planned)
-        text = f"a step takes {time(replayed)}, {replayed / planned:.2f} times the planned {time(planned)}"
+        text = f"a step takes {time(replayed)}, {ratio}"
         text += f"; the most that is not planned: {', '.join(causes)}" if causes else ""
-        yield Finding("slower than planned", text, 0.0, replayed / planned - 1)
+        yield Finding("slower than planned", text, 0.0, replayed / planned - 1 if planned else 1.0)
+
+
+def find_in_overlap(found: Sequence[Overlap], planned_seconds: float) -> Iterator[Finding]:
+    """Rings of which the schedule hides less than planned; the audit does not fail by it.
+
+    **Arguments:**
+
+    - `planned_seconds`: of a whole step.
+    """
+    for each in found:
+        less = each.planned - (each.replayed or 0.0)
+        share = less * each.seconds / planned_seconds
+        if each.replayed is not None and less > bounds.HIDDEN and share > bounds.NOTICEABLE:
+            text = (
+                f"permutes over {each.axis} of {size(each.bytes)} × {each.count:g}, {each.where}:"
+                f" {percent(each.replayed)} of {time(each.seconds)} are hidden, planned {percent(each.planned)}:"
+                " the core waits for them in the compiled schedule"
+            )
+            yield Finding("less overlap", text, 0.0, share)
 
 
 _CAUSES = 3
@@ -342,7 +366,7 @@ def _names(alike: Sequence[AuditedCost]) -> str:
 # --- words
 
 
-def _described(group: Sequence[PlannedCollective | CompiledCollective], topology: Topology, count: int) -> str:
+def _describe(group: Sequence[PlannedCollective | CompiledCollective], topology: Topology, count: int) -> str:
     """A description such as `2 reduce-scatters over x of 2 KiB × 118`."""
     alike = Counter((each.kind, "".join(axes_of(each, topology)), size(each.bytes)) for each in group)
     parts = [f"{f'{n} {kind}s' if n > 1 else kind} over {axes} of {of}" for (kind, axes, of), n in alike.items()]

@@ -106,7 +106,7 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
     found: list[CompiledCollective] = []
     started: set[tuple[str, ...]] = set()
     continued: dict[tuple[str, ...], CompiledCollective] = {}
-    for site in _executed(module):
+    for site in _executed_sites(module):
         read = read_collective(site, module, mesh)
         if (chain := chain_of(site)) is None:
             found.append(read)
@@ -160,7 +160,7 @@ class Site:
     count_known: bool
 
 
-def _executed(module: Module) -> Iterator[Site]:
+def _executed_sites(module: Module) -> Iterator[Site]:
     """Every collective that a run executes, once per place."""
 
     def walk(scope: Scope, count: int, known: bool) -> Iterator[Site]:
@@ -180,7 +180,7 @@ def read_collective(site: Site, module: Module, mesh: tuple[tuple[str, int], ...
     written = inst.opcode.removesuffix("-start")
     kind = "reduce-scatter" if _is_scatter_fusion(scope) and written == "all-reduce" else COLLECTIVE_KINDS[written]
     groups = found[2] if (found := _GROUPS.search(inst.structure)) else "{}"
-    shape, spelling = _measured_shape(inst, scope, kind), _spelling(site, kind, module)
+    shape, spelling = _measured_shape(inst, scope, kind), _lowering(site, kind, module)
     return CompiledCollective(
         kind=kind,
         axes=_axes(groups, kind == "collective-permute", mesh),
@@ -194,7 +194,7 @@ def read_collective(site: Site, module: Module, mesh: tuple[tuple[str, int], ...
         count_known=site.count_known,
         dtype=shape_dtype(shape),
         groups=groups,
-        only_sliced=kind == "all-gather" and _only_sliced(inst.name, scope, module),
+        only_sliced=kind == "all-gather" and _is_only_sliced(inst.name, scope, module),
         parts=parts_bytes(shape) if spelling.startswith("combined") else (),
     )
 
@@ -218,12 +218,13 @@ def _measured_shape(inst: Instruction, scope: Scope, kind: str) -> str:
     if kind == "all-gather":
         return tuple_parts(inst.shape)[1] if inst.opcode.endswith("-start") else inst.shape
     operands = [
-        _before_padding(name, scope) if kind == "reduce-scatter" else scope.operand(name) for name in inst.operands
+        _operand_before_padding(name, scope) if kind == "reduce-scatter" else scope.operand(name)
+        for name in inst.operands
     ]
     return " ".join(operand.shape for operand in operands if operand)
 
 
-def _before_padding(name: str, scope: Scope) -> Instruction | None:
+def _operand_before_padding(name: str, scope: Scope) -> Instruction | None:
     """The operand before padding; a fusion pads the array that it scatters to whole tiles."""
     inst = scope.operand(name)
     while inst and inst.opcode in ("bitcast", "copy", "pad") and (origin := scope.operand(inst.operands[0])):
@@ -231,7 +232,7 @@ def _before_padding(name: str, scope: Scope) -> Instruction | None:
     return inst
 
 
-def _only_sliced(name: str, scope: Scope, module: Module) -> bool:
+def _is_only_sliced(name: str, scope: Scope, module: Module) -> bool:
     """Whether only slices of a value are used, seen through views, fusions and asynchronous pairs."""
     found = users(scope.computation).get(name, [])
     return bool(found) and all(_slices(each, name, scope, module) for each in found)
@@ -241,17 +242,17 @@ def _slices(user: Instruction, name: str, scope: Scope, module: Module) -> bool:
     if user.opcode == "dynamic-slice":
         return user.operands[0] == name
     if user.opcode in _VIEWS or user.opcode.endswith("-done"):
-        return _only_sliced(user.name, scope, module)
+        return _is_only_sliced(user.name, scope, module)
     if user.opcode == "fusion":
         inner = Scope(module.computations[user.called()[0]], user, scope)
         taken = (inst for inst in inner.computation.instructions.values() if inst.opcode == "parameter")
         return all(
-            _only_sliced(inst.name, inner, module) for inst in taken if user.operands[int(inst.arguments)] == name
+            _is_only_sliced(inst.name, inner, module) for inst in taken if user.operands[int(inst.arguments)] == name
         )
     return False
 
 
-def _spelling(site: Site, kind: str, module: Module) -> str:
+def _lowering(site: Site, kind: str, module: Module) -> str:
     inst, scope = site.instruction, site.scope
     if any("windowed_dot_general" in each.computation.name for each in scope.enclosing()):
         return "windowed einsum"
@@ -372,7 +373,7 @@ def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
             sizes.append(high // low)
             inside.append(any(first <= low and high <= last for first, last in spans))
     order = sorted(range(len(sizes)), key=lambda axis: inside[axis])
-    devices = _transposed(sizes, order)
+    devices = _transpose_sizes(sizes, order)
     if ids:
         numbering = _iota(iota[1], iota[3]) if (iota := _IOTA.fullmatch(ids)) else _numbers(ids)
         devices = [numbering[device] for device in devices]
@@ -382,10 +383,10 @@ def _mesh_groups(axes: str, ids: str | None, grouped: str) -> list[list[int]]:
 def _iota(sizes: str, order: str | None) -> list[int]:
     """`[4,16]T(1,0)`: 0, 1, 2, ... in this shape, transposed, then read out."""
     shape = _numbers(sizes)
-    return _transposed(shape, _numbers(order) if order else range(len(shape)))
+    return _transpose_sizes(shape, _numbers(order) if order else range(len(shape)))
 
 
-def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+def _transpose_sizes(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     steps = [range(0, sizes[axis] * strides[axis], strides[axis]) for axis in order]
     return [sum(offsets) for offsets in itertools.product(*steps)]

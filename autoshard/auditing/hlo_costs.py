@@ -2,9 +2,10 @@
 
 Loops multiply, which the compiler's own `cost_analysis` leaves out. A TPU runs its matmuls as convolutions. A
 convolution counts the products that it really forms, without those with padding or with a planned program's rows of
-zeros. An instruction at the top of a computation reads its operands and writes its results. If its layout says `S(1)`
-and the like, an array is in on-chip memory and costs no traffic. A fusion that only takes a slice of an operand reads
-the slice, and one that updates a slice in place writes it. Reads and writes of collectives are left out, as in a plan.
+zeros. A matmul of grouped rows is a custom call, and counts as the compiler estimates it. An instruction at the top of
+a computation reads its operands and writes its results. If its layout says `S(1)` and the like, an array is in on-chip
+memory and costs no traffic. A fusion that only takes a slice of an operand reads the slice, and one that updates a slice
+in place writes it. Reads and writes of collectives are left out, as in a plan.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from autoshard.auditing.hlo_parser import (
     Instruction,
     Module,
     Scope,
-    follow,
     parse,
     shape_bytes,
     trip_count,
@@ -28,6 +28,7 @@ from autoshard.emitting.tpu_workarounds.vector_matmul import ROW_OF_ZEROS
 
 _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _STARTED_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _FREE = (
@@ -58,7 +59,7 @@ def compiled_costs(text: str) -> CompiledCosts:
     module = parse(text)
     flops = moved = 0.0
     known = True
-    for scope, inst, count, certain in _executed(Scope(module.computations[module.entry]), module, 1, True):
+    for scope, inst, count, certain in executed_instructions(Scope(module.computations[module.entry]), module, 1, True):
         flops += count * sum(each for _, each in matmuls_in(inst, scope, module))
         moved += count * moved_bytes(inst, scope, module)
         known = known and certain
@@ -72,7 +73,7 @@ def matmul_flops(text: str) -> dict[str, float]:
     """
     module = parse(text)
     found: dict[str, float] = {}
-    for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
+    for scope, inst, count, _ in executed_instructions(Scope(module.computations[module.entry]), module, 1, True):
         for matmul, flops in matmuls_in(inst, scope, module):
             source = module.source(matmul) or module.source(inst)
             found[source] = found.get(source, 0.0) + count * flops
@@ -89,10 +90,10 @@ def flops_formed_again(text: str) -> dict[str, float]:
     module = parse(text)
     found: dict[str, float] = {}
     formed: set[tuple] = set()
-    for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
+    for scope, inst, count, _ in executed_instructions(Scope(module.computations[module.entry]), module, 1, True):
         for matmul, flops in matmuls_in(inst, scope, module):
             source = module.source(matmul) or module.source(inst)
-            key = (id(scope.computation), source, matmul.shape, flops, _reads(inst, matmul, module))
+            key = (scope.computation.name, source, matmul.shape, flops, _reads(inst, matmul, module))
             if key in formed:
                 found[source] = found.get(source, 0.0) + count * flops
             formed.add(key)
@@ -121,17 +122,21 @@ def _reads(inst: Instruction, matmul: Instruction, module: Module) -> frozenset[
     return frozenset(found)
 
 
-def _executed(scope: Scope, module: Module, count: int, known: bool) -> Iterator[tuple[Scope, Instruction, int, bool]]:
+def executed_instructions(
+    scope: Scope, module: Module, count: int, known: bool
+) -> Iterator[tuple[Scope, Instruction, int, bool]]:
     """Every instruction at the top of a computation that runs, with its executions; fusions are one instruction."""
     for inst in scope.computation.instructions.values():
         if inst.opcode == "while":
             rounds, certain = trip_count(inst, scope, module)
             body = Scope(module.computations[inst.attribute("body")], inst, scope)
-            yield from _executed(body, module, count * rounds, known and certain)
+            yield from executed_instructions(body, module, count * rounds, known and certain)
         elif inst.opcode in ("call", "conditional", "async-start", "call-start"):
             for name in inst.called():
                 if name in module.computations:
-                    yield from _executed(Scope(module.computations[name], inst, scope), module, count, known)
+                    yield from executed_instructions(
+                        Scope(module.computations[name], inst, scope), module, count, known
+                    )
         else:
             yield scope, inst, count, known
 
@@ -151,6 +156,8 @@ def matmuls_in(inst: Instruction, scope: Scope, module: Module) -> Iterator[tupl
         yield inst, _convolution_flops(inst, scope)
     elif inst.opcode == "custom-call" and "$gemm" in inst.structure:
         yield inst, _gemm_flops(inst, scope)
+    elif inst.opcode == "custom-call" and "ragged_dot_tiling" in inst.attributes:
+        yield inst, _estimated_flops(inst)
 
 
 def _dot_flops(inst: Instruction, scope: Scope) -> float:
@@ -162,10 +169,10 @@ def _dot_flops(inst: Instruction, scope: Scope) -> float:
     )
     rows = math.prod(sizes) // max(summed * batch, 1)
     columns = made // max(rows * batch, 1)
-    return 2.0 * made * summed * _needed(inst, min(rows, columns))
+    return 2.0 * made * summed * _needed_part(inst, min(rows, columns))
 
 
-def _needed(inst: Instruction, rows: int) -> float:
+def _needed_part(inst: Instruction, rows: int) -> float:
     """The part of a matmul that its program needs: half if one of two rows is zero, which a compiler may leave out."""
     return 0.5 if rows == 2 and f"/{ROW_OF_ZEROS}/" in inst.attributes else 1.0
 
@@ -179,6 +186,12 @@ def _gemm_flops(inst: Instruction, scope: Scope) -> float:
     return 2.0 * math.prod(_sizes(result)) * math.prod(sizes[i] for i in summed if i < len(sizes))
 
 
+def _estimated_flops(inst: Instruction) -> float:
+    """The TPU compiler's own estimate of a matmul of grouped rows: that of all its rows, with one matrix each."""
+    found = _ESTIMATE.search(inst.attributes)
+    return float(found[1]) if found else 0.0
+
+
 def _convolution_flops(inst: Instruction, scope: Scope) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", inst.structure)
     operands = [scope.operand(name) for name in inst.operands]
@@ -190,7 +203,7 @@ def _convolution_flops(inst: Instruction, scope: Scope) -> float:
     for at in (label for label in labels[3] if label.isdigit()):
         across = (image[labels[1].index(at)], kernel[labels[2].index(at)], result[labels[3].index(at)])
         total *= _products(*across, _window(inst, int(at)))
-    return total * _needed(inst, min(result[labels[3].index(label)] for label in "bf"))
+    return total * _needed_part(inst, min(result[labels[3].index(label)] for label in "bf"))
 
 
 def _window(inst: Instruction, dimension: int) -> dict[str, list[int]]:
@@ -223,42 +236,9 @@ def _numbers(found: re.Match[str] | None) -> list[int]:
 # --- Bytes
 
 
-def _in_hbm(shape: str) -> int:
+def hbm_shape_bytes(shape: str) -> int:
     """Bytes of the arrays of a shape that are in HBM."""
     return sum(shape_bytes(array) for array, layout in _ARRAY.findall(shape) if "S(" not in layout)
-
-
-def bytes_to_read_once(module: Module) -> float:
-    """The bytes of the arguments that one run reads, each counted once despite repeated reads.
-
-    Of an argument of which only slices are read (a row of an embedding, a layer of a stack), those slices count, up to
-    the whole of it.
-    """
-    read: dict[str, float] = {}
-    for scope, inst, count, _ in _executed(Scope(module.computations[module.entry]), module, 1, True):
-        for name, bytes in read_bytes(inst, scope, module).items():
-            origin = _argument(name, scope, module)
-            if origin is not None:
-                read[origin] = read.get(origin, 0.0) + count * bytes
-    entry = module.computations[module.entry].instructions
-    return sum(min(bytes, float(shape_bytes(entry[name].shape))) for name, bytes in read.items())
-
-
-def _argument(name: str, scope: Scope, module: Module, index: int | None = None) -> str | None:
-    """The program's argument that a value is, seen through loops that carry it unchanged; None for all others."""
-    found, index, scope = follow(name, scope, module, index)
-    if found is None or found.opcode != "parameter":
-        return None
-    if scope.parent is None or scope.caller is None:
-        return found.name if index is None else None
-    if index is None or scope.caller.opcode != "while":
-        return None
-    body = Scope(module.computations[scope.caller.attribute("body")], scope.caller, scope.parent)
-    kept, kept_index, kept_scope = follow(body.computation.root, body, module, index)
-    unchanged = kept is not None and kept.opcode == "parameter" and kept_index == index
-    if not unchanged or kept_scope.computation is not body.computation:
-        return None
-    return _argument(scope.caller.operands[0], scope.parent, module, index)
 
 
 def moved_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
@@ -279,33 +259,33 @@ def read_bytes(inst: Instruction, scope: Scope, module: Module) -> dict[str, flo
     operands = {name: found for name in inst.operands if (found := scope.operand(name)) is not None}
     if inst.opcode in _STARTED_COPIES:
         source = operands.get(inst.operands[0])
-        return {source.name: shape_bytes(_fetched(inst))} if source and _in_hbm(source.shape) else {}
+        return {source.name: shape_bytes(_copy_result(inst))} if source and hbm_shape_bytes(source.shape) else {}
     if inst.opcode == "fusion":
         return _fusion_reads(inst, scope, module)
     if inst.opcode in _SLICES:
         source = operands.get(inst.operands[0])
-        return {source.name: float(shape_bytes(inst.shape))} if source and _in_hbm(source.shape) else {}
+        return {source.name: float(shape_bytes(inst.shape))} if source and hbm_shape_bytes(source.shape) else {}
     if inst.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
         update = operands.get(inst.operands[1])
-        return {update.name: float(_in_hbm(update.shape))} if update else {}
-    return {name: float(_in_hbm(found.shape)) for name, found in operands.items()}
+        return {update.name: float(hbm_shape_bytes(update.shape))} if update else {}
+    return {name: float(hbm_shape_bytes(found.shape)) for name, found in operands.items()}
 
 
 def _written_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
     if _moves_nothing(inst):
         return 0.0
     if inst.opcode in _STARTED_COPIES:
-        return _in_hbm(_fetched(inst))
+        return hbm_shape_bytes(_copy_result(inst))
     if inst.opcode == "fusion":
         return _fusion_writes(inst, scope, module)
     if inst.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
         update = scope.operand(inst.operands[1])
         target = scope.operand(inst.operands[0])
-        return float(shape_bytes(update.shape)) if update and target and _in_hbm(target.shape) else 0.0
-    return float(_in_hbm(inst.shape))
+        return float(shape_bytes(update.shape)) if update and target and hbm_shape_bytes(target.shape) else 0.0
+    return float(hbm_shape_bytes(inst.shape))
 
 
-def _fetched(inst: Instruction) -> str:
+def _copy_result(inst: Instruction) -> str:
     """The result of an asynchronous copy: of `copy-start` (result, operand, ...), of the others ((operands), result, ...)."""
     return tuple_parts(inst.shape)[0 if inst.opcode == "copy-start" else 1]
 
@@ -317,8 +297,8 @@ def _fusion_reads(inst: Instruction, scope: Scope, module: Module) -> dict[str, 
         if each.opcode == "parameter":
             name = inst.operands[int(each.arguments)]
             outer = scope.operand(name)
-            if outer is not None and _in_hbm(outer.shape):
-                found[name] = found.get(name, 0.0) + _read(each, Scope(inner, inst, scope), module)
+            if outer is not None and hbm_shape_bytes(outer.shape):
+                found[name] = found.get(name, 0.0) + _fusion_read_bytes(each, Scope(inner, inst, scope), module)
     return found
 
 
@@ -328,11 +308,11 @@ def _fusion_writes(inst: Instruction, scope: Scope, module: Module) -> float:
     if roots[0].opcode == "tuple":
         roots = [inner.instructions[name] for name in roots[0].operands if name in inner.instructions]
     shapes = [array + layout for array, layout in _ARRAY.findall(inst.shape)]
-    written = ((root, shape) for root, shape in zip(roots, shapes, strict=False) if _in_hbm(shape))
-    return sum(_written(root, Scope(inner, inst, scope), module) for root, _ in written)
+    written = ((root, shape) for root, shape in zip(roots, shapes, strict=False) if hbm_shape_bytes(shape))
+    return sum(_fusion_write_bytes(root, Scope(inner, inst, scope), module) for root, _ in written)
 
 
-def _read(array: Instruction, scope: Scope, module: Module) -> float:
+def _fusion_read_bytes(array: Instruction, scope: Scope, module: Module) -> float:
     """Bytes of an operand that a fusion reads: all, or the slices that it takes; none of an operand updated in place.
 
     Fusions hold fusions: an operand is followed into them, and out again if one only writes it in another shape.
@@ -342,12 +322,12 @@ def _read(array: Instruction, scope: Scope, module: Module) -> float:
         if array.name not in user.operands:
             continue
         if user.opcode == "bitcast":
-            total += _read(user, scope, module)
+            total += _fusion_read_bytes(user, scope, module)
         elif user.opcode == "fusion":
             within = Scope(module.computations[user.called()[0]], user, scope)
             mine = [i for i, name in enumerate(user.operands) if name == array.name]
             inside = [each for each in within.computation.instructions.values() if each.opcode == "parameter"]
-            total += sum(_read(each, within, module) for each in inside if int(each.arguments) in mine)
+            total += sum(_fusion_read_bytes(each, within, module) for each in inside if int(each.arguments) in mine)
         elif user.opcode in _SLICES and user.operands[0] == array.name:
             total += shape_bytes(user.shape)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
@@ -355,15 +335,19 @@ def _read(array: Instruction, scope: Scope, module: Module) -> float:
     if array.name == scope.computation.root:
         outer = scope.parent
         followed = outer is not None and outer.caller is not None and outer.caller.opcode == "fusion"
-        total += _read(scope.caller, outer, module) if followed and scope.caller and outer else shape_bytes(array.shape)
+        total += (
+            _fusion_read_bytes(scope.caller, outer, module)
+            if followed and scope.caller and outer
+            else shape_bytes(array.shape)
+        )
     return min(total, shape_bytes(array.shape))
 
 
-def _written(root: Instruction, scope: Scope, module: Module) -> float:
+def _fusion_write_bytes(root: Instruction, scope: Scope, module: Module) -> float:
     while root.opcode == "bitcast" and (origin := scope.operand(root.operands[0])):
         root = origin
     if root.opcode == "fusion":
         within = module.computations[root.called()[0]]
-        return _written(within.instructions[within.root], Scope(within, root, scope), module)
+        return _fusion_write_bytes(within.instructions[within.root], Scope(within, root, scope), module)
     update = scope.operand(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
     return shape_bytes(update.shape) if update else shape_bytes(root.shape)

@@ -6,6 +6,7 @@ line as text. The grammar is XLA's `HloModule::ToString` as host, TPU and GPU co
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -13,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from autoshard.tracing.loops.trip_counts import MIRRORED, NEGATED, rounds_until
+from autoshard.tracing.loops.trip_counts import MIRRORED, NEGATED, trips_until
 
 # `%name = shape opcode(`: a shape holds no ` word(`, so the shortest match ends at the opcode.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -123,7 +124,7 @@ def parse(text: str) -> Module:
     tables: dict[str, dict[str, str]] = {}
     entry, root, table = "", "", {}
     body: dict[str, Instruction] | None = None
-    name = ""
+    name = last = ""
     for line in text.splitlines():
         if body is None:
             header = _COMPUTATION.match(line) or _BARE_ENTRY.match(line)
@@ -134,13 +135,16 @@ def parse(text: str) -> Module:
                 table[row[1]] = row[2]
             elif line and line[0].isalpha():
                 table = tables.setdefault(line.strip(), {})
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):
             computations[name] = Computation(name, body, root or next(reversed(body), ""))
             body = None
         elif found := _INSTRUCTION.match(line):
-            end = _closing(line, found.end())
-            body[found[2]] = Instruction(found[2], found[3], found[4], line[found.end() : end], line[end + 1 :])
-            root = found[2] if found[1] else root
+            end = _find_closing(line, found.end())
+            last = found[2]
+            body[last] = Instruction(last, found[3], found[4], line[found.end() : end], line[end + 1 :])
+            root = last if found[1] else root
+        elif last in body:  # the metadata of a kernel has lines of its own
+            body[last] = dataclasses.replace(body[last], attributes=body[last].attributes + line)
     if entry not in computations:
         raise ValueError(
             "This is not the text of a compiled program: it holds no ENTRY computation. "
@@ -149,7 +153,7 @@ def parse(text: str) -> Module:
     return Module(computations, entry, _sources(tables))
 
 
-def _closing(line: str, start: int) -> int:
+def _find_closing(line: str, start: int) -> int:
     depth = 1
     for found in _PARENTHESIS.finditer(line, start):
         depth += 1 if found[0] == "(" else -1
@@ -296,7 +300,7 @@ def trip_count(loop: Instruction, scope: Scope, module: Module) -> tuple[int, bo
         return int(known[1]), True
     condition = Scope(module.computations[loop.attribute("condition")], loop, scope)
     tests = list(_terms(condition.computation.root, condition, module, True))
-    found = [_rounds(*test, condition, loop, scope, module) for test in tests]
+    found = [_trip_count(*test, condition, loop, scope, module) for test in tests]
     known = [each for each in found if each is not None]
     rounds, certain = min(known, key=lambda each: (not each[1], each[0]), default=(1, False))
     return rounds, certain and len(tests) == 1
@@ -314,7 +318,7 @@ def _terms(name: str, scope: Scope, module: Module, holds: bool) -> Iterator[tup
         yield test, where, holds
 
 
-def _rounds(
+def _trip_count(
     test: Instruction | None,
     where: Scope,
     holds: bool,
@@ -339,7 +343,7 @@ def _rounds(
         start, step = _constant(loop.operands[0], scope, module, index), _step(index, body, module)
         if start is None or not step:
             return max(bound, 1), False
-        count = rounds_until(way, start, step, bound)
+        count = trips_until(way, start, step, bound)
         return None if count is None else (count, True)
     return None
 

@@ -123,13 +123,13 @@ def pair_collectives(
 def join_repetitions(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     """Joins planned collectives without a partner to those that send the same array in the same way, for another use."""
 
-    def sent(pair: Pair) -> set[tuple[Any, ...]]:
+    def sent_keys(pair: Pair) -> set[tuple[Any, ...]]:
         numbered = zip(pair.arrays, pair.planned, strict=True)
         return {(array, each.kind, frozenset(each.axes), each.bytes) for array, each in numbered}
 
     found: list[Pair] = []
     for pair in pairs:  # those with partners come first
-        same = [i for i, other in enumerate(found) if other.planned and sent(pair) & sent(other)]
+        same = [i for i, other in enumerate(found) if other.planned and sent_keys(pair) & sent_keys(other)]
         if same and not pair.compiled and found[same[0]].count == pair.count:
             one = found[same[0]]
             joined = (*one.planned, *pair.planned), (*one.arrays, *pair.arrays)
@@ -192,7 +192,7 @@ class _Pairing:
             planned = [lot for lot in self.planned if lot.kind == planned_kind]
             compiled = [lot for lot in self.compiled if _may_be(lot, planned_kind, compiled_kind)]
             self._match(compiled, planned, lambda lot: 1)
-            self._match(compiled, planned, _most_in)
+            self._match(compiled, planned, _largest_bytes)
             self._match(planned, compiled, lambda lot: _MOST_TOGETHER)
         self._halves()
         self._realignments()
@@ -200,14 +200,14 @@ class _Pairing:
     def _match(self, single: Sequence[_Lot], several: Sequence[_Lot], most: Callable[[_Lot], int]) -> None:
         """Finds, for every lot of one side, lots of the other side that sum to it."""
         for lot in single:
-            while lot.left and (group := _adding_up_to(lot, several, most(lot))):
+            while lot.left and (group := _find_summands(lot, several, most(lot))):
                 self._pair([lot, *group])
 
     def _halves(self) -> None:
         """A planned all-reduce as a reduce-scatter and an all-gather."""
         for lot in self.planned:
             if lot.kind == "all-reduce" and lot.left:
-                fitting = [c for c in self.compiled if c.left and c.axes == lot.axes and _alike(c.bytes, lot.bytes)]
+                fitting = [c for c in self.compiled if c.left and c.axes == lot.axes and _is_close(c.bytes, lot.bytes)]
                 both = [next((c for c in fitting if c.kind == kind), None) for kind in ("reduce-scatter", "all-gather")]
                 if all(both):
                     self._pair([lot, *(c for c in both if c)])
@@ -244,7 +244,7 @@ class _Pairing:
         )
 
 
-def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
+def _find_summands(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
     """At most this many lots whose bytes sum to another's: all, or the fewest of the nearest sums.
 
     Empty if no sum matches.
@@ -252,9 +252,9 @@ def _adding_up_to(whole: _Lot, lots: Sequence[_Lot], most: int) -> list[_Lot]:
     fitting = [lot for lot in lots if lot.left and lot.axes == whole.axes and lot.bytes <= whole.bytes * (1 + _ALIKE)]
     if one_by_one := _part_by_part(whole, fitting):
         return one_by_one
-    if fitting and len(fitting) <= most and _alike(_sum(fitting), whole.bytes):
+    if fitting and len(fitting) <= most and _is_close(_sum(fitting), whole.bytes):
         return fitting
-    groups = (group for group in _groups(fitting, most, whole.bytes) if _alike(_sum(group), whole.bytes))
+    groups = (group for group in _groups(fitting, most, whole.bytes) if _is_close(_sum(group), whole.bytes))
     return min(groups, key=lambda group: (abs(_sum(group) - whole.bytes), len(group)), default=[])
 
 
@@ -263,7 +263,7 @@ def _part_by_part(whole: _Lot, lots: Sequence[_Lot]) -> list[_Lot]:
     parts = whole.of.parts if isinstance(whole.of, CompiledCollective) else ()
     left, found = list(lots), []
     for part in sorted(parts, reverse=True):
-        at = next((k for k, lot in enumerate(left) if _alike(lot.bytes, part)), None)
+        at = next((k for k, lot in enumerate(left) if _is_close(lot.bytes, part)), None)
         if at is None:
             return []
         found.append(left.pop(at))
@@ -302,11 +302,11 @@ def _sum(group: Sequence[_Lot]) -> float:
     return sum(lot.bytes for lot in group)
 
 
-def _alike(a: float, b: float) -> bool:
+def _is_close(a: float, b: float) -> bool:
     return abs(a - b) <= _ALIKE * max(a, b)
 
 
-def _most_in(lot: _Lot) -> int:
+def _largest_bytes(lot: _Lot) -> int:
     combined = lot.of.spelling.removeprefix("combined ")
     return int(combined) if combined.isdigit() else _MOST_TOGETHER
 

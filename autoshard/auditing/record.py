@@ -9,8 +9,9 @@ from autoshard.auditing import bounds
 from autoshard.auditing.findings import CompileTarget, Finding, seconds_of, wire_bytes_by_axes
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Axes, Pair, sent_bytes
+from autoshard.auditing.planned_times import AuditedCost, Overlap
 from autoshard.auditing.replay import MOST_COSTLY, Replay
-from autoshard.auditing.unplanned_time import AuditedCost
+from autoshard.planning.carriage import Carry
 from autoshard.planning.records import PlannedCollective
 from costmodels.machine.topology import Topology
 
@@ -27,6 +28,9 @@ class AuditRecord:
     - `compute_seconds`: the compiler's own estimate of everything but collectives; None if there is none.
     - `replay`: the schedule replayed, with copies and collectives beside the core; None if there is no estimate.
     - `costs`: the instructions of the replay by their time, the costliest first, with the unplanned part of it.
+    - `line_flops`: per source line with matmuls, their planned and compiled FLOPs on one chip and step.
+    - `carry`: the way in which the program carries the plan.
+    - `overlap`: per size and axis of the planned rings, the planned and the replayed share of their time that is hidden.
     """
 
     target: CompileTarget
@@ -45,6 +49,9 @@ class AuditRecord:
     flops: float
     replay: Replay | None = None
     costs: tuple[AuditedCost, ...] = ()
+    line_flops: tuple[tuple[str, float, float], ...] = ()
+    carry: Carry = "manual"
+    overlap: tuple[Overlap, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -96,6 +103,7 @@ class AuditRecord:
             "ok": self.ok,
             "slow": self.is_slow,
             "target": self.target,
+            "carry": self.carry,
             "plan": self.name,
             "topology": self.topology.name,
             "flops": {"planned": self.planned_flops, "compiled": self.flops},
@@ -114,6 +122,7 @@ class AuditRecord:
                 {**asdict(each.instruction), "unplanned_seconds": each.unplanned_seconds}
                 for each in self.costs[:MOST_COSTLY]
             ],
+            "overlap": [asdict(each) for each in self.overlap],
             "wire_bytes": sent,
             "planned": [asdict(each) for each in self.planned],
             "compiled": [asdict(each) for each in self.collectives],

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from autoshard._util.paths import shared_name, unnumbered
+from autoshard._util.paths import shared_name, star_numbers
 from autoshard._util.tables import WIDTH, item, percent, size, table, time
 from autoshard.auditing.findings import Finding
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.matching import Pair, axes_of
+from autoshard.auditing.planned_times import AuditedCost
 from autoshard.auditing.record import AuditRecord
 from autoshard.auditing.replay import MOST_COSTLY
-from autoshard.auditing.unplanned_time import AuditedCost
 from autoshard.planning.records import PlannedCollective
 
 
@@ -22,18 +22,21 @@ def render(audit: AuditRecord, width: int = WIDTH) -> str:
         _collectives(audit, width),
         _wire(audit, width),
         _chip(audit, width),
+        _overlap(audit, width),
         _costliest(audit, width),
         _differences(audit, width),
     )
     verdict = "as planned" if audit.ok else "NOT as planned"
-    if audit.is_slow and audit.step_seconds:
+    if audit.is_slow and audit.step_seconds and audit.planned_seconds:
         verdict += f", {audit.step_seconds / audit.planned_seconds:.2f} times the planned time"
-    head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}: {verdict}"
+    carried = "" if audit.carry == "manual" else f" and carried by {audit.carry}"
+    head = f"{audit.name} on {audit.topology.name}, compiled for {_TARGETS[audit.target]}{carried}: {verdict}"
     return "\n\n".join([head, *("\n".join(lines) for section in sections if (lines := list(section)))]) + "\n"
 
 
 _SHARES = {
     "slower than planned": "more than planned",
+    "less overlap": "of the planned step",
     "bytes on the wire": "of the bytes on the wire",
     "peak memory": "of the planned peak",
     "argument": "of the planned peak",
@@ -52,14 +55,14 @@ def _collectives(audit: AuditRecord, width: int) -> Iterator[str]:
         yield "  none planned, none compiled"
         return
     headers = ("planned", "axes", "payload", "runs", "compiled", "payload", "runs", "planned for")
-    yield from _indented(table(headers, _rows(audit), "<<>>~>>~", width - 2))
+    yield from _indent_all(table(headers, _rows(audit), "<<>>~>>~", width - 2))
 
 
 def _rows(audit: AuditRecord) -> list[tuple[str, ...]]:
     """A row for each kind of pair: equal pairs of an unrolled model's layers, planned and compiled, are one row."""
     groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in audit.pairs:
-        groups.setdefault(tuple(map(unnumbered, _row(audit, [pair]))), []).append(pair)
+        groups.setdefault(tuple(map(star_numbers, _row(audit, [pair]))), []).append(pair)
     return [_row(audit, alike) for alike in groups.values()]
 
 
@@ -73,7 +76,7 @@ def _row(audit: AuditRecord, alike: Sequence[Pair]) -> tuple[str, ...]:
         "".join(axes_of((*planned, *found)[0], audit.topology)),
         _payload(planned),
         runs if planned else "",
-        " + ".join(dict.fromkeys(map(_spelled, found))) or "nothing",
+        " + ".join(dict.fromkeys(map(_describe, found))) or "nothing",
         _payload(found),
         runs if found else "",
         where + many,
@@ -85,7 +88,7 @@ def _side(group: Sequence[PlannedCollective]) -> str:
     return " + ".join(f"{n} × {kind}" if n > 1 else kind for kind, n in counts.items())
 
 
-def _spelled(each: CompiledCollective) -> str:
+def _describe(each: CompiledCollective) -> str:
     plain = each.spelling.removesuffix("-start") in (each.kind, "ragged-" + each.kind)
     return each.kind if plain else f"{each.kind} ({each.spelling})"
 
@@ -103,7 +106,7 @@ def _wire(audit: AuditRecord, width: int) -> Iterator[str]:
         for axes, (planned, compiled) in sent.items()
     ]
     yield "Bytes that each chip sends in one step"
-    yield from _indented(table(("axes", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
+    yield from _indent_all(table(("axes", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
 
 
 def _chip(audit: AuditRecord, width: int) -> Iterator[str]:
@@ -126,9 +129,29 @@ def _chip(audit: AuditRecord, width: int) -> Iterator[str]:
         rows.append(_times("step time, schedule replayed", audit.planned_seconds, found.seconds))
         rows.append(("  of it waiting for communication", "", time(found.exposed_seconds), ""))
         rows.append(("  of it waiting for copies", "", time(found.copy_seconds), ""))
-        rows.append(("floor: bytes to read once", "", time(found.floor_seconds), ""))
+        rows.append(("floor: bytes to move once", "", time(found.floor_seconds), ""))
     yield "One chip"
-    yield from _indented(table(("", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
+    yield from _indent_all(table(("", "planned", "compiled", "ratio"), rows, "<>>>", width - 2))
+
+
+def _overlap(audit: AuditRecord, width: int) -> Iterator[str]:
+    """The permutes of rings, and how much of their time is hidden."""
+    if audit.overlap:
+        yield "Rings: permutes hidden behind matmuls"
+        rows = [
+            (
+                each.axis,
+                size(each.bytes),
+                f"{each.count:g}",
+                time(each.seconds),
+                percent(each.planned),
+                "none found" if each.replayed is None else percent(each.replayed),
+                each.where,
+            )
+            for each in audit.overlap
+        ]
+        headers = ("axis", "payload", "runs", "time", "planned", "replayed", "planned for")
+        yield from _indent_all(table(headers, rows, "<>>>>>~", width - 2))
 
 
 def _costliest(audit: AuditRecord, width: int) -> Iterator[str]:
@@ -137,7 +160,7 @@ def _costliest(audit: AuditRecord, width: int) -> Iterator[str]:
         yield "Costliest instructions"
         rows = [_cost(each) for each in audit.costs[:MOST_COSTLY]]
         headers = ("time", "not planned", "runs", "instruction", "at", "operation")
-        yield from _indented(table(headers, rows, ">>><<~", width - 2))
+        yield from _indent_all(table(headers, rows, ">>><<~", width - 2))
 
 
 def _cost(each: AuditedCost) -> tuple[str, ...]:
@@ -158,10 +181,14 @@ def _differences(audit: AuditRecord, width: int) -> Iterator[str]:
 
 def _difference(each: Finding) -> str:
     of = _SHARES.get(each.kind, "of the time on the wire")
-    told = each.counts or each.kind.startswith("same plan") or each.kind in ("computed again", "slower than planned")
+    told = each.counts or each.kind.startswith("same plan") or each.kind in _TOLD
     mark = "" if told else ", too small to count"
     return f"{each.kind}: {each.text} ({percent(each.share)} {of}{mark})"
 
 
-def _indented(lines: Iterable[str]) -> Iterator[str]:
+_TOLD = ("computed again", "slower than planned", "less overlap")
+"""Kinds of differences that are reported, and never count."""
+
+
+def _indent_all(lines: Iterable[str]) -> Iterator[str]:
     return (f"  {line}" for line in lines)

@@ -4,7 +4,7 @@ The core runs its instructions in order. Asynchronous copies queue for HBM and t
 instruction leaves; while the core waits, they have all of it. Collectives take the links of their axes, and those that
 share a link are serial. A `-done` makes the core wait. Loops are replayed iteration by iteration until an iteration
 leaves the queues unchanged; the others take as long. No step is shorter than the floor: the bytes that it must read
-once, over HBM's nominal rate.
+or write once, over HBM's nominal rate.
 
 So removing an instruction never lengthens a step, and more bandwidth never costs more.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from autoshard.auditing.hlo_collectives import estimated_cycles
-from autoshard.auditing.hlo_costs import bytes_to_read_once
+from autoshard.auditing.hlo_interface import floor_bytes
 from autoshard.auditing.hlo_parser import parse
 from autoshard.auditing.schedule import Branches, Copy, Label, Link, Loop, Send, Step, Wait, Work, read_schedule
 from costmodels.machine.topology import Topology
@@ -43,15 +43,27 @@ class Costly:
 
 
 @dataclass(frozen=True)
+class Transferred:
+    """A collective: its seconds on the links in one step, and those of them that the core waits for; bytes of one run."""
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+    seconds: float
+    exposed_seconds: float
+
+
+@dataclass(frozen=True)
 class Replay:
     """The time of one step by its schedule, in seconds.
 
     - `seconds`: the whole step, at least `floor_seconds`.
-    - `floor_seconds`: the bytes that the step must read once, over HBM's nominal rate.
+    - `floor_seconds`: the bytes that the step must read or write once, over HBM's nominal rate.
     - `core_seconds`: instructions on the core.
     - `exposed_seconds`: communication that the core waits for.
     - `copy_seconds`: asynchronous copies that the core waits for.
     - `costly`: all instructions by their time, the costliest first.
+    - `transfers`: the collectives, by instruction.
     """
 
     seconds: float
@@ -60,6 +72,7 @@ class Replay:
     exposed_seconds: float
     copy_seconds: float
     costly: tuple[Costly, ...]
+    transfers: tuple[Transferred, ...] = ()
 
     @property
     def costliest(self) -> tuple[Costly, ...]:
@@ -80,7 +93,7 @@ def replay(text: str, topology: Topology) -> Replay | None:
     if estimated_cycles(text) is None or not topology.chip.clock_hertz:
         return None
     module = parse(text)
-    floor = bytes_to_read_once(module) / topology.chip.hbm_bytes_per_second
+    floor = floor_bytes(text, module) / topology.chip.hbm_bytes_per_second
     return replay_steps(read_schedule(module, topology), floor)
 
 
@@ -100,6 +113,11 @@ def replay_steps(steps: Sequence[Step], floor_seconds: float = 0.0) -> Replay:
         exposed_seconds=clock.spent.exposed,
         copy_seconds=clock.spent.copies,
         costly=tuple(sorted(costly, key=lambda each: -each.seconds)),
+        transfers=tuple(
+            Transferred(sent.kind, sent.axes, sent.bytes, sent.seconds * clock.spent.runs[label], seconds)
+            for label, seconds in clock.spent.seconds.items()
+            if (sent := label.transfer) is not None
+        ),
     )
 
 
@@ -174,12 +192,12 @@ class _Clock:
             self.spent.exposed += exposed
             self._count(label, exposed, 0)
         elif name in self.started:
-            seconds = self._until_copied(name)
+            seconds = self._copy_end(name)
             self._pass(seconds, seconds)
             self.spent.copies += seconds
             self._count(self.started.pop(name), seconds, 0)
 
-    def _until_copied(self, name: str) -> float:
+    def _copy_end(self, name: str) -> float:
         total = 0.0
         for waiting, seconds in self.copies:
             total += seconds
@@ -232,6 +250,8 @@ class _Clock:
         if not ways:
             return
         slowest = max(ways, key=lambda way: way.now)
+        for way in ways:  # queued copies go on while a shorter alternative would wait for the slowest
+            way._pass(slowest.now - way.now, slowest.now - way.now)
         self.now, self.spent = slowest.now, slowest.spent
         self.copies = max((way.copies for way in ways), key=lambda copies: sum(seconds for _, seconds in copies))
         self.free = {link: max(way.free.get(link, 0.0) for way in ways) for way in ways for link in way.free}

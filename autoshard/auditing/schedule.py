@@ -3,7 +3,8 @@
 The text of a compiled module is in schedule order (`is_scheduled=true`). An operation with separate start and wait
 becomes two steps: asynchronous copies (`copy-start`, `slice-start`), collectives (`all-gather-start`, a call handed to
 another core), and collectives that are spread over a chain of fusions. Everything else runs on the core for the
-compiler's estimated time. An instruction without an estimate takes its bytes at HBM's rate.
+compiler's estimated time. An instruction without an estimate takes its bytes at HBM's rate; a matmul of grouped rows takes
+its FLOPs at the matrix unit's rate, if that is longer.
 """
 
 from __future__ import annotations
@@ -36,14 +37,28 @@ _FRAMES = re.compile(
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """A collective as it is sent in one run: kind, axes, bytes, and its time on the links."""
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Label:
-    """An instruction as shown to a reader: its name, its opcode, the user's source line and scopes."""
+    """An instruction as shown to a reader: its name, its opcode, the user's source line and scopes.
+
+    `transfer` is what it sends, if it is a collective.
+    """
 
     name: str
     opcode: str
     source: str
     scope: str
     matmul: bool = False
+    transfer: Transfer | None = None
 
 
 @dataclass(frozen=True)
@@ -118,19 +133,19 @@ class _Reader:
 
     def steps(self, scope: Scope) -> Iterator[Step]:
         for inst in scope.computation.instructions.values():
-            yield from self._of(inst, scope)
+            yield from self._steps_of(inst, scope)
 
-    def _of(self, inst: Instruction, scope: Scope) -> Iterator[Step]:
+    def _steps_of(self, inst: Instruction, scope: Scope) -> Iterator[Step]:
         opcode = inst.opcode
         if opcode == "while":
             rounds, _ = trip_count(inst, scope, self.module)
             bodies = (inst.attribute("condition"), inst.attribute("body"))
-            yield Loop(rounds, tuple(step for name in bodies for step in self._inside(name, inst, scope)))
+            yield Loop(rounds, tuple(step for name in bodies for step in self._inner_steps(name, inst, scope)))
         elif opcode == "conditional":
-            yield Branches(tuple(tuple(self._inside(name, inst, scope)) for name in inst.called()))
+            yield Branches(tuple(tuple(self._inner_steps(name, inst, scope)) for name in inst.called()))
         elif opcode == "call":
             for name in inst.called():
-                yield from self._inside(name, inst, scope)
+                yield from self._inner_steps(name, inst, scope)
         elif opcode.endswith("-done"):
             yield Wait(inst.operands[0])
         elif opcode in _COPIES or (opcode == "async-start" and not self._collectives(inst, scope)):
@@ -140,7 +155,7 @@ class _Reader:
         else:
             yield from self._work(inst, scope)
 
-    def _inside(self, name: str, inst: Instruction, scope: Scope) -> Iterator[Step]:
+    def _inner_steps(self, name: str, inst: Instruction, scope: Scope) -> Iterator[Step]:
         if name in self.module.computations:
             yield from self.steps(Scope(self.module.computations[name], inst, scope))
 
@@ -178,17 +193,22 @@ class _Reader:
         label = self._label(inst, scope)
         name = op_name_of(site.instruction) or found.op_name
         source = label.source or self.module.source(site.instruction)
-        return Send(
-            Label(inst.name, found.kind, source, label.scope or _scope(name)), found.seconds, found.links, asynchronous
-        )
+        transfer = Transfer(found.kind, found.axes, found.bytes, found.seconds)
+        shown = Label(inst.name, found.kind, source, label.scope or _scope(name), transfer=transfer)
+        return Send(shown, found.seconds, found.links, asynchronous)
 
     def _work(self, inst: Instruction, scope: Scope) -> Iterator[Work]:
         found = _CYCLES.search(inst.attributes)
         busy = self._hbm_seconds(inst, scope)
         clock = self.topology.chip.clock_hertz
-        seconds = int(found[1]) / clock if found and clock else busy
+        seconds = int(found[1]) / clock if found and clock else max(busy, self._matmul_seconds(inst, scope))
         if seconds:
             yield Work(self._label(inst, scope), seconds, min(busy, seconds))
+
+    def _matmul_seconds(self, inst: Instruction, scope: Scope) -> float:
+        """Seconds of the matmuls of an instruction without cycles, such as those of grouped rows."""
+        flops = sum(each for _, each in matmuls_in(inst, scope, self.module))
+        return flops / self.topology.chip.reached_matmul_flops_per_second("bfloat16")
 
     def _hbm_seconds(self, inst: Instruction, scope: Scope) -> float:
         moved = moved_bytes(inst, scope, self.module)

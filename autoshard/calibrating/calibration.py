@@ -195,11 +195,11 @@ def _report(calibration: Calibration) -> Iterator[str]:
 
 
 def _residual_row(each: Residual) -> tuple[str, ...]:
-    def shown(error: float | None) -> str:
+    def error_text(error: float | None) -> str:
         return "-" if error is None else percent(error)
 
-    errors = (str(each.fitted), shown(each.fitted_median), str(each.held_out), shown(each.held_out_median))
-    return (each.series, *errors, shown(each.held_out_worst), f"{each.bias:.2f}")
+    errors = (str(each.fitted), error_text(each.fitted_median), str(each.held_out), error_text(each.held_out_median))
+    return (each.series, *errors, error_text(each.held_out_worst), f"{each.bias:.2f}")
 
 
 def _check_row(check: StepCheck) -> tuple[str, ...]:

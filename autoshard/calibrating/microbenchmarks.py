@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from autoshard.calibrating.timing import Looped, looped
+from autoshard.calibrating.timing import Looped, make_loop
 from costmodels.fitting import COLLECTIVES, Timing
 from costmodels.machine.chips import Chip
 from costmodels.machine.topology import Topology
@@ -59,7 +59,7 @@ def cases(topology: Topology, ranges: Ranges, dtypes: Sequence[str]) -> list[Cas
     """All microbenchmarks of a topology; all chips run on-chip work at the same time, as in a step."""
     chip, axes = topology.chip, [axis for axis in topology.axes if axis.size > 1]
     found = [case for dtype in dtypes for case in _matmuls(chip, ranges, dtype)]
-    found += [*_vector(chip, ranges), *_memory(chip, ranges), *_one_row(chip, ranges, dtypes[0])]
+    found += [*_vector(chip, ranges), *_memory(chip, ranges), *_single_row_cases(chip, ranges, dtypes[0])]
     together = [tuple(axis.name for axis in axes)] if len(axes) > 1 else []
     for names in [*((axis.name,) for axis in axes), *together]:
         found += [case for kind in COLLECTIVES for case in _collective(topology, ranges, kind, names)]
@@ -71,7 +71,7 @@ def _series(sizes: Iterable[int]) -> Iterator[tuple[int, bool]]:
     return ((size, i % 3 != 1) for i, size in enumerate(dict.fromkeys(sizes)))
 
 
-def _between(least: float, most: float, count: int) -> list[float]:
+def _geometric_sequence(least: float, most: float, count: int) -> list[float]:
     return [float(each) for each in np.geomspace(least, most, count)]
 
 
@@ -84,12 +84,12 @@ def _round_to(number: float, step: float) -> int:
 
 def _matmuls(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
     rate = chip.matmul_flops_per_second(dtype)
-    sides = [(seconds * rate / 2) ** (1 / 3) for seconds in _between(*ranges.matmul_seconds, ranges.count)]
+    sides = [(seconds * rate / 2) ** (1 / 3) for seconds in _geometric_sequence(*ranges.matmul_seconds, ranges.count)]
     for n, fitted in _series(_round_to(side, chip.matrix_tile) for side in sides):
         yield Case(Timing("matmul", (n, n, n), 0.0, dtype, fitted=fitted), _product(n, n, dtype))
 
 
-def _one_row(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
+def _single_row_cases(chip: Chip, ranges: Ranges, dtype: str) -> Iterator[Case]:
     width = jnp.dtype(dtype).itemsize
     sides = [(size / width) ** 0.5 for size in _array_bytes(chip, ranges)]
     for n, fitted in _series(_round_to(side, chip.matrix_tile) for side in sides):
@@ -103,7 +103,7 @@ def _product(rows: int, n: int, dtype: str) -> Callable[[Mesh], Looped]:
         weight = (1 + _numbers(n * n)) / np.float32(1.5 * n)
         return _numbers(rows * n).reshape(rows, n).astype(dtype), weight.reshape(n, n).astype(dtype)
 
-    return lambda mesh: looped(lambda x, w: x @ w, start, mesh)
+    return lambda mesh: make_loop(lambda x, w: x @ w, start, mesh)
 
 
 def _numbers(n: int) -> Any:
@@ -115,7 +115,8 @@ def _numbers(n: int) -> Any:
 def _vector(chip: Chip, ranges: Ranges) -> Iterator[Case]:
     flops = 2.0 * _STEPS
     counts = [
-        seconds * chip.vector_flops_per_second / flops for seconds in _between(*ranges.vector_seconds, ranges.count)
+        seconds * chip.vector_flops_per_second / flops
+        for seconds in _geometric_sequence(*ranges.vector_seconds, ranges.count)
     ]
     for n, fitted in _series(_round_to(count, 1) for count in counts):
         yield Case(Timing("vector", (n,), 0.0, flops_per_element=flops, fitted=fitted), _elementwise(n, _STEPS))
@@ -130,7 +131,7 @@ def _array_bytes(chip: Chip, ranges: Ranges) -> list[float]:
     """Bytes of arrays that take the times of `memory_seconds` to read and write, at least `memory_bytes`."""
     limits = zip(ranges.memory_seconds, ranges.memory_bytes, strict=True)
     least, most = (max(seconds * chip.hbm_bytes_per_second, size) for seconds, size in limits)
-    return _between(least, most, ranges.memory_count)
+    return _geometric_sequence(least, most, ranges.memory_count)
 
 
 def _elementwise(n: int, steps: int) -> Callable[[Mesh], Looped]:
@@ -139,7 +140,7 @@ def _elementwise(n: int, steps: int) -> Callable[[Mesh], Looped]:
             x = x * np.float32(0.999) + np.float32(0.001)
         return x
 
-    return lambda mesh: looped(body, lambda: (_numbers(n),), mesh)
+    return lambda mesh: make_loop(body, lambda: (_numbers(n),), mesh)
 
 
 # --- between chips
@@ -149,7 +150,7 @@ def _collective(topology: Topology, ranges: Ranges, kind: str, names: tuple[str,
     chips = prod(topology.axis(name).size for name in names)
     speed = min(topology.axis(name).bytes_per_second for name in names)
     least, most = ranges.collective_bytes
-    sizes = _between(least, max(most, ranges.collective_seconds * speed), ranges.count)
+    sizes = _geometric_sequence(least, max(most, ranges.collective_seconds * speed), ranges.count)
     for size, fitted in _series(_round_to(size, 4 * chips) for size in sizes):
         timing = Timing(kind, (size,), 0.0, axes=names, fitted=fitted)
         yield Case(timing, _exchange(kind, names, chips, size // 4))
@@ -171,4 +172,4 @@ def _exchange(kind: str, names: tuple[str, ...], chips: int, n: int) -> Callable
         "collective-permute": lambda x: lax.ppermute(x, names, across),
     }
     held = n // chips if kind == "all-gather" else n
-    return lambda mesh: looped(bodies[kind], lambda: (jnp.zeros(held, jnp.float32),), mesh)
+    return lambda mesh: make_loop(bodies[kind], lambda: (jnp.zeros(held, jnp.float32),), mesh)

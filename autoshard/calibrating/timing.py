@@ -55,7 +55,7 @@ class Looped:
         return time.perf_counter() - started
 
 
-def looped(body: Callable[..., Any], start: Callable[[], tuple[Any, ...]], mesh: Mesh) -> Looped:
+def make_loop(body: Callable[..., Any], start: Callable[[], tuple[Any, ...]], mesh: Mesh) -> Looped:
     """`body(carry, *constants) -> carry` in a loop, on every device of a mesh at once.
 
     **Arguments:**
@@ -64,12 +64,14 @@ def looped(body: Callable[..., Any], start: Callable[[], tuple[Any, ...]], mesh:
       between calls.
     """
 
-    def rounds(count: Any) -> Any:
+    def run_iterations(count: Any) -> Any:
         carry, *constants = start()
         return lax.fori_loop(0, count, lambda _, state: body(state, *constants), carry)
 
     spec = PartitionSpec(mesh.axis_names)
-    return Looped(jax.jit(jax.shard_map(rounds, mesh=mesh, in_specs=PartitionSpec(), out_specs=spec, check_vma=False)))
+    return Looped(
+        jax.jit(jax.shard_map(run_iterations, mesh=mesh, in_specs=PartitionSpec(), out_specs=spec, check_vma=False))
+    )
 
 
 def shortest(
@@ -79,7 +81,7 @@ def shortest(
     started, rounds = time.monotonic(), []
     for i, program in enumerate(programs):
         say(f"compiling and warming up, {i + 1} of {len(programs)}")
-        rounds.append(_rounds(program, patience))
+        rounds.append(_choose_iterations(program, patience))
     empty, full = np.full(len(programs), np.inf), np.full(len(programs), np.inf)
     for repeat in range(patience.repeats):
         if repeat >= patience.least_repeats and time.monotonic() - started > patience.total_seconds:
@@ -95,7 +97,7 @@ def shortest(
     ]
 
 
-def _rounds(program: Looped, patience: Patience) -> int:
+def _choose_iterations(program: Looped, patience: Patience) -> int:
     """The number of iterations for a long enough timing; compiles and warms up."""
     program.seconds(0)
     empty, count = program.seconds(0), 1

@@ -1,18 +1,19 @@
 """The command line, one module per command; those that compare plans share one.
 
 Results go to standard output; progress and errors go to standard error. Exit codes: 0 for success, 1 if no plan fits, an audit
-fails or a value is refused, 2 for invalid usage.
+fails or a question has no answer, 2 for invalid usage: an option, a name or a value that does not exist.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from autoshard._util.version import version
 from autoshard.cli.audit import audit
 from autoshard.cli.calibrate import calibrate
+from autoshard.cli.carry import carry
 from autoshard.cli.chips import chips
 from autoshard.cli.compare import best, diff, why_not
 from autoshard.cli.explain import explain
@@ -26,36 +27,25 @@ from autoshard.cli.trace import trace
 
 app = typer.Typer(
     help="Layout search for JAX: the proven fastest sharding of a function over a TPU or GPU topology.",
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (
-    search,
-    phases,
-    explain,
-    why_not,
-    best,
-    diff,
-    audit,
-    trace,
-    export,
-    roofline,
-    report,
-    sweep,
-    ask,
-    chips,
-    calibrate,
-):
-    app.command()(command)
+_PANELS = {
+    "Plan": (search, phases, trace),
+    "Read and compare plans": (explain, why_not, best, diff, report, roofline),
+    "Check and use plans": (audit, carry, export),
+    "Many plans": (sweep, ask),
+    "Hardware": (chips, calibrate),
+}
+for panel, commands in _PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        try:
-            typer.echo(f"autoshard {version('autoshard')}")
-        except PackageNotFoundError:
-            typer.echo("autoshard (not installed)")
+        typer.echo(f"autoshard {version()}")
         raise typer.Exit
 
 

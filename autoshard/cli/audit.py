@@ -18,6 +18,14 @@ class On(StrEnum):
     gpu = "gpu"
 
 
+class Way(StrEnum):
+    """The ways to carry a plan."""
+
+    manual = "manual"
+    constraints = "constraints"
+    specs = "specs"
+
+
 def audit(
     plan: common.PlanFile,
     target: common.Target,
@@ -25,6 +33,10 @@ def audit(
     on: Annotated[
         On, typer.Option("--target", help="Compile for CPU devices, or for the plan's TPUs or GPUs.")
     ] = On.host,
+    carry: Annotated[
+        Way | None,
+        typer.Option(help="The way in which the program carries the plan; by default that of plan.jit."),
+    ] = None,
     json: common.AsJson = False,
     verbose: common.Verbose = False,
 ) -> None:
@@ -40,13 +52,15 @@ def audit(
     from autoshard.emitting import targets
     from autoshard.plan import load
 
-    with common.report_errors(verbose):
+    with common.report_errors(verbose, json):
         found = load(plan)
         if on is On.host:
             targets.host_devices(found.topology.size)  # before the target file starts JAX with fewer
         with common.progress(f"Compiling {target} for {_WHAT[on]}", verbose):
             work = common.workload(target, common.settings(sizes))
-            report = audit_plan(found, work.fn, *work.args, target=on.value)
+            report = audit_plan(
+                found, work.fn, *work.args, target=on.value, carry=None if carry is None else carry.value
+            )
         typer.echo(dumps(report.to_dict(), indent=2) if json else str(report), nl=json)
         if not report.ok or report.is_slow:
             raise typer.Exit(1)

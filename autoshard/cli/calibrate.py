@@ -44,7 +44,7 @@ def calibrate(
     from autoshard.emitting import targets
     from autoshard.emitting.attached import topology_of
 
-    with common.report_errors(verbose):
+    with common.report_errors(verbose, json):
         common.check_output(output, force)
         if devices.startswith("cpu:"):
             targets.host_devices(topology_of(devices).size)  # before a target file starts JAX with fewer

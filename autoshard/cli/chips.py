@@ -8,26 +8,31 @@ from typing import Annotated, get_args
 
 import typer
 
-from autoshard._util.tables import table
+from autoshard._util.tables import WIDTH, table, wrap_text
 from autoshard.cli import common
-from costmodels.machine.chips import Bus, Chip, Status, Switch, Torus, UnknownChipError, catalogue
+from costmodels.machine.chips import Chip, Status, UnknownChipError, catalogue
 from costmodels.machine.chips import chip as chip_named
+from costmodels.machine.interconnects import Bus, Switch, Torus
 
 
 def chips(
     name: Annotated[str | None, typer.Argument(metavar="[CHIP]", help="All constants of this chip.")] = None,
     json: common.AsJson = False,
-    width: Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")] = 120,
+    width: common.Width = None,
 ) -> None:
     """List the chip catalogue, or every constant of one chip with its status and source."""
     from json import dumps
 
-    with common.report_errors():
+    with common.report_errors(json=json):
         found = list(catalogue().values()) if name is None else [_chip(name)]
     if json:
         typer.echo(dumps([each.to_dict() for each in found], indent=2))
         return
-    typer.echo("\n".join(_constants(found[0]) if name else _catalogue(found, width)))
+    typer.echo(
+        "\n".join(
+            _constants(found[0], width or common.columns()) if name else _catalogue(found, width or common.columns())
+        )
+    )
 
 
 def _chip(name: str) -> Chip:
@@ -53,7 +58,7 @@ def _catalogue(chips: Iterable[Chip], width: int) -> list[str]:
     note = (
         "TFLOP/s in bfloat16, usable GiB, one-way interconnect. autoshard chips CHIP lists all constants with sources."
     )
-    return [*table(headers, rows, "<>>>~~", width), "", note]
+    return [*table(headers, rows, "<>>>~~", width), "", *wrap_text(note, width, 0)]
 
 
 def _interconnect(chip: Chip) -> str:
@@ -72,9 +77,9 @@ def _statuses(chip: Chip) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in get_args(Status) if counts[status])
 
 
-def _constants(chip: Chip) -> list[str]:
+def _constants(chip: Chip, width: int) -> list[str]:
     rows = [(name, _number(each.value), each.status, each.source) for name, each in chip.constants.items()]
-    return table(("constant", "value", "status", "source"), rows, "<><<")
+    return table(("constant", "value", "status", "source"), rows, "<><~" if width < WIDTH else "<><<", width)
 
 
 def _number(value: float) -> str:

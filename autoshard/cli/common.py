@@ -6,11 +6,14 @@ import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from autoshard._util.elapsed import elapsed
+from autoshard._util.tables import columns as columns
 from autoshard.errors import AutoshardError
 from autoshard.target_file import Misuse as Misuse
 from autoshard.target_file import workload as workload
@@ -58,37 +61,51 @@ Overlap = Annotated[
     str | None,
     typer.Option(
         metavar="PART",
-        help="The part of the bandwidth time of collectives that computation hides, 0 to 1; or 'looped', for looped einsums.",
+        help="The part of the bandwidth time of collectives that computation hides, 0 to 1; or 'looped' or 'async'.",
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        metavar="COLUMNS", min=40, help="Columns to fill at most; by default those of the terminal, up to 120."
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print progress messages and tracebacks.")]
 
 
 @contextmanager
-def report_errors(verbose: bool = False) -> Iterator[None]:
-    """Turns errors into a message on standard error and an exit code."""
+def report_errors(verbose: bool = False, json: bool = False) -> Iterator[None]:
+    """Turns errors into a message on standard error and an exit code, and with `json` also into JSON on standard output."""
     try:
         yield
     except (AutoshardError, Misuse, OSError) as error:
+        code = exit_code(error)
         if verbose:
             traceback.print_exc()
         else:
             typer.echo(f"autoshard: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, Misuse) else 1) from error
+        if json:
+            typer.echo(dumps({"error": type(error).__name__, "message": str(error), "exit_code": code}, indent=2))
+        raise typer.Exit(code) from error
+    except KeyboardInterrupt:
+        typer.echo("autoshard: interrupted.", err=True)
+        raise typer.Exit(130) from None
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for what has to be written differently, 1 for an answer that is no."""
+    return 2 if isinstance(error, Misuse) or (isinstance(error, AutoshardError) and error.is_usage) else 1
 
 
 @contextmanager
 def progress(doing: str, verbose: bool = False) -> Iterator[Callable[[str], None]]:
-    """Shows progress: one changing line on a terminal; every message on its own line if verbose."""
+    """Shows work with its elapsed time, once it takes a second; every message on its own line if verbose."""
     if verbose:
         typer.echo(doing, err=True)
         yield lambda message: typer.echo(f"  {message}", err=True)
         return
-    from rich.console import Console
-    from rich.markup import escape
-
-    with Console(stderr=True).status(escape(doing)) as status:
-        yield lambda message: status.update(escape(f"{doing}: {message}"))
+    with elapsed(doing) as say:
+        yield say
 
 
 def check_output(path: Path | None, force: bool) -> None:
@@ -141,9 +158,9 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 def pins(texts: Sequence[str] | None) -> dict[str, Any] | None:
     """`["params.*.wq=None,x,yz"]` as pins of arguments."""
-    from autoshard.annotating.pins import parsed
+    from autoshard.annotating.pins import parse_pin
 
-    return dict(map(parsed, texts)) if texts else None
+    return dict(map(parse_pin, texts)) if texts else None
 
 
 def names(pairs: Sequence[str] | None) -> dict[str, str | int]:

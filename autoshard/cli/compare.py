@@ -10,7 +10,6 @@ import typer
 
 from autoshard.cli import common
 
-_Width = Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")]
 _Limit = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the plans found so far.")]
 
 
@@ -18,14 +17,15 @@ def diff(
     before: common.PlanFile,
     after: common.PlanFile,
     json: common.AsJson = False,
-    width: _Width = 120,
+    width: common.Width = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Compare two plans: step times, operations that differ with their costs, arrays with other layouts."""
     from autoshard.comparing.diff import diff as compare
     from autoshard.plan import load
 
-    with common.report_errors(verbose):
+    width = width or common.columns()
+    with common.report_errors(verbose, json):
         found = compare(load(before), load(after))
         typer.echo(json_module.dumps(found.to_dict(), indent=2) if json else found.render(width), nl=json)
 
@@ -37,7 +37,7 @@ def why_not(
     memory: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory limit per chip.")] = None,
     time_limit: _Limit = None,
     json: common.AsJson = False,
-    width: _Width = 120,
+    width: common.Width = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Compare a plan with the best plan under another layout, pin or memory limit, operation by operation.
@@ -48,7 +48,8 @@ def why_not(
     from autoshard.comparing.other_plans import why_not as compare
     from autoshard.plan import load
 
-    with common.report_errors(verbose):
+    width = width or common.columns()
+    with common.report_errors(verbose, json):
         if not family and not pin and memory is None:
             from autoshard.planning.baselines import FAMILIES
 
@@ -66,7 +67,8 @@ def best(
         Path | None, typer.Option("--output", "-o", help="Write the plans into this folder, as 1.json, 2.json, ...")
     ] = None,
     time_limit: _Limit = None,
-    width: _Width = 120,
+    json: common.AsJson = False,
+    width: common.Width = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Print the k best plans that shard at least one matmul differently, each compared with the best."""
@@ -74,18 +76,23 @@ def best(
     from autoshard.comparing.diff import diff as compare
     from autoshard.comparing.other_plans import best_plans
     from autoshard.plan import load
+    from autoshard.planning.files.plan_file import dumps
 
-    with common.report_errors(verbose):
+    width = width or common.columns()
+    with common.report_errors(verbose, json):
         with common.progress(f"Searching the {count} best plans", verbose) as say:
             found = best_plans(load(plan), count, time_limit, say)
-        for place, other in enumerate(found):
+        if json:
+            every = {"proven": found.proven, "plans": [json_module.loads(dumps(each)) for each in found]}
+            typer.echo(json_module.dumps(every))
+        for place, other in enumerate(() if json else found):
             step = f"{place + 1}. {in_words(other.estimate.seconds)}"
             typer.echo(
                 step if place == 0 else f"\n{step}\n{compare(found[0], other).render_operations(width)}", nl=place == 0
             )
-        if len(found) < count:
+        if len(found) < count and not json:
             typer.echo("There are no more.")
-        if not found.proven:
+        if not found.proven and not json:
             typer.echo("The time limit was reached: there may be other plans between these.")
         if output is not None:
             output.mkdir(exist_ok=True)

@@ -33,19 +33,21 @@ def explain(
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="For each remedy's search; 0: cost the plan's own layout only."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print regimes or remedies as JSON.")] = False,
-    width: Annotated[int, typer.Option(metavar="COLUMNS", min=80, help="Columns to fill at most.")] = 120,
+    json: common.AsJson = False,
+    width: common.Width = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Print a plan: every matmul with its strategy, arrays, collectives, memory, proof, warnings."""
     from autoshard.explaining.explain import render
     from autoshard.plan import load
+    from autoshard.planning.files.plan_file import dumps
 
-    with common.report_errors(verbose):
+    width = width or common.columns()
+    with common.report_errors(verbose, json):
         if remedies and target is None:
             raise common.Misuse("--remedies needs the plan's workload: FILE.py:NAME, with the same --set.")
-        if json and regimes == remedies:
-            raise common.Misuse("--json applies to --regimes or --remedies only; a plan file is JSON already.")
+        if json and regimes and remedies:
+            raise common.Misuse("--json prints one thing: give --regimes or --remedies, not both.")
         if remedies and target is not None:
             with common.progress("Trying remedies", verbose) as say:
                 found = _remedies(load(plan), target, sizes, time_limit, say)
@@ -53,6 +55,9 @@ def explain(
         if regimes:
             typer.echo(_text(load(plan).regimes(), json, width), nl=False)
         if regimes or remedies:
+            return
+        if json:
+            typer.echo(dumps(load(plan)), nl=False)
             return
         typer.echo(render(load(plan), symbolic=symbolic, width=width), nl=False)
 

@@ -19,7 +19,7 @@ def export(
             "--format",
             "-f",
             metavar="FORMAT",
-            help="specs or rules: PartitionSpecs or regex rules as Python; flax or maxtext: logical axes.",
+            help="Such as specs or rules: PartitionSpecs or regex rules as Python; flax or maxtext: logical axes.",
         ),
     ],
     argument: Annotated[

@@ -44,15 +44,19 @@ def phases(
     ] = None,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
+    json: common.AsJson = False,
     verbose: common.Verbose = False,
 ) -> None:
     """Search the layout of shared arrays that is fastest for several phases together, and the cost of sharing for each.
 
     autoshard phases palm.py:prefill palm.py:decode -t v4:4x4x4 --set batch=64 --weight decode=64
     """
-    from autoshard.phases import search_phases
+    from json import dumps, loads
 
-    with common.report_errors(verbose):
+    from autoshard.phases import search_phases
+    from autoshard.planning.files.plan_file import dumps as plan_text
+
+    with common.report_errors(verbose, json):
         names = [target.rpartition(":")[2] for target in targets]
         if len(set(names)) < len(names) or len(names) < 2:
             raise common.Misuse(f"Expected two or more phases with different names, got {', '.join(names)}.")
@@ -73,12 +77,16 @@ def phases(
                 time_limit=time_limit,
                 progress=say,
             )
-        typer.echo(found.explain(), nl=False)
+        typer.echo(
+            dumps({name: loads(plan_text(plan)) for name, plan in found.items()}) if json else found.explain(), nl=json
+        )
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             for name, plan in found.items():
                 plan.save(output / f"{name}.json")
             typer.echo(f"Wrote {len(found)} plans to {output}.", err=True)
+        elif not json:
+            typer.echo("-o DIR keeps the plans, for explain, audit and report.", err=True)
 
 
 def _numbers(option: str, pairs: Sequence[str] | None, names: Sequence[str]) -> dict[str, float]:

@@ -23,6 +23,13 @@ def report(
     audit: Annotated[
         Path | None, typer.Option(metavar="AUDIT.json", help="The output of autoshard audit --json.", exists=True)
     ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(metavar="COUNT", min=0, help="Tokens of one step of a plan, for tokens per second.")
+    ] = None,
+    plans: Annotated[
+        bool,
+        typer.Option("--plans", help="Write a page for each plan of a sweep's frontier, with a link from its point."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     verbose: common.Verbose = False,
 ) -> None:
@@ -34,5 +41,5 @@ def report(
 
     with common.report_errors(verbose):
         common.check_output(output, force)
-        write_report(source, output, audit)
+        write_report(source, output, audit, tokens, plans)
         typer.echo(f"Wrote {output}.", err=True)

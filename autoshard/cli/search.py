@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,11 @@ from autoshard.cli import common
 if TYPE_CHECKING:
     from autoshard.comparing.verify import Verification
     from autoshard.plan import Plan
+    from autoshard.workload import Workload
+
+
+REFUSED = 3
+"""The exit status if the compiler refused the first plan, and a smaller one compiled."""
 
 
 class Solver(StrEnum):
@@ -28,6 +34,12 @@ class Compiler(StrEnum):
     host = "host"
     tpu = "tpu"
     gpu = "gpu"
+
+
+class Alone(StrEnum):
+    """The way in which the plan must be carried."""
+
+    specs = "specs"
 
 
 def search(
@@ -50,6 +62,10 @@ def search(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Compare with baselines: data parallel, Megatron 1D, ...")
     ] = False,
+    padding: Annotated[
+        bool,
+        typer.Option(help="Pad dimensions that the mesh axes do not divide, where that is faster; not with --carry."),
+    ] = True,
     solver: Annotated[
         Solver, typer.Option(help="CP-SAT after presolve, or alone: a reference for small functions and meshes.")
     ] = Solver.presolved,
@@ -57,7 +73,20 @@ def search(
         Compiler | None,
         typer.Option(help="Compile the best plans, and take the one with the fastest compiled program."),
     ] = None,
-    top_k: Annotated[int, typer.Option(metavar="K", min=1, help="Number of plans that --verify compiles.")] = 4,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", min=1, help="Number of plans that --verify or --carry compiles.")
+    ] = 4,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PINS",
+            help="With --verify: compile the best plan with these pins too, such as 'cache.*=None,xy; tokens=x'.",
+        ),
+    ] = None,
+    carry: Annotated[
+        Alone | None,
+        typer.Option(help="Compile the best plans with their specs alone, and take the one with the fastest step."),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE.toml", help="With --verify: write a topology with the compiler's efficiencies."),
@@ -69,18 +98,20 @@ def search(
     """Search the fastest layout of a function, prove it, and explain it.
 
     autoshard search examples/palm.py:decode --topology v4:4x4x4 --set batch=64 -o plan.json
+
+    With --verify the exit status is 1 if no plan compiles or the best is much slower than planned, and 3 if the compiler
+    refused the first plan and a smaller one compiled.
     """
     from autoshard.comparing.verify import verify as compile_best
     from autoshard.emitting.targets import host_devices
     from autoshard.pipeline import search as search_plan
 
-    with common.report_errors(verbose):
+    with common.report_errors(verbose, json):
         common.check_output(output, force)
         common.check_output(calibration, force)
-        if calibration is not None and verify is not Compiler.tpu:
-            raise common.Misuse("--calibration needs --verify tpu: only the TPU compiler reports cycles.")
+        _check_options(verify, carry, calibration, against)
         where = common.with_conventions(topology, bandwidth, overlap)
-        if verify is Compiler.host:
+        if verify is Compiler.host or (carry is not None and where.chip.kind != "tpu"):
             host_devices(where.size)  # before the target file starts JAX with fewer
         with common.progress(f"Searching {target} on {topology}", verbose) as say:
             work = common.workload(target, common.settings(sizes))
@@ -98,15 +129,48 @@ def search(
                 memory_bytes=None if memory is None else memory * 2**30,
                 baselines=baselines,
                 solver=solver.value,
+                padding=padding and carry is None,
                 dims={**work.dims, **common.names(dims)},
             )
             verified = None
             if verify is not None:
                 verified = compile_best(
-                    plan, work.fn, *work.args, target=verify.value, k=top_k, time_limit=time_limit, progress=say
+                    plan,
+                    work.fn,
+                    *work.args,
+                    target=verify.value,
+                    k=top_k,
+                    time_limit=time_limit,
+                    progress=say,
+                    pins={text: common.pins(text.split(";")) or {} for text in against or ()},
                 )
                 plan = verified.best
+            if carry is not None:
+                plan = _best_carried(plan, work, top_k, time_limit, say)
         _show(plan, verified, target, output, calibration, json)
+
+
+def _check_options(
+    verify: Compiler | None, carry: Alone | None, calibration: Path | None, against: list[str] | None
+) -> None:
+    """Refuses options that need another one or exclude each other."""
+    if calibration is not None and verify is not Compiler.tpu:
+        raise common.Misuse("--calibration needs --verify tpu: only the TPU compiler reports cycles.")
+    if against and verify is None:
+        raise common.Misuse("--against needs --verify: it names layouts to compile.")
+    if carry is not None and verify is not None:
+        raise common.Misuse("--carry and --verify both choose among compiled plans; give one of them.")
+
+
+def _best_carried(plan: Plan, work: Workload, most: int, time_limit: float | None, say: Callable[[str], None]) -> Plan:
+    """The plan whose specs alone take the shortest step; the comparison goes to standard error."""
+    from autoshard.carrying.carry import target_of
+    from autoshard.comparing.carried_plans import best_carried
+
+    target = target_of(plan)
+    found = best_carried(plan, work.fn, *work.args, target=target, k=most, time_limit=time_limit, progress=say)
+    typer.echo(str(found), err=True)
+    return found.best
 
 
 def _show(
@@ -119,7 +183,7 @@ def _show(
 ) -> None:
     """Writes the requested files, and prints the result to standard output."""
     from autoshard._util.files import write_whole
-    from autoshard.planning.plan_file import dumps
+    from autoshard.planning.files.plan_file import dumps
     from costmodels.machine.topology_file import topology_toml
 
     if verified is not None:
@@ -132,5 +196,7 @@ def _show(
     typer.echo(dumps(plan) if json else plan.explain(), nl=False)
     if output is not None:
         typer.echo(f"Wrote {output}.", err=True)
-    if verified is not None and verified.is_slow:
+    if verified is not None and (verified.is_slow or verified.is_refused):
         raise typer.Exit(1)
+    if verified is not None and verified.refusals:
+        raise typer.Exit(REFUSED)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from autoshard.cli import common
+from autoshard.cli.audit import On
+
+if TYPE_CHECKING:
+    from autoshard.sweep.analysis.answers import Answer
+    from autoshard.sweep.analysis.rows import SweepResult
 
 
 def sweep(
@@ -29,7 +35,11 @@ def sweep(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Solve on this Ray cluster; local starts one here.")
     ] = None,
+    verify: Annotated[
+        On | None, typer.Option(help="Compile the frontier's plans, and show their steps; kept in the store.")
+    ] = None,
     json: common.AsJson = False,
+    width: common.Width = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Search every point of a job, in parallel, and show the frontier of latency against cost.
@@ -48,7 +58,7 @@ def sweep(
     from autoshard.sweep.runner import Sweep
     from autoshard.sweep.store import Store
 
-    with common.report_errors(verbose):
+    with common.report_errors(verbose, json):
         if dask is not None and ray is not None:
             raise common.Misuse("Give either --dask or --ray, not both.")
         asked = load_job(job)
@@ -59,14 +69,19 @@ def sweep(
             run = Sweep(every, kept, _engine(workers, dask, ray), asked.constraints, bar.say)
             done = [bar.advance_bar(each) for each in run]
         found = sweep_result(asked, done, every, str(path))
-        typer.echo(dumps(found.to_dict(), indent=1) if json else render(found), nl=json)
+        if verify is not None:
+            from autoshard.sweep.compiled import compile_frontier
+
+            with Store(path) as kept:
+                found = compile_frontier(found, done, kept, verify.value, bar.say)
+        typer.echo(dumps(found.to_dict(), indent=1) if json else render(found, width or common.columns()), nl=json)
         _write(output / f"{asked.name}.json", found.to_dict())
-        _closing(run, done, output / f"{asked.name}.json")
+        _report_end(run, done, output / f"{asked.name}.json")
         if run.unkept or any(row.outcome == FAILED for row in found.rows):
             raise typer.Exit(1)
 
 
-def _closing(run: Any, done: list[Any], path: Path) -> None:
+def _report_end(run: Any, done: list[Any], path: Path) -> None:
     known = sum(each.known for each in done)
     typer.echo(f"{run.solved} points solved, {known} known from the store. Wrote {path}.", err=True)
     if run.unkept:
@@ -92,7 +107,7 @@ def _engine(workers: int | None, dask: str | None, ray: str | None) -> Any:
     if ray is not None:
         return engines.ray("" if ray == "local" else ray)
     count = engines.cores() if workers is None else workers
-    return engines.processes(count) if count else engines.here
+    return engines.processes(count) if count else engines.run_here
 
 
 _TELL_SECONDS = 60.0
@@ -167,6 +182,9 @@ def ask(
     chips: Annotated[
         int | None, typer.Option(metavar="COUNT", help="The fastest plan on this number of chips.")
     ] = None,
+    most: Annotated[
+        str | None, typer.Option(metavar="tokens|tokens-per-chip|tokens-per-dollar", help="The highest throughput.")
+    ] = None,
     longest: Annotated[
         str | None, typer.Option(metavar="KNOB", help="The largest value of a variable that fits, such as context.")
     ] = None,
@@ -181,50 +199,68 @@ def ask(
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan of the answer; one file per phase.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    json: common.AsJson = False,
+    width: common.Width = None,
     verbose: common.Verbose = False,
 ) -> None:
     """Answer questions about a finished sweep; without a question, print the sweep again.
 
     autoshard ask results/palm.json --under-ms 30
 
-    Limits apply to the other question: --longest context --under-ms 30 is the longest at 30 ms a token.
+    Limits apply to the other question: --longest context --under-ms 30 is the longest at 30 ms per token. Exits with 1 if no
+    plan answers the question.
     """
     from autoshard.sweep.analysis import answers
+    from autoshard.sweep.analysis.questions import Questions, answer_all
     from autoshard.sweep.analysis.rows import load_sweep
 
-    with common.report_errors(verbose):
+    with common.report_errors(verbose, json):
+        if most is not None and most not in get_args(answers.Most):
+            raise common.Misuse(f"--most must be one of {', '.join(get_args(answers.Most))}, got {most}.")
         _check_limits({"--under-ms": under_ms, "--first-token-ms": first_token_ms})
         found = load_sweep(sweep)
         for each in where or ():
-            found = _only(found, each)
+            found = _select_points(found, each)
         phases = found.phases if phase is None else _phases(found, phase)
-        parts = tuple(gain.split(":")) if gain is not None else ()
-        if gain is not None and len(parts) != 3:
-            raise common.Misuse(f"--gain must be KNOB:A:B, such as weights:bf16:int8, got {gain}.")
-        asked = [None if each is None else each / 1e3 for each in (under_ms, first_token_ms)]
-        given: list[answers.Answer] = []
-        for name in phases:
-            limits = answers.limits_of(found, name, asked[0], asked[1])
-            if any(limits):
-                given += answers.answer_cheapest(found, name, *limits)
-            if chips is not None:
-                given += answers.answer_fastest(found, name, chips, *limits)
-            if longest is not None:
-                given.append(answers.answer_longest(found, name, longest, *limits))
-            if parts:
-                values = [_value_of(found, parts[0], each) for each in parts[1:]]
-                given += [answers.Answer(line) for line in answers.answer_gain(found, name, parts[0], *values)]
-        if any(asked) and not given:
+        per_token, first_token = (None if each is None else each / 1e3 for each in (under_ms, first_token_ms))
+        limited = cast("answers.Most | None", most)
+        questions = Questions(per_token, first_token, chips, limited, longest, _gain_of(gain))
+        given = answer_all(found, phases, questions, width or common.columns())
+        if questions.has_limits and not given:
             raise common.Misuse(f"That limit does not apply to the phases of {sweep} ({', '.join(phases)}).")
-        shown = "\n".join(each.words for each in given) if given else answers.render(_of_phases(found, phases))
-        typer.echo(shown, nl=bool(given))
+        _print_answers(given, _select_phases(found, phases), width, json)
+        if given and not any(each.found for each in given):
+            raise typer.Exit(1)
         if save is not None:
             _save(found, sweep, [each.row for each in given if each.row is not None], save, force)
 
 
-def _value_of(found: Any, knob: str, text: str) -> Any:
-    """The value of a variable with this text; the text itself if there is none."""
-    return next((row.knobs[knob] for row in found.rows if str(row.knobs.get(knob)) == text), text)
+def _gain_of(text: str | None) -> tuple[str, str, str] | None:
+    """The variable and the two values of --gain."""
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise common.Misuse(f"--gain must be KNOB:A:B, such as weights:bf16:int8, got {text}.")
+    return parts[0], parts[1], parts[2]
+
+
+def _print_answers(given: list[Answer], sweep: SweepResult, width: int | None, json: bool) -> None:
+    """Prints the answers; without any, the sweep. Answers fold on a terminal or to a given width only."""
+    from json import dumps
+    from textwrap import fill
+
+    from autoshard.sweep.analysis.answers import render
+
+    columns, folds = width or common.columns(), width is not None or sys.stdout.isatty()
+    if json:
+        every = [each.to_dict() for each in given]
+        typer.echo(dumps({"answers": every} if given else sweep.to_dict(), indent=1))
+    elif given:
+        lines = [str(each) for each in given]
+        typer.echo("\n".join(fill(line, columns) if folds and "\n" not in line else line for line in lines))
+    else:
+        typer.echo(render(sweep, columns), nl=False)
 
 
 def _phases(found: Any, asked: str) -> tuple[str, ...]:
@@ -235,13 +271,13 @@ def _phases(found: Any, asked: str) -> tuple[str, ...]:
     return fitting
 
 
-def _of_phases(found: Any, phases: tuple[str, ...]) -> Any:
+def _select_phases(found: Any, phases: tuple[str, ...]) -> Any:
     from dataclasses import replace
 
     return replace(found, rows=tuple(row for row in found.rows if row.phase in phases))
 
 
-def _only(found: Any, pair: str) -> Any:
+def _select_points(found: Any, pair: str) -> Any:
     """The sweep with only those points at which a variable (or `topology`, or `chip`) has a value."""
     from dataclasses import replace
 
@@ -249,12 +285,12 @@ def _only(found: Any, pair: str) -> Any:
     if not sign:
         raise common.Misuse(f"--where must be KNOB=VALUE, such as weights=int8, got {pair}.")
 
-    def of(row: Any) -> Any:
+    def select(row: Any) -> Any:
         return getattr(row, knob) if knob in ("topology", "chip") else row.knobs.get(knob)
 
-    rows = tuple(row for row in found.rows if str(of(row)) == value)
+    rows = tuple(row for row in found.rows if str(select(row)) == value)
     if not rows:
-        there = dict.fromkeys(str(each) for row in found.rows if (each := of(row)) is not None)
+        there = dict.fromkeys(str(each) for row in found.rows if (each := select(row)) is not None)
         knobs = dict.fromkeys(key for row in found.rows for key in row.knobs)
         would = f"{knob} has {', '.join(there)}" if there else f"there are {', '.join([*knobs, 'topology', 'chip'])}"
         raise common.Misuse(f"No point has {pair}; {would}.")
@@ -269,16 +305,15 @@ def _check_limits(limits: dict[str, float | None]) -> None:
 
 def _save(found: Any, source: Path, rows: list[Any], path: Path, force: bool) -> None:
     """Writes the plans of the only answer."""
-    from autoshard.sweep.store import Store
+    from autoshard.sweep.store import Store, find_store
     from autoshard.sweep.worker import unpack
 
     if len(rows) != 1:
         names = ", ".join(f"{row.phase} on {row.name}" for row in rows) or "none"
         raise common.Misuse(f"--save needs exactly one answer, got {len(rows)} ({names}); select one with --phase.")
     (row,) = rows
-    stores = [Path(found.store), source.parent / Path(found.store).name]
-    store = next((each for each in stores if each.is_file()), None)
-    if not found.store or store is None:
+    store = find_store(found.store, source)
+    if store is None:
         raise common.Misuse(f"The store of {source}, {found.store or 'none'}, does not exist.")
     several = len(row.phase_seconds) > 1
     with Store(store) as kept:

@@ -31,7 +31,7 @@ def trace(
     from costmodels.machine.chips import UnknownChipError
     from costmodels.machine.chips import chip as chip_named
 
-    with common.report_errors(verbose):
+    with common.report_errors(verbose, json):
         try:
             on = chip_named(chip)
         except UnknownChipError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoshard._util.paths import shared_name, unnumbered
+from autoshard._util.paths import shared_name, star_numbers
 from autoshard._util.tables import WIDTH, percent, size, table, time
 from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.explain import short_name
@@ -94,7 +94,7 @@ class Difference:
             ("on the chip", before.seconds - before.collective_seconds, after.seconds - after.collective_seconds),
             ("collectives", before.collective_seconds, after.collective_seconds),
         )
-        rows = [(name, time(a), time(b), _more(a, b)) for name, a, b in pairs]
+        rows = [(name, time(a), time(b), _change_text(a, b)) for name, a, b in pairs]
         peaks = before.peak_bytes, after.peak_bytes
         rows.append(("peak memory", size(peaks[0]), size(peaks[1]), _percent_more(*peaks)))
         proved, proves = (f"{plan.proof.status}, gap {percent(plan.proof.gap)}" for plan in (self.before, self.after))
@@ -109,7 +109,7 @@ class Difference:
                 str(each.count),
                 each.before or "-",
                 each.after or "-",
-                _more(each.before_seconds, each.after_seconds),
+                _change_text(each.before_seconds, each.after_seconds),
             )
             for each in self.operations
             if abs(each.seconds) >= least or (each.matmul and each.before != each.after)
@@ -135,13 +135,15 @@ def diff(before: Plan, after: Plan) -> Difference:
 
 def _operations(before: Plan, after: Plan) -> list[OperationDifference]:
     groups: dict[tuple[str, bool, str, str], list[tuple[str, float, float]]] = {}
-    for a, b in _pair_names([_named(op) for op in before.operations], [_named(op) for op in after.operations]):
+    for a, b in _pair_names(
+        [_operation_name(op) for op in before.operations], [_operation_name(op) for op in after.operations]
+    ):
         one, other = (plan.operations[i] if i is not None else None for plan, i in ((before, a), (after, b)))
         named = one or other
         if named is None or not (_seconds(one) or _seconds(other)):
             continue
         name = short_name(named)
-        key = (unnumbered(name), named.matmul, one.strategy if one else "", other.strategy if other else "")
+        key = (star_numbers(name), named.matmul, one.strategy if one else "", other.strategy if other else "")
         groups.setdefault(key, []).append((name, _seconds(one), _seconds(other)))
     found = [
         OperationDifference(
@@ -168,7 +170,7 @@ def _arrays(before: Plan, after: Plan) -> list[ArrayDifference]:
             if _spec(one) != _spec(other):
                 named = one or other
                 path = named.path if named else ""
-                groups.setdefault((unnumbered(path), _spec(one), _spec(other)), []).append(path)
+                groups.setdefault((star_numbers(path), _spec(one), _spec(other)), []).append(path)
     return [ArrayDifference(shared_name(paths), len(paths), one, other) for (_, one, other), paths in groups.items()]
 
 
@@ -188,7 +190,7 @@ def _number_repeats(names: Sequence[str]) -> Iterator[tuple[tuple[str, int], int
         seen[name] += 1
 
 
-def _named(op: OperationPlan) -> str:
+def _operation_name(op: OperationPlan) -> str:
     return f"{op.primitive} {op.name}"
 
 
@@ -200,7 +202,7 @@ def _spec(array: ArrayPlan | None) -> str:
     return str(spec_of(array.layout)).removeprefix("PartitionSpec") if array else ""
 
 
-def _more(before: float, after: float) -> str:
+def _change_text(before: float, after: float) -> str:
     more = after - before
     if abs(more) <= 1e-9 * max(before, after):
         return "the same"

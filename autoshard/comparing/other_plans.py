@@ -8,23 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from autoshard.annotating.fingerprint import fingerprint
 from autoshard.annotating.pins import pin_program
 from autoshard.comparing.diff import Difference, diff
-from autoshard.errors import AutoshardError
+from autoshard.errors import AutoshardError, OptionError
 from autoshard.plan import Plan
 from autoshard.planning import records_of
-from autoshard.planning.baselines import FAMILIES
-from autoshard.planning.baselines import solved as solved_family
-from autoshard.planning.infeasibility import conflict, explained
+from autoshard.planning.baselines import FAMILIES, MOST_SECONDS
+from autoshard.planning.baselines import solve_baseline as solved_family
+from autoshard.planning.infeasibility import conflict, explain_infeasible
+from autoshard.planning.recording import apply_orders
 from autoshard.planning.records import ArrayPlan
 from autoshard.rules.pin import PinError, Pins
 from costmodels.program.program import Program
-from search.answer.assignment import needed, produced
+from search.answer.assignment import needed_layout, produced_layout
 from search.answer.check import check
-from search.formulation.layer_folding import classes, unfolded
+from search.formulation.layer_folding import classes, identity_classes
 from search.formulation.layouts import Layout, shards
 from search.formulation.problem import build
-from search.k_best import ranked
+from search.k_best import rank
 from search.solve import DEFAULTS, Limits, NoPlan, Solution, search
 
 Say = Callable[[str], None]
@@ -56,8 +58,8 @@ def best_plans(plan: Plan, k: int, time_limit: float | None = None, progress: Sa
     **Raises:** `AutoshardError` for a plan whose file lacks the program.
     """
     if k < 1:
-        raise AutoshardError(f"k must be 1 or more, got {k}.")
-    found = ranked(_solution(plan), k, _limits(plan, time_limit), progress)
+        raise OptionError(f"k must be 1 or more, got {k}.")
+    found = rank(_solution(plan), k, _limits(plan, time_limit), progress)
     return BestPlans((plan, *(relaid(plan, other) for other in found.solutions[1:])), found.proven)
 
 
@@ -84,27 +86,48 @@ def why_not(
     `InfeasibleError` if no such plan fits.
     """
     if family and family not in FAMILIES:
-        raise AutoshardError(f"The layout must be one of {', '.join(FAMILIES)}, got {family!r}.")
+        raise OptionError(f"The layout must be one of {', '.join(FAMILIES)}, got {family!r}.")
+    other = _other_plan(plan, family, pins, memory_bytes, time_limit, progress)
+    return diff(plan, replace(other, name=f"{plan.name}, {_name_of_request(family, pins, memory_bytes)}"))
+
+
+def plan_under(
+    plan: Plan,
+    pins: Pins | None = None,
+    memory_bytes: float | None = None,
+    time_limit: float | None = None,
+    progress: Say = lambda _: None,
+) -> Plan:
+    """The best plan with these pins of arguments, or within this memory limit per chip.
+
+    **Raises:** as `why_not`.
+    """
+    return _other_plan(plan, "", pins, memory_bytes, time_limit, progress)
+
+
+def _other_plan(
+    plan: Plan, family: str, pins: Pins | None, memory_bytes: float | None, time_limit: float | None, progress: Say
+) -> Plan:
     program, topology = _program(plan), plan.topology
     limits = _limits(plan, time_limit)
     limits = limits if memory_bytes is None else replace(limits, memory_bytes=memory_bytes)
     program, pinned = pin_program(program, [array.path for array in plan.arguments], topology, pins)
     try:
-        other = (
+        found = (
             solved_family(family, program, topology, limits) if family else search(program, topology, limits, progress)
         )
     except NoPlan as error:
         clash = conflict(program, pinned, topology, limits)
-        raise (PinError(clash) if clash else explained(error)) from error
-    return diff(plan, replace(relaid(plan, other), name=f"{plan.name}, {_name_of_request(family, pins, memory_bytes)}"))
+        raise (PinError(clash) if clash else explain_infeasible(error)) from error
+    return relaid(plan, found)
 
 
-def plain_plans(plan: Plan, within: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
-    """The best plan of each baseline that is slower by at most the part `within` of a step."""
-    program, limits, cutoff = _program(plan), _limits(plan, time_limit), plan.estimate.seconds * (1 + within)
+def plain_plans(plan: Plan, cutoff_seconds: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
+    """The best plan of each baseline that fits and takes less than `cutoff_seconds`, by the model."""
+    limits = _limits(plan, MOST_SECONDS if time_limit is None else min(time_limit, MOST_SECONDS))
     for name in FAMILIES:
         try:
-            yield name, relaid(plan, solved_family(name, program, plan.topology, limits, cutoff))
+            yield name, relaid(plan, solved_family(name, _program(plan), plan.topology, limits, cutoff_seconds))
         except NoPlan:
             continue
 
@@ -115,10 +138,11 @@ def _name_of_request(family: str, pins: Pins | None, memory_bytes: float | None)
 
 
 def relaid(plan: Plan, solution: Solution) -> Plan:
-    """Another solution for a plan's program, as a plan."""
+    """Another solution for a plan's program, as a plan with the orders of its own layouts."""
     program = solution.problem.program
-    return replace(
+    found = replace(
         plan,
+        fingerprint=plan.fingerprint if program is plan.program else fingerprint(program),
         arguments=tuple(_sources(solution, program.arguments, plan.arguments)),
         constants=tuple(_sources(solution, program.constants, plan.constants)),
         results=tuple(_sinks(solution, plan.results)),
@@ -129,20 +153,21 @@ def relaid(plan: Plan, solution: Solution) -> Plan:
         program=program,
         baselines=(),
     )
+    return apply_orders(found)
 
 
 def _sources(solution: Solution, operations: Sequence[int], arrays: Sequence[ArrayPlan]) -> Iterator[ArrayPlan]:
     program = solution.problem.program
     for at, array in zip(operations, arrays, strict=True):
         value = program.operations[at].outputs[0].value
-        yield _stored_array(solution, array, produced(program, solution.choice, value))
+        yield _stored_array(solution, array, produced_layout(program, solution.choice, value))
 
 
 def _sinks(solution: Solution, arrays: Sequence[ArrayPlan]) -> Iterator[ArrayPlan]:
     program = solution.problem.program
     for at, array in zip(program.results, arrays, strict=True):
         found = program.operations[at].inputs
-        yield _stored_array(solution, array, needed(program, solution.choice, at, 0)) if found else array
+        yield _stored_array(solution, array, needed_layout(program, solution.choice, at, 0)) if found else array
 
 
 def _stored_array(solution: Solution, array: ArrayPlan, layout: Layout) -> ArrayPlan:
@@ -168,6 +193,6 @@ def _solution(plan: Plan) -> Solution:
     program, strategies = _program(plan), plan.choice.strategies
     alike = classes(program)
     if any(strategies[i] != strategies[first] for i, first in enumerate(alike)):
-        alike = unfolded(program)  # it was searched with layers that may differ
+        alike = identity_classes(program)  # it was searched with layers that may differ
     problem = build(program, plan.topology, plan.estimate.budget_bytes, alike)
     return Solution(problem, plan.choice, plan.proof, check(program, plan.topology, plan.choice))

@@ -1,103 +1,98 @@
 """Search with the compiler in the loop: the best few plans, compiled ahead of time and ranked by their programs.
 
-The fastest of them is then emitted in other ways, between which no rule decides, and the plan keeps the fastest one.
+If the compiler refuses the best plan for lack of memory, the search begins again within what the compiler has, until a
+plan compiles. Baselines and the user's pins are compiled as well, and no plan is returned that is slower than they are. For
+TPUs so is the best plan with rings of permutes beside matmuls, because the compiler's schedule decides what they hide.
+The fastest plan is then emitted in other ways, between which no rule decides, and the plan keeps the fastest one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from autoshard._util.tables import WIDTH, item, size, table, time
-from autoshard.auditing.audit import Audit, AuditError, audit
-from autoshard.comparing.other_plans import best_plans, plain_plans
-from autoshard.emitting import bind
-from autoshard.emitting.formats import choose_formats, without_orders
-from autoshard.emitting.tpu_workarounds.residual_barriers import resting
-from autoshard.errors import AutoshardError
+from autoshard.auditing.findings import CompileTarget
+from autoshard.candidates import (
+    Candidate,
+    Refusal,
+    compile_plan,
+    compile_variants,
+    emission_words,
+    fit_memory,
+    pick_fastest,
+    rank,
+)
+from autoshard.comparing.other_plans import best_plans, plain_plans, plan_under
+from autoshard.errors import InfeasibleError
 from autoshard.plan import Plan
-from costmodels.machine.topology import Topology, as_its_chip_has_it
+from autoshard.rules.pin import PinError, Pins
+from costmodels.machine.topology import Topology, complete_axes
+from search.answer.assignment import rings
 
 Say = Callable[[str], None]
 NEAR = 0.1
-"""The relative difference in modelled step time within which a plain layout is compiled as well."""
-WORTH = 0.01
-"""The part of a step that another way to emit a plan must save to be kept."""
+"""The relative difference in modelled step time within which a baseline is compiled where programs have no times."""
+FAR = 2.0
+"""The multiple of the fastest compiled step from which on a baseline, by the model, is not compiled.
+
+Compiled programs took at least 0.8 of their planned times in `make bench-chip`.
+"""
 EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
 """The constants that a correction changes."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan and its audit, or the compiler's reason for rejecting it.
-
-    `place` is its rank in the model, from 1; plain layouts come after the best plans, and have their `name`.
-    """
-
-    place: int
-    plan: Plan
-    audit: Audit | None
-    why: str = ""
-    name: str = ""
-
-    @property
-    def seconds(self) -> float:
-        """The time of one compiled step: its replayed schedule, else compiler cycles and planned collectives."""
-        if self.audit is None:
-            return float("inf")
-        if self.audit.step_seconds is not None:
-            return self.audit.step_seconds
-        if self.audit.compute_seconds is None:
-            return float("inf")
-        return self.audit.compute_seconds + self.audit.collective_seconds
-
-    @property
-    def slowdown(self) -> str:
-        """The slowdown of the compiled program against the plan, and its cause; empty if it is not much slower."""
-        if self.audit is None or not self.audit.is_slow:
-            return ""
-        return next((each.text for each in self.audit.differences if each.kind == "slower than planned"), "")
 
 
 @dataclass(frozen=True)
 class Verification:
     """The best few plans with their compiled programs, in the model's order; `proven` as in `best_plans`.
 
-    `variants` are other ways to emit the first of `ranked`.
+    - `variants`: other ways to emit the first of `ranked`.
+    - `refusals`: the plans that the compiler refused for lack of memory before the first candidate.
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate[Plan], ...]
     proven: bool
-    variants: tuple[Candidate, ...] = ()
+    variants: tuple[Candidate[Plan], ...] = ()
+    refusals: tuple[Refusal, ...] = ()
 
     @property
-    def ranked(self) -> tuple[Candidate, ...]:
-        """Programs as planned before others, then the fastest first."""
-        return _ranked(self.candidates)
+    def ranked(self) -> tuple[Candidate[Plan], ...]:
+        """The fastest program first; without times, programs as planned before others."""
+        return rank(self.candidates)
 
     @property
-    def chosen(self) -> Candidate:
+    def chosen(self) -> Candidate[Plan]:
         """The fastest program of the first plan and its variants; the first plan's if none is clearly faster."""
-        return _fastest(self.ranked[0], self.variants)
+        return pick_fastest(self.ranked[0], self.variants)
 
     @property
     def best(self) -> Plan:
-        """The chosen plan, emitted in the fastest way. Warnings say if it is not the model's first, or if it is slow."""
-        first, plan, words = self.ranked[0], self.chosen.plan, []
+        """The chosen plan, emitted in the fastest way.
+
+        Warnings name refusals, and say if the plan is not the model's first, if it is slow, or if it does not compile.
+        """
+        first, plan, words = self.ranked[0], self.chosen.plan, [each.words() for each in self.refusals]
         if first.place != 1:
             what = first.name or f"the model's place {first.place}"
             words += [f"This plan, {what}, has the fastest program of the {len(self.candidates)} compiled plans."]
         if self.is_slow:
             words += [f"Compiled, {self.chosen.slowdown}."]
+        if self.is_refused:
+            words += [f"No plan compiled. {first.why}"]
         return replace(plan, warnings=(*plan.warnings, *words)) if words else plan
 
     @property
     def is_slow(self) -> bool:
         """Whether even the best compiled program takes much longer than planned."""
         return bool(self.chosen.slowdown)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the compiler refused every plan."""
+        return self.ranked[0].audit is None
 
     @property
     def gain(self) -> float:
@@ -121,9 +116,7 @@ class Verification:
         chip = topology.chip
         changed = {name: min(getattr(chip, name) / factor, 1.0) for name in EFFICIENCIES}
         source = f"{len(self.candidates)} compiled programs of {self.candidates[0].plan.name} on {topology.name}"
-        return replace(
-            as_its_chip_has_it(replace(topology, chip=chip.override(changed, source))), pricing=topology.pricing
-        )
+        return replace(complete_axes(replace(topology, chip=chip.override(changed, source))), pricing=topology.pricing)
 
     def render(self, width: int = WIDTH) -> str:
         """The candidates as a table, and the model's errors."""
@@ -138,7 +131,8 @@ class Verification:
             "peak",
             "",
         )
-        lines = [f"{len(self.candidates)} plans by their compiled programs"]
+        lines = [line for each in self.refusals for line in item(each.words(), width)]
+        lines.append(f"{len(self.candidates)} plans by their compiled programs")
         lines += [f"  {line}" for line in table(headers, [_row(each) for each in self.ranked], "<>>>>>>>~", width - 2)]
         order = [each.place for each in self.ranked]
         agreed = "keeps the model's order" if order == sorted(order) else "changes the model's order"
@@ -154,14 +148,14 @@ class Verification:
 
     def _emissions(self, width: int) -> Iterator[str]:
         first, chosen = self.ranked[0], self.chosen
-        rows = [_emitted(each) for each in _ranked((first, *self.variants))]
+        rows = [_emission_row(each) for each in rank((first, *self.variants))]
         yield f"Ways to emit {first.name or 'the first of them'}"
         headers = ("", "compiled step", "on the chip", "collectives", "peak", "")
         yield from (f"  {line}" for line in table(headers, rows, "<>>>>~", width - 2))
         yield (
             "  The plan is unchanged."
             if chosen is first
-            else f"  The plan keeps {_way(chosen.plan)}: {time(chosen.seconds)} instead of"
+            else f"  The plan keeps {emission_words(chosen.plan)}: {time(chosen.seconds)} instead of"
             f" {time(first.seconds)}, {self.gain:.2f} times as fast."
         )
 
@@ -169,105 +163,102 @@ class Verification:
         return self.render()
 
 
-def _fastest(first: Candidate, others: Iterable[Candidate]) -> Candidate:
-    """The first candidate, or the fastest of the others if that gains more than `WORTH`, or is as planned alone."""
-    best = _ranked((first, *others))[0]
-    unplanned = first.audit is None or not first.audit.ok
-    gains = best.seconds < (1 - WORTH) * first.seconds
-    return best if gains or (unplanned and best.audit is not None and best.audit.ok) else first
-
-
-def _ranked(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Plans as planned before others, then the fastest first; of equally fast ones the first given."""
-    return tuple(sorted(candidates, key=lambda each: (each.audit is None or not each.audit.ok, each.seconds)))
-
-
 def verify(
     plan: Plan,
     fn: Callable[..., Any],
     *args: Any,
-    target: Literal["host", "tpu", "gpu"] = "tpu",
+    target: CompileTarget = "tpu",
     k: int = 4,
     time_limit: float | None = None,
     progress: Say = lambda _: None,
     tune: bool = True,
+    pins: Mapping[str, Pins] | None = None,
 ) -> Verification:
-    """Compiles the k best plans of a function and the plain layouts that are nearly as good, and ranks the programs.
+    """Compiles the k best plans of a function, the baselines and pinned plans, and ranks the programs.
 
         verified = autoshard.verify(plan, decode, params, cache, tokens, position, k=4)
         print(verified); plan = verified.best
 
-    Only the TPU compiler reports cycles; elsewhere programs as planned come first, in the model's order. With cycles,
-    the first plan is also emitted in other ways: with the formats that the compiler chooses, and without barriers in
-    residual sums. The plan keeps the fastest.
+    If the compiler refuses the best plan for lack of memory, the search begins again within the memory that the
+    compiler's own figure leaves, until a plan compiles. Baselines that take `FAR` times the fastest compiled step by the
+    model are left out. Only the TPU compiler reports cycles; elsewhere programs as planned come first, in the model's
+    order, and only baselines within `NEAR` are compiled. For the TPU compiler the best plan under `overlap="looped"` is
+    compiled too, or without overlap if `plan` has it. With cycles, the first plan is also emitted in other ways: with
+    the formats that the compiler chooses, and with or without barriers in residual sums. The plan keeps the fastest.
 
     **Arguments:**
 
     - `plan`: the best plan, as `autoshard.search` found it for this function and these arguments.
     - `time_limit`: seconds for finding the other plans; compiling comes on top.
-    - `tune`: whether other ways to emit the first plan are compiled, which takes four or five more compilations.
+    - `tune`: whether other ways to emit the first plan are compiled, which takes up to three more compilations.
+    - `pins`: layouts to compare with, by a name: `{"batch-sharded cache": {"cache.*": P(None, ("x", "y"))}}`. Each is the
+      best plan with these pins.
 
-    **Raises:** as `autoshard.audit`, except that a program which the compiler rejects is a candidate in last place.
+    **Raises:** as `autoshard.audit`, except that a program which the compiler rejects is a candidate in last place;
+    `PinError` for pins that cannot hold.
     """
-    found = best_plans(plan, k, time_limit, progress)
-    known = [each.choice for each in found]
-    plain = [(name, each) for name, each in plain_plans(plan, NEAR, time_limit) if each.choice not in known]
-    candidates: list[Candidate] = []
-    for place, (name, each) in enumerate([*(("", each) for each in found), *plain], start=1):
-        progress(f"compiling plan {place} of {len(found) + len(plain)}")
-        candidates.append(replace(_compiled(each, fn, args, target), place=place, name=name))
-    first = _ranked(candidates)[0]
-    if not tune or first.audit is None or first.audit.compute_seconds is None:
-        return Verification(tuple(candidates), found.proven)
-    return Verification(tuple(candidates), found.proven, tuple(_variants(first, fn, args, target, progress)))
+
+    def compile(each: Plan) -> Candidate[Plan]:
+        return compile_plan(each, fn, args, target)
+
+    progress("compiling plan 1")
+    first, refusals = fit_memory(
+        plan, lambda limit: plan_under(plan, None, limit, time_limit, progress), compile, progress
+    )
+    found = best_plans(first.plan, k, time_limit, progress)
+    candidates = [replace(first, place=1)]
+    for each in found[1:]:
+        progress(f"compiling plan {len(candidates) + 1} of {len(found)}")
+        candidates.append(replace(compile(each), place=len(candidates) + 1))
+    known = [(each.choice, each.topology.pricing) for each in found]
+    for name, other in _others(first.plan, target, rank(candidates)[0].seconds, pins or {}, time_limit, progress):
+        if (other.choice, other.topology.pricing) not in known:
+            progress(f"compiling {name}")
+            candidates.append(replace(compile(other), place=len(candidates) + 1, name=name))
+    best = rank(candidates)[0]
+    tuned = tuple(compile_variants(best, fn, args, target, progress)) if tune else ()
+    return Verification(tuple(candidates), found.proven, tuned, refusals)
 
 
-def _variants(
-    first: Candidate, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
-) -> Iterator[Candidate]:
-    """The other ways to emit a plan, compiled: other formats, then with or without barriers with the fastest."""
-    found: list[Candidate] = []
-    for formats in ("compiler", "default"):
-        if formats != first.plan.emission.formats:
-            found.append(replace(_with_formats(formats, first.plan, fn, args, target, say), place=first.place))
-            yield found[-1]
-    fastest = _fastest(first, found).plan
-    if resting(bind.traced_as(fastest, fn, args).program):
-        barriers = not fastest.emission.residual_barriers
-        plan = replace(fastest, emission=replace(fastest.emission, residual_barriers=barriers))
-        say(f"compiling with {_way(plan)}")
-        yield replace(_compiled(plan, fn, args, target), place=first.place)
-
-
-def _with_formats(
-    formats: str, plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any, say: Say
-) -> Candidate:
-    """The plan with the compiler's formats, or with the device's own."""
-    if formats == "default":
-        plan = without_orders(plan)
-    else:
-        say("letting the compiler choose formats")
+def _others(
+    plan: Plan,
+    target: CompileTarget,
+    fastest_seconds: float,
+    pins: Mapping[str, Pins],
+    time_limit: float | None,
+    say: Say,
+) -> Iterator[tuple[str, Plan]]:
+    """The best plan under each of the user's pins, of each baseline that may compile to a faster program, and with rings."""
+    for name, each in pins.items():
         try:
-            plan = choose_formats(plan, fn, *args)
-        except AutoshardError as error:
-            return Candidate(0, plan, None, str(error).splitlines()[0])
-    say(f"compiling with {_way(plan)}")
-    return _compiled(plan, fn, args, target)
+            yield name, plan_under(plan, each, None, time_limit, say)
+        except InfeasibleError as error:
+            raise PinError(f"The pins {name!r} leave no plan that fits. {error}") from error
+    if target == "tpu":
+        yield from _plans_with_rings(plan, time_limit, say)
+    seconds = plan.estimate.seconds
+    far = FAR * fastest_seconds if isfinite(fastest_seconds) else (1 + NEAR) * seconds
+    yield from plain_plans(plan, far, time_limit)
 
 
-def _way(plan: Plan) -> str:
-    return plan.emission.words() or "formats by default"
-
-
-def _compiled(plan: Plan, fn: Callable[..., Any], args: Sequence[Any], target: Any) -> Candidate:
+def _plans_with_rings(plan: Plan, time_limit: float | None, say: Say) -> Iterator[tuple[str, Plan]]:
+    """The best plan with rings of permutes beside matmuls, if it has any; of a plan with rings, the best without."""
+    pricing = plan.topology.pricing
+    if pricing.bandwidth != "per-axis" or not (pricing.looped or pricing.overlap == 0):
+        return
+    other = replace(plan.topology, pricing=replace(pricing, overlap=0.0 if pricing.looped else "looped"))
     try:
-        return Candidate(0, plan, audit(plan, fn, *args, target=target))
-    except AuditError as error:
-        return Candidate(0, plan, None, str(error).splitlines()[0])
+        found = plan_under(replace(plan, topology=other), None, None, time_limit, say)
+    except InfeasibleError:  # the time limit came first
+        return
+    if pricing.looped:
+        yield "no rings", found
+    elif found.program is not None and rings(found.program, other, found.choice):
+        yield "rings beside matmuls", found
 
 
-def _emitted(each: Candidate) -> tuple[str, ...]:
-    what = _way(each.plan)
+def _emission_row(each: Candidate[Plan]) -> tuple[str, ...]:
+    what = emission_words(each.plan)
     if each.audit is None or each.audit.compute_seconds is None:
         return what, "-", "-", "-", "-", each.why
     peak = "-" if each.audit.peak_bytes is None else size(each.audit.peak_bytes)
@@ -275,7 +266,7 @@ def _emitted(each: Candidate) -> tuple[str, ...]:
     return what, *map(time, times), peak, "" if each.audit.ok else "not as planned"
 
 
-def _row(each: Candidate) -> tuple[str, ...]:
+def _row(each: Candidate[Plan]) -> tuple[str, ...]:
     planned = each.plan.estimate
     head = (each.name or str(each.place), time(planned.seconds), time(planned.seconds - planned.collective_seconds))
     if each.audit is None:

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from autoshard._util.tables import WIDTH, item, size, table, time
-from autoshard.emitting.bind import traced_as
+from autoshard.emitting.bind import trace_as_planned
 from autoshard.explaining.bottlenecks import sum_equal_operations
-from autoshard.naming.strategy_names import is_product, weight_operand
+from autoshard.naming.weights import is_product, weight_operand, weight_sources
 from autoshard.plan import Plan
-from autoshard.planning.infeasibility import doubled as doubled_topology
-from autoshard.planning.records_of import repriced
+from autoshard.planning.infeasibility import double as doubled_topology
+from autoshard.planning.records_of import reprice_operations
 from costmodels.bottlenecks import Work
-from costmodels.machine.chips import Torus
 from costmodels.machine.conventions import LOOPED
+from costmodels.machine.interconnects import Torus
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
-from costmodels.program.what_if import NotDoubled, doubled, views_of, with_itemsize
-from search.answer.assignment import Choice, looped
+from costmodels.program.what_if import NotDoubled, double_dimension, views_of, with_itemsize
+from search.answer.assignment import Choice, loop_best
 from search.answer.check import check
 from search.solve import Limits, NoPlan
 from search.solve import search as solve
@@ -130,7 +130,7 @@ def remedies(
 
     **Raises:** `PlanMismatchError` if the plan is for another function or other arguments.
     """
-    program, topology = traced_as(plan, fn, args).program, plan.topology
+    program, topology = trace_as_planned(plan, fn, args).program, plan.topology
     before = check(program, topology, plan.choice).seconds
     works = _works(program, topology, plan, plan.choice)
     found, left_out, under = [], [], {}
@@ -148,7 +148,10 @@ def remedies(
         )
     longest = sorted(works, key=lambda key: -works[key].total_seconds)[:_LISTED]
     operations = tuple(
-        (works[key], tuple(_helping(works[key], {name: each[key] for name, each in under.items() if key in each})))
+        (
+            works[key],
+            tuple(_helpful_remedies(works[key], {name: each[key] for name, each in under.items() if key in each})),
+        )
         for key in longest
     )
     return Remedies(plan.name, topology.name, before, tuple(found), operations, tuple(left_out))
@@ -156,10 +159,10 @@ def remedies(
 
 def _works(program: Program, topology: Topology, plan: Plan, choice: Choice) -> dict[tuple, Work]:
     """Operations with the costs of a what-if; equal operations in one layout are one."""
-    return sum_equal_operations(repriced(program, topology, choice, plan.operations))
+    return sum_equal_operations(reprice_operations(program, topology, choice, plan.operations))
 
 
-def _helping(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:
+def _helpful_remedies(work: Work, under: dict[str, Work]) -> Iterator[tuple[str, float]]:
     """The remedies that shorten an operation, the best first."""
     shorter = {name: each.total_seconds for name, each in under.items()}
     named = set[float]()
@@ -179,7 +182,7 @@ def _limits(plan: Plan, change: Change, time_limit: float | None) -> Limits:
 def _choice(change: Change, plan: Plan) -> Choice:
     """The plan's own layout; if a change loops collectives, each matmul loops the one it hides most of."""
     loops = change.topology.pricing.looped and not plan.topology.pricing.looped
-    return looped(change.program, change.topology, plan.choice) if loops else plan.choice
+    return loop_best(change.program, change.topology, plan.choice) if loops else plan.choice
 
 
 def _seconds_kept(change: Change, plan: Plan, choice: Choice) -> float | str:
@@ -220,7 +223,7 @@ def _changes(program: Program, topology: Topology) -> Iterator[Change | str]:
     yield from _narrow_change(program, topology, "int8 cache", state - weights)
     if weights and state - weights:
         yield from _narrow_change(program, topology, "int8 weights and cache", weights | state)
-    yield _twice_the_batch(program, topology)
+    yield _double_batch(program, topology)
     wider = doubled_topology(topology)
     if wider is None:
         yield "twice the chips: the topology has no axis that can be doubled"
@@ -229,7 +232,7 @@ def _changes(program: Program, topology: Topology) -> Iterator[Change | str]:
     yield from _faster(program, topology)
     if topology.size > 1 and not topology.pricing.looped:
         looping = replace(topology.pricing, overlap=LOOPED)
-        what = "each matmul hides one collective; the program must contain the loops"
+        what = "each matmul hides one collective, with overlap looped"
         yield Change("looped collective einsums", what, program, replace(topology, pricing=looping))
 
 
@@ -239,8 +242,9 @@ def weight_values(program: Program) -> frozenset[int]:
     for i, op in program.matmuls():
         operand = weight_operand(program, i) if is_product(op) else None
         if operand is not None:
-            origins.add(program.values[op.inputs[operand].value].origin)
-    return frozenset(i for i, value in enumerate(program.values) if value.origin and value.origin in origins)
+            sources = weight_sources(program, op.inputs[operand].value)
+            origins.update(program.values[program.operations[at].outputs[0].value].origin for at in sources)
+    return frozenset(i for i, value in enumerate(program.values) if value.origin in origins - {None})
 
 
 def state_values(program: Program) -> frozenset[int]:
@@ -286,13 +290,13 @@ def batch_of(program: Program) -> tuple[int, int] | None:
     return best
 
 
-def _twice_the_batch(program: Program, topology: Topology) -> Change | str:
+def _double_batch(program: Program, topology: Topology) -> Change | str:
     batch = batch_of(program)
     if batch is None:
         return "twice the batch: no matmul by a weight has one"
     n = program.values[batch[0]].shape[batch[1]]
     try:
-        changed = doubled(program, *batch)
+        changed = double_dimension(program, *batch)
     except NotDoubled as error:
         return f"twice the batch: {error} Trace with the larger batch instead."
     grown = [at for at in program.arguments if _shape(program, at) != _shape(changed, at)]
@@ -315,20 +319,20 @@ def _faster(program: Program, topology: Topology) -> Iterator[Change]:
     """Chips with one rate doubled."""
     chip = topology.chip
     memory = {"hbm_bytes_per_second": 2 * chip.hbm_bytes_per_second}
-    yield Change("twice the HBM bandwidth", _rate(memory), program, _with(topology, memory))
+    yield Change("twice the HBM bandwidth", _rate(memory), program, _with_constants(topology, memory))
     compute = {f"flops_per_second.{dtype}": 2 * rate for dtype, rate in chip.flops_per_second.items()}
     matmuls = {op.dtype for _, op in program.matmuls()}
     what = ", ".join(
         f"{chip.matmul_flops_per_second(dtype) * 2 / 1e12:g} TFLOP/s in {dtype}" for dtype in sorted(matmuls)
     )
-    yield Change("twice the FLOP/s", what, program, _with(topology, compute))
+    yield Change("twice the FLOP/s", what, program, _with_constants(topology, compute))
     if topology.size > 1:
         links = {
             name: 2 * c.value for name, c in chip.constants.items() if "." in name and name.endswith("bytes_per_second")
         }
         kind = "a link" if isinstance(chip.interconnect, Torus) else "a chip"
         what = f"{2 * max(axis.bytes_per_second for axis in topology.axes) / 1e9:g} GB/s {kind}, same latency"
-        faster = _with(topology, links)
+        faster = _with_constants(topology, links)
         axes = tuple(replace(a, bytes_per_second=2 * a.bytes_per_second) for a in topology.axes)
         yield Change("twice the bandwidth between chips", what, program, replace(faster, axes=axes))
 
@@ -337,7 +341,7 @@ def _rate(numbers: dict[str, float]) -> str:
     return f"{next(iter(numbers.values())) / 1e9:g} GB/s"
 
 
-def _with(topology: Topology, numbers: dict[str, float]) -> Topology:
+def _with_constants(topology: Topology, numbers: dict[str, float]) -> Topology:
     """The topology with other constants of its chip, and the same axes."""
     return replace(topology, chip=topology.chip.override(numbers, "what if"))
 
@@ -376,9 +380,9 @@ def _lines(found: Remedies, width: int) -> Iterator[str]:
 
 
 def _row(each: Remedy) -> tuple[str, ...]:
-    def shown(seconds: float | None) -> str:
+    def seconds_text(seconds: float | None) -> str:
         return "-" if seconds is None else time(seconds)
 
     per = "-" if each.seconds is None else f"× {each.seconds / each.sequences / each.before_seconds:.2f}"
     cost = "-" if each.cost is None else f"× {each.cost:.2f}"
-    return (each.name, each.what, shown(each.kept_seconds), shown(each.resolved_seconds), per, cost)
+    return (each.name, each.what, seconds_text(each.kept_seconds), seconds_text(each.resolved_seconds), per, cost)

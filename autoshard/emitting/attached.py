@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from autoshard.errors import TopologyError
-from costmodels.machine.chips import ChipFormatError, Switch, Torus, UnknownChipError, catalogue, chip
+from costmodels.machine.chips import ChipFormatError, UnknownChipError, catalogue, chip
+from costmodels.machine.interconnects import Switch, Torus
 from costmodels.machine.topology import Topology, TopologyFormatError, parse_topology
 
 # Catalogue names of the chips by JAX's `device.device_kind`.
@@ -39,6 +40,18 @@ def topology_of(given: str | PathLike[str] | Topology) -> Topology:
         return parse_topology(given if isinstance(given, str) else Path(given))
     except (TopologyFormatError, UnknownChipError, ChipFormatError) as error:
         raise TopologyError(str(error)) from error
+
+
+def topology_of_mesh(mesh: Any) -> Topology:
+    """The topology of a mesh's devices; on host devices, which have no links, in the shape of the mesh.
+
+    **Raises:** `TopologyError`.
+    """
+    devices = list(mesh.devices.flat)
+    if devices[0].platform != "cpu":
+        return topology_of(name_of(devices))
+    sizes = [n for n in mesh.shape.values() if n > 1] or [1]
+    return topology_of(f"cpu:{'x'.join(map(str, sizes))}")
 
 
 def name_of(devices: Sequence[Any]) -> str:

@@ -10,21 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, reshard
+from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 
-from autoshard.annotating.fingerprint import fingerprint
+from autoshard.annotating.fingerprint import computes_same, fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
+from autoshard.annotating.padding import pad_traced
 from autoshard.annotating.pins import pin_program
+from autoshard.emitting.constrained import constrained
 from autoshard.emitting.memory_orders import Order
-from autoshard.emitting.program import emitted
+from autoshard.emitting.meshes import AxisNames, as_planned, on_mesh
+from autoshard.emitting.padding import padded_as, unpadded_like
+from autoshard.emitting.program import emit
 from autoshard.emitting.sharding import make_mesh, mesh_in_context, spec_of
 from autoshard.errors import AutoshardError, PlanMismatchError
-from autoshard.planning.records import PlanRecord
+from autoshard.planning.carriage import Constraint
+from autoshard.planning.records import ArrayPlan, PlanRecord
 from autoshard.rules.pin import spec_of_pin
 from autoshard.tracing import pytrees
-from autoshard.tracing.arguments import abstract
 from autoshard.tracing.blocks import Traced
 from autoshard.tracing.trace import trace
+from autoshard.tracing.traced_function import abstract
+from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Program
 from search.formulation.layouts import Axes
 
@@ -38,54 +44,93 @@ _COMPUTED_AGAIN = "xla_jf_rematerialization_percent_shared_memory_limit"
 """The TPU compiler's option for the memory use, in percent, above which it rematerialises; 95 by default."""
 
 
-def bound(
-    plan: PlanRecord, fn: Callable[..., Any], mesh: Mesh | None, orders: Sequence[Order] = ()
+def bind_plan(
+    plan: PlanRecord,
+    fn: Callable[..., Any],
+    mesh: Mesh | None,
+    orders: Sequence[Order] = (),
+    keep_padding: bool = False,
+    constraints: Sequence[Constraint] | None = None,
+    axes: AxisNames | None = None,
 ) -> Callable[..., Any]:
     """`fn` as planned, traced once per structure of its arguments and mesh, as `jax.jit` does.
 
     **Arguments:**
 
+    - `axes`: the names of the plan's axes on the mesh, as for `on_mesh`.
     - `orders`: per flat argument the order of its dimensions in memory, empty for the device's default.
+    - `keep_padding`: whether all results keep their padding, instead of only those that replace a padded argument.
+    - `constraints`: leaves the collectives to the partitioner, with these constraints; by default they are the plan's.
     """
-    known: dict[Any, tuple[Traced, Any]] = {}
+    known: dict[Any, tuple[PlanRecord, Traced, Any]] = {}
 
     @functools.wraps(fn)
-    def planned(*args: Any, **keywords: Any) -> Any:
+    def run_planned(*args: Any, **keywords: Any) -> Any:
         args = pytrees.positional(fn, args, keywords)
         flat, structure = jax.tree_util.tree_flatten(args)
-        chosen = mesh or mesh_in_context(plan, abstract=True) or make_mesh(plan)
+        chosen = mesh or mesh_in_context(abstract=True) or make_mesh(plan)
         if (structure, chosen) in known:
-            traced, run = known[structure, chosen]
-            _check_arguments(plan, fn, args, abstract(fn, args))
+            here, traced, run = known[structure, chosen]
+            check_arguments(plan, fn, args)
         else:
-            traced = traced_as(plan, fn, args)
-            program = emitted(traced, plan.choice, plan.topology, chosen, plan.emission, orders)
+            here, traced = on_mesh(plan, chosen, axes), trace_as_planned(plan, fn, args)
+            if constraints is None:
+                program = emit(traced, here.choice, here.topology, chosen, plan.emission, orders)
+            else:
+                program = constrained(traced, here.choice, here.topology, chosen, constraints, orders)
             run = _undifferentiable(fn, traced.custom_vjp, jax.jit(program))
             if not any(isinstance(array, Tracer) for array in traced.constants):
-                known[structure, chosen] = traced, run
-        arrays = [_typed_as(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
-        results = run(*_placed(plan, chosen, [*arrays, *traced.constants]))
+                known[structure, chosen] = here, traced, run
+        arrays = [_to_dtype(leaf, array.dtype) for leaf, array in zip(flat, plan.arguments, strict=True)]
+        given = [padded_as(array, row) for array, row in zip((*arrays, *traced.constants), plan.sources, strict=True)]
+        results = run(*_place_arrays(here, chosen, given))
+        if not keep_padding:
+            results = unpadded_like(plan, traced.program, arrays, results)
         return jax.tree_util.tree_unflatten(traced.out_tree, results)
 
-    return planned
+    return run_planned
 
 
-def _typed_as(leaf: Any, dtype: str) -> Any:
+def checked(plan: PlanRecord, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` itself, with its arguments checked against the plan when it is traced."""
+
+    @functools.wraps(fn)
+    def same(*args: Any, **keywords: Any) -> Any:
+        args = pytrees.positional(fn, args, keywords)
+        check_arguments(plan, fn, args)
+        return fn(*args)
+
+    return same
+
+
+def _to_dtype(leaf: Any, dtype: str) -> Any:
     """A leaf as an array of the planned type; PRNG keys are arrays already, of types that NumPy lacks."""
     return leaf if dtype.startswith("key<") else jnp.asarray(leaf, dtype)
 
 
-def traced_as(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
+def trace_as_planned(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> Traced:
     """A trace of `fn`, with the plan's numbering of operations and values.
 
     **Raises:** `PlanMismatchError`, with the paths, shapes and types that differ, or the first operation that differs.
     """
-    found = annotate_traffic(trace(fn, *_planned_for(plan, fn, args), donate_argnums=plan.donate_argnums))
+    plan = as_planned(plan)
+    abstracted = _check_and_abstract(plan, fn, args)
+    found = trace(fn, *abstracted, donate_argnums=plan.donate_argnums, name=plan.name, chains=_has_chains(plan))
+    found = annotate_traffic(found)
+    found = pad_traced(found, plan.padding)
     program, _ = pin_program(found.program, found.paths, plan.topology, _argument_pins(plan))
-    if fingerprint(program) != plan.fingerprint:
-        raise PlanMismatchError(_other_program(plan, found))
+    same = fingerprint(program) == plan.fingerprint or (
+        plan.program is not None and computes_same(program, plan.program)
+    )
+    if not same:
+        raise PlanMismatchError(_program_difference(plan, found))
     _check_choice(plan, program)
     return found
+
+
+def _has_chains(plan: PlanRecord) -> bool:
+    """Whether the plan is of the program whose chains of grouped matmuls are one operation each."""
+    return any(row.primitive == CHAIN for row in plan.operations)
 
 
 def _argument_pins(plan: PlanRecord) -> list[Any] | None:
@@ -96,15 +141,14 @@ def _argument_pins(plan: PlanRecord) -> list[Any] | None:
     return [None if dims is None else spec_of_pin(dims) for dims in pins]
 
 
-def _planned_for(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
-    """The structure of the arguments, with the planned shapes and types.
+def _check_and_abstract(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """The structure of the arguments, with the planned shapes, without padding, and types.
 
     **Raises:** `PlanMismatchError` if the arguments differ from the planned ones.
     """
-    flat = abstract(fn, args)
-    _check_arguments(plan, fn, args, flat)
+    flat = check_arguments(plan, fn, args)
     avals = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=array.weak)
+        jax.ShapeDtypeStruct(array.unpadded_shape, leaf.dtype, weak_type=array.weak)
         for leaf, array in zip(flat, plan.arguments, strict=True)
     ]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(tuple(args)), avals)
@@ -129,12 +173,12 @@ def _undifferentiable(fn: Callable[..., Any], own: str, run: Callable[..., Any])
     return guarded
 
 
-def _placed(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
+def _place_arrays(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
     """The arrays in their planned layouts; on explicit mesh axes JAX does not reshard them by itself."""
     if AxisType.Explicit not in mesh.axis_types:
         return arrays
-    rows = (*plan.arguments, *plan.constants)
-    return [reshard(array, spec_of(row.layout)) for array, row in zip(arrays, rows, strict=True)]
+    pairs = zip(arrays, plan.sources, strict=True)
+    return [reshard(array, NamedSharding(mesh, spec_of(row.layout))) for array, row in pairs]
 
 
 # --- the compiler
@@ -158,29 +202,40 @@ def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str | bool]:
 # --- checks
 
 
-def _check_arguments(
-    plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], flat: Sequence[jax.ShapeDtypeStruct]
-) -> None:
-    """Raises for arguments whose structure, shapes or types differ from the plan; the names of parameters do not matter."""
+def check_arguments(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """The flat arguments' shapes and types, which may include the plan's padding; parameters may have other names.
+
+    **Raises:** `PlanMismatchError` if their structure, shapes or types differ from the plan.
+    """
+    found = flat = abstract(fn, args)
     alike = pytrees.describe(tuple(args)) == plan.in_tree.data
     paths = [array.path for array in plan.arguments]
-    planned = {array.path: typed(array.shape, array.dtype) for array in plan.arguments}
+    planned = {array.path: type_text(array.unpadded_shape, array.dtype) for array in plan.arguments}
+    if alike:  # an array may have its padding already
+        flat = [_without_padding(leaf, array) for leaf, array in zip(flat, plan.arguments, strict=True)]
     given = {
-        path: typed(leaf.shape, leaf.dtype)
+        path: type_text(leaf.shape, leaf.dtype)
         for path, leaf in zip(paths if alike else pytrees.argument_paths(fn, args), flat, strict=True)
     }
     if alike and planned == given:
-        return
+        return found
     faults = [
         f"{path} is {given.get(path, 'missing')}, planned {planned.get(path, 'without it')}"
         for path in dict.fromkeys((*planned, *given))
         if planned.get(path) != given.get(path)
     ]
     faults = faults or ["the pytree structure differs from the planned one"]
-    raise PlanMismatchError(f"The plan {plan.name!r} is for other arguments; search again for these:{listed(faults)}")
+    raise PlanMismatchError(
+        f"The plan {plan.name!r} is for other arguments; search again for these:{list_faults(faults)}"
+    )
 
 
-def listed(faults: Sequence[str]) -> str:
+def _without_padding(leaf: jax.ShapeDtypeStruct, array: ArrayPlan) -> jax.ShapeDtypeStruct:
+    same = leaf.shape == array.shape
+    return jax.ShapeDtypeStruct(array.unpadded_shape, leaf.dtype) if same and array.padding else leaf
+
+
+def list_faults(faults: Sequence[str]) -> str:
     """The first few differences, as lines of an error."""
     lines = "".join(f"\n  {fault}" for fault in faults[:_NAMED])
     return lines + (f"\n  and {len(faults) - _NAMED} more" if len(faults) > _NAMED else "")
@@ -214,12 +269,12 @@ def _check_choice(plan: PlanRecord, program: Program) -> None:
         raise PlanMismatchError(f"The plan {plan.name!r} is damaged: {faults[0]}. Search again.")
 
 
-def typed(shape: Sequence[int], dtype: Any) -> str:
+def type_text(shape: Sequence[int], dtype: Any) -> str:
     """An array's type as errors write it: `bfloat16[4096,128]`."""
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _other_program(plan: PlanRecord, found: Traced) -> str:
+def _program_difference(plan: PlanRecord, found: Traced) -> str:
     """The message for another function with the same arguments, with the first difference."""
     planned = [(row.primitive, row.sizes, row.name) for row in plan.operations]
     given = [(op.primitive, tuple(f.size for f in op.factors), op.name) for op in found.program.operations]

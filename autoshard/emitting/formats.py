@@ -17,7 +17,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from autoshard.emitting import bind, targets
-from autoshard.emitting.sharding import check_mesh, spec_of
+from autoshard.emitting.meshes import AxisNames, on_mesh
+from autoshard.emitting.sharding import spec_of
 from autoshard.errors import AutoshardError
 from autoshard.planning import records
 from autoshard.planning.records import ArrayPlan, PlanRecord
@@ -27,9 +28,9 @@ Order = tuple[int, ...]
 """The dimensions of an array from major to minor; empty for the device's default."""
 
 
-def formats(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
-    """The `Format`s of the arguments and results on a mesh that has the plan's axes, as pytrees of the same structure."""
-    check_mesh(plan, mesh)
+def formats(plan: PlanRecord, mesh: Mesh, axes: AxisNames | None = None) -> tuple[tuple[Any, ...], Any]:
+    """The `Format`s of the arguments and results on a mesh that fits the plan, as pytrees of the same structure."""
+    plan = on_mesh(plan, mesh, axes)
     ins, outs = flat_formats(plan, mesh)
     return plan.in_tree.rebuild(ins), plan.out_tree.rebuild(outs)
 
@@ -77,16 +78,12 @@ def choose_formats(plan: P, fn: Callable[..., Any], *args: Any, devices: Sequenc
     compiler is not available, or rejects the program.
     """
     topology = plan.topology
-    chosen = targets.devices_of(topology, _TARGETS[topology.chip.kind]) if devices is None else devices
+    chosen = targets.devices_of(topology, targets.COMPILERS[topology.chip.kind]) if devices is None else devices
     mesh = targets.mesh_of(chosen, topology.axis_sizes)
     try:
         return of_the_compiler(plan, fn, args, mesh)
     except jax.errors.JaxRuntimeError as error:
         raise AutoshardError(f"The compiler refused {plan.name} for {topology.name}. It says: {error}") from error
-
-
-_TARGETS: dict[str, targets.Target] = {"cpu": "host", "tpu": "tpu", "gpu": "gpu"}
-"""The compiler target of a kind of chip."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,8 @@ def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: 
     **Raises:** `PlanMismatchError` if the plan is not for this function and these arguments; `jax.errors.JaxRuntimeError`
     if the compiler rejects the program.
     """
-    donated = bind.traced_as(plan, fn, args).program.donated
-    chosen = _compiled_freely(plan, fn, args, mesh)
+    donated = bind.trace_as_planned(plan, fn, args).program.donated
+    chosen = _compile_with_auto(plan, fn, args, mesh)
     results = list(chosen.results)
     for result, argument in records.predecessors(plan.arguments, plan.results, donated).items():
         results[result] = chosen.arguments[argument]
@@ -128,14 +125,14 @@ def without_orders(plan: P) -> P:
     return with_orders(plan, [()] * len(plan.arguments), [()] * len(plan.results), "default")
 
 
-def _compiled_freely(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:
+def _compile_with_auto(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:
     plain = without_orders(plan)
     ins, outs = (
         [Format(Layout.AUTO if _is_ordered(array) else None, each.sharding) for array, each in zip(*pair, strict=True)]
         for pair in zip((plan.arguments, plan.results), flat_formats(plain, mesh), strict=True)
     )
     flat, structure = jax.tree_util.tree_flatten(tuple(args))
-    run = bind.bound(plain, fn, mesh)
+    run = bind.bind_plan(plain, fn, mesh)
 
     def step(*leaves: Any) -> list[Any]:
         return jax.tree_util.tree_leaves(run(*jax.tree_util.tree_unflatten(structure, leaves)))

@@ -59,11 +59,11 @@ def order_of_operand(op: Operation, orders: Mapping[int, Order]) -> Order:
     return orders.get(op.inputs[0].value, ()) if op.inputs else ()
 
 
-def in_order(piece: Any, order: Order) -> Any:
+def to_memory_order(piece: Any, order: Order) -> Any:
     """A shard with its dimensions transposed to their order in memory; unchanged if the order is empty."""
     return lax.transpose(piece, order) if order else piece
 
 
-def as_written(piece: Any, order: Order) -> Any:
-    """The inverse of `in_order`: a shard with the dimensions of the program."""
+def to_program_order(piece: Any, order: Order) -> Any:
+    """The inverse of `to_memory_order`: a shard with the dimensions of the program."""
     return lax.transpose(piece, tuple(map(int, np.argsort(order)))) if order else piece

@@ -13,9 +13,11 @@ import numpy as np
 from jax.experimental.layout import Format
 from jax.sharding import Mesh
 
-from autoshard.emitting import bind, sharding
+from autoshard.emitting import bind
 from autoshard.emitting.formats import flat_formats
-from autoshard.errors import ExportError, PlanMismatchError
+from autoshard.emitting.meshes import AxisNames, on_mesh
+from autoshard.emitting.padding import has_padding_inside, padded_as, unpadded
+from autoshard.errors import ExportError, PlanMismatchError, UnknownNameError
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from autoshard.tracing import pytrees
@@ -23,17 +25,39 @@ from autoshard.tracing import pytrees
 Keys = tuple[str, ...]
 
 
-def place(plan: PlanRecord, tree: Any, mesh: Mesh, argument: str | int | None = None, donate: bool = False) -> Any:
+def place(
+    plan: PlanRecord,
+    tree: Any,
+    mesh: Mesh,
+    argument: str | int | None = None,
+    donate: bool = False,
+    axes: AxisNames | None = None,
+) -> Any:
     """The tree with its arrays in their shardings and formats; see `Plan.place`."""
-    sharding.check_mesh(plan, mesh)
-    at = under(plan, argument)
+    plan = on_mesh(plan, mesh, axes)
+    at = arguments_under(plan, argument)
     formats, _ = flat_formats(plan, mesh)
     leaves, structure = jax.tree_util.tree_flatten(tree)
     given = pytrees.paths(pytrees.describe(tree))
     _check(plan, at, dict(zip(given, leaves, strict=True)))
     rows = [at[keys] for keys in given]
-    typed = [_typed(leaf, plan.arguments[row]) for leaf, row in zip(leaves, rows, strict=True)]
+    arrays = [plan.arguments[row] for row in rows]
+    typed = [padded_as(_to_planned_type(leaf, array), array) for leaf, array in zip(leaves, arrays, strict=True)]
     return jax.tree_util.tree_unflatten(structure, _put(typed, [formats[row] for row in rows], donate))
+
+
+def unpad(plan: PlanRecord, tree: Any, argument: str | int | None = None) -> Any:
+    """The tree with its arrays as the function has them; see `Plan.unpad`."""
+    at = arguments_under(plan, argument)
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    given = pytrees.paths(pytrees.describe(tree))
+    _check(plan, at, dict(zip(given, leaves, strict=True)))
+    rows = [plan.arguments[at[keys]] for keys in given]
+    cut = [
+        unpadded(leaf, row.padding) if row.padding and leaf.shape == row.shape else leaf
+        for leaf, row in zip(leaves, rows, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(structure, cut)
 
 
 def _put(leaves: Sequence[Any], formats: Sequence[Format], donate: bool) -> list[Any]:
@@ -61,14 +85,17 @@ def _is_on(leaf: Any, wanted: Format) -> bool:
     return leaf.sharding.device_set == wanted.sharding.device_set
 
 
-def _typed(leaf: Any, array: ArrayPlan) -> Any:
+def _to_planned_type(leaf: Any, array: ArrayPlan) -> Any:
     """A leaf as an array; Python numbers get the planned type."""
     return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, array.dtype)
 
 
-def abstract_args(plan: PlanRecord, mesh: Mesh, argument: str | int | None = None) -> Any:
+def abstract_args(
+    plan: PlanRecord, mesh: Mesh, argument: str | int | None = None, axes: AxisNames | None = None
+) -> Any:
     """The arguments as `jax.ShapeDtypeStruct`s with shardings, or formats if they have orders; see `Plan.abstract_args`."""
-    sharding.check_mesh(plan, mesh)
+    plan = on_mesh(plan, mesh, axes)
+    _warn_of_padding_inside(plan)
     formats, _ = flat_formats(plan, mesh)
     structs = plan.in_tree.rebuild(
         [
@@ -84,6 +111,17 @@ def abstract_args(plan: PlanRecord, mesh: Mesh, argument: str | int | None = Non
     return structs if argument is None else structs[position(plan, argument)]
 
 
+def _warn_of_padding_inside(plan: PlanRecord) -> None:
+    """Warns of arrays that a checkpoint library would pad at the wrong place: it only appends."""
+    inside = [array.path for array in plan.arguments if has_padding_inside(array)]
+    if inside:
+        warnings.warn(
+            f"{', '.join(inside)}: the padding lies inside a dimension that merges several. Restore"
+            " without it, and call plan.place(...).",
+            stacklevel=4,
+        )
+
+
 def _dtype(array: ArrayPlan) -> Any:
     try:
         return jnp.dtype(array.dtype)
@@ -94,7 +132,7 @@ def _dtype(array: ArrayPlan) -> Any:
 # --- selection of arrays
 
 
-def under(plan: PlanRecord, argument: str | int | None) -> dict[Keys, int]:
+def arguments_under(plan: PlanRecord, argument: str | int | None) -> dict[Keys, int]:
     """The flat arguments below a name, a path or a position, by the rest of their keys.
 
     **Raises:** `ExportError` if there is none.
@@ -122,8 +160,8 @@ def _keys(plan: PlanRecord, known: Sequence[Keys], argument: str) -> Keys:
     return tuple(re.findall(r"[^\[\]'\"/.]+", argument))
 
 
-def _unknown(plan: PlanRecord, argument: str | int) -> ExportError:
-    return ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(heads(plan))}.")
+def _unknown(plan: PlanRecord, argument: str | int) -> UnknownNameError:
+    return UnknownNameError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(heads(plan))}.")
 
 
 # --- checks
@@ -137,18 +175,18 @@ def _check(plan: PlanRecord, at: Mapping[Keys, int], leaves: Mapping[Keys, Any])
     faults = []
     for keys, row in at.items():
         array = plan.arguments[row]
-        wanted = bind.typed(array.shape, array.dtype)
-        found = _described(leaves[keys], array) if keys in leaves else "missing"
-        if found != wanted:
-            faults.append(f"{array.path} is {found}, planned {wanted}")
+        wanted = [bind.type_text(shape, array.dtype) for shape in (array.unpadded_shape, array.shape)]
+        found = _describe_leaf(leaves[keys], array) if keys in leaves else "missing"
+        if found not in wanted:
+            faults.append(f"{array.path} is {found}, planned {wanted[0]}")
     faults += [f"{'/'.join(keys) or 'the tree'} is given, planned without it" for keys in leaves if keys not in at]
     if faults:
-        raise PlanMismatchError(f"The plan {plan.name!r} is for other arrays:{bind.listed(faults)}")
+        raise PlanMismatchError(f"The plan {plan.name!r} is for other arrays:{bind.list_faults(faults)}")
 
 
-def _described(leaf: Any, array: ArrayPlan) -> str:
+def _describe_leaf(leaf: Any, array: ArrayPlan) -> str:
     if hasattr(leaf, "dtype"):
-        return bind.typed(leaf.shape, leaf.dtype)
+        return bind.type_text(leaf.shape, leaf.dtype)
     if np.ndim(leaf) == 0 and isinstance(leaf, int | float | complex):
-        return bind.typed((), array.dtype)
+        return bind.type_text((), array.dtype)
     return f"{leaf!r} ({type(leaf).__name__}), which is not an array"

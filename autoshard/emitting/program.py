@@ -6,96 +6,72 @@ Each reshard is the planned sequence of collectives, inside loops too. The parti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
-from autoshard.emitting.memory_orders import Order, as_written, in_order, order_of_operand, orders_of_values
-from autoshard.emitting.min_max_reduce import over_chips
-from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting.collectives.reshard_steps import run_step
+from autoshard.emitting.collectives.rings import Arrived, gather_in_ring, join, multiply_pieces, scatter_in_ring
+from autoshard.emitting.local_operation import StrategyPieces, all_reduce_inside, run_locally
+from autoshard.emitting.memory_orders import (
+    Order,
+    order_of_operand,
+    orders_of_values,
+    to_memory_order,
+    to_program_order,
+)
+from autoshard.emitting.padding import masked
 from autoshard.emitting.sharding import spec_of
-from autoshard.emitting.tpu_workarounds.argument_copies import as_a_result
-from autoshard.emitting.tpu_workarounds.argument_layout import as_an_argument
-from autoshard.emitting.tpu_workarounds.conversion_barriers import waits
-from autoshard.emitting.tpu_workarounds.residual_barriers import resting
-from autoshard.emitting.tpu_workarounds.vector_matmul import product
+from autoshard.emitting.tpu_workarounds.argument_copies import copy_argument
+from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
+from autoshard.emitting.tpu_workarounds.conversion_barriers import find_conversion_barriers
+from autoshard.emitting.tpu_workarounds.residual_barriers import residual_barriers
+from autoshard.emitting.tpu_workarounds.score_barriers import find_score_barriers
 from autoshard.planning.emission import BY_DEFAULT, Emission
-from autoshard.rules import Rule
-from autoshard.tracing.blocks import Atom, BarrierStep, Block, Boundary, BranchStep, Literal, LoopStep, OpStep, Traced
+from autoshard.tracing.blocks import (
+    Atom,
+    BarrierStep,
+    Block,
+    BranchStep,
+    Carry,
+    Entry,
+    Literal,
+    LiteralEntry,
+    LoopStep,
+    OpStep,
+    StackedResult,
+    Traced,
+)
 from costmodels.machine.topology import Topology
-from costmodels.program.program import REDUCED_INSIDE, Program
-from search.answer.assignment import Choice, collectives, kept, needed, produced
-from search.formulation.intra_op import gathers
+from costmodels.program.program import Program
+from search.answer.assignment import Choice, Ring, collectives, kept_layout, needed_layout, produced_layout, rings
 from search.formulation.layouts import Layout, local_shape
 from search.formulation.reshard import reshard_table
-from search.formulation.strategies import Strategy
 from search.memory.views import IN_PLACE
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """One operation's strategy, as an argument of its rule's `local` function."""
-
-    rule: Rule
-    strategy: Strategy
-    topology: Topology
-    order: Order = ()
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        return self.topology.axis_sizes
-
-    @property
-    def on_tpu(self) -> bool:
-        return self.topology.chip.kind == "tpu"
-
-    def size(self, factor: int) -> int:
-        return self.rule.factors[factor].size // prod(self.sizes[axis] for axis in self.strategy.splits[factor])
-
-    def start(self, factor: int) -> Any:
-        if not self.is_split(factor):
-            return jnp.int32(0)
-        return lax.axis_index(self.strategy.splits[factor]) * self.size(factor)
-
-    def is_split(self, factor: int) -> bool:
-        return bool(self.strategy.splits[factor])
-
-    def gathered(self, factor: int, piece: Any) -> Any:
-        row = lax.optimization_barrier(lax.reshape(piece, (1, piece.size)))
-        for step in gathers(self.strategy.splits[factor], self.topology):
-            row = run_step(step, row, self.sizes)
-        # Without the barriers the TPU compiler (libtpu 0.0.42) maps few elements to lanes, and emits an all-reduce.
-        return lax.reshape(lax.optimization_barrier(row), (row.shape[0], *piece.shape))
-
-    def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
-        if all(sender == receiver for sender, receiver in pairs):
-            return piece
-        axes, in_order = self.strategy.splits[factor], tuple(a for a in self.sizes if a in self.strategy.splits[factor])
-        numbers = np.arange(prod(self.sizes[axis] for axis in axes)).reshape([self.sizes[axis] for axis in axes])
-        place = np.argsort(np.transpose(numbers, [axes.index(axis) for axis in in_order]).ravel())
-        return lax.ppermute(piece, in_order, [(int(place[a]), int(place[b])) for a, b in pairs])
-
-
-class _Scope:
+class Scope:
     """The arrays of one block: per value, its shard in each layout made so far."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         self.arrays: dict[int, dict[Layout, Any]] = {}
+        self.arrived: dict[tuple[int, Layout], Arrived] = {}
+        self.scattered: dict[int, Ring] = {}
 
     def put(self, value: int, piece: Any) -> None:
         """Stores a produced value, resharded to the layout in which it is kept."""
         runner = self.runner
-        made, home = produced(runner.program, runner.choice, value), kept(runner.program, runner.choice, value)
+        made, home = (
+            produced_layout(runner.program, runner.choice, value),
+            kept_layout(runner.program, runner.choice, value),
+        )
         piece = runner.reshard(value, piece, made, home)
         self.arrays[value] = {home: lax.optimization_barrier(piece) if value in runner.resting else piece}
 
@@ -108,19 +84,47 @@ class _Scope:
             home = next(iter(found))
             piece = found[home]
             if hidden and home != layout and atom in self.runner.copied:
-                piece = as_a_result(piece)
-            found[layout] = self.runner.reshard(atom, piece, home, layout)
+                piece = copy_argument(piece)
+            if (atom, layout) in self.arrived:
+                found[layout] = join(self.arrived[atom, layout])
+            elif atom in self.scattered:
+                found[layout] = self.runner.run(self.scattered[atom].others, piece)
+            else:
+                found[layout] = self.runner.reshard(atom, piece, home, layout)
         return found[layout]
 
-    def kept(self, value: int) -> Any:
+    def put_scattered(self, value: int, piece: Any, ring: Ring) -> None:
+        """Stores a product that its ring has scattered."""
+        if ring.move.operation is None:
+            self.arrays[value] = {ring.move.target: self.runner.run(ring.others, piece)}
+        else:  # the other steps run where the value is needed
+            self.arrays[value] = {ring.step.target: piece}
+            self.scattered[value] = ring
+
+    def get_pieces(self, value: int, ring: Ring) -> Any:
+        """The pieces of a value in a ring, which other products may share, or the whole shard if there is one."""
+        target, found = ring.step.target, self.arrays[value]
+        if target in found:
+            return found[target]
+        if (value, target) not in self.arrived:
+            piece, others = self.stored(value), ring.others
+            if value in self.runner.copied:
+                piece = copy_argument(piece)
+            others = others[1:] if value in self.scattered else others
+            with jax.named_scope(f"ring {ring.step.source}->{target}"):
+                piece = self.runner.run(others, piece)
+                self.arrived[value, target] = gather_in_ring(ring.step, piece, self.runner.sizes)
+        return self.arrived[value, target]
+
+    def stored(self, value: int) -> Any:
         """A value's shard in the layout in which it is kept."""
         return next(iter(self.arrays[value].values()))
 
-    def keep_apart(self, step: BarrierStep) -> None:
+    def add_barrier(self, step: BarrierStep) -> None:
         """Passes the values through an `optimization_barrier`, so XLA cannot merge later recomputation with earlier results."""
         homes = {value: next(iter(self.arrays[value])) for value in step.values}
-        plain = [v for v in homes if not jnp.issubdtype(self.kept(v).dtype, jax.dtypes.extended)]
-        for value, piece in zip(plain, lax.optimization_barrier([self.kept(v) for v in plain]), strict=True):
+        plain = [v for v in homes if not jnp.issubdtype(self.stored(v).dtype, jax.dtypes.extended)]
+        for value, piece in zip(plain, lax.optimization_barrier([self.stored(v) for v in plain]), strict=True):
             self.arrays[value] = {homes[value]: piece}
 
 
@@ -141,28 +145,30 @@ class Runner:
         self.orders = orders_of_values(traced.program, orders)
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
-        rests = topology.chip.kind == "tpu" and emission.residual_barriers
-        self.resting = resting(traced.program) if rests else frozenset()
-        self.waits = waits(traced.program) if collectives(traced.program, topology, choice) else {}
+        self.resting = residual_barriers(traced.program, choice, topology, emission)
+        if topology.chip.kind == "tpu":
+            self.resting |= find_score_barriers(traced.program, choice, topology)
+        self.rings = rings(traced.program, topology, choice)
+        self.waits = find_conversion_barriers(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
         """Computes the flat results from the flat arguments and constants, all in their planned layouts."""
-        scope = _Scope(self)
+        scope = Scope(self)
         values = (*self.traced.argument_values, *self.traced.constant_values)
         for value, piece in zip(values, pieces, strict=True):
             scope.put(value, piece)
         self.block(self.traced.block, scope)
         return [self._result(scope, k, atom) for k, atom in enumerate(self.traced.block.outputs)]
 
-    def _result(self, scope: _Scope, k: int, atom: Atom) -> Any:
+    def _result(self, scope: Scope, k: int, atom: Atom) -> Any:
         if isinstance(atom, Literal):
             return jnp.asarray(atom.value)
-        layout = needed(self.program, self.choice, self.program.results[k], 0)
+        layout = needed_layout(self.program, self.choice, self.program.results[k], 0)
         piece = scope.get(atom, layout)
         overwrites = any(result == k for _, result in self.program.donated)
-        return as_a_result(piece) if overwrites and self._sent(atom, layout) else piece
+        return copy_argument(piece) if overwrites and self._is_sent(atom, layout) else piece
 
-    def _sent(self, value: int, layout: Layout) -> bool:
+    def _is_sent(self, value: int, layout: Layout) -> bool:
         """Whether a result comes directly from a collective.
 
         The TPU compiler (libtpu 0.0.42) does not write it into the result's buffer. It copies the result at the end, and
@@ -170,7 +176,7 @@ class Runner:
         """
         if self.topology.chip.kind != "tpu" or 0 in self.program.values[value].shape:
             return False
-        made, home = (each(self.program, self.choice, value) for each in (produced, kept))
+        made, home = (each(self.program, self.choice, value) for each in (produced_layout, kept_layout))
         steps = [*self._path(value, made, home), *self._path(value, home, layout)]
         return bool(steps) and steps[-1].kind != "slice"
 
@@ -182,8 +188,12 @@ class Runner:
         if 0 in array.shape:  # JAX does not lower a gather of an empty array
             return jnp.zeros(local_shape(array.shape, target, self.sizes), piece.dtype)
         with jax.named_scope(f"{source}->{target}"):
-            for step in self._path(value, source, target):
-                piece = run_step(step, piece, self.sizes)
+            return self.run(self._path(value, source, target), piece)
+
+    def run(self, steps: Sequence[Any], piece: Any) -> Any:
+        """Runs some steps of a reshard."""
+        for step in steps:
+            piece = run_step(step, piece, self.sizes)
         return piece
 
     def _path(self, value: int, source: Layout, target: Layout) -> Sequence[Any]:
@@ -194,10 +204,10 @@ class Runner:
         table = reshard_table(array.shape, array.itemsize, self.topology, bool(source.partial or target.partial))
         return table.path(source, target)
 
-    def block(self, block: Block, scope: _Scope) -> None:
+    def block(self, block: Block, scope: Scope) -> None:
         """Runs a block's steps in order."""
         for step in block.steps:
-            with _as_written(step.eqn):
+            with _source_line_of(step.eqn):
                 if isinstance(step, OpStep):
                     self._operation(step, scope)
                 elif isinstance(step, LoopStep):
@@ -205,53 +215,101 @@ class Runner:
                 elif isinstance(step, BranchStep):
                     self._branch(step, scope)
                 else:
-                    scope.keep_apart(step)
+                    scope.add_barrier(step)
 
     # --- operations ---------------------------------------------------------------------------------------------
 
-    def _operation(self, step: OpStep, scope: _Scope) -> None:
+    def _operation(self, step: OpStep, scope: Scope) -> None:
         strategy = self.choice.strategies[step.operation]
         op = self.program.operations[step.operation]
-        layouts = iter(needed(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
-        hidden = op.op_class == "matmul" and self.program.matmul_before[step.operation] >= 0
-        awaited = scope.kept(self.waits[step.operation]) if step.operation in self.waits else None
-        operands = [
-            a.value if isinstance(a, Literal) else _after(awaited, scope.get(a, next(layouts), hidden))
-            for a in step.operands
-        ]
-        pieces = _Pieces(step.rule, strategy, self.topology, order_of_operand(op, self.orders))
+        pieces = StrategyPieces(step.rule, op.factors, strategy, self.topology, order_of_operand(op, self.orders))
+        ring = self._ring(step)
+        operands = self._masked(step, pieces, self._operands(step, scope, ring))
+        if ring is not None:
+            self._run_ring(step, pieces, operands, ring, scope)
+            return
         results = run_locally(step.eqn, step.rule, pieces, operands)
         for value, piece in zip(step.results, results, strict=True):
-            scope.put(value, _reduced_inside(step.rule, strategy, piece))
+            scope.put(value, all_reduce_inside(step.rule, strategy, piece))
+
+    def _operands(self, step: OpStep, scope: Scope, ring: Ring | None) -> list[Any]:
+        """The operands in the layouts that they must have; of one that a ring gathers, its pieces."""
+        op = self.program.operations[step.operation]
+        layouts = iter(needed_layout(self.program, self.choice, step.operation, k) for k in range(len(op.inputs)))
+        hidden = op.op_class == "matmul" and self.program.matmul_before[step.operation] is not None
+        awaited = scope.stored(self.waits[step.operation]) if step.operation in self.waits else None
+        found = []
+        for k, atom in enumerate(step.operands):
+            if isinstance(atom, Literal):
+                found.append(atom.value)
+            elif ring is not None and ring.side == k:
+                next(layouts)
+                found.append(scope.get_pieces(atom, ring))
+            else:
+                found.append(_barrier_after(awaited, scope.get(atom, next(layouts), hidden)))
+        return found
+
+    def _ring(self, step: OpStep) -> Ring | None:
+        """The ring of a product; none for empty arrays, and where padding of the gathered operand must be masked."""
+        ring = self.rings.get(step.operation)
+        empty = ring is not None and 0 in self.program.values[ring.move.value].shape
+        return None if ring is None or empty or (step.operation, ring.side) in self.traced.masks else ring
+
+    def _run_ring(self, step: OpStep, pieces: StrategyPieces, operands: list[Any], ring: Ring, scope: Scope) -> None:
+        """Runs a product piece by piece, with the hops of its ring between them."""
+        op, (value,) = self.program.operations[step.operation], step.results
+
+        def multiply(left: Any, right: Any) -> Any:
+            return run_locally(step.eqn, step.rule, pieces, (left, right))[0]
+
+        if ring.side == "result":
+            with jax.named_scope(f"ring {ring.step.source}->{ring.step.target}"):
+                scattered = scatter_in_ring(op, ring.step, operands, self.sizes, multiply)
+            scope.put_scattered(value, scattered, ring)
+        elif isinstance(operands[ring.side], Arrived):
+            found, other = operands[ring.side], operands[1 - ring.side]
+            scope.put(value, multiply_pieces(op, ring.side, found, other, multiply))
+        else:  # the whole operand was gathered for another operation before
+            scope.put(value, multiply(*operands))
+
+    def _masked(self, step: OpStep, pieces: StrategyPieces, operands: list[Any]) -> list[Any]:
+        """The operands with neutral values in their padding, where the operation needs them."""
+        found, place = list(operands), -1
+        for k, atom in enumerate(step.operands):
+            place += not isinstance(atom, Literal)
+            masks = () if isinstance(atom, Literal) else self.traced.masks.get((step.operation, place), ())
+            found[k] = masked(operands[k], step.rule.inputs[k], masks, pieces) if masks else operands[k]
+        return found
 
     # --- regions ------------------------------------------------------------------------------------------------
 
-    def _layout(self, boundary: Boundary, outer: bool) -> Layout:
+    def _layout(self, boundary: Entry | Carry | StackedResult, outer: bool) -> Layout:
         """The layout outside or inside a boundary: its operation's strategy, with or without the stack axis."""
         op = self.program.operations[boundary.operation]
         strategy = self.choice.strategies[boundary.operation]
-        plain = Layout(strategy.splits[: len(op.factors) - _stacked(op)])
-        return Layout(((), *plain.dims)) if outer and _stacked(op) else plain
+        partial = tuple(sorted(axis for axes in strategy.carried for axis in axes))
+        plain = Layout(strategy.splits[: len(op.factors) - _stack_axes(op)], partial)
+        return Layout(((), *plain.dims), partial) if outer and _stack_axes(op) else plain
 
-    def _entering(self, boundaries: Sequence[Boundary], scope: _Scope) -> list[Any]:
+    def _enter_all(self, entries: Sequence[Entry | LiteralEntry], scope: Scope) -> list[Any]:
         return [
-            b.outer.value
-            if isinstance(b.outer, Literal) and b.operation < 0
-            else scope.get(b.outer, self._layout(b, True))
-            for b in boundaries
+            each.outer.value if isinstance(each, LiteralEntry) else scope.get(each.outer, self._layout(each, True))
+            for each in entries
         ]
 
-    def _inside(self, boundaries: Sequence[Boundary], pieces: Sequence[Any]) -> _Scope:
-        scope = _Scope(self)
+    def _enter_scope(self, boundaries: Sequence[Entry | LiteralEntry | Carry], pieces: Sequence[Any]) -> Scope:
+        scope = Scope(self)
         self._bring_in(scope, boundaries, pieces)
         return scope
 
-    def _bring_in(self, scope: _Scope, boundaries: Sequence[Boundary], pieces: Sequence[Any]) -> None:
+    def _bring_in(
+        self, scope: Scope, boundaries: Sequence[Entry | LiteralEntry | Carry], pieces: Sequence[Any]
+    ) -> None:
         for boundary, piece in zip(boundaries, pieces, strict=True):
-            if boundary.inner >= 0:
+            if not isinstance(boundary, LiteralEntry):
                 scope.put(boundary.inner, piece)
 
-    def _initial(self, boundary: Boundary, scope: _Scope) -> Any:
+    def _initial(self, boundary: Carry, scope: Scope) -> Any:
         piece = scope.get(boundary.outer, self._layout(boundary, True))
         return (
             jnp.asarray(piece, self.program.values[boundary.inner].dtype)
@@ -259,7 +317,7 @@ class Runner:
             else piece
         )
 
-    def _going_round(self, boundary: Boundary, scope: _Scope) -> Any:
+    def _reshard_carry(self, boundary: Carry, scope: Scope) -> Any:
         after: Any = boundary.inner_next
         piece = scope.get(after, self._layout(boundary, False))
         if isinstance(after, Literal):
@@ -267,62 +325,65 @@ class Runner:
         made_by = self.program.operations[self.program.producers[after][0]]
         if self.orders.get(boundary.inner):
             return piece
-        return as_an_argument(piece) if made_by.primitive in IN_PLACE else piece
+        return self._in_argument_layout(piece, boundary.inner) if made_by.primitive in IN_PLACE else piece
 
-    def _loop(self, step: LoopStep, scope: _Scope) -> None:
-        held = self._entering(step.constants, scope)
-        carry = self._in_order(step, [self._initial(b, scope) for b in step.carries])
+    def _in_argument_layout(self, piece: Any, value: int) -> Any:
+        return with_argument_layout(piece)
+
+    def _loop(self, step: LoopStep, scope: Scope) -> None:
+        held = self._enter_all(step.constants, scope)
+        carry = self._to_memory_order(step, [self._initial(b, scope) for b in step.carries])
         if step.condition is None:
             results = self._scan(step, scope, held, carry)
         else:
             results = self._while(step, step.condition, held, carry)
-        results[: len(carry)] = self._as_written(step, results)
+        results[: len(carry)] = self._to_program_order(step, results)
         for boundary, piece in zip((*step.carries, *step.stacks), results, strict=True):
             scope.put(boundary.outer_result, piece)
 
-    def _in_order(self, step: LoopStep, carry: Sequence[Any]) -> list[Any]:
-        return [in_order(c, self.orders.get(b.inner, ())) for b, c in zip(step.carries, carry, strict=True)]
+    def _to_memory_order(self, step: LoopStep, carry: Sequence[Any]) -> list[Any]:
+        return [to_memory_order(c, self.orders.get(b.inner, ())) for b, c in zip(step.carries, carry, strict=True)]
 
-    def _as_written(self, step: LoopStep, carry: Sequence[Any]) -> list[Any]:
-        return [as_written(c, self.orders.get(b.inner, ())) for b, c in zip(step.carries, carry, strict=False)]
+    def _to_program_order(self, step: LoopStep, carry: Sequence[Any]) -> list[Any]:
+        return [to_program_order(c, self.orders.get(b.inner, ())) for b, c in zip(step.carries, carry, strict=False)]
 
-    def _scan(self, step: LoopStep, scope: _Scope, held: list[Any], carry: list[Any]) -> list[Any]:
+    def _scan(self, step: LoopStep, scope: Scope, held: list[Any], carry: list[Any]) -> list[Any]:
         params = step.eqn.params
 
         def body(carry, slices):
-            carry = self._as_written(step, carry)
-            inner = self._inside((*step.constants, *step.carries, *step.slices), (*held, *carry, *slices))
+            carry = self._to_program_order(step, carry)
+            inner = self._enter_scope((*step.constants, *step.carries, *step.slices), (*held, *carry, *slices))
             self.block(step.body, inner)
-            after = self._in_order(step, [self._going_round(b, inner) for b in step.carries])
+            after = self._to_memory_order(step, [self._reshard_carry(b, inner) for b in step.carries])
             return after, [inner.get(b.inner_next, self._layout(b, False)) for b in step.stacks]
 
-        stacks = self._entering(step.slices, scope)
+        stacks = self._enter_all(step.slices, scope)
         carry, piled = lax.scan(body, carry, stacks, length=params["length"], reverse=params["reverse"])
         return [*carry, *piled]
 
     def _while(self, step: LoopStep, test: Block, held: list[Any], carry: list[Any]) -> list[Any]:
-        def inside(carry):
-            return self._inside((*step.constants, *step.carries), (*held, *self._as_written(step, carry)))
+        def enter_body(carry):
+            return self._enter_scope((*step.constants, *step.carries), (*held, *self._to_program_order(step, carry)))
 
         def condition(carry):
-            inner = inside(carry)
+            inner = enter_body(carry)
             self.block(test, inner)
             return inner.get(test.outputs[0], Layout(()))
 
         def body(carry):
-            inner = inside(carry)
+            inner = enter_body(carry)
             self.block(step.body, inner)
-            return self._in_order(step, [self._going_round(b, inner) for b in step.carries])
+            return self._to_memory_order(step, [self._reshard_carry(b, inner) for b in step.carries])
 
         return list(lax.while_loop(condition, body, carry))
 
-    def _branch(self, step: BranchStep, scope: _Scope) -> None:
-        entering = [self._entering(entry, scope) for entry in step.entries]
+    def _branch(self, step: BranchStep, scope: Scope) -> None:
+        entering = [self._enter_all(entry, scope) for entry in step.entries]
         joined = [Layout(self.choice.strategies[at].splits) for at, _ in step.joins]
 
         def branch(k: int) -> Callable[[list[list[Any]]], list[Any]]:
             def run(operands):
-                inner = self._inside(step.entries[k], operands[k])
+                inner = self._enter_scope(step.entries[k], operands[k])
                 self.block(step.blocks[k], inner)
                 return [jnp.asarray(inner.get(a, at)) for a, at in zip(step.blocks[k].outputs, joined, strict=True)]
 
@@ -334,43 +395,25 @@ class Runner:
             scope.put(value, piece)
 
 
-def _as_written(eqn: Any) -> AbstractContextManager[None]:
+def _source_line_of(eqn: Any) -> AbstractContextManager[None]:
     """A context that gives emitted operations the source line of their equation, which compiled programs keep."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
 
-def _stacked(op: Any) -> int:
+def _stack_axes(op: Any) -> int:
     """1 if the operation has a leading stack axis, which is its last factor."""
     return int(op.primitive in ("loop_slice", "loop_stack"))
 
 
-def run_locally(eqn: Any, rule: Rule, pieces: _Pieces, operands: Sequence[Any]) -> Sequence[Any]:
-    """Runs one equation on local shards: unchanged, or by its rule's `local` function."""
-    if rule.local is not None:
-        return rule.local(eqn, rule, pieces, *operands)
-    if eqn.primitive.name == "dot_general" and pieces.on_tpu:
-        return [product(eqn, *operands)]
-    results = eqn.primitive.bind(*operands, **eqn.params)
-    return results if eqn.primitive.multiple_results else [results]
-
-
-def _after(awaited: Any, piece: Any) -> Any:
+def _barrier_after(awaited: Any, piece: Any) -> Any:
     """A shard that the compiler cannot use before `awaited` exists; unchanged if that is `None`."""
     if awaited is None or jnp.issubdtype(piece.dtype, jax.dtypes.extended):
         return piece
     return lax.optimization_barrier((piece, awaited))[0]
 
 
-def _reduced_inside(rule: Rule, strategy: Strategy, piece: Any) -> Any:
-    """The result of the all-reduce inside the operation of a split maximum, minimum, conjunction or disjunction."""
-    for factor, axes in zip(rule.factors, strategy.splits, strict=True):
-        if axes and factor.kind in REDUCED_INSIDE:
-            piece = over_chips(factor.kind, piece, axes)
-    return piece
-
-
-def emitted(
+def emit(
     traced: Traced,
     choice: Choice,
     topology: Topology,
@@ -387,9 +430,9 @@ def emitted(
     """
     program = traced.program
     sources = (*program.arguments, *program.constants)
-    in_specs = tuple(spec_of(produced(program, choice, program.operations[i].outputs[0].value)) for i in sources)
+    in_specs = tuple(spec_of(produced_layout(program, choice, program.operations[i].outputs[0].value)) for i in sources)
     out_specs = [
-        spec_of(needed(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
+        spec_of(needed_layout(program, choice, i, 0)) if program.operations[i].inputs else PartitionSpec()
         for i in program.results
     ]
     runner = Runner(traced, choice, topology, emission, orders)
@@ -400,7 +443,7 @@ def emitted(
 
     def without_empty(*pieces: Any) -> list[Any]:
         known = dict(zip(given, pieces, strict=True))
-        layouts = [produced(program, choice, program.operations[i].outputs[0].value) for i in sources]
+        layouts = [produced_layout(program, choice, program.operations[i].outputs[0].value) for i in sources]
         return runner(
             *(
                 known[k] if k in known else jnp.zeros(local_shape(aval.shape, layout, runner.sizes), aval.dtype)

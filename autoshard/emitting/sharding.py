@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from autoshard.emitting import targets
+from autoshard.emitting.meshes import AxisNames, on_mesh
 from autoshard.errors import TopologyError
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from search.formulation.layouts import Layout
@@ -32,12 +33,12 @@ def out_specs(plan: PlanRecord) -> Any:
     return plan.out_tree.rebuild([spec_of(array.layout) for array in plan.results])
 
 
-def shardings(plan: PlanRecord, mesh: Mesh) -> tuple[tuple[Any, ...], Any]:
-    """The arguments' and the results' `NamedSharding`s on a mesh that has the plan's axes.
+def shardings(plan: PlanRecord, mesh: Mesh, axes: AxisNames | None = None) -> tuple[tuple[Any, ...], Any]:
+    """The arguments' and the results' `NamedSharding`s on a mesh, as `on_mesh` fits it.
 
     **Raises:** `TopologyError`.
     """
-    check_mesh(plan, mesh)
+    plan = on_mesh(plan, mesh, axes)
 
     def sharded(arrays: Sequence[ArrayPlan]) -> list[NamedSharding]:
         return [NamedSharding(mesh, spec_of(array.layout)) for array in arrays]
@@ -63,28 +64,12 @@ def make_mesh(plan: PlanRecord, devices: Sequence[Any] | None = None) -> Mesh:
 
 def current_mesh(plan: PlanRecord) -> Mesh:
     """The mesh of `jax.set_mesh` if there is one, else a new one with the plan's axes."""
-    return mesh_in_context(plan) or make_mesh(plan)
+    return mesh_in_context() or make_mesh(plan)
 
 
-def mesh_in_context(plan: PlanRecord, abstract: bool = False) -> Any:
-    """The mesh of `jax.set_mesh`, or its abstract shape; `None` if there is none.
-
-    **Raises:** `TopologyError` if it lacks the plan's axes.
-    """
+def mesh_in_context(abstract: bool = False) -> Any:
+    """The mesh of `jax.set_mesh`, or its abstract shape; `None` if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
-    check_mesh(plan, mesh)
     return mesh if abstract else jax.sharding.get_mesh()
-
-
-def check_mesh(plan: PlanRecord, mesh: Any) -> None:
-    """Checks that a mesh has the plan's axes; it may have more.
-
-    **Raises:** `TopologyError`.
-    """
-    sizes = plan.topology.axis_sizes
-    if any(mesh.shape.get(name) != size for name, size in sizes.items()):
-        got = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise TopologyError(f"The mesh has the axes {got}; the plan for {plan.topology.name} needs {wanted}.")

@@ -9,11 +9,11 @@ from math import isfinite
 from operator import add
 from typing import Any
 
-from autoshard._util.paths import shared_name, unnumbered
-from autoshard._util.tables import WIDTH, percent, table, time
+from autoshard._util.paths import shared_name, star_numbers
+from autoshard._util.tables import WIDTH, percent, table, time, wrap_text
 from autoshard.explaining.explain import short_name
 from autoshard.planning.records import OperationPlan, PlanRecord
-from costmodels.bottlenecks import REGIMES, Work, divided, regime, total
+from costmodels.bottlenecks import REGIMES, Work, regime, split_by_bottleneck, total
 from costmodels.machine.collectives import seconds as collective_seconds
 
 _MENTIONED = 0.005
@@ -44,8 +44,8 @@ class Regimes:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The step's seconds by bottleneck: "compute", "HBM", "communication", "overhead"."""
-        return divided(self.works)
+        """The step's seconds by bottleneck: "compute", "HBM", "vector unit", "communication", "overhead"."""
+        return split_by_bottleneck(self.works)
 
     @property
     def regime(self) -> str:
@@ -98,7 +98,7 @@ def sum_equal_operations(operations: Iterable[OperationPlan]) -> dict[tuple, Wor
     groups: dict[tuple, list[OperationPlan]] = {}
     for op in operations:
         if op.seconds + op.collective_seconds:
-            groups.setdefault((unnumbered(op.name), op.einsum, op.sizes, op.splits), []).append(op)
+            groups.setdefault((star_numbers(op.name), op.einsum, op.sizes, op.splits), []).append(op)
     return {
         key: replace(reduce(add, map(work_of, alike)), name=shared_name(map(short_name, alike)))
         for key, alike in groups.items()
@@ -107,7 +107,9 @@ def sum_equal_operations(operations: Iterable[OperationPlan]) -> dict[tuple, Wor
 
 def work_of(op: OperationPlan) -> Work:
     """The work of one planned operation."""
-    overhead = max(op.seconds - max(op.compute_seconds, op.memory_seconds), 0.0)
+    overhead = op.overhead_seconds
+    if not overhead and not op.vector_seconds:  # a plan from an older file, which lacks both
+        overhead = max(op.seconds - max(op.compute_seconds, op.memory_seconds), 0.0)
     if overhead < _NOTHING * op.seconds:  # rounding of a subtraction
         overhead = 0.0
     return Work(
@@ -120,10 +122,39 @@ def work_of(op: OperationPlan) -> Work:
         overhead,
         op.seconds,
         op.count,
+        op.vector_seconds,
     )
 
 
 def _lines(found: Regimes, width: int) -> Iterator[str]:
+    for line in _summary(found):
+        yield from wrap_text(line, width, 15)
+    listed = [work for work in found.works if work.total_seconds > _MENTIONED * found.step.total_seconds]
+    rows = [_HEADERS, *(_row(work, found.step.total_seconds) for work in listed)]
+    if width < WIDTH:
+        rows = [(*row[:2], *row[4:7], row[8]) for row in rows]
+    yield ""
+    yield from (f"  {line}" for line in table(rows[0], rows[1:], "/<>>>>>>>"[: len(rows[0])], width - 2))
+    rest = [work for work in found.works if work not in listed]
+    if rest:
+        yield f"  {len(rest)} more, {time(sum(work.total_seconds for work in rest))} together"
+
+
+_HEADERS = (
+    "operation",
+    "bound by",
+    "FLOPs/byte",
+    "ridge",
+    "on chip",
+    "collectives",
+    "of step",
+    "of FLOP/s",
+    "of roofline",
+)
+"""The headers of the table; below the full width it has no intensities and no share of FLOP/s."""
+
+
+def _summary(found: Regimes) -> Iterator[str]:
     step, seconds = found.step, found.seconds
     parts = ", ".join(f"{time(seconds[each])} {each}" for each in sorted(REGIMES, key=lambda each: -seconds[each]))
     bound = f"{found.regime}-bound" if found.regime else "free"
@@ -134,24 +165,6 @@ def _lines(found: Regimes, width: int) -> Iterator[str]:
     yield f"  intensity    {_number(step.intensity)} FLOPs/byte; the ridge of its operations is at {_number(step.ridge)}"
     achieved = f"{percent(step.of_flops)} of the compute units' rate, {percent(step.of_roofline)} of the roofline"
     yield f"  achieved     {achieved}, both at the model's rates"
-    listed = [work for work in found.works if work.total_seconds > _MENTIONED * step.total_seconds]
-    rows = [_row(work, step.total_seconds) for work in listed]
-    headers = (
-        "operation",
-        "bound by",
-        "FLOPs/byte",
-        "ridge",
-        "on chip",
-        "collectives",
-        "of step",
-        "of FLOP/s",
-        "of roofline",
-    )
-    yield ""
-    yield from (f"  {line}" for line in table(headers, rows, "/<>>>>>>>", width - 2))
-    rest = [work for work in found.works if work not in listed]
-    if rest:
-        yield f"  {len(rest)} more, {time(sum(work.total_seconds for work in rest))} together"
 
 
 def _row(work: Work, step_seconds: float) -> tuple[str, ...]:

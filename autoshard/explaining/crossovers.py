@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from autoshard.explaining.named_layouts import Family, Split, families, find_collectives, pin_by_name, total_volume
-from autoshard.naming.strategy_names import is_product, weight_operand
+from autoshard.naming.weights import is_product, weight_name, weight_operand
 from costmodels.dimensions import Dimensions
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Factor, Operation, Program, Region, Use
-from costmodels.symbols import Expr, crossover, dimension, evaluated, text
+from costmodels.symbols import Expr, crossover, dimension, evaluate, text
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _block(program: Program, dimensions: Dimensions, last: int) -> Block | None:
     weight = weight_operand(program, last)
     if weight is None:
         return None
-    first, between = _before(program, last, weight)
+    first, between = _matmuls_before(program, last, weight)
     if not first:
         return None
     roles = {_roles(program, dimensions, i) for i in first}
@@ -82,7 +82,7 @@ def _block(program: Program, dimensions: Dimensions, last: int) -> Block | None:
     return Block(part, sizes, contracted, output, tokens, tuple(weights))
 
 
-def _before(program: Program, last: int, weight: int) -> tuple[list[int], list[int]]:
+def _matmuls_before(program: Program, last: int, weight: int) -> tuple[list[int], list[int]]:
     """The matmuls by weights that lead to a matmul's activation, and the operations between; empty if others do too."""
     first, between, waiting = [], [], [program.operations[last].inputs[1 - weight].value]
     while waiting:
@@ -100,7 +100,7 @@ def _before(program: Program, last: int, weight: int) -> tuple[list[int], list[i
         elif op.op_class == "fused":
             between.append(i)
             waiting += [use.value for use in op.inputs]
-        elif not program.values[value].origin:
+        elif program.values[value].origin is None:
             return [], []
     return sorted(first), sorted(between)
 
@@ -124,8 +124,7 @@ def _casts(program: Program, i: int) -> Iterator[int]:
 
 
 def _weight_name(program: Program, i: int) -> str:
-    value = program.values[program.operations[i].inputs[weight_operand(program, i) or 0].value]
-    return value.origin or value.name
+    return weight_name(program, program.operations[i].inputs[weight_operand(program, i) or 0].value)
 
 
 def _extract(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> tuple[Program, Dimensions]:
@@ -138,7 +137,9 @@ def _extract(program: Program, dimensions: Dimensions, kept: Sequence[int]) -> t
     results = [value for value in made if value in outside or value not in inside]
     sources = [_end(program, value, "argument") for value in used]
     sinks = [_end(program, value, "result") for value in results]
-    plain = [replace(op, region=0, inputs=_here(op.inputs), outputs=_here(op.outputs)) for op in operations]
+    plain = [
+        replace(op, region=0, inputs=_renumber_uses(op.inputs), outputs=_renumber_uses(op.outputs)) for op in operations
+    ]
     part = Program(
         f"a block of {program.name}",
         tuple(replace(value, region=0) for value in program.values),
@@ -165,7 +166,7 @@ def _end(program: Program, value: int, primitive: str) -> Operation:
     return Operation(array.name, primitive, factors, use, (), op_class="sink")
 
 
-def _here(uses: Sequence[Use]) -> tuple[Use, ...]:
+def _renumber_uses(uses: Sequence[Use]) -> tuple[Use, ...]:
     return tuple(replace(use, region=0) for use in uses)
 
 
@@ -210,9 +211,9 @@ def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[C
     by_name, numbers = _linear(block, topology, exact), numbers_of(block, topology)
     if not by_name:
         return ()
-    slope = {name: evaluated(rate, numbers) for name, (rate, _) in by_name.items()}
+    slope = {name: evaluate(rate, numbers) for name, (rate, _) in by_name.items()}
     found: list[Crossover] = []
-    at, best = 0.0, first_of(block, topology, exact)
+    at, best = 0.0, cheapest_start(block, topology, exact)
     while True:
         cheaper = [name for name in by_name if slope[name] < slope[best]]
         later = [Crossover(best, name, *_solve(by_name[best], by_name[name], numbers)) for name in cheaper]
@@ -223,11 +224,11 @@ def crossovers(block: Block, topology: Topology, exact: bool = False) -> tuple[C
         at, best = found[-1].number, found[-1].above
 
 
-def first_of(block: Block, topology: Topology, exact: bool = False) -> str:
+def cheapest_start(block: Block, topology: Topology, exact: bool = False) -> str:
     """The layout that sends least with few tokens; "" on one chip."""
     numbers = numbers_of(block, topology)
     order = {
-        name: (evaluated(start, numbers), evaluated(rate, numbers))
+        name: (evaluate(start, numbers), evaluate(rate, numbers))
         for name, (rate, start) in _linear(block, topology, exact).items()
     }
     return min(order, key=lambda name: order[name], default="")
@@ -236,17 +237,17 @@ def first_of(block: Block, topology: Topology, exact: bool = False) -> str:
 def _linear(block: Block, topology: Topology, exact: bool) -> dict[str, tuple[Expr, Expr]]:
     """Per layout the bytes per token, and those independent of tokens (gathered weights)."""
     tokens = dimension("N_tokens")
-    by_name = {name: in_tokens(block, each, tokens) for name, each in volumes(block, topology, exact).items()}
+    by_name = {name: substitute_tokens(block, each, tokens) for name, each in volumes(block, topology, exact).items()}
     return {name: (each.coeff(tokens, 1), each.coeff(tokens, 0)) for name, each in by_name.items()}
 
 
 def _solve(below: tuple[Expr, Expr], above: tuple[Expr, Expr], numbers: Mapping[str, float]) -> tuple[Expr, float]:
     tokens = dimension("N_tokens")
     solved = crossover(below[0] * tokens + below[1], above[0] * tokens + above[1], tokens)
-    return solved, evaluated(solved, numbers)
+    return solved, evaluate(solved, numbers)
 
 
-def in_tokens(block: Block, expression: Expr, tokens: sympy.Symbol) -> Expr:
+def substitute_tokens(block: Block, expression: Expr, tokens: sympy.Symbol) -> Expr:
     """An expression with the number of tokens in place of their dimensions: N for B·L."""
     first, *others = (dimension(name) for name in block.tokens)
     return sympy.expand(expression.subs(first, tokens / sympy.Mul(*others)))

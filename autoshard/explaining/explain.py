@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 
-from autoshard._util.tables import WIDTH, item, percent, size, table, time
+from autoshard._util.tables import WIDTH, item, percent, size, table, table_blocks, time, wrap_text
 from autoshard.emitting.sharding import spec_of
 from autoshard.explaining.layer_groups import group_arrays, group_collectives, group_operations, type_of
 from autoshard.explaining.memory_orders import orders_section
+from autoshard.explaining.padding_section import copies_section, padding_section
 from autoshard.naming.parallelism import parallelism
 from autoshard.planning.records import NOISE_PART, ArrayPlan, Baseline, OperationPlan, PlannedCollective, PlanRecord
-from costmodels.machine.conventions import Pricing
+from costmodels.machine.conventions import ASYNC, LOOPED, Pricing
 from costmodels.machine.topology import Axis
 from search.answer.solution import Proof
 from search.formulation.layouts import Layout
@@ -22,6 +23,10 @@ _MENTIONED = 0.005
 """The share of the step above which an operation other than a matmul is listed."""
 _EQUAL = 1e-4
 """The relative difference within which a baseline equals this plan."""
+_FULL = 0.98
+"""The part of the memory that a plan may use, above which more memory could make the step faster."""
+_TITLES = 15
+"""The columns of the header's titles."""
 
 
 def render(plan: PlanRecord, symbolic: bool = False, width: int = WIDTH) -> str:
@@ -33,17 +38,21 @@ def render(plan: PlanRecord, symbolic: bool = False, width: int = WIDTH) -> str:
 
     - `symbolic`: adds every cost as a formula in named dimensions, axis sizes and rates, and crossovers between layouts.
       A plan whose file does not hold the program has each matmul's FLOPs in the letters of its einsum only.
-    - `width`: columns to fill at most; paths and source lines are shortened to fit.
+    - `width`: columns to fill at most. Paths and source lines are shortened to fit; below 120 columns strategies are wrapped
+      and einsums left out.
     """
     named = symbolic and plan.program is not None
     sections = (
-        _header(plan),
+        (line for text in _header(plan) for line in wrap_text(text, width, _TITLES)),
         _matmuls(plan, symbolic and not named, width),
         _baselines(plan),
-        _others(plan, width),
+        _other_operations(plan, width),
         _collectives(plan, width),
+        _slices(plan, width),
         _arrays("Arguments", (*plan.arguments, *plan.constants), width),
         _arrays("Results", plan.results, width),
+        copies_section(plan, width),
+        padding_section(plan, width),
         orders_section(plan, width),
         _constants(plan, width),
         _warnings(plan, width),
@@ -70,8 +79,9 @@ def _header(plan: PlanRecord) -> Iterator[str]:
     yield f"  collectives  {_pricing(topology.pricing)}"
     if plan.program is not None:
         yield f"  parallelism  {parallelism(plan.program, topology, plan.choice)}"
-    wire = time(estimate.collective_seconds)
-    yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives"
+    wire = time(estimate.collective_seconds - estimate.slice_seconds)
+    slices = f" + {time(estimate.slice_seconds)} of local slices" if estimate.slices else ""
+    yield f"  step time    {time(estimate.seconds)} = {time(local)} on the chip + {wire} of collectives{slices}"
     yield (
         f"               (the operations alone: {time(estimate.memory_seconds)} at HBM's rate,"
         f" {time(estimate.compute_seconds)} at the compute units')"
@@ -88,7 +98,7 @@ def _header(plan: PlanRecord) -> Iterator[str]:
         bound = f"no plan is faster than {time(proof.bound_seconds)}"
         yield f"  proof        {proof.status}: {bound} (gap {percent(proof.gap)})"
     yield from _deciders(proof)
-    if proof.memory_seconds_per_byte:
+    if proof.memory_seconds_per_byte and estimate.peak_bytes >= _FULL * room:
         saved = time(proof.memory_seconds_per_byte * 2**30)
         yield f"  memory       is full: by the bound, each GiB more per chip saves about {saved}"
 
@@ -111,8 +121,10 @@ def _deciders(proof: Proof) -> Iterator[str]:
 def _pricing(pricing: Pricing) -> str:
     """The conventions for the cost of collectives."""
     links = {"per-axis": "the links of their axes", "total": "all links of a chip"}[pricing.bandwidth]
-    looped = "looped with their matmuls as planned"
-    hidden = looped if pricing.looped else f"{percent(pricing.hidden_part)} hidden behind computation"
+    named = {LOOPED: "looped with their matmuls as planned", ASYNC: "asynchronous beside matmuls and reads of weights"}
+    hidden = (
+        named[str(pricing.overlap)] if pricing.hides else f"{percent(pricing.hidden_part)} hidden behind computation"
+    )
     return f"{pricing.bandwidth} bandwidth ({links}); {hidden}"
 
 
@@ -133,20 +145,33 @@ def _matmuls(plan: PlanRecord, symbolic: bool, width: int) -> Iterator[str]:
     found = group_operations(op for op in plan.operations if op.matmul)
     if not found:
         return
-    rows = [_operation_row(op) for op in found]
-    lines = table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2)
+    head, blocks = _operation_table(found, width)
     yield "Matmuls"
-    yield from _indent(lines[:2])
-    for op, line in zip(found, lines[2:], strict=True):
-        yield f"  {line}"
+    yield from _indent(head)
+    for op, lines in zip(found, blocks, strict=True):
+        yield from _indent(lines)
         if symbolic:
-            yield f"      FLOPs per chip and run: {_formula(op)}"
+            yield from wrap_text(f"      FLOPs per chip and run: {_formula(op)}", width, 8)
         if op.runner_up:
-            yield f"      next: {op.runner_up}"
+            yield from wrap_text(f"      next: {op.runner_up}", width, 12)
 
 
 _OPERATION_HEADERS = ("operation", "einsum", "strategy", "runs", "time", "bound by", "collectives")
 _OPERATION_ALIGNMENT = "/<~>><>"
+_EINSUM = 1
+
+
+def _operation_table(found: Sequence[OperationPlan], width: int) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table of operations; below the full width it has no einsums."""
+    every = (_OPERATION_HEADERS, _OPERATION_ALIGNMENT, *map(_operation_row, found))
+    if width < WIDTH:
+        every = tuple(_without_einsum(each) for each in every)
+    headers, align, *rows = every
+    return table_blocks(headers, rows, "".join(align), width - 2)  # pyright: ignore[reportArgumentType]
+
+
+def _without_einsum(cells: Sequence[str]) -> tuple[str, ...]:
+    return (*cells[:_EINSUM], *cells[_EINSUM + 1 :])
 
 
 def _operation_row(op: OperationPlan) -> tuple[str, ...]:
@@ -170,7 +195,7 @@ def _formula(op: OperationPlan) -> str:
     return f"2 · {' · '.join(cut)} = {op.flops / op.count:.4g} where {sizes}"
 
 
-def _others(plan: PlanRecord, width: int) -> Iterator[str]:
+def _other_operations(plan: PlanRecord, width: int) -> Iterator[str]:
     fused = (op for op in plan.operations if not op.matmul)
     spent = group_operations(op for op in fused if op.seconds + op.collective_seconds > 0)
     if not spent:
@@ -179,8 +204,8 @@ def _others(plan: PlanRecord, width: int) -> Iterator[str]:
     rest = [op for op in spent if op not in listed]
     yield "Other operations"
     if listed:
-        rows = [_operation_row(op) for op in listed]
-        yield from _indent(table(_OPERATION_HEADERS, rows, _OPERATION_ALIGNMENT, width - 2))
+        head, blocks = _operation_table(listed, width)
+        yield from _indent([*head, *(line for block in blocks for line in block)])
     if rest:
         seconds, wire = sum(op.seconds for op in rest), sum(op.collective_seconds for op in rest)
         each = f"each below {percent(_MENTIONED)} of the step"
@@ -234,7 +259,19 @@ def _collectives(plan: PlanRecord, width: int) -> Iterator[str]:
     ]
     headers = ("kind", "axes", "payload", "runs", "time", "array, for operation")
     yield from _indent(table(headers, rows, "<<>>>~", width - 2))
-    yield "  in all: " + "; ".join(_totals(found))
+    yield from wrap_text("  in all: " + "; ".join(_totals(found)), width, 4)
+
+
+def _slices(plan: PlanRecord, width: int) -> Iterator[str]:
+    found = group_collectives(plan.estimate.slices)
+    if not found:
+        return
+    yield f"Local slices ({time(plan.estimate.slice_seconds)}: read and written in HBM, nothing is sent)"
+    rows = [
+        (_mesh_order(each.axes, plan), size(each.bytes), f"{each.count:g}", time(each.seconds), each.where)
+        for each in sorted(found, key=lambda each: -each.seconds)
+    ]
+    yield from _indent(table(("axes", "shard", "runs", "time", "array, for operation"), rows, "<>>>~", width - 2))
 
 
 def _totals(found: Sequence[PlannedCollective]) -> Iterator[str]:
@@ -243,7 +280,7 @@ def _totals(found: Sequence[PlannedCollective]) -> Iterator[str]:
         alike = [each for each in found if each.kind == kind]
         runs, seconds = sum(each.count for each in alike), sum(each.seconds for each in alike)
         payload = sum(each.bytes * each.count for each in alike)
-        yield f"{runs} {kind}{'s' if runs > 1 else ''}, {size(payload)}, {time(seconds)}"
+        yield f"{runs:g} {kind}{'s' if runs > 1 else ''}, {size(payload)}, {time(seconds)}"
 
 
 def _mesh_order(axes: Sequence[str], plan: PlanRecord) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from textwrap import wrap
 
 from autoshard._util.tables import WIDTH, percent, size, time
-from autoshard.explaining.crossovers import Block, blocks, crossover_text, crossovers, first_of, volumes
+from autoshard.explaining.crossovers import Block, blocks, cheapest_start, crossover_text, crossovers, volumes
 from autoshard.explaining.formulas import Cost, Formulas, formulas_of
 from autoshard.explaining.model_shares import breakdown
-from autoshard.naming.strategy_names import is_product, weight_operand
+from autoshard.naming.weights import is_product, weight_operand
 from autoshard.planning.records import OperationPlan, PlanRecord
 from costmodels.program.program import Operation
 from costmodels.symbols import Expr, largest_terms, specialize, text
@@ -39,7 +39,7 @@ def sections(plan: PlanRecord, width: int = WIDTH) -> Iterator[Iterator[str]]:
     yield _operations(plan, found, width)
     yield _kinds(plan, found, width)
     yield _regions(found, width)
-    yield _whole(found, width)
+    yield _whole_step(found, width)
     yield _shares(found, width)
     yield from (_crossovers(plan, block, width) for block in blocks(found.program, found.dimensions))
 
@@ -68,7 +68,7 @@ def _operations(plan: PlanRecord, found: Formulas, width: int) -> Iterator[str]:
     rows = [(i, op) for i, op in enumerate(plan.operations) if _matters(plan, op)]
     lines: dict[tuple[str, ...], list[str]] = {}
     for i, op in rows:
-        body = tuple(_quantities(_one_run(found, i), found, width))
+        body = tuple(_quantities(_run_cost(found, i), found, width))
         lines.setdefault(body, []).append(_title(op, found, i))
     for body, titles in lines.items():
         yield f"  {titles[0]}" + (f", and {len(titles) - 1} equal ones" if len(titles) > 1 else "")
@@ -84,12 +84,12 @@ def _title(op: OperationPlan, found: Formulas, i: int) -> str:
     return f"{op.name}: {op.strategy}" + (f", {text(runs)} runs" if runs != 1 else "")
 
 
-def _one_run(found: Formulas, i: int) -> Cost:
+def _run_cost(found: Formulas, i: int) -> Cost:
     """One run of an operation, with the reshards in its own region; reshards elsewhere belong to another region."""
     region = found.program.operations[i].region
     made = {use.value for use in found.program.operations[i].outputs}
     mine = [
-        s for s in found.steps if s.region == region and (s.operation == i or (s.operation < 0 and s.value in made))
+        s for s in found.steps if s.region == region and (s.operation == i or (s.operation is None and s.value in made))
     ]
     cost = found.operations[i]
     for step in mine:
@@ -150,7 +150,7 @@ def _regions(found: Formulas, width: int) -> Iterator[str]:
             yield from _quantities(cost, found, width)
 
 
-def _whole(found: Formulas, width: int) -> Iterator[str]:
+def _whole_step(found: Formulas, width: int) -> Iterator[str]:
     yield "Whole step"
     yield from _quantities(found.total, found, width)
 
@@ -175,7 +175,7 @@ def _crossovers(plan: PlanRecord, block: Block, width: int) -> Iterator[str]:
     yield "  bytes that a chip sends for one block, over all its links, with (N-1)/N taken as 1 (Pope et al. 2022)"
     yield from (f"    {name:8s} {text(each)}" for name, each in volumes(block, plan.topology).items())
     found = crossovers(block, plan.topology)
-    yield f"  {found[0].below if found else first_of(block, plan.topology)} sends least with few tokens"
+    yield f"  {found[0].below if found else cheapest_start(block, plan.topology)} sends least with few tokens"
     yield from (f"  {crossover_text(each, block)}" for each in found)
 
 

@@ -8,29 +8,52 @@ own numbers they are its estimate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from costmodels.dimensions import Dimensions
+from costmodels.grouped_costs import between_elements
+from costmodels.machine.chips import Chip
 from costmodels.machine.lazy_sympy import sympy
+from costmodels.machine.rings import has_two_ways, summands, waiting_times
 from costmodels.machine.topology import Topology
-from costmodels.operations import flops, hbm_bytes, on_chip_symbol, padded_flops, shards_symbol, size_symbol
+from costmodels.operations import (
+    arriving_bytes,
+    converted_elements,
+    flops,
+    hbm_bytes,
+    on_chip_symbol,
+    padded_flops,
+    prefetched_bytes,
+    shards_symbol,
+    size_symbol,
+    vector_elements,
+)
+from costmodels.program.asynchronous import is_deferred, is_fused_into_reads, is_lender, lenders, static_operands
+from costmodels.program.grouped import grouped
 from costmodels.program.program import Operation, Program
+from costmodels.program.vector_passes import REGISTER, ends_pass, is_streamed
 from costmodels.symbols import (
     Expr,
+    asynchronous_seconds,
     collective_seconds,
-    evaluated,
+    evaluate,
+    hop_seconds,
     operation_seconds,
     pieces,
     rate,
     rates,
-    replaced,
+    spare_seconds,
+    substitute,
     volume,
 )
-from search.answer.assignment import Choice, moves, products_behind, steps
-from search.formulation.intra_op import closing
+from search.answer.assignment import Choice, Move, moves, products_at, products_behind, steps
+from search.formulation.collective_steps import CollectiveStep
+from search.formulation.intra_op import intra_op_collectives
 from search.formulation.layouts import Axes
+from search.formulation.rings import are_rings, piece_factor
+from search.formulation.strategies import output_layout
 
 _ZERO = sympy.Integer(0)
 
@@ -69,13 +92,13 @@ def sum_costs(costs: Iterator[Cost] | Sequence[Cost]) -> Cost:
 class StepFormula:
     """One collective (or local slice) of the plan: its payload in bytes by the collectives' convention, and one run's cost.
 
-    `operation` is the consumer, or -1 for a reshard right after the producer; it runs in `region`.
+    `operation` is the consumer, or `None` for a reshard right after the producer; it runs in `region`.
     """
 
     kind: str
     axes: Axes
     value: int
-    operation: int
+    operation: int | None
     region: int
     payload: Expr
     cost: Cost
@@ -97,7 +120,7 @@ class Formulas:
 
     def at(self, expression: Expr, **other: float) -> float:
         """The value of an expression at the plan's numbers, with `other` values for some symbols."""
-        return evaluated(expression, {**self.numbers, **other})
+        return evaluate(expression, {**self.numbers, **other})
 
     def runs(self, region: int) -> Expr:
         """The number of runs of a region in one step of the program."""
@@ -112,7 +135,7 @@ class Formulas:
         """One operation with its collectives, in one step of the program."""
         own = self.operations[i].times(self.runs(self.program.operations[i].region))
         made = {use.value for use in self.program.operations[i].outputs}
-        mine = [s for s in self.steps if s.operation == i or (s.operation < 0 and s.value in made)]
+        mine = [s for s in self.steps if s.operation == i or (s.operation is None and s.value in made)]
         return sum_costs([own, *(step.cost.times(self.runs(step.region)) for step in mine)])
 
     def by_kind(self, kind: Callable[[int, Operation], str] = lambda i, op: op.op_class) -> dict[str, Cost]:
@@ -149,62 +172,222 @@ def formulas_of(program: Program, dimensions: Dimensions, topology: Topology, ch
     - `dimensions`: the sizes of `program` by name.
     - `choice`: the plan's strategies and layouts.
     """
-    keeps = bool(topology.chip.on_chip_bytes)
-    operations = tuple(_operation(program, dimensions, choice, i, keeps) for i in range(len(program.operations)))
+    operations = tuple(_operation(program, dimensions, topology, choice, i) for i in range(len(program.operations)))
     dtypes = dict.fromkeys(op.dtype for _, op in program.matmuls())
     numbers = {**{name: float(n) for name, n in dimensions.sizes.items()}, **rates(topology, dtypes)}
     found = tuple(_steps(program, dimensions, topology, choice, operations))
     return Formulas(program, dimensions, operations, found, numbers)
 
 
-def _operation(program: Program, dimensions: Dimensions, choice: Choice, i: int, keeps: bool) -> Cost:
+def _operation(program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, i: int) -> Cost:
     op = program.operations[i]
     if not op.flops_per_point and not op.traffic:
         return Cost()
+    table = _table(dimensions, choice, i)
+    moved = _moved(program, topology, i, table)
+    done, matmul, chip = _done(op, table, topology), op.op_class == "matmul", topology.chip
+    work = flops(op, topology.pricing.expert_load).xreplace(table)
+    if topology.pricing.asynchronous:
+        seconds = asynchronous_seconds(done, moved, matmul, op.dtype, bool(static_operands(program, op)))
+        if is_fused_into_reads(program, op):
+            arrives = substitute(arriving_bytes(program, op), table) / rate("W_hbm")
+            seconds = sympy.Max(seconds - arrives, 0, evaluate=False)
+        return Cost(work, moved, local_seconds=seconds + _between(program, op, table, topology))
+    if matmul:
+        seconds = _matmul_seconds(program, dimensions, topology, i, table)
+        return Cost(work, moved, local_seconds=seconds + _between(program, op, table, topology))
+    elements = substitute(vector_elements(program, op), table) if chip.vector_elements_per_second else _ZERO
+    running = operation_seconds(done, moved, elements, _ZERO, False, op.dtype)
+    return Cost(work, moved, local_seconds=running + _start(program, dimensions, i, chip))
+
+
+def _between(program: Program, op: Operation, table: dict[Expr, Expr], topology: Topology) -> Expr:
+    """`costmodels.operations.between_seconds` as a formula."""
+    groups, chip = grouped(op), topology.chip
+    if groups is None or groups.hidden is None:
+        return _ZERO
+    sides = [program.values[op.outputs[0].value].itemsize / rate("W_hbm")]
+    sides += [1 / rate("E_vector")] if chip.vector_elements_per_second else []
+    slowest = sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sides[0]
+    passed = substitute(between_elements(op, topology.pricing.expert_load), table)
+    return passed * slowest + (groups.hidden_arrays - 1) * rate("o_op") + rate("o_vector")
+
+
+def _table(dimensions: Dimensions, choice: Choice, i: int) -> dict[Expr, Expr]:
+    """The named sizes and shard counts of an operation's factors."""
     table: dict[Expr, Expr] = {}
     for factor, axes in enumerate(choice.strategies[i].splits):
         table[size_symbol(factor)] = dimensions.factor(i, factor)
         table[shards_symbol(factor)] = pieces(axes)
+    return table
+
+
+def _moved(program: Program, topology: Topology, i: int, table: dict[Expr, Expr]) -> Expr:
+    keeps = bool(topology.chip.on_chip_bytes)
     on_chip = {on_chip_symbol(): rate("m_chip")} if keeps else {}
-    work, moved = flops(op).xreplace(table), replaced(hbm_bytes(program, op, keeps), table | on_chip)
-    matmul, done = op.op_class == "matmul", work
-    if matmul:
-        padded = padded_flops(op)
-        tile = {symbol: rate("t_tile") for symbol in padded.free_symbols - table.keys()}
-        done = replaced(padded, table | tile)
-    return Cost(work, moved, local_seconds=operation_seconds(done, moved, matmul, op.dtype))
+    return substitute(hbm_bytes(program, program.operations[i], keeps, topology.pricing.expert_load), table | on_chip)
+
+
+def _done(op: Operation, table: dict[Expr, Expr], topology: Topology) -> Expr:
+    """The FLOPs of an operation, in whole tiles on the matrix unit."""
+    if op.op_class != "matmul":
+        return flops(op).xreplace(table)
+    padded = padded_flops(op, topology.chip.weight_load_rows, topology.pricing.expert_load)
+    tile = {symbol: rate("t_tile") for symbol in padded.free_symbols - table.keys()}
+    return substitute(padded, table | tile)
+
+
+def _start(program: Program, dimensions: Dimensions, i: int, chip: Chip) -> Expr:
+    """The start of an operation: `costmodels.operations.start_seconds` as a formula."""
+    op = program.operations[i]
+    if op.op_class != "matmul":
+        if not chip.vector_overhead_seconds or not ends_pass(program, op):
+            return _ZERO
+        points = sympy.Mul(*(dimensions.factor(i, factor) for factor in range(len(op.factors))))
+        return sympy.Piecewise((rate("o_vector"), points >= REGISTER), (_ZERO, True))
+    streamed = chip.stream_overhead_seconds and is_streamed(program, op)
+    return rate("o_op") + (rate("o_stream") if streamed else 0)
 
 
 def _steps(
     program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, operations: Sequence[Cost]
 ) -> Iterator[StepFormula]:
     """Every step of every reshard, and the collectives within operations."""
+    chip = topology.chip
 
-    def formula(kind: str, axes: Axes, value: int, part: Expr, operation: int, region: int, product: int | None = None):
+    def formula(
+        kind: str,
+        axes: Axes,
+        value: int,
+        part: Expr,
+        operation: int | None,
+        region: int,
+        product: int | None = None,
+        ringed: CollectiveStep | None = None,
+    ):
         payload = array_bytes(program, dimensions, value) * part
         sent, seconds = volume(kind, axes, payload), collective_seconds(kind, axes, payload, topology)
-        if product is not None:
-            seconds -= _hidden(kind, axes, payload, topology, operations[product])
+        if product is not None and ringed is not None:
+            dim = ringed.source_dim if kind == "all-gather" else ringed.target_dim
+            size = program.values[value].itemsize
+            seconds -= _saved_seconds(program, dimensions, topology, choice, product, dim, (kind, axes, payload, size))
+        elif product is not None:
+            running = operations[product].local_seconds - _start(program, dimensions, product, chip)
+            seconds -= _hidden_seconds(kind, axes, payload, topology, running)
         cost = Cost(wire_bytes=sent, collective_seconds=seconds)
         return StepFormula(kind, axes, value, operation, region, payload, cost)
 
     for move in moves(program, choice):
-        path = steps(program, topology, move)
+        path, found = steps(program, topology, move), []
         for step, product in zip(path, products_behind(program, topology, choice, move, path), strict=True):
             part = 1 / pieces(step.payload_layout.axes)
-            yield formula(step.kind, step.axes, move.value, part, move.operation, move.region, product)
+            ringed = step if are_rings(topology.pricing) else None
+            found.append(formula(step.kind, step.axes, move.value, part, move.operation, move.region, product, ringed))
+        window = _window(program, dimensions, topology, choice, move, operations)
+        yield from found if window == 0 else _exposed(found, window)
     for i, op in enumerate(program.operations):
-        for each in closing(op, choice.strategies[i], topology):
+        for each in intra_op_collectives(op, choice.strategies[i], topology):
             part = pieces(each.copies) / pieces(each.layout.axes) / each.parts
             if each.thinned:
                 part *= pieces(choice.strategies[i].splits[each.factor]) / dimensions.factor(i, each.factor)
             yield formula(each.kind, each.axes, op.outputs[each.result].value, part, i, op.region)
 
 
-def _hidden(kind: str, axes: Axes, payload: Expr, topology: Topology, product: Cost) -> Expr:
-    """The time of a looped collective that its matmul hides: at most the matmul's time without one piece."""
+def _window(
+    program: Program,
+    dimensions: Dimensions,
+    topology: Topology,
+    choice: Choice,
+    move: Move,
+    operations: Sequence[Cost],
+) -> Expr:
+    """The seconds of the matmuls at the ends of a reshard that hide it asynchronously."""
+    if not topology.pricing.asynchronous:
+        return _ZERO
+    found = []
+    for i, which in products_at(program, choice, move):
+        op, table = program.operations[i], _table(dimensions, choice, i)
+        static, deferred = static_operands(program, op), is_deferred(program, i)
+        ahead = substitute(prefetched_bytes(program, op, topology.pricing.expert_load), table)
+        own = spare_seconds(_done(op, table, topology), _moved(program, topology, i, table), ahead, op.dtype)
+        if which in static or (which == "result" and deferred):
+            found.append((operations[i].local_seconds - own) / (len(static) + deferred))
+        elif bool(output_layout(op.signature, choice.strategies[i], 0).partial) == (which == "result"):
+            lent = _lent(program, dimensions, topology, i) if is_lender(program, i) else _ZERO
+            borrowed = sympy.Add(*(_lent(program, dimensions, topology, k) for k in lenders(program, i)))
+            spare = sympy.Max(own - lent, 0, evaluate=False) + borrowed
+            spare = sympy.Min(spare, rate("m_ahead") / rate("W_hbm"), evaluate=False)
+            found.append(spare if which == "result" else spare / (len(op.inputs) - len(static)))
+    return sympy.Add(*found)
+
+
+def _lent(program: Program, dimensions: Dimensions, topology: Topology, i: int) -> Expr:
+    """`costmodels.operations.lent_seconds` as a formula."""
+    op, chips = program.operations[i], pieces(topology.axis_sizes)
+    table: dict[Expr, Expr] = {size_symbol(f): dimensions.factor(i, f) for f in range(len(op.factors))}
+    table |= {shards_symbol(f): sympy.Integer(1) for f in range(len(op.factors))}
+    read = substitute(prefetched_bytes(program, op), table) / chips
+    return spare_seconds(_done(op, table, topology) / chips, read, read, op.dtype)
+
+
+def _exposed(steps: Sequence[StepFormula], window: Expr) -> Iterator[StepFormula]:
+    """The steps of a reshard without the seconds that are hidden, the same part of each."""
+    whole = sympy.Add(*(step.cost.collective_seconds for step in steps))
+    exposed = sympy.Max(whole - window, 0, evaluate=False)
+    for step in steps:
+        seconds = exposed if len(steps) == 1 else exposed * step.cost.collective_seconds / whole
+        yield replace(step, cost=step.cost._replace(collective_seconds=seconds))
+
+
+def _hidden_seconds(kind: str, axes: Axes, payload: Expr, topology: Topology, running: Expr) -> Expr:
+    """The time of a looped collective that its matmul hides: at most the matmul's time without one piece.
+
+    `running` is the matmul's time without its start.
+    """
     wire = collective_seconds(kind, axes, payload, topology) - collective_seconds(kind, axes, _ZERO, topology)
-    return sympy.Min(wire, (1 - 1 / pieces(axes)) * (product.local_seconds - rate("o_op")), evaluate=False)
+    return sympy.Min(wire, (1 - 1 / pieces(axes)) * running, evaluate=False)
+
+
+def _saved_seconds(
+    program: Program,
+    dimensions: Dimensions,
+    topology: Topology,
+    choice: Choice,
+    product: int,
+    dim: int,
+    sent: tuple[str, Axes, Expr, float],
+) -> Expr:
+    """The time that a looped collective and its product save as a ring (`search.formulation.rings`)."""
+    kind, axes, payload, itemsize = sent
+    side, op = choice.strategies[product].looped, program.operations[product]
+    axis, chips = topology.axis(axes[0]), pieces(axes[:1])
+    table = _table(dimensions, choice, product)
+    whole = _matmul_seconds(program, dimensions, topology, product, table)
+    cut = shards_symbol(piece_factor(op, 0 if side is None else side, dim))
+    work = chips * _matmul_seconds(program, dimensions, topology, product, table | {cut: table[cut] * chips})
+    times = waiting_times(chips, has_two_ways(axis), work, hop_seconds(axis.name, payload / chips, topology))
+    taken = sympy.Max(*times, evaluate=False)
+    if axes[1:]:
+        taken += collective_seconds(kind, axes[1:], payload / chips, topology)
+    if kind == "reduce-scatter":
+        count, piece = summands(axis.size), payload / chips
+        passes = [(count + 1) * piece / rate("W_hbm")]
+        passes += [count * piece / itemsize / rate("E_vector")] if topology.chip.vector_elements_per_second else []
+        taken += sympy.Max(*passes, evaluate=False) if len(passes) > 1 else passes[0]
+    return sympy.Max(collective_seconds(kind, axes, payload, topology) + whole - taken, 0, evaluate=False)
+
+
+def _matmul_seconds(
+    program: Program, dimensions: Dimensions, topology: Topology, i: int, table: dict[Expr, Expr]
+) -> Expr:
+    """Seconds of a matmul with these sizes and shard counts."""
+    op, chip = program.operations[i], topology.chip
+    stored = vector_elements(program, op, topology.pricing.expert_load)
+    elements = substitute(stored, table) if chip.vector_elements_per_second else _ZERO
+    converted = substitute(converted_elements(program, op), table) if chip.converted_elements_per_second else _ZERO
+    done, moved = _done(op, table, topology), _moved(program, topology, i, table)
+    running = operation_seconds(done, moved, elements, converted, True, op.dtype)
+    return running + _start(program, dimensions, i, chip)
 
 
 def array_bytes(program: Program, dimensions: Dimensions, value: int) -> Expr:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from autoshard._util.paths import shared_name, unnumbered
+from autoshard._util.paths import shared_name, star_numbers
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ def group_operations(operations: Iterable[OperationPlan]) -> list[OperationPlan]
 
     def key(op: OperationPlan) -> Hashable:
         each = (_round(op.seconds / op.count), _round(op.collective_seconds / op.count))
-        return (unnumbered(op.name), op.einsum, op.sizes, op.strategy, op.splits, each)
+        return (star_numbers(op.name), op.einsum, op.sizes, op.strategy, op.splits, each)
 
     return [
         replace(
@@ -42,10 +42,11 @@ def group_collectives(collectives: Iterable[PlannedCollective]) -> list[PlannedC
             group[0],
             count=sum(each.count for each in group),
             seconds=sum(each.seconds for each in group),
+            hidden_seconds=sum(each.hidden_seconds for each in group),
             where=shared_name(each.where for each in group),
         )
         for group in _group(
-            collectives, lambda each: (each.kind, frozenset(each.axes), _round(each.bytes), unnumbered(each.where))
+            collectives, lambda each: (each.kind, frozenset(each.axes), _round(each.bytes), star_numbers(each.where))
         )
     ]
 
@@ -54,7 +55,7 @@ def group_arrays(arrays: Iterable[ArrayPlan]) -> list[tuple[ArrayPlan, int]]:
     """Groups of arrays that differ only in their layer's number: one array with the sum of their bytes, and their number."""
 
     def kind(each: ArrayPlan) -> Hashable:
-        return unnumbered(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
+        return star_numbers(each.path), each.shape, each.dtype, each.layout, each.donated, each.order
 
     groups = _group(arrays, kind)
     return [

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from autoshard.explaining.formulas import array_bytes
-from autoshard.naming.strategy_names import attention_part, is_product, weight_operand
+from autoshard.naming.strategy_names import attention_part
+from autoshard.naming.weights import is_product, weight_name, weight_operand, weight_sources
 from costmodels.dimensions import Dimensions
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.operations import flops, shards_symbol, size_symbol
 from costmodels.program.program import Operation, Program, Use
-from costmodels.symbols import Expr, replaced
+from costmodels.symbols import Expr, substitute
 
 _LOOKUPS = ("gather",)
 
@@ -61,20 +62,19 @@ def kind_of(program: Program, i: int) -> str:
 
 
 def _name(program: Program, op: Operation, weight: int | None) -> str:
-    value = program.values[op.inputs[weight].value] if weight is not None else None
-    return value.origin or value.name if value is not None else op.primitive
+    return op.primitive if weight is None else weight_name(program, op.inputs[weight].value)
 
 
 def _share(program: Program, dimensions: Dimensions, i: int, kind: str, held: list[int]) -> Share:
     op, runs = program.operations[i], dimensions.runs(program, program.operations[i].region)
     table = {size_symbol(f): dimensions.factor(i, f) for f in range(len(op.factors))}
     table |= {shards_symbol(f): sympy.Integer(1) for f in range(len(op.factors))}
-    made = [array_bytes(program, dimensions, use.value) for use in op.outputs if not _in_place(program, op, use)]
+    made = [array_bytes(program, dimensions, use.value) for use in op.outputs if not _is_in_place(program, op, use)]
     parameters = sympy.Add(*(dimensions.elements(value) for value in held))
-    return Share(kind, parameters, runs * replaced(flops(op), table), runs * sympy.Add(*made))
+    return Share(kind, parameters, runs * substitute(flops(op), table), runs * sympy.Add(*made))
 
 
-def _in_place(program: Program, op: Operation, use: Use) -> bool:
+def _is_in_place(program: Program, op: Operation, use: Use) -> bool:
     """Whether a result overwrites an operand, as an update of a cache does."""
     shape = program.values[use.value].shape
     return op.op_class == "memory" and any(
@@ -84,11 +84,12 @@ def _in_place(program: Program, op: Operation, use: Use) -> bool:
 
 def _holders(program: Program) -> dict[int, list[int]]:
     """Operation to the arguments that are its parameters."""
-    sources = {program.values[value].origin: value for value in _sources(program)}
-    found: dict[str, int] = {}
-    products = [i for i, op in program.matmuls() if is_product(op) and weight_operand(program, i) is not None]
-    for i in products:
-        found.setdefault(_name(program, program.operations[i], weight_operand(program, i)), i)
+    found: dict[int | None, int] = {}
+    for i, op in program.matmuls():
+        weight = weight_operand(program, i) if is_product(op) else None
+        if weight is not None:
+            for at in weight_sources(program, op.inputs[weight].value):
+                found.setdefault(program.operations[at].outputs[0].value, i)
     for i, op in enumerate(program.operations):
         elementwise = op.op_class == "fused" and op.flops_per_point
         if elementwise or op.primitive in _LOOKUPS:
@@ -96,9 +97,10 @@ def _holders(program: Program) -> dict[int, list[int]]:
             for use in read:
                 found.setdefault(program.values[use.value].origin, i)
     held: dict[int, list[int]] = {}
+    sources = set(_sources(program))
     for origin, i in found.items():
-        if origin in sources:
-            held.setdefault(i, []).append(sources[origin])
+        if origin is not None and origin in sources:
+            held.setdefault(i, []).append(origin)
     return held
 
 

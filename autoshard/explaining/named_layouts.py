@@ -27,7 +27,7 @@ from costmodels.dimensions import Dimensions
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.program.program import Operation, Program
 from costmodels.symbols import Expr, pieces, volume
-from search.answer.assignment import Choice, moves, needed, produced
+from search.answer.assignment import Choice, moves, needed_layout, produced_layout
 from search.formulation.collective_steps import CollectiveStep, permuted_axes, steps_from
 from search.formulation.layouts import Axes, Layout
 from search.formulation.strategies import Strategy
@@ -102,8 +102,8 @@ def pin_by_name(
 
 def _stored_layout(program: Program, choice: Choice, value: int) -> Layout:
     """The stored layout of an array: that of its uses, if they agree, or that of its producer."""
-    wanted = {needed(program, choice, operation, operand) for operation, operand in program.consumers[value]}
-    return wanted.pop() if len(wanted) == 1 else produced(program, choice, value)
+    wanted = {needed_layout(program, choice, operation, operand) for operation, operand in program.consumers[value]}
+    return wanted.pop() if len(wanted) == 1 else produced_layout(program, choice, value)
 
 
 # --- Volumes
@@ -181,14 +181,14 @@ def least_steps(source: Layout, target: Layout, sizes: Mapping[str, int]) -> tup
         if layout in done:
             continue
         done.add(layout)
-        for step in _leaving(layout, target, sizes):
+        for step in _steps_from(layout, target, sizes):
             if step.target not in done:
                 more = _volume(step, sizes)
                 heapq.heappush(frontier, (sent + more, taken + 1, next(order), step.target, (*path, step)))
     raise ValueError(f"no collectives lead from {source} to {target}")
 
 
-def _leaving(layout: Layout, target: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep]:
+def _steps_from(layout: Layout, target: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep]:
     yield from steps_from(layout, sizes)
     if layout.axes and _cuts(layout, sizes) == _cuts(target, sizes) and layout.partial == target.partial:
         yield CollectiveStep("collective-permute", permuted_axes(layout, target, sizes), layout, target)

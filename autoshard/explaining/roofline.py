@@ -26,7 +26,13 @@ from costmodels.machine.chips import Chip
 FORMATS = (".png", ".svg", ".pdf", ".html")
 """The file endings of a plot."""
 
-_COLORS = {"compute": "#d1495b", "HBM": "#00798c", "communication": "#edae49", "overhead": "#8d96a3"}
+_COLORS = {
+    "compute": "#d1495b",
+    "HBM": "#00798c",
+    "vector unit": "#6a4c93",
+    "communication": "#edae49",
+    "overhead": "#8d96a3",
+}
 _PANEL_INCHES = (8.0, 5.6)
 _NAMED = 6
 """The number of operations with names."""

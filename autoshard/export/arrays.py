@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autoshard.errors import ExportError
+from autoshard.errors import UnknownNameError
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
@@ -63,10 +63,12 @@ def mesh_axes(plan: PlanRecord, axes: Axes) -> dict[str, int]:
     sizes = plan.topology.axis_sizes
     unknown = [name for name in axes or () if name not in sizes]
     if unknown:
-        raise ExportError(f"The plan has no mesh axis {', '.join(unknown)}; it has {', '.join(sizes)}.")
+        raise UnknownNameError(f"The plan has no mesh axis {', '.join(unknown)}; it has {', '.join(sizes)}.")
     renamed = {(axes or {}).get(name, name): size for name, size in sizes.items()}
     if len(renamed) != len(sizes):
-        raise ExportError(f"The names of the mesh axes {', '.join(sizes)} must be unique, got {', '.join(renamed)}.")
+        raise UnknownNameError(
+            f"The names of the mesh axes {', '.join(sizes)} must be unique, got {', '.join(renamed)}."
+        )
     return renamed
 
 

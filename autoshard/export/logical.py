@@ -18,7 +18,7 @@ from autoshard.errors import ExportError
 from autoshard.export import python
 from autoshard.export.arrays import Axes, Leaf, leaves, mesh_axes
 from autoshard.export.python import literal, sequence
-from autoshard.export.specs import module, nest
+from autoshard.export.specs import carriage_note, module, nest, padding_note
 from autoshard.planning.argument_names import heads, position
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
@@ -43,7 +43,7 @@ def render_flax(plan: PlanRecord, argument: str | int | None = None, axes: Axes 
 
     **Raises:** `ExportError`.
     """
-    arrays = _named(plan, argument, axes, names)
+    arrays = _logical_names(plan, argument, axes, names)
     found = [sequence([literal(name), python.axes(entry)]) for name, entry in _rules(arrays).items()]
     imports: set[str] = set()
     at = None if argument is None else position(plan, argument)
@@ -68,7 +68,7 @@ def render_maxtext(plan: PlanRecord, argument: str | int | None = None, axes: Ax
             "MaxText's models have their own names of dimensions (embed, mlp, heads, ...) and ignore others. Pass names, a"
             " mapping of regular expressions over paths to the names of the dimensions."
         )
-    rules = _rules(_named(plan, argument, axes, names))
+    rules = _rules(_logical_names(plan, argument, axes, names))
     mesh = mesh_axes(plan, axes)
     batch = _axes_list(rules[_BATCH]) if _BATCH in rules else list(mesh)
     sizes = " ".join(f"ici_{name}_parallelism={size}" for name, size in mesh.items())
@@ -77,9 +77,11 @@ def render_maxtext(plan: PlanRecord, argument: str | int | None = None, axes: Ax
         if _BATCH in rules
         else f"# No array has the name {_BATCH}: the batch is split over all mesh axes, the default.\n"
     )
+    note = "\n".join(f"# {line}".rstrip() for line in (carriage_note(plan) + padding_note(plan)).strip().splitlines())
     lines = [f"  [{_quote(name)}, {_quote_list(_axes_list(entry))}]," for name, entry in rules.items()]
     return (
         f"# The layouts of {_line(plan.name)}, planned for {_line(plan.topology.name)}.\n"
+        f"{note}\n"
         f"# Sizes of the mesh: {_line(sizes)}\n{assumed}"
         f"mesh_axes: {_quote_list(list(mesh))}\n"
         f"data_sharding: [{_quote_list(batch)}]\n"
@@ -106,7 +108,7 @@ def _quote(name: str) -> str:
 # --- names of dimensions
 
 
-def _named(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any) -> list[_Named]:
+def _logical_names(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any) -> list[_Named]:
     """The arrays with the user's names, or with names by the sizes of the dimensions.
 
     **Raises:** `ExportError` for an array without names, or with another number of names than dimensions.
@@ -128,7 +130,7 @@ def _named(plan: PlanRecord, argument: str | int | None, axes: Axes, names: Any)
         if _bad(found, leaf)
     ]
     if faults:
-        raise ExportError(f"Each dimension needs a name, or None for one that stays whole:{_several(faults)}")
+        raise ExportError(f"Each dimension needs a name, or None for one that stays whole:{_join_faults(faults)}")
     return [_Named(leaf, tuple(found)) for leaf, found in zip(arrays, given, strict=True)]
 
 
@@ -180,7 +182,7 @@ def _by_tree(plan: PlanRecord, argument: str | int | None, names: Any) -> list[A
         missing = ["/".join(path) for path in planned if path not in given]
         extra = ["/".join(path) for path in given if path not in planned]
         faults = [f"{path} has no names" for path in missing] + [f"{path} is not an array" for path in extra]
-        raise ExportError(f"names must be nested like the planned arguments:{_several(faults)}")
+        raise ExportError(f"names must be nested like the planned arguments:{_join_faults(faults)}")
     return [value for _, value in found]
 
 
@@ -205,22 +207,24 @@ def _rules(arrays: Iterable[_Named]) -> dict[str, Entry]:
             if name is not None:
                 found.setdefault(name, {}).setdefault(entry, where)
             elif entry is not None:
-                faults.append(f"{where} has no name, and is {_over(entry)}")
+                faults.append(f"{where} has no name, and is {_entry_text(entry)}")
     for name, seen in found.items():
         if len(seen) > 1:
-            faults.append(f"{name} is " + ", and ".join(f"{_over(entry)} in {where}" for entry, where in seen.items()))
+            faults.append(
+                f"{name} is " + ", and ".join(f"{_entry_text(entry)} in {where}" for entry, where in seen.items())
+            )
     if faults:
         raise ExportError(
             "Logical axes with these names cannot express the plan. Give these dimensions different names, or export rules or"
-            f" specs:{_several(faults)}"
+            f" specs:{_join_faults(faults)}"
         )
     return {name: next(iter(seen)) for name, seen in sorted(found.items())}
 
 
-def _over(entry: Entry) -> str:
+def _entry_text(entry: Entry) -> str:
     return "whole" if entry is None else f"split over {' '.join(_axes_list(entry))}"
 
 
-def _several(faults: Sequence[str]) -> str:
+def _join_faults(faults: Sequence[str]) -> str:
     more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
     return "".join(f"\n  {fault}" for fault in faults[:_LISTED]) + more

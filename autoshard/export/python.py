@@ -56,7 +56,7 @@ def _entry(entry: str | tuple[str, ...] | None) -> str:
 
 
 def _write(before: str, value: Source, after: str, indent: str) -> str:
-    line = f"{indent}{before}{_flat(value)}{after}"
+    line = f"{indent}{before}{_to_one_line(value)}{after}"
     if isinstance(value, str) or not value.entries or len(line) <= _COLUMNS:
         return line
     inner = indent + _INDENT
@@ -64,9 +64,9 @@ def _write(before: str, value: Source, after: str, indent: str) -> str:
     return "\n".join([f"{indent}{before}{value.opening}", *rows, f"{indent}{value.closing}{after}"])
 
 
-def _flat(value: Source) -> str:
+def _to_one_line(value: Source) -> str:
     if isinstance(value, str):
         return value
-    inside = ", ".join(key + _flat(entry) for key, entry in value.entries)
+    inside = ", ".join(key + _to_one_line(entry) for key, entry in value.entries)
     lonely = "," if value.opening == "(" and len(value.entries) == 1 else ""
     return f"{value.opening}{inside}{lonely}{value.closing}"

@@ -69,20 +69,20 @@ def rules_for(arrays: Sequence[Leaf], inside: bool = False) -> tuple[Rule, ...]:
     needed = _rule_paths(arrays, inside)
     ordered = sorted(_merge(needed), key=lambda rule: (-len(rule[0]), rule[1]))
     found = [("(^|/)" + "/".join(parts) + "$", spec) for parts, _, spec in ordered]
-    rules = _without_needless([*found, (_REST, ())], _expected_specs(needed, arrays, inside))
-    wrong = [leaf for leaf in arrays if spec_at(rules, _own(leaf, inside)) != leaf.spec]
-    exact = [(f"^{re.escape(_own(leaf, inside))}$", leaf.spec) for leaf in wrong]
+    rules = _drop_redundant([*found, (_REST, ())], _expected_specs(needed, arrays, inside))
+    wrong = [leaf for leaf in arrays if spec_at(rules, _own_path(leaf, inside)) != leaf.spec]
+    exact = [(f"^{re.escape(_own_path(leaf, inside))}$", leaf.spec) for leaf in wrong]
     return (*exact, *rules)
 
 
-def _own(leaf: Leaf, inside: bool) -> str:
+def _own_path(leaf: Leaf, inside: bool) -> str:
     return "/".join(leaf.inner) if inside else leaf.path
 
 
 def _refuse_ambiguous(arrays: Sequence[Leaf], inside: bool) -> None:
     seen: dict[str, Leaf] = {}
     for leaf in arrays:
-        other = seen.setdefault(_own(leaf, inside), leaf)
+        other = seen.setdefault(_own_path(leaf, inside), leaf)
         if other.spec != leaf.spec:
             raise ExportError(
                 f"Two arrays have the path {leaf.path} (a key contains a /) and different layouts: {python.spec(other.spec)}"
@@ -104,7 +104,7 @@ def _rule_paths(arrays: Sequence[Leaf], inside: bool) -> dict[_Path, Leaf]:
 
 def _expected_specs(needed: dict[_Path, Leaf], arrays: Sequence[Leaf], inside: bool) -> dict[str, Spec]:
     """The expected layout of each array, and of its copy in an optimizer's state unless an array has that path."""
-    found = {_own(leaf, inside): leaf.spec for leaf in arrays}
+    found = {_own_path(leaf, inside): leaf.spec for leaf in arrays}
     for path, leaf in needed.items():
         for embedded in (path, (*_EMBEDDED, *path)):
             found.setdefault("/".join(embedded), leaf.spec)
@@ -121,7 +121,7 @@ def _merge(needed: dict[_Path, Leaf]) -> list[tuple[_Path, str, Spec]]:
         for spec, paths in by_spec.items():
             for parts in [form] if len(by_spec) == 1 else _literal(paths):
                 siblings[needed[paths[0]].head, parts[:-1], spec].append(parts[-1])
-    return [((*parent, _any_of(last)), "/".join(parent), spec) for (_, parent, spec), last in siblings.items()]
+    return [((*parent, _alternation(last)), "/".join(parent), spec) for (_, parent, spec), last in siblings.items()]
 
 
 def _form(part: str) -> str:
@@ -136,16 +136,16 @@ def _literal(paths: Sequence[_Path]) -> list[_Path]:
         return [tuple(map(re.escape, path)) for path in paths]
     (at,) = differing
     parts = list(map(re.escape, paths[0]))
-    parts[at] = _any_of([re.escape(path[at]) for path in paths])
+    parts[at] = _alternation([re.escape(path[at]) for path in paths])
     return [tuple(parts)]
 
 
-def _any_of(patterns: Sequence[str]) -> str:
+def _alternation(patterns: Sequence[str]) -> str:
     unique = sorted(set(patterns))
     return unique[0] if len(unique) == 1 else f"(?:{'|'.join(unique)})"
 
 
-def _without_needless(rules: Sequence[Rule], expected: dict[str, Spec]) -> list[Rule]:
+def _drop_redundant(rules: Sequence[Rule], expected: dict[str, Spec]) -> list[Rule]:
     """Rules without redundant ones: those whose paths get the same layout from later rules."""
     compiled = [re.compile(pattern) for pattern, _ in rules]
     decided: dict[int, list[str]] = defaultdict(list)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from textwrap import wrap
 from typing import Any
 
+from autoshard.carrying.render import export_note
 from autoshard.errors import ExportError
 from autoshard.explaining.layer_groups import group_arrays
 from autoshard.explaining.memory_orders import order_text
@@ -19,7 +21,10 @@ from autoshard.tracing import pytrees
 def render(plan: PlanRecord, argument: str | int | None = None, axes: Axes = None) -> str:
     """`MESH_SHAPE`, and `IN_SPECS` and `OUT_SPECS` for all arguments or `SPECS` for one, nested like the arguments.
 
-    **Raises:** `ExportError` if the arrays are nested in classes whose constructors are unknown.
+    Nodes of other classes, as Flax NNX's states and Equinox's modules, are dicts by the keys of JAX's paths; then the source
+    has `like(tree, SPECS)`, which puts the specs into the classes of a tree.
+
+    **Raises:** `ExportError` if a namedtuple's class is not imported.
     """
     imports: set[str] = set()
     if argument is None:
@@ -46,14 +51,60 @@ def _specs(plan: PlanRecord, argument: int | None, axes: Axes) -> list[str]:
 def module(plan: PlanRecord, doc: str, axes: Axes, imports: set[str], values: dict[str, Source]) -> str:
     """A Python module: its docstring, its imports, `MESH_SHAPE` and some constants."""
     mesh = Group("{", tuple((f"{literal(name)}: ", str(size)) for name, size in mesh_axes(plan, axes).items()), "}")
-    quoted = (doc + _orders_note(plan)).replace("\\", "\\\\").replace('"', "'")
+    quoted = (
+        (doc + carriage_note(plan) + padding_note(plan) + _orders_note(plan)).replace("\\", "\\\\").replace('"', "'")
+    )
     ending = "\n" if "\n" in quoted else ""
     needed = sorted({*imports, "from jax.sharding import PartitionSpec as P"}, key=_import_order)
     standard = [line for line in needed if "collections" in line]
     others = [line for line in needed if line not in standard]
     blocks = ["\n".join(lines) for lines in (standard, others) if lines]
     constants = "\n".join(assignment(name, value) for name, value in {"MESH_SHAPE": mesh, **values}.items())
+    if _LIKE_IMPORT in imports:
+        constants += f"\n\n\n{_LIKE}"
     return f'"""{quoted}{ending}"""\n\n' + "\n\n".join([*blocks, constants]) + "\n"
+
+
+def carriage_note(plan: PlanRecord) -> str:
+    """The part of the plan that the specs carry on their own, as a paragraph."""
+    return "\n\n" + "\n".join(wrap(export_note(plan), _COLUMNS, break_long_words=False, break_on_hyphens=False))
+
+
+def padding_note(plan: PlanRecord) -> str:
+    """The padded sizes, which a library's configuration must have for these layouts, as a paragraph."""
+    arrays = group_arrays(array for array in plan.arguments if array.padding)
+    lines = [
+        f"  {array.path}: dimension {each.dim} of {each.size} is {each.padded}"
+        f"{f', each of {each.inner} elements' if each.inner > 1 else ''}"
+        for array, _ in arrays
+        for each in array.padding
+    ]
+    if not lines:
+        return ""
+    head = (
+        "The layouts are of padded arrays. `plan.place(tree)` pads; elsewhere set these sizes in the configuration, such as"
+        " a padded_vocab_size or the number of heads, with zeros behind:"
+    )
+    return "\n\n" + "\n".join([*wrap(head, _COLUMNS), *lines])
+
+
+_COLUMNS = 96
+_LIKE_IMPORT = "import jax"
+_LIKE = '''def like(tree, specs):
+    """The specs in the classes of a tree with the planned paths, such as an NNX state or a module."""
+
+    def at(path, _):
+        found = specs
+        for key in path:
+            name = jax.tree_util.keystr((key,), simple=True)
+            if isinstance(found, (list, tuple)):
+                found = found[int(name)]
+            else:
+                found = found[name] if name in found else found[key.key]
+        return found
+
+    return jax.tree_util.tree_map_with_path(at, tree)'''
+"""The function of exports with classes that source cannot name."""
 
 
 def _orders_note(plan: PlanRecord) -> str:
@@ -75,7 +126,7 @@ def _import_order(line: str) -> list[str]:
 def nest(data: pytrees.Data, leaves: Sequence[Source], imports: set[str], what: str) -> Source:
     """A structure of `autoshard.tracing.pytrees` with these leaves, as source; adds its imports to `imports`.
 
-    **Raises:** `ExportError` if `rebuild` would return a dict for a node.
+    **Raises:** `ExportError` for a namedtuple whose class is not imported.
     """
     return _nest(data, iter(leaves), imports, what)
 
@@ -106,7 +157,8 @@ def _nest(data: pytrees.Data, leaves: Iterator[Source], imports: set[str], what:
             fields = data["fields"].items()
             return Group(f"{name}(", tuple((f"{k}=", _nest(c, leaves, imports, what)) for k, c in fields), ")")
         case _:
-            raise ExportError(_unwritable(data[kind], what))
+            imports.add(_LIKE_IMPORT)
+            return Group("{", pairs(data["children"].items()), "}")
 
 
 def _key(key: Any) -> str:
@@ -129,6 +181,6 @@ def _import_class(name: str, imports: set[str], what: str) -> str:
 
 def _unwritable(name: str, what: str) -> str:
     return (
-        f"{what} nest arrays in {name.replace(':', '.')}, which cannot be written as source: its constructor is unknown"
-        " (or it is a namedtuple that is not imported). Export rules, which need no nesting, or another argument."
+        f"{what} nest arrays in {name.replace(':', '.')}, a namedtuple that is not imported and so cannot be written as"
+        " source. Import its module, export rules, which need no nesting, or export another argument."
     )

@@ -29,10 +29,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from autoshard.naming.strategy_names import is_product, product_roles
+from autoshard.naming.strategy_names import product_roles
+from autoshard.naming.weights import is_product, weight_sources
 from costmodels.machine.topology import Topology
+from costmodels.program.grouped import grouped
 from costmodels.program.program import Operation, Program
-from search.answer.assignment import Choice, kept, moves, needed, produced
+from search.answer.assignment import Choice, kept_layout, moves, needed_layout, produced_layout
 from search.formulation.layouts import Layout
 
 MINOR_PART = 0.1
@@ -98,21 +100,18 @@ class _Layouts:
         self.attention: dict[int, list[str]] = {}
         self.gradients: list[int] = []
         for i, (kind, weight, roles) in self._products():
-            if kind == "weight":
+            if weight is not None:
                 self.by_weight[i] = weight, roles
             elif kind == "gradient":
                 self.gradients.append(i)
-            else:
+            elif kind == "attention":
                 self.attention[i] = roles
 
-    def _products(self) -> Iterator[tuple[int, tuple[str, int, list[str]]]]:
+    def _products(self) -> Iterator[tuple[int, tuple[str, int | None, list[str]]]]:
         """Every matmul with its roles."""
         for i, op in self.program.matmuls():
-            if is_product(op) or op.primitive == "ragged_dot_general":
+            if is_product(op) or grouped(op):
                 yield i, product_roles(self.program, i)
-
-    def _origin(self, value: int) -> str:
-        return self.program.values[value].origin
 
     def _work(self, i: int) -> float:
         op = self.program.operations[i]
@@ -169,15 +168,16 @@ class _Layouts:
     # --- the layouts of arrays
 
     @cached_property
-    def _sources(self) -> dict[str, int]:
-        """Argument path to the argument's value."""
-        at = (self.program.operations[i].outputs[0].value for i in (*self.program.arguments, *self.program.constants))
-        return {self._origin(value): value for value in at if self._origin(value)}
+    def _sources(self) -> tuple[int, ...]:
+        """The values of arguments and constants."""
+        sources = (*self.program.arguments, *self.program.constants)
+        return tuple(self.program.operations[i].outputs[0].value for i in sources)
 
     @cached_property
     def _weights(self) -> tuple[int, ...]:
-        used = {self._origin(self._operand(i, weight)) for i, (weight, _) in self.by_weight.items()}
-        return tuple(self._sources[origin] for origin in sorted(used & self._sources.keys()))
+        operands = {self._operand(i, weight) for i, (weight, _) in self.by_weight.items()}
+        sources = sorted({at for value in operands for at in weight_sources(self.program, value)})
+        return tuple(self.program.operations[at].outputs[0].value for at in sources)
 
     @cached_property
     def _state(self) -> tuple[int, ...]:
@@ -185,7 +185,7 @@ class _Layouts:
         if not self.gradients:
             return ()
         shapes = {self.program.values[value].shape for value in self._weights}
-        others = (value for value in self._sources.values() if value not in self._weights)
+        others = (value for value in self._sources if value not in self._weights)
         return tuple(value for value in others if self.program.values[value].shape in shapes)
 
     def _operand(self, i: int, k: int) -> int:
@@ -194,7 +194,7 @@ class _Layouts:
     def _is_stored_split(self, values: Sequence[int], axis: str) -> bool:
         """Whether most bytes of these arguments are split over the axis."""
         total = sum(self.program.values[value].bytes for value in values)
-        split = (v for v in values if axis in produced(self.program, self.choice, v).axes)
+        split = (v for v in values if axis in produced_layout(self.program, self.choice, v).axes)
         return sum(self.program.values[value].bytes for value in split) > MOST_PART * total > 0
 
     def _is_gathered_late(self, axis: str) -> bool:
@@ -205,12 +205,12 @@ class _Layouts:
         late = total = 0.0
         for i, (weight, _) in self.by_weight.items():
             value = self._operand(i, weight)
-            if axis in needed(self.program, self.choice, i, weight).axes:
+            if axis in needed_layout(self.program, self.choice, i, weight).axes:
                 continue
             total += self._work(i)
-            if axis in kept(self.program, self.choice, value).axes:
+            if axis in kept_layout(self.program, self.choice, value).axes:
                 late += self._work(i)
-            elif axis in produced(self.program, self.choice, value).axes:
+            elif axis in produced_layout(self.program, self.choice, value).axes:
                 looped = self.program.multiplicity(self.program.values[value].region) > 1
                 late += self._work(i) if looped else 0.0
         return late > MOST_PART * total > 0
@@ -236,8 +236,8 @@ class _Layouts:
             op = self.program.operations[i]
             if self._role(i, roles, axis) != "tensor" or self._is_contracted(op, roles, i, axis):
                 continue
-            other = 1 - weight
-            source = moved.get((i, other), needed(self.program, self.choice, i, other))
+            other = 1 - weight if is_product(op) else 0
+            source = moved.get((i, other), needed_layout(self.program, self.choice, i, other))
             total += self._work(i)
             gathered += self._work(i) if self._is_split_by_tokens(op, roles, other, source, axis) else 0.0
         return gathered > MOST_PART * total > 0

@@ -11,7 +11,10 @@ activation's: its *batch* (the first) and its *sequence* (all others). The famil
 | `data parallel` | is replicated; only batch and sequence are split |
 | `replicated` | is replicated, and every chip computes the whole matmul |
 
-A contraction of two activations is attention. Its names are: `batch-sharded`, `head-sharded`,
+A product of parameters alone (`parameters: ...`, as of LoRA's two factors) is split along contracted or output factors. A
+weight's gradient (`gradient: ...`) is summed over tokens; its outputs are the weight's dimensions.
+
+Any other contraction of two activations is attention. Its names are: `batch-sharded`, `head-sharded`,
 `query-sharded` (positions of the queries), `sequence-sharded` (positions of keys and values), `head-size-sharded`.
 
 Names of models and parameters are not used. Heads and positions are distinguished by the origin of a dimension: heads and
@@ -21,15 +24,15 @@ head sizes are output factors of earlier weights, batch and positions are not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeVar
+from math import prod
 
+from autoshard.naming.weights import factors_of, is_product, origins_of, weight_operand, weight_sources
 from costmodels.machine.topology import Topology
 from costmodels.program.analysis import cached_analysis
-from costmodels.program.program import Operation, Program, Use
-from search.answer.assignment import Choice, needed, produced
+from costmodels.program.grouped import Grouped, grouped
+from costmodels.program.program import Operation, Program
+from search.answer.assignment import Choice, needed_layout, produced_layout
 from search.formulation.layouts import Layout
-
-T = TypeVar("T")
 
 
 def strategy_name(program: Program, topology: Topology, choice: Choice, i: int) -> str:
@@ -69,7 +72,8 @@ def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[
         return _expert_roles(op) or (_dimensions(op), "")
     weight = weight_operand(program, i)
     if weight is None:
-        return _attention_roles(program, i), ""
+        kind, _, roles = product_roles(program, i)
+        return roles, "" if kind == "attention" else kind
     roles = weight_roles(op, weight)
     gathered = _gathered_axes(program, choice, i, weight)
     if gathered:
@@ -83,6 +87,7 @@ def _roles_and_family(program: Program, choice: Choice, i: int, order: Sequence[
 _ROLES = (
     "experts",
     "contracted",
+    "tokens",
     "output",
     "batch",
     "sequence",
@@ -104,16 +109,14 @@ def _join_axes(axes: Iterable[str], order: Sequence[str]) -> str:
 
 def _expert_roles(op: Operation) -> tuple[list[str], str] | None:
     """The roles in a matmul of groups of rows with one matrix each: the groups are a mixture's experts."""
-    if op.primitive != "ragged_dot_general" or op.op_class != "matmul":
+    groups = grouped(op)
+    if groups is None:
         return None
-    counted = op.inputs[2].dims[-1][0]
     roles = _dimensions(op)
-    roles[counted - 1] = "experts"  # created just before the factor of the counts
+    if groups.hidden is not None:
+        roles[groups.hidden] = "hidden columns"
+    roles[groups.groups] = "experts"
     return roles, "mixture of experts"
-
-
-def _factors(dims: Iterable[Iterable[int]]) -> list[int]:
-    return [factor for dim in dims for factor in dim]
 
 
 def _dimensions(op: Operation) -> list[str]:
@@ -129,19 +132,9 @@ def _dimensions(op: Operation) -> list[str]:
 # --- Matmuls by a weight
 
 
-@cached_analysis
-def weight_operand(program: Program, i: int) -> int | None:
-    """The operand of a matmul that is a weight; None if both are activations.
-
-    A weight is an argument (or a view, a cast or a layer of one) that shares no batch with the other operand; a cache
-    does. Of two candidates it is the one with fewer uses, or else the second, as in `x @ w`.
-    """
-    return _Origins(program).weight(i)
-
-
 def weight_roles(op: Operation, weight: int) -> list[str]:
     """The role of each factor in a matmul by a weight: "contracted", "output", "batch" or "sequence"."""
-    own, others = set(_factors(op.inputs[weight].dims)), _factors(op.inputs[1 - weight].dims)
+    own, others = set(factors_of(op.inputs[weight].dims)), factors_of(op.inputs[1 - weight].dims)
     tokens = [factor for factor in others if factor not in own]
     roles = []
     for factor in range(len(op.factors)):
@@ -155,54 +148,66 @@ def weight_roles(op: Operation, weight: int) -> list[str]:
 def _gathered_axes(program: Program, choice: Choice, i: int, weight: int) -> set[str]:
     """The axes that split a weight in its stored layout but not in its use."""
     value = program.operations[i].inputs[weight].value
-    return set(stored_layout(program, choice, value).axes) - set(needed(program, choice, i, weight).axes)
+    return set(stored_layout(program, choice, value).axes) - set(needed_layout(program, choice, i, weight).axes)
 
 
 def stored_layout(program: Program, choice: Choice, value: int) -> Layout:
-    """The layout of the argument that a value is a view, a cast or a layer of."""
-    origin = program.values[value].origin
-    for source in (*program.arguments, *program.constants):
-        argument = program.operations[source].outputs[0].value
-        if program.values[argument].origin == origin:
-            return produced(program, choice, argument)
-    return produced(program, choice, value)
+    """The layout of the largest argument that a value is made of."""
+    for source in weight_sources(program, value)[:1]:
+        return produced_layout(program, choice, program.operations[source].outputs[0].value)
+    return produced_layout(program, choice, value)
 
 
 @cached_analysis
-def product_roles(program: Program, i: int) -> tuple[str, int, list[str]]:
+def product_roles(program: Program, i: int) -> tuple[str, int | None, list[str]]:
     """The kind of a matmul, its weight operand, and the roles of its factors.
 
     "weight": a matmul by a weight, with the roles of `weight_roles`, and "experts" for factors that both operands have.
-    "gradient": a weight's gradient, whose dimensions all come from weights. "attention": of two other activations.
+    "gradient": a weight's gradient, whose dimensions all come from weights: it is summed over "tokens". "parameters": of
+    two arrays made of parameters, such as the factors of an adapter. "attention": of two other activations.
     """
     op = program.operations[i]
-    if op.primitive == "ragged_dot_general":
-        return _ragged_roles(op)
-    origins = _Origins(program)
+    if groups := grouped(op):
+        return _ragged_roles(op, groups)
+    origins = origins_of(program)
     weight = origins.weight(i)
     if weight is not None:
-        shared = set.intersection(*(set(_factors(use.dims)) for use in op.inputs))
+        shared = set.intersection(*(set(factors_of(use.dims)) for use in op.inputs))
         roles = weight_roles(op, weight)
         if op.primitive != "conv_general_dilated":
             roles = ["experts" if f in shared and role == "output" else role for f, role in enumerate(roles)]
         return "weight", weight, roles
-    left = _factors(op.outputs[0].dims)
+    if all(origins.sources(use.value) for use in op.inputs[:2]):
+        return "parameters", None, _parameter_roles(op)
+    left = factors_of(op.outputs[0].dims)
     if left and all(origins.is_from_weight(i, factor) for factor in left):
-        return "gradient", -1, []
-    return "attention", -1, _attention_roles(program, i)
+        return "gradient", None, ["output" if f in left else "tokens" for f in range(len(op.factors))]
+    return "attention", None, _attention_roles(program, i)
 
 
-def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
-    """As `product_roles`, for a matmul over ragged groups: by a weight per expert, or the gradient of such weights."""
-    counted = op.inputs[2].dims[-1][0]
-    experts = counted - 1  # created just before the factor of the counts
-    rows, matrices = (set(_factors(op.inputs[side].dims)) for side in (0, 1))
-    if experts not in matrices:
-        return "gradient", -1, []
+def _parameter_roles(op: Operation) -> list[str]:
+    """The roles of the factors of a product of parameters: such a product may run once for each layer of a stack."""
+    shared = set.intersection(*(set(factors_of(use.dims)) for use in op.inputs))
+    batch = {f for f in shared if op.factors[f].kind != "sum"}
+    kinds = [factor.kind for factor in op.factors]
+    return ["contracted" if kind == "sum" else "batch" if f in batch else "output" for f, kind in enumerate(kinds)]
+
+
+def _ragged_roles(op: Operation, groups: Grouped) -> tuple[str, int | None, list[str]]:
+    """As `product_roles`, for a matmul over ragged groups: by a weight per expert, or the gradient of such weights.
+
+    The weight of a chain is its largest. Its hidden columns are the output of its first weights.
+    """
+    operands = [each.operand for each in groups.matrices if each.operand is not None]
+    if not operands:
+        return "gradient", None, []
+    sizes = {k: prod(op.factors[f].size for f in factors_of(op.inputs[k].dims)) for k in operands}
+    weight = max(operands, key=lambda k: sizes[k])
+    rows, matrices = set(factors_of(op.inputs[0].dims)), {f for k in operands for f in factors_of(op.inputs[k].dims)}
     roles = ["batch" if f in rows - matrices else "output" for f in range(len(op.factors))]
     roles = ["contracted" if f in rows & matrices and op.factors[f].kind == "sum" else r for f, r in enumerate(roles)]
-    roles[experts] = "experts"
-    return "weight", 1, roles
+    roles[groups.groups] = "experts"
+    return "weight", weight, roles
 
 
 # --- Contractions of two activations
@@ -211,8 +216,8 @@ def _ragged_roles(op: Operation) -> tuple[str, int, list[str]]:
 @cached_analysis
 def _attention_roles(program: Program, i: int) -> list[str]:
     """Heads come from weights, positions do not. A factor of both operands that comes from no weight is the batch."""
-    op, origins = program.operations[i], _Origins(program)
-    left, right = (set(_factors(use.dims)) for use in op.inputs)
+    op, origins = program.operations[i], origins_of(program)
+    left, right = (set(factors_of(use.dims)) for use in op.inputs)
     roles = []
     for factor in range(len(op.factors)):
         given = origins.is_from_weight(i, factor)
@@ -223,91 +228,6 @@ def _attention_roles(program: Program, i: int) -> list[str]:
         else:
             roles.append("batch-sharded" if factor in right else "query-sharded")
     return roles
-
-
-@cached_analysis
-def _known_weights(program: Program) -> dict[int, int | None]:
-    """The weight operands that are classified already, by matmul."""
-    return {}
-
-
-class _Origins:
-    """The origins of dimensions: whether a dimension is an output factor of a weight, here or earlier."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._known: dict[int, int | None] = _known_weights(program)
-        self._assumed: dict[int, int | None] = {}
-
-    def weight(self, i: int) -> int | None:
-        """The operand of a matmul that is a weight. A matmul that is already being classified (in a loop) has none.
-
-        Each of a hundred matmuls leads to all before it, so intermediate results are kept until a classification ends.
-        """
-        if i in self._known:
-            return self._known[i]
-        if i in self._assumed:
-            return self._assumed[i]
-        outermost = not self._assumed
-        self._assumed[i] = None
-        found = [k for k in (1, 0) if self._is_weight(i, k)]
-        weight = self._assumed[i] = min(found, key=lambda k: self._uses(i, k), default=None)
-        if outermost:
-            self._known[i] = weight
-            self._assumed.clear()
-        return weight
-
-    def _uses(self, i: int, k: int) -> int:
-        """The number of operations that use the argument of which an operand is a view: inputs have several, weights one."""
-        return self.program.reads.get(self.program.values[self.program.operations[i].inputs[k].value].origin, 0)
-
-    def _is_weight(self, i: int, k: int) -> bool:
-        op = self.program.operations[i]
-        if not self.program.values[op.inputs[k].value].origin:
-            return False
-        if op.primitive == "conv_general_dilated":  # the factors that it shares with the image are feature groups
-            return k == 1
-        mine, others = (set(_factors(op.inputs[side].dims)) for side in (k, 1 - k))
-        shared = [f for f in mine & others if op.factors[f].kind != "sum"]
-        # Experts are shared too, but they come from a router's weight, or from an iota as in one-hot arrays.
-        return all(self._find_origin(_places(op.inputs[1 - k], f)) in ("weight", "nothing") for f in shared)
-
-    def is_from_weight(self, i: int, factor: int) -> bool:
-        """Whether an operand of a matmul gets this factor from a weight."""
-        places = [place for use in self.program.operations[i].inputs for place in _places(use, factor)]
-        return self._find_origin(places) == "weight"
-
-    def _find_origin(self, places: list[tuple[int, int]]) -> Literal["weight", "argument", "nothing"]:
-        """Follows dimensions (value, position) to their origins.
-
-        Returns "weight" if one is an output factor of a weight, else "argument" if one comes from an argument, else "nothing".
-        """
-        seen, found = set(places), "nothing"
-        while places:
-            value, at = places.pop()
-            if value not in self.program.producers:
-                continue
-            i, position = self.program.producers[value]
-            op = self.program.operations[i]
-            if op.op_class == "source":
-                found = "argument"
-            weight = self.weight(i) if is_product(op) else None
-            for factor in op.outputs[position].dims[at]:
-                if weight is not None and _places(op.inputs[weight], factor):
-                    return "weight"
-                further = {place for use in op.inputs for place in _places(use, factor)} - seen
-                seen |= further
-                places += sorted(further)
-        return found
-
-
-def is_product(op: Operation) -> bool:
-    """Whether an operation multiplies two arrays on the matrix unit."""
-    return op.op_class == "matmul" and len(op.inputs) == 2
-
-
-def _places(use: Use, factor: int) -> list[tuple[int, int]]:
-    return [(use.value, at) for at, dim in enumerate(use.dims) if factor in dim]
 
 
 def attention_part(program: Program, i: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from autoshard.errors import ExportError
+from autoshard.errors import UnknownNameError
 from autoshard.planning.records import PlanRecord
 from autoshard.tracing import pytrees
 
@@ -28,11 +28,11 @@ def heads(plan: PlanRecord) -> list[str]:
 def position(plan: PlanRecord, argument: str | int) -> int:
     """The position of the argument with a name or a position, which may be negative.
 
-    **Raises:** `ExportError`.
+    **Raises:** `UnknownNameError`.
     """
     names = heads(plan)
     if isinstance(argument, str) and argument in names:
         return names.index(argument)
     if isinstance(argument, int) and -len(names) <= argument < len(names):
         return argument % len(names)
-    raise ExportError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(names)}.")
+    raise UnknownNameError(f"The plan {plan.name!r} has no argument {argument!r}; it has {', '.join(names)}.")

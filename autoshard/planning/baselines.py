@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf
 
-from autoshard.naming.strategy_names import is_product, weight_operand, weight_roles
+from autoshard.naming.strategy_names import weight_roles
+from autoshard.naming.weights import is_product, weight_operand, weight_sources
 from autoshard.planning.records import Baseline
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
@@ -41,7 +42,7 @@ def baselines(program: Program, topology: Topology, limits: Limits, say: Say = l
     for name in FAMILIES:
         say(f"comparing with {name}")
         try:
-            found = solved(name, program, topology, limits)
+            found = solve_baseline(name, program, topology, limits)
             yield Baseline(name, found.check.seconds, found.proof.bound_seconds)
         except NoPlan as error:
             yield Baseline(
@@ -49,14 +50,14 @@ def baselines(program: Program, topology: Topology, limits: Limits, say: Say = l
             )
 
 
-def solved(name: str, program: Program, topology: Topology, limits: Limits, cutoff: float = inf) -> Solution:
+def solve_baseline(name: str, program: Program, topology: Topology, limits: Limits, cutoff: float = inf) -> Solution:
     """The best plan of one baseline below `cutoff` seconds.
 
     **Raises:** `NoPlan`.
     """
     weights = _Weights(program, topology)
     rule, store = FAMILIES[name]
-    kept = {weights.source_of(i): store for i in weights.operand if weights.source_of(i) >= 0}
+    kept = {source: store for i in weights.operand for source in weights.sources_of(i)}
 
     def allow(operation: int, strategy: Strategy) -> bool:
         if operation in weights.operand:
@@ -74,33 +75,28 @@ class _Weights:
         found = ((i, weight_operand(program, i)) for i, op in program.matmuls() if is_product(op))
         self.operand = {i: weight for i, weight in found if weight is not None}
         self.roles = {i: weight_roles(program.operations[i], weight) for i, weight in self.operand.items()}
-        self._sources = {program.values[op.outputs[0].value].origin: at for at, op in self._arguments()}
-        stored = {self.source_of(i) for i in self.operand} - {-1}
+        stored = {source for i in self.operand for source in self.sources_of(i)}
         self._total = sum(self._bytes(at) for at in stored)
         self._most: dict[int, int] = {}
 
-    def _arguments(self):
-        return ((at, self.program.operations[at]) for at in (*self.program.arguments, *self.program.constants))
-
-    def source_of(self, operation: int) -> int:
-        """The operation of the argument that a matmul's weight is a view of; -1 if there is none."""
+    def sources_of(self, operation: int) -> tuple[int, ...]:
+        """The operations of the arguments that a matmul's weight is made of."""
         use = self.program.operations[operation].inputs[self.operand[operation]]
-        return self._sources.get(self.program.values[use.value].origin, -1)
+        return weight_sources(self.program, use.value)
 
     def _bytes(self, source: int) -> float:
         return self.program.values[self.program.operations[source].outputs[0].value].bytes
 
     def is_large(self, operation: int) -> bool:
         """Whether the weight has at least `LARGE_PART` of all weights' bytes."""
-        source = self.source_of(operation)
-        return source >= 0 and self._bytes(source) >= LARGE_PART * self._total
+        return sum(self._bytes(source) for source in self.sources_of(operation)) >= LARGE_PART * self._total
 
     def split(self, operation: int, strategy: Strategy) -> set[str]:
         """The roles of the factors that a strategy splits: "contracted", "output", "batch", "sequence"."""
         pairs = zip(self.roles[operation], strategy.splits, strict=True)
         return {role for role, axes in pairs if axes}
 
-    def possible(self, operation: int, wanted: set[str]) -> bool:
+    def can_split(self, operation: int, wanted: set[str]) -> bool:
         """Whether any strategy splits a matmul along all these roles."""
         space = strategy_space(self.program.operations[operation], tuple(self.topology.axis_sizes.items()))
         return any(wanted <= self.split(operation, strategy) for strategy in space.strategies)
@@ -125,23 +121,23 @@ def _by_tokens(weights: _Weights, operation: int, strategy: Strategy) -> bool:
     return not weights.split(operation, strategy) & _WEIGHT
 
 
-def _one_way(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+def _is_split_one_way(weights: _Weights, operation: int, strategy: Strategy) -> bool:
     split = weights.split(operation, strategy)
     return split < _WEIGHT
 
 
-def _both_ways(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+def _is_split_both_ways(weights: _Weights, operation: int, strategy: Strategy) -> bool:
     split = weights.split(operation, strategy)
-    if not weights.is_large(operation) or not weights.possible(operation, _WEIGHT):
+    if not weights.is_large(operation) or not weights.can_split(operation, _WEIGHT):
         return split <= _WEIGHT
     return split == _WEIGHT
 
 
-def _gathering(weights: _Weights, operation: int, strategy: Strategy) -> bool:
+def _is_gathered(weights: _Weights, operation: int, strategy: Strategy) -> bool:
     return not weights.is_large(operation) or bool(weights.split(operation, strategy) - _WEIGHT)
 
 
-def _whole(weights: _Weights, source: int, strategy: Strategy) -> bool:
+def _is_whole(weights: _Weights, source: int, strategy: Strategy) -> bool:
     return weights.pieces(source, strategy) == 1
 
 
@@ -149,15 +145,15 @@ def _finest(weights: _Weights, source: int, strategy: Strategy) -> bool:
     return weights.pieces(source, strategy) == weights.most_pieces(source)
 
 
-def _anyhow(weights: _Weights, source: int, strategy: Strategy) -> bool:
+def _is_any_split(weights: _Weights, source: int, strategy: Strategy) -> bool:
     return True
 
 
 Rule = Callable[[_Weights, int, Strategy], bool]
 FAMILIES: dict[str, tuple[Rule, Rule]] = {
-    "data parallel": (_by_tokens, _whole),
+    "data parallel": (_by_tokens, _is_whole),
     "fully sharded": (_by_tokens, _finest),
-    "Megatron 1D": (_one_way, _anyhow),
-    "weight-stationary 2D": (_both_ways, _anyhow),
-    "weight-gathered": (_gathering, _finest),
+    "Megatron 1D": (_is_split_one_way, _is_any_split),
+    "weight-stationary 2D": (_is_split_both_ways, _is_any_split),
+    "weight-gathered": (_is_gathered, _finest),
 }

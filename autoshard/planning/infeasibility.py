@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from autoshard._util.tables import size
-from autoshard.annotating.pins import Pin, unpinned
+from autoshard.annotating.pins import Pin, keep_pins
 from autoshard.errors import InfeasibleError
-from costmodels.machine.chips import Switch
-from costmodels.machine.topology import Topology, TopologyFormatError, as_its_chip_has_it, parse_topology
+from costmodels.machine.interconnects import Switch
+from costmodels.machine.topology import Topology, TopologyFormatError, complete_axes, parse_topology
 from costmodels.program.program import Program
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import Row, rows
@@ -29,14 +29,14 @@ _SWEEPS = 8
 """The number of passes of the relaxation over the program."""
 
 
-def explained(error: NoPlan) -> InfeasibleError:
+def explain_infeasible(error: NoPlan) -> InfeasibleError:
     """The user's error for a search that found no plan."""
     problem = error.problem
     chip, limits = problem.topology.chip, rows(problem)
     states = min((error.states, _leanest(problem, limits)), key=lambda states: _overflow(problem, limits, states))
     fullest = max(limits, key=lambda row: row.bytes(problem, states))
     held = fullest.bytes(problem, states)
-    parts = sorted(_held(problem, fullest, states), key=lambda part: -part[1])
+    parts = sorted(_largest_arrays(problem, fullest, states), key=lambda part: -part[1])
     listed = "".join(f"\n  {size(count):>12}  {name}" for name, count in parts[:_LISTED])
     if len(parts) > _LISTED:
         listed += f"\n  {size(sum(count for _, count in parts[_LISTED:])):>12}  {len(parts) - _LISTED} smaller ones"
@@ -55,26 +55,26 @@ def explained(error: NoPlan) -> InfeasibleError:
 def conflict(program: Program, pinned: Sequence[Pin], topology: Topology, limits: Limits) -> str:
     """A minimal set of pins without a common layout, as a sentence; empty if the pins are not the cause."""
 
-    def possible(kept: Sequence[Pin]) -> bool:
+    def is_feasible(kept: Sequence[Pin]) -> bool:
         try:
-            search(unpinned(program, kept), topology, limits)
+            search(keep_pins(program, kept), topology, limits)
         except NoPlan:
             return False
         return True
 
-    if not pinned or not possible(()):
+    if not pinned or not is_feasible(()):
         return ""
     kept = list(pinned)
     for each in pinned:
         fewer = [other for other in kept if other is not each]
-        if not possible(fewer):
+        if not is_feasible(fewer):
             kept = fewer
     words = list(dict.fromkeys(pin.words for pin in kept))
     together = f"{words[0]} cannot hold" if len(words) == 1 else f"{' and '.join(words)} cannot hold together"
     return f"{together} on {topology.name}: a plan exists without {'it' if len(words) == 1 else 'any one of them'}."
 
 
-def _held(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str, float]]:
+def _largest_arrays(problem: Problem, row: Row, states: np.ndarray) -> Iterator[tuple[str, float]]:
     """The live arrays at one point of the program: names, and bytes on one chip."""
     for i, vector in row.nodes:
         yield problem.nodes[i].name, float(vector[states[i]])
@@ -90,7 +90,7 @@ def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
     tried = topology
     given = [program.operations[at].outputs[0].value for at in (*program.arguments, *program.constants)]
     whole = sum(program.values[value].bytes for value in given)
-    while (wider := doubled(tried)) is not None and wider.size <= _MOST_CHIPS:
+    while (wider := double(tried)) is not None and wider.size <= _MOST_CHIPS:
         tried = wider
         if whole / tried.size <= budget_bytes and fits(program, tried, budget_bytes):
             return f"It fits on {tried.name}, {tried.size} chips."
@@ -130,7 +130,7 @@ def _least(row: Row) -> float:
     return sum(float(vector.min()) for _, vector in row.nodes)
 
 
-def doubled(topology: Topology) -> Topology | None:
+def double(topology: Topology) -> Topology | None:
     """The topology with its smallest axis doubled; of equal axes the last. For full GPU nodes the number of nodes doubles."""
     sizes = list(topology.shape)
     switch = topology.chip.interconnect
@@ -141,7 +141,7 @@ def doubled(topology: Topology) -> Topology | None:
     else:
         at = max(range(len(sizes)), key=lambda i: (-sizes[i], i))
     sizes[at] *= 2
-    name = _written(topology, sizes)
+    name = _topology_text(topology, sizes)
     try:
         wider = parse_topology(name)
     except (TopologyFormatError, ValueError):
@@ -151,7 +151,7 @@ def doubled(topology: Topology) -> Topology | None:
     return _with_own_rates(wider, topology)
 
 
-def _written(topology: Topology, sizes: list[int]) -> str:
+def _topology_text(topology: Topology, sizes: list[int]) -> str:
     """The topology string of the same chips with axes of these sizes, such as `2xv4:4x4x8`."""
     slices, within = ("", sizes) if topology.slices == 1 else (f"{sizes[0]}x", sizes[1:])
     return f"{slices}{topology.chip.name}:{'x'.join(map(str, within))}"
@@ -159,9 +159,9 @@ def _written(topology: Topology, sizes: list[int]) -> str:
 
 def _with_own_rates(wider: Topology, topology: Topology) -> Topology:
     """The wider topology with the given topology's chip and constants, including those set for single axes."""
-    wider = as_its_chip_has_it(replace(topology, name=wider.name, axes=wider.axes))
+    wider = complete_axes(replace(topology, name=wider.name, axes=wider.axes))
     if len(wider.axes) != len(topology.axes):
         return wider
-    plain = as_its_chip_has_it(topology).axes
+    plain = complete_axes(topology).axes
     axes = zip(wider.axes, topology.axes, plain, strict=True)
     return replace(wider, axes=tuple(new if own == was else replace(own, size=new.size) for new, own, was in axes))

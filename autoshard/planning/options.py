@@ -28,6 +28,8 @@ class Options:
     dims: Names | None = None
     shapes: tuple[Any, ...] = ()
     solver: Solver = "presolved"
+    padding: bool = False
+    tune: bool = False
 
     def limits(self) -> Limits:
         """The limits of the search."""

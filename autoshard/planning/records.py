@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from autoshard.annotating.padding import Padding, unpadded_shape
 from autoshard.errors import MissingProgramError
+from autoshard.planning.carriage import Carriage
 from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.tracing.pytrees import Nesting
 from costmodels.dimensions import Dimensions
@@ -21,7 +23,7 @@ class ArrayPlan:
     """One argument, closed-over constant or result: its path, its layout, and its bytes on one chip.
 
     `weak` marks a Python scalar, which has JAX's weak type. `order` has the dimensions from major to minor in memory; it
-    is empty for the device's default order.
+    is empty for the device's default order. `shape` includes the `padding` of its dimensions.
     """
 
     path: str
@@ -32,6 +34,12 @@ class ArrayPlan:
     donated: bool = False
     weak: bool = False
     order: tuple[int, ...] = ()
+    padding: tuple[Padding, ...] = ()
+
+    @property
+    def unpadded_shape(self) -> tuple[int, ...]:
+        """The shape of the array as the function has it."""
+        return unpadded_shape(self.shape, self.padding)
 
 
 def with_orders(arrays: Sequence[ArrayPlan], orders: Sequence[tuple[int, ...]]) -> tuple[ArrayPlan, ...]:
@@ -61,7 +69,8 @@ class PlannedCollective:
     """One collective of the plan.
 
     `bytes` is the payload per chip: the gathered result of an all-gather, the local operand otherwise. `count` executions
-    in one step take `seconds` together. `where` names the array, and the operation for which it is resharded.
+    in one step take `seconds` together, without the `hidden_seconds` that computation hides. `where` names the array, and the
+    operation for which it is resharded.
     """
 
     kind: str
@@ -70,6 +79,7 @@ class PlannedCollective:
     count: float
     seconds: float
     where: str
+    hidden_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,8 @@ class Estimate:
     """The cost of one step under the cost model, in seconds and bytes per chip.
 
     `compute_seconds` and `memory_seconds` are the two terms of the operations' rooflines, each summed over all operations.
-    `seconds` is the sum over operations of the larger term, plus all collectives.
+    `seconds` is the sum over operations of the larger term, plus all collectives. `collective_seconds` includes the local
+    slices of reshards, which `slices` lists: they send nothing, but read and write HBM.
     """
 
     seconds: float
@@ -88,6 +99,12 @@ class Estimate:
     peak_where: str
     budget_bytes: float
     collectives: tuple[PlannedCollective, ...]
+    slices: tuple[PlannedCollective, ...] = ()
+
+    @property
+    def slice_seconds(self) -> float:
+        """Seconds of all local slices."""
+        return sum(each.seconds for each in self.slices)
 
 
 @dataclass(frozen=True)
@@ -96,8 +113,9 @@ class OperationPlan:
 
     `einsum` writes the factors as letters (factor 0 is `a`, and so on), `sizes` their sizes and `splits` their mesh axes, in
     that order. `seconds` covers all its runs. `collective_seconds` covers the reshards of its operands and the reductions
-    inside it. `regime` is the largest term: "compute", "HBM", "communication" or "overhead". `runner_up` describes the
-    cheapest other strategy, with an upper bound on the extra step time.
+    inside it. `vector_seconds` is the time of loads and stores by the vector unit, `overhead_seconds` that of all starts.
+    `regime` is the largest term: "compute", "HBM", "vector unit", "communication" or "overhead". `runner_up` describes
+    the cheapest other strategy, with an upper bound on the extra step time.
     """
 
     name: str
@@ -117,6 +135,8 @@ class OperationPlan:
     runner_up: str = ""
     matmul: bool = False
     sizes: tuple[int, ...] = ()
+    vector_seconds: float = 0.0
+    overhead_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,9 @@ class PlanRecord:
     - `warnings`: assumptions and limitations of the plan, as sentences.
     - `program`, `dimensions`: the costed program, and its sizes by name, for formulas; `None` in plans from older files.
     - `baselines`: the baselines, if they were requested.
+    - `padding`: the padded dimensions of the function, each named by one of its occurrences.
     - `emission`: the emission choices that no rule decides, as `choose_formats` and `verify` found them best.
+    - `carriage`: what a compiler makes of the plan in each way to carry it, as `autoshard.carry` found it.
     """
 
     name: str
@@ -175,6 +197,13 @@ class PlanRecord:
     dimensions: Dimensions | None = field(default=None, repr=False)
     baselines: tuple[Baseline, ...] = ()
     emission: Emission = BY_DEFAULT
+    padding: tuple[Padding, ...] = ()
+    carriage: Carriage | None = None
+
+    @property
+    def sources(self) -> tuple[ArrayPlan, ...]:
+        """The arguments and the constants, in order."""
+        return (*self.arguments, *self.constants)
 
     def require_program(self) -> Program:
         """The costed program.

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from math import prod
 
 import numpy as np
 
+from autoshard.annotating.padding import Padding
 from autoshard.naming.strategy_names import strategy_name
 from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from autoshard.planning.runner_up import Alternatives
 from autoshard.tracing.blocks import Literal, Traced
 from costmodels.bottlenecks import regime
+from costmodels.machine.offered import not_offered
 from costmodels.machine.topology import Topology
-from costmodels.operations import OperationCost, hbm_traffic, price
+from costmodels.operations import OperationCost, cost_key, price
+from costmodels.program.grouped import grouped
 from costmodels.program.program import Operation, Program
-from search.answer.assignment import Choice, Collective, collectives, needed, produced, states_of
-from search.formulation.layouts import replicated, shards
+from search.answer.assignment import Choice, Collective, collectives, needed_layout, produced_layout, rings, states_of
+from search.formulation.layouts import replicated_layout, shards
 from search.formulation.problem import Problem
 from search.memory.constraints import rows
 from search.solve import Solution
@@ -25,47 +28,65 @@ from search.solve import Solution
 _COSTED = ("matmul", "memory", "fused")
 _MATTERS = 0.01
 """The fraction of all arguments' bytes from which an argument's indivisible dimension is worth a warning."""
+_WHY_WHOLE = dict.fromkeys(
+    ("random_bits", "rng_bit_generator"),
+    "threefry keys (jax.random.key(seed), with jax_threefry_partitionable) would be split",
+)
+"""Per primitive that no strategy can split: what would be split in its place."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # --- arrays
 
 
-def argument_plans(traced: Traced, solution: Solution, weak: Sequence[bool]) -> tuple[ArrayPlan, ...]:
+Paddings = Mapping[int, tuple[Padding, ...]]
+"""Per value the paddings of its dimensions."""
+
+
+def argument_plans(
+    traced: Traced, solution: Solution, weak: Sequence[bool], paddings: Paddings
+) -> tuple[ArrayPlan, ...]:
     """The records of the flat arguments."""
     program, donated = traced.program, {argument for argument, _ in traced.program.donated}
     return tuple(
-        _source(program, solution, at, path, i in donated, weak[i])
+        _source(program, solution, at, path, paddings, i in donated, weak[i])
         for i, (at, path) in enumerate(zip(program.arguments, traced.paths, strict=True))
     )
 
 
-def constant_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
+def constant_plans(traced: Traced, solution: Solution, paddings: Paddings) -> tuple[ArrayPlan, ...]:
     """The records of the arrays that the function closes over."""
     program = traced.program
-    return tuple(_source(program, solution, at, program.operations[at].name) for at in program.constants)
+    return tuple(_source(program, solution, at, program.operations[at].name, paddings) for at in program.constants)
 
 
 def _source(
-    program: Program, solution: Solution, at: int, path: str, donated: bool = False, weak: bool = False
+    program: Program,
+    solution: Solution,
+    at: int,
+    path: str,
+    paddings: Paddings,
+    donated: bool = False,
+    weak: bool = False,
 ) -> ArrayPlan:
     index = program.operations[at].outputs[0].value
-    value, layout = program.values[index], produced(program, solution.choice, index)
+    value, layout = program.values[index], produced_layout(program, solution.choice, index)
     held = value.bytes / shards(layout, solution.problem.topology.axis_sizes)
-    return ArrayPlan(path, value.shape, value.dtype, layout, held, donated, weak)
+    return ArrayPlan(path, value.shape, value.dtype, layout, held, donated, weak, padding=paddings.get(index, ()))
 
 
-def result_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
+def result_plans(traced: Traced, solution: Solution, paddings: Paddings) -> tuple[ArrayPlan, ...]:
     """The records of the flat results."""
     program, found = traced.program, []
     for path, at, atom in zip(traced.result_paths, program.results, traced.block.outputs, strict=True):
         if isinstance(atom, Literal):
             shape, dtype, size = np.shape(atom.value), str(atom.value.dtype), float(atom.value.nbytes)
-            layout = replicated(len(shape))
+            layout, padding = replicated_layout(len(shape)), ()
         else:
             value = program.values[atom]
             shape, dtype, size = value.shape, value.dtype, value.bytes
-            layout = needed(program, solution.choice, at, 0)
-        found.append(ArrayPlan(path, shape, dtype, layout, size / shards(layout, solution.problem.topology.axis_sizes)))
+            layout, padding = needed_layout(program, solution.choice, at, 0), paddings.get(atom, ())
+        held = size / shards(layout, solution.problem.topology.axis_sizes)
+        found.append(ArrayPlan(path, shape, dtype, layout, held, padding=padding))
     return tuple(found)
 
 
@@ -73,7 +94,7 @@ def result_plans(traced: Traced, solution: Solution) -> tuple[ArrayPlan, ...]:
 
 
 def estimate(solution: Solution) -> Estimate:
-    """The cost of a step, by the independent checker, with its collectives in program order."""
+    """The cost of a step, by the independent checker, with its collectives and local slices in program order."""
     problem, check = solution.problem, solution.check
     return Estimate(
         check.seconds,
@@ -83,23 +104,29 @@ def estimate(solution: Solution) -> Estimate:
         check.peak_bytes,
         problem.program.operations[check.peak_operation].name,
         problem.budget_bytes,
-        tuple(
-            PlannedCollective(
-                each.kind,
-                each.axes,
-                float(each.bytes),
-                float(each.count),
-                float(each.seconds),
-                _where(problem.program, each),
-            )
-            for each in solution.collectives
-        ),
+        _planned(problem.program, solution.collectives),
+        _planned(problem.program, solution.slices),
     )
 
 
-def _where(program: Program, collective: Collective) -> str:
+def _planned(program: Program, found: Iterable[Collective]) -> tuple[PlannedCollective, ...]:
+    return tuple(
+        PlannedCollective(
+            each.kind,
+            each.axes,
+            float(each.bytes),
+            float(each.count),
+            float(each.seconds),
+            _location(program, each),
+            float(each.hidden_seconds),
+        )
+        for each in found
+    )
+
+
+def _location(program: Program, collective: Collective) -> str:
     name = program.values[collective.value].name
-    if collective.operation < 0:
+    if collective.operation is None:
         return f"{name}, where it is made"
     op = program.operations[collective.operation]
     inside = any(use.value == collective.value for use in op.outputs)
@@ -117,17 +144,16 @@ def operation_plans(solution: Solution) -> tuple[OperationPlan, ...]:
     copies: dict[tuple, OperationPlan] = {}
     found = []
     for i, op in enumerate(problem.program.operations):
-        like = (problem.of_operation[i], hbm_traffic(problem.program, op))
+        like = (problem.of_operation[i], cost_key(problem.program, op))
         if like not in copies:
             copies[like] = _operation(problem, choice, i, others)
-        found.append(_of_this(copies[like], op, wire[i], problem.topology))
+        found.append(_copy_record(copies[like], op, wire[i]))
     return tuple(found)
 
 
-def _of_this(copy: OperationPlan, op: Operation, wire: float, topology: Topology) -> OperationPlan:
+def _copy_record(copy: OperationPlan, op: Operation, wire: float) -> OperationPlan:
     """The record of an operation, from that of an identical one."""
-    overhead = copy.count * topology.chip.op_overhead_seconds if copy.matmul else 0.0
-    bound = regime(copy.compute_seconds, copy.memory_seconds, wire, overhead)
+    bound = regime(copy.compute_seconds, copy.memory_seconds, copy.vector_seconds, wire, copy.overhead_seconds)
     return replace(copy, name=op.name, source=op.source, collective_seconds=wire, regime=bound)
 
 
@@ -135,7 +161,7 @@ def _collective_seconds(program: Program, planned: Iterable[Collective]) -> list
     """Per operation the seconds of the collectives on its operands and inside it, and of a reshard directly after it."""
     found = [0.0] * len(program.operations)
     for each in planned:
-        at = each.operation if each.operation >= 0 else program.producers[each.value][0]
+        at = program.producers[each.value][0] if each.operation is None else each.operation
         found[at] += float(each.seconds)
     return found
 
@@ -171,11 +197,12 @@ def _totals(program: Program, topology: Topology, choice: Choice, i: int) -> dic
     if op.op_class not in _COSTED:
         return {f.name: 0.0 for f in fields(OperationCost)}
     pieces = np.array([[float(prod(topology.axis_sizes[axis] for axis in split)) for split in strategy.splits]])
-    cost = price(program, op, pieces.reshape(1, len(op.factors)), topology.chip)
+    shards, pricing = pieces.reshape(1, len(op.factors)), topology.pricing
+    cost = price(program, op, shards, topology.chip, pricing.asynchronous, pricing.expert_load)
     return {f.name: program.multiplicity(op.region) * float(getattr(cost, f.name)[0]) for f in fields(OperationCost)}
 
 
-def repriced(
+def reprice_operations(
     program: Program, topology: Topology, choice: Choice, planned: Sequence[OperationPlan]
 ) -> tuple[OperationPlan, ...]:
     """Planned operations with their costs in another program or on another topology, under the same choice."""
@@ -207,11 +234,28 @@ def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
     return (
         *problem.program.warnings,
         *_indivisible(traced, problem),
-        *_assumed(problem.topology),
-        *_looped(solution),
-        *_unproven(solution),
+        *_whole(solution),
+        *filter(None, [not_offered(problem.topology)]),
+        *_assumptions(problem.topology),
+        *_expert_notes(solution),
+        *_overlap_notes(traced, solution),
+        *proof_warnings(solution),
         *(f"The checker found a fault: {fault}." for fault in solution.check.faults),
     )
+
+
+def _expert_notes(solution: Solution) -> Iterator[str]:
+    """The assumption about the router, if groups of rows are split over chips."""
+    program, choice, load = solution.problem.program, solution.choice, solution.problem.topology.pricing.expert_load
+    axes: dict[str, None] = {}
+    for op, strategy in zip(program.operations, choice.strategies, strict=True):
+        if groups := grouped(op):
+            axes |= dict.fromkeys(strategy.splits[groups.groups])
+    if axes:
+        yield (
+            f"experts are split over {''.join(axes)}: the costs assume that no chip has more than {load:g} times the mean rows"
+            " (expert_load). More take longer, and the results are the same."
+        )
 
 
 def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:
@@ -226,7 +270,7 @@ def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:
             continue
         for i, n in enumerate(array.shape):
             no = {name: size for name, size in sizes.items() if n % size}
-            if n >= min(no.values(), default=n + 1) and not _held_whole(program, value, i):
+            if n >= min(no.values(), default=n + 1) and not _is_replicated(program, value, i):
                 if len(no) == len(sizes):
                     yield f"{path} has dimension {i} of {n}, which no mesh axis divides: it stays whole."
                 else:
@@ -234,7 +278,7 @@ def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:
                     yield f"{path} has dimension {i} of {n}, which {axes} cannot divide."
 
 
-def _held_whole(program: Program, value: int, dimension: int) -> bool:
+def _is_replicated(program: Program, value: int, dimension: int) -> bool:
     """Whether every use keeps the dimension whole, such as a loop that takes slices along it."""
     uses = [program.operations[at].inputs[k].dims[dimension] for at, k in program.consumers.get(value, ())]
     at = [at for at, _ in program.consumers.get(value, ())]
@@ -244,23 +288,50 @@ def _held_whole(program: Program, value: int, dimension: int) -> bool:
     )
 
 
-def _assumed(topology: Topology) -> Iterator[str]:
+def _whole(solution: Solution) -> Iterator[str]:
+    """Operations that no strategy can split, with their share of the step: operations, slices of the results, and bytes."""
+    program, topology, check = solution.problem.program, solution.problem.topology, solution.check
+    if topology.size == 1:
+        return
+    sliced: dict[int, float] = {}
+    for each in solution.slices:
+        sliced[each.value] = sliced.get(each.value, 0.0) + float(each.seconds)
+    for op in program.operations:
+        if op.op_class not in _COSTED or any(factor.kind != "whole" and factor.size > 1 for factor in op.factors):
+            continue
+        once = price(program, op, np.ones((1, len(op.factors))), topology.chip)
+        seconds = float(once.seconds[0]) * program.multiplicity(op.region)
+        seconds += sum(sliced.get(use.value, 0.0) for use in op.outputs)
+        made = sum(program.values[use.value].bytes for use in op.outputs)
+        if seconds >= _MATTERS * check.seconds or made >= _MATTERS * solution.problem.budget_bytes:
+            hint = f"; {_WHY_WHOLE[op.primitive]}" if op.primitive in _WHY_WHOLE else ""
+            yield (
+                f"{op.name} is computed whole on every chip: {seconds * 1e3:.4g} ms of the step's {check.seconds * 1e3:.4g},"
+                f" {made / 2**20:.4g} MiB of results per chip{hint}."
+            )
+
+
+def _assumptions(topology: Topology) -> Iterator[str]:
     used = {name: c for name, c in topology.chip.constants.items() if name not in topology.unused_constants}
     names = [name for name, constant in used.items() if constant.status == "assumed"]
     if names:
         yield f"Of the constants of {topology.chip.name}, {', '.join(names)} {'is' if len(names) == 1 else 'are'} assumed."
 
 
-def _looped(solution: Solution) -> Iterator[str]:
+def _overlap_notes(traced: Traced, solution: Solution) -> Iterator[str]:
     hidden = sum(each.hidden_seconds for each in solution.collectives)
-    if hidden:
+    if hidden and solution.problem.topology.pricing.looped:
         yield (
-            f"{hidden * 1e3:.4g} ms of collectives are costed as hidden by looped einsums. The emitted program does not"
-            " loop; if the compiler does not overlap them, the step takes that much longer."
+            f"{hidden * 1e3:.4g} ms of collectives are costed as hidden by rings of permutes beside their matmuls. If the"
+            " compiler does not overlap them, the step takes that much longer; an audit shows it."
         )
+    for at, ring in rings(solution.problem.program, solution.problem.topology, solution.choice).items():
+        if (at, ring.side) in traced.masks:
+            name = solution.problem.program.operations[at].name
+            yield f"{name} is costed with a ring, but its padded operand is gathered at once, as padding must be masked."
 
 
-def _unproven(solution: Solution) -> Iterator[str]:
+def proof_warnings(solution: Solution) -> Iterator[str]:
     proof = solution.proof
     if proof.status != "OPTIMAL":
         yield (

@@ -1,17 +1,32 @@
-"""The search of an annotated function, with errors that name its arrays and pins."""
+"""The search of an annotated function, with errors that name its arrays and pins, and the choice among programs for it."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
-from autoshard.planning.infeasibility import conflict, explained
+from autoshard.planning.infeasibility import conflict, explain_infeasible
 from autoshard.planning.options import Options
 from autoshard.rules.pin import PinError
 from costmodels.machine.topology import Topology
 from search.solve import NoPlan, Solution, search
 
 LOG = logging.getLogger("autoshard")
+LEAST_GAIN = 0.001
+"""The fraction of a step that another program must save, padded or with chains, to replace the function as it is written.
+
+Both plans are proven; of two that are nearly equal, the simpler one is kept.
+"""
+
+
+@dataclass(frozen=True)
+class ProgramChoice:
+    """The chosen program of a function, its solution, and sentences about the choice."""
+
+    function: AnnotatedFunction
+    solution: Solution
+    notes: tuple[str, ...] = ()
 
 
 def solve(function: AnnotatedFunction, topology: Topology, options: Options) -> Solution:
@@ -23,4 +38,13 @@ def solve(function: AnnotatedFunction, topology: Topology, options: Options) -> 
         return search(function.program, topology, options.limits(), options.progress or LOG.info, fold=options.fold)
     except NoPlan as error:
         clash = conflict(function.program, function.pinned, topology, options.limits())
-        raise (PinError(clash) if clash else explained(error)) from error
+        raise (PinError(clash) if clash else explain_infeasible(error)) from error
+
+
+def solve_below(function: AnnotatedFunction, topology: Topology, options: Options, cutoff: float) -> Solution | None:
+    """The best layout of a function, if it takes less than `cutoff` seconds; None if no plan that fits does."""
+    limits, say = options.limits(), options.progress or LOG.info
+    try:
+        return search(function.program, topology, limits, say, fold=options.fold, cutoff=cutoff)
+    except NoPlan:
+        return None

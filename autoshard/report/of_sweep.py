@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from autoshard._util.identity import IdentityMap
 from autoshard.sweep.analysis.advice import advice_of
-from autoshard.sweep.analysis.answers import answers, limits_text, uncomparable
+from autoshard.sweep.analysis.answers import RESTS_ON, answers, limits_text, uncomparable
 from autoshard.sweep.analysis.frontier import frontier, negative_mfu, switches
 from autoshard.sweep.analysis.rows import Part, Row, SweepResult
 from autoshard.sweep.results import SOLVED
@@ -15,8 +16,17 @@ _SERIES = 6
 """The maximum number of curves of a chart."""
 
 
-def data_of(sweep: SweepResult) -> dict[str, Any]:
-    """The data of a sweep's page, with its rows."""
+Links = Mapping[tuple[str, str], str]
+"""The pages of plans, by the key of their point and their phase."""
+
+
+def sweep_page_data(sweep: SweepResult, links: Links | None = None) -> dict[str, Any]:
+    """The data of a sweep's page, with its rows.
+
+    **Arguments:**
+
+    - `links`: the pages to which points link.
+    """
     solved = sweep.solved
     unproven = sum(row.status != "OPTIMAL" for row in solved)
     return {
@@ -29,8 +39,8 @@ def data_of(sweep: SweepResult) -> dict[str, Any]:
         "currency": sweep.currency,
         "limits": limits_text(sweep),
         "answers": [each.words for each in answers(sweep)],
-        "notes": [each for each in (uncomparable(sweep),) if each],
-        "phases": [_phase(sweep, phase) for phase in sweep.phases if sweep.of(phase)],
+        "notes": [each for each in (uncomparable(sweep), RESTS_ON) if each],
+        "phases": [_phase(sweep, phase, links or {}) for phase in sweep.phases if sweep.of(phase)],
         "without": [
             {"phase": row.phase, "name": row.name, "outcome": row.outcome, "why": row.why}
             for row in sweep.rows
@@ -44,11 +54,11 @@ def _span(rows: tuple[Row, ...]) -> str:
     return f"{counts[0]} to {counts[-1]} chips" if len(counts) > 1 else f"{counts[0]} chips" if counts else "none"
 
 
-def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
+def _phase(sweep: SweepResult, phase: str, links: Links) -> dict[str, Any]:
     rows = sweep.of(phase)
     parts = sweep.parts(phase)
-    best = {id(row) for part in parts for row in frontier(part.rows)}
-    best_mfu = {id(row) for part in parts for row in frontier(part.rows, negative_mfu)}
+    best = IdentityMap((row, None) for part in parts for row in frontier(part.rows))
+    best_mfu = IdentityMap((row, None) for part in parts for row in frontier(part.rows, negative_mfu))
     return {
         "name": phase,
         "kind": rows[0].kind,
@@ -58,7 +68,7 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
         ],
         "series": series_of(rows, sweep.per),
         "priced": any(row.price is not None for row in rows),
-        "points": [_point(row, id(row) in best, id(row) in best_mfu) for row in _best_first(rows, best)],
+        "points": [_point(row, row in best, row in best_mfu, links) for row in _best_first(rows, best)],
         "switches": [
             {"before": sweep.label(each.before), "after": sweep.label(each.after), "changes": list(each.changes)}
             for part in parts
@@ -67,10 +77,10 @@ def _phase(sweep: SweepResult, phase: str) -> dict[str, Any]:
     }
 
 
-def _best_first(rows: tuple[Row, ...], best: set[int]) -> list[Row]:
+def _best_first(rows: tuple[Row, ...], best: Container[Row]) -> list[Row]:
     """The frontier, the fastest first, followed by the rest in the job's order."""
-    chosen = sorted((row for row in rows if id(row) in best), key=lambda row: row.latency_seconds)
-    return [*chosen, *(row for row in rows if id(row) not in best)]
+    chosen = sorted((row for row in rows if row in best), key=lambda row: row.latency_seconds)
+    return [*chosen, *(row for row in rows if row not in best)]
 
 
 def _ends(part: Part) -> list[tuple[str, Row]]:
@@ -110,7 +120,7 @@ def series_name(row: Row, keys: Sequence[str]) -> str:
     return ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in values)
 
 
-def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:
+def _point(row: Row, best: bool, best_mfu: bool, links: Links) -> dict[str, Any]:
     return {
         "name": row.name,
         "topology": row.topology,
@@ -121,6 +131,8 @@ def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:
         "cost": row.chip_seconds_per_token,
         "price": row.price,
         "mfu": row.mfu,
+        "slowdown": row.slowdown,
+        "rate": row.tokens_per_second / row.chips if row.chips else 0.0,
         "memory": row.peak_bytes / row.budget_bytes,
         "collectives": row.collective_seconds / row.seconds,
         "phases": dict(row.phase_seconds),
@@ -128,6 +140,7 @@ def _point(row: Row, best: bool, best_mfu: bool) -> dict[str, Any]:
         "gap": row.gap,
         "headline": row.headline,
         "layout": {phase: dict(layout) for phase, layout in row.layout.items()},
+        "pages": {phase: links[row.key, phase] for phase in row.phase_seconds if (row.key, phase) in links},
         "best": best,
         "best_mfu": best_mfu,
     }

@@ -24,11 +24,11 @@ def save_frontier(sweep: SweepResult, path: str | PathLike[str]) -> None:
     figure = Figure(figsize=(width * max(len(phases), 1), height), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, phase in zip(figure.subplots(1, max(len(phases), 1), squeeze=False)[0], phases, strict=False):
-        _panel(axes, sweep, phase)
+        draw_panel(axes, sweep, phase)
     figure.savefig(path, dpi=150)
 
 
-def _panel(axes: Any, sweep: SweepResult, phase: str) -> None:
+def draw_panel(axes: Any, sweep: SweepResult, phase: str) -> None:
     rows = sweep.of(phase)
     cost, keys = cost_among(rows), series_of(rows, sweep.per)
     scale = 1.0 if cost is money else 1e3
@@ -43,9 +43,13 @@ def _panel(axes: Any, sweep: SweepResult, phase: str) -> None:
         axes.plot(*places(group), ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
         best = frontier(group, cost)
         axes.plot(*places(best), "-o", color=color, markersize=4, linewidth=1.4, label=name or "frontier")
-    per = f"{sweep.currency} a million tokens" if cost is money else "chip-ms a token"
+    per = f"{sweep.currency} per million tokens" if cost is money else "chip-ms per token"
     axes.set(xscale="log", yscale="log", title=phase, ylabel=f"cost, {per}")
-    kinds = {"decode": "latency a token, ms", "prefill": "time to first token, ms", REQUEST: "latency of a request, ms"}
+    kinds = {
+        "decode": "latency per token, ms",
+        "prefill": "time to first token, ms",
+        REQUEST: "latency of a request, ms",
+    }
     axes.set_xlabel(kinds.get(rows[0].kind, "latency of a step, ms"))
     axes.grid(which="both", linewidth=0.3, alpha=0.5)
     axes.legend(fontsize=8)

@@ -10,6 +10,8 @@ from autoshard.rules import random as random
 from autoshard.rules import registered as registered
 from autoshard.rules import shape as shape
 from autoshard.rules import window as window
+from autoshard.rules.kernels import named_kernel as named_kernel
+from autoshard.rules.kernels import rule_of_equation as rule_of_equation
 from autoshard.rules.rule import Factors as Factors
 from autoshard.rules.rule import Rule as Rule
 from autoshard.rules.rule import register as register

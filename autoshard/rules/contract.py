@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from autoshard.rules.rule import Factors, Pieces, Rule, register
-from costmodels.program.program import FactorKind
+from costmodels.program.program import FactorKind, Output
 
 
 @register("dot_general")
@@ -32,7 +32,7 @@ def dot_general(inputs, outputs, *, dimension_numbers, **_):
         left[i] = right[j] = factors.new(lhs.shape[i], "sum")
     sides = tuple(tuple((found[i],) for i in range(len(found))) for found in (left, right))
     dims = tuple((i,) for i in result)
-    return Rule(factors.done(), sides, (dims,), op_class="matmul", traffic=(0, 1, -1), flops_per_point=2.0)
+    return Rule(factors.done(), sides, (dims,), op_class="matmul", traffic=(0, 1, Output()), flops_per_point=2.0)
 
 
 def _reduce(inputs, outputs, axes, kind):
@@ -153,7 +153,7 @@ def sort(inputs, outputs, *, dimension, **_):
     factors = Factors()
     dims = factors.each(inputs[0].shape, whole=[dimension])
     sides = (dims,) * len(inputs)
-    return Rule(factors.done(), sides, sides, op_class="memory", traffic=(0, -1))
+    return Rule(factors.done(), sides, sides, op_class="memory", traffic=(0, Output()))
 
 
 def _top(inputs, outputs, axis, kind: FactorKind, local=None):
@@ -168,7 +168,7 @@ def _top(inputs, outputs, axis, kind: FactorKind, local=None):
         (dims,),
         (kept,) * len(outputs),
         op_class="memory",
-        traffic=(0, -1),
+        traffic=(0, Output()),
         flops_per_point=0.0,
         local=local,
     )
@@ -186,13 +186,13 @@ def _local_top_k(eqn, rule: Rule, pieces: Pieces, operand):
     values, places = eqn.primitive.bind(operand, **eqn.params)
     for factor in _split_gathered_factors(rule, pieces):
         places = places + pieces.start(factor).astype(places.dtype)
-        every, at = (_in_a_row(pieces.gathered(factor, each), axis) for each in (values, places))
+        every, at = (_concatenate_blocks(pieces.gathered(factor, each), axis) for each in (values, places))
         values, best = eqn.primitive.bind(every, **eqn.params)
         places = jnp.take_along_axis(at, best, axis)
     return [values, places]
 
 
-def _in_a_row(stacked, axis: int):
+def _concatenate_blocks(stacked, axis: int):
     """Arrays stacked in a leading dimension, concatenated along `axis`."""
     moved = jnp.moveaxis(stacked, 0, axis)
     shape = moved.shape

@@ -35,7 +35,7 @@ class Einsum:
     def __str__(self) -> str:
         return " -> ".join(", ".join(map(_names_text, side)) for side in (self.inputs, self.outputs))
 
-    def batched(self, inputs: Sequence[bool]) -> Einsum:
+    def batch(self, inputs: Sequence[bool]) -> Einsum:
         """The rule with a new leading dimension for the marked operands and for every result."""
         known = {name for array in (*self.inputs, *self.outputs) for dim in array for name in dim}
         new = next(name for k in range(len(known) + 1) if (name := f"batch{k}") not in known)

@@ -9,7 +9,7 @@ abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil c
 erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow is_finite le le_to lgamma log log1p log2
 logistic lt lt_to max min ne nextafter not one_minus_square or polygamma population_count pow
 regularized_incomplete_beta rem round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
-tan tanh threefry2x32 xor zeta
+tan tanh xor zeta
 """.split()
 LINEAR = "conj copy imag name neg real reduce_precision stop_gradient".split()
 MARKERS = """
@@ -17,7 +17,7 @@ autoshard_pin device_put layout_constraint pvary reshard shard_map_layout shardi
 """.split()
 
 
-def _pointwise(inputs, outputs, linear=(), **fields) -> Rule:
+def pointwise(inputs, outputs, linear=(), **fields) -> Rule:
     """`[a,b],[a,1] -> [a,b]`; dimensions of size 1 are broadcast, scalars have none."""
     factors = Factors()
     shape = outputs[0].shape
@@ -32,13 +32,13 @@ def _pointwise(inputs, outputs, linear=(), **fields) -> Rule:
 @register(*NONLINEAR)
 def nonlinear(inputs, outputs, **_):
     """Any elementwise function: partial sums may not pass."""
-    return _pointwise(inputs, outputs)
+    return pointwise(inputs, outputs)
 
 
 @register(*LINEAR)
 def linear(inputs, outputs, **_):
     """$f(a + b) = f(a) + f(b)$: a partial sum passes."""
-    return _pointwise(inputs, outputs, (frozenset({0}),))
+    return pointwise(inputs, outputs, (frozenset({0}),))
 
 
 @register(*MARKERS)
@@ -47,7 +47,7 @@ def marker(inputs, outputs, **_):
     if len(inputs) > 1:  # one device_put of several arrays
         return _several(inputs)
     linear = (frozenset({0}),)
-    return _pointwise(inputs, outputs, linear, flops_per_point=0.0, local=_local_marker)
+    return pointwise(inputs, outputs, linear, flops_per_point=0.0, local=_local_marker)
 
 
 def _several(arrays) -> Rule:
@@ -82,22 +82,22 @@ def bitcast(inputs, outputs, **_):
 @register("add", "add_any", "sub", "complex")
 def add(inputs, outputs, **_):
     """A sum of two partial sums is a partial sum; both must be partial."""
-    return _pointwise(inputs, outputs, (frozenset({0, 1}),))
+    return pointwise(inputs, outputs, (frozenset({0, 1}),))
 
 
 @register("mul")
 def mul(inputs, outputs, **_):
     """A product is linear in either operand."""
-    return _pointwise(inputs, outputs, (frozenset({0}), frozenset({1})))
+    return pointwise(inputs, outputs, (frozenset({0}), frozenset({1})))
 
 
 @register("div")
 def div(inputs, outputs, **_):
     """A quotient is linear in its numerator, except for integers, which are rounded."""
-    return _pointwise(inputs, outputs, (frozenset({0}),) if inexact(outputs[0]) else ())
+    return pointwise(inputs, outputs, (frozenset({0}),) if inexact(outputs[0]) else ())
 
 
 @register("select_n")
 def select(inputs, outputs, **_):
     """A choice among cases is linear in all of them together."""
-    return _pointwise(inputs, outputs, (frozenset(range(1, len(inputs))),))
+    return pointwise(inputs, outputs, (frozenset(range(1, len(inputs))),))

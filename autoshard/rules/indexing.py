@@ -15,7 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
 from autoshard.rules.shape import cut_dims, element, shift, single_elements, window_dims
-from costmodels.program.program import FactorKind
+from costmodels.program.program import FactorKind, Output
 
 # --- Slices at a traced start
 
@@ -40,7 +40,7 @@ def _own_starts(rule: Rule, pieces: Pieces, window, starts) -> tuple[list, list]
             own[i] = jnp.clip(_to_signed(starts[i]), 0, room) - pieces.start(dim[0])
         elif any(pieces.is_split(f) for f in dim):
             own[i] = jnp.int32(0)
-    return _alike(own), here
+    return _to_one_dtype(own), here
 
 
 def _to_signed(index):
@@ -51,7 +51,7 @@ def _to_signed(index):
     return index if index.dtype.itemsize > 4 else index.astype(np.int32)
 
 
-def _alike(starts) -> list:
+def _to_one_dtype(starts) -> list:
     """Starts of one dtype; JAX refuses a mixture."""
     if len({jnp.asarray(start).dtype for start in starts}) < 2:
         return starts
@@ -128,6 +128,7 @@ def dynamic_update_slice(inputs, outputs, **_):
         factors.done(),
         (left, right, *starts),
         (left,),
+        linear=(frozenset({0, 1}),),
         op_class="memory",
         traffic=(1, 1),
         flops_per_point=0.0,
@@ -170,7 +171,7 @@ def _localise(rule: Rule, pieces: Pieces, split: Mapping[int, int], indices) -> 
         start = lax.convert_element_type(pieces.start(factor), indices.dtype)
         local, size = columns[i] - start, pieces.size(factor)
         outside.append((columns[i] < 0) | (columns[i] >= rule.factors[factor].size))
-        inside = (local >= 0) & (local < size)
+        inside = (local >= 0) & (local < size) & (columns[i] < rule.factors[factor].size)  # a shard may be padded
         here.append(inside)
         first.append(start == 0)
         columns[i] = jnp.where(inside, local, jnp.full_like(local, size))
@@ -217,7 +218,7 @@ def gather(inputs, outputs, *, dimension_numbers, slice_sizes, mode, **_):
         (result,),
         (frozenset({0}),) if mode != lax.GatherScatterMode.FILL_OR_DROP and summable(operand) else (),
         op_class="memory",
-        traffic=(1, -1, -1),
+        traffic=(1, Output(), Output()),
         flops_per_point=0.0,
         local=_local_gather,
     )
@@ -226,7 +227,7 @@ def gather(inputs, outputs, *, dimension_numbers, slice_sizes, mode, **_):
 def _local_gather(eqn, rule: Rule, pieces: Pieces, operand, indices):
     params, shape = dict(eqn.params), eqn.invars[0].aval.shape
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    window = [min(n, k) if n == m else n for n, m, k in zip(sizes, shape, operand.shape, strict=True)]
+    window = [k if n == m else n for n, m, k in zip(sizes, shape, operand.shape, strict=True)]
     params["slice_sizes"] = tuple(window)
     split = _column_factors(rule, pieces, numbers.start_index_map, _single_row_dims(numbers, sizes))
     if not split:

@@ -1,4 +1,5 @@
-"""Rules of matrix decompositions and Fourier transforms: each matrix or signal is whole, batches may be split.
+"""Rules of matrix decompositions, solves and Fourier transforms: matrices and signals are whole; batches and right-hand
+sides may be split.
 
 Operation counts are those of the textbook algorithms (Golub and Van Loan, "Matrix Computations", 4th edition; the transform
 by Cooley and Tukey), on the vector unit; dependent iterations take longer than that.
@@ -6,15 +7,21 @@ by Cooley and Tukey), on the vector unit; dependent iterations take longer than 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import log2, prod
 from typing import Any
 
 from autoshard.rules.rule import Factors, Rule, register
+from costmodels.program.program import Output
 
 
 def _batch_rule(
-    inputs: Sequence[Any], outputs: Sequence[Any], rank: int, flops: float, linear: Sequence[int] = ()
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    rank: int,
+    flops: float,
+    linear: Sequence[int] = (),
+    columns: int | None = None,
 ) -> Rule:
     """A rule with a free batch: the last `rank` dimensions of the first operand, and the rest of all other arrays, are whole.
 
@@ -22,10 +29,19 @@ def _batch_rule(
 
     - `flops`: of one element of the batch.
     - `linear`: the operands that may be partial sums, one at a time.
+    - `columns`: the dimension, from the end, of the last operand and of the result along which right-hand sides lie side
+      by side; each is solved alone, so it may be split.
     """
     factors = Factors()
     batch = factors.each(inputs[0].shape[: inputs[0].ndim - rank])
-    uses = [(*batch, *((factors.new(n, "whole"),) for n in array.shape[len(batch) :])) for array in (*inputs, *outputs)]
+    shared = None if columns is None else factors.new(outputs[0].shape[columns])
+
+    def own(k: int, array: Any) -> Iterator[tuple[int, ...]]:
+        for i, n in enumerate(array.shape[len(batch) :], len(batch) - array.ndim):
+            side_by_side = i == columns and k >= len(inputs) - 1
+            yield (factors.new(n, "whole") if shared is None or not side_by_side else shared,)
+
+    uses = [(*batch, *own(k, array)) for k, array in enumerate((*inputs, *outputs))]
     found, given = factors.done(), len(inputs)
     points = prod(factor.size for factor in found[len(batch) :])
     return Rule(
@@ -34,7 +50,7 @@ def _batch_rule(
         tuple(uses[given:]),
         linear=tuple(frozenset({operand}) for operand in linear),
         op_class="memory",
-        traffic=(*range(given), *range(-len(outputs), 0)),
+        traffic=(*range(given), *map(Output, reversed(range(len(outputs))))),
         flops_per_point=flops / max(points, 1),
     )
 
@@ -74,9 +90,10 @@ for _name, _count in _COUNTS.items():
 
 
 @register("triangular_solve")
-def triangular_solve(inputs, outputs, **_):
-    """`[a,b,c],[a,d,e] -> [a,f,g]`, whole except the batch: $n^2$ for each right-hand side, linear in the right-hand sides."""
-    return _batch_rule(inputs, outputs, 2, float(prod(inputs[1].shape[-2:]) * inputs[0].shape[-1]), linear=[1])
+def triangular_solve(inputs, outputs, *, left_side, **_):
+    """`[a,b,c],[a,d,e] -> [a,f,e]`: $n^2$ for each right-hand side, linear in these; they and the batch may be split."""
+    work = float(prod(inputs[1].shape[-2:]) * inputs[0].shape[-1])
+    return _batch_rule(inputs, outputs, 2, work, linear=[1], columns=-1 if left_side else -2)
 
 
 @register("lu_pivots_to_permutation")
@@ -87,5 +104,5 @@ def lu_pivots_to_permutation(inputs, outputs, **_):
 
 @register("tridiagonal_solve")
 def tridiagonal_solve(inputs, outputs, **_):
-    """Three diagonals `[a,b]` and right-hand sides `[a,c,d]`: about $8 n$ for each of these."""
-    return _batch_rule(inputs, outputs, 1, 8.0 * prod(inputs[3].shape[-2:]), linear=[3])
+    """Three diagonals `[a,b]` and right-hand sides `[a,c,d]`, which may be split along `d`: about $8 n$ for each."""
+    return _batch_rule(inputs, outputs, 1, 8.0 * prod(inputs[3].shape[-2:]), linear=[3], columns=-1)

@@ -43,11 +43,11 @@ def _local_concatenate(eqn, rule: Rule, pieces: Pieces, *operands):
     for sent in rounds:
         sender = {each.to: each for each in sent}
         part = lax.dynamic_index_in_dim(
-            parts, _at([sender[chip].part for chip in range(len(sent))], own), keepdims=False
+            parts, _own_entry([sender[chip].part for chip in range(len(sent))], own), keepdims=False
         )
         received.append(pieces.permuted(factor, part, [(each.to, each.chip) for each in sent]))
     slots = _turns(rounds, lambda each: (each.chip, each.slot))
-    return [lax.concatenate(_in_turn(received, slots, own), axis)]
+    return [lax.concatenate(_order_received(received, slots, own), axis)]
 
 
 def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
@@ -59,11 +59,11 @@ def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
     factor, rounds, own = found
     size, received = pieces.size(factor), []
     for sent in rounds:
-        at = _at([each.slot * size for each in sent], own)
+        at = _own_entry([each.slot * size for each in sent], own)
         block = lax.dynamic_slice_in_dim(operand, at, size, axis, allow_negative_indices=False)
         received.append(pieces.permuted(factor, block, [(each.chip, each.to) for each in sent]))
     parts = _turns(rounds, lambda each: (each.to, each.part))
-    return _in_turn(received, parts, own)
+    return _order_received(received, parts, own)
 
 
 def _find_exchange(rule: Rule, pieces: Pieces, factor: int):
@@ -76,7 +76,7 @@ def _find_exchange(rule: Rule, pieces: Pieces, factor: int):
     return factor, exchange(rule.factors[joined[1]].size, chips), own
 
 
-def _at(table: Sequence[int], own):
+def _own_entry(table: Sequence[int], own):
     """This chip's entry of a table with one for each."""
     return lax.dynamic_index_in_dim(np.asarray(table, np.int32), own, keepdims=False)
 
@@ -87,10 +87,10 @@ def _turns(rounds, block: Callable[[Sent], tuple[int, int]]) -> list[list[int]]:
     return [[known[chip, k] for chip in range(len(rounds[0]))] for k in range(len(rounds))]
 
 
-def _in_turn(received: Sequence, tables: Sequence[Sequence[int]], own) -> list:
+def _order_received(received: Sequence, tables: Sequence[Sequence[int]], own) -> list:
     """The received blocks, in the order of each chip's tables of rounds."""
     stacked = jnp.stack(received)
-    return [lax.dynamic_index_in_dim(stacked, _at(table, own), keepdims=False) for table in tables]
+    return [lax.dynamic_index_in_dim(stacked, _own_entry(table, own), keepdims=False) for table in tables]
 
 
 @register("concatenate")

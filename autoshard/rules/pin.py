@@ -10,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from autoshard.errors import AutoshardError
+from autoshard.errors import OptionError
 from costmodels.program.program import Pinned
 
 PIN = "autoshard_pin"
@@ -18,7 +18,7 @@ Pins = Mapping[str, PartitionSpec] | Sequence[Any]
 """Patterns over dotted paths with their specs, or one tree of specs (or `None`: free) per argument."""
 
 
-class PinError(AutoshardError):
+class PinError(OptionError):
     """Raised for a pin that matches nothing, cannot hold, or contradicts another pin."""
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core as jex
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 
 from autoshard.rules.rule import Dims, Factors, Pieces, Rule, register, whole_rule
+from costmodels.program.grouped import CHAIN
+from costmodels.program.program import Output
 
 
 @register("ragged_dot_general")
@@ -43,7 +55,7 @@ def ragged_dot(inputs, outputs, *, ragged_dot_dimension_numbers, group_offset=No
         (tuple((i,) for i in result),),
         (frozenset({0}), frozenset({1})),
         op_class="matmul",
-        traffic=(0, 1, -1),
+        traffic=(0, 1, Output()),
         flops_per_point=2.0
         / max(1, sizes.shape[-1]) ** 2,  # each row meets one group's matrix; the counts are not a loop
         local=_local_ragged_dot,
@@ -67,7 +79,7 @@ def _local_ragged_dot(eqn, rule: Rule, pieces: Pieces, lhs, rhs, sizes):
     (rows,) = rule.inputs[0][ragged]
     groups = rule.inputs[2][-1][0] - 1  # created just before the factor of the counts
     if pieces.is_split(rows) or pieces.is_split(groups):
-        sizes = _within(sizes, pieces.start(rows), pieces.size(rows))
+        sizes = _rows_within(sizes, pieces.start(rows), pieces.size(rows))
     if not pieces.is_split(groups):
         return [eqn.primitive.bind(lhs, rhs, sizes, **eqn.params)]
     ends = jnp.cumsum(sizes, dtype=np.int32)
@@ -77,14 +89,14 @@ def _local_ragged_dot(eqn, rule: Rule, pieces: Pieces, lhs, rhs, sizes):
     lhs = jnp.roll(lhs, -before, ragged)
     if ragged in lhs_sum:
         at = int(rhs_sum[list(lhs_sum).index(ragged)])
-        rhs = _first(jnp.roll(rhs, -before, at), count, at)
-        return [eqn.primitive.bind(_first(lhs, count, ragged), rhs, own, **eqn.params)]
+        rhs = _mask_after(jnp.roll(rhs, -before, at), count, at)
+        return [eqn.primitive.bind(_mask_after(lhs, count, ragged), rhs, own, **eqn.params)]
     found = eqn.primitive.bind(lhs, rhs, own, **eqn.params)
     at = rule.outputs[0].index((rows,))
-    return [jnp.roll(_first(found, count, at), before, at)]
+    return [jnp.roll(_mask_after(found, count, at), before, at)]
 
 
-def _within(sizes, start, count: int):
+def _rows_within(sizes, start, count: int):
     """The number of rows of each group among the `count` rows from `start` on."""
     ends = jnp.cumsum(sizes, axis=-1, dtype=np.int32)
     begins = ends - sizes.astype(np.int32)
@@ -92,7 +104,170 @@ def _within(sizes, start, count: int):
     return inside.astype(sizes.dtype)
 
 
-def _first(array, count, dim: int):
+def _mask_after(array, count, dim: int):
     """The first `count` elements along a dimension, followed by zeros."""
     place = lax.broadcasted_iota(np.int32, array.shape, dim)
     return jnp.where(place < count, array, jnp.zeros_like(array))
+
+
+# --- Chains: grouped matmuls with elementwise work between them
+
+ROWS, HIDDEN, MADE, INDEX = "rows", "hidden", "made", "index"
+"""Parts of operands with rows: `[m,e]`; `[m,f]` and `[m,n]` of elementwise work; `[m,1]`, numbers of tokens."""
+TOKENS, MATRIX, LAST, SIZES, SCALAR = "tokens", "matrix", "last", "sizes", "scalar"
+"""Parts of the other operands: `[t,e]`, `[g,e,f]`, `[g,f,n]`, `[g]`, `[]`."""
+_BY_ROW = (ROWS, HIDDEN, MADE, INDEX)
+_ROW_TILE = 8
+"""Rows of a register of a TPU's vector unit: a buffer has a multiple of them."""
+
+
+def _evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None) -> Any:
+    """The result of a chain's equations on rows, columns and groups of any number.
+
+    **Arguments:**
+
+    - `count`: the number of rows, from the first one on, that belong to the groups; all by default. The others make zeros.
+    """
+    known = dict(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        inner = next(
+            (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if key in eqn.params), None
+        )
+        if eqn.primitive.name == "scatter-add" and count is not None:
+            values[2] = _mask_after(values[2], count, 0)
+        if inner is None:
+            made = eqn.primitive.bind(*values, **eqn.params)
+        else:
+            made = _evaluate(getattr(inner, "jaxpr", inner), values)
+        known[eqn.outvars[0]] = made
+    return read(jaxpr.outvars[0])
+
+
+def _run_chain(*operands: Any, jaxpr: Any, parts: Sequence[str]) -> Any:
+    return _evaluate(jaxpr, operands)
+
+
+chain_p = Primitive(CHAIN)
+chain_p.def_impl(_run_chain)
+chain_p.def_abstract_eval(lambda *_, jaxpr, parts: jaxpr.outvars[0].aval)
+mlir.register_lowering(chain_p, mlir.lower_fun(_run_chain, multiple_results=False))
+ad.primitive_jvps[chain_p] = lambda primals, tangents, **params: jax.jvp(
+    functools.partial(_run_chain, **params), primals, tuple(map(ad.instantiate_zeros, tangents))
+)
+
+
+@register(CHAIN)
+def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
+    """`[m,e],[g,e,f],[g,f,n],[c] -> [m,n] sum={f,g}`: grouped matmuls, elementwise work on `[m,f]`, and a last one.
+
+    With the gather of the rows from tokens and their sum by token it is `[t,e],[m,1],... -> [u,n] sum={m,f,g}`. The rows, the
+    groups and the hidden columns may be split. If the groups are split, which is expert parallelism, every chip has all rows
+    or tokens, and computes the rows of its own groups through the whole chain, `ceil(R)` at a time
+    (`costmodels.program.grouped`). The result is exact for any sizes of the groups.
+    """
+    factors = Factors()
+    adds = jaxpr.eqns[-1].primitive.name == "scatter-add"
+    rows = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "ragged_dot_general").invars[0].aval.shape[0]
+    m = factors.new(rows, "sum" if adds else "parallel")
+    g, c = factors.new(inputs[-1].shape[0], "sum"), factors.new(inputs[-1].shape[0], "whole")
+    last, first = inputs[parts.index(LAST)], inputs[parts.index(MATRIX)]
+    f, e = factors.new(last.shape[1], "sum"), factors.new(first.shape[1], "whole")
+    n, t = factors.new(last.shape[2], "whole"), -1
+    if TOKENS in parts:
+        t = factors.new(inputs[parts.index(TOKENS)].shape[0], "whole")
+    u = factors.new(outputs[0].shape[0], "whole") if adds else m
+    dims = {ROWS: (m, e), HIDDEN: (m, f), MADE: (m, n), INDEX: (m, m), TOKENS: (t, e)}
+    dims |= {MATRIX: (g, e, f), LAST: (g, f, n), SIZES: (c,), SCALAR: ()}
+    sizes = [factor.size for factor in factors.done()]
+    sides = tuple(
+        tuple(() if size == 1 != sizes[i] else (i,) for i, size in zip(dims[part], aval.shape, strict=True))
+        for part, aval in zip(parts, inputs, strict=True)
+    )
+    work = 2.0 * rows * last.shape[1] * (parts.count(MATRIX) * first.shape[1] + last.shape[2])
+    return Rule(
+        factors.done(),
+        sides,
+        (((u,), (n,)),),
+        op_class="matmul",
+        traffic=(*(k for k, part in enumerate(parts) if part not in (INDEX, SIZES, SCALAR)), Output()),
+        flops_per_point=work / max(math.prod(sizes), 1),
+        local=_local_chain,
+    )
+
+
+def _local_chain(eqn, rule: Rule, pieces: Pieces, *operands):
+    rows, (groups,) = 0, rule.inputs[eqn.params["parts"].index(LAST)][0]
+    *arrays, sizes = operands
+    if pieces.is_split(rows) or pieces.is_split(groups):
+        sizes = _rows_within(sizes, pieces.start(rows), pieces.size(rows))
+    if not pieces.is_split(groups):
+        return [_run_chain(*arrays, sizes, **eqn.params)]
+    own = lax.dynamic_slice_in_dim(sizes, pieces.start(groups), pieces.size(groups))
+    ends = jnp.cumsum(sizes, dtype=np.int32)
+    count = jnp.sum(own, dtype=np.int32)
+    last = lax.dynamic_index_in_dim(ends, pieces.start(groups) + pieces.size(groups) - 1, keepdims=False)
+    held, parts = pieces.size(rows), rule.factors[groups].size // pieces.size(groups)
+    room = min(held, math.ceil(pieces.expert_load * held / parts / _ROW_TILE) * _ROW_TILE)
+    chain = _OwnRows(eqn.params["jaxpr"], eqn.params["parts"], held, room)
+    return [chain.run(tuple(arrays), own, last - count, count)]
+
+
+@dataclass(frozen=True)
+class _OwnRows:
+    """A chain on the consecutive rows of a chip's own groups, in a buffer of `room` of all `rows`: zeros for all others.
+
+    The buffer is filled again until all own rows are done: once, unless the chip has more of them than `room`.
+    """
+
+    jaxpr: Any
+    parts: Sequence[str]
+    rows: int
+    room: int
+
+    @property
+    def _adds(self) -> bool:
+        """Whether the result has a row per token, and not the chain's rows."""
+        return self.jaxpr.eqns[-1].primitive.name == "scatter-add"
+
+    def run(self, arrays: tuple[Any, ...], own: Any, begin: Any, count: Any) -> Any:
+        """The result, differentiated as `_at_once`, because a loop of unknown length has no reverse derivative."""
+        run = jax.custom_jvp(self._by_buffers)
+        run.defjvp(lambda primals, tangents: jax.jvp(self._at_once, primals, tangents))
+        return run(arrays, own, begin, count)
+
+    def _by_buffers(self, arrays: tuple[Any, ...], own: Any, begin: Any, count: Any) -> Any:
+        aval = self.jaxpr.outvars[0].aval
+
+        def step(state: tuple[Any, Any]) -> tuple[Any, Any]:
+            done, result = state
+            start = jnp.minimum(begin + done, self.rows - self.room)
+            shift = begin + done - start
+            buffered = [self._rows_from(a, part, start, shift) for a, part in zip(arrays, self.parts, strict=False)]
+            made = _evaluate(self.jaxpr, (*buffered, _rows_within(own, done, self.room)), count - done)
+            if self._adds:
+                return done + self.room, result + made
+            made = jnp.roll(_mask_after(made, count - done, 0), shift, 0)
+            before = lax.dynamic_slice_in_dim(result, start, self.room)
+            return done + self.room, lax.dynamic_update_slice_in_dim(result, before + made, start, 0)
+
+        zeros = jnp.zeros((aval.shape[0] if self._adds else self.rows, *aval.shape[1:]), aval.dtype)
+        return lax.while_loop(lambda state: state[0] < count, step, (jnp.int32(0), zeros))[1]
+
+    def _rows_from(self, array: Any, part: str, start: Any, shift: Any) -> Any:
+        """The rows of the buffer: those from `start + shift` on, then those between `start` and there."""
+        if part not in _BY_ROW or array.shape[0] == 1:
+            return array
+        return jnp.roll(lax.dynamic_slice_in_dim(array, start, self.room), -shift, 0)
+
+    def _at_once(self, arrays: tuple[Any, ...], own: Any, begin: Any, count: Any) -> Any:
+        rolled = [
+            jnp.roll(a, -begin, 0) if part in _BY_ROW and a.shape[0] > 1 else a
+            for a, part in zip(arrays, self.parts, strict=False)
+        ]
+        made = _evaluate(self.jaxpr, (*rolled, own), count)
+        return made if self._adds else jnp.roll(_mask_after(made, count, 0), begin, 0)

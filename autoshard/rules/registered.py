@@ -14,6 +14,7 @@ from jax.interpreters import ad, batching, mlir
 
 from autoshard.rules.einsum import Einsum, RuleError, parse_rule, rule_of
 from autoshard.rules.rule import REGISTRY, Pieces, Rule, local_shape
+from costmodels.program.program import Output
 
 _PREFIX = "rule:"
 
@@ -66,21 +67,21 @@ def rule(
     kinds = {kind: names for kind, names in (("whole", whole), ("sum", sum), ("max", max)) if names}
     einsum = parse_rule(text, kinds)  # pyright: ignore[reportArgumentType]
     if primitive:
-        return functools.partial(_for_primitive, primitive, einsum, flops_per_point)
-    return functools.partial(_for_function, einsum, flops_per_point)
+        return functools.partial(_register_primitive, primitive, einsum, flops_per_point)
+    return functools.partial(_register_function, einsum, flops_per_point)
 
 
-def _for_function(einsum: Einsum, flops_per_point: float, fn: Callable[..., Any]) -> Callable[..., Any]:
+def _register_function(einsum: Einsum, flops_per_point: float, fn: Callable[..., Any]) -> Callable[..., Any]:
     name = getattr(fn, "__name__", type(fn).__name__)
 
     @functools.wraps(fn)
-    def ruled(*arrays: Any, **static: Any) -> Any:
+    def bind_kernel(*arrays: Any, **static: Any) -> Any:
         body = functools.partial(fn, **static) if static else fn
         shape = jax.eval_shape(body, *arrays)
         flat = _primitive(name).bind(*arrays, kernel=_Kernel(name, body, einsum, flops_per_point))
         return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
-    return ruled
+    return bind_kernel
 
 
 @functools.cache
@@ -109,7 +110,7 @@ def _batch(made: Primitive, arrays: Sequence[Any], axes: Sequence[Any], *, kerne
     has = [axis is not None for axis in axes]
     moved = [jax.numpy.moveaxis(a, axis, 0) if there else a for a, axis, there in zip(arrays, axes, has, strict=True)]
     body = jax.vmap(kernel, in_axes=tuple(0 if there else None for there in has))
-    found = made.bind(*moved, kernel=replace(kernel, fn=body, einsum=kernel.einsum.batched(has)))
+    found = made.bind(*moved, kernel=replace(kernel, fn=body, einsum=kernel.einsum.batch(has)))
     return found, [0] * len(found)
 
 
@@ -121,7 +122,7 @@ def _kernel_rule(
     einsum: Einsum, name: str, flops_per_point: float, inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> Rule:
     made = rule_of(einsum, name, [aval.shape for aval in inputs], [aval.shape for aval in outputs])
-    traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
+    traffic = (*range(len(inputs)), *map(Output, range(len(outputs))))
     return replace(
         made,
         op_class="matmul" if flops_per_point else "memory",
@@ -146,7 +147,7 @@ def _check_shapes(name: str, made: Rule, pieces: Pieces, found: Sequence[Any]) -
     return found
 
 
-def _for_primitive(
+def _register_primitive(
     primitive: str, einsum: Einsum, flops_per_point: float, local: Callable[..., Any]
 ) -> Callable[..., Any]:
     def run(eqn: Any, made: Rule, pieces: Pieces, *operands: Any) -> Sequence[Any]:

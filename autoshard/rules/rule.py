@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from costmodels.program.program import Factor, FactorKind, OpClass
+from costmodels.program.program import Factor, FactorKind, OpClass, Output
 
 Dims = tuple[tuple[int, ...], ...]
 
@@ -26,6 +26,11 @@ class Pieces(Protocol):
     @property
     def order(self) -> tuple[int, ...]:
         """The dimensions of the first operand as they lie in memory, major to minor; empty for the device's default."""
+        ...
+
+    @property
+    def expert_load(self) -> float:
+        """The rows of the chip with the most, over the mean, if groups of rows are split (`Pricing.expert_load`)."""
         ...
 
     def size(self, factor: int) -> int:
@@ -62,6 +67,7 @@ class Rule:
 
     `inputs` and `outputs` give each dimension as a tuple of factors, major to minor; a dimension of size 1 that is
     broadcast has none. `linear`, `traffic`, `op_class` and `flops_per_point` are as in `costmodels.program.program.Operation`.
+    `reason` says what a rule that is not `exact` costs, and why there is none.
     """
 
     factors: tuple[Factor, ...]
@@ -69,11 +75,12 @@ class Rule:
     outputs: tuple[Dims, ...]
     linear: tuple[frozenset[int], ...] = ()
     op_class: OpClass = "fused"
-    traffic: tuple[int, ...] = ()
+    traffic: tuple[int | Output, ...] = ()
     flops_per_point: float = 1.0
     local: Local | None = None
     exact: bool = True
     in_place: bool = False
+    reason: str = ""
 
     def __str__(self) -> str:
         letters = self._letters()
@@ -150,7 +157,7 @@ def whole_rule(inputs: Sequence[Any], outputs: Sequence[Any], exact: bool = Fals
     before, after = (
         tuple(factors.each(aval.shape, range(len(aval.shape))) for aval in side) for side in (inputs, outputs)
     )
-    traffic = (*range(len(inputs)), *(-1 - k for k in range(len(outputs))))
+    traffic = (*range(len(inputs)), *map(Output, range(len(outputs))))
     return Rule(factors.done(), before, after, (), "memory", traffic, flops_per_point=0.0, exact=exact)
 
 
@@ -162,7 +169,10 @@ def rule_for(primitive: str, inputs: Sequence[Any], outputs: Sequence[Any], para
     rule = maker(inputs, outputs, **params)
     if not any(is_key(aval) for aval in (*inputs, *outputs)):
         return rule
-    return replace(rule, factors=tuple(Factor(factor.size, "whole") for factor in rule.factors), linear=())
+    sides = zip((*inputs, *outputs), (*rule.inputs, *rule.outputs), strict=True)
+    whole = {factor for aval, dims in sides if is_key(aval) for dim in dims for factor in dim}
+    kept = tuple(replace(each, kind="whole") if i in whole else each for i, each in enumerate(rule.factors))
+    return replace(rule, factors=kept, linear=())
 
 
 def is_key(aval: Any) -> bool:

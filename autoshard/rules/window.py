@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from autoshard.rules.rule import Dims, Factors, Pieces, Rule, register
+from costmodels.program.program import Output
 
 
 def _local_convolution(eqn, rule: Rule, pieces: Pieces, image, kernel):
@@ -40,7 +41,7 @@ def convolution(inputs, outputs, *, dimension_numbers, feature_group_count, batc
         sides,
         (_in_array_order(of_result, [*result, *space[2]]),),
         op_class="matmul",
-        traffic=(0, 1, -1),
+        traffic=(0, 1, Output()),
         flops_per_point=2.0 / max(1, prod(image.shape[i] for i in of_image[2:])),  # the image is not a loop of its own
         local=_local_convolution,
     )

@@ -32,7 +32,7 @@ class WorkerDied(Exception):
 Engine = Callable[[Iterable[Any]], Iterator[tuple[Any, Outcome]]]
 
 
-def here(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
+def run_here(tasks: Iterable[Any]) -> Iterator[tuple[Any, Outcome]]:
     """Runs the tasks serially in this process."""
     for task in tasks:
         yield task, _attempt(task)

@@ -14,7 +14,7 @@ output_length = 64
 
 [chips]
 kinds = ["v4"]
-counts = [8, 16]                                  # every shape of that many chips that the torus allows
+counts = [8, 16]                                  # every slice of that many chips that the vendor lists
 topologies = ["v4:4x4x4"]                         # or named topologies
 
 [constraints]                                     # all optional
@@ -41,8 +41,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoshard.errors import AutoshardError
-from costmodels.symbols import evaluated, parsed
+from autoshard.errors import OptionError
+from costmodels.symbols import evaluate, parse_expression
 
 Knob = bool | int | float | str
 """One value of a variable of a job."""
@@ -51,7 +51,7 @@ LENGTHS = ("input_length", "output_length")
 """Variables that change the work, although the first counts tokens."""
 
 
-class JobError(AutoshardError):
+class JobError(OptionError):
     """Raised for an invalid job file; states the file, the line and the key."""
 
 
@@ -93,7 +93,10 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep as its file declares it; each combination of values of the variables in `per` has a frontier."""
+    """A sweep as its file declares it.
+
+    Each combination of values of the variables in `per` has a frontier. `any_shape`: slices that no vendor lists, too.
+    """
 
     name: str
     phases: tuple[Phase, ...]
@@ -108,6 +111,7 @@ class Job:
     time_limit: float | None = None
     folder: Path = Path()
     per: tuple[str, ...] = ()
+    any_shape: bool = False
 
     def phase(self, name: str) -> Phase:
         """The phase of this name."""
@@ -140,7 +144,7 @@ def number(expression: str, knobs: Mapping[str, Knob]) -> float:
     """
     numbers = {key: float(value) for key, value in knobs.items() if isinstance(value, int | float)}
     try:
-        return evaluated(parsed(expression), numbers)
+        return evaluate(parse_expression(expression), numbers)
     except KeyError as error:
         missing = error.args[0].partition(" in ")[0]
         raise ValueError(f"{missing} must be a number among the job's variables {', '.join(knobs)}") from error

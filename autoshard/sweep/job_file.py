@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
         read = JobFile.model_validate(data)
     except ValidationError as error:
         faults = [(each["loc"], _fault_text(each)) for each in error.errors()]
+        faults += _further_faults(data, [location for location, _ in faults], folder, name)
         raise JobError(_list_faults(where, text, faults)) from error
     from autoshard.sweep.validation import faults_of
 
@@ -57,6 +59,48 @@ def job_of(data: Mapping[str, Any], folder: Path, name: str = "sweep", where: st
     if faults := list(faults_of(job)):
         raise JobError(_list_faults(where, text, faults))
     return job
+
+
+def _further_faults(
+    data: Mapping[str, Any], at: Sequence[Location], folder: Path, name: str
+) -> list[tuple[Location, str]]:
+    """The faults of a job beside those at these places, which are left out; none if no job is left."""
+    from pydantic import ValidationError
+
+    from autoshard.sweep.schema import JobFile
+    from autoshard.sweep.validation import faults_of
+
+    mended = deepcopy(dict(data))
+    places = [tuple(part for part in location if part not in _TAGS) for location in at]
+    for place in sorted(places, key=lambda place: [str(part).zfill(4) for part in place], reverse=True):
+        _remove(mended, place)
+    try:
+        job = _job(JobFile.model_validate(mended), folder, name)
+    except ValidationError:
+        return []
+    return [
+        (location, fault) for location, fault in faults_of(job) if not any(_is_about(location, each) for each in places)
+    ]
+
+
+def _remove(data: Any, place: Location) -> None:
+    """Removes the value at a place; a variable keeps a value, because phases may depend on it."""
+    for part in place[:-1]:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return
+    if place[:1] == ("vary",) and len(place) == 2:
+        data[place[-1]] = [1]
+    elif isinstance(data, list) and isinstance(place[-1], int) and len(data) > max(place[-1], 1):
+        del data[place[-1]]
+    elif isinstance(data, dict):
+        data.pop(place[-1], None)
+
+
+def _is_about(location: Location, place: Location) -> bool:
+    """Whether a fault is in the table, or of the key, that was left out."""
+    return location[: len(place)] == place or place[: len(location)] == location
 
 
 def _job(read: Any, folder: Path, name: str) -> Job:
@@ -76,6 +120,7 @@ def _job(read: Any, folder: Path, name: str) -> Job:
         vary={key: tuple(values) for key, values in read.vary.items()},
         kinds=tuple(read.chips.kinds),
         counts=tuple(read.chips.counts),
+        any_shape=read.chips.any_shape,
         topologies=tuple(read.chips.topologies),
         constraints=Constraints(**read.constraints.model_dump()),
         per_chip_hour=read.price.per_chip_hour if read.price else None,

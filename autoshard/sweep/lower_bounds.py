@@ -41,9 +41,9 @@ def lower_bound(program: Program, topology: Topology) -> Bound:
         runs = program.multiplicity(op.region)
         if op.op_class not in ("matmul", "fused", "memory") or not runs:
             continue
-        cost = price(program, op, np.ones((1, len(op.factors))), chip)
-        local = max(float(cost.compute_seconds[0]), float(cost.memory_seconds[0]))
-        seconds += runs * (local / topology.size + float(cost.seconds[0]) - local)
+        cost = price(program, op, np.ones((1, len(op.factors))), chip, topology.pricing.asynchronous)
+        start = float(cost.overhead_seconds[0])
+        seconds += runs * ((float(cost.seconds[0]) - start) / topology.size + start)
     held = [*program.arguments, *program.constants]
     values = [program.values[program.operations[i].outputs[0].value] for i in held if program.operations[i].outputs]
     return Bound(seconds * (1 - _ROUNDING), sum(value.bytes for value in values) / topology.size * (1 - _ROUNDING))

@@ -8,16 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
 from autoshard.pipeline import annotated_function
+from autoshard.planning.files.plan_cache import key_of
 from autoshard.planning.options import Options
-from autoshard.planning.plan_cache import key_of
 from autoshard.sweep.job import Job, JobError, Knob, Phase, number
 from autoshard.sweep.slice_shapes import shapes
+from autoshard.target_file import find_target
 from autoshard.workload import Workload
 from costmodels.machine.chips import UnknownChipError, chip
 from costmodels.machine.topology import Topology
@@ -116,9 +118,15 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
     return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit)
 
 
+def target_path(job: Job, file: str) -> Path:
+    """The file of a target, relative to the job's; if there is none, the example of the package with that path."""
+    path = job.folder / file
+    return path if path.is_file() else find_target(Path(file)) if Path(file).parts[:1] == ("examples",) else path
+
+
 def _make_run(job: Job, phase: Phase, knobs: Mapping[str, Knob], repeats: float) -> Run:
     file, _, name = phase.target.rpartition(":")
-    target = f"{(job.folder / file).resolve()}:{name}"
+    target = f"{target_path(job, file).resolve()}:{name}"
     arguments = tuple(phase.values(knobs).items())
     return Run(phase.name, phase.kind, target, arguments, number(phase.tokens, knobs), repeats)
 
@@ -155,16 +163,23 @@ def topologies(job: Job) -> tuple[Topology, ...]:
     names: list[str] = list(job.topologies)
     for kind, count in product(job.kinds, job.counts):
         try:
-            found = shapes(chip(kind), count)
+            found = shapes(chip(kind), count, job.any_shape)
         except UnknownChipError as error:
             raise JobError(f"chips.kinds: {error}") from error
         if not found:
-            raise JobError(f"chips.counts: there is no slice of {count} {kind} chips.")
+            raise JobError(f"chips.counts: {no_slice(kind, count)}.")
         names += [f"{kind}:{'x'.join(map(str, sides))}" for sides in found]
     try:
         return tuple(find_topology(job, name) for name in dict.fromkeys(names))
     except TopologyError as error:
         raise JobError(f"chips.topologies: {error}") from error
+
+
+def no_slice(kind: str, count: int) -> str:
+    """A clause for a number of chips that come in no slice, or in none that a vendor lists."""
+    if not shapes(chip(kind), count):
+        return f"there is no slice of {count} {kind} chips"
+    return f"no vendor lists a slice of {count} {kind} chips; any_shape = true plans for one"
 
 
 # --- The parts of a point

@@ -87,11 +87,11 @@ def phase_result(plan: PlanRecord) -> PhaseResult:
         estimate.budget_bytes,
         sum(useful.values()),
         plan.topology.size * plan.topology.chip.matmul_flops_per_second(dtype),
-        _layout(plan),
+        layout_words(plan),
     )
 
 
-def _layout(plan: PlanRecord) -> dict[str, str]:
+def layout_words(plan: PlanRecord) -> dict[str, str]:
     """Strategy by matmul, those with most FLOPs first; equal layers are merged."""
     found: dict[str, tuple[float, str]] = {}
     for op in group_operations(op for op in plan.operations if op.matmul):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoshard.errors import AutoshardError
-from autoshard.sweep.engines import Engine, WorkerDied, here
+from autoshard.sweep.engines import Engine, WorkerDied, run_here
 from autoshard.sweep.job import Constraints
 from autoshard.sweep.lower_bounds import reason_to_prune
 from autoshard.sweep.points import Point, Unmade, key
@@ -48,7 +48,7 @@ class Sweep:
 
     points: Sequence[Point | Unmade]
     store: Store | None = None
-    engine: Engine = here
+    engine: Engine = run_here
     constraints: Constraints = field(default_factory=Constraints)
     say: Said = lambda _: None
     unkept: list[Done] = field(default_factory=list)

@@ -39,6 +39,7 @@ class ChipsTable(_Table):
     kinds: Several[StrictStr] = []
     counts: Several[Count] = []
     topologies: Several[StrictStr] = []
+    any_shape: StrictBool = False
 
 
 class ConstraintsTable(_Table):

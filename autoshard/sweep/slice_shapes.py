@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from costmodels.machine.chips import Chip, Switch, Torus
+from costmodels.machine.chips import Chip
+from costmodels.machine.interconnects import Switch, Torus
+from costmodels.machine.offered import is_offered
 
 _CUBE = 4
 """Chips along a side of the blocks that optical switches join (the wraparound rule "all axes multiples of 4")."""
@@ -13,16 +15,21 @@ _ROW = 16
 _BUS_AXES = 2
 
 
-def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
+def shapes(chip: Chip, count: int, any_shape: bool = True) -> tuple[tuple[int, ...], ...]:
     """Every shape of `count` chips, without axes of size 1 and with rising sizes.
 
         shapes(chip("v4"), 16)          # ((2, 2, 4), (4, 4)): parts of a cube
+        shapes(chip("v4"), 16, False)   # ((2, 2, 4),): Cloud TPU lists no 4x4x1
         shapes(chip("v4"), 128)         # ((4, 4, 8),): whole cubes
         shapes(chip("h100"), 16)        # ((2, 8),): nodes × GPUs
 
     A torus of cubes has slices inside one cube, of sides 1, 2 and 4, and slices of whole cubes; a torus with fixed links has
     sides of powers of two up to a full row ("How To Scale Your Model", part 2, and Cloud TPU's list of slices). GPUs fill
     whole nodes. Other chips may have any two sides. Empty if there is no such slice.
+
+    **Arguments:**
+
+    - `any_shape`: whether shapes that no vendor lists are included (`costmodels.machine.offered`).
     """
     match chip.interconnect:
         case Torus() as torus:
@@ -32,7 +39,7 @@ def shapes(chip: Chip, count: int) -> tuple[tuple[int, ...], ...]:
             found = [(count,)] if count <= node else [(count // node, node)] if count % node == 0 else []
         case _:
             found = list(_factorisations(count, _BUS_AXES))
-    return tuple(sides or (1,) for sides in found)
+    return tuple(sides or (1,) for sides in found if any_shape or is_offered(chip, sides))
 
 
 def _is_allowed(torus: Torus, sides: tuple[int, ...]) -> bool:

@@ -27,11 +27,22 @@ _SCHEMA = """
     );
     CREATE TRIGGER IF NOT EXISTS results_stay
         BEFORE UPDATE ON results BEGIN SELECT RAISE(ABORT, 'results never change'); END;
+    CREATE TABLE IF NOT EXISTS compiled (
+        key TEXT, phase TEXT, target TEXT, seconds REAL NOT NULL, PRIMARY KEY (key, phase, target)
+    );
     CREATE TRIGGER IF NOT EXISTS results_last
         BEFORE DELETE ON results BEGIN SELECT RAISE(ABORT, 'results are never removed'); END;
 """
 _BUSY_SECONDS = 60.0
 """The time that one job waits for another that writes to the same store."""
+
+
+def find_store(recorded: str, beside: Path) -> Path | None:
+    """The store that a sweep's file records, where it was or beside that file; None if neither exists."""
+    if not recorded:
+        return None
+    places = (Path(recorded), beside.parent / Path(recorded).name)
+    return next((each for each in places if each.is_file()), None)
 
 
 class StoreError(AutoshardError, OSError):
@@ -44,12 +55,12 @@ class Store:
     def __init__(self, path: str | os.PathLike[str], most_pages: int | None = None) -> None:
         self.path, self.session = Path(path), uuid.uuid4().hex
         try:
-            self._database = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")
+            self.database = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
+            self.database.execute("PRAGMA journal_mode=WAL")
+            self.database.execute("PRAGMA synchronous=FULL")
             if most_pages is not None:
-                self._database.execute(f"PRAGMA max_page_count={most_pages}")
-            self._database.executescript(_SCHEMA)
+                self.database.execute(f"PRAGMA max_page_count={most_pages}")
+            self.database.executescript(_SCHEMA)
         except sqlite3.Error as error:
             raise StoreError(f"{path} cannot be used as a store of results: {error}.") from error
 
@@ -61,7 +72,7 @@ class Store:
 
     def close(self) -> None:
         """Closes the file."""
-        self._database.close()
+        self.database.close()
 
     def get(self, key: str) -> Result | None:
         """The result of a key, without its plans.
@@ -75,6 +86,20 @@ class Store:
         """The plan of one phase of a key, compressed."""
         found = self._all("SELECT plan FROM plans WHERE key = ? AND phase = ?", key, phase)
         return found[0][0] if found else None
+
+    def compiled(self, key: str, phase: str, target: str) -> float | None:
+        """The compiled step of one phase of a key, in seconds; None if it was not compiled for this target."""
+        query = "SELECT seconds FROM compiled WHERE key = ? AND phase = ? AND target = ?"
+        found = self._all(query, key, phase, target)
+        return found[0][0] if found else None
+
+    def add_compiled(self, key: str, phase: str, target: str, seconds: float) -> None:
+        """Stores a compiled step.
+
+        **Raises:** `StoreError`.
+        """
+        statement = "INSERT OR REPLACE INTO compiled VALUES (?, ?, ?, ?)"
+        self._transaction([(statement, (key, phase, target, seconds))])
 
     def begin(self, key: str) -> None:
         """Records the start of a search.
@@ -105,17 +130,17 @@ class Store:
 
     def _all(self, query: str, *values: str) -> list[tuple]:
         try:
-            return self._database.execute(query, values).fetchall()
+            return self.database.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise StoreError(f"{self.path} cannot be read: {error}.") from error
 
     def _transaction(self, statements: Iterable[tuple[str, tuple]]) -> None:
         try:
-            self._database.execute("BEGIN IMMEDIATE")
+            self.database.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
-                self._database.execute(statement, values)
-            self._database.execute("COMMIT")
+                self.database.execute(statement, values)
+            self.database.execute("COMMIT")
         except sqlite3.Error as error:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
+            if self.database.in_transaction:
+                self.database.execute("ROLLBACK")
             raise StoreError(f"{self.path} cannot be written: {error}.") from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from autoshard.errors import TopologyError
 from autoshard.sweep.job import Job, Knob, Location, Phase, number
-from autoshard.sweep.points import find_topology, variables_in, variables_of
+from autoshard.sweep.points import find_topology, no_slice, target_path, variables_in, variables_of
 from autoshard.sweep.slice_shapes import shapes
 from autoshard.target_file import Misuse, factory
 from costmodels.machine.chips import UnknownChipError, chip
@@ -41,8 +41,8 @@ def _chip_faults(job: Job) -> Iterator[Fault]:
             yield ("chips", "kinds", i), _clause(error)
             continue
         for j, count in enumerate(job.counts):
-            if not shapes(found, count):
-                yield ("chips", "counts", j), f"there is no slice of {count} {kind} chips"
+            if not shapes(found, count, job.any_shape):
+                yield ("chips", "counts", j), no_slice(kind, count)
     for i, name in enumerate(job.topologies):
         try:
             find_topology(job, name)
@@ -86,10 +86,10 @@ def _target_faults(job: Job, phase: Phase) -> Iterator[Fault]:
     if not name.isidentifier() or not file.endswith(".py"):
         yield at, f"target must be FILE.py:NAME, got {phase.target!r}"
         return
-    if not (job.folder / file).is_file():
-        yield at, f"there is no file {job.folder / file}"
+    if not (path := target_path(job, file)).is_file():
+        yield at, f"there is no file {path}"
         return
-    target = f"{(job.folder / file).resolve()}:{name}"
+    target = f"{path.resolve()}:{name}"
     try:
         factory(target)
     except Misuse as error:

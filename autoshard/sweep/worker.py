@@ -9,7 +9,7 @@ from autoshard.errors import AutoshardError, InfeasibleError
 from autoshard.phases import search_phases
 from autoshard.pipeline import plan_function
 from autoshard.plan import Plan
-from autoshard.planning.plan_file import dumps, loads
+from autoshard.planning.files.plan_file import dumps, loads
 from autoshard.planning.records import PlanRecord
 from autoshard.sweep.points import Point, key, options_of, trace_run, workload_of
 from autoshard.sweep.results import FAILED, INFEASIBLE, SOLVED, Result, phase_result

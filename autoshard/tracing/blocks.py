@@ -6,7 +6,8 @@ operations and values in the program.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from autoshard.rules import Rule
@@ -25,27 +26,53 @@ class Literal:
 
 @dataclass(frozen=True)
 class OpStep:
-    """One equation. `operands` are value indices or `Literal`s, in the equation's order; `results` value indices."""
+    """One equation. `operands` are value indices or `Literal`s, in the equation's order; `results` value indices.
+
+    `written` is the equation that the user wrote: the call, if the equation is inside a function of JAX.
+    """
 
     operation: int
     eqn: Any
     rule: Rule
     operands: tuple[Atom, ...]
     results: tuple[int, ...]
+    written: Any = None
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """A value that crosses a region's boundary or is a loop carry: the operation that owns its layout, and its values.
-
-    `outer` and `inner` are the values on entry, `inner_next` and `outer_result` those on return; `None` or -1 if absent.
-    """
+class Entry:
+    """A constant of a region, or a slice of a stacked array: values outside and inside, and what owns their layout."""
 
     operation: int
-    outer: Atom | None = None
-    inner: int = -1
-    inner_next: Atom | None = None
-    outer_result: int = -1
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True)
+class LiteralEntry:
+    """A literal that enters a region. It has no layout."""
+
+    outer: Literal
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A loop carry: its values on entry outside and inside, after an iteration, and after the loop."""
+
+    operation: int
+    outer: Atom
+    inner: int
+    inner_next: Atom
+    outer_result: int
+
+
+@dataclass(frozen=True)
+class StackedResult:
+    """A result of each iteration, and all of them stacked."""
+
+    operation: int
+    inner_next: Atom
+    outer_result: int
 
 
 @dataclass(frozen=True)
@@ -53,10 +80,10 @@ class LoopStep:
     """A `scan` or `while`: loop constants, loop carries, stacked operands (`slices`) and stacked results (`stacks`)."""
 
     eqn: Any
-    constants: tuple[Boundary, ...]
-    carries: tuple[Boundary, ...]
-    slices: tuple[Boundary, ...]
-    stacks: tuple[Boundary, ...]
+    constants: tuple[Entry | LiteralEntry, ...]
+    carries: tuple[Carry, ...]
+    slices: tuple[Entry | LiteralEntry, ...]
+    stacks: tuple[StackedResult, ...]
     body: Block
     condition: Block | None = None
 
@@ -68,7 +95,7 @@ class BranchStep:
     eqn: Any
     selector: Atom
     select_operation: int
-    entries: tuple[tuple[Boundary, ...], ...]
+    entries: tuple[tuple[Entry | LiteralEntry, ...], ...]
     blocks: tuple[Block, ...]
     joins: tuple[tuple[int, int], ...]
 
@@ -97,7 +124,8 @@ class Traced:
     """A traced function: the program, how to run it, and how to get from pytrees to flat arrays and back.
 
     `paths` has every flat argument's path; `constants` are the arrays that the function closes over. `custom_vjp` is the
-    source line of the first `custom_vjp` call, "" if there is none.
+    source line of the first `custom_vjp` call, "" if there is none. `masks` has, per (operation, operand), the masks of padded
+    elements (`autoshard.annotating.padding`).
     """
 
     program: Program
@@ -111,3 +139,4 @@ class Traced:
     result_paths: tuple[str, ...]
     literal_results: tuple[Atom, ...]
     custom_vjp: str = ""
+    masks: Mapping[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)

@@ -11,20 +11,20 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
 
-from autoshard.tracing.jaxprs import CALLS, INLINED, is_held, needed, unique
-from autoshard.tracing.shard_maps import meaning
+from autoshard.tracing.jaxprs import CALLS, INLINED, distinct_arrays, is_held, live_equations
+from autoshard.tracing.shard_maps import global_form
 
 
 def closed_over(jaxpr: Any) -> list[Any]:
     """The arrays that calls, loops and branches inside a jaxpr close over, at any depth."""
     found = []
-    for eqn in needed(jaxpr):
-        for inner, consts in _walked(eqn):
+    for eqn in live_equations(jaxpr):
+        for inner, consts in _inner_jaxprs(eqn):
             found += [*(c for c in consts if is_held(c)), *closed_over(inner)]
-    return unique(found)
+    return distinct_arrays(found)
 
 
-def first_alike(arrays: Sequence[Any]) -> list[int]:
+def first_equal(arrays: Sequence[Any]) -> list[int]:
     """Per array the position of the first with the same bytes, type and shape: compilers keep one of them.
 
     Layers that each make their own table, such as rotary positions, close over many equal arrays. Arrays of one repeated
@@ -34,16 +34,16 @@ def first_alike(arrays: Sequence[Any]) -> list[int]:
     found = []
     for i, array in enumerate(arrays):
         alike = firsts.setdefault((jax.typeof(array).shape, jax.typeof(array).dtype), [])
-        same = next((k for k in alike if _same(arrays[k], array)), i)
+        same = next((k for k in alike if _has_equal_bytes(arrays[k], array)), i)
         if same == i:
             alike.append(i)
         found.append(same)
     return found
 
 
-def _same(one: Any, other: Any) -> bool:
+def _has_equal_bytes(one: Any, other: Any) -> bool:
     """Whether two arrays hold the same bytes; keys and arrays that are not addressable here only equal themselves."""
-    if one is other or not (_at_hand(one) and _at_hand(other)) or not one.size:
+    if one is other or not (_is_addressable(one) and _is_addressable(other)) or not one.size:
         return one is other
     with jax.ensure_compile_time_eval():
         first, second = (np.asarray(array.ravel()[:_BEGINNING]).tobytes() for array in (one, other))
@@ -53,7 +53,7 @@ def _same(one: Any, other: Any) -> bool:
     return numbers.tobytes() == np.asarray(other).tobytes() and bool((numbers != numbers.flat[0]).any())
 
 
-def _at_hand(array: Any) -> bool:
+def _is_addressable(array: Any) -> bool:
     """Whether this process can read all of an array's elements."""
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.extended):
         return False
@@ -64,11 +64,11 @@ _BEGINNING = 1024
 """The number of elements that are compared first, so that few are fetched from devices."""
 
 
-def _walked(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
+def _inner_jaxprs(eqn: Any) -> list[tuple[Any, Sequence[Any]]]:
     """The jaxprs that the tracer walks into at an equation, with the constants they close over."""
     name, params = eqn.primitive.name, eqn.params
     if name == "shard_map":
-        inside = [meaning(eqn)]
+        inside = [global_form(eqn)]
     elif name in CALLS:
         inside = [next(params[key] for key in INLINED if key in params)]
     elif name == "while":

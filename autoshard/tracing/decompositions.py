@@ -1,20 +1,26 @@
-"""Decompositions of equations into several that can be split where the whole cannot."""
+"""Decompositions of equations into several that can be split where the whole cannot, and compositions of several into one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core as jex
 
+from autoshard.rules.elementwise import LINEAR, NONLINEAR
+from autoshard.rules.ragged import HIDDEN, INDEX, LAST, MADE, MATRIX, ROWS, SCALAR, SIZES, TOKENS, chain_p
 from autoshard.rules.rule import inexact
+from autoshard.tracing.equations import rebuild_jaxpr
+from autoshard.tracing.jaxprs import CALLS, callee
 
 EXPANDED = ("argmax", "argmin")
 
 
-def expanded(eqn: Any) -> Any:
+def decompose(eqn: Any) -> Any:
     """A closed jaxpr of the same function as an equation, from operations that may be split.
 
     An `argmax` is the first index at which the maximum stands: a maximum, and a minimum over indices. Where the dimension
@@ -38,11 +44,188 @@ def expanded(eqn: Any) -> Any:
     return jax.make_jaxpr(places)(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
 
 
-def expandable(eqn: Any) -> bool:
-    """Whether `expanded` supports an equation and the type of its operand."""
+def can_decompose(eqn: Any) -> bool:
+    """Whether `decompose` supports an equation and the type of its operand."""
     if eqn.primitive.name not in EXPANDED or len(eqn.params["axes"]) != 1:
         return False
     (aval,), dtype = [v.aval for v in eqn.invars], eqn.params["index_dtype"]
     (axis,) = eqn.params["axes"]
     counts = jnp.issubdtype(dtype, np.integer) and aval.shape[axis] <= jnp.iinfo(dtype).max
     return bool(counts) and aval.dtype != bool and not jnp.issubdtype(aval.dtype, np.complexfloating)
+
+
+# --- Compositions
+
+_ELEMENTWISE = frozenset((*NONLINEAR, *LINEAR, *"add add_any sub mul div select_n convert_element_type".split()))
+
+
+def compose_chains(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
+    """The equations of a jaxpr, where chains of grouped matmuls are one equation each (`autoshard.rules.ragged`).
+
+    A chain ends with a `ragged_dot` whose rows are elementwise work on the results of others with the same sizes of the
+    groups, and nothing else uses these results. It can be split by groups as a whole. Its parts cannot: elementwise work
+    needs the sum of what the chips have. If the rows are gathered from tokens for the chain alone, and only added to those of
+    tokens after it, with elementwise work before, these steps are part of the chain.
+    """
+    found = list(eqns)
+    for last in reversed([eqn for eqn in eqns if _is_grouped(eqn)]):
+        members = _Members(jaxpr, found, last) if last in found else None
+        composed = members.compose() if members else None
+        if members and composed is not None:
+            *inside, end = map(id, members.inside)
+            found = [composed if id(eqn) == end else eqn for eqn in found if id(eqn) not in inside]
+    return found
+
+
+def _is_grouped(eqn: Any) -> bool:
+    """Whether an equation multiplies the rows of a matrix by the matrices of their groups."""
+    if eqn.primitive.name != "ragged_dot_general" or len(eqn.invars) != 3 or eqn.params.get("group_offset") is not None:
+        return False
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    plain = (((1,), (1,)), ((), ())), (0,), (0,)
+    (summed, batch), ragged = numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions
+    given = tuple(tuple(map(tuple, pair)) for pair in (summed, batch))
+    return (given, tuple(ragged), tuple(numbers.rhs_group_dimensions)) == plain
+
+
+def _is_elementwise(eqn: Any) -> bool:
+    """Whether an equation is elementwise work, or a call of nothing else."""
+    if eqn.effects or len(eqn.outvars) != 1:
+        return False
+    if eqn.primitive.name in CALLS:
+        inner, consts = callee(eqn)
+        return not consts and not inner.constvars and bool(inner.eqns) and all(map(_is_elementwise, inner.eqns))
+    return eqn.primitive.name in _ELEMENTWISE
+
+
+def _takes_rows(eqn: Any) -> bool:
+    """Whether an equation gathers rows of a matrix by their numbers."""
+    if eqn.primitive.name != "gather" or eqn.invars[0].aval.ndim != 2 or eqn.invars[1].aval.ndim != 2:
+        return False
+    numbers, width = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape[1]
+    plain = (numbers.offset_dims, numbers.collapsed_slice_dims, numbers.start_index_map) == ((1,), (0,), (0,))
+    return plain and not numbers.operand_batching_dims and tuple(eqn.params["slice_sizes"]) == (1, width)
+
+
+def _adds_rows(eqn: Any) -> bool:
+    """Whether an equation adds rows to those of a matrix by their numbers."""
+    if eqn.primitive.name != "scatter-add" or any(v.aval.ndim != 2 for v in eqn.invars):
+        return False
+    numbers = eqn.params["dimension_numbers"]
+    plain = numbers.update_window_dims, numbers.inserted_window_dims, numbers.scatter_dims_to_operand_dims
+    return plain == ((1,), (0,), (0,)) and not numbers.operand_batching_dims
+
+
+class _Members:
+    """The equations of the chain that ends with an equation, with the gather of its rows and their sum by token around it."""
+
+    def __init__(self, jaxpr: Any, eqns: Sequence[Any], last: Any) -> None:
+        self.jaxpr, self.eqns, self.last = jaxpr, eqns, last
+        self.sizes, self.hidden = last.invars[2], tuple(last.invars[0].aval.shape)
+        self.makers = {v: eqn for eqn in eqns for v in eqn.outvars}
+        self.users: dict[Any, list[Any]] = {}
+        for eqn in eqns:
+            for v in {v for v in eqn.invars if not isinstance(v, jex.Literal)}:
+                self.users.setdefault(v, []).append(eqn)
+        self.depends: dict[Any, bool] = {}
+        reached = list(self._reached())[::-1]
+        self.takes = list(self._gathers(reached)) if reached else []
+        self.after = list(self._followers()) if reached else []
+        self.inside = [*self.takes, *reached, last, *self.after] if reached else []
+
+    def _reached(self) -> Iterator[Any]:
+        """The equations between the first matmuls and the last, backwards."""
+        wanted = {self.last.invars[0]}
+        for eqn in reversed(self.eqns[: self.eqns.index(self.last)]):
+            if eqn.outvars[0] in wanted and self._depends(eqn.outvars[0]):
+                wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal) and not self._is_first(eqn))
+                yield eqn
+
+    def _gathers(self, reached: Sequence[Any]) -> Iterator[Any]:
+        """The gathers of rows that only the first matmuls use."""
+        first = [eqn for eqn in reached if self._is_first(eqn)]
+        for rows in dict.fromkeys(eqn.invars[0] for eqn in first):
+            maker = self.makers.get(rows)
+            mine = all(any(user is eqn for eqn in first) for user in self.users[rows])
+            if maker is not None and _takes_rows(maker) and mine and rows not in self.jaxpr.outvars:
+                yield maker
+
+    def _followers(self) -> Iterator[Any]:
+        """Elementwise work on the rows of the last matmul, zeros, and their sum into them; nothing without the sum."""
+        found, rows = [], self.last.outvars[0]
+        while len(users := self.users.get(rows, [])) == 1 and rows not in self.jaxpr.outvars:
+            (user,) = users
+            if _adds_rows(user) and user.invars[2] is rows and (zeros := self._zeros(user.invars[0])) is not None:
+                yield from (*found, zeros, user)
+                return
+            if not _is_elementwise(user) or user.outvars[0].aval.shape != rows.aval.shape:
+                return
+            found.append(user)
+            rows = user.outvars[0]
+
+    def _zeros(self, atom: Any) -> Any:
+        """The equation that makes an array of zeros; None for any other array."""
+        maker = None if isinstance(atom, jex.Literal) else self.makers.get(atom)
+        if maker is None or maker.primitive.name != "broadcast_in_dim" or not isinstance(maker.invars[0], jex.Literal):
+            return None
+        return maker if not np.any(maker.invars[0].val) else None
+
+    def _is_first(self, eqn: Any) -> bool:
+        return _is_grouped(eqn) and eqn.invars[2] is self.sizes
+
+    def _depends(self, atom: Any) -> bool:
+        """Whether an array is elementwise work on the result of one of the first matmuls."""
+        if isinstance(atom, jex.Literal) or atom not in self.makers or atom.aval.shape != self.hidden:
+            return False
+        if atom not in self.depends:
+            eqn = self.makers[atom]
+            inner = _is_elementwise(eqn) and any(self._depends(v) for v in eqn.invars)
+            self.depends[atom] = self._is_first(eqn) or inner
+        return self.depends[atom]
+
+    def compose(self) -> Any:
+        """The chain as one equation; None if there is none, or if something else uses its inside."""
+        if not self.inside:
+            return None
+        end, zeros = self.inside[-1], self.after[-2] if self.after else None
+        made = {v for eqn in self.inside if eqn is not end for v in eqn.outvars}
+        shown = {v for v in made if zeros is None or v is not zeros.outvars[0]}
+        mine = {id(eqn) for eqn in self.inside}
+        others = (v for eqn in self.eqns if id(eqn) not in mine for v in eqn.invars)
+        used = {v for v in (*others, *self.jaxpr.outvars) if not isinstance(v, jex.Literal)}
+        parts = self._parts(made)
+        if used & shown or parts is None:
+            return None
+        operands = sorted(parts, key=lambda v: parts[v] == SIZES)
+        inner = rebuild_jaxpr(self.jaxpr, operands, end.outvars, self.inside).replace(constvars=[])
+        params = {"jaxpr": inner, "parts": tuple(parts[v] for v in operands)}
+        return end.replace(primitive=chain_p, invars=operands, params=params)
+
+    def _parts(self, made: set[Any]) -> dict[Any, str] | None:
+        """The part of each operand; None if one has two, or a shape that no part has."""
+        found: dict[Any, str] = {}
+        for eqn in self.inside:
+            for v, part in zip(eqn.invars, self._parts_of(eqn), strict=True):
+                if isinstance(v, jex.Literal) or v in made:
+                    continue
+                part = SCALAR if not v.aval.shape else part
+                if found.setdefault(v, part) != part or not self._fits(v.aval.shape, part):
+                    return None
+        widths = {v.aval.shape[1] for v, part in found.items() if part in (ROWS, TOKENS)}
+        lengths = {v.aval.shape[0] for v, part in found.items() if part == TOKENS}
+        return found if len(widths) == 1 and len(lengths) <= 1 else None
+
+    def _parts_of(self, eqn: Any) -> Sequence[str]:
+        if _is_grouped(eqn):
+            return (ROWS, LAST if eqn is self.last else MATRIX, SIZES)
+        if any(eqn is each for each in self.takes):
+            return (TOKENS, INDEX)
+        after = any(eqn is each for each in self.after)
+        if after and _adds_rows(eqn):
+            return (SCALAR, INDEX, MADE)
+        return [MADE if after else HIDDEN] * len(eqn.invars)
+
+    def _fits(self, shape: Sequence[int], part: str) -> bool:
+        """Whether an operand of elementwise work has rows and columns like its results, or one of them."""
+        whole = {HIDDEN: self.hidden, MADE: self.last.outvars[0].aval.shape}.get(part)
+        return whole is None or (len(shape) == 2 and all(n in (1, most) for n, most in zip(shape, whole, strict=True)))

@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend import core as jex
 
 
-def fresh(avals: Sequence[Any]) -> list[Any]:
+def new_variables(avals: Sequence[Any]) -> list[Any]:
     """New variables of these shapes and types."""
     return jax.make_jaxpr(lambda *arrays: arrays)(*map(_abstract, avals)).jaxpr.invars
 
@@ -34,22 +34,22 @@ def equations(
     jaxpr = jax.make_jaxpr(fn)(*(_abstract(atom.aval) for atom in atoms)).jaxpr
     named = dict(zip(jaxpr.invars, atoms, strict=True))
     named |= dict(zip(jaxpr.outvars, results, strict=True)) if results else {}
-    found = [renamed(eqn, named) for eqn in jaxpr.eqns]
+    found = [rename_equation(eqn, named) for eqn in jaxpr.eqns]
     found = [eqn.replace(source_info=source) for eqn in found] if source is not None else found
     return found, [named.get(v, v) for v in jaxpr.outvars]
 
 
-def renamed(eqn: Any, named: dict[Any, Any]) -> Any:
+def rename_equation(eqn: Any, named: dict[Any, Any]) -> Any:
     """An equation with other variables."""
-    return eqn.replace(invars=renamed_atoms(eqn.invars, named), outvars=renamed_atoms(eqn.outvars, named))
+    return eqn.replace(invars=rename_atoms(eqn.invars, named), outvars=rename_atoms(eqn.outvars, named))
 
 
-def renamed_atoms(atoms: Sequence[Any], named: dict[Any, Any]) -> list[Any]:
+def rename_atoms(atoms: Sequence[Any], named: dict[Any, Any]) -> list[Any]:
     """Renamed variables; literals and other variables are unchanged."""
     return [atom if isinstance(atom, jex.Literal) else named.get(atom, atom) for atom in atoms]
 
 
-def rebuilt(jaxpr: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any]) -> Any:
+def rebuild_jaxpr(jaxpr: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any]) -> Any:
     """A jaxpr with other operands, results and equations."""
     unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     return jaxpr.replace(invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=unnamed)
@@ -63,7 +63,7 @@ def variables(eqn: Any) -> set[Any]:
 # --- Indexing into stacks
 
 
-def stacked(aval: Any, lead: Sequence[int]) -> jax.ShapeDtypeStruct:
+def stacked_type(aval: Any, lead: Sequence[int]) -> jax.ShapeDtypeStruct:
     """The shape and type of an array with leading dimensions before its own."""
     return jax.ShapeDtypeStruct((*lead, *aval.shape), aval.dtype)
 
@@ -71,22 +71,22 @@ def stacked(aval: Any, lead: Sequence[int]) -> jax.ShapeDtypeStruct:
 def window(index: Sequence[Any], sizes: Sequence[int], starts: Sequence[Any] = ()) -> Callable[[Any], Any]:
     """A function that reads a window of the slice at `index` from a stack."""
 
-    def cut(stack: Any) -> Any:
-        first, own = _alike(index, starts or [0] * len(sizes))
+    def slice_at(stack: Any) -> Any:
+        first, own = _to_one_dtype(index, starts or [0] * len(sizes))
         found = lax.dynamic_slice(stack, [*first, *own], (*[1] * len(index), *sizes), allow_negative_indices=False)
         return lax.squeeze(found, range(len(index)))
 
-    return cut
+    return slice_at
 
 
-def put(stack: Any, update: Any, index: Sequence[Any], starts: Sequence[Any] = ()) -> Any:
+def write_slice(stack: Any, update: Any, index: Sequence[Any], starts: Sequence[Any] = ()) -> Any:
     """The stack with an update written into the slice at `index`."""
-    first, own = _alike(index, starts or [0] * update.ndim)
+    first, own = _to_one_dtype(index, starts or [0] * update.ndim)
     update = lax.expand_dims(update, range(len(index)))
     return lax.dynamic_update_slice(stack, update, [*first, *own], allow_negative_indices=False)
 
 
-def gathered(eqn: Any, stack: Any, indices: Any, index: Sequence[Any]) -> Any:
+def gather_slice(eqn: Any, stack: Any, indices: Any, index: Sequence[Any]) -> Any:
     """The result of a `gather` equation on the slice at `index`."""
     numbers, n = eqn.params["dimension_numbers"], len(index)
     deeper = lax.GatherDimensionNumbers(
@@ -98,10 +98,10 @@ def gathered(eqn: Any, stack: Any, indices: Any, index: Sequence[Any]) -> Any:
     )
     sizes = (*[1] * n, *eqn.params["slice_sizes"])
     params = {**eqn.params, "dimension_numbers": deeper, "slice_sizes": sizes}
-    return eqn.primitive.bind(stack, _with_columns(indices, index), **params)
+    return eqn.primitive.bind(stack, _prepend_index(indices, index), **params)
 
 
-def scattered(eqn: Any, stack: Any, indices: Any, updates: Any, index: Sequence[Any]) -> Any:
+def scatter_slice(eqn: Any, stack: Any, indices: Any, updates: Any, index: Sequence[Any]) -> Any:
     """The stack after a `scatter` equation on the slice at `index`."""
     numbers, n = eqn.params["dimension_numbers"], len(index)
     deeper = lax.ScatterDimensionNumbers(
@@ -112,27 +112,27 @@ def scattered(eqn: Any, stack: Any, indices: Any, updates: Any, index: Sequence[
         scatter_indices_batching_dims=numbers.scatter_indices_batching_dims,
     )
     params = {**eqn.params, "dimension_numbers": deeper}
-    return eqn.primitive.bind(stack, _with_columns(indices, index), updates, **params)
+    return eqn.primitive.bind(stack, _prepend_index(indices, index), updates, **params)
 
 
 def _deeper(dims: Sequence[int], n: int) -> tuple[int, ...]:
     return (*range(n), *(i + n for i in dims))
 
 
-def _alike(index: Sequence[Any], starts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _to_one_dtype(index: Sequence[Any], starts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The indices and starts in one type, as JAX requires: the starts' own, if it surely holds the indices."""
     own = {start.dtype for start in starts if not isinstance(start, int)}
     dtype = own.pop() if len(own) == 1 else jnp.dtype(jnp.int32)
     dtype = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.int32)
-    first, rest = ([_as(each, dtype) for each in side] for side in (index, starts))
+    first, rest = ([_to_dtype(each, dtype) for each in side] for side in (index, starts))
     return first, rest
 
 
-def _as(number: Any, dtype: Any) -> Any:
+def _to_dtype(number: Any, dtype: Any) -> Any:
     return np.asarray(number, dtype) if isinstance(number, int) else lax.convert_element_type(number, dtype)
 
 
-def _with_columns(indices: Any, index: Sequence[Any]) -> Any:
+def _prepend_index(indices: Any, index: Sequence[Any]) -> Any:
     """The indices of a gather or scatter, each with `index` in front."""
     if indices.dtype.itemsize < 4:
         indices = lax.convert_element_type(indices, jnp.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
+from autoshard._util.identity import distinct
 from autoshard.tracing.source_lines import source_of
 
 INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
@@ -22,24 +23,29 @@ KERNELS = ("pallas_call", "ffi_call", "core_map")
 """Primitives that run a kernel of the user's, with a name of its own among the parameters."""
 
 
-def needed(jaxpr: Any) -> list[Any]:
+def live_equations(jaxpr: Any) -> list[Any]:
     """The equations that the outputs or a side effect need, in order."""
     wanted = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in wanted for v in eqn.outvars):
-            kept.append(eqn)
+            kept.append(_mark_unused(eqn, wanted) if eqn.primitive.name == "pallas_call" else eqn)
             wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
     return kept[::-1]
 
 
-def called(eqn: Any) -> tuple[Any, Sequence[Any]]:
+def _mark_unused(eqn: Any, wanted: Collection[Any]) -> Any:
+    """An equation whose results that nothing reads are marked as such (`DropVar`)."""
+    return eqn.replace(outvars=[v if v in wanted else jex.DropVar(v.aval) for v in eqn.outvars])
+
+
+def callee(eqn: Any) -> tuple[Any, Sequence[Any]]:
     """The jaxpr that a call runs, and the arrays that it closes over."""
     inner = next(eqn.params[key] for key in INLINED if key in eqn.params)
     return (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
 
 
-def computed_again(eqn: Any) -> bool:
+def is_rematerialised(eqn: Any) -> bool:
     """Whether a call is the rematerialisation of a `jax.checkpoint` in the backward pass."""
     kept_apart = eqn.params.get("prevent_cse", False)  # one flag for all operands, or one for each
     return bool(eqn.params.get("differentiated")) and (any(kept_apart) if isinstance(kept_apart, tuple) else kept_apart)
@@ -65,18 +71,19 @@ def is_held(constant: Any) -> bool:
     return bool(aval.shape) or jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
-def unique(arrays: Sequence[Any]) -> list[Any]:
-    return list({id(array): array for array in arrays if is_held(array)}.values())
+def distinct_arrays(constants: Iterable[Any]) -> list[Any]:
+    """The arrays among constants, each once."""
+    return distinct(each for each in constants if is_held(each))
 
 
-def unbatched(condition: Any, body: Any, n_cond: int, n_body: int) -> tuple[Any, Any]:
+def unbatch_predicate(condition: Any, body: Any, n_cond: int, n_body: int) -> tuple[Any, Any]:
     """A `while` whose predicate `vmap` has batched, with a scalar predicate.
 
     The loop runs while any element of the predicate holds, and updates the elements for which it holds.
     """
     test, step = jex.jaxpr_as_fun(condition), jex.jaxpr_as_fun(body)
 
-    def go_on(*args: Any) -> Any:
+    def is_any_true(*args: Any) -> Any:
         (flags,) = test(*args)
         return lax.reduce_or(flags, axes=tuple(range(flags.ndim)))
 
@@ -88,7 +95,7 @@ def unbatched(condition: Any, body: Any, n_cond: int, n_body: int) -> tuple[Any,
         return [lax.select_n(flag, old, new) for flag, old, new in zip(wide, carry, moved, strict=True)]
 
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*condition.in_avals[:n_cond], *body.in_avals)]
-    return jax.make_jaxpr(go_on)(*specs[:n_cond], *specs[n_cond + n_body :]), jax.make_jaxpr(change)(*specs)
+    return jax.make_jaxpr(is_any_true)(*specs[:n_cond], *specs[n_cond + n_body :]), jax.make_jaxpr(change)(*specs)
 
 
 def custom_vjps(jaxpr: Any) -> Iterator[str]:

@@ -26,47 +26,30 @@ from autoshard.tracing.jaxprs import CALLS, INLINED, scan_counts
 Sizes = Mapping[str, int]
 
 
-def meaning(eqn: Any) -> Any:
+@lru_cache(maxsize=1024)
+def global_form(eqn: Any) -> Any:
     """An equivalent closed jaxpr of a `shard_map` equation, on global arrays.
 
     **Raises:** `TraceError` for a body that cannot be rewritten; names the collective.
     """
-    return _meaning(_Same(eqn))
-
-
-class _Same:
-    """An equation as a dictionary key, compared by identity."""
-
-    def __init__(self, eqn: Any) -> None:
-        self.eqn = eqn
-
-    def __hash__(self) -> int:
-        return id(self.eqn)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.eqn is other.eqn
-
-
-@lru_cache(maxsize=1024)
-def _meaning(same: _Same) -> Any:
-    eqn, params = same.eqn, same.eqn.params
+    params = eqn.params
     sizes = {axis: n for axis, n in params["mesh"].shape.items() if axis in _manual(params)}
     mapped = [axis for axis, n in sizes.items() if n > 1]
     body = _Body(params["jaxpr"], sizes)
     before, after = (tuple(_axes_of(spec, mapped) for spec in params[key]) for key in ("in_specs", "out_specs"))
 
-    def whole(*arrays: Any) -> list[Any]:
+    def run_global(*arrays: Any) -> list[Any]:
         arrays = tuple(soft_pin(array, spec) for array, spec in zip(arrays, before, strict=True))
-        blocks = [_cut(array, spec, mapped, sizes) for array, spec in zip(arrays, before, strict=True)]
-        found = _over_blocks(body, mapped, before, after, blocks)
+        blocks = [_split_blocks(array, spec, mapped, sizes) for array, spec in zip(arrays, before, strict=True)]
+        found = _map_blocks(body, mapped, before, after, blocks)
         joined = [_join(array, spec, mapped, sizes) for array, spec in zip(found, after, strict=True)]
         return [soft_pin(array, spec) for array, spec in zip(joined, after, strict=True)]
 
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    return jax.make_jaxpr(whole)(*avals)
+    return jax.make_jaxpr(run_global)(*avals)
 
 
-def described(eqn: Any) -> str:
+def mesh_text(eqn: Any) -> str:
     """The mesh of a `shard_map` as text: `x=4, y=2`."""
     return ", ".join(f"{axis}={n}" for axis, n in eqn.params["mesh"].shape.items() if axis in _manual(eqn.params))
 
@@ -84,12 +67,12 @@ def _axes_of(spec: Any, mapped: Sequence[str]) -> tuple[tuple[str, ...], ...]:
 # --- blocks
 
 
-def _mentioned(spec: Sequence[Sequence[str]], mapped: Sequence[str]) -> list[str]:
+def _axes_in(spec: Sequence[Sequence[str]], mapped: Sequence[str]) -> list[str]:
     used = {axis for part in spec for axis in part}
     return [axis for axis in mapped if axis in used]
 
 
-def _cut(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes: Sizes) -> Any:
+def _split_blocks(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes: Sizes) -> Any:
     """The array with a leading dimension of blocks for each mesh axis that splits it, in the mesh's order."""
     shape: list[int] = []
     place: dict[str, int] = {}
@@ -99,14 +82,14 @@ def _cut(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes
             place[axis] = len(shape)
             shape.append(sizes[axis])
         shape.append(n // prod(sizes[axis] for axis in axes))
-    leading = [place[axis] for axis in _mentioned(spec, mapped)]
+    leading = [place[axis] for axis in _axes_in(spec, mapped)]
     rest = [i for i in range(len(shape)) if i not in leading]
     return jnp.transpose(jnp.reshape(array, shape), (*leading, *rest)) if leading else array
 
 
 def _join(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], sizes: Sizes) -> Any:
-    """Undoes `_cut`."""
-    leading = _mentioned(spec, mapped)
+    """Undoes `_split_blocks`."""
+    leading = _axes_in(spec, mapped)
     if not leading:
         return array
     local = array.shape[len(leading) :]
@@ -119,7 +102,7 @@ def _join(array: Any, spec: Sequence[Sequence[str]], mapped: Sequence[str], size
     return jnp.reshape(jnp.transpose(array, order), shape)
 
 
-def _over_blocks(
+def _map_blocks(
     body: Callable[..., list[Any]], mapped: Sequence[str], before: Any, after: Any, blocks: Any
 ) -> list[Any]:
     """The body, batched over all blocks.
@@ -128,20 +111,20 @@ def _over_blocks(
     taken.
     """
 
-    def batched(whole_too: bool) -> Callable[..., list[Any]]:
+    def run_batched(whole_too: bool) -> Callable[..., list[Any]]:
         run: Callable[..., list[Any]] = body
         for axis in reversed(mapped):
-            into = tuple(0 if axis in _mentioned(spec, mapped) else None for spec in before)
-            out = [0 if whole_too or axis in _mentioned(spec, mapped) else None for spec in after]
+            into = tuple(0 if axis in _axes_in(spec, mapped) else None for spec in before)
+            out = [0 if whole_too or axis in _axes_in(spec, mapped) else None for spec in after]
             run = jax.vmap(run, in_axes=into, out_axes=out, axis_name=axis, axis_size=body.sizes[axis])  # pyright: ignore
         return run
 
     try:
-        return batched(False)(*blocks)
+        return run_batched(False)(*blocks)
     except ValueError:
-        found = batched(True)(*blocks)
+        found = run_batched(True)(*blocks)
     return [
-        array[tuple(slice(None) if axis in _mentioned(spec, mapped) else 0 for axis in mapped)]
+        array[tuple(slice(None) if axis in _axes_in(spec, mapped) else 0 for axis in mapped)]
         for array, spec in zip(found, after, strict=True)
     ]
 
@@ -183,7 +166,7 @@ class _Body:
         if name in _STRUCTURES:
             return getattr(self, f"_{name}")(params, operands)
         if name == "shard_map":
-            return jex.jaxpr_as_fun(meaning(eqn))(*operands)
+            return jex.jaxpr_as_fun(global_form(eqn))(*operands)
         if name in _STAYS:
             return operands
         placed = {key: None for key in ("out_sharding", "sharding") if params.get(key) is not None}
@@ -238,20 +221,20 @@ def _place(axes: Sequence[str], sizes: Sizes) -> Any:
     return at
 
 
-def _reduced(by: Callable[..., Any], operand: Any, axes: Any, params: Any) -> Any:
+def _all_reduce(by: Callable[..., Any], operand: Any, axes: Any, params: Any) -> Any:
     return by(operand, axes) if axes else operand
 
 
-def _gathered(operand: Any, axes: Any, params: Any) -> Any:
+def _all_gather(operand: Any, axes: Any, params: Any) -> Any:
     at, tiled = params["all_gather_dimension"], params["tiled"]
     if not axes:
         return operand if tiled else jnp.expand_dims(operand, at)
-    stacked = jnp.moveaxis(_stacked(operand, axes), 0, at)
+    stacked = jnp.moveaxis(_stack_blocks(operand, axes), 0, at)
     shape = stacked.shape
     return jnp.reshape(stacked, (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])) if tiled else stacked
 
 
-def _stacked(operand: Any, axes: Sequence[str]) -> Any:
+def _stack_blocks(operand: Any, axes: Sequence[str]) -> Any:
     """All blocks along several axes, stacked, the first axis major; JAX batches a gather over one axis only."""
     found = operand
     for axis in reversed(axes):
@@ -259,15 +242,15 @@ def _stacked(operand: Any, axes: Sequence[str]) -> Any:
     return jnp.reshape(found, (prod(found.shape[: len(axes)]), *operand.shape))
 
 
-def _scattered(operand: Any, axes: Any, params: Any) -> Any:
+def _reduce_scatter(operand: Any, axes: Any, params: Any) -> Any:
     at, tiled = params["scatter_dimension"], params["tiled"]
     summed = lax.psum(operand, axes) if axes else operand
     if not axes:
         return operand if tiled else jnp.squeeze(operand, at)
-    return _own(summed, axes, at, tiled)
+    return _own_block(summed, axes, at, tiled)
 
 
-def _own(array: Any, axes: Any, at: int, tiled: bool) -> Any:
+def _own_block(array: Any, axes: Any, at: int, tiled: bool) -> Any:
     """This block's part of an array that is equal in all blocks."""
     count, sizes = lax.axis_size(axes), {axis: lax.axis_size(axis) for axis in axes}
     size = array.shape[at] // count
@@ -275,7 +258,7 @@ def _own(array: Any, axes: Any, at: int, tiled: bool) -> Any:
     return found if tiled else jnp.squeeze(found, at)
 
 
-def _permuted(operand: Any, axes: Any, params: Any) -> Any:
+def _permute(operand: Any, axes: Any, params: Any) -> Any:
     if len(axes) < 2:
         return lax.ppermute(operand, axes[0], params["perm"]) if axes else operand
     sizes = {axis: lax.axis_size(axis) for axis in axes}
@@ -283,27 +266,27 @@ def _permuted(operand: Any, axes: Any, params: Any) -> Any:
     for sender, receiver in params["perm"]:
         senders[receiver] = sender
     sender = jnp.asarray(senders)[_place(axes, sizes)]
-    found = lax.dynamic_index_in_dim(_stacked(operand, axes), jnp.maximum(sender, 0), keepdims=False)
+    found = lax.dynamic_index_in_dim(_stack_blocks(operand, axes), jnp.maximum(sender, 0), keepdims=False)
     return jnp.where(sender >= 0, found, jnp.zeros_like(found))
 
 
-def _exchanged(operand: Any, axes: Any, params: Any) -> Any:
+def _all_to_all(operand: Any, axes: Any, params: Any) -> Any:
     """An all-to-all, tiled or not: JAX adds and removes the dimensions of an untiled one in separate equations."""
     if not axes:
         return operand
-    gathered = _gathered(operand, axes, {"all_gather_dimension": params["concat_axis"], "tiled": True})
-    return _own(gathered, axes, params["split_axis"], True)
+    gathered = _all_gather(operand, axes, {"all_gather_dimension": params["concat_axis"], "tiled": True})
+    return _own_block(gathered, axes, params["split_axis"], True)
 
 
 _EXCHANGES: dict[str, Callable[..., Any]] = {
     "axis_index": lambda *_: None,
-    "psum": partial(_reduced, lax.psum),
-    "psum_invariant": partial(_reduced, lax.psum),
-    "pmax": partial(_reduced, lax.pmax),
-    "pmin": partial(_reduced, lax.pmin),
-    "all_gather": _gathered,
-    "all_gather_invariant": _gathered,
-    "reduce_scatter": _scattered,
-    "ppermute": _permuted,
-    "all_to_all": _exchanged,
+    "psum": partial(_all_reduce, lax.psum),
+    "psum_invariant": partial(_all_reduce, lax.psum),
+    "pmax": partial(_all_reduce, lax.pmax),
+    "pmin": partial(_all_reduce, lax.pmin),
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "ppermute": _permute,
+    "all_to_all": _all_to_all,
 }

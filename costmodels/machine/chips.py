@@ -15,11 +15,13 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from costmodels.machine.interconnects import Bus, Interconnect, Switch, Torus, Wraparound
+
 Status = Literal["published", "measured", "derived", "fitted", "assumed", "given"]
 """The origin of a number: `fitted` means to published or measured times, `given` by the user."""
 
-Wraparound = Literal["all axes multiples of 4", "axis of 16", "never"]
-"""When the two ends of a torus axis are joined ("How To Scale Your Model", part 2)."""
+MEASURED = "measured"
+"""The table of a chip in the catalogue with the constants that fit published wall-clock times."""
 
 ChipKind = Literal["tpu", "gpu", "cpu"]
 
@@ -42,45 +44,6 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Torus:
-    """Every chip is linked to its two neighbours along each of `axes` axes.
-
-    `link_bytes_per_second` is one-way, per link.
-    """
-
-    axes: float
-    link_bytes_per_second: float
-    hop_seconds: float
-    wraparound: Wraparound = "never"
-
-
-@dataclass(frozen=True)
-class Switch:
-    """Nodes of `chips_per_node` chips on one switch, and the nodes on a slower network.
-
-    `egress_bytes_per_second` is one-way, per chip, into its node's switch; `node_egress_bytes_per_second` is one-way,
-    per node, into the network between nodes.
-    """
-
-    chips_per_node: float
-    egress_bytes_per_second: float
-    hop_seconds: float
-    node_egress_bytes_per_second: float
-    node_hop_seconds: float
-
-
-@dataclass(frozen=True)
-class Bus:
-    """Devices with equal links to each other, such as the devices of one host."""
-
-    egress_bytes_per_second: float
-    hop_seconds: float
-
-
-Interconnect = Torus | Switch | Bus
-
-
-@dataclass(frozen=True)
 class Chip:
     """One chip: rates, capacities and overheads, per chip and in the units of their names.
 
@@ -96,11 +59,19 @@ class Chip:
     - `matrix_tile`: side of the matrix unit, to which matrix dimensions are padded, in elements.
     - `matmul_efficiency`, `hbm_efficiency`, `wire_efficiency`: the parts of the peak rates that programs achieve;
       `reached_hbm_bytes_per_second` and `reached_matmul_flops_per_second` include them.
+    - `weight_load_rows`: the rows that stream through the matrix unit while it loads a tile; half a tile's by default.
     - `on_chip_bytes`: the largest array that programs keep in on-chip memory between two operations; 0 by default
       (`costmodels.operations.hbm_bytes`).
+    - `prefetch_bytes`: the bytes of weights that programs copy into on-chip memory before their matmul begins; 0 by default.
+      Only the overlap "async" uses it (`costmodels.machine.conventions`).
     - `dcn_egress_bytes_per_second`, `dcn_hop_seconds`: one-way, per chip, out of its slice into the data-center
       network; 0 by default.
     - `op_overhead_seconds`, `collective_overhead_seconds`: the start-up time of a matmul, of a collective.
+    - `vector_elements_per_second`: the rate at which the vector unit loads and stores elements of arrays; 0 by default,
+      which leaves the term out (`costmodels.operations`).
+    - `converted_elements_per_second`: the rate at which operands of matmuls are converted from narrower types; 0 by default.
+    - `vector_overhead_seconds`, `stream_overhead_seconds`: the start-up time of a loop on the vector unit, and the wait of
+      a matmul for operands that are not fetched ahead; 0 by default.
     - `clock_hertz`: converts a compiler's cycles to seconds; None if unknown.
     - `catalogued`: the sources of the numbers; read it through `constants`.
     """
@@ -119,7 +90,13 @@ class Chip:
     matmul_efficiency: float = 1.0
     hbm_efficiency: float = 1.0
     wire_efficiency: float = 1.0
+    weight_load_rows: float = 0.0
     on_chip_bytes: float = 0.0
+    prefetch_bytes: float = 0.0
+    vector_elements_per_second: float = 0.0
+    converted_elements_per_second: float = 0.0
+    vector_overhead_seconds: float = 0.0
+    stream_overhead_seconds: float = 0.0
     dcn_egress_bytes_per_second: float = 0.0
     dcn_hop_seconds: float = 0.0
     clock_hertz: float | None = None
@@ -137,6 +114,11 @@ class Chip:
     def reached_matmul_flops_per_second(self, dtype: str) -> float:
         """`matmul_flops_per_second` times `matmul_efficiency`."""
         return self.matmul_flops_per_second(dtype) * self.matmul_efficiency
+
+    @property
+    def load_rows(self) -> float:
+        """`weight_load_rows`, or half of `matrix_tile`."""
+        return self.weight_load_rows or self.matrix_tile / 2
 
     @property
     def reached_hbm_bytes_per_second(self) -> float:
@@ -196,8 +178,22 @@ def chip(name: str) -> Chip:
 @lru_cache(maxsize=1)
 def catalogue() -> Mapping[str, Chip]:
     """Every chip of `chips.toml`, by name."""
-    tables = tomllib.loads(files(str(__package__)).joinpath("chips.toml").read_text("utf-8"))
+    tables = {name: {**table, MEASURED: {}} for name, table in _tables().items()}
     return MappingProxyType({name: chip_from_dict({"name": name, **table}) for name, table in tables.items()})
+
+
+def use_measured_constants(chip: Chip) -> Chip:
+    """The chip with the constants that fit published wall-clock times, as far as the catalogue has them for its name.
+
+    The catalogue's own efficiencies and overheads are those of compilers' estimates, or assumed.
+    """
+    table = _tables().get(chip.name, {}).get(MEASURED, {})
+    return chip.override(dict(_constants(chip.name, table)), "the catalogue")
+
+
+@lru_cache(maxsize=1)
+def _tables() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files(str(__package__)).joinpath("chips.toml").read_text("utf-8"))
 
 
 def chip_from_dict(table: Mapping[str, Any]) -> Chip:
@@ -227,10 +223,20 @@ _OWN = (
     "collective_overhead_seconds",
 )
 _EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency", "wire_efficiency")
-_OPTIONAL = ("on_chip_bytes", "dcn_egress_bytes_per_second", "dcn_hop_seconds")
+_OPTIONAL = (
+    "weight_load_rows",
+    "on_chip_bytes",
+    "prefetch_bytes",
+    "vector_elements_per_second",
+    "converted_elements_per_second",
+    "vector_overhead_seconds",
+    "stream_overhead_seconds",
+    "dcn_egress_bytes_per_second",
+    "dcn_hop_seconds",
+)
 _LEFT_OUT = {**dict.fromkeys(_EFFICIENCIES, 1.0), **dict.fromkeys(_OPTIONAL, 0.0)}
-"""Defaults of optional numbers: peak rates, and all arrays pass through HBM. Plan files older than these numbers were costed
-so."""
+"""Defaults of optional numbers: peak rates, all arrays pass through HBM, and the vector unit has no loops. Plan files older
+than these numbers were costed so."""
 _MAY_BE_ZERO = (
     *_OPTIONAL,
     "op_overhead_seconds",

@@ -247,7 +247,7 @@ def _wire(axis: Axis) -> _Wire:
 def _gather_load(wires: Wires) -> sympy.Expr:
     return _largest(
         (_chips(some) - 1) / (_chips(wires) * sympy.Add(*(wire.bandwidth for wire in some)))
-        for some in _deciding(wires)
+        for some in _deciding_subsets(wires)
     )
 
 
@@ -255,7 +255,7 @@ def _chips(wires: Wires) -> sympy.Expr:
     return sympy.Mul(*(wire.chips for wire in wires))
 
 
-def _deciding(wires: Wires) -> Iterator[Wires]:
+def _deciding_subsets(wires: Wires) -> Iterator[Wires]:
     alike = not any(wire.switch for wire in wires) and len({wire.speed for wire in wires}) == 1
     for count in range(len(wires) if alike else 1, len(wires) + 1):
         yield from combinations(wires, count)

@@ -8,6 +8,7 @@ network, which is the axis w, before the others. A TOML file has the same inform
 chip = "v4"
 shape = [4, 4, 4]
 name = "our v4 slice"                # optional, like everything below
+measured = true                      # constants that fit published wall-clock times; with it, overlap is "async" by default
 slices = 2                           # number of slices of that shape, on the data-center network
 
 [constants]                          # any number of the chip, by its name in the catalogue
@@ -20,7 +21,7 @@ wraparound = false
 
 [pricing]                            # the conventions of costmodels.machine.conventions
 bandwidth = "total"
-overlap = 0.4                        # or "looped"
+overlap = 0.4                        # or "looped", "async"
 ```
 """
 
@@ -38,14 +39,13 @@ from typing import Any, Literal
 from costmodels.machine.chips import (
     Chip,
     ChipFormatError,
-    Switch,
-    Torus,
-    Wraparound,
     chip,
     chip_from_dict,
     constant_from_dict,
+    use_measured_constants,
 )
-from costmodels.machine.conventions import PHYSICAL, Pricing, PricingError, pricing_from_dict
+from costmodels.machine.conventions import ASYNC, PHYSICAL, Pricing, PricingError, pricing_from_dict
+from costmodels.machine.interconnects import Switch, Torus, Wraparound
 
 AXIS_NAMES = ("x", "y", "z", "w")
 DCN_AXIS = "w"
@@ -224,10 +224,16 @@ def topology_of_chip(name: str, chip: Chip, sizes: Sequence[int], slices: int = 
     return Topology(name, chip, (*_between_slices(name, chip, slices), *_axes(name, chip, sizes)))
 
 
-def as_its_chip_has_it(topology: Topology) -> Topology:
+def complete_axes(topology: Topology) -> Topology:
     """The topology with the axes that follow from its chip and sizes, without settings for single axes."""
     sizes = [axis.size for axis in topology.within_slice]
     return replace(topology, axes=topology_of_chip(topology.name, topology.chip, sizes, topology.slices).axes)
+
+
+def use_measured(topology: Topology) -> Topology:
+    """The topology with constants that fit published wall-clock times, and the overlap "async" under which they were fitted."""
+    chip = use_measured_constants(topology.chip)
+    return complete_axes(replace(topology, chip=chip, pricing=replace(topology.pricing, overlap=ASYNC)))
 
 
 def _between_slices(name: str, chip: Chip, slices: int) -> Iterator[Axis]:
@@ -307,15 +313,23 @@ def _from_file(path: Path) -> Topology:
         data = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise TopologyFormatError(f"The topology file {path} cannot be read: {error}.") from error
-    _keys(str(path), data, required=("chip", "shape"), optional=("name", "slices", "constants", "axes", "pricing"))
+    _keys(
+        str(path),
+        data,
+        required=("chip", "shape"),
+        optional=("name", "slices", "measured", "constants", "axes", "pricing"),
+    )
     slices = _check_type(path, "slices", data.get("slices", 1), int, "a whole number")
     shape = _check_type(path, "shape", data["shape"], list, "a list of sizes, such as [4, 4, 4]")
     for size in shape:
         _check_type(path, "shape", size, int, "a list of whole numbers")
     base = chip(_check_type(path, "chip", data["chip"], str, "the name of a chip in quotes"))
+    measured = _check_type(path, "measured", data.get("measured", False), bool, "true or false")
+    base = use_measured_constants(base) if measured else base
     table = _check_type(path, "constants", data.get("constants", {}), dict, "a table of numbers")
     name = _check_type(path, "name", data.get("name", path.stem), str, "a name in quotes")
     conventions = _check_type(path, "pricing", data.get("pricing", {}), dict, "a table")
+    conventions = {"overlap": ASYNC, **conventions} if measured else conventions
     try:
         numbers = dict(_dotted_entries(base.name, table))
         topology = topology_of_chip(name, base.override(numbers, str(path)), shape, slices)

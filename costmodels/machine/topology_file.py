@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from costmodels.machine.chips import Constant, chip
-from costmodels.machine.topology import Axis, Topology, as_its_chip_has_it
+from costmodels.machine.topology import Axis, Topology, complete_axes
 
 _AXIS_KEYS = ("bytes_per_second", "wraparound", "hop_seconds")
 
@@ -25,7 +25,7 @@ def topology_toml(topology: Topology, heading: str = "") -> str:
     lines += [f"chip = {_text(topology.chip.name)}", f"shape = {shape}"]
     lines += [f"slices = {topology.slices}"] if topology.slices > 1 else []
     lines += [f"name = {_text(topology.name)}", "", "[constants]", *_constants(topology)]
-    for axis, plain in zip(topology.axes, as_its_chip_has_it(topology).axes, strict=True):
+    for axis, plain in zip(topology.axes, complete_axes(topology).axes, strict=True):
         lines += _axis(axis, plain)
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from costmodels.program.program import Operation, Program, Region, Use
+from costmodels.program.program import Operation, Program, Region, Use, Value
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ def join(programs: Sequence[Program], weights: Sequence[float]) -> tuple[Program
         first = len(regions)
         spans.append(span)
         for region in program.regions:
-            is_main = region.parent < 0
-            kind, count = ("phase", weight) if is_main else (region.kind, region.count)
-            regions.append(Region(kind, 0 if is_main else region.parent + first, count, region.name or program.name))
-        values += [replace(value, region=value.region + first) for value in program.values]
+            parent = 0 if region.parent is None else region.parent + first
+            kind, count = ("phase", weight) if region.parent is None else (region.kind, region.count)
+            regions.append(Region(kind, parent, count, region.name or program.name))
+        values += [_shift_value(value, span, first) for value in program.values]
         operations += [_shift(op, span, first) for op in program.operations]
         arguments += [at + span.operations for at in program.arguments]
         constants += [at + span.operations for at in program.constants]
@@ -58,8 +58,13 @@ def join(programs: Sequence[Program], weights: Sequence[float]) -> tuple[Program
     return joined, tuple(spans)
 
 
+def _shift_value(value: Value, span: Span, regions: int) -> Value:
+    origin = None if value.origin is None else value.origin + span.values
+    return replace(value, region=value.region + regions, origin=origin)
+
+
 def _shift(op: Operation, span: Span, regions: int) -> Operation:
-    def shifted(uses: Sequence[Use]) -> tuple[Use, ...]:
+    def shift_uses(uses: Sequence[Use]) -> tuple[Use, ...]:
         return tuple(Use(use.value + span.values, use.dims, use.region + regions) for use in uses)
 
-    return replace(op, inputs=shifted(op.inputs), outputs=shifted(op.outputs), region=op.region + regions)
+    return replace(op, inputs=shift_uses(op.inputs), outputs=shift_uses(op.outputs), region=op.region + regions)

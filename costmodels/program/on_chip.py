@@ -86,7 +86,7 @@ def _loop(program: Program, carry: int) -> int:
 
 def _depth(program: Program, region: int) -> int:
     parent = program.regions[region].parent
-    return 0 if parent < 0 else 1 + _depth(program, parent)
+    return 0 if parent is None else 1 + _depth(program, parent)
 
 
 def _computes(program: Program, operation: int) -> bool:

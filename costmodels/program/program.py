@@ -57,7 +57,7 @@ class Value:
     """An array of the program.
 
     `name` is an argument path, or the operation and source line that produced the array; `region` is the region that
-    defines it; `origin` is the path of the argument that it is a view or a cast of, if any.
+    defines it; `origin` is the value of the argument or constant that it is a view or a cast of, if any.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Value:
     dtype: str
     itemsize: float
     region: int = 0
-    origin: str = ""
+    origin: int | None = None
 
     @property
     def bytes(self) -> float:
@@ -88,6 +88,13 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Output:
+    """A result of an operation by its position. Operands are named by their positions alone."""
+
+    index: int = 0
+
+
+@dataclass(frozen=True)
 class Operation:
     """One operation over factors.
 
@@ -95,9 +102,10 @@ class Operation:
 
     - `linear`: the sets of operands that may be partial sums together, e.g. `({0, 1},)` for an addition (both) and
       `({0}, {1})` for a product (either one).
-    - `traffic`: the operands (0, 1, ...) and results (-1, -2, ...) that are read from or written to HBM.
+    - `traffic`: the operands (0, 1, ...) and results (`Output(0)`, ...) that are read from or written to HBM.
     - `flops_per_point`: floating-point operations per point of the product of all factors.
     - `pinned`: the layout of the first result, if the user pinned it.
+    - `masked`: the operands whose padding is masked before the operation reads them, once per mask.
     """
 
     name: str
@@ -108,16 +116,17 @@ class Operation:
     region: int = 0
     op_class: OpClass = "fused"
     linear: tuple[frozenset[int], ...] = ()
-    traffic: tuple[int, ...] = ()
+    traffic: tuple[int | Output, ...] = ()
     flops_per_point: float = 0.0
     dtype: str = "bfloat16"
     source: str = ""
     exact: bool = True
     pinned: Pinned | None = None
+    masked: tuple[int, ...] = ()
 
-    def use(self, index: int) -> Use:
-        """The operand (0, 1, ...) or result (-1, -2, ...) that `traffic` names."""
-        return self.inputs[index] if index >= 0 else self.outputs[-1 - index]
+    def use(self, place: int | Output) -> Use:
+        """The operand or the result at a place of `traffic`."""
+        return self.outputs[place.index] if isinstance(place, Output) else self.inputs[place]
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -139,7 +148,7 @@ class Region:
     """
 
     kind: Literal["main", "loop", "branch", "phase"]
-    parent: int = -1
+    parent: int | None = None
     count: float = 1
     name: str = ""
 
@@ -168,13 +177,16 @@ class Program:
     phases: tuple[int, ...] = (0,)
     handoffs: tuple[tuple[int, int], ...] = ()
 
+    def enclosing(self, region: int) -> Iterator[int]:
+        """A region, its parent, and so on outwards to the main one."""
+        around: int | None = region
+        while around is not None:
+            yield around
+            around = self.regions[around].parent
+
     def multiplicity(self, region: int) -> float:
         """The number of runs of a region in one step of the program."""
-        count: float = 1
-        while region >= 0:
-            count *= self.regions[region].count
-            region = self.regions[region].parent
-        return count
+        return prod(self.regions[each].count for each in self.enclosing(region))
 
     @cached_property
     def producers(self) -> dict[int, tuple[int, int]]:
@@ -191,23 +203,27 @@ class Program:
         return {value: tuple(uses) for value, uses in found.items()}
 
     @cached_property
-    def reads(self) -> dict[str, int]:
-        """Argument path to the number of operations that read the argument or a view of it, without those that make views."""
-        found: Counter[str] = Counter()
+    def reads(self) -> dict[int, int]:
+        """An argument's value to the number of operations that read it or a view of it, without those that make views."""
+        found: Counter[int] = Counter()
         for op in self.operations:
             made = {self.values[use.value].origin for use in op.outputs}
-            found.update(
-                origin for use in op.inputs if (origin := self.values[use.value].origin) and origin not in made
-            )
+            read = (self.values[use.value].origin for use in op.inputs)
+            found.update(origin for origin in read if origin is not None and origin not in made)
         return dict(found)
 
+    def source_name(self, value: int) -> str:
+        """The path of the argument that a value is a view of; the value's own name if it is none."""
+        origin = self.values[value].origin
+        return self.values[value if origin is None else origin].name
+
     @cached_property
-    def matmul_before(self) -> tuple[int, ...]:
-        """Per operation the previous matmul in its region; -1 if there is none."""
+    def matmul_before(self) -> tuple[int | None, ...]:
+        """Per operation the previous matmul in its region, if there is one."""
         last: dict[int, int] = {}
         found = []
         for i, op in enumerate(self.operations):
-            found.append(last.get(op.region, -1))
+            found.append(last.get(op.region))
             if op.op_class == "matmul":
                 last[op.region] = i
         return tuple(found)

@@ -47,7 +47,7 @@ def views_of(program: Program, value: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def doubled(program: Program, value: int, dim: int) -> Program:
+def double_dimension(program: Program, value: int, dim: int) -> Program:
     """The program with one dimension of a value, and every dimension tied to it, twice as long.
 
     Dimensions are tied by the factors of operations: `b` of `ab,bc->ac` is a dimension of both operands. If a dimension

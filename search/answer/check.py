@@ -12,16 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from math import ceil, prod
+from typing import NamedTuple
 
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
+from costmodels.program.asynchronous import is_deferred, is_fused_into_reads, is_lender, lenders, static_operands
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import REDUCED_INSIDE, Operation, Program, Value
-from search.answer.assignment import Choice, Move, moves, needed, produced, products_behind, steps
+from costmodels.program.vector_passes import REGISTER, converted_operands, ends_pass, is_streamed, vector_uses
+from search.answer.assignment import Choice, Move, moves, needed_layout, produced_layout, products_behind, steps
+from search.answer.check_grouped import GROUPED, GroupedWork
 from search.answer.check_memory import alive_bytes
 from search.formulation.collective_steps import CollectiveStep, emittable, permuted_axes, steps_from
 from search.formulation.intra_op import exchange_axes, gathers
 from search.formulation.layouts import Layout, divides, layouts, shards
+from search.formulation.strategies import LoopedSide
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
     total = compute = memory = 0.0
     for op, strategy in zip(program.operations, choice.strategies, strict=True):
         runs = program.multiplicity(op.region)
-        work, moved, whole = _operation_seconds(program, topology, op, strategy.splits)
-        total, compute, memory = total + runs * whole, compute + runs * work, memory + runs * moved
+        cost = _operation_seconds(program, topology, op, strategy.splits)
+        total += runs * (cost.running + cost.start)
+        compute, memory = compute + runs * cost.compute, memory + runs * cost.memory
     wire = 0.0
     cheapest = _Cheapest(program, topology)
     for move in moves(program, choice):
@@ -56,7 +62,8 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
         if price is None:
             faults.append(f"{program.values[move.value].name}: no collectives lead from {move.source} to {move.target}")
             continue
-        wire += (price - _hidden(program, topology, choice, move)) * program.multiplicity(move.region)
+        hidden = min(price, _beside(program, topology, choice, move)) + _hidden_seconds(program, topology, choice, move)
+        wire += (price - hidden) * program.multiplicity(move.region)
     wire += sum(_inside_seconds(program, topology, choice, i) for i in range(len(program.operations)))
     peak, at = _peak(program, topology, choice)
     return Check(total + wire, compute, memory, wire, peak, at, tuple(faults))
@@ -71,64 +78,192 @@ def _faults(program: Program, topology: Topology, choice: Choice):
         for factor, split in zip(op.factors, strategy.splits, strict=True):
             if factor.size % prod(sizes[axis] for axis in split) or (split and factor.kind == "whole"):
                 yield f"{op.name}: a factor of size {factor.size} ({factor.kind}) cannot be split over {split}"
-            if factor.kind == "gathered" and split and factor.size < _made(op) * prod(sizes[axis] for axis in split):
-                yield f"{op.name}: a piece of {factor.size} over {split} has fewer elements than the {_made(op)} of the result"
+            if (
+                factor.kind == "gathered"
+                and split
+                and factor.size < _new_elements(op) * prod(sizes[axis] for axis in split)
+            ):
+                yield (
+                    f"{op.name}: a piece of {factor.size} over {split} has fewer elements"
+                    f" than the {_new_elements(op)} of the result"
+                )
     for value, layout in choice.hubs.items():
         if not divides(program.values[value].shape, layout, sizes):
             yield f"{program.values[value].name}: {layout} does not divide {program.values[value].shape}"
     for argument, result in program.donated:
-        given = produced(program, choice, program.operations[program.arguments[argument]].outputs[0].value)
-        taken = needed(program, choice, program.results[result], 0)
+        given = produced_layout(program, choice, program.operations[program.arguments[argument]].outputs[0].value)
+        taken = needed_layout(program, choice, program.results[result], 0)
         if given != taken:
             yield f"donated argument {argument} has {given}, its result {taken}"
 
 
-def _made(op: Operation) -> int:
+def _new_elements(op: Operation) -> int:
     """The number of elements that the results have along factors that no operand has."""
     given = {i for use in op.inputs for dim in use.dims for i in dim}
     return prod(op.factors[i].size for i in {i for use in op.outputs for dim in use.dims for i in dim} - given)
 
 
-def _operation_seconds(program: Program, topology: Topology, op: Operation, splits) -> tuple[float, float, float]:
-    """Compute, HBM and roofline seconds of one run on one chip."""
+class _OnChip(NamedTuple):
+    """Seconds of one run of an operation: compute, HBM, the longest of its resources, and its start."""
+
+    compute: float = 0.0
+    memory: float = 0.0
+    running: float = 0.0
+    start: float = 0.0
+
+
+def _operation_seconds(program: Program, topology: Topology, op: Operation, splits) -> _OnChip:
+    """Seconds of one run on one chip (derived in `costmodels.operations`)."""
     if not op.flops_per_point and not op.traffic:
-        return 0.0, 0.0, 0.0
+        return _OnChip()
     chip, sizes = topology.chip, topology.axis_sizes
     local = [
         factor.size / prod(sizes[axis] for axis in split) for factor, split in zip(op.factors, splits, strict=True)
     ]
-    moved = 0.0
-    for use in map(op.use, op.traffic):
+    matmul, groups = op.op_class == "matmul", _grouped(op, local, topology)
+    arrays, hidden = groups.hidden if groups else (0, 0.0)
+    moved = arrays * hidden * program.values[op.outputs[0].value].itemsize if groups else 0.0
+    for index, use in zip(op.traffic, map(op.use, op.traffic), strict=True):
         each = use.stored_itemsize or program.values[use.value].itemsize
-        bytes_ = each * prod(local[i] for dim in use.dims for i in dim)
+        bytes_ = each * (groups.elements(index) if groups else prod(local[i] for dim in use.dims for i in dim))
         moved += 0.0 if 0 < sharers(program, use.value) * bytes_ <= chip.on_chip_bytes else bytes_
     memory = moved / chip.reached_hbm_bytes_per_second
-    if op.op_class != "matmul":
+    stored = sum(prod(local[i] for dim in op.use(k).dims for i in dim) for k in vector_uses(program, op))
+    stored += (arrays - 1) * hidden if arrays else 0.0
+    between = groups.between_seconds(chip, program.values[op.outputs[0].value].itemsize) if groups else 0.0
+    vector = stored / chip.vector_elements_per_second if chip.vector_elements_per_second else 0.0
+    if not matmul:
         work = op.flops_per_point * prod(local) / chip.vector_flops_per_second
-        return work, memory, max(work, memory)
-    work = _matrix_work(op, local, chip.matrix_tile) / chip.reached_matmul_flops_per_second(op.dtype)
-    return work, memory, max(work, memory) + chip.op_overhead_seconds
+        if topology.pricing.asynchronous:
+            read = [
+                program.values[use.value].itemsize * prod(local[i] for d in use.dims for i in d) for use in op.inputs
+            ]
+            hidden = sum(read) / chip.reached_hbm_bytes_per_second
+            fused = is_fused_into_reads(program, op)
+            return _OnChip(work, memory, max(work - hidden, 0.0) if fused else max(work, memory))
+        looped = prod(factor.size for factor in op.factors) >= REGISTER and ends_pass(program, op)
+        start = chip.vector_overhead_seconds if looped else 0.0
+        return _OnChip(work, memory, max(work, memory, vector), start)
+    work = _matrix_work(op, local, topology) / chip.reached_matmul_flops_per_second(op.dtype)
+    if topology.pricing.asynchronous and static_operands(program, op):
+        return _OnChip(work, memory, max(work + chip.op_overhead_seconds, memory), between)
+    if topology.pricing.asynchronous:
+        return _OnChip(work, memory, max(work, memory), chip.op_overhead_seconds + between)
+    start = between + chip.op_overhead_seconds + (chip.stream_overhead_seconds if is_streamed(program, op) else 0.0)
+    converted = sum(prod(local[i] for dim in op.use(k).dims for i in dim) for k in converted_operands(program, op))
+    rate = chip.converted_elements_per_second
+    return _OnChip(work, memory, max(work, memory + vector, converted / rate if rate else 0.0), start)
 
 
-def _hidden(program: Program, topology: Topology, choice: Choice, move: Move) -> float:
+def _beside(program: Program, topology: Topology, choice: Choice, move: Move) -> float:
+    """Seconds of the products at the ends of a reshard that hide it asynchronously."""
+    ends: list[tuple[int, LoopedSide]] = []
+    if move.operation is not None and move.operand is not None:
+        ends.append((move.operation, move.operand))
+    if move.operation is None or (move.value not in choice.hubs and move.operand is not None):
+        ends.append((program.producers[move.value][0], "result"))
+    found = 0.0
+    for i, which in ends if topology.pricing.asynchronous else ():
+        op, strategy = program.operations[i], choice.strategies[i]
+        if op.op_class != "matmul" or op.region != move.region:
+            continue
+        cost = _operation_seconds(program, topology, op, strategy.splits)
+        work, moved, whole = cost.compute, cost.memory, cost.running + cost.start
+        core, static = work + topology.chip.op_overhead_seconds, static_operands(program, op)
+        spare = max(min(moved - core, _ahead_seconds(program, topology, op, strategy.splits)), 0.0)
+        if which in static or (which == "result" and is_deferred(program, i)):
+            found += (whole - spare) / (len(static) + is_deferred(program, i))
+        elif bool(produced_layout(program, choice, op.outputs[0].value).partial) == (which == "result"):
+            spare = max(spare - (_lent(program, topology, i) if is_lender(program, i) else 0.0), 0.0)
+            spare += sum(_lent(program, topology, k) for k in lenders(program, i))
+            spare = min(spare, topology.chip.prefetch_bytes / topology.chip.reached_hbm_bytes_per_second)
+            found += spare if which == "result" else spare / (len(op.inputs) - len(static))
+    return found
+
+
+def _lent(program: Program, topology: Topology, i: int) -> float:
+    """HBM seconds beyond the core's of a matmul whose weight is split over all chips and whose rows are not."""
+    op, chip = program.operations[i], topology.chip
+    none = [()] * len(op.factors)
+    work = _matrix_work(op, [factor.size for factor in op.factors], topology) / topology.size
+    core = work / chip.reached_matmul_flops_per_second(op.dtype) + chip.op_overhead_seconds
+    return max(_ahead_seconds(program, topology, op, none, topology.size) - core, 0.0)
+
+
+def _ahead_seconds(program: Program, topology: Topology, op: Operation, splits, chips: int = 1) -> float:
+    """HBM seconds of the operands that are known before the step, up to the room for copies ahead."""
+    pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
+    local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
+    bytes_, groups = 0.0, _grouped(op, local, topology)
+    for k in static_operands(program, op):
+        if k in op.traffic:
+            each = op.inputs[k].stored_itemsize or program.values[op.inputs[k].value].itemsize
+            bytes_ += each * (groups.elements(k) if groups else prod(local[i] for d in op.inputs[k].dims for i in d))
+    return min(bytes_ / chips, topology.chip.prefetch_bytes) / topology.chip.reached_hbm_bytes_per_second
+
+
+def _hidden_seconds(program: Program, topology: Topology, choice: Choice, move: Move) -> float:
     """Seconds of a reshard that overlap with the products that its collectives are looped with."""
     if not topology.pricing.looped:
         return 0.0
     path, found = steps(program, topology, move), 0.0
     for step, product in zip(path, products_behind(program, topology, choice, move, path), strict=True):
         if product is not None:
-            op, strategy = program.operations[product], choice.strategies[product]
-            work, moved, _ = _operation_seconds(program, topology, op, strategy.splits)
             payload = step.payload(program.values[move.value].bytes, topology.axis_sizes)
+            if topology.pricing.bandwidth == "per-axis":
+                found += _ring_saves(program, topology, choice, move, step, product, payload)
+                continue
+            op, strategy = program.operations[product], choice.strategies[product]
+            whole = _operation_seconds(program, topology, op, strategy.splits).running
             sent, none = (float(seconds_on(topology, step.kind, step.axes, each)) for each in (payload, 0.0))
-            chips = prod(topology.axis_sizes[axis] for axis in step.axes)
-            alone = max(work, moved) / chips
-            found += (sent - none) + max(work, moved) - alone - max(sent - none, max(work, moved) - alone)
+            alone = whole / prod(topology.axis_sizes[axis] for axis in step.axes)
+            found += (sent - none) + whole - alone - max(sent - none, whole - alone)
     return found
 
 
-def _matrix_work(op: Operation, local: list[float], tile: float) -> float:
+def _ring_saves(
+    program: Program,
+    topology: Topology,
+    choice: Choice,
+    move: Move,
+    step: CollectiveStep,
+    product: int,
+    payload: float,
+) -> float:
+    """Seconds that a ring over the first axis saves: the last arrival of a hop that the rest of the matmul waits for."""
+    op, strategy, axis = program.operations[product], choice.strategies[product], topology.axis(step.axes[0])
+    chips, gathers_ = axis.size, step.kind == "all-gather"
+    use = op.outputs[0] if strategy.looped == "result" else op.inputs[int(strategy.looped or 0)]
+    cut = use.dims[step.source_dim if gathers_ else step.target_dim][0]
+    splits = [(*axes, axis.name) if i == cut else axes for i, axes in enumerate(strategy.splits)]
+    cost, one = (_operation_seconds(program, topology, op, each) for each in (strategy.splits, splits))
+    piece = one.running + one.start
+    closing = 1 if axis.kind == "switch" or axis.ring else chips - 1
+    hop = payload / chips / axis.bytes_per_second + closing * axis.hop_seconds + axis.launch_seconds
+    arrivals = [k // 2 + 1 if axis.ring and chips > 3 else k + 1 for k in range(chips - 1)]  # in hops, of each piece
+    taken = max([chips * piece, *(hop * at + piece * (chips - 1 - k) for k, at in enumerate(arrivals))])
+    taken += float(seconds_on(topology, step.kind, step.axes[1:], payload / chips))
+    if not gathers_:
+        arrays = 2 * (chips - 1) if chips < 4 else 3
+        chip, elements = topology.chip, payload / chips / program.values[move.value].itemsize
+        passes = arrays * elements / chip.vector_elements_per_second if chip.vector_elements_per_second else 0.0
+        taken += max(passes, (arrays + 1) * payload / chips / chip.reached_hbm_bytes_per_second)
+    alone = float(seconds_on(topology, step.kind, step.axes, payload))
+    saved = alone + cost.running + cost.start - taken
+    return saved if saved > 1e-9 * alone else 0.0
+
+
+def _grouped(op: Operation, local: list[float], topology: Topology) -> GroupedWork | None:
+    """The work of a matmul of grouped rows; None for any other operation."""
+    is_grouped = op.op_class == "matmul" and op.primitive in GROUPED
+    return GroupedWork(op, local, topology.pricing.expert_load) if is_grouped else None
+
+
+def _matrix_work(op: Operation, local: list[float], topology: Topology) -> float:
     """FLOPs of the matrix unit, in whole tiles (derived in `costmodels.operations`)."""
+    tile, least = topology.chip.matrix_tile, topology.chip.load_rows
+    if groups := _grouped(op, local, topology):
+        return groups.flops(tile, least)
     if len(op.inputs) != 2:
         return op.flops_per_point * prod(local)
     places = [[any(i in dim for dim in use.dims) for use in (*op.inputs, *op.outputs[:1])] for i in range(len(local))]
@@ -136,7 +271,7 @@ def _matrix_work(op: Operation, local: list[float], tile: float) -> float:
     for n, (left, right, result) in zip(local, places, strict=True):
         size["summed" if not result else "batch" if left == right else "rows" if left else "columns"] *= n
     rows, columns = size["rows"], size["columns"]
-    streamed = min(max(a, tile / 2) * tile * ceil(b / tile) for a, b in ((rows, columns), (columns, rows)))
+    streamed = min(max(a, least) * tile * ceil(b / tile) for a, b in ((rows, columns), (columns, rows)))
     return op.flops_per_point * size["batch"] * tile * ceil(size["summed"] / tile) * streamed
 
 
@@ -146,7 +281,7 @@ def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int
     for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
         if factor.kind in REDUCED_INSIDE and axes:
             value = op.outputs[0].value
-            local = program.values[value].bytes / shards(produced(program, choice, value), topology.axis_sizes)
+            local = program.values[value].bytes / shards(produced_layout(program, choice, value), topology.axis_sizes)
             total += float(seconds_on(topology, "all-reduce", axes, local))
     total += _gathered_seconds(program, topology, choice, i) + _exchanged_seconds(program, topology, choice, i)
     return total * program.multiplicity(op.region)
@@ -209,7 +344,7 @@ class _Cheapest:
         frontier = [(0.0, next(order), source)]
         done: set[Layout] = set()
         if array.shape not in self._alike:
-            self._alike[array.shape] = _alike(array.shape, self.topology)
+            self._alike[array.shape] = _layouts_by_shards(array.shape, self.topology)
         while frontier:
             price, _, layout = heapq.heappop(frontier)
             if layout == target:
@@ -237,7 +372,7 @@ def _cuts(layout: Layout, sizes: Mapping[str, int]) -> tuple:
     return (*(prod(sizes[axis] for axis in dim) for dim in layout.dims), layout.partial)
 
 
-def _alike(shape: tuple[int, ...], topology: Topology) -> dict[tuple, list[Layout]]:
+def _layouts_by_shards(shape: tuple[int, ...], topology: Topology) -> dict[tuple, list[Layout]]:
     """Every layout of a shape, by the number of shards in each dimension."""
     found: dict[tuple, list[Layout]] = {}
     for layout in layouts(shape, tuple(topology.axis_sizes.items()), True):

@@ -9,22 +9,31 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 - The stacked results of a loop are allocated before it begins, and values made only for them are written into them.
   They take a donated argument's memory if nothing reads that from then on.
 - An update in place takes its operand's memory if nothing reads that any more. A loop carry takes the memory of its
-  initial value if nothing else needs that. A result takes the memory of the donated argument.
+  initial value if nothing else needs that. A result takes the memory of the donated argument, once nothing reads that
+  any more (`search.answer.check_donations`).
+- A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups.
+- A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
+- A TPU holds further arrays for sorts, running sums, concatenations and converted stacks (`search.answer.check_temporaries`).
 - Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
 - A value that enters a loop lives until the loop ends. Arguments live as long as their phase.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate
 from math import prod
 
 from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
+from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Operation, Program
-from search.answer.assignment import Choice, Move, kept, moves, needed
+from search.answer.assignment import Choice, kept_layout, moves, needed_layout
+from search.answer.check_donations import Overwrites
+from search.answer.check_grouped import GroupedWork
+from search.answer.check_temporaries import converting, joining, sorting
 from search.formulation.layouts import shards
 from search.formulation.tpu_tiles import argument_tile
 
@@ -41,18 +50,40 @@ def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[fl
         changes[last + 1] -= held
 
     for value, first, last in account.arrays():
-        hold(first, last, program.values[value].bytes / shards(kept(program, choice, value), sizes))
+        hold(first, last, program.values[value].bytes / shards(kept_layout(program, choice, value), sizes))
     for move in moves(program, choice):
         moved = program.values[move.value].bytes
-        if move.operation < 0:
+        if move.operation is None:
             at = account.maker[move.value]
             hold(at, at, moved / shards(move.source, sizes))
         else:
-            hold(*account.copy_life(move), moved / shards(move.target, sizes))
+            hold(*account.copy_life(move.value, move.operation), moved / shards(move.target, sizes))
     for at in program.results:
         if program.operations[at].inputs:
             hold(at, at, account.copied_result(topology, choice, at))
+    for each in sorting(program, topology, choice):
+        hold(*each)
+    for each in converting(program, topology, choice, account.readers):
+        hold(*each)
+    for each in joining(program, topology, choice, account.readers, account.is_fused):
+        hold(*each)
+    for at, op in enumerate(program.operations):
+        if op.primitive == "reduce_max":
+            made, held = account.second_scores(topology, choice, at)
+            hold(made, made, held)
+        elif op.primitive == CHAIN:
+            hold(at, at, _chain_buffers(program, topology, choice, at))
     return list(accumulate(changes[:-1]))
+
+
+def _chain_buffers(program: Program, topology: Topology, choice: Choice, at: int) -> float:
+    """The bytes of the hidden arrays of a chain of grouped matmuls, and of its rows before and after the matmuls."""
+    op, splits = program.operations[at], choice.strategies[at].splits
+    pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
+    local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
+    work = GroupedWork(op, local, topology.pricing.expert_load)
+    arrays, elements = work.hidden
+    return (arrays * elements + work.own_rows) * program.values[op.outputs[0].value].itemsize
 
 
 class _Account:
@@ -68,13 +99,15 @@ class _Account:
 
     def arrays(self) -> Iterator[tuple[int, int, int]]:
         """One value per array in memory, with the first and the last operation of its life."""
-        for values in self._sharing():
+        overwritten = list(self._overwritten())
+        for values in self._sharing((*self._pairs(), *((given, taken) for given, taken, _ in overwritten))):
             if any(self._is_stored(value) for value in values):
                 makers = [self.maker[value] for value in values]
                 first, last = min(map(self._begins, values)), max(self.needed_until(value) for value in values)
                 if any(self.program.operations[at].op_class == "source" for at in makers):
                     first = self._phase(first)[0]
                 yield min(values), first, last
+        yield from ((taken, *both) for _, taken, both in overwritten if both is not None)
 
     def _begins(self, value: int) -> int:
         """The first operation of a value's life; stacked results live as long as their loop."""
@@ -88,13 +121,15 @@ class _Account:
         """The last operation that needs a value."""
         if self.program.operations[self.maker[value]].op_class == "source":
             return self._phase(self.maker[value])[1]
-        return max((self._done(at) for at in self.readers.get(value, ())), default=self.maker[value])
+        return max((self._last_iteration_end(at) for at in self.readers.get(value, ())), default=self.maker[value])
 
-    def _done(self, at: int) -> int:
+    def _last_iteration_end(self, at: int) -> int:
         """The end of a reader's need: a view ends with its own readers, a loop with its last operation."""
         op = self.program.operations[at]
         if at in self.views:
-            return max((self._done(other) for other in self.readers.get(op.outputs[0].value, ())), default=at)
+            return max(
+                (self._last_iteration_end(other) for other in self.readers.get(op.outputs[0].value, ())), default=at
+            )
         entered = {use.region for use in op.outputs} - {op.region}
         ends = [self._ends[region] for region in entered] if op.op_class == "boundary" else []
         return max(ends, default=at)
@@ -108,7 +143,7 @@ class _Account:
         ]
         for region in reversed(regions):
             around = self.program.regions[region].parent
-            if around >= 0:
+            if around is not None:
                 found[around] = max(found[around], found[region])
         return found
 
@@ -158,10 +193,10 @@ class _Account:
         plain = op.op_class in ("matmul", "fused", "memory") and not shows and not _writes_into(op, value)
         return at in views or plain
 
-    def _sharing(self) -> Iterator[list[int]]:
+    def _sharing(self, pairs: Iterable[tuple[int, int]]) -> Iterator[list[int]]:
         """Groups of values that are one array in memory."""
         beside: dict[int, set[int]] = {value: set() for value in self.maker}
-        for a, b in self._pairs():
+        for a, b in pairs:
             beside[a].add(b)
             beside[b].add(a)
         seen: set[int] = set()
@@ -186,13 +221,27 @@ class _Account:
             if op.primitive == "loop_carry":
                 yield made[0], made[1]
                 yield from ((value, made[0]) for value in given if self._becomes_carry(value, i))
+
+    def _overwritten(self) -> Iterator[tuple[int, int, tuple[int, int] | None]]:
+        """Each donated argument, the result in its memory, and when that needs an array of its own before."""
+        if not self.program.donated:
+            return
+        group_of = {value: i for i, group in enumerate(self._groups) for value in group}
+        account = Overwrites(self.program, self.readers, self.is_fused, self._last_iteration_end)
+        taken_groups: set[int] = set()
         for argument, result in self.program.donated:
-            giver = self.program.operations[self.program.arguments[argument]]
-            taker = self.program.operations[self.program.results[result]]
-            given, taken = giver.outputs[0].value, taker.inputs[0].value
-            stacked = self.program.operations[self.maker[taken]].primitive == "loop_stack"
-            if not stacked or all(self._done(at) < self._begins(taken) for at in self.readers.get(given, ())):
-                yield given, taken
+            given = self.program.operations[self.program.arguments[argument]].outputs[0].value
+            taken = self.program.operations[self.program.results[result]].inputs[0].value
+            group = self._groups[group_of[taken]]
+            is_given = any(self.program.operations[self.maker[value]].op_class == "source" for value in group)
+            if not is_given and group_of[taken] not in taken_groups:
+                taken_groups.add(group_of[taken])
+                yield given, taken, account.overlap(given, group, min(map(self._begins, group)))
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        """The groups of values that share memory, without donations."""
+        return list(self._sharing(self._pairs()))
 
     def _becomes_carry(self, value: int, carry: int) -> bool:
         maker = self.program.operations[self.maker[value]]
@@ -207,17 +256,20 @@ class _Account:
         if op.primitive == "loop_slice" or at in self.views:
             return False
         readers = [self.program.operations[each].primitive for each in self.readers.get(value, ())]
-        return set(readers) != {"loop_stack"} and (not self._is_fused(at) or self._leaves(value))
+        return set(readers) != {"loop_stack"} and (not self.is_fused(at) or self._leaves(value))
 
     def _leaves(self, value: int) -> bool:
         """Whether an unfused operation reads a value or a view of it."""
         for at in self.readers.get(value, ()):
-            shown = self.program.operations[at].outputs[0].value if at in self.views else -1
-            if self._leaves(shown) if shown >= 0 else not self._is_fused(at):
+            if at in self.views:
+                leaves = self._leaves(self.program.operations[at].outputs[0].value)
+            else:
+                leaves = not self.is_fused(at)
+            if leaves:
                 return True
         return False
 
-    def _is_fused(self, at: int) -> bool:
+    def is_fused(self, at: int) -> bool:
         """Elementwise work, and a scatter of one element to each row of a constant array, which XLA fuses."""
         op = self.program.operations[at]
         if op.op_class == "fused" or not op.primitive.startswith("scatter") or len(op.inputs) != 3:
@@ -230,14 +282,13 @@ class _Account:
         each = single and prod(self.program.values[updates.value].shape) == count
         return each and filled.primitive == "broadcast_in_dim" and not filled.inputs
 
-    def copy_life(self, move: Move) -> tuple[int, int]:
+    def copy_life(self, value: int, at: int) -> tuple[int, int]:
         """The operations during which an operand's resharded copy lives.
 
         A gather begins beside the matmul before its own.
         """
-        at = move.operation
         before = self._matmuls_before[at] if self.program.operations[at].op_class == "matmul" else None
-        return at if before is None else max(before, self.maker[move.value]), self._done(at)
+        return at if before is None else max(before, self.maker[value]), self._last_iteration_end(at)
 
     @cached_property
     def _matmuls_before(self) -> list[int | None]:
@@ -257,7 +308,7 @@ class _Account:
         if topology.chip.kind != "tpu" or groups is None or groups.batch:
             return 0.0
         dims = next(use.dims for use in maker.outputs if use.value == value)
-        cuts = needed(self.program, choice, at, 0).dims
+        cuts = needed_layout(self.program, choice, at, 0).dims
         pieces = [prod(topology.axis_sizes[axis] for axis in axes) for axes in cuts]
         local = [size // count for size, count in zip(array.shape, pieces, strict=True)]
         sides = [[i for i, dim in enumerate(dims) if set(dim) <= set(side)] for side in (groups.rows, groups.columns)]
@@ -266,6 +317,52 @@ class _Account:
             return 0.0
         tiles = {max(side, key=lambda i: (local[i], i)) for side in sides}
         return 0.0 if set(argument_tile(tuple(local), array.itemsize)) == tiles else held
+
+    def second_scores(self, topology: Topology, choice: Choice, at: int) -> tuple[int, float]:
+        """The bytes of a second array of scores, and the product that forms them.
+
+        A TPU holds it for a maximum over more than 2,048 float32 columns of a batched product with one dimension of rows, or
+        with two, transposed or not, if one chip has several elements of two dimensions of the batch.
+        """
+        op = self.program.operations[at]
+        made, order = self._product_behind(op.inputs[0].value, list(range(len(op.inputs[0].dims))))
+        across = [order[i] for i, dim in enumerate(op.inputs[0].dims) if dim not in op.outputs[0].dims]
+        if made is None or len(across) != 1 or topology.chip.kind != "tpu":
+            return at, 0.0
+        array, maker = self.program.values[made], self.program.operations[self.maker[made]]
+        groups, dims = matrix_factors(maker), next(use.dims for use in maker.outputs if use.value == made)
+        if groups is None or not groups.batch or array.dtype != "float32":
+            return at, 0.0
+        own = groups.columns if set(dims[across[0]]) <= set(groups.columns) else groups.rows
+        others = [
+            dim for dim, n in zip(dims, array.shape, strict=True) if n > 1 and not set(dim) & {*groups.batch, *own}
+        ]
+        cuts = kept_layout(self.program, choice, made)
+        chips = [prod(topology.axis_sizes[axis] for axis in cut) for cut in cuts.dims]
+        local = [-(-n // k) for n, k in zip(array.shape, chips, strict=True)]
+        crowded = sum(n > 1 and bool(set(dim) & set(groups.batch)) for dim, n in zip(dims, local, strict=True)) > 1
+        is_long = local[across[0]] > 2048 and not set(dims[across[0]]) & set(groups.batch)
+        in_order = order == sorted(order)
+        twice = is_long and ((len(others) == 1 and in_order) or (len(others) == 2 and crowded))
+        return self.maker[made], array.bytes / shards(cuts, topology.axis_sizes) if twice else 0.0
+
+    def _product_behind(self, value: int, order: list[int]) -> tuple[int | None, list[int]]:
+        """The matmul's result from which elementwise operations and transpositions form a value.
+
+        `order` has for each dimension asked for its place in the value, and in the result its place in the product.
+        """
+        op = self.program.operations[self.maker[value]]
+        if op.op_class == "matmul":
+            return value, order
+        shaped = next(use.dims for use in op.outputs if use.value == value)
+        for use in op.inputs if op.op_class == "fused" else ():
+            same = use.dims == shaped
+            if same or (all(shaped) and Counter(use.dims) == Counter(shaped)):
+                moved = order if same else [use.dims.index(shaped[i]) for i in order]
+                found, places = self._product_behind(use.value, moved)
+                if found is not None:
+                    return found, places
+        return None, order
 
 
 def _writes(op: Operation) -> bool:

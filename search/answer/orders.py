@@ -25,7 +25,7 @@ from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
 from costmodels.program.program import Operation, Program, Use
 from costmodels.program.views import CAST, RENAMES
-from search.answer.assignment import Choice, produced
+from search.answer.assignment import Choice, produced_layout
 from search.formulation.layouts import local_shape
 from search.formulation.tpu_tiles import least_padded, padding
 from search.memory.views import IN_PLACE
@@ -60,22 +60,33 @@ def orders(program: Program, choice: Choice, topology: Topology) -> tuple[Order,
 
     A donated argument and the result in its place have one order. Chips other than TPUs have no tiles, and no orders.
     """
-    if topology.chip.kind != "tpu":
-        return ((),) * len(program.arguments)
-    return tuple(_order(program, choice, topology, at) for at in program.arguments)
+    return tuple(
+        order_of(demand(program, choice, topology, at), stored_shape(program, choice, topology, at), topology)
+        for at in program.arguments
+    )
 
 
-def _order(program: Program, choice: Choice, topology: Topology, source: int) -> Order:
+def stored_shape(program: Program, choice: Choice, topology: Topology, source: int) -> Order:
+    """The shape of an argument's shard on one chip."""
     value = program.operations[source].outputs[0].value
-    sizes = local_shape(program.values[value].shape, produced(program, choice, value), topology.axis_sizes)
-    if len(sizes) < 2 or 0 in sizes:
-        return ()
+    return local_shape(program.values[value].shape, produced_layout(program, choice, value), topology.axis_sizes)
+
+
+def demand(program: Program, choice: Choice, topology: Topology, source: int) -> Counter[Order | None]:
+    """The bytes that one chip reads of an argument in a step, by the order that the reader needs; None if it is not known."""
     wanted: Counter[Order | None] = Counter()
-    for each in readers(program, choice, topology, source):
-        wanted[each.order] += each.bytes  # pyright: ignore[reportArgumentType]
-    others = wanted.pop(None, 0)
-    best = max(wanted, key=lambda order: wanted[order], default=None)
-    if best is None or others > _LITTLE * wanted[best]:
+    if topology.chip.kind == "tpu" and len(stored_shape(program, choice, topology, source)) > 1:
+        for each in readers(program, choice, topology, source):
+            wanted[each.order] += each.bytes  # pyright: ignore[reportArgumentType]
+    return wanted
+
+
+def order_of(wanted: Counter[Order | None], sizes: Order, topology: Topology) -> Order:
+    """The order of an argument with this demand; empty if the device's default is as good, or if no order is."""
+    others = wanted.get(None, 0)
+    known = {order: bytes for order, bytes in wanted.items() if order is not None}
+    best = max(known, key=lambda order: known[order], default=None)
+    if best is None or 0 in sizes or others > _LITTLE * known[best]:
         return ()
     plain = default_order(sizes, topology.chip.kind)
     padded = _padding(best, sizes) > _PADDED * _padding(plain, sizes)
@@ -107,7 +118,7 @@ def readers(program: Program, choice: Choice, topology: Topology, source: int) -
     """The operations that read an argument, through views and casts of it, loops, and updates in place."""
     value = program.operations[source].outputs[0].value
     shape = program.values[value].shape
-    sizes = local_shape(shape, produced(program, choice, value), topology.axis_sizes)
+    sizes = local_shape(shape, produced_layout(program, choice, value), topology.axis_sizes)
     held = prod(sizes) * program.values[value].itemsize
     seen = {value}
     ahead: list[tuple[int, Dims]] = [(value, tuple(range(len(sizes))))]
@@ -119,11 +130,13 @@ def readers(program: Program, choice: Choice, topology: Topology, source: int) -
                 continue
             if not _shows(op, operand):
                 part = prod(program.values[at].shape) / prod(shape)
-                yield Reader(index, _wanted(op, operand, dims, sizes), held * part * program.multiplicity(op.region))
+                yield Reader(
+                    index, _preferred_order(op, operand, dims, sizes), held * part * program.multiplicity(op.region)
+                )
             for use in op.outputs if _shows(op, operand) else ():
                 if use.value not in seen:
                     seen.add(use.value)
-                    ahead.append((use.value, _after(op, operand, use, dims)))
+                    ahead.append((use.value, _dims_after(op, operand, use, dims)))
 
 
 def _shows(op: Operation, operand: int) -> bool:
@@ -131,21 +144,21 @@ def _shows(op: Operation, operand: int) -> bool:
     return op.primitive in _AROUND or (operand == 0 and op.primitive in (*_SHOWN, *IN_PLACE))
 
 
-def _after(op: Operation, operand: int, result: Use, dims: Dims) -> Dims:
+def _dims_after(op: Operation, operand: int, result: Use, dims: Dims) -> Dims:
     place = {dim: at for dim, at in zip(op.inputs[operand].dims, dims, strict=True) if dim}
     return tuple(place.get(dim) for dim in result.dims)
 
 
-def _wanted(op: Operation, operand: int, dims: Dims, sizes: Order) -> Order | None:
+def _preferred_order(op: Operation, operand: int, dims: Dims, sizes: Order) -> Order | None:
     """The order in which an operation needs an argument whose dimensions are those of its operand."""
     known = tuple(at for at in dims if at is not None)
-    order = _of_operand(op, operand, known, sizes) if len(known) == len(dims) else None
+    order = _operand_order(op, operand, known, sizes) if len(known) == len(dims) else None
     if order is None:
         return None
     return (*(at for at in range(len(sizes)) if at not in known), *order)
 
 
-def _of_operand(op: Operation, operand: int, dims: Order, sizes: Order) -> Order | None:
+def _operand_order(op: Operation, operand: int, dims: Order, sizes: Order) -> Order | None:
     if op.primitive == "gather" and operand == 0:
         return dims
     groups = matrix_factors(op)
@@ -155,10 +168,10 @@ def _of_operand(op: Operation, operand: int, dims: Order, sizes: Order) -> Order
     summed = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.contracted)]
     batch = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.batch)]
     kept = [at for at in dims if at not in (*summed, *batch)]
-    return _for_product(batch, summed, kept, sizes) if summed and kept else None
+    return _product_order(batch, summed, kept, sizes) if summed and kept else None
 
 
-def _for_product(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
+def _product_order(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
     """Batch dimensions, then the dimensions iterated over, then the matrix in the order that pads less."""
     rows, lanes = sorted((max(summed, key=lambda i: (sizes[i], -i)), max(kept, key=lambda i: (sizes[i], i))))
     if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from costmodels.machine.topology import Topology
-from search.answer.assignment import Choice, Collective, collectives
+from search.answer.assignment import Choice, Collective, collectives, local_slices
 from search.answer.check import Check
 from search.formulation.problem import Problem
 
@@ -141,6 +141,11 @@ class Solution:
     def collectives(self) -> tuple[Collective, ...]:
         """The collectives of the plan, in program order."""
         return tuple(collectives(self.problem.program, self.problem.topology, self.choice))
+
+    @cached_property
+    def slices(self) -> tuple[Collective, ...]:
+        """The local slices of the plan, in program order."""
+        return local_slices(self.problem.program, self.problem.topology, self.choice)
 
 
 class NoPlan(Exception):

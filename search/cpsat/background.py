@@ -8,4 +8,4 @@ import threading
 
 def begin_import() -> None:
     """Begins to import CP-SAT in a thread of its own. A later import waits for the rest."""
-    threading.Thread(target=importlib.import_module, args=("search.cpsat.solver",), daemon=True).start()
+    threading.Thread(target=importlib.import_module, args=(f"{__package__}.solver",), daemon=True).start()

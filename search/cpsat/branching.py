@@ -11,13 +11,13 @@ from search.formulation.problem import FORBIDDEN
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Snapshot
 from search.presolve.limits import PRECISION
-from search.presolve.multipliers import bracket, raise_bound
+from search.presolve.multipliers import mixture, raise_bound
 from search.presolve.policy import POLICY
 from search.presolve.primal import decode
 from search.presolve.symmetry import surroundings
 
-Decide = Callable[[float], float]
-"""CP-SAT on the states that the dual has left, given a bound in seconds; returns the proven bound."""
+Decide = Callable[[float, float], float]
+"""CP-SAT on the states that the dual has left, given a bound in seconds and a time limit; returns the proven bound."""
 
 
 class Branching:
@@ -68,10 +68,10 @@ class Branching:
             return
         split = None
         if self._is_open(lower) and self.dual.pairs() > self._small(lower):
-            split = self._undecided()
+            split = self._next_split()
             lower = max(lower, self.dual.bound())
         if split is None and self._is_open(lower):
-            lower, split = self._finished(lower)
+            lower, split = self._finish(lower)
         open_[-1:] = [] if split is None else self._sides(split, lower)
 
     def _more_promising(self, open_: Sequence[Snapshot], lower: float) -> int | None:
@@ -93,26 +93,27 @@ class Branching:
             else POLICY.small_pairs
         )
 
-    def _finished(self, lower: float) -> tuple[float, Split | None]:
+    def _finish(self, lower: float) -> tuple[float, Split | None]:
         """Closes a branch by CP-SAT; returns the proven bound, and the decision to branch on if that is too coarse.
 
         It is too coarse if costs differ widely, or if CP-SAT did not finish.
         """
         before = self.dual.snapshot()
-        proven = self.decide(lower)
+        proven = self.decide(lower, POLICY.branch_seconds)
         if not self._precise(proven) and not self.ascent.late:
             self.dual.load(before)
-            split = self._undecided()
+            split = self._next_split()
             if split is not None or not self._is_open(self.dual.bound()):
                 return max(lower, proven), split
+            proven = max(proven, self.decide(lower, np.inf))  # there is nothing left to divide
         self.unproven = min(self.unproven, proven)
         return proven, None
 
-    def _undecided(self) -> Split | None:
+    def _next_split(self) -> Split | None:
         """The decision to branch on, if the best Lagrange multipliers and reduced-cost fixing leave anything open."""
         over = self.ascent.attempt(decode(self.dual, thorough=not self.dual.multipliers.any()))
         raise_bound(self.ascent, over, self._try_multipliers, POLICY.branch_trials)
-        return self._probing.split(bracket(self.ascent)) if self._is_open(self._refine()) else None
+        return self._probing.split(mixture(self.ascent)) if self._is_open(self._refine()) else None
 
     def _try_multipliers(self) -> np.ndarray:
         """Lifts a branch's bound a little; returns the relaxed plan's overflow of each row."""
@@ -122,7 +123,7 @@ class Branching:
 
     def _is_open(self, lower: float) -> bool:
         """Whether a branch with this bound may hold a better plan."""
-        return not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.dual.emptied
+        return not self.ascent.has_reached(lower) and lower < FORBIDDEN / 2 and not self.dual.emptied
 
     def _bound_of(self, snapshot: Snapshot) -> float:
         self.dual.load(snapshot)
@@ -134,11 +135,11 @@ class Branching:
         Returns the bound.
         """
         lower = FORBIDDEN if self.dual.overfull() else self.dual.bound()
-        while not self.ascent.reached(lower) and lower < FORBIDDEN / 2 and not self.ascent.late:
+        while not self.ascent.has_reached(lower) and lower < FORBIDDEN / 2 and not self.ascent.late:
             self.dual.sweep()
             self.dual.sweep()
             before, lower = lower, self.dual.bound()
-            if self.ascent.reached(lower):
+            if self.ascent.has_reached(lower):
                 break
             struck = self.dual.exclude(self.ascent.objective) if np.isfinite(self.ascent.objective) else 0
             if self.dual.emptied:

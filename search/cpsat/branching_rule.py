@@ -2,9 +2,10 @@
 
 A side of a decision whose bound reaches the best plan in a short trial is dropped, and the other is fixed (as in
 strong branching: Applegate, Bixby, Chvátal and Cook, "Finding cuts in the TSP", 1995). Of the remaining decisions, the
-rule prefers those that a Lagrange multiplier cannot settle: at the best multiplier a plan that is too large and one
-that fits cost the same, and the rule takes the array whose bytes differ most between them. Without such a pair of
-plans it takes the array that depends most on the multipliers, or else the node with the most bytes around it.
+rule prefers those that a Lagrange multiplier cannot settle: at the best multiplier some plans that are too large and
+some that fit cost the same, and the rule takes the array whose bytes differ most among them, by their weights in the
+dual of the master problem. Without such plans it takes the array that depends most on the multipliers, or else the node
+with the most bytes around it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.presolve.ascent import Ascent
-from search.presolve.multipliers import Bracket
+from search.presolve.multipliers import Mixture
 from search.presolve.policy import POLICY
 from search.presolve.primal import decode
 
@@ -39,30 +40,32 @@ class Probing:
     def __init__(self, ascent: Ascent, weights: Sequence[float]) -> None:
         self.ascent, self.dual, self.weights = ascent, ascent.dual, weights
 
-    def split(self, bracket: Bracket) -> Split | None:
+    def split(self, mixed: Mixture) -> Split | None:
         """The decision to branch on, once no more sides can be dropped; `None` if none is left or needed."""
-        found: list[Split] = []
-        for _ in range(POLICY.probing_rounds):
-            splits = self._splits(bracket)
-            found = [split for split in splits if not self._dropped(split)]
-            if len(found) == len(splits):
-                break
+        rounds = 0
+        while splits := self._splits(mixed):
+            found = [split for split in splits if not self._drop_side(split)]
+            rounds += bool(found)
+            if len(found) == len(splits) or rounds == POLICY.probing_rounds:
+                return max(found, key=lambda split: split.contested)  # the first, if none is contested
             self.dual.sweep()
             self.dual.sweep()
-            if self.ascent.reached(self.dual.bound()):
+            if self.ascent.has_reached(self.dual.bound()):
                 return None
             self.dual.exclude(self.ascent.objective)
             if self.dual.emptied:
                 return None
-        return max(found, key=lambda split: split.contested, default=None)  # the first, if none is contested
+        return None
 
-    def _dropped(self, split: Split) -> bool:
+    def _drop_side(self, split: Split) -> bool:
         """Whether the far side cannot hold a better plan; then only the near side is kept."""
         lower = self.dual.bound()
         above = self.dual.excess_of(split.node)[np.isin(self.dual.keep[split.node], split.far)].min()
         if above < POLICY.hopeful_part * (self.ascent.objective - lower):
             return False
-        if not self.ascent.reached(lower + above) and not self.ascent.reached(self._bound_of(split.node, split.far)):
+        if not self.ascent.has_reached(lower + above) and not self.ascent.has_reached(
+            self._bound_of(split.node, split.far)
+        ):
             return False
         self.dual.narrow(split.node, split.near)
         return True
@@ -72,11 +75,11 @@ class Probing:
             self.dual.sweep()
             return self.dual.bound()
 
-    def _splits(self, bracket: Bracket) -> list[Split]:
+    def _splits(self, mixed: Mixture) -> list[Split]:
         """One split of each candidate node for branching."""
         relaxed = decode(self.dual, thorough=False)
         held = self.dual.priced_bytes()
-        contested = self._contested(bracket, held)
+        contested = self._contested(mixed, held)
         found = [self._by_bytes(i, relaxed, held[i], between, apart) for i, (apart, between) in contested.items()]
         for node in self._candidates(held):
             if node in contested:
@@ -98,15 +101,20 @@ class Probing:
         near = lean if lean[keep == relaxed[node]].all() else ~lean
         return Split(node, keep[near], keep[~near], contested)
 
-    def _contested(self, bracket: Bracket, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
-        """Nodes where a bracket's plans hold different bytes: difference and midpoint, in seconds at the multipliers."""
-        if bracket.bulky is None or bracket.lean is None:
+    def _contested(self, mixed: Mixture, held: dict[int, np.ndarray]) -> dict[int, tuple[float, float]]:
+        """Nodes where the plans of a mixture hold different bytes: mean difference from the mean, and the mean.
+
+        Both are in seconds at the multipliers.
+        """
+        if len(mixed) < 2:
             return {}
-        found = {}
+        found, weights = {}, np.array([weight for weight, _ in mixed])
         for i, bytes_of in held.items():
-            at = [bytes_of[self.dual.keep[i] == states[i]] for states in (bracket.bulky, bracket.lean)]
-            if at[0].size and at[1].size and at[0][0] != at[1][0]:
-                found[i] = abs(float(at[0][0] - at[1][0])), float(at[0][0] + at[1][0]) / 2
+            at = [bytes_of[self.dual.keep[i] == states[i]] for _, states in mixed]
+            if all(each.size for each in at) and any(each[0] != at[0][0] for each in at):
+                values = np.array([each[0] for each in at])
+                mean = float(np.average(values, weights=weights))
+                found[i] = float(np.average(np.abs(values - mean), weights=weights)), mean
         return found
 
     def _candidates(self, held: dict[int, np.ndarray]) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from search.answer.solution import Answer
 from search.formulation.problem import Problem
-from search.memory.constraints import Rows
+from search.memory.constraints import Row
 from search.presolve.dual import Dual
 from search.presolve.policy import POLICY
 from search.presolve.symmetry import surroundings
@@ -47,10 +47,10 @@ def domains(
         left = tuple(np.union1d(keep, [state]) for keep, state in zip(left, incumbent, strict=True))
     if sum(_pairs(problem, k, left) for k in range(len(problem.edges))) <= most_pairs:
         return Domains(left, True)
-    return None if incumbent is None else Domains(_opened(problem, left, incumbent, most_pairs), False)
+    return None if incumbent is None else Domains(_open_states(problem, left, incumbent, most_pairs), False)
 
 
-def only(incumbent: np.ndarray) -> Domains:
+def single_states(incumbent: np.ndarray) -> Domains:
     """The states of one plan alone."""
     return Domains(tuple(np.array([state]) for state in incumbent), False)
 
@@ -63,7 +63,7 @@ def _pairs(problem: Problem, k: int, keep: Sequence[np.ndarray]) -> int:
     return len(np.unique(edge.rows[keep[edge.a]])) * len(np.unique(edge.columns[keep[edge.b]]))
 
 
-def _opened(
+def _open_states(
     problem: Problem, left: Sequence[np.ndarray], incumbent: np.ndarray, most_pairs: int
 ) -> tuple[np.ndarray, ...]:
     """All states of the nodes with the most bytes around them while the pairs are few; the incumbent's of the others."""
@@ -81,7 +81,7 @@ def _opened(
 
 def answer_on(
     problem: Problem,
-    rows: Rows,
+    rows: Sequence[Row],
     left: Domains,
     incumbent: np.ndarray | None,
     lower: float,

@@ -22,11 +22,11 @@ def combine(ascent: Ascent) -> None:
     """Combines the plans seen into better ones if memory leaves a large gap; the dual stays unchanged."""
     if ascent.closed or ascent.late or ascent.objective - ascent.bound < POLICY.kernel_gap * ascent.objective:
         return
-    ascent.attempt(_combined(ascent))
+    ascent.attempt(combine_plans(ascent))
     ascent.say(f"put together from {len(ascent.pool)} plans: best {ascent.objective:.6e} s")
 
 
-def _combined(ascent: Ascent) -> np.ndarray:
+def combine_plans(ascent: Ascent) -> np.ndarray:
     """The best combination of the plans seen, or of the last of them."""
     from search.cpsat.solver import solve  # a slow import: `search.cpsat.background` has begun it
 

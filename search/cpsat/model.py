@@ -33,7 +33,7 @@ Constraints
     $\\sum_{is} b_{ri}(s)\\, x_{is} + \\sum_{ijpq} b_{rij}(p, q)\\, y_{ijpq} \\le M$
     implemented in `_bound_memory`
  5. Pinned layouts are kept, and only dimensions that divide are split: $x_{is} = 0$ for all other states.
-    Such states are left out of $S_i$; implemented in `search.formulation.problem` (`build`, `allowing`)
+    Such states are left out of $S_i$; implemented in `search.formulation.problem` (`build`, `forbid_strategies`)
  6. A donated argument and the result in its memory have one layout: $y_{ijpq} = 0$ for $p \\ne q$.
     Such pairs are left out; implemented in `_link_reshards`
  7. Folded layers, and the arguments that phases share, have one layout: one node stands for all copies.
@@ -196,7 +196,7 @@ class Model:
         """4. Bytes at one point, counted from those of the hint, or else from the least of each node."""
         room = self.problem.budget_bytes
         terms: list[tuple[Literal, float]] = []
-        for literals, held, at in self._held(row):
+        for literals, held, at in self._byte_terms(row):
             least = float(held.min() if at is None else held[at])
             room -= least
             terms += [(x, b - least) for x, b in zip(literals, held.tolist(), strict=True) if b != least]
@@ -209,7 +209,7 @@ class Model:
         bytes_ = cp_model.LinearExpr.weighted_sum([x for x, _ in terms], coefficients)
         self.model.add(bytes_ <= floor(room / unit))
 
-    def _held(self, row: Row) -> Iterator[tuple[list[Literal], np.ndarray, int | None]]:
+    def _byte_terms(self, row: Row) -> Iterator[tuple[list[Literal], np.ndarray, int | None]]:
         """The terms of a row: literals of which a plan takes one, the bytes of each, and the hint's choice."""
         for i, vector in row.nodes:
             yield self.states[i], vector[self.dual.keep[i]], None if self.hint is None else self.hint[i]

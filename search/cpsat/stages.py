@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -13,18 +13,20 @@ from search.answer.assignment import Choice, choice_of
 from search.answer.check import Check, check
 from search.answer.solution import Answer, Limits, NoPlan, Proof, Solution
 from search.cpsat.branching import Branching
-from search.cpsat.decision import Domains, answer_on, domains, only
+from search.cpsat.decision import Domains, answer_on, domains, single_states
 from search.cpsat.kernel import combine
 from search.formulation.problem import FORBIDDEN, Problem
 from search.memory.constraints import Rows
 from search.memory.constraints import rows as memory_rows
 from search.presolve.ascent import Ascent
+from search.presolve.axis_orders import in_order
 from search.presolve.dual import Snapshot
-from search.presolve.elimination import Reduction, reduced
+from search.presolve.elimination import Reduction, eliminate
 from search.presolve.limits import PRECISION, TOLERANCE, Say
+from search.presolve.merged_orders import remove_by_merged_orders
 from search.presolve.policy import POLICY
 from search.presolve.primal import overflow
-from search.presolve.symmetry import tidied
+from search.presolve.symmetry import canonicalise_axes, possible_states
 from search.presolve.warm_start import starting_states
 
 _AGREEMENT = 1e-6
@@ -61,9 +63,14 @@ class Found:
 
     @cached_property
     def states(self) -> np.ndarray:
-        """Presolve's best states of the whole problem; the leanest if none fits."""
+        """The best states of the whole problem; the leanest if none fits.
+
+        CP-SAT's plans have states of their own for what is eliminated, since its best ones may not fit.
+        """
+        if self.ascent.whole is not None:
+            return self.ascent.whole
         found = self.ascent.leanest[1] if self.ascent.best is None else self.ascent.best
-        return self.presolved.expanded(np.zeros(len(self.presolved.kept), dtype=int) if found is None else found)
+        return self.presolved.expand(np.zeros(len(self.presolved.kept), dtype=int) if found is None else found)
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,21 @@ class Task:
         """The deadline."""
         return self.started + self.limits.wall_seconds
 
-    def eliminate(self, part: float) -> Reduction:
-        """The problem without the nodes that hold less than a part of a chip's memory; 0 for all of it."""
-        return reduced(self.problem, self.memory, part) if part else Reduction.none(self.problem, self.memory)
+    def eliminate(self, parts: tuple[float, float] | None) -> Reduction:
+        """The problem without the nodes that hold less than a part of a chip's memory in the fullest part of the rows.
+
+        Without `parts`, it is all of the problem.
+        """
+        problem = self.narrowed
+        return eliminate(problem, self.memory, *parts) if parts else Reduction.none(problem, self.memory)
+
+    @cached_property
+    def narrowed(self) -> Problem:
+        """The problem without the states that a coarser one fixes to 0; unchanged if it is small."""
+        if sum(edge.matrix.size for edge in self.problem.edges) < POLICY.merged_pairs:
+            return self.problem
+        keep = possible_states(self.problem, self.symmetric)
+        return remove_by_merged_orders(self.problem, self.memory, keep, self.cutoff, self.say)
 
     def ascend(self, presolved: Reduction, before: Found | None = None) -> Found:
         """Lifts the bound and improves the best plan until they meet or stall; an interruption ends with those found.
@@ -110,7 +129,7 @@ class Task:
             if before is not None:
                 ascent.effort, ascent.bound = before.ascent.effort, before.ascent.bound
                 for seen in before.ascent.pool.states:
-                    ascent.look(before.presolved.expanded(seen)[kept])
+                    ascent.look(before.presolved.expand(seen)[kept])
                 ascent.attempt(before.states[kept])
             ascent.run(None if before is None else before.ascent.prices)
             if ascent.dual.multipliers.any():
@@ -124,14 +143,15 @@ class Task:
 
     def _ascent(self, presolved: Reduction) -> Ascent:
         rounds, rows = self.limits.rounds, presolved.rows
-        return Ascent(presolved.problem, rows, rounds, self.say, self.symmetric, self.deadline, self.cutoff)
+        symmetric = self.symmetric and self.narrowed is self.problem  # else an orbit is fixed already
+        return Ascent(presolved.problem, rows, rounds, self.say, symmetric, self.deadline, self.cutoff)
 
     def branch(self, found: Found) -> Found:
         """Divides a problem too large for one CP-SAT call, and lifts the bound to what all parts prove."""
         if found.ended or not found.ascent.fits or found.root is None:
             return found
         found.ascent.dual.load(found.root)
-        branching = Branching(found.ascent, partial(self._decide_part, found))
+        branching = Branching(found.ascent, partial(self.decide_part, found))
         try:
             branching.run()
         except KeyboardInterrupt:
@@ -141,22 +161,45 @@ class Task:
         nothing = found.ascent.best is None and branching.unproven == np.inf
         return replace(found, parts=branching.branches, nothing_fits=nothing)
 
-    def _decide_part(self, found: Found, lower: float) -> float:
-        """CP-SAT on the states that the dual has left of a branch, as on the whole; returns the proven bound."""
+    def decide_part(self, found: Found, lower: float, seconds: float) -> float:
+        """CP-SAT on the states that the dual has left of a branch; returns the proven bound.
+
+        **Arguments:**
+
+        - `seconds`: CP-SAT's time limit, on its own clock.
+        """
         ascent, proven = found.ascent, lower
         for _ in range(POLICY.refinements):
-            if not all(map(len, self._surviving(found))):
+            keep = self._surviving(found)
+            if not all(map(len, keep)):
                 return ascent.objective
-            left = self._domains(found, None, POLICY.part_pairs)
-            if left is None:
-                return proven
-            answer = self._asked(left, None, ascent, lower)
+            answer = self._answer_on_part(found, keep, lower, seconds)
             if answer.states is not None:
-                ascent.offer(answer.states[list(found.presolved.kept)], answer.value)
+                value = self.problem.objective(answer.states)
+                ascent.offer(answer.states[list(found.presolved.kept)], value, answer.states)
             proven = max(proven, min(answer.bound_seconds, ascent.objective))
             if answer.status != "OPTIMAL" or _is_precise(ascent.objective, proven):
                 break
         return proven
+
+    def _answer_on_part(self, found: Found, keep: Sequence[np.ndarray], lower: float, seconds: float) -> Answer:
+        """CP-SAT's answer on a branch of the smaller problem, or of the whole one if the smaller one's plan does not fit.
+
+        The smaller problem is a relaxation, so its bound holds. Of training's branches its models have a fifth of the
+        booleans: CP-SAT then closes all within its limit, and half of them otherwise. The states are those of the whole
+        problem, or none.
+        """
+        presolved = found.presolved
+        answer = self._ask_cp_sat(Domains(tuple(keep), True), None, found.ascent, lower, seconds, presolved)
+        if answer.states is None:
+            return answer
+        states = presolved.expand(answer.states)
+        if not (overflow(self.problem, self.memory, states) > 0).any():
+            return replace(answer, states=states)
+        left = self._domains(found, None, POLICY.part_pairs) if answer.status == "OPTIMAL" else None
+        if left is None:
+            return replace(answer, states=None, status="UNKNOWN")
+        return self._ask_cp_sat(left, None, found.ascent, lower, seconds)
 
     def decide(self, found: Found, last: bool = False) -> Found:
         """CP-SAT on the whole problem: its answer, or none if that is too large and this is not the `last` call.
@@ -174,30 +217,34 @@ class Task:
         ascent, states = found.ascent, found.states
         settled = last or ascent.closed or bool(found.ended) or not ascent.fits
         if ascent.best is None:
-            return replace(found, answer=Answer.none()) if settled else self._answered(found, None, POLICY.open_pairs)
+            return (
+                replace(found, answer=Answer.none()) if settled else self._apply_answer(found, None, POLICY.open_pairs)
+            )
         if (overflow(self.problem, self.memory, states) > 0).any():
-            found = self._answered(found, None, POLICY.tied_pairs)
+            found = self._apply_answer(found, None, POLICY.tied_pairs)
             return found if found.answer is not None else replace(found, answer=Answer.none())
         if settled:
-            return self._answered(found, states, POLICY.tied_pairs, settled=True)
-        return self._answered(found, states, POLICY.open_pairs)
+            return self._apply_answer(found, states, POLICY.tied_pairs, settled=True)
+        return self._apply_answer(found, states, POLICY.open_pairs)
 
-    def _answered(self, found: Found, incumbent: np.ndarray | None, most_pairs: int, settled: bool = False) -> Found:
+    def _apply_answer(
+        self, found: Found, incumbent: np.ndarray | None, most_pairs: int, settled: bool = False
+    ) -> Found:
         """Applies CP-SAT's answer on the surviving states: its plan and its bound go to the ascent.
 
         Unless this is all that remains open, there is no answer if too much is left, or if CP-SAT does not finish.
         """
         ascent = found.ascent
         for _ in range(POLICY.refinements):
-            left = self._left(found, incumbent, most_pairs)
+            left = self._surviving_states(found, incumbent, most_pairs)
             if left is None or not (settled or left.complete):
                 return found
             seconds = self.limits.deterministic_seconds if settled else POLICY.first_seconds
-            answer = self._asked(left, incumbent, ascent, ascent.bound, seconds)
+            answer = self._ask_cp_sat(left, incumbent, ascent, ascent.bound, seconds)
             if left.complete:
                 ascent.bound = max(ascent.bound, min(answer.bound_seconds, ascent.objective))
             if answer.states is not None:
-                ascent.offer(answer.states[list(found.presolved.kept)], answer.value)
+                ascent.offer(answer.states[list(found.presolved.kept)], answer.value, answer.states)
             if answer.status == "INFEASIBLE" and incumbent is None:
                 nothing = ascent.best is None and left.complete
                 return replace(found, answer=answer, left=left.count, nothing_fits=nothing)
@@ -208,29 +255,36 @@ class Task:
             incumbent = answer.states
         return found
 
-    def _asked(
-        self, left: Domains, incumbent: np.ndarray | None, ascent: Ascent, lower: float, seconds: float = np.inf
+    def _ask_cp_sat(
+        self,
+        left: Domains,
+        incumbent: np.ndarray | None,
+        ascent: Ascent,
+        lower: float,
+        seconds: float = np.inf,
+        on: Reduction | None = None,
     ) -> Answer:
-        """CP-SAT's answer; the incumbent if rounding or time leave it nothing better."""
+        """CP-SAT's answer on the whole problem, or `on` a smaller one; the incumbent if it finds nothing better in time."""
+        problem, memory = (on.problem, on.rows) if on else (self.problem, self.memory)
         seconds = min(seconds, self.limits.deterministic_seconds)
         wall = max(self.deadline - time.monotonic(), POLICY.least_wall_seconds)
         proven, best = min(lower, ascent.objective), ascent.objective
-        answer = answer_on(self.problem, self.memory, left, incumbent, proven, best, seconds, wall)
+        answer = answer_on(problem, memory, left, incumbent, proven, best, seconds, wall)
         ascent.effort.add(answer)
         self.say(
-            f"CP-SAT: {answer.status}, {left.count} states left of {_states(self.problem)}, {answer.booleans} booleans,"
+            f"CP-SAT: {answer.status}, {left.count} states left of {_states(problem)}, {answer.booleans} booleans,"
             f" {answer.seconds:.2f} s"
         )
         if incumbent is not None:
-            value = self.problem.objective(incumbent)
+            value = problem.objective(incumbent)
             if answer.states is None or value <= answer.value:
                 return replace(answer, states=incumbent, value=value)
         return answer
 
-    def _left(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
+    def _surviving_states(self, found: Found, incumbent: np.ndarray | None, most_pairs: int) -> Domains | None:
         """The states that presolve leaves of the whole problem; the incumbent alone if time is up."""
         if found.root is None or found.ended:
-            return None if incumbent is None else only(incumbent)
+            return None if incumbent is None else single_states(incumbent)
         found.ascent.dual.load(found.root)
         return self._domains(found, incumbent, most_pairs)
 
@@ -250,7 +304,7 @@ class Task:
         """The states that the dual leaves of the whole problem; `None` if there are none, or too many."""
         keep = self._surviving(found)
         if not all(map(len, keep)):  # no plan is better than the incumbent
-            return None if incumbent is None else only(incumbent)
+            return None if incumbent is None else single_states(incumbent)
         left = found.presolved.surviving(keep, self._width(found.ascent))
         return domains(self.problem, left, incumbent, most_pairs)
 
@@ -261,16 +315,16 @@ class Task:
         left = Domains(tuple(np.flatnonzero(node.cost < FORBIDDEN / 2) for node in self.problem.nodes), True)
         if not all(map(len, left.keep)):
             return replace(found, nothing_fits=True, answer=Answer.none())
-        answer = self._asked(left, None, found.ascent, -np.inf)
+        answer = self._ask_cp_sat(left, None, found.ascent, -np.inf)
         for _ in range(POLICY.refinements):
             if answer.states is None or answer.status != "OPTIMAL" or _is_precise(answer.value, answer.bound_seconds):
                 break
             found.ascent.offer(answer.states, answer.value)
-            answer = self._asked(left, answer.states, found.ascent, -np.inf)
+            answer = self._ask_cp_sat(left, answer.states, found.ascent, -np.inf)
         found.ascent.bound = answer.bound_seconds
         return replace(found, answer=answer, left=left.count, nothing_fits=answer.status == "INFEASIBLE")
 
-    def checked(self, found: Found) -> Solution:
+    def check_found(self, found: Found) -> Solution:
         """The plan with its proof and the checker's recomputation.
 
         **Raises:** `NoPlan`.
@@ -281,10 +335,20 @@ class Task:
             raise NoPlan(self.problem, found.states, least, found.nothing_fits or ascent.closed)
         choice = choice_of(self.problem, answer.states)
         if self.symmetric:
-            choice = tidied(self.problem, choice)
-        account = check(self.problem.program, self.problem.topology, choice)
+            choice = canonicalise_axes(self.problem, choice)
+        choice, account = self._in_order(choice, check(self.problem.program, self.problem.topology, choice))
         faults = (*account.faults, *self._disagreements(account, answer.value))
         return Solution(self.problem, choice, self._proof(found, answer), replace(account, faults=faults))
+
+    def _in_order(self, choice: Choice, account: Check) -> tuple[Choice, Check]:
+        """The plan with its axes in one order, if the checker finds that it costs the same and fits."""
+        ordered = in_order(self.problem, choice)
+        if ordered == choice:
+            return choice, account
+        other = check(self.problem.program, self.problem.topology, ordered)
+        same = abs(other.seconds - account.seconds) <= _AGREEMENT * account.seconds
+        fits = other.peak_bytes <= max(account.peak_bytes, self.problem.budget_bytes)
+        return (ordered, other) if same and fits and not other.faults else (choice, account)
 
     def _disagreements(self, account: Check, seconds: float) -> Iterator[str]:
         """The differences between the independent checker and the solver."""

@@ -26,7 +26,7 @@ class Edges:
     target: np.ndarray
     price: np.ndarray
 
-    def among(self, nodes: np.ndarray) -> Edges:
+    def restrict(self, nodes: np.ndarray) -> Edges:
         """The edges between nodes for which `nodes` is true."""
         kept = np.flatnonzero(nodes[self.source] & nodes[self.target] & np.isfinite(self.price))
         return Edges(self.source[kept], self.target[kept], self.price[kept])
@@ -46,11 +46,11 @@ def all_pairs(edges: Edges, within: np.ndarray, images: np.ndarray) -> np.ndarra
     distance = np.full((count, count), np.inf)
     first = images.min(axis=0) == np.arange(count)
     for bits in np.unique(within[first]):
-        usable = edges.among(within & ~bits == 0)
+        usable = edges.restrict(within & ~bits == 0)
         starts = np.flatnonzero(first & (within == bits))
         for at in range(0, len(starts), _STARTS):
             some = starts[at : at + _STARTS]
-            distance[some] = _from(some, usable, count)
+            distance[some] = _distances_from(some, usable, count)
     for image in images[1:]:
         _rename(distance, np.flatnonzero(first), image)
     return distance
@@ -61,18 +61,18 @@ def _rename(distance: np.ndarray, starts: np.ndarray, image: np.ndarray) -> None
     distance[np.ix_(image[moved], image)] = distance[moved]
 
 
-def _from(starts: np.ndarray, edges: Edges, count: int) -> np.ndarray:
+def _distances_from(starts: np.ndarray, edges: Edges, count: int) -> np.ndarray:
     """`[starts, nodes]`: distances from some nodes."""
     reached = np.full((count, len(starts)), np.inf)
     reached[starts, np.arange(len(starts))] = 0.0
     shortened = np.zeros(count, dtype=bool)
     shortened[starts] = True
     while shortened.any():
-        shortened = _relaxed(reached, edges, shortened)
+        shortened = _relax(reached, edges, shortened)
     return reached.T
 
 
-def _relaxed(reached: np.ndarray, edges: Edges, shortened: np.ndarray) -> np.ndarray:
+def _relax(reached: np.ndarray, edges: Edges, shortened: np.ndarray) -> np.ndarray:
     """Relaxes the edges that leave the nodes last improved; returns the nodes that this improves."""
     leaving = np.flatnonzero(shortened[edges.source])
     found = np.zeros(len(reached), dtype=bool)

@@ -22,14 +22,14 @@ def renamings(groups: Iterable[Sequence[str]]) -> list[dict[str, str]]:
 
 
 @overload
-def renamed(state: Strategy, names: Mapping[str, str]) -> Strategy: ...
+def rename(state: Strategy, names: Mapping[str, str]) -> Strategy: ...
 
 
 @overload
-def renamed(state: Layout, names: Mapping[str, str]) -> Layout: ...
+def rename(state: Layout, names: Mapping[str, str]) -> Layout: ...
 
 
-def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | Layout:
+def rename(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | Layout:
     """A strategy or layout with its axes renamed."""
 
     def image(axes: Axes) -> Axes:
@@ -43,5 +43,5 @@ def renamed(state: Strategy | Layout, names: Mapping[str, str]) -> Strategy | La
 
 def images(index: Mapping[Layout, int], groups: Groups) -> np.ndarray:
     """The image of each layout under each renaming of axes: `[renamings, layouts]`, indices, the identity first."""
-    found = [[index[renamed(layout, names)] for layout in index] for names in renamings(groups)]
+    found = [[index[rename(layout, names)] for layout in index] for names in renamings(groups)]
     return np.array(found, dtype=np.intp)

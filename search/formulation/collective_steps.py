@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import permutations
-from math import prod
+from math import lcm, prod
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
 from costmodels.machine.topology import Topology
 from search.formulation.axis_renaming import Groups, images
-from search.formulation.layouts import Axes, Layout, layouts, local_shape, shards
+from search.formulation.layouts import Axes, Layout, divides, layouts, local_shape, shards
 from search.formulation.strategies import Sizes
 
 Places = Mapping[str, tuple[int, int]]
@@ -40,7 +41,12 @@ class CollectiveStep(NamedTuple):
     @property
     def payload_layout(self) -> Layout:
         """The layout of which the payload is one chip's shard."""
-        return self.target if self.kind in ("all-gather", "slice") else self.source
+        return self.target if self.pays_target else self.source
+
+    @property
+    def pays_target(self) -> bool:
+        """Whether the payload is a shard of the target."""
+        return self.kind in ("all-gather", "slice")
 
 
 def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep]:
@@ -51,7 +57,7 @@ def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveS
     yield from _slices(layout, sizes)
 
 
-def _with(layout: Layout, changes: Mapping[int, Axes], partial: Axes | None = None) -> Layout:
+def _with_changes(layout: Layout, changes: Mapping[int, Axes], partial: Axes | None = None) -> Layout:
     dims = tuple(changes.get(i, dim) for i, dim in enumerate(layout.dims))
     return Layout(dims, layout.partial if partial is None else partial)
 
@@ -59,7 +65,7 @@ def _with(layout: Layout, changes: Mapping[int, Axes], partial: Axes | None = No
 def _gathers(layout: Layout) -> Iterator[CollectiveStep]:
     for i, dim in enumerate(layout.dims):
         for keep in range(len(dim)):
-            yield CollectiveStep("all-gather", dim[keep:], layout, _with(layout, {i: dim[:keep]}), source_dim=i)
+            yield CollectiveStep("all-gather", dim[keep:], layout, _with_changes(layout, {i: dim[:keep]}), source_dim=i)
 
 
 def _exchanges(layout: Layout) -> Iterator[CollectiveStep]:
@@ -67,7 +73,7 @@ def _exchanges(layout: Layout) -> Iterator[CollectiveStep]:
         for keep in range(len(dim)):
             for j, other in enumerate(layout.dims):
                 if i != j:
-                    target = _with(layout, {i: dim[:keep], j: (*other, *dim[keep:])})
+                    target = _with_changes(layout, {i: dim[:keep], j: (*other, *dim[keep:])})
                     yield CollectiveStep("all-to-all", dim[keep:], layout, target, source_dim=i, target_dim=j)
 
 
@@ -76,9 +82,9 @@ def _reductions(layout: Layout) -> Iterator[CollectiveStep]:
         for chosen in permutations(layout.partial, count):
             rest = tuple(axis for axis in layout.partial if axis not in chosen)
             if chosen == tuple(sorted(chosen)):
-                yield CollectiveStep("all-reduce", chosen, layout, _with(layout, {}, rest))
+                yield CollectiveStep("all-reduce", chosen, layout, _with_changes(layout, {}, rest))
             for i, dim in enumerate(layout.dims):
-                target = _with(layout, {i: (*dim, *chosen)}, rest)
+                target = _with_changes(layout, {i: (*dim, *chosen)}, rest)
                 yield CollectiveStep("reduce-scatter", chosen, layout, target, target_dim=i)
 
 
@@ -86,7 +92,7 @@ def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep
     for axis, size in sizes.items():
         if size > 1 and axis not in layout.axes and axis not in layout.partial:
             for i, dim in enumerate(layout.dims):
-                yield CollectiveStep("slice", (axis,), layout, _with(layout, {i: (*dim, axis)}), target_dim=i)
+                yield CollectiveStep("slice", (axis,), layout, _with_changes(layout, {i: (*dim, axis)}), target_dim=i)
 
 
 WHOLE_SLICE_GATHER_CHIPS = 64
@@ -112,9 +118,13 @@ that are copied into their order before, would be exact and take up to twice as 
 """
 
 
+REWRITTEN_KINDS = ("all-gather", "reduce-scatter")
+"""The collectives that a TPU's compiler may rewrite into something else."""
+
+
 def emittable(step: CollectiveStep, shape: Sequence[int], itemsize: float, topology: Topology) -> bool:
     """Whether the compiler keeps a step as it is; a step that it would rewrite into something else is never planned."""
-    if step.kind not in ("all-gather", "reduce-scatter") or topology.chip.kind != "tpu":
+    if step.kind not in REWRITTEN_KINDS or topology.chip.kind != "tpu":
         return True
     split = [axis for axis, size in topology.axis_sizes.items() if size > 1]
     over_all = len(split) > 1 and set(step.axes) == set(split)
@@ -136,7 +146,9 @@ class StepGraph(NamedTuple):
     """Layouts of a shape and the steps between them; arrays that divide in the same way share them.
 
     `fraction` is a step's payload over the array's bytes; `partial` has a bit for each axis that a layout is partial
-    over; `images` are the layouts with axes of equal cost renamed (`[renamings, layouts]`).
+    over; `images` are the layouts with axes of equal cost renamed (`[renamings, layouts]`). `groups` are the kinds and
+    axes of steps, `group` a step's place among them; `shards` tells apart layouts with different shapes of a shard, and
+    `target_dim` is that of the steps.
     """
 
     layouts: tuple[Layout, ...]
@@ -147,37 +159,144 @@ class StepGraph(NamedTuple):
     fraction: np.ndarray
     partial: np.ndarray
     images: np.ndarray
+    groups: tuple[tuple[str, Axes], ...]
+    group: np.ndarray
+    shards: np.ndarray
+    target_dim: np.ndarray
+
+    def among(self, kept: np.ndarray) -> StepGraph:
+        """The graph of some layouts, selected by a mask that renaming axes does not change."""
+        number, at = np.cumsum(kept) - 1, np.flatnonzero(kept)
+        steps = np.flatnonzero(kept[self.source] & kept[self.target])
+        found = tuple(self.layouts[i] for i in at.tolist())
+        return StepGraph(
+            found,
+            {layout: i for i, layout in enumerate(found)},
+            tuple(self.steps[k] for k in steps.tolist()),
+            number[self.source[steps]],
+            number[self.target[steps]],
+            self.fraction[steps],
+            self.partial[at],
+            number[self.images[:, at]],
+            self.groups,
+            self.group[steps],
+            self.shards[at],
+            self.target_dim[steps],
+        )
+
+    def members(self) -> Iterator[tuple[str, Axes, np.ndarray]]:
+        """The steps by kind and axes, on which their seconds depend besides the bytes."""
+        for at, (kind, axes) in enumerate(self.groups):
+            members = np.flatnonzero(self.group == at)
+            if len(members):
+                yield kind, axes, members
 
 
 @lru_cache(maxsize=512)
 def step_graph(divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Groups) -> StepGraph:
-    table, names = dict(sizes), [axis for axis, _ in sizes]
-    found = layouts(divisors, sizes, partial)
-    index = {layout: i for i, layout in enumerate(found)}
-    steps = [step for layout in found for step in steps_from(layout, table) if step.target in index]
-    steps += _permutes(found, table)
-    steps.sort(key=lambda step: index[step.target])
-    return StepGraph(
-        found,
-        index,
-        tuple(steps),
-        np.array([index[step.source] for step in steps], dtype=np.intp),
-        np.array([index[step.target] for step in steps], dtype=np.intp),
-        _fractions(steps, found, table),
-        np.array([sum(1 << names.index(axis) for axis in layout.partial) for layout in found], dtype=np.int64),
-        images(index, alike),
+    """The graph of an array's layouts, a part of that of all arrays with as many dimensions that can be split.
+
+    **Arguments:**
+
+    - `divisors`: per dimension the greatest common divisor of its size and the number of chips.
+    """
+    most, table = lcm(*divisors), dict(sizes)
+    dims = tuple(i for i, n in enumerate(divisors) if n > 1)
+    whole = _spread(_whole_graph((most,) * len(dims), sizes, alike), dims, len(divisors))
+    kept = [divides(divisors, layout, table) and (partial or not layout.partial) for layout in whole.layouts]
+    return whole if all(kept) else whole.among(np.array(kept, dtype=bool))
+
+
+def _spread(graph: StepGraph, dims: tuple[int, ...], rank: int) -> StepGraph:
+    """The graph of arrays of a rank whose other dimensions are never split."""
+    if len(dims) == rank:
+        return graph
+    place = dict(enumerate(dims)) | {-1: -1}
+    inside = {dim: i for i, dim in enumerate(dims)}
+    found = tuple(
+        Layout(tuple(layout.dims[inside[dim]] if dim in inside else () for dim in range(rank)), layout.partial)
+        for layout in graph.layouts
+    )
+    ends = zip(graph.steps, graph.source.tolist(), graph.target.tolist(), strict=True)
+    steps = tuple(
+        CollectiveStep(step.kind, step.axes, found[i], found[j], place[step.source_dim], place[step.target_dim])
+        for step, i, j in ends
+    )
+    return graph._replace(
+        layouts=found,
+        index={layout: i for i, layout in enumerate(found)},
+        steps=steps,
+        target_dim=np.array([step.target_dim for step in steps], dtype=np.intp),
     )
 
 
-def _permutes(found: tuple[Layout, ...], sizes: Mapping[str, int]) -> list[CollectiveStep]:
+@lru_cache(maxsize=128)
+def _whole_graph(divisors: tuple[int, ...], sizes: Sizes, alike: Groups) -> StepGraph:
+    """The graph of all layouts and partial sums of arrays with these divisors."""
+    table, names = dict(sizes), [axis for axis, _ in sizes]
+    found = layouts(divisors, sizes, True)
+    index = {layout: i for i, layout in enumerate(found)}
+    counts = [_counts(layout, table) for layout in found]
+    ends = [
+        (step, i, index[step.target])
+        for i, layout in enumerate(found)
+        for step in steps_from(layout, table)
+        if step.target in index
+    ]
+    ends += _permutes(found, counts, table)
+    ends.sort(key=itemgetter(2))
+    steps = tuple(step for step, _, _ in ends)
+    source, target = (np.array([end[side] for end in ends], dtype=np.intp) for side in (1, 2))
+    groups: dict[tuple[str, Axes], int] = {}
+    local: dict[tuple[int, ...], int] = {}
+    part = np.array([1.0 / prod(count) for count in counts])
+    gains = np.array([step.pays_target for step in steps], dtype=bool)
+    return StepGraph(
+        found,
+        index,
+        steps,
+        source,
+        target,
+        part[np.where(gains, target, source)],
+        np.array([sum(1 << names.index(axis) for axis in layout.partial) for layout in found], dtype=np.int64),
+        images(index, alike),
+        group=np.array([groups.setdefault((s.kind, tuple(sorted(s.axes))), len(groups)) for s in steps], dtype=np.intp),
+        groups=tuple(groups),
+        shards=np.array([local.setdefault(count, len(local)) for count in counts], dtype=np.intp),
+        target_dim=np.array([step.target_dim for step in steps], dtype=np.intp),
+    )
+
+
+def rewritten_steps(graph: StepGraph, shape: Sequence[int], itemsize: float, topology: Topology) -> np.ndarray:
+    """The steps of a graph that are not `emittable`: this depends on kind, axes, the shard and the scattered dimension."""
+    found = [np.zeros(0, dtype=np.intp)]
+    for kind, _, members in graph.members():
+        if kind in REWRITTEN_KINDS:
+            looks = graph.shards[graph.target[members]] * (len(shape) + 1) + graph.target_dim[members] + 1
+            _, first, same = np.unique(looks, return_index=True, return_inverse=True)
+            kept = [emittable(graph.steps[k], shape, itemsize, topology) for k in members[first].tolist()]
+            found.append(members[~np.array(kept, dtype=bool)[same]])
+    return np.concatenate(found)
+
+
+def _counts(layout: Layout, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The number of shards along each dimension."""
+    return tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
+
+
+def _permutes(
+    found: Sequence[Layout], counts: Sequence[tuple[int, ...]], sizes: Mapping[str, int]
+) -> list[tuple[CollectiveStep, int, int]]:
     """Exchanges of whole shards between chips: two layouts with the same number of shards in every dimension."""
-    alike: dict[tuple, list[tuple[Layout, Places]]] = {}
-    for layout in found:
-        counts = tuple(prod(sizes[axis] for axis in dim) for dim in layout.dims)
-        if prod(counts) > 1:
-            alike.setdefault((counts, layout.partial), []).append((layout, _places(layout, sizes)))
+    alike: dict[tuple, list[tuple[int, Places]]] = {}
+    for i, layout in enumerate(found):
+        if prod(counts[i]) > 1:
+            alike.setdefault((counts[i], layout.partial), []).append((i, _places(layout, sizes)))
     pairs = ((a, b) for group in alike.values() for a in group for b in group if a is not b)
-    return [CollectiveStep("collective-permute", _moved(at, to), a, b) for (a, at), (b, to) in pairs]
+    return [
+        (CollectiveStep("collective-permute", _moved_axes(at, to), found[i], found[j]), i, j)
+        for (i, at), (j, to) in pairs
+    ]
 
 
 def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
@@ -186,10 +305,10 @@ def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
     The coordinates of a dimension's axes, major to minor, form a shard's number along it. An axis that has the same
     place in that number in both layouts separates shards that keep its coordinate.
     """
-    return _moved(_places(a, sizes), _places(b, sizes))
+    return _moved_axes(_places(a, sizes), _places(b, sizes))
 
 
-def _moved(before: Places, after: Places) -> Axes:
+def _moved_axes(before: Places, after: Places) -> Axes:
     return tuple(sorted(axis for axis in {*before, *after} if before.get(axis) != after.get(axis)))
 
 
@@ -200,9 +319,3 @@ def _places(layout: Layout, sizes: Mapping[str, int]) -> Places:
         for i, dim in enumerate(layout.dims)
         for k, axis in enumerate(dim)
     }
-
-
-def _fractions(steps: Sequence[CollectiveStep], found: Sequence[Layout], sizes: Mapping[str, int]) -> np.ndarray:
-    """Per step the payload as a part of the array."""
-    parts = {layout: 1.0 / shards(layout, sizes) for layout in found}
-    return np.array([parts[step.payload_layout] for step in steps])

@@ -34,7 +34,7 @@ def refine(
         sights: dict[int, dict[Hashable, list[int]]] = {}
         for i in doubtful:
             sights.setdefault(colours[i], {}).setdefault(sight(i), []).append(i)
-        leaving = [group for colour, groups in sights.items() for group in _leaving(groups, sizes[colour])]
+        leaving = [group for colour, groups in sights.items() for group in _without_largest(groups, sizes[colour])]
         for group in leaving:
             sizes[colours[group[0]]] -= len(group)
             new = next(unused)
@@ -44,7 +44,7 @@ def refine(
         doubtful = sorted({seer for group in leaving for i in group for seer in seers.get(i, ())})
 
 
-def _leaving(groups: Mapping[Hashable, list[int]], size: int) -> list[list[int]]:
+def _without_largest(groups: Mapping[Hashable, list[int]], size: int) -> list[list[int]]:
     """The groups of one colour that get a new one: all but the largest if every member was looked at."""
     found = list(groups.values())
     if sum(map(len, found)) == size:

@@ -46,7 +46,7 @@ class Inside(NamedTuple):
     parts: int = 1
 
 
-def closing(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[Inside]:
+def intra_op_collectives(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[Inside]:
     """The collectives that run within an operation, in order."""
     for i, (factor, axes) in enumerate(zip(op.factors, strategy.splits, strict=True)):
         if axes and factor.kind in REDUCED_INSIDE:
@@ -110,12 +110,12 @@ def exchange(parts: int, chips: int) -> tuple[tuple[Sent, ...], ...]:
     """
     shared = gcd(parts, chips)
 
-    def sent(chip: int, turn: int) -> Sent:
+    def sent_share(chip: int, turn: int) -> Sent:
         slot = (turn + chip * shared // chips) % parts
         part, to = divmod(parts * chip + slot, chips)
         return Sent(chip, slot, to, part)
 
-    return tuple(tuple(sent(chip, turn) for chip in range(chips)) for turn in range(parts))
+    return tuple(tuple(sent_share(chip, turn) for chip in range(chips)) for turn in range(parts))
 
 
 def exchange_axes(parts: int, axes: Axes, topology: Topology) -> tuple[Axes, ...]:

@@ -46,14 +46,14 @@ class Fold:
         return len(self.operations) // self.period
 
 
-def unfolded(program: Program) -> tuple[int, ...]:
+def identity_classes(program: Program) -> tuple[int, ...]:
     """Every operation in a class of its own."""
     return tuple(range(len(program.operations)))
 
 
 def classes(program: Program) -> tuple[int, ...]:
     """Per operation the first operation of its class; an operation without a copy is its own class."""
-    found = list(unfolded(program))
+    found = list(identity_classes(program))
     for fold in folds(program):
         for at, operation in enumerate(fold.operations):
             found[operation] = fold.operations[at % fold.period]
@@ -63,7 +63,7 @@ def classes(program: Program) -> tuple[int, ...]:
     return tuple(found)
 
 
-def tied(found: Sequence[int], pairs: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+def tie(found: Sequence[int], pairs: Iterable[tuple[int, int]]) -> tuple[int, ...]:
     """The classes after merging the classes of each pair of operations."""
     root = {first: first for first in found}
 
@@ -142,7 +142,7 @@ class _Search:
         for start, end in edges.reshape(-1, 2).tolist():
             while end - start >= max(period, longer_than + 1):
                 length = self._sound(start, end - start, period)
-                if length >= period and self._chained(start, period):
+                if length >= period and self._is_chain(start, period):
                     found.append((start, length))
                 start += max(length, 1)
         return found
@@ -159,23 +159,23 @@ class _Search:
         for a, b in zip(one.inputs, next_.inputs, strict=True):
             if a.value == b.value:
                 continue
-            made, remade = self._made_at(a.value), self._made_at(b.value)
+            made, remade = self._producer(a.value), self._producer(b.value)
             if remade - made != period and not (made < start and (remade < start or at < start + period)):
                 return False
         return True
 
-    def _made_at(self, value: int) -> int:
+    def _producer(self, value: int) -> int:
         """The place in the body where a value is made; before the body, for an argument."""
         producer = self.program.producers.get(value)
         return -1 if producer is None else self.place.get(producer[0], -1)
 
-    def _chained(self, start: int, period: int) -> bool:
+    def _is_chain(self, start: int, period: int) -> bool:
         """Whether the second copy does matrix work, and needs a value of the first."""
         if not self.heavy[start : start + period].any():
             return False
         for at in range(start + period, start + 2 * period):
             for use in self.program.operations[self.body[at]].inputs:
-                made = self._made_at(use.value)
+                made = self._producer(use.value)
                 if start <= made < start + period:
                     return True
         return False
@@ -196,11 +196,11 @@ def _share_alike(program: Program, found: list[int], repeated: set[int]) -> None
     Colours are refined until operations of one colour have operands and users of the same colours. Sums of scalars do
     not separate layers: the users of scalars do not count.
     """
-    apart = [i for i in _reached(program, found, repeated) if found[i] not in repeated]
+    apart = [i for i in _connected_operations(program, found, repeated) if found[i] not in repeated]
     colours = _first_colours(program, found, repeated)
     donor = {program.results[b]: program.arguments[a] for a, b in program.donated}
     partner = donor | {argument: result for result, argument in donor.items()}
-    around = {i: _around(program, i, partner.get(i)) for i in apart}
+    around = {i: _neighbourhood(program, i, partner.get(i)) for i in apart}
     seers: dict[int, set[int]] = defaultdict(set)
     for i, groups in around.items():
         for other, _ in itertools.chain.from_iterable(groups):
@@ -229,7 +229,7 @@ def _first_colours(program: Program, found: Sequence[int], repeated: set[int]) -
     ]
 
 
-def _around(program: Program, i: int, partner: int | None) -> list[list[tuple[int, int]]]:
+def _neighbourhood(program: Program, i: int, partner: int | None) -> list[list[tuple[int, int]]]:
     """An operation's neighbourhood, in unordered groups: operands' makers, results' users, its donation partner."""
     op = program.operations[i]
     made = [[program.producers[use.value]] for use in op.inputs]
@@ -237,7 +237,7 @@ def _around(program: Program, i: int, partner: int | None) -> list[list[tuple[in
     return [*made, *users, [] if partner is None else [(partner, 0)]]
 
 
-def _reached(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
+def _connected_operations(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
     """The operations that values connect with a fold, in order."""
     queue = [i for i in range(len(program.operations)) if found[i] in repeated]
     seen = set(queue)

@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         return f"[{dims}]" + (f"+partial-{''.join(self.partial)}" if self.partial else "")
 
 
-def replicated(rank: int) -> Layout:
+def replicated_layout(rank: int) -> Layout:
     """The layout that splits nothing."""
     return Layout(((),) * rank)
 

@@ -17,31 +17,37 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 
 from costmodels.machine.topology import Topology
-from costmodels.operations import hbm_traffic
+from costmodels.operations import cost_key
+from costmodels.program.asynchronous import is_deferred, is_lender, lenders
 from costmodels.program.program import CLOSED_INSIDE, Operation, Pinned, Program
 from search.formulation.all_pairs import FORBIDDEN as FORBIDDEN
-from search.formulation.layer_folding import unfolded
+from search.formulation.layer_folding import identity_classes
 from search.formulation.layouts import Layout
-from search.formulation.overlap import Hiding, grouped, hidden_seconds
+from search.formulation.overlap import Hiding, group_layouts, hidden_beside, hidden_seconds, ring_seconds_saved
 from search.formulation.reshard import ReshardTable, reshard_table
-from search.formulation.strategies import Strategy, StrategySpace, strategy_space
-from search.formulation.strategy_costs import product_seconds, strategy_seconds
+from search.formulation.rings import are_rings, may_ring, work_columns
+from search.formulation.strategies import LoopedSide, Strategy, StrategySpace, strategy_space
+from search.formulation.strategy_costs import hiding_seconds, product_seconds, strategy_seconds
+
+Slot = tuple[int, int | None]
+"""A node and the index of its result or operand; `None` for the layout of a hub."""
 
 
 @dataclass(frozen=True)
 class Node:
     """A choice: `cost[s]` seconds of state `s`, in one step of the program.
 
-    `operation` is the first operation of the class, or -1 for a hub; `value` the first value of a class of hubs, or -1.
+    `of` is the first operation of the class; for a hub it is the first value of a class of values.
     """
 
     name: str
-    operation: int
-    value: int
+    of: int
+    is_hub: bool
     states: tuple
     cost: np.ndarray
 
@@ -52,7 +58,7 @@ class Edge:
 
     State `s` of `a` provides layout `rows[s]` of the table, state `t` of `b` needs layout `columns[t]`; the pair costs
     `weight * matrix[rows[s], columns[t]]` seconds. `members` are the reshards that it stands for, each a value and the
-    consumer's operation (-1 on the way into a hub). `table` is `None` for a pair of values with one layout (a donated
+    consumer's operation (`None` on the way into a hub). `table` is `None` for a pair of values with one layout (a donated
     argument and its result). If `a` is `b`, a class feeds its own next copy, and the cost is part of the node's.
     `moved_bytes` are the bytes, of whole arrays, that may be resharded here in one step. If a product hides a part of
     its collectives, states with one layout but different times to hide behind differ: `layouts` are then the layouts
@@ -65,7 +71,7 @@ class Edge:
     columns: np.ndarray
     matrix: np.ndarray
     weight: float
-    members: tuple[tuple[int, int], ...]
+    members: tuple[tuple[int, int | None], ...]
     table: ReshardTable | None
     moved_bytes: float = 0.0
     layouts: tuple[np.ndarray, np.ndarray] | None = None
@@ -137,7 +143,7 @@ class Problem:
         return total + sum(edge_seconds(edge, states) for edge in self.edges)
 
 
-def edge_seconds(edge: Edge, states: np.ndarray) -> float:
+def edge_seconds(edge: Edge, states: Sequence[int] | np.ndarray) -> float:
     """Seconds of one edge under a choice of states."""
     return edge.weight * float(edge.matrix[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
 
@@ -150,24 +156,24 @@ def build(program: Program, topology: Topology, budget_bytes: float, classes: Se
     - `classes`: per operation the first operation of its class (`search.formulation.layer_folding.classes`);
       operations of a class take one strategy. By default each operation is its own.
     """
-    builder = _Builder(program, topology, unfolded(program) if classes is None else classes)
+    builder = _Builder(program, topology, identity_classes(program) if classes is None else classes)
     for value in range(len(program.values)):
         builder.connect(value)
     builder.pair_donated()
     builder.hand_over()
-    return builder.built(budget_bytes)
+    return builder.build(budget_bytes)
 
 
-def allowing(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Problem:
+def forbid_strategies(problem: Problem, allow: Callable[[int, Strategy], bool]) -> Problem:
     """The problem with every strategy forbidden for which `allow(operation, strategy)` is false."""
 
-    def restricted(node: Node) -> Node:
-        if node.operation < 0:
+    def restrict(node: Node) -> Node:
+        if node.is_hub:
             return node
-        allowed = np.array([allow(node.operation, state) for state in node.states], dtype=bool)
+        allowed = np.array([allow(node.of, state) for state in node.states], dtype=bool)
         return replace(node, cost=np.where(allowed, node.cost, FORBIDDEN))
 
-    return replace(problem, nodes=tuple(restricted(node) for node in problem.nodes))
+    return replace(problem, nodes=tuple(restrict(node) for node in problem.nodes))
 
 
 def _obeys(layout: Layout, pinned: Pinned) -> bool:
@@ -187,7 +193,7 @@ class _Draft:
     matrix: np.ndarray
     table: ReshardTable | None
     weight: float
-    members: list[tuple[int, int]]
+    members: list[tuple[int, int | None]]
     layouts: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -205,9 +211,9 @@ class _Builder:
         self.spaces: list[StrategySpace] = []
         self.of_hub: dict[int, int] = {}
         self._hubs: dict[tuple[int, int], int] = {}
+        self._partial: dict[tuple[int, int], bool] = {}
         self._drafts: dict[tuple, _Draft] = {}
         self._index: dict[tuple, np.ndarray] = {}
-        self._tables: dict[int, ReshardTable] = {}
         self._work: dict[tuple, np.ndarray] = {}
         node_of = {first: self._node(first) for first in dict.fromkeys(classes)}
         self.of_operation = tuple(node_of[first] for first in classes)
@@ -221,7 +227,7 @@ class _Builder:
         if op.pinned is not None:
             allowed = [_obeys(layout, op.pinned) for layout in space.outputs[0]]
             cost = np.where(allowed, 0.0, FORBIDDEN)
-        self.nodes.append(Node(op.name, i, -1, space.strategies, cost))
+        self.nodes.append(Node(op.name, i, False, space.strategies, cost))
         return len(self.nodes) - 1
 
     def _price_nodes(self) -> None:
@@ -230,7 +236,7 @@ class _Builder:
         first: dict[tuple, Operation] = {}
         for node, op in zip(self.of_operation, self.program.operations, strict=True):
             if op.flops_per_point or op.traffic or any(factor.kind in CLOSED_INSIDE for factor in op.factors):
-                key = (node, hbm_traffic(self.program, op))
+                key = (node, cost_key(self.program, op))
                 runs[key] = runs.get(key, 0.0) + self.program.multiplicity(op.region)
                 first.setdefault(key, op)
         for key, op in first.items():
@@ -252,38 +258,40 @@ class _Builder:
             self._forbid_unknown(self.of_operation[consumer], k, table)
         if len(table.layouts) == 1:
             return
-        slot: tuple[int, int] = (source, position)
+        slot: Slot = (source, position)
+        made: int | None = at
         if len(uses) > 1:
             hub = self._hub(value, source, position, table)
-            behind = (self._hiding(at, -1, array.region), None)
-            self._edge(slot, provided, (hub, -1), table.layouts, table, array.region, (value, -1), behind)
-            slot, provided, at = (hub, -1), table.layouts, -1
+            behind = (self._hiding_groups(at, "result", array.region), None)
+            self._edge(slot, provided, (hub, None), table.layouts, table, array.region, (value, None), behind)
+            slot, provided, made = (hub, None), table.layouts, None
         for consumer, k in uses:
             node = self.of_operation[consumer]
             region = self.program.operations[consumer].inputs[k].region
-            behind = (self._hiding(at, -1, region), self._hiding(consumer, k, region))
+            behind = (self._hiding_groups(made, "result", region), self._hiding_groups(consumer, k, region))
             self._edge(slot, provided, (node, k), self.spaces[node].inputs[k], table, region, (value, consumer), behind)
 
     def _table(self, value: int, source: int, position: int) -> ReshardTable:
+        """The reshards of a value: with partial sums if a possible strategy of its class makes one."""
         array = self.program.values[value]
-        provided = self.spaces[source].outputs[position]
-        partial = any(layout.partial for layout in provided)
-        table = reshard_table(array.shape, array.itemsize, self.topology, partial)
-        self._tables[id(table)] = table  # kept alive, so that its id stays unique
-        return table
+        if (source, position) not in self._partial:
+            possible = self.nodes[source].cost < FORBIDDEN / 2
+            provided = compress(self.spaces[source].outputs[position], possible)
+            self._partial[source, position] = any(layout.partial for layout in provided)
+        return reshard_table(array.shape, array.itemsize, self.topology, self._partial[source, position])
 
     def _hub(self, value: int, source: int, position: int, table: ReshardTable) -> int:
         """The node that decides a value's layout: one for all copies of it."""
         if (source, position) not in self._hubs:
             name = self.program.values[value].name
             self._hubs[source, position] = len(self.nodes)
-            self.nodes.append(Node(name, -1, value, table.layouts, np.zeros(len(table.layouts))))
+            self.nodes.append(Node(name, value, True, table.layouts, np.zeros(len(table.layouts))))
         self.of_hub[value] = self._hubs[source, position]
         return self.of_hub[value]
 
     def _forbid_unknown(self, node: int, operand: int, table: ReshardTable) -> None:
         """Forbids the states that need a partial sum of a value that never is one."""
-        key = (node, operand, id(table), "unknown")
+        key = (node, operand, table.key, "unknown")
         if key in self._index:
             return
         unknown = np.array([layout not in table.index for layout in self.spaces[node].inputs[operand]])
@@ -291,32 +299,57 @@ class _Builder:
         if unknown.any():
             self.nodes[node] = replace(self.nodes[node], cost=np.where(unknown, FORBIDDEN, self.nodes[node].cost))
 
-    def _hiding(self, operation: int, which: int, region: int) -> Hiding | None:
+    def _hiding_groups(self, operation: int | None, which: LoopedSide, region: int) -> Hiding | None:
         """The product that the reshard of an operand or the result can hide behind, if it runs as often."""
-        op = self.program.operations[operation]
-        if operation < 0 or not self.topology.pricing.looped or op.op_class != "matmul" or op.region != region:
+        pricing = self.topology.pricing
+        if operation is None or not pricing.hides:
             return None
-        node = self.of_operation[operation]
-        key = (node, hbm_traffic(self.program, op))
+        op = self.program.operations[operation]
+        if op.op_class != "matmul" or op.region != region:
+            return None
+        if pricing.asynchronous:
+            return self._beside(operation, which)
+        return self._looped(operation, which) if may_ring(op) else None
+
+    def _looped(self, operation: int, which: LoopedSide) -> Hiding:
+        """The time of a product that is looped with the reshard of an operand or the result."""
+        op, node = self.program.operations[operation], self.of_operation[operation]
+        space, rings = self.spaces[node], are_rings(self.topology.pricing)
+        key = (node, cost_key(self.program, op), which if rings else None)
         if key not in self._work:
-            self._work[key] = product_seconds(self.program, op, self.spaces[node].shards, self.topology)
-        chosen = np.array([state.looped == which for state in self.spaces[node].strategies])
-        return Hiding((key, which), np.where(chosen, self._work[key], 0.0))
+            if rings:
+                self._work[key] = work_columns(self.program, op, which, space.shards, self.topology)
+            else:
+                self._work[key] = product_seconds(self.program, op, space.shards, self.topology)
+        chosen = np.array([state.looped == which for state in space.strategies])
+        work = self._work[key]
+        return Hiding((key, which), np.where(chosen[:, None] if work.ndim > 1 else chosen, work, 0.0))
+
+    def _beside(self, operation: int, which: LoopedSide) -> Hiding:
+        """The time of a product that hides an asynchronous reshard."""
+        op, node = self.program.operations[operation], self.of_operation[operation]
+        space = self.spaces[node]
+        lent = is_lender(self.program, operation), *(self.of_operation[i] for i in lenders(self.program, operation))
+        key = (node, cost_key(self.program, op), is_deferred(self.program, operation), lent, which)
+        if key not in self._work:
+            partial = np.array([bool(layout.partial) for layout in space.outputs[0]], dtype=bool)
+            self._work[key] = hiding_seconds(self.program, operation, which, space.shards, partial, self.topology)
+        return Hiding(key, self._work[key])
 
     def _edge(
         self,
-        source,
-        provided,
-        target,
-        needed,
+        source: Slot,
+        provided: Sequence[Layout],
+        target: Slot,
+        needed: Sequence[Layout],
         table: ReshardTable,
         region: int,
-        member,
+        member: tuple[int, int | None],
         behind: tuple[Hiding | None, Hiding | None] = (None, None),
     ) -> None:
         """Adds one reshard; `source` and `target` are a node and the index of its result or operand."""
         weight = float(self.program.multiplicity(region))
-        key = (source, target, id(table), *(each and each.key for each in behind))
+        key = (source, target, table.key, *(each and each.key for each in behind))
         if key in self._drafts:
             self._drafts[key].weight += weight
             self._drafts[key].members.append(member)
@@ -324,15 +357,21 @@ class _Builder:
         rows, columns = self._places((*source, "out"), provided, table), self._places((*target, "in"), needed, table)
         matrix, layouts_of = table.seconds, None
         if any(behind):
-            before, rows = grouped(rows, behind[0])
-            after, columns = grouped(columns, behind[1])
+            before, rows = group_layouts(rows, behind[0])
+            after, columns = group_layouts(columns, behind[1])
             layouts_of = (before.layouts, after.layouts)
-            matrix = matrix[np.ix_(*layouts_of)] - hidden_seconds(table.ends, before, after)
+            matrix = matrix[np.ix_(*layouts_of)]
+            if self.topology.pricing.asynchronous:
+                matrix = matrix - hidden_beside(matrix, before, after)
+            elif table.loops is not None and table.loops.rings is not None:
+                matrix = matrix - ring_seconds_saved(table.loops.rings, table.ends, before, after)
+            else:
+                matrix = matrix - hidden_seconds(table.ends, before, after)
         self._drafts[key] = _Draft(source[0], target[0], rows, columns, matrix, table, weight, [member], layouts_of)
 
     def _places(self, slot: tuple, layouts_of: Sequence[Layout], table: ReshardTable) -> np.ndarray:
         """The index of each state's layout in a table; 0 for layouts that the table lacks."""
-        key = (slot, id(table))
+        key = (slot, table.key)
         if key not in self._index:
             self._index[key] = np.array([table.index.get(layout, 0) for layout in layouts_of], dtype=np.intp)
         return self._index[key]
@@ -342,7 +381,7 @@ class _Builder:
         for argument, result in self.program.donated:
             at, sink = self.program.arguments[argument], self.program.results[result]
             a, b = self.of_operation[at], self.of_operation[sink]
-            member = (self.program.operations[at].outputs[0].value, -1)
+            member = (self.program.operations[at].outputs[0].value, None)
             if ("donated", a, b) in self._drafts:
                 self._drafts["donated", a, b].members.append(member)
                 continue
@@ -367,7 +406,7 @@ class _Builder:
             region = self.program.operations[sink].inputs[0].region
             self._edge((a, 0), provided, (b, 0), needed, table, region, (value, sink))
 
-    def built(self, budget_bytes: float) -> Problem:
+    def build(self, budget_bytes: float) -> Problem:
         """The problem; a node's reshards to itself are added to its own cost."""
         edges = [
             Edge(d.a, d.b, d.rows, d.columns, d.matrix, d.weight, tuple(d.members), d.table, d.moved_bytes, d.layouts)

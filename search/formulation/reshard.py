@@ -8,21 +8,29 @@ collectives are the steps of that path, and the emitted program runs exactly the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import gcd, prod
+from typing import NamedTuple
 
 import numpy as np
 
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 from search.formulation.all_pairs import FORBIDDEN, Edges, all_pairs
-from search.formulation.axis_renaming import Groups
-from search.formulation.collective_steps import CollectiveStep, StepGraph, emittable, step_graph
+from search.formulation.collective_steps import CollectiveStep, StepGraph, rewritten_steps, step_graph
 from search.formulation.layouts import Axes, Layout
 from search.formulation.overlap import LOOPED_KINDS, Ends, StepLoops, ends_of
-from search.formulation.strategies import Sizes
+from search.formulation.rings import StepRings, are_rings, column_of, no_rings, ring_of
+
+
+class TableKey(NamedTuple):
+    """The array that a table is for; `partial` if it may be a partial sum."""
+
+    shape: tuple[int, ...]
+    itemsize: float
+    partial: bool
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,11 @@ class ReshardTable:
     """The price of every reshard of one array, in seconds: `seconds[i, j]` from layout `i` to layout `j`.
 
     Where collectives may be looped with products, `loops` has the seconds to hide. Of equally cheap paths, the one
-    whose last gather, then whose first scatter, has the most to hide is taken.
+    whose last gather, then whose first scatter, has the most to hide is taken. `key` tells the tables of one topology
+    apart.
     """
 
+    key: TableKey
     graph: StepGraph
     step_seconds: np.ndarray
     array_bytes: float
@@ -51,9 +61,7 @@ class ReshardTable:
     @cached_property
     def seconds(self) -> np.ndarray:
         """Shortest paths between all pairs; `FORBIDDEN` if no steps lead from one to the other."""
-        edges = Edges(self.graph.source, self.graph.target, self.step_seconds)
-        found = all_pairs(edges, self.graph.partial, self.graph.images)
-        return np.minimum(found, FORBIDDEN, out=found)
+        return _distances(_Priced((id(self.graph), self.step_seconds.tobytes()), self.graph, self.step_seconds))
 
     @cached_property
     def ends(self) -> Ends:
@@ -66,12 +74,12 @@ class ReshardTable:
         if self.seconds[start, end] >= FORBIDDEN:
             raise ValueError(f"no collectives lead from {source} to {target}")
         if self.loops is None:
-            return self._between(source, target)
+            return self._find_steps(source, target)
         first, last = (self.graph.steps[k] if k >= 0 else None for k in (table[start, end] for table in self.ends[:2]))
-        middle = self._between(first.target if first else source, last.source if last else target)
+        middle = self._find_steps(first.target if first else source, last.source if last else target)
         return tuple(step for step in (first, *middle, last) if step is not None)
 
-    def _between(self, source: Layout, target: Layout) -> tuple[CollectiveStep, ...]:
+    def _find_steps(self, source: Layout, target: Layout) -> tuple[CollectiveStep, ...]:
         end, steps, at = self.index[target], [], source
         while at != target:
             leaving = np.flatnonzero(self.graph.source == self.index[at])
@@ -82,10 +90,20 @@ class ReshardTable:
         return tuple(steps)
 
 
-def _divided(shape: Sequence[int], topology: Topology, partial: bool) -> tuple[tuple[int, ...], Sizes, bool, Groups]:
-    """The key of the graph of an array's layouts."""
-    divisors = tuple(gcd(n, topology.size) for n in shape)
-    return divisors, tuple(topology.axis_sizes.items()), partial, topology.symmetries()
+@dataclass(frozen=True)
+class _Priced:
+    """A graph with the seconds of its steps, as the `key` tells them apart: arrays of other shapes may have the same."""
+
+    key: tuple
+    graph: StepGraph = field(compare=False)
+    step_seconds: np.ndarray = field(compare=False)
+
+
+@lru_cache(maxsize=1024)
+def _distances(priced: _Priced) -> np.ndarray:
+    graph = priced.graph
+    found = all_pairs(Edges(graph.source, graph.target, priced.step_seconds), graph.partial, graph.images)
+    return np.minimum(found, FORBIDDEN, out=found)
 
 
 @dataclass(frozen=True)
@@ -99,37 +117,36 @@ class _On:
 @lru_cache(maxsize=1024)
 def _table(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> ReshardTable:
     array_bytes, topology = float(itemsize * prod(shape)), on.topology
-    divided = _divided(shape, topology, partial)
-    graph = step_graph(*divided)
+    divisors = tuple(gcd(n, topology.size) for n in shape)
+    graph = step_graph(divisors, tuple(topology.axis_sizes.items()), partial, topology.symmetries())
     price = np.zeros(len(graph.steps))
     loops = StepLoops(np.zeros(len(price)), np.ones(len(price))) if topology.pricing.looped else None
-    for kind, axes, members in _alike(*divided):
+    for kind, axes, members in graph.members():
         payload = array_bytes * graph.fraction[members]
         price[members] = step_seconds(kind, axes, payload, topology)
         if loops is not None and kind in LOOPED_KINDS:
             loops.wire_seconds[members] = wire_seconds(kind, axes, payload, topology)
             loops.pieces[members] = prod(topology.axis_sizes[axis] for axis in axes)
+    if loops is not None and are_rings(topology.pricing):
+        loops = loops._replace(rings=_step_rings(graph, array_bytes, itemsize, topology))
     if topology.chip.kind == "tpu":
-        price[_other_in_programs(shape, itemsize, _On(divided[1:], topology), partial)] = np.inf
-    return ReshardTable(graph, price, array_bytes, loops)
+        price[rewritten_steps(graph, shape, itemsize, topology)] = np.inf
+    return ReshardTable(TableKey(shape, itemsize, partial), graph, price, array_bytes, loops)
 
 
-@lru_cache(maxsize=512)
-def _alike(
-    divisors: tuple[int, ...], sizes: Sizes, partial: bool, alike: Groups
-) -> tuple[tuple[str, Axes, np.ndarray], ...]:
-    """The steps of a graph by kind and axes, on which their price depends besides the bytes."""
-    groups: dict[tuple[str, Axes], list[int]] = {}
-    for i, step in enumerate(step_graph(divisors, sizes, partial, alike).steps):
-        groups.setdefault((step.kind, tuple(sorted(step.axes))), []).append(i)
-    return tuple((kind, axes, np.array(members)) for (kind, axes), members in groups.items())
-
-
-@lru_cache(maxsize=1024)
-def _other_in_programs(shape: tuple[int, ...], itemsize: float, on: _On, partial: bool) -> np.ndarray:
-    """The steps of a table that a TPU's compiler rewrites into something else."""
-    steps = step_graph(*_divided(shape, on.topology, partial)).steps
-    return np.flatnonzero([not emittable(step, shape, itemsize, on.topology) for step in steps])
+def _step_rings(graph: StepGraph, array_bytes: float, itemsize: float, topology: Topology) -> StepRings:
+    """The steps of a graph as rings; their axes are major to minor."""
+    groups: dict[tuple[str, Axes, int], list[int]] = {}
+    for k, step in enumerate(graph.steps):
+        if step.kind in LOOPED_KINDS:
+            dim = step.source_dim if step.kind == "all-gather" else step.target_dim
+            groups.setdefault((step.kind, (step.axes[0], *sorted(step.axes[1:])), dim), []).append(k)
+    found = no_rings(len(graph.steps))
+    for (kind, axes, dim), members in groups.items():
+        ring = ring_of(kind, axes, array_bytes * graph.fraction[members], itemsize, topology)
+        for held, each in zip(found, (*ring, column_of(dim, topology.axis_sizes[axes[0]], topology)), strict=True):
+            held[members] = each
+    return found
 
 
 def wire_seconds(kind: str, axes: Axes, payload: np.ndarray | float, topology: Topology) -> np.ndarray | float:
@@ -155,6 +172,7 @@ def reshard_table(shape: tuple[int, ...], itemsize: float, topology: Topology, p
         topology.pricing,
         topology.total_bytes_per_second,
         chip.reached_hbm_bytes_per_second,
+        chip.vector_elements_per_second,
         chip.kind,
     )
     return _table(shape, itemsize, _On(key, topology), partial)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -18,19 +18,21 @@ from costmodels.program.program import Factor, Operation
 from search.formulation.layouts import Axes, Layout, assignments
 
 Sizes = tuple[tuple[str, int], ...]
+LoopedSide = int | Literal["result"]
+"""The side of a product whose collective is looped with it: an operand, or the result."""
 
 
 class Strategy(NamedTuple):
     """A split of an operation's factors over mesh axes.
 
     `splits` has the mesh axes that split each factor, major to minor. `carried` has, per linear group, the axes whose
-    partial sums pass through. `looped` is the operand (0, 1, ...) or the result (-1) whose collective is looped with the
+    partial sums pass through. `looped` is the operand (0, 1, ...) or the result whose collective is looped with the
     operation, if the pricing has looped collectives (`costmodels.machine.conventions`).
     """
 
     splits: tuple[Axes, ...]
     carried: tuple[Axes, ...] = ()
-    looped: int | None = None
+    looped: LoopedSide | None = None
 
     @property
     def axes(self) -> Axes:
@@ -60,20 +62,21 @@ def strategy_space(operation: Operation, sizes: Sizes, looped: bool = False) -> 
     - `looped`: whether a matmul's strategies name the collective that is looped with it.
     """
     if looped and operation.op_class == "matmul":
-        return _looped_space(operation.signature, sizes)
+        return _make_looped_space(operation.signature, sizes)
     return _space(operation.signature, sizes)
 
 
 @lru_cache(maxsize=1024)
-def _looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
+def _make_looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
     """Each strategy once for each collective that may be looped with it; once if there is none."""
     plain = _space(signature, sizes)
     axes = sum(size > 1 for _, size in sizes)
-    chosen: list[tuple[int, int | None]] = []
+    chosen: list[tuple[int, LoopedSide | None]] = []
     for s in range(len(plain.strategies)):
         inputs = [k for k, layouts in enumerate(plain.inputs) if len(layouts[s].axes) < axes]
-        result = [-1] if plain.outputs[0][s].partial else []
-        chosen += [(s, which) for which in (*result, *inputs)] or [(s, None)]
+        result: list[LoopedSide] = ["result"] if plain.outputs[0][s].partial else []
+        sides: list[LoopedSide | None] = [*result, *inputs]
+        chosen.extend((s, side) for side in sides or [None])
     at = [s for s, _ in chosen]
     return StrategySpace(
         tuple(plain.strategies[s]._replace(looped=which) for s, which in chosen),

@@ -31,7 +31,7 @@ _LANE_BYTES = 4
 """Bytes of a lane, which holds one row or, of a smaller type, several."""
 
 
-def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
+def count_retiled(op: Operation, shards: np.ndarray) -> np.ndarray:
     """Per strategy of a matmul, the number of re-tiled operands, and of factors cut into less than a tile's rows.
 
     **Arguments:**
@@ -44,22 +44,22 @@ def repacked(op: Operation, shards: np.ndarray) -> np.ndarray:
     local = sizes / shards
     found = ((local < _ROWS) & (local < sizes) & (local > 1)).sum(axis=1)
     if groups := matrix_factors(op):
-        found = found + sum(_laid_out_anew(use, groups, local) for use in op.inputs)
+        found = found + sum(_needs_retiling(use, groups, local) for use in op.inputs)
     return found
 
 
-def _laid_out_anew(use: Use, groups: MatrixFactors, local: np.ndarray) -> np.ndarray:
+def _needs_retiling(use: Use, groups: MatrixFactors, local: np.ndarray) -> np.ndarray:
     """Per strategy, whether an operand is re-tiled; unknown, and so false, with batch dimensions."""
     summed = tuple(set(dim) <= set(groups.contracted) for dim in use.dims)
     kept = tuple(set(dim) <= {*groups.rows, *groups.columns} for dim in use.dims)
     if len(use.dims) < 3 or not all(a or b for a, b in zip(summed, kept, strict=True)):
         return np.zeros(len(local), dtype=bool)
     sizes = np.stack([local[:, list(dim)].prod(axis=1) for dim in use.dims], axis=1)
-    return np.array([laid_out_anew(tuple(row), summed) for row in sizes.tolist()])
+    return np.array([needs_retiling(tuple(row), summed) for row in sizes.tolist()])
 
 
 @lru_cache(maxsize=65536)
-def laid_out_anew(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
+def needs_retiling(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
     """Whether an operand of a product is re-tiled.
 
     **Arguments:**
@@ -89,10 +89,10 @@ def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
     """The dimensions along the rows and the lanes of an argument's tiles: the last of the pairs that pad it least."""
     backwards = range(len(sizes))[::-1]
     pairs = [(rows, lanes) for lanes in backwards for rows in backwards if rows != lanes]
-    return min(pairs, key=lambda pair: _stored(sizes[pair[0]], sizes[pair[1]], itemsize), default=(*backwards,))
+    return min(pairs, key=lambda pair: _tile_ratio(sizes[pair[0]], sizes[pair[1]], itemsize), default=(*backwards,))
 
 
-def _stored(rows: int, lanes: int, itemsize: float) -> float:
+def _tile_ratio(rows: int, lanes: int, itemsize: float) -> float:
     """Bytes of the tiles over those of the array.
 
     A few rows are stored as a power of 2, small types several to a row.

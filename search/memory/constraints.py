@@ -14,29 +14,49 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Program
 from search.formulation.layouts import Layout, shards
-from search.formulation.problem import Problem
-from search.formulation.reshard import ReshardTable
+from search.formulation.problem import Problem, Slot
+from search.formulation.reshard import ReshardTable, TableKey
+from search.memory.chain_buffers import chain_buffer_bytes, chains
+from search.memory.donations import Donations
 from search.memory.fused_scatters import is_inlined
 from search.memory.reshard_buffers import Copies
 from search.memory.result_copies import copied_bytes
+from search.memory.softmax_copies import score_maxima, second_array_bytes
+from search.memory.tpu_temporaries import (
+    converted_stacks,
+    joined_operands,
+    operations_with_temporaries,
+    temporary_bytes,
+)
 from search.memory.views import IN_PLACE, views
 
 T = TypeVar("T", np.ndarray, Copies)
 
 
+class NodeBytes(NamedTuple):
+    """Bytes of one node, for each of its states; equal to itself only, as parts of several rows are one object."""
+
+    node: int
+    bytes: np.ndarray
+
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
+
+
 @dataclass(frozen=True)
 class Row:
-    """Bytes alive at one point: per node a vector over its states, per edge those of its reshard buffers."""
+    """Bytes alive at one point: per node those of its states, per edge those of its reshard buffers."""
 
     point: int
-    nodes: tuple[tuple[int, np.ndarray], ...]
+    nodes: tuple[NodeBytes, ...]
     edges: tuple[tuple[int, Copies], ...]
 
     def bytes(self, problem: Problem, states: np.ndarray) -> float:
@@ -55,26 +75,18 @@ class Rows(tuple[Row, ...]):
         return np.add.reduceat(np.array([*held, 0.0])[found], start)
 
     @cached_property
-    def _ledger(self) -> tuple[list[tuple[int, np.ndarray]], list[tuple[int, Copies]], np.ndarray, np.ndarray]:
+    def _ledger(self) -> tuple[list[NodeBytes], list[tuple[int, Copies]], np.ndarray, np.ndarray]:
         """The nodes and edges of all rows, the indices of each row's terms among them, and each row's start.
 
         Each row's indices end with that of a 0.
         """
-        nodes = {(i, id(vector)): vector for row in self for i, vector in row.nodes}
-        edges = {(k, id(table)): table for row in self for k, table in row.edges}
-        place = {("node", *key): at for at, key in enumerate(nodes)}
-        place |= {("edge", *key): len(nodes) + at for at, key in enumerate(edges)}
-        items = [
-            [
-                *(place["node", i, id(vector)] for i, vector in row.nodes),
-                *(place["edge", k, id(table)] for k, table in row.edges),
-                len(place),
-            ]
-            for row in self
-        ]
+        nodes = list(dict.fromkeys(item for row in self for item in row.nodes))
+        edges = list(dict.fromkeys(item for row in self for item in row.edges))
+        place = {item: at for at, item in enumerate((*nodes, *edges))}
+        items = [[*(place[item] for item in (*row.nodes, *row.edges)), len(place)] for row in self]
         start = np.cumsum([0, *map(len, items)], dtype=np.intp)[:-1]
         found = np.array([item for row in items for item in row], dtype=np.intp)
-        return [(i, v) for (i, _), v in nodes.items()], [(k, t) for (k, _), t in edges.items()], found, start
+        return nodes, edges, found, start
 
 
 @dataclass(frozen=True)
@@ -102,14 +114,28 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
                 if _ends_here(program, use.value, i):
                     groups.join(op.outputs[0].value, use.value)
     starts = stack_starts(program)
+    beside = list(_join_donated(program, groups, starts))
+    joined = (_buffer(program, members, last, starts) for members in groups.found() if _takes_memory(program, members))
+    return (*joined, *beside)
+
+
+def _join_donated(program: Program, groups: _Groups, starts: dict[int, int]) -> Iterator[Buffer]:
+    """Joins each donated argument with its result; yields the result's own array, if it has one for a while."""
+    ends = region_ends(program)
+    donations = Donations(program, lambda at: _need_end(program, at, ends))
+    members = {value: group for group in groups.found() for value in group} if program.donated else {}
+    overwriting = set[int]()
     for argument, result in program.donated:
         given = program.operations[program.arguments[argument]].outputs[0].value
         taken = program.operations[program.results[result]].inputs[0].value
-        if not _is_read_since(program, given, starts.get(taken)):
+        own = [value for value in members[taken] if value in program.producers]
+        is_made = all(program.operations[program.producers[value][0]].op_class != "source" for value in own)
+        if is_made and own[0] not in overwriting:
+            overwriting.update(own)
+            life = donations.overlap(given, own, min(starts.get(each, program.producers[each][0]) for each in own))
+            if life is not None:
+                yield Buffer(taken, (taken,), *life)
             groups.join(given, taken)
-    return tuple(
-        _buffer(program, members, last, starts) for members in groups.found() if _takes_memory(program, members)
-    )
 
 
 def _ends_here(program: Program, value: int, carry: int) -> bool:
@@ -131,14 +157,6 @@ def stack_starts(program: Program) -> dict[int, int]:
         for i, op in enumerate(program.operations)
         if op.primitive == "loop_stack" and op.inputs
     }
-
-
-def _is_read_since(program: Program, value: int, start: int | None) -> bool:
-    """Whether a loop that begins at `start`, or an operation after it, reads a value; False without a loop."""
-    if start is None:
-        return False
-    ends = region_ends(program)
-    return any(_until(program, at, ends) >= start for at, _ in program.consumers.get(value, ()))
 
 
 class _Groups:
@@ -167,10 +185,8 @@ def region_ends(program: Program) -> dict[int, int]:
     """Region to its last operation, regions inside it included."""
     ends: dict[int, int] = {}
     for i, op in enumerate(program.operations):
-        region = op.region
-        while region >= 0:
+        for region in program.enclosing(op.region):
             ends[region] = max(ends.get(region, i), i)
-            region = program.regions[region].parent
     return ends
 
 
@@ -180,19 +196,19 @@ def last_uses(program: Program) -> dict[int, int]:
     last = {value: at for value, (at, _) in program.producers.items()}
     for value, uses in program.consumers.items():
         for at, _ in uses:
-            last[value] = max(last[value], _until(program, at, ends))
+            last[value] = max(last[value], _need_end(program, at, ends))
     for op in program.operations:
         if op.op_class == "source":
             last[op.outputs[0].value] = program.phase_of(program.producers[op.outputs[0].value][0])[1]
     return last
 
 
-def _until(program: Program, operation: int, ends: dict[int, int]) -> int:
+def _need_end(program: Program, operation: int, ends: dict[int, int]) -> int:
     """The end of the need for an operand of this operation: of a view, when nothing reads the view any more."""
     op = program.operations[operation]
     if operation in views(program):
         users = program.consumers.get(op.outputs[0].value, ())
-        return max((_until(program, at, ends) for at, _ in users), default=operation)
+        return max((_need_end(program, at, ends) for at, _ in users), default=operation)
     inner = [use.region for use in op.outputs if use.region != op.region]
     if op.op_class == "boundary" and inner:
         return max(ends.get(region, operation) for region in inner)
@@ -200,10 +216,10 @@ def _until(program: Program, operation: int, ends: dict[int, int]) -> int:
 
 
 def _takes_memory(program: Program, members: list[int]) -> bool:
-    return any(_materialised(program, value) for value in members if value in program.producers)
+    return any(_is_materialised(program, value) for value in members if value in program.producers)
 
 
-def _materialised(program: Program, value: int) -> bool:
+def _is_materialised(program: Program, value: int) -> bool:
     made_by = program.operations[program.producers[value][0]]
     if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
         return False
@@ -249,7 +265,8 @@ class _Term:
 @cached_analysis
 def rows(problem: Problem) -> Rows:
     """The rows that can bind: the points at which the live values are not a subset of those at another point."""
-    terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem)]
+    terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem), *_score_terms(problem)]
+    terms += [*_chain_terms(problem), *_temporary_terms(problem)]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []
     for term in terms:
@@ -257,7 +274,7 @@ def rows(problem: Problem) -> Rows:
             kinds[term.key] = len(found)
             found.append(term)
     points, counts = _fullest(problem.program, terms, kinds)
-    maximal = _undominated(counts)
+    maximal = _drop_dominated(counts)
     known: dict[tuple, Any] = {}
     return Rows(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])], known) for i in maximal)
 
@@ -288,7 +305,7 @@ def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> t
     return list(at), np.array(counts)
 
 
-def _undominated(counts: np.ndarray) -> list[int]:
+def _drop_dominated(counts: np.ndarray) -> list[int]:
     """The rows of counts that no other row dominates, in order.
 
     A row that dominates holds the rarest of its kinds. Few rows do, as short-lived values are rare.
@@ -306,35 +323,34 @@ def _undominated(counts: np.ndarray) -> list[int]:
     return sorted(kept)
 
 
-def together(limits: tuple[Row, ...]) -> Row:
+def sum_rows(limits: tuple[Row, ...]) -> Row:
     """The bytes at all points, summed: the row to which a single multiplier for all points belongs."""
-    nodes = _added(item for row in limits for item in row.nodes)
-    return Row(-1, tuple(nodes.items()), tuple(_added(item for row in limits for item in row.edges).items()))
+    nodes = _add_per_index(item for row in limits for item in row.nodes)
+    edges = _add_per_index(item for row in limits for item in row.edges)
+    return Row(-1, tuple(NodeBytes(*item) for item in nodes.items()), tuple(edges.items()))
 
 
-def _added(items: Iterable[tuple[int, T]]) -> dict[int, T]:
+def _add_per_index(items: Iterable[tuple[int, T]]) -> dict[int, T]:
     """The sum per index; arrays that occur in many are counted first."""
-    held = list(items)
-    counts = Counter((i, id(array)) for i, array in held)
-    arrays = {(i, id(array)): array for i, array in held}
     total: dict[int, T] = {}
-    for (i, which), count in counts.items():
-        counted = float(count) * arrays[i, which]
+    for (i, array), count in Counter(items).items():
+        counted = float(count) * array
         total[i] = total[i] + counted if i in total else counted
     return total
 
 
 def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, Any]) -> Row:
-    """One row; parts that occur in several rows are one array, found in `known`."""
+    """One row; parts that occur in several rows are one object, found in `known`."""
     parts: dict[tuple[str, int], list[tuple[_Term, int]]] = {}
     for term, count in terms:
         parts.setdefault((term.kind, term.index), []).append((term, count))
-    sides: dict[str, list[tuple[int, Any]]] = {"node": [], "edge": []}
+    sides: dict[str, list[Any]] = {"node": [], "edge": []}
     for (kind, index), found in parts.items():
         key = tuple((term.key, int(count)) for term, count in found)
         if key not in known:
-            known[key] = reduce(add, (float(count) * term.table for term, count in found))
-        sides[kind].append((index, known[key]))
+            held = reduce(add, (float(count) * term.table for term, count in found))
+            known[key] = NodeBytes(index, held) if kind == "node" else (index, held)
+        sides[kind].append(known[key])
     return Row(point, tuple(sides["node"]), tuple(sides["edge"]))
 
 
@@ -352,10 +368,10 @@ def _local_bytes(problem: Problem, array_bytes: float, found: tuple[Layout, ...]
     return np.array([array_bytes / shards(layout, problem.topology.axis_sizes) for layout in found])
 
 
-def _place(problem: Problem, value: int) -> tuple[int, int]:
-    """The node that decides a value's layout, and the index of its result (-1: the node's own layout)."""
+def _place(problem: Problem, value: int) -> Slot:
+    """The node that decides a value's layout, and the index of its result, unless the node is a hub."""
     if value in problem.of_hub:
-        return problem.of_hub[value], -1
+        return problem.of_hub[value], None
     operation, position = problem.program.producers[value]
     return problem.of_operation[operation], position
 
@@ -363,24 +379,24 @@ def _place(problem: Problem, value: int) -> tuple[int, int]:
 def layouts_at(problem: Problem, value: int) -> tuple[int, tuple[Layout, ...]]:
     """The node that decides a value's layout, and the layout under each of its states."""
     node, slot = _place(problem, value)
-    return node, problem.nodes[node].states if slot < 0 else problem.spaces[node].outputs[slot]
+    return node, problem.nodes[node].states if slot is None else problem.spaces[node].outputs[slot]
 
 
 def _copy_terms(problem: Problem) -> Iterator[_Term]:
     """A reshard holds a second array: where it is made, or through the loop that it is made for."""
     ends = region_ends(problem.program)
-    copied: dict[tuple[int, bool], Copies] = {}
+    copied: dict[tuple[TableKey, bool], Copies] = {}
     for k, edge in enumerate((*problem.edges, *problem.loops)):
         if edge.table is None:
             continue
-        into_hub = edge.members[0][1] < 0
-        key = (id(edge.table), into_hub)
+        into_hub = edge.members[0][1] is None
+        key = (edge.table.key, into_hub)
         if key not in copied:
             copied[key] = _copied_bytes(problem, edge.table, into_hub)
-        held = copied[key] if edge.layouts is None else copied[key].among(*edge.layouts)
+        held = copied[key] if edge.layouts is None else copied[key].restrict(*edge.layouts)
         for value, operation in edge.members:
             at = problem.program.producers[value][0]
-            first, last = (at, at) if into_hub else copy_life(problem.program, value, operation, ends)
+            first, last = (at, at) if operation is None else copy_life(problem.program, value, operation, ends)
             if k < len(problem.edges):
                 yield _Term(("edge", k), "edge", k, first, last, held)
             else:
@@ -398,6 +414,42 @@ def _result_terms(problem: Problem) -> Iterator[_Term]:
                 yield _Term(("result", at), "node", node, at, at, held)
 
 
+def _score_terms(problem: Problem) -> Iterator[_Term]:
+    """Long float32 scores are held twice before their softmax; that is counted at the product that forms them."""
+    for at, scores in score_maxima(problem.program).items():
+        node, found = layouts_at(problem, scores.value)
+        held = np.array([second_array_bytes(problem.program, problem.topology, scores, layout) for layout in found])
+        if held.any():
+            made = problem.program.producers[scores.value][0]
+            yield _Term(("scores", at), "node", node, made, made, held)
+
+
+def _chain_terms(problem: Problem) -> Iterator[_Term]:
+    """The buffers of a chain of grouped matmuls are live while it runs."""
+    for at in chains(problem.program):
+        node = problem.of_operation[at]
+        held = chain_buffer_bytes(problem.program, problem.topology, at, problem.spaces[node].shards)
+        yield _Term(("chain", node, problem.program.operations[at].outputs[0].value), "node", node, at, at, held)
+
+
+def _temporary_terms(problem: Problem) -> Iterator[_Term]:
+    """The arrays that a TPU makes for sorts, running sums, operands of concatenations and conversions of stacks."""
+    program, topology = problem.program, problem.topology
+    for at in operations_with_temporaries(program):
+        node = problem.of_operation[at]
+        needed = problem.spaces[node].inputs[0]
+        held = np.array([temporary_bytes(program, topology, at, found) for found in needed])
+        if held.any():
+            yield _Term(("temporary", at), "node", node, at, at, held)
+    for value, first, last in joined_operands(program) if topology.chip.kind == "tpu" else ():
+        node, found = layouts_at(problem, value)
+        held = _local_bytes(problem, program.values[value].bytes, found)
+        yield _Term(("joined", node, value), "node", node, first, last, held)
+    for part, size, first, last in converted_stacks(program) if topology.chip.kind == "tpu" else ():
+        node, found = layouts_at(problem, part)
+        yield _Term(("converted", node, part, size), "node", node, first, last, _local_bytes(problem, size, found))
+
+
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
     """Bytes of the second array, per layout before and after: into a hub the old array, else the new one."""
     bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
@@ -413,5 +465,7 @@ def copy_life(program: Program, value: int, operation: int, ends: dict[int, int]
     """
     ahead = program.matmul_before[operation]
     made = program.producers[value][0]
-    early = ahead >= 0 and program.operations[operation].op_class == "matmul"
-    return max(ahead, made) if early else operation, _until(program, operation, ends)
+    first = operation
+    if ahead is not None and program.operations[operation].op_class == "matmul":
+        first = max(ahead, made)
+    return first, _need_end(program, operation, ends)

@@ -40,7 +40,7 @@ class Copies:
     def __rmul__(self, factor: float) -> Copies:
         return Copies(factor * self.before, factor * self.after, self.rows, self.columns)
 
-    def among(self, rows: np.ndarray, columns: np.ndarray) -> Copies:
+    def restrict(self, rows: np.ndarray, columns: np.ndarray) -> Copies:
         """The matrix restricted to these rows and columns."""
         return Copies(self.before[rows], self.after[columns], self.rows[rows], self.columns[columns])
 

@@ -44,10 +44,10 @@ def copied_bytes(program: Program, topology: Topology, operation: int, layout: L
 def _sides(program: Program, value: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The row and the column dimensions of a value that is a product; None if it is not one."""
     at, position = program.producers[value]
-    return _split(program.operations[at], program.operations[at].outputs[position])
+    return _tile_splits(program.operations[at], program.operations[at].outputs[position])
 
 
-def _split(op: Operation, result: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _tile_splits(op: Operation, result: Use) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     groups = matrix_factors(op)
     if groups is None or groups.batch:
         return None

@@ -32,8 +32,8 @@ def views(program: Program) -> frozenset[int]:
     found: set[int] = set()
     for i in reversed(range(len(program.operations))):
         op = program.operations[i]
-        shows = _renames(program, op) or (is_slice_of_stack(program, op) and _read_in_time(program, op, found))
-        if shows and _only_read(program, op, found):
+        shows = _renames(program, op) or (is_slice_of_stack(program, op) and _is_read_in_time(program, op, found))
+        if shows and _is_only_read(program, op, found):
             found.add(i)
     return frozenset(found)
 
@@ -54,7 +54,7 @@ def is_whole_slice(stack: tuple[int, ...], part: tuple[int, ...]) -> bool:
     return any(stack[k:] == part[k:] and set(part[:k]) <= {1} for k in range(len(stack) + 1))
 
 
-def _read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
+def _is_read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
     """Whether a slice is read before anything overwrites its source."""
     uses = program.consumers[op.inputs[0].value]
     written = [at for at, position in uses if position == 0 and program.operations[at].primitive in IN_PLACE]
@@ -73,7 +73,7 @@ def _renames(program: Program, op: Operation) -> bool:
     return prod(given.shape) == prod(made.shape) and given.itemsize == made.itemsize
 
 
-def _only_read(program: Program, op: Operation, known: set[int]) -> bool:
+def _is_only_read(program: Program, op: Operation, known: set[int]) -> bool:
     """Whether only reading operations use a result; `known` are the views among those after it."""
     return all(
         at in known

@@ -7,14 +7,14 @@ import time
 import numpy as np
 
 from search.answer.solution import Effort
-from search.formulation.problem import FORBIDDEN, Node, Problem
-from search.memory.constraints import Row, together
+from search.formulation.problem import FORBIDDEN, Problem
+from search.memory.constraints import Row, sum_rows
 from search.presolve.dual import Dual
 from search.presolve.limits import TOLERANCE, Say
 from search.presolve.multipliers import Pool, Seen, raise_bound
 from search.presolve.policy import POLICY
 from search.presolve.primal import decode, improve
-from search.presolve.symmetry import representatives
+from search.presolve.symmetry import possible_states
 
 
 class Ascent:
@@ -37,9 +37,10 @@ class Ascent:
         cutoff: float = np.inf,
     ) -> None:
         self.problem, self.rows, self.rounds, self.say, self.deadline = problem, rows, rounds, say, deadline
-        self._together = together(self.rows)
-        self.dual = Dual(problem, self.rows, [_possible(node) for node in problem.nodes])
+        self._together = sum_rows(self.rows)
+        self.dual = Dual(problem, self.rows, possible_states(problem, symmetric))
         self.best: np.ndarray | None = None
+        self.whole: np.ndarray | None = None
         self.objective = cutoff
         self.bound = -np.inf
         self.leanest: tuple[float, np.ndarray | None] = (np.inf, None)
@@ -47,35 +48,25 @@ class Ascent:
         self.pool = Pool(problem, rows)
         self.effort = Effort()
         self._given = False
-        if symmetric:
-            self._hold_symmetry()
 
     def begin_with(self, states: np.ndarray) -> None:
         """Starts from a plan. If it fits, fewer plans are read off the dual while its bound is far away."""
         self.look(states)
         self._given = self.best is not None
 
-    def _hold_symmetry(self) -> None:
-        held = representatives(self.problem)
-        if held is not None:
-            node, kept = held
-            keep = list(self.dual.keep)
-            keep[node] = np.intersect1d(keep[node], kept)
-            self.dual.restrict(keep)
-
     @property
     def fits(self) -> bool:
         """Whether the least bytes of all arrays together fit a chip."""
         return self.dual.fits
 
-    def reached(self, lower: float) -> bool:
+    def has_reached(self, lower: float) -> bool:
         """Whether a bound has reached the best plan, or the cutoff."""
         return np.isfinite(self.objective) and lower >= self.objective * (1 - TOLERANCE)
 
     @property
     def closed(self) -> bool:
         """Whether the best plan is proven best."""
-        return self.reached(self.bound)
+        return self.has_reached(self.bound)
 
     @property
     def late(self) -> bool:
@@ -89,12 +80,12 @@ class Ascent:
             self.offer(seen.states, seen.seconds)
         return seen
 
-    def offer(self, states: np.ndarray, value: float) -> None:
-        """Keeps a plan that fits if it is better than the best so far."""
+    def offer(self, states: np.ndarray, value: float, whole: np.ndarray | None = None) -> None:
+        """Keeps a plan that fits if it is better than the best so far, and its states of the `whole` problem if known."""
         if value < min(self.objective, FORBIDDEN / 2):
-            self.best, self.objective = states, value
+            self.best, self.objective, self.whole = states, value, whole
 
-    def _near(self, lower: float) -> bool:
+    def _is_near(self, lower: float) -> bool:
         """Whether a bound is so near the best plan that a plan read off the dual is likely to be better."""
         return lower >= self.objective * (1 - POLICY.near)
 
@@ -148,7 +139,7 @@ class Ascent:
         """Whether a plan is read off the dual in this turn: less often if one is given, or if the last gave nothing."""
         if not self._given and idle < POLICY.reading:
             return True
-        return turn % POLICY.reading == 0 and not self.closed and (not self._given or self._near(lower))
+        return turn % POLICY.reading == 0 and not self.closed and (not self._given or self._is_near(lower))
 
     def settle(self) -> np.ndarray:
         """Like `lift`, for one trial of multipliers, at the root or in a branch: one incumbent, one fixing."""
@@ -198,9 +189,3 @@ class Ascent:
             plan = self.look(improve(self.problem, self.rows, plan.states, price))
             if plan.seconds >= self.objective:
                 return
-
-
-def _possible(node: Node) -> np.ndarray:
-    """The states that are not forbidden; all of them if every one is, which the search then reports."""
-    possible = np.flatnonzero(node.cost < FORBIDDEN / 2)
-    return possible if len(possible) else np.arange(len(node.states))

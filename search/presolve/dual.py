@@ -75,11 +75,7 @@ class Dual:
 
     def _place(self, i: int) -> tuple[float, int]:
         node = self.problem.nodes[i]
-        return (
-            (float(node.operation), i)
-            if node.operation >= 0
-            else (self.problem.program.producers[node.value][0] + 0.5, i)
-        )
+        return (self.problem.program.producers[node.of][0] + 0.5, i) if node.is_hub else (float(node.of), i)
 
     def _rebuild(self) -> None:
         """Recomputes potentials from the messages, the surviving states and the multipliers; unaffected ones stay."""
@@ -271,19 +267,21 @@ class Dual:
         )
 
     def propagate(self) -> None:
-        """Fixes what cannot fit: states or pairs whose bytes, beside the least of all others, overflow a row."""
+        """Fixes what cannot fit: states or pairs whose bytes, beside the least of all others, overflow a row.
+
+        Without the pairs, the bound of PaLM's prefill of 64 prompts on v4 4x4x4 is 12.276 s instead of 12.279 s, the
+        optimum, and it is not proven in 45 s instead of 4.
+        """
         while self._propagate_once():
             pass
 
     def _propagate_once(self) -> bool:
         keep, struck = list(self.keep), 0
-        ranges: dict[tuple[int, int], tuple[float, float]] = {}
+        ranges: dict[tuple[int, Copies], tuple[float, float]] = {}
         for row in self.rows:
             nodes = {i: vector[keep[i]] for i, vector in row.nodes}
-            edges = {(k, id(table)): (k, table) for k, table in row.edges}
-            for key in edges.keys() - ranges.keys():
-                ranges[key] = self._range(*edges[key])
-            least = [float(found.min()) for found in nodes.values()] + [ranges[key][0] for key in edges]
+            ranges |= {key: self._range(*key) for key in row.edges if key not in ranges}
+            least = [float(found.min()) for found in nodes.values()] + [ranges[key][0] for key in row.edges]
             room = self.problem.budget_bytes - sum(least)
             if room < 0:
                 self.fits = False
@@ -293,10 +291,10 @@ class Dual:
                 if not fits.all():
                     struck += int((~fits).sum())
                     keep[i] = keep[i][fits]
-            for key, (k, table) in edges.items():
+            for key in row.edges:
                 if ranges[key][1] - ranges[key][0] > room:
-                    struck += self._ban(k, table, room)
-                    ranges[key] = self._range(k, table)
+                    struck += self._ban(*key, room)
+                    ranges[key] = self._range(*key)
         if struck:
             self.restrict(keep)
         return struck > 0

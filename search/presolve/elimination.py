@@ -17,17 +17,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil
 
 import numpy as np
 
 from search.formulation.problem import FORBIDDEN, Edge, Problem
-from search.memory.constraints import Row, Rows
+from search.memory.constraints import NodeBytes, Row, Rows
 from search.presolve.policy import POLICY
 
-SMALL_PARTS = (0.01, 0.001, 0.0001)
-"""The parts of the budget up to which an array counts as small.
+RELAXATIONS = ((0.01, 0.125), (0.01, 1.0), (0.001, 1.0), (0.0001, 1.0))
+"""The parts of the budget up to which an array counts as small, and the parts of the rows, the fullest first, that count.
 
-Each is tried if the plan of the one before does not fit.
+Each is tried if the plan of the one before does not fit. In a training step of Llama 3 8B (775 rows), one row of the
+fullest eighth binds: with these, 459 of 1,092 nodes stay, with all rows 784.
 """
 _CHUNK = 50_000
 """Numbers compared at a time, few enough to stay in a processor's cache."""
@@ -57,7 +59,7 @@ class Reduction:
         """The whole problem, with nothing eliminated."""
         return Reduction(problem, problem, rows, tuple(range(len(problem.nodes))), ())
 
-    def expanded(self, states: np.ndarray) -> np.ndarray:
+    def expand(self, states: np.ndarray) -> np.ndarray:
         """The states of the whole problem: eliminated nodes take their best states, the last eliminated first."""
         found = np.zeros(len(self.whole.nodes), dtype=int)
         found[list(self.kept)] = states
@@ -79,15 +81,15 @@ class Reduction:
         for node, states in zip(self.kept, keep, strict=True):
             found[node] = states
         for each in reversed(self.gone):
-            found[each.node] = _possible_beside(each, found, width)
+            found[each.node] = _optimal_states(each, found, width)
         return found
 
 
-def _possible_beside(gone: _Gone, left: Sequence[np.ndarray], width: float) -> np.ndarray:
+def _optimal_states(gone: _Gone, left: Sequence[np.ndarray], width: float) -> np.ndarray:
     """The states of an eliminated node that are optimal, within `width` seconds, beside some surviving neighbours."""
     if len(gone.cost) == 1:
         return np.zeros(1, dtype=int)
-    tables = _beside(gone, left)
+    tables = _costs_beside(gone, left)
     one = tables[0] + gone.cost
     other = tables[1] if len(tables) > 1 else np.zeros((1, len(gone.cost)))
     least = np.full(len(gone.cost), np.inf)
@@ -101,7 +103,7 @@ def _possible_beside(gone: _Gone, left: Sequence[np.ndarray], width: float) -> n
     return np.flatnonzero(least <= width)
 
 
-def _beside(gone: _Gone, left: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _costs_beside(gone: _Gone, left: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Per neighbour the cost of every state of an eliminated node beside each kind of surviving state."""
     found = []
     for other in dict.fromkeys(other for other, _, _ in gone.edges):
@@ -127,9 +129,14 @@ class _Side:
         return self._weight * self._matrix[np.ix_(self.used, self._mine)]
 
 
-def reduced(problem: Problem, rows: tuple[Row, ...], small_part: float = SMALL_PARTS[0]) -> Reduction:
-    """Eliminates nodes, that with the fewest pairs first; nodes that may hold more than a part of the budget stay."""
-    worker = _Reducer(problem, rows, small_part)
+def eliminate(
+    problem: Problem, rows: tuple[Row, ...], small_part: float = RELAXATIONS[0][0], rows_part: float = 1.0
+) -> Reduction:
+    """Eliminates nodes, that with the fewest pairs first.
+
+    Nodes that may hold more than a part of the budget stay, if they do so in the fullest rows.
+    """
+    worker = _Reducer(problem, _heavy(problem, _fullest(rows, rows_part), small_part))
     worker.run()
     kept = tuple(i for i in range(len(problem.nodes)) if i not in worker.eliminated)
     place = {node: at for at, node in enumerate(kept)}
@@ -142,32 +149,33 @@ def reduced(problem: Problem, rows: tuple[Row, ...], small_part: float = SMALL_P
         loops=(),
     )
     number = {k: at for at, k in enumerate(alive)}
-    return Reduction(problem, smaller, _relaxed(rows, place, number), kept, tuple(worker.gone))
+    return Reduction(problem, smaller, _relax_rows(rows, place, number), kept, tuple(worker.gone))
 
 
-def _relaxed(rows: tuple[Row, ...], place: dict[int, int], number: dict[int, int]) -> tuple[Row, ...]:
+def _relax_rows(rows: tuple[Row, ...], place: dict[int, int], number: dict[int, int]) -> tuple[Row, ...]:
     """The rows with the least bytes of the eliminated nodes; a reshard between equal layouts holds no copy."""
-    return Rows(_relaxed_row(row, place, number) for row in rows)
+    moved = {item: NodeBytes(place[item.node], item.bytes) for row in rows for item in row.nodes if item.node in place}
+    return Rows(_relax_row(row, moved, number) for row in rows)
 
 
-def _relaxed_row(row: Row, place: dict[int, int], number: dict[int, int]) -> Row:
-    nodes = [(place[i], vector) for i, vector in row.nodes if i in place]
+def _relax_row(row: Row, moved: dict[NodeBytes, NodeBytes], number: dict[int, int]) -> Row:
+    nodes = [moved[item] for item in row.nodes if item in moved]
     edges = [(number[k], table) for k, table in row.edges if k in number]
-    least = sum(float(vector.min()) for i, vector in row.nodes if i not in place)
+    least = sum(float(item.bytes.min()) for item in row.nodes if item not in moved)
     if nodes:
-        nodes[0] = (nodes[0][0], nodes[0][1] + least)
+        nodes[0] = NodeBytes(nodes[0].node, nodes[0].bytes + least)
     return Row(row.point, tuple(nodes), tuple(edges))
 
 
 class _Reducer:
-    def __init__(self, problem: Problem, rows: tuple[Row, ...], small_part: float) -> None:
+    def __init__(self, problem: Problem, held: set[int]) -> None:
         self.problem = problem
         self.edges = dict(enumerate(problem.edges))
         self.costs = [node.cost for node in problem.nodes]
         self.incident = [set(found) for found in problem.incident]
         self.gone: list[_Gone] = []
         self.eliminated: set[int] = set()
-        self._held = _heavy(problem, rows, small_part)
+        self._held = held
         self._next = len(problem.edges)
 
     def run(self) -> None:
@@ -191,7 +199,7 @@ class _Reducer:
         states = len(self.costs[node])
         if not _small([max(len(side.used) for side in found) for found in meeting], states):
             return False
-        ends = [_together(found) for found in meeting]
+        ends = [_merge_edges(found) for found in meeting]
         if not _small([len(table) for _, table in ends], states):
             return False
         self.gone.append(_Gone(node, self.costs[node], tuple((s.other, s.groups, s.table) for s in sides)))
@@ -229,21 +237,25 @@ def _small(groups: list[int], states: int) -> bool:
     return pairs <= POLICY.eliminated_pairs and pairs * states <= POLICY.eliminated_triples
 
 
-def _heavy(problem: Problem, rows: tuple[Row, ...], small_part: float) -> set[int]:
+def _fullest(rows: tuple[Row, ...], part: float) -> list[Row]:
+    """A part of the rows: those with the most bytes, with the mean of each node's states."""
+    full = [-sum(float(held.mean()) for _, held in row.nodes) for row in rows]
+    return [rows[r] for r in np.argsort(full, kind="stable")[: ceil(part * len(rows))]]
+
+
+def _heavy(problem: Problem, rows: Sequence[Row], small_part: float) -> set[int]:
     """The nodes that must stay: those with much memory, or at the end of a reshard with much memory."""
     large = small_part * problem.budget_bytes
-    nodes = {(i, id(vector)): (i, vector) for row in rows for i, vector in row.nodes}
-    edges = {
-        (k, id(table)): (problem.edges[k], table) for row in rows for k, table in row.edges if k < len(problem.edges)
-    }
-    found = {i for i, vector in nodes.values() if np.ptp(vector) > large}
-    for edge, table in edges.values():
+    nodes = dict.fromkeys(item for row in rows for item in row.nodes)
+    edges = dict.fromkeys(item for row in rows for item in row.edges if item[0] < len(problem.edges))
+    found = {i for i, vector in nodes if np.ptp(vector) > large}
+    for k, table in edges:
         if table.max() > large:
-            found |= {edge.a, edge.b}
+            found |= {problem.edges[k].a, problem.edges[k].b}
     return found
 
 
-def _together(sides: list[_Side]) -> tuple[np.ndarray, np.ndarray]:
+def _merge_edges(sides: list[_Side]) -> tuple[np.ndarray, np.ndarray]:
     """All edges to one node as one: groups of its states with equal costs, and the cost by group and own state."""
     if len(sides) == 1:
         return sides[0].groups, sides[0].table

@@ -25,6 +25,9 @@ from search.presolve.primal import overflow
 
 # --- The plans that were looked at
 
+_LEAST_WEIGHT = 1e-6
+"""The weight below which a plan has none but for rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -44,12 +47,20 @@ class Seen:
         return self.seconds + float(multipliers @ self.over)
 
 
+Mixture = tuple[tuple[float, np.ndarray], ...]
+"""Weights, of which the sum is 1 or less, and the states of the plans that have them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Best:
-    """The multipliers, in seconds per byte, with the highest bound over the plans seen, and that bound in seconds."""
+    """The multipliers, in seconds per byte, with the highest bound over the plans seen, and that bound in seconds.
+
+    `mixture` is the dual solution of the master problem: the plans that limit the bound.
+    """
 
     multipliers: np.ndarray
     seconds: float
+    mixture: Mixture = ()
 
 
 class Pool:
@@ -97,10 +108,10 @@ class Pool:
         plans = self.within(keep)
         if not plans or (not np.isfinite(most) and not any(plan.fits for plan in plans)):
             return None
-        return _best(plans, most, self.problem.budget_bytes)
+        return _solve_master(plans, most, self.problem.budget_bytes)
 
 
-def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | None:
+def _solve_master(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | None:
     """Solves the master problem by GLOP, in seconds of about 1 and in budgets of memory."""
     from ortools.math_opt.python import mathopt  # imported here: not needed if memory does not bind
 
@@ -112,16 +123,19 @@ def _best(plans: Sequence[Seen], most: float, budget_bytes: float) -> Best | Non
     model = mathopt.Model()
     prices = [model.add_variable(lb=0.0) for _ in rows]
     proven = model.add_variable(ub=(most - least) / unit if np.isfinite(most) else np.inf)
+    limits = []
     for plan, beyond in zip(plans, (over[:, rows] / budget_bytes).tolist(), strict=True):
         cost = mathopt.LinearSum(price * part for price, part in zip(prices, beyond, strict=True))
-        model.add_linear_constraint(proven - cost <= (plan.seconds - least) / unit)
+        limits.append(model.add_linear_constraint(proven - cost <= (plan.seconds - least) / unit))
     model.maximize(proven)
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
         return None
     found = np.zeros(over.shape[1])
     found[rows] = [max(value, 0.0) * unit / budget_bytes for value in result.variable_values(prices)]
-    return Best(found, result.variable_values(proven) * unit + least)
+    weights = zip(result.dual_values(limits), plans, strict=True)
+    mixed = tuple((weight, plan.states) for weight, plan in weights if weight > _LEAST_WEIGHT)
+    return Best(found, result.variable_values(proven) * unit + least, mixed)
 
 
 # --- Trials
@@ -134,7 +148,7 @@ class Search(Protocol):
     pool: Pool
     objective: float
 
-    def reached(self, lower: float) -> bool:
+    def has_reached(self, lower: float) -> bool:
         """Whether a bound has reached the best plan."""
         ...
 
@@ -163,7 +177,7 @@ def raise_bound(search: Search, over: np.ndarray, trial: Trial, trials: int) -> 
         told = search.pool.best_multipliers(dual.keep, search.objective)
         open_ = search.objective - best[0] if np.isfinite(search.objective) else 0.0
         little = max(POLICY.settled_part * abs(best[0]), POLICY.settled_part_of_open * open_)
-        if search.reached(best[0]) or search.late or (told and told.seconds - best[0] < little):
+        if search.has_reached(best[0]) or search.late or (told and told.seconds - best[0] < little):
             break
         if told is None and over.max(initial=0.0) <= 0:
             break
@@ -197,11 +211,11 @@ def _higher(search: Search, over: np.ndarray) -> np.ndarray:
         multipliers[priced] *= POLICY.growth
     else:
         row = int(np.argmax(over))
-        multipliers[row] = _first(search, float(over[row]))
+        multipliers[row] = _first_multiplier(search, float(over[row]))
     return multipliers
 
 
-def _first(search: Search, over: float) -> float:
+def _first_multiplier(search: Search, over: float) -> float:
     """The multiplier at which the dual's tangent, of slope `over`, reaches the best plan; the bound turns before."""
     most = 1.0 / min(axis.bytes_per_second for axis in search.dual.problem.topology.axes)
     lower = search.dual.bound()
@@ -209,20 +223,11 @@ def _first(search: Search, over: float) -> float:
     return min(rise / over, most) if rise > 0 else most
 
 
-@dataclass(frozen=True, eq=False)
-class Bracket:
-    """Plans at about the best multipliers: one that overflows a chip, and one that fits. Either may be missing."""
+def mixture(search: Search) -> Mixture:
+    """The plans that prove the dual's best multipliers, with their weights; none without such a proof.
 
-    bulky: np.ndarray | None = None
-    lean: np.ndarray | None = None
-
-
-def bracket(search: Search) -> Bracket:
-    """Of the plans seen that survive, the best that fits and the best that does not, at the dual's multipliers.
-
-    At the highest bound they cost about the same; their differences are the choices that the multipliers cannot settle.
+    Each overflows some row or costs too much, and together, by weight, they do neither. Their differences are the
+    choices that multipliers cannot settle.
     """
-    dual = search.dual
-    plans = sorted(search.pool.within(dual.keep), key=lambda plan: plan.priced(dual.multipliers))
-    bulky = next((plan.states for plan in plans if not plan.fits), None)
-    return Bracket(bulky, next((plan.states for plan in plans if plan.fits), None))
+    told = search.pool.best_multipliers(search.dual.keep, search.objective)
+    return told.mixture if told else ()

@@ -23,18 +23,18 @@ def decode(dual: Dual, thorough: bool = True) -> np.ndarray:
     found: list[tuple[float, np.ndarray]] = []
     forests: list[_Forest] = []
     if not thorough:
-        return _improved(dual, _greedy(dual, dual.order, 0.0), forests)
+        return _improve(dual, _greedy(dual, dual.order, 0.0), forests)
     bound = dual.bound()
-    for order in (dual.order, _grown(dual), dual.order[::-1]):
+    for order in (dual.order, _grow_forest(dual), dual.order[::-1]):
         for alike in (0.0, POLICY.alike * abs(bound)):
-            states = _improved(dual, _greedy(dual, order, alike), forests)
+            states = _improve(dual, _greedy(dual, order, alike), forests)
             found.append((dual.objective(states), states))
             if found[-1][0] <= bound * (1 + POLICY.alike):
                 return states
     return min(found, key=lambda each: each[0])[1]
 
 
-def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarray:
+def _improve(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarray:
     """States after the improvement by forests, numbered as in the problem.
 
     The forests are drawn on demand and reused.
@@ -49,7 +49,7 @@ def _improved(dual: Dual, local: np.ndarray, forests: list[_Forest]) -> np.ndarr
     return np.array([keep[s] for keep, s in zip(dual.keep, local, strict=True)])
 
 
-def _grown(dual: Dual) -> list[int]:
+def _grow_forest(dual: Dual) -> list[int]:
     """The nodes in an order in which each has the strongest possible ties to those before it.
 
     Layouts that differ only in the order of axes cost the same. If two regions of the program are read off separately,
@@ -85,7 +85,7 @@ def _greedy(dual: Dual, order: Sequence[int], alike: float) -> np.ndarray:
         cost = dual.theta[i].copy()
         for edge in dual.undecided(i):
             other = edge.b if edge.a == i else edge.a
-            cost += edge.minima(i) if local[other] < 0 else _given(edge, i, local[other])
+            cost += edge.minima(i) if local[other] < 0 else _conditional_costs(edge, i, local[other])
         local[i] = int(np.argmax(cost <= cost.min() + alike))
     return local
 
@@ -137,22 +137,24 @@ class _Forest:
                     parent[other] = i
                     order.append(other)
         seen.update(order)
-        cost = {i: self._outside(i, local) for i in order}
+        cost = {i: self._costs_outside_tree(i, local) for i in order}
         for i in reversed(order[1:]):
             cost[parent[i]] = cost[parent[i]] + self._reply(i, parent[i], cost[i])
         for i in order:
             total = cost[i]
             if parent[i] >= 0:
-                total = total + sum(_given(edge, i, int(found[parent[i]])) for edge in self.links[i][parent[i]])
+                total = total + sum(
+                    _conditional_costs(edge, i, int(found[parent[i]])) for edge in self.links[i][parent[i]]
+                )
             found[i] = int(np.argmin(total))
 
-    def _outside(self, i: int, local: np.ndarray) -> np.ndarray:
+    def _costs_outside_tree(self, i: int, local: np.ndarray) -> np.ndarray:
         """The cost of each state of a node beside the states of the nodes that are not in its tree."""
         cost = self.dual.theta[i]
         for edge in self.dual.undecided(i):
             other = edge.b if edge.a == i else edge.a
             if other not in self.links[i]:
-                cost = cost + _given(edge, i, local[other])
+                cost = cost + _conditional_costs(edge, i, local[other])
         return cost
 
     def _reply(self, i: int, parent: int, cost: np.ndarray) -> np.ndarray:
@@ -172,7 +174,7 @@ def _pairs(edge: DualEdge, node: int) -> np.ndarray:
     return found if node == edge.a else found.T
 
 
-def _given(edge: DualEdge, node: int, other: int) -> np.ndarray:
+def _conditional_costs(edge: DualEdge, node: int, other: int) -> np.ndarray:
     """The cost of each state of one end, the other end's state being fixed."""
     if node == edge.a:
         return edge.column(edge.columns.group[other])[edge.rows.group] - edge.left - edge.right[other]

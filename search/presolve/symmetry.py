@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from search.answer.assignment import Choice
-from search.formulation.axis_renaming import renamed, renamings
-from search.formulation.problem import Problem
+from search.formulation.axis_renaming import rename, renamings
+from search.formulation.problem import FORBIDDEN, Problem
 
 
 def interchangeable(problem: Problem) -> list[tuple[str, ...]]:
@@ -42,11 +42,25 @@ def representatives(problem: Problem) -> tuple[int, np.ndarray] | None:
     states = problem.nodes[node].states
     index = {state: s for s, state in enumerate(states)}
     names = renamings(groups)
-    least = [min(index.get(renamed(state, image), s) for image in names) for s, state in enumerate(states)]
+    least = [min(index.get(rename(state, image), s) for image in names) for s, state in enumerate(states)]
     return node, np.flatnonzero(np.array(least) == np.arange(len(states)))
 
 
-def tidied(problem: Problem, choice: Choice) -> Choice:
+def possible_states(problem: Problem, symmetric: bool) -> list[np.ndarray]:
+    """Per node the states that are not forbidden, or all if every one is, which the search then reports.
+
+    If the problem is `symmetric`, one node keeps one of each orbit.
+    """
+    keep = [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes]
+    keep = [some if len(some) else np.arange(len(node.states)) for some, node in zip(keep, problem.nodes, strict=True)]
+    held = representatives(problem) if symmetric else None
+    if held is not None:
+        node, kept = held
+        keep[node] = np.intersect1d(keep[node], kept)
+    return keep
+
+
+def canonicalise_axes(problem: Problem, choice: Choice) -> Choice:
     """The same plan with interchangeable axes renamed so that the largest arrays use them in order, x before y.
 
     Renaming changes no cost; it makes plans easier to read and to compare.
@@ -56,12 +70,12 @@ def tidied(problem: Problem, choice: Choice) -> Choice:
     sources = sorted(program.arguments, key=lambda i: -program.values[program.operations[i].outputs[0].value].bytes)
 
     def order(names: Mapping[str, str]) -> tuple:
-        held = [renamed(choice.strategies[i], names)[0] for i in sources]
-        return (*held, *(renamed(choice.hubs[value], names)[0] for value in largest))
+        held = [rename(choice.strategies[i], names)[0] for i in sources]
+        return (*held, *(rename(choice.hubs[value], names)[0] for value in largest))
 
     names = min(renamings(interchangeable(problem)), key=order)
-    strategies = tuple(renamed(strategy, names) for strategy in choice.strategies)
-    return Choice(strategies, {value: renamed(layout, names) for value, layout in choice.hubs.items()})
+    strategies = tuple(rename(strategy, names) for strategy in choice.strategies)
+    return Choice(strategies, {value: rename(layout, names) for value, layout in choice.hubs.items()})
 
 
 def surroundings(problem: Problem, i: int) -> float:

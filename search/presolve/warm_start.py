@@ -15,8 +15,7 @@ from search.formulation.strategies import Strategy
 def starting_states(problem: Problem, choice: Choice) -> np.ndarray | None:
     """The states of a plan; `None` if the problem lacks one of them."""
     found = [
-        _state(node, choice.strategies[node.operation] if node.operation >= 0 else choice.hubs.get(node.value))
-        for node in problem.nodes
+        _state(node, choice.hubs.get(node.of) if node.is_hub else choice.strategies[node.of]) for node in problem.nodes
     ]
     return None if None in found else np.array(found)
 

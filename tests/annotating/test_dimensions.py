@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import autoshard
 from autoshard._util.paths import dotted
-from autoshard.annotating.dimension_names import named
+from autoshard.annotating.dimension_names import name_dimensions
 from autoshard.errors import AutoshardError
 from costmodels.machine.lazy_sympy import sympy
-from costmodels.symbols import dimension, evaluated, largest_terms, parsed, specialize, text
+from costmodels.symbols import dimension, evaluate, largest_terms, parse_expression, specialize, text
 from tests.support.tracing import trace
 
 
@@ -25,7 +25,7 @@ def shape(*sizes: int) -> jax.ShapeDtypeStruct:
 
 def dims_of(fn, *args, dims=None):
     traced = trace(fn, *args)
-    return traced.program, named(traced.program, traced.argument_values, traced.paths, dims)
+    return traced.program, name_dimensions(traced.program, traced.argument_values, traced.paths, dims)
 
 
 def factors_of(fn, *args, dims=None) -> dict[str, tuple[str, ...]]:
@@ -101,7 +101,7 @@ def test_shapes_at_the_numbers_are_the_programs_own() -> None:
 
     program, found = dims_of(attend, shape(4, 6), shape(4, 5, 3))
     for value, names in zip(program.values, found.shapes, strict=True):
-        assert tuple(evaluated(parsed(n), found.sizes) for n in names) == value.shape
+        assert tuple(evaluate(parse_expression(n), found.sizes) for n in names) == value.shape
 
 
 # --- the user's words
@@ -157,8 +157,8 @@ _SIZES = st.recursive(
 
 @given(size=_SIZES)
 def test_a_size_survives_being_written(size) -> None:
-    assert parsed(str(size)) == size
-    assert parsed(text(size).replace("·", "*")) == size
+    assert parse_expression(str(size)) == size
+    assert parse_expression(text(size).replace("·", "*")) == size
 
 
 @given(written=st.text(max_size=30))
@@ -173,7 +173,7 @@ def test_no_text_is_run(written) -> None:
     Python spells ligatures and the like out: of "ﬀ" it makes the name "ff".
     """
     try:
-        size = parsed(written)
+        size = parse_expression(written)
     except ValueError:
         event("refused")
         return
@@ -185,9 +185,9 @@ def test_no_text_is_run(written) -> None:
 @given(size=_SIZES, numbers=st.fixed_dictionaries({name: st.integers(2, 9) for name in "BEFH"}))
 def test_terms_make_up_their_sum(size, numbers) -> None:
     shown, rest = largest_terms(size * size, numbers, 0.1)
-    total = evaluated(size * size, numbers)
-    assert sum(evaluated(term, numbers) for term in (*shown, *rest)) == pytest.approx(total)
-    assert sum(evaluated(term, numbers) for term in rest) <= 0.1 * total * (1 + 1e-9)
+    total = evaluate(size * size, numbers)
+    assert sum(evaluate(term, numbers) for term in (*shown, *rest)) == pytest.approx(total)
+    assert sum(evaluate(term, numbers) for term in rest) <= 0.1 * total * (1 + 1e-9)
 
 
 def test_a_maximum_is_its_larger_side_here() -> None:

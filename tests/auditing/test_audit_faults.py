@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import autoshard
-from autoshard.auditing.audit import Audit, audit, compare
+from autoshard import Audit, Plan, audit
+from autoshard.auditing.audit import compare
 from autoshard.auditing.findings import CompileTarget
 from autoshard.emitting import targets
-from autoshard.plan import Plan
-from costmodels.machine.topology import Topology, parse_topology
+from costmodels.machine import Topology, parse_topology
 
 TOPOLOGIES: dict[CompileTarget, str] = {"host": "cpu:2x2", "tpu": "v5e:2x2", "gpu": "h100:4"}
 SIZES: dict[CompileTarget, tuple[int, int, int]] = {

@@ -1,72 +1,16 @@
-"""Reading compiled programs back: every spelling as text, then real programs on eight host devices."""
+"""Reading compiled programs back: every spelling as text; loops and real programs are in files of their own."""
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax import lax
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.auditing.hlo_collectives import CompiledCollective, collectives, estimated_cycles
+from autoshard.auditing.hlo_collectives import collectives
 from autoshard.auditing.hlo_parser import parse, shape_bytes
-
-CUBE = {"x": 2, "y": 2, "z": 2}
-
-HEADER = """\
-HloModule jit_f, num_partitions=8
-
-FileNames
-1 "/home/user/model.py"
-
-FunctionNames
-1 "f"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=12 end_line=12 column=4 end_column=9}
-
-StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%scattered (c: f32[], d: f32[]) -> f32[] {
-  %c = f32[] parameter(0), metadata={op_name="jit(f)/reduce_scatter"}
-  %d = f32[] parameter(1), metadata={op_name="jit(f)/reduce_scatter"}
-  ROOT %sum.1 = f32[] add(%c, %d), metadata={op_name="jit(f)/add" stack_frame_id=1}
-}
-
-%max (a.1: bf16[], b.1: bf16[]) -> bf16[] {
-  %a.1 = bf16[] parameter(0)
-  %b.1 = bf16[] parameter(1)
-  %larger = f32[] maximum(%a.1, %b.1)
-  ROOT %rounded = bf16[] convert(%larger)
-}
-
-"""
-
-
-def program(entry: str, before: str = "") -> str:
-    """A module whose entry holds these lines, after these computations; `%p` is f32[8,16] (512 bytes)."""
-    body = textwrap.indent(textwrap.dedent(entry).strip(), "  ")
-    parameter = "  %p = f32[8,16]{1,0:T(8,128)} parameter(0)"
-    return f"{HEADER}{textwrap.dedent(before)}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n{parameter}\n{body}\n}}\n"
-
-
-def read(entry: str, before: str = "", mesh: dict[str, int] = CUBE) -> CompiledCollective:
-    (found,) = collectives(program(entry, before), mesh)
-    return found
-
+from tests.support.auditing.hlo_text import CUBE, program, read
 
 GROUPS = [
     ("{{0,1},{2,3},{4,5},{6,7}}", ("z",)),
@@ -161,6 +105,21 @@ def test_where_it_stems_from():
     metadata = 'metadata={op_type="psum" op_name="f/psum" source_file="/a/b/net.py" source_line=7}'
     found = read(f"ROOT %r = f32[8,16]{{1,0}} all-reduce(%p), replica_groups={{}}, to_apply=%add, {metadata}")
     assert (found.op_name, found.source) == ("f/psum", "net.py:7")
+
+
+def test_the_metadata_of_a_kernel_has_lines_of_its_own():
+    text = """ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %kernel = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 512}"
+}}, metadata={op_name="f/pallas_call" source_file="/a/net.py" source_line=7}
+  ROOT %r = f32[8]{0} copy(%kernel)
+}
+"""
+    module = parse(text)
+    (entry,) = module.computations.values()
+    assert list(entry.instructions) == ["p", "kernel", "r"] and entry.root == "r"
+    assert module.source(entry.instructions["kernel"]) == "net.py:7"
 
 
 def test_combined_collectives_are_one_with_the_bytes_of_all():
@@ -328,95 +287,6 @@ def test_a_collective_may_change_the_type():
     assert (reduce.bytes, reduce.dtype) == (512, "f32")
 
 
-def loop(extra: str, bound: str = "%n = s32[] constant(118)", compare: str = "compare(%i.1, %n), direction=LT") -> str:
-    """A program with a `while` around an all-reduce, its length to be read from the condition."""
-    return program(
-        f"""
-        %start = s32[] constant(0)
-        %i0 = s32[] copy(%start)
-        %seven = s32[] constant(7)
-        %init = (s32[], f32[8,16]{{1,0}}, s32[]) tuple(%i0, %p, %seven)
-        %w = (s32[], f32[8,16]{{1,0}}, s32[]) while(%init), condition=%condition, body=%body{extra}
-        ROOT %r = f32[8,16]{{1,0}} get-tuple-element(%w), index=1
-        """,
-        f"""
-        %body (carry: (s32[], f32[8,16], s32[])) -> (s32[], f32[8,16], s32[]) {{
-          %carry = (s32[], f32[8,16]{{1,0}}, s32[]) parameter(0)
-          %i = s32[] get-tuple-element(%carry), index=0
-          %step = s32[] constant(1)
-          %next = s32[] add(%i, %step)
-          %v = f32[8,16]{{1,0}} get-tuple-element(%carry), index=1
-          %s = f32[8,16]{{1,0}} all-reduce(%v), replica_groups=[4,2]<=[8], to_apply=%add
-          %kept = s32[] get-tuple-element(%carry), index=2
-          ROOT %out = (s32[], f32[8,16]{{1,0}}, s32[]) tuple(%next, %s, %kept)
-        }}
-
-        %condition (carry.1: (s32[], f32[8,16], s32[])) -> pred[] {{
-          %carry.1 = (s32[], f32[8,16]{{1,0}}, s32[]) parameter(0)
-          %i.1 = s32[] get-tuple-element(%carry.1), index=0
-          {bound}
-          ROOT %test = pred[] {compare}
-        }}
-        """,
-    )
-
-
-WITHIN = """%n = s32[] constant(118)
-          %within = pred[] compare(%i.1, %n), direction=LT
-          %live = pred[] custom-call()"""
-ENDED = """%n = s32[] constant(118)
-          %offset = s32[] constant(65)
-          %sum = s32[] add(%offset, %i.1)
-          %last = pred[] compare(%sum, %n), direction=EQ
-          %other = pred[] custom-call()
-          %ended = pred[] or(%last, %other)"""
-LENGTHS = [
-    (loop(', backend_config={"known_trip_count":{"n":"5"}}'), 5, True),
-    (loop(', backend_config="{\\"known_trip_count\\":{\\"n\\":\\"6\\"}}"'), 6, True),
-    (loop(', backend_config={"known_trip_count": {"n": 7}}'), 7, True),
-    (loop(""), 118, True),
-    (loop("", compare="compare(%n, %i.1), direction=GT"), 118, True),
-    (loop("", compare="compare(%i.1, %n), direction=LE"), 119, True),
-    (loop("", compare="compare(%i.1, %n), direction=NE"), 118, True),
-    (loop("", "%n = s32[] get-tuple-element(%carry.1), index=2"), 7, True),  # carried unchanged
-    (loop("", "%n = s32[] parameter(1)"), 1, False),
-    (loop("", compare="and(%i.1, %n)"), 1, False),
-    (loop("", WITHIN, compare="and(%live, %within)"), 118, False),  # it may end before its counter does
-    (loop("", WITHIN, compare="and(%within, %live)"), 118, False),
-    (loop("", ENDED, compare="not(%ended)"), 53, False),  # not (i + 65 == 118 or done)
-    (loop("", ENDED.replace("EQ", "GT"), compare="not(%ended)"), 54, False),
-    (loop("", ENDED.replace("EQ", "LT"), compare="not(%ended)"), 0, False),
-    (loop("", ENDED, compare="and(%ended, %other)"), 1, False),
-    (loop("", ENDED, compare="not(%last)"), 53, True),
-    (loop("", ENDED.replace("add(%offset, %i.1)", "subtract(%i.1, %offset)"), compare="not(%last)"), 183, True),
-    (loop("", ENDED.replace("add(%offset, %i.1)", "subtract(%offset, %i.1)"), compare="not(%last)"), 1, False),
-    (loop("", compare="compare(%i.1, %n), direction=EQ"), 0, True),
-    (
-        loop("", compare="compare(%i.1, %n), direction=NE").replace(
-            "%step = s32[] constant(1)", "%step = s32[] constant(4)"
-        ),
-        1,
-        False,
-    ),
-    (loop("").replace("add(%i, %step)", "multiply(%i, %step)"), 118, False),
-    (loop("").replace("%step = s32[] constant(1)", "%step = s32[] constant(4)"), 30, True),
-    (loop("").replace("%start = s32[] constant(0)", "%start = s32[] constant(18)"), 100, True),
-    (
-        loop("", "%n = s32[] constant(0)", "compare(%i.1, %n), direction=GE")
-        .replace("add(%i, %step)", "subtract(%i, %step)")
-        .replace("%start = s32[] constant(0)", "%start = s32[] constant(9)"),
-        10,
-        True,
-    ),
-]
-
-
-@pytest.mark.parametrize(("text", "count", "known"), LENGTHS, ids=range(len(LENGTHS)))
-def test_a_loops_length(text, count, known):
-    (found,) = collectives(text, CUBE)
-    assert (found.count, found.count_known) == (count, known)
-
-
 def test_both_branches_of_a_conditional_are_read():
     branch = """
         %b{0} (q{0}: f32[8,16]) -> f32[8,16] {{
@@ -428,15 +298,6 @@ def test_both_branches_of_a_conditional_are_read():
     choice = "%c = pred[] constant(true)\nROOT %r = f32[8,16]{1,0} conditional(%c, %p, %p), "
     for regions in ("branch_computations={%b0, %b1}", "true_computation=%b0, false_computation=%b1"):
         assert [each.axes for each in collectives(program(choice + regions, branches), CUBE)] == [("z",), ("y", "z")]
-
-
-def test_cycles_are_multiplied_by_loops_and_never_counted_inside_a_fusion():
-    cycles = ', backend_config={"window_config":{"estimated_cycles":"100"}}'
-    text = (
-        loop("").replace("add(%i, %step)", f"add(%i, %step){cycles}").replace("copy(%start)", f"copy(%start){cycles}")
-    )
-    assert estimated_cycles(text) == 118 * 100 + 100
-    assert estimated_cycles(loop("")) is None
 
 
 def test_text_that_is_no_program_is_refused():
@@ -456,90 +317,6 @@ def test_a_large_program_is_read_in_one_pass():
     text = program("\n".join(line.format(i) + metadata for i in range(21_000)))
     assert len(text) > 10_000_000
     assert len(parse(text).computations["main"].instructions) == 21_001
-
-
-# Real programs.
-
-f32 = jnp.float32
-ROWS, COLUMNS = 64, 32  # of what each chip holds: 8192 bytes
-
-
-def compiled(body, *shapes) -> tuple[CompiledCollective, ...]:
-    mesh = jax.make_mesh(tuple(CUBE.values()), tuple(CUBE), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:8])
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    arguments = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes or [(ROWS, COLUMNS)]]
-    return collectives(jax.jit(mapped).lower(*arguments).compile().as_text() or "", CUBE)
-
-
-def written(kind: str, axes: tuple[str, ...]):
-    """The collective as a program writes it, and the bytes that it should be read back with."""
-    size = 2 ** len(axes)
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    return {
-        "all-gather": (lambda v: lax.all_gather(v, axes, axis=0, tiled=True), 8192 * size),
-        "reduce-scatter": (lambda v: lax.psum_scatter(v, axes, scatter_dimension=1, tiled=True), 8192),
-        "all-reduce": (lambda v: lax.psum(v, axes), 8192),
-        "all-to-all": (lambda v: lax.all_to_all(v, axes, 0, 1, tiled=True), 8192),
-        "collective-permute": (lambda v: lax.ppermute(v, tuple(sorted(axes)), ring), 8192),
-    }[kind]
-
-
-KINDS = ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
-AXES = [("x",), ("y",), ("z",), ("x", "y"), ("y", "z"), ("x", "z"), ("z", "x"), ("x", "y", "z")]
-
-
-@pytest.mark.parametrize("axes", AXES, ids="".join)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_written_is_read_back(kind, axes):
-    operation, size = written(kind, axes)
-    (found,) = compiled(operation)
-    assert (found.kind, found.axes, found.bytes, found.count) == (kind, tuple(sorted(axes)), size, 1)
-    assert found.source.startswith("test_hlo.py:")
-    assert found.dtype == "f32" and found.count_known
-
-
-def scanned(operation, length: int):
-    """`operation` in a scan, in a form that leaves the carry's shape alone."""
-
-    def body(carry, _):
-        result = operation(jnp.sin(carry))
-        return carry + jnp.sum(result), None
-
-    return lambda v: lax.scan(body, v, None, length=length)[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scans_multiply(kind):
-    operation, size = written(kind, ("x", "z"))
-    (once,) = compiled(scanned(operation, 5))
-    assert (once.kind, once.axes, once.bytes, once.count) == (kind, ("x", "z"), size, 5)
-    (nested,) = compiled(scanned(scanned(operation, 3), 5))
-    assert (nested.kind, nested.bytes, nested.count, nested.count_known) == (kind, size, 15, True)
-
-
-def test_arrays_reduced_together_are_combined_or_read_apart():
-    found = compiled(lambda a, b: lax.psum((a, b), "y"), (ROWS, COLUMNS), (COLUMNS,))
-    assert {(each.kind, each.axes) for each in found} == {("all-reduce", ("y",))}
-    assert sum(each.bytes for each in found) == 8192 + COLUMNS * 4
-    assert [each.spelling for each in found] in (["combined 2"], ["all-reduce"], ["all-reduce"] * 2)
-
-
-def test_reductions_are_told_apart():
-    assert [each.reduction for each in compiled(lambda v: lax.pmax(v, "x"))] == ["max"]
-    assert [each.reduction for each in compiled(lambda v: lax.pmin(v, "x"))] == ["min"]
-    assert [each.reduction for each in compiled(lambda v: lax.psum(v, "x"))] == ["add"]
-
-
-def test_a_loop_of_unknown_length_is_counted_once_and_said():
-    def body(v):
-        return lax.while_loop(lambda s: s[0, 0] < 3, lambda s: lax.psum(s, "z"), v)
-
-    (found,) = compiled(body)
-    assert (found.count, found.count_known) == (1, False)
-
-
-def test_a_program_without_collectives_has_none():
-    assert compiled(lambda v: v * 2) == ()
 
 
 # --- What the partitioner does unasked
@@ -575,19 +352,6 @@ FUSED = """
 def test_an_array_that_is_gathered_for_its_slices_is_told_apart(uses, only_sliced):
     gather = "%g = f32[16,16]{1,0} all-gather(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}"
     assert read(f"%i = s32[] constant(0)\n{gather}\n{uses}", FUSED).only_sliced == only_sliced
-
-
-def test_the_partitioner_gathers_what_it_cannot_reshard():
-    """Shardy's full rematerialization: three axes leave the rows and two enter the columns in one step."""
-    mesh = jax.make_mesh((2, 2, 2), tuple(CUBE), axis_types=(AxisType.Auto,) * 3)
-
-    def move(x):
-        x = lax.with_sharding_constraint(jnp.tanh(x), jax.NamedSharding(mesh, P(("x", "y", "z"), None)))
-        return jnp.sin(lax.with_sharding_constraint(x, jax.NamedSharding(mesh, P(None, ("y", "z")))))
-
-    text = jax.jit(move).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile().as_text() or ""
-    gathers = [each for each in collectives(text, CUBE) if each.kind == "all-gather"]
-    assert any(each.only_sliced for each in gathers), [each.op_name for each in gathers]
 
 
 def test_no_line_of_our_own_code_is_the_users() -> None:

@@ -19,8 +19,8 @@ from autoshard.emitting import targets
 from benchmarks.hand_layouts import argument_specs, hand_layouts, sizes_of
 from benchmarks.judge import judge
 from benchmarks.peers import CASES, NOT_PEERS, summary, verdicts
+from costmodels.machine import parse_topology
 from costmodels.machine.collectives import seconds, wire_bytes
-from costmodels.machine.topology import parse_topology
 from examples import llama, palm
 
 CUBE = parse_topology("v4:4x4x4")

@@ -98,11 +98,11 @@ def test_a_topology_file_reads_back_as_it_was(topology: Topology, status, value:
     import tempfile
     from dataclasses import replace
 
-    from costmodels.machine.topology import as_its_chip_has_it
+    from costmodels.machine.topology import complete_axes
 
     chip = topology.chip.override({"hbm_bytes_per_second": Constant(value, source, status)}, "elsewhere")
     first, *rest = topology.axes
-    changed = as_its_chip_has_it(replace(topology, chip=chip))
+    changed = complete_axes(replace(topology, chip=chip))
     changed = replace(changed, axes=(replace(first, bytes_per_second=value), *rest))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slice.toml"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import autoshard
 from autoshard import load
 from costmodels.machine.chips import catalogue
 from costmodels.machine.conventions import Pricing
@@ -48,7 +49,7 @@ def test_conventions_that_there_are_not() -> None:
     said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--bandwidth", "all")
     assert said == "bandwidth must be 'per-axis' or 'total', got 'all'."
     said = refused("search", PALM, "-t", "v4:2x2x1", *TINY, "--overlap", "1.5")
-    assert said == 'overlap must be a number from 0 to less than 1, or "looped", got 1.5.'
+    assert said == 'overlap must be a number from 0 to less than 1, "looped" or "async", got 1.5.'
 
 
 def test_json_is_alone_on_standard_output(plan_file: Path) -> None:
@@ -114,6 +115,21 @@ def test_a_program_that_is_much_slower_than_planned_is_an_answer_that_is_no(
     assert run("audit", plan_file, PALM, *TINY).exit_code == 1
 
 
+@pytest.mark.long
+def test_carry_compares_the_ways_and_stores_them_in_the_plan(plan_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "plan.json"
+    own.write_bytes(plan_file.read_bytes())
+    patch = tmp_path / "constraints.patch"
+    found = run("carry", own, PALM, *TINY, "--most", "1", "--patch", patch, "--save")
+    carriage = load(own).carriage
+    assert carriage is not None and found.exit_code == (0 if carriage.within else 1)
+    assert found.stdout.startswith("palm-tiny-decode on cpu:2x2x2, compiled for host devices")
+    assert f"The fastest way: {carriage.fastest}, the default of plan.jit." in found.stdout
+    assert patch.read_text() == "" and f"Wrote {own}." in found.stderr
+    audited = json.loads(run("audit", own, PALM, *TINY, "--carry", "specs", "--json").stdout)
+    assert audited["carry"] == "specs"
+
+
 def test_audit_of_another_function(plan_file: Path) -> None:
     found = run("audit", plan_file, PALM, "--set", "size=tiny", "--set", "batch=4", "--set", "context=16")
     assert found.exit_code == 1 and found.stdout == ""
@@ -121,6 +137,7 @@ def test_audit_of_another_function(plan_file: Path) -> None:
     assert "tokens is int32[4], planned int32[8]" in found.stderr
 
 
+@pytest.mark.long
 def test_audit_makes_as_many_host_devices_as_the_plan_needs(tmp_path: Path) -> None:
     """Even for a file that starts JAX, where the environment asks for no devices."""
     (tmp_path / "starts.py").write_text(
@@ -236,7 +253,7 @@ def test_a_target_may_import_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_topologies_that_are_none() -> None:
-    said = refused("search", PALM, "-t", "v4:4x4x4x4", *TINY, code=1)
+    said = refused("search", PALM, "-t", "v4:4x4x4x4", *TINY)
     assert said.startswith("v4:4x4x4x4 has 4 sizes, but the torus of v4 has 3 axes")
 
 
@@ -254,7 +271,7 @@ def test_what_does_not_fit() -> None:
 
 def test_verbose_errors_have_a_traceback() -> None:
     found = run("search", PALM, "-t", "v4:4x4x4x4", *TINY, "--verbose")
-    assert found.exit_code == 1 and "Traceback" in found.stderr and "TopologyError" in found.stderr
+    assert found.exit_code == 2 and "Traceback" in found.stderr and "TopologyError" in found.stderr
 
 
 def test_a_command_without_arguments_shows_help() -> None:
@@ -267,3 +284,63 @@ def test_the_command_is_also_a_module(monkeypatch: pytest.MonkeyPatch, capsys: p
         runpy.run_module("autoshard", run_name="__main__")
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("autoshard ")
+
+
+# --- what scripts and terminals rely on
+
+USAGE = {
+    "no such topology": ("search", PALM, "-t", "v5e4x4"),
+    "no such chip": ("search", PALM, "-t", "v9:4x4"),
+    "no such argument": ("search", PALM, "-t", "cpu:2", *TINY, "--pin", "weights.*=x"),
+    "no such axis": ("search", PALM, "-t", "cpu:2", *TINY, "--pin", "params.*=None,q"),
+    "no such layout": ("why-not", "PLAN", "Megatron 2D"),
+    "no such picture": ("report", "PLAN", "-o", "OUT/plan.xyz"),
+    "no such dimension": ("search", PALM, "-t", "cpu:2", *TINY, "--set", "batch=abc"),
+    "no such format": ("export", "PLAN", "-f", "xml"),
+}
+
+
+@pytest.mark.parametrize("command", USAGE.values(), ids=USAGE)
+def test_what_has_to_be_written_differently_exits_with_2(
+    command: tuple[str, ...], plan_file: Path, tmp_path: Path
+) -> None:
+    given = [each.replace("PLAN", str(plan_file)).replace("OUT", str(tmp_path)) for each in command]
+    refused(*given, code=2)
+
+
+def test_json_also_says_why_nothing_fits() -> None:
+    found = run("search", PALM, "-t", "v5e:2x2", "--set", "layers=20", "--json")
+    said = json.loads(found.stdout)
+    assert found.exit_code == 1 and (said["error"], said["exit_code"]) == ("InfeasibleError", 1)
+    assert said["message"] in found.stderr
+    wrong = run("chips", "v9", "--json")
+    assert (wrong.exit_code, json.loads(wrong.stdout)["exit_code"]) == (2, 2)
+
+
+def test_explain_as_json_is_the_plan(plan_file: Path) -> None:
+    assert json.loads(run("explain", plan_file, "--json").stdout) == json.loads(plan_file.read_text())
+
+
+@pytest.mark.parametrize(
+    "command", (("explain", "PLAN"), ("explain", "PLAN", "--regimes"), ("chips",), ("chips", "v4")), ids=" ".join
+)
+def test_tables_fit_80_columns(command: tuple[str, ...], plan_file: Path) -> None:
+    found = run(*(each.replace("PLAN", str(plan_file)) for each in command), "--width", "80")
+    assert found.exit_code == 0 and max(map(len, found.stdout.splitlines())) <= 80
+
+
+def test_help_version_and_completion() -> None:
+    assert "Usage" in run("-h").output and "Usage" in run("search", "-h").output
+    assert run("--version").stdout == f"autoshard {autoshard.__version__}\n"
+    assert "--install-completion" in run("--help").output
+
+
+def test_help_needs_no_jax() -> None:
+    """It takes half a second of a processor; JAX alone takes one."""
+    code = "import sys, autoshard.cli; sys.exit(any(m in sys.modules for m in ('jax', 'ortools', 'sympy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_plan_is_a_line_in_a_prompt(plan_file: Path) -> None:
+    shown = repr(autoshard.load(plan_file))
+    assert shown.startswith("<Plan ") and "a step (OPTIMAL" in shown and "\n" not in shown and len(shown) < 240

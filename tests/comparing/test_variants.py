@@ -14,15 +14,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.auditing.findings import Finding
-from autoshard.auditing.replay import Replay
-from autoshard.comparing.verify import Candidate, Verification
-from autoshard.emitting.formats import without_orders
 from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
-from autoshard.planning.emission import Emission
-from autoshard.planning.plan_file import dumps
-from examples import palm
+from autoshard.planning.files.plan_file import dumps
+from examples import llama, palm
 from tests.support.cli import refused, run
 from tests.support.paths import PALM, ROOT, TINY
 
@@ -150,6 +145,7 @@ def test_less_memory_is_priced_or_refused(plan: autoshard.Plan):
         autoshard.why_not(plan, "Megatron")
 
 
+@pytest.mark.long
 def test_the_best_plans_run_as_planned(plan: autoshard.Plan):
     found = autoshard.best_plans(plan, 3)
     assert found.proven and len(found) == 3 and found[0] is plan
@@ -193,6 +189,27 @@ def test_phases_share_their_weights():
     assert "prefill.result[1]['k'] becomes decode.cache['k']." in text and "OPTIMAL" in text
 
 
+@pytest.mark.long
+def test_phases_share_memory_orders():
+    """A shared weight has one order in all phases, a cache that of the result that becomes it; each as its readers need."""
+    works = {
+        "prefill": llama.prefill(size="8b", batch=4, length=256, layers=1),
+        "decode": llama.decode(size="8b", batch=4, context=256, layers=1),
+    }
+    found = autoshard.search_phases(works, shared="params", topology="v5e:2x2", weights={"decode": 256})
+    orders = {name: [each.order for each in plan.arguments] for name, plan in found.items()}
+    shared = len(orders["prefill"]) - 1
+    assert orders["prefill"][:shared] == orders["decode"][:shared] and any(orders["decode"][:shared])
+    handed = {(result, argument) for result, argument in found.handed}
+    results = {f"prefill.{each.path}": each for each in found["prefill"].results}
+    arguments = {f"decode.{each.path}": each for each in found["decode"].arguments}
+    assert handed and all(results[a].order == arguments[b].order for a, b in handed)
+    alone = autoshard.search(works["decode"].fn, *works["decode"].args, topology="v5e:2x2", donate_argnums=1)
+    assert any(each.order for each in alone.arguments if each.donated)
+    assert any(each.order for each in arguments.values() if each.donated)
+    assert found["decode"].emission.formats == found["prefill"].emission.formats == "rule"
+
+
 def test_limits_of_phases_that_cannot_be_are_refused():
     with pytest.raises(autoshard.AutoshardError, match=r"No layout meets the limit .* of decode"):
         phases(at_most={"decode": 1e-9})
@@ -210,7 +227,7 @@ def test_search_takes_pins_and_compares():
         "search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params.layers.wi_gate=None,x,y", "--baselines", "--no-fold"
     )
     assert found.exit_code == 0 and "Baselines" in found.stdout and "P(None, 'x', 'y')" in found.stdout
-    assert "Invalid pin" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params", code=1)
+    assert "Invalid pin" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--pin", "params")
 
 
 def test_commands_that_compare(plan_file: Path, tmp_path: Path):
@@ -232,86 +249,3 @@ def test_phases_as_a_command(tmp_path: Path):
     assert autoshard.load(tmp_path / "prefill.json").in_specs[0] == autoshard.load(tmp_path / "decode.json").in_specs[0]
     assert "the phase must be one of" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--set", "train.batch=8")
     assert "must be NAME=NUMBER" in refused("phases", prefill, PALM, "-t", "cpu:2x2", "--weight", "decode=many")
-
-
-# --- verified by a compiler
-
-
-def test_the_best_plans_are_compiled_and_ranked(plan: autoshard.Plan):
-    work = palm.decode(size="tiny", batch=8, context=16)
-    found = autoshard.verify(plan, work.fn, *work.args, target="host", k=2)
-    assert [each.name for each in found.candidates[:2]] == ["", ""] and all(each.name for each in found.candidates[2:])
-    assert found.best is plan
-    assert all(each.audit is not None and each.audit.ok for each in found.candidates)
-    assert f"{len(found.candidates)} plans by their compiled programs" in str(found)
-
-
-def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan):
-    """Of plans as planned the one that compiles to the fastest program is taken; its efficiencies make a topology."""
-    work = palm.decode(size="tiny", batch=8, context=16)
-    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
-    local = plan.estimate.seconds - plan.estimate.collective_seconds
-    slow, fast = (replace(audit, compute_seconds=times * local) for times in (4.0, 2.0))
-    found = Verification(
-        (Candidate(1, plan, slow), Candidate(2, plan, fast), Candidate(3, plan, None, "too large")), True
-    )
-    assert [each.place for each in found.ranked] == [2, 1, 3]
-    assert found.best.warnings[-1].startswith("This plan, the model's place 2, has the fastest program of the 3")
-    assert found.correction() == pytest.approx(3.0)
-    before, after = plan.topology.chip, found.calibrated().chip
-    assert after.hbm_efficiency == pytest.approx(before.hbm_efficiency / 3)
-    assert "too large" in str(found) and "changes the model's order" in str(found)
-
-
-def test_a_best_program_that_is_much_slower_than_planned_is_said(plan: autoshard.Plan, tmp_path: Path, monkeypatch):
-    work = palm.decode(size="tiny", batch=8, context=16)
-    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
-    took = Replay(3 * plan.estimate.seconds, 0.0, 0.0, 0.0, 0.0, ())
-    why = Finding("slower than planned", "a step takes 3.00 times the planned time", 0.0, 2.0)
-    slow = replace(audit, replay=took, differences=(why,))
-    found = Verification((Candidate(1, plan, slow), Candidate(2, plan, None, "too large")), True)
-    assert found.is_slow and found.ranked[0].seconds == took.seconds
-    assert found.best.warnings[-1] == "Compiled, a step takes 3.00 times the planned time."
-    assert "3.00 × the plan" in str(found) and "a step takes 3.00 times" in str(found)
-    monkeypatch.setattr("autoshard.comparing.verify.verify", lambda *args, **options: found)
-    assert run("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host").exit_code == 1
-
-
-def test_the_fastest_way_to_emit_is_kept_and_said(plan: autoshard.Plan):
-    work = palm.decode(size="tiny", batch=8, context=16)
-    audit = autoshard.audit(plan, work.fn, *work.args, target="host")
-    other = replace(plan, emission=Emission("compiler", residual_barriers=False))
-    first = Candidate(1, plan, replace(audit, compute_seconds=4e-3))
-    for seconds, kept in ((1e-3, other), (3.99e-3, plan), (8e-3, plan)):
-        variant = Candidate(1, other, replace(audit, compute_seconds=seconds))
-        found = Verification((first,), True, (variant, Candidate(1, other, None, "too large")))
-        assert found.best is kept and loads(dumps(found.best)).emission == kept.emission
-        assert found.gain == pytest.approx(first.seconds / (first if kept is plan else variant).seconds)
-    assert "The plan is unchanged." in str(found) and "too large" in str(found)
-    faster = str(Verification((first,), True, (replace(variant, audit=replace(audit, compute_seconds=1e-3)),)))
-    assert "The plan keeps the compiler's formats, no barriers in residual sums" in faster
-
-
-@pytest.mark.tpu
-def test_formats_that_save_a_relayout_are_found():
-    """By default a table of 2,880 columns lies with its rows along the lanes, where they pad less; a look-up wants columns."""
-
-    def step(table, tokens):
-        return table[tokens] * jnp.bfloat16(2)
-
-    args = jax.ShapeDtypeStruct((20_000, 2_880), jnp.bfloat16), jax.ShapeDtypeStruct((32,), jnp.int32)
-    plan = without_orders(autoshard.search(step, *args, topology="v5e:1x1"))
-    found = autoshard.verify(plan, step, *args, k=1)
-    assert found.gain > 10 and found.best.emission == Emission("compiler")
-    assert found.best.arguments[0].order == (0, 1)
-    assert not autoshard.verify(plan, step, *args, k=1, tune=False).variants
-
-
-@pytest.mark.long
-def test_verify_as_a_command(tmp_path: Path):
-    found = run(
-        "search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", "--top-k", "2", "-o", tmp_path / "plan.json"
-    )
-    assert found.exit_code == 0 and "plans by their compiled programs" in found.stdout
-    calibration = ("--calibration", tmp_path / "host.toml")
-    assert "--verify tpu" in refused("search", PALM, "-t", "cpu:2x2", *TINY, "--verify", "host", *calibration)

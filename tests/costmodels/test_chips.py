@@ -13,12 +13,12 @@ from costmodels.machine.chips import (
     ChipFormatError,
     Constant,
     Status,
-    Torus,
     UnknownChipError,
     catalogue,
     chip,
     chip_from_dict,
 )
+from costmodels.machine.interconnects import Torus
 from tests.support.strategies import chips
 
 CATALOGUE = list(catalogue().values())
@@ -38,7 +38,17 @@ def test_every_number_has_source_and_status(c: Chip):
         assert len(constant.source) > 5, name
 
 
-OPTIONAL = ("on_chip_bytes", "dcn_egress_bytes_per_second", "dcn_hop_seconds")
+OPTIONAL = (
+    "weight_load_rows",
+    "on_chip_bytes",
+    "prefetch_bytes",
+    "vector_elements_per_second",
+    "converted_elements_per_second",
+    "vector_overhead_seconds",
+    "stream_overhead_seconds",
+    "dcn_egress_bytes_per_second",
+    "dcn_hop_seconds",
+)
 
 
 @each_chip

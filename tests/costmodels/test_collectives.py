@@ -11,8 +11,8 @@ import sympy
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from costmodels.machine import Axis, parse_topology
 from costmodels.machine.collectives import bytes_symbol, expression, seconds, values, wire_bytes
-from costmodels.machine.topology import Axis, parse_topology
 from tests.support.strategies import axes, axis_sets, links, renamed, topologies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")

@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.machine.chips import Chip, catalogue, chip
+from costmodels.machine import Chip, catalogue, chip
 from costmodels.operations import (
     evaluate,
     flops,
@@ -21,7 +21,7 @@ from costmodels.operations import (
     size_symbol,
     tile_symbol,
 )
-from costmodels.program.program import Factor, Operation, Program, Use, Value
+from costmodels.program import Factor, Operation, Output, Program, Use, Value
 
 SIZES = (1, 2, 8, 48, 64, 96, 128, 160, 512, 1152, 4096)
 LETTERS = "bmnk"
@@ -45,7 +45,7 @@ def matmul(sizes: dict[str, int]) -> Program:
         (uses[0], uses[1]),
         (uses[2],),
         op_class="matmul",
-        traffic=(0, 1, -1),
+        traffic=(0, 1, Output()),
         flops_per_point=2.0,
     )
     return Program("product", values, (op,))
@@ -91,7 +91,8 @@ def test_a_product_is_priced_by_the_roofline_of_whole_tiles(sizes, cuts, on):
         compute = by_hand(local, on.matrix_tile) / on.reached_matmul_flops_per_second("bfloat16")
         memory = 2 * b * (m * k + k * n + m * n) / on.reached_hbm_bytes_per_second
         assert found.flops[i] == pytest.approx(2 * prod(local.values()))
-        assert found.seconds[i] == pytest.approx(max(compute, memory) + on.op_overhead_seconds)
+        stored = b * m * n / on.vector_elements_per_second if on.vector_elements_per_second else 0.0
+        assert found.seconds[i] == pytest.approx(max(compute, memory + stored) + on.op_overhead_seconds)
 
 
 def test_the_factors_of_a_product():
@@ -165,7 +166,7 @@ def two_products(m: int, k: int, h: int, n: int, *, returned: bool) -> Program:
         uses = Use(left, ((0,), (2,))), Use(right, ((2,), (1,)))
         factors = (Factor(rows), Factor(columns), Factor(summed, "sum"))
         results = (Use(out, ((0,), (1,))),)
-        traffic = (0, 1, -1)
+        traffic = (0, 1, Output())
         return Operation("product", "dot_general", factors, uses, results, 0, "matmul", (), traffic, 2.0)
 
     ends = [end(2, "result")] if returned else []

@@ -9,9 +9,10 @@ import sympy
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from costmodels.machine import Axis, Pricing, parse_topology
 from costmodels.machine.collectives import bytes_symbol, expression, seconds, seconds_on, values, wire_bytes
-from costmodels.machine.conventions import Pricing, PricingError, pricing_from_dict
-from costmodels.machine.topology import Axis, TopologyFormatError, parse_topology, topology_from_dict
+from costmodels.machine.conventions import PricingError, pricing_from_dict
+from costmodels.machine.topology import TopologyFormatError, topology_from_dict
 from tests.support.strategies import axis_sets, links, pricings, topologies
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -156,7 +157,7 @@ def test_conventions_in_a_file(tmp_path):
 
 @pytest.mark.parametrize("overlap", [1, -0.1, "loop", True, float("nan")])
 def test_no_other_overlap(overlap):
-    with pytest.raises(PricingError, match='a number from 0 to less than 1, or "looped", got'):
+    with pytest.raises(PricingError, match='a number from 0 to less than 1, "looped" or "async", got'):
         Pricing(overlap=overlap)
 
 

@@ -12,7 +12,7 @@ from costmodels.machine.topology import (
     Axis,
     Topology,
     TopologyFormatError,
-    as_its_chip_has_it,
+    complete_axes,
     parse_topology,
     topology_from_dict,
 )
@@ -213,12 +213,12 @@ def test_a_file_overrides_constants_and_axes(file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('chip = "v4"', "", " lacks chip; its keys are chip, shape, name, slices, constants, axes, pricing."),
+        ('chip = "v4"', "", " lacks chip; its keys are chip, shape, name, slices, measured, constants, axes, pricing."),
         ('chip = "v4"', "chip = 4", ": chip must be the name of a chip in quotes, got 4."),
         (
             'chip = "v4"',
             'chip = "v4"\npods = 1',
-            " has an unknown key pods; its keys are chip, shape, name, slices, constants, axes, pricing.",
+            " has an unknown key pods; its keys are chip, shape, name, slices, measured, constants, axes, pricing.",
         ),
         ("shape = [4, 4, 4]", 'shape = "4x4"', ": shape must be a list of sizes, such as [4, 4, 4], got '4x4'."),
         ("shape = [4, 4, 4]", "shape = [4, 4.0]", ": shape must be a list of whole numbers, got 4.0."),
@@ -286,7 +286,7 @@ def test_slices_are_joined_by_the_data_centres_network():
     assert tuple(within) == parse_topology("v4:4x4x8").axes
     assert topology.total_bytes_per_second == parse_topology("v4:4x4x8").total_bytes_per_second
     assert topology.symmetries() == (("w",), ("x", "y"), ("z",))
-    assert as_its_chip_has_it(topology) == topology
+    assert complete_axes(topology) == topology
 
 
 def test_one_slice_is_no_axis():
@@ -317,4 +317,22 @@ def test_a_chip_that_does_not_know_its_network_comes_in_no_slices(tmp_path):
     path = tmp_path / "slices.toml"
     path.write_text('chip = "v4"\nshape = [2, 2, 1]\nslices = 2\n[constants]\ndcn_egress_bytes_per_second = 0\n')
     with pytest.raises(TopologyFormatError, match=r"dcn_egress_bytes_per_second in a \.toml file"):
+        parse_topology(path)
+
+
+def test_measured_constants_come_with_their_overlap(tmp_path):
+    """Each is fitted, and names its rows; the catalogue's own constants stay as they are."""
+    path = tmp_path / "measured.toml"
+    path.write_text('chip = "v5e"\nshape = [4, 4]\nmeasured = true\n')
+    found, plain = parse_topology(path), parse_topology("v5e:4x4")
+    changed = {name: c for name, c in found.chip.constants.items() if plain.chip.constants.get(name) != c}
+    assert {"hbm_efficiency", "matmul_efficiency", "torus.hop_seconds"} <= changed.keys()
+    assert {constant.status for constant in changed.values()} == {"fitted"}
+    assert all("published_measured.py" in constant.source for constant in changed.values())
+    assert found.pricing.asynchronous and not plain.pricing.asynchronous
+    assert found.axes[0].hop_seconds == found.chip.constants["torus.hop_seconds"].value
+    path.write_text('chip = "v5e"\nshape = [4, 4]\nmeasured = true\npricing = { overlap = 0.0 }\n')
+    assert parse_topology(path).pricing.overlap == 0.0
+    path.write_text('chip = "v5e"\nshape = [4, 4]\nmeasured = 1\n')
+    with pytest.raises(ValueError, match="measured must be true or false"):
         parse_topology(path)

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from autoshard.auditing import hlo_collectives
 from autoshard.emitting import targets
-from autoshard.emitting.program import emitted
-from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting.collectives.reshard_steps import run_step
+from autoshard.emitting.program import emit
 from autoshard.emitting.sharding import spec_of
 from costmodels.machine.topology import parse_topology
 from search.formulation.all_pairs import FORBIDDEN
@@ -124,6 +124,7 @@ def test_columns_of_odd_rows_are_scattered_by_the_tpu_compiler() -> None:
     assert found.kind == "reduce-scatter"
 
 
+@pytest.mark.long
 @given(block=blocks(), shape=mesh_shapes(), seed=st.integers(0, 2**16))
 @examples(15, least=3)
 def test_layouts_do_not_change_what_a_model_computes(block: Block, shape: str, seed: int) -> None:
@@ -167,7 +168,7 @@ def test_gradients_pass_a_split_maximum():
 
     choice = search(traced.program, topology, allow=split).choice
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
-    planned = emitted(traced, choice, topology, mesh)
+    planned = emit(traced, choice, topology, mesh)
     found, expected = jax.grad(lambda x: planned(x)[0])(x), jax.grad(peaks)(x)
     assert choice.strategies[at].axes == ("x",)
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -19,13 +19,13 @@ from jax.sharding import PartitionSpec
 
 from autoshard.auditing.hlo_collectives import collectives
 from autoshard.auditing.matching import match_collectives
-from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting import run_step
 from autoshard.planning.records import PlannedCollective
+from search import Layout
 from search.formulation.all_pairs import FORBIDDEN
-from search.formulation.layouts import Layout
 from search.formulation.reshard import ReshardTable, reshard_table
 from tests.support.effort import examples
-from tests.support.einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
+from tests.support.emitting.einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
 from tests.support.layout_strategies import cpu_topology, mesh_of, pieces, quick
 from tests.support.paths import ROOT
 
@@ -45,7 +45,7 @@ def test_compiled_collectives_are_always_the_planned_ones(graph: Graph, mesh_sha
 
 def on_sixteen_devices(examples: int) -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.einsum_graphs", str(examples)]
+    command = [sys.executable, "-m", "tests.support.emitting.einsum_graphs", str(examples)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

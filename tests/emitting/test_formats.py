@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import autoshard
+from autoshard import AutoshardError, ExportError, PlanMismatchError
 from autoshard.emitting.formats import has_orders, with_orders, without_orders
 from autoshard.emitting.targets import mesh_of, tpu_devices
-from autoshard.errors import AutoshardError, ExportError, PlanMismatchError
 from autoshard.plan import loads
-from autoshard.planning.plan_file import dumps
+from autoshard.planning.files.plan_file import dumps
 from autoshard.planning.records import predecessors
 from tests.support.effort import examples
 from tests.support.plans import assert_close, well_linked

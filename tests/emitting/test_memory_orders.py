@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 import autoshard
 from autoshard.auditing.hlo_collectives import estimated_cycles
 from autoshard.emitting import targets
-from autoshard.emitting.memory_orders import as_written, in_order, orders_of_values
-from autoshard.emitting.program import emitted
+from autoshard.emitting.memory_orders import orders_of_values, to_memory_order, to_program_order
+from autoshard.emitting.program import emit
 from autoshard.emitting.sharding import spec_of
 from tests.support.plans import well_linked
 from tests.support.tracing import trace
@@ -66,7 +66,7 @@ def test_arrays_that_go_round_in_another_order_are_the_same(fn: Any) -> None:
     plan = autoshard.search(fn, *args, topology=well_linked("cpu:2x2"), donate_argnums=0)
     traced = trace(fn, *args, donate_argnums=(0,))
     mesh = plan.make_mesh(jax.devices()[:4])
-    found = emitted(traced, plan.choice, plan.topology, mesh, orders=[ORDER, (), (), ()])
+    found = emit(traced, plan.choice, plan.topology, mesh, orders=[ORDER, (), (), ()])
     assert str(jax.make_jaxpr(found)(*args)).count("permutation=(0, 1, 3, 2, 4)") >= 2
     for one, other in zip(jax.jit(found)(*args), fn(*args), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -85,9 +85,9 @@ def test_an_array_has_the_order_of_the_argument_that_it_was() -> None:
 
 def test_orders_turn_back() -> None:
     piece = jnp.arange(24).reshape(2, 3, 4)
-    assert in_order(piece, (1, 2, 0)).shape == (3, 4, 2)
-    np.testing.assert_array_equal(as_written(in_order(piece, (1, 2, 0)), (1, 2, 0)), piece)
-    assert in_order(piece, ()) is as_written(piece, ()) is piece
+    assert to_memory_order(piece, (1, 2, 0)).shape == (3, 4, 2)
+    np.testing.assert_array_equal(to_program_order(to_memory_order(piece, (1, 2, 0)), (1, 2, 0)), piece)
+    assert to_memory_order(piece, ()) is to_program_order(piece, ()) is piece
 
 
 @pytest.mark.tpu
@@ -100,7 +100,7 @@ def test_a_carried_cache_is_read_as_it_lies() -> None:
     mesh = targets.mesh_of(targets.tpu_devices(where.name, where.shape, where.chip.name), where.axis_sizes)
     cycles = {}
     for order in ((), ORDER):
-        run = emitted(traced, plan.choice, where, mesh, orders=[order, (), (), ()])
+        run = emit(traced, plan.choice, where, mesh, orders=[order, (), (), ()])
         plain = [NamedSharding(mesh, spec_of(array.layout)) for array in plan.arguments]
         cache = Format(Layout(order), plain[0]) if order else plain[0]
         results = [cache, NamedSharding(mesh, spec_of(plan.results[1].layout))]

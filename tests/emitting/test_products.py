@@ -47,6 +47,7 @@ def products(draw: st.DrawFn) -> tuple[Any, np.ndarray, np.ndarray]:
     return jax.make_jaxpr(lambda a, b: lax.dot_general(a, b, numbers))(left, right).jaxpr.eqns[0], left, right
 
 
+@pytest.mark.long
 @examples(150)
 @given(products())
 def test_a_row_of_zeros_changes_no_number(case: tuple[Any, np.ndarray, np.ndarray]) -> None:

@@ -17,17 +17,15 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from autoshard import search
+from autoshard import AutoshardError, search
 from autoshard.auditing.hlo_collectives import CompiledCollective, collectives, estimated_cycles
-from autoshard.emitting.gpu_targets import ARCHITECTURES, target_config
-from autoshard.emitting.reshard_steps import run_step
+from autoshard.emitting import run_step
 from autoshard.emitting.targets import TargetError, gpu_devices, has_cuda, host_devices, mesh_of, tpu_devices
-from autoshard.errors import AutoshardError
-from costmodels.machine.chips import catalogue
-from costmodels.machine.topology import parse_topology
+from autoshard.emitting.targets.gpu_descriptions import ARCHITECTURES, target_config
+from costmodels.machine import catalogue, parse_topology
 from examples import palm
+from search import Layout
 from search.formulation.collective_steps import CollectiveStep, emittable
-from search.formulation.layouts import Layout
 
 TORUS = {"x": 4, "y": 4, "z": 4}
 
@@ -332,6 +330,7 @@ def test_gathers_spread_over_matmuls_are_counted_once():
     assert sum(each.bytes * each.count for each in found) == 4 * 2048 * 8192 * 2
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_writing_a_token_does_not_copy_the_cache():
     """Rows that are sliced just before they are written have another memory layout than the cache; it must not take it."""

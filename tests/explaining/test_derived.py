@@ -24,7 +24,7 @@ from benchmarks.published_crossovers import crossover_rows
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Operation
-from costmodels.symbols import axis_size, dimension, evaluated
+from costmodels.symbols import axis_size, dimension, evaluate
 from examples import palm
 from search.formulation.layouts import Layout
 
@@ -106,7 +106,7 @@ def test_the_best_x_is_the_papers(gated: bool) -> None:
     (best,) = sympy.solve(sympy.diff(volume, X), X)
     assert same(best**2, n * E / F * (sympy.Rational(2, 3) if gated else 1))
     if not gated:
-        assert evaluated(best, {"n": 64, "E": 1, "F": 4}) == sqrt(64) / 2
+        assert evaluate(best, {"n": 64, "E": 1, "F": 4}) == sqrt(64) / 2
         assert same(volume.subs(X, best).subs(F, 4 * E) / BYTES, 8 * B * L * E / sympy.sqrt(n))
 
 
@@ -136,8 +136,8 @@ def test_at_a_crossover_both_layouts_send_as_much(mesh: str, exact: bool, gated:
     assert [each.above for each in every[:-1]] == [each.below for each in every[1:]]
     for each in every:
         at = numbers | {"B": each.number / numbers["L"]}
-        assert evaluated(found[each.below], at) == pytest.approx(evaluated(found[each.above], at))
-        assert min(evaluated(other, at) for other in found.values()) == pytest.approx(evaluated(found[each.above], at))
+        assert evaluate(found[each.below], at) == pytest.approx(evaluate(found[each.above], at))
+        assert min(evaluate(other, at) for other in found.values()) == pytest.approx(evaluate(found[each.above], at))
         assert f"{each.above} sends less than {each.below} from B·L = " in crossover_text(each, block(gated))
 
 
@@ -152,7 +152,7 @@ def solved(mesh: str):
 @given(tokens=st.floats(1.0, 1e8), mesh=st.sampled_from(["v4:4x4x4", "v4:2x4x8", "v5e:4x8"]))
 def test_crossovers_name_the_layout_that_sends_least(tokens: float, mesh: str) -> None:
     numbers, sums, every = solved(mesh)
-    found = {name: evaluated(each, {**numbers, "B": tokens / numbers["L"]}) for name, each in sums.items()}
+    found = {name: evaluate(each, {**numbers, "B": tokens / numbers["L"]}) for name, each in sums.items()}
     passed = [each.above for each in every if each.number <= tokens]
     chosen = passed[-1] if passed else every[0].below
     assert found[chosen] == pytest.approx(min(found.values()))
@@ -277,9 +277,9 @@ def test_the_shares_of_palm() -> None:
     parameters = sympy.Add(*(row.parameters for row in found.values()))
     norms = L * E + E
     assert same(parameters, L * (3 * E * F + 2 * E * H * D + 2 * E * D) + V * E + norms)
-    number = evaluated(parameters - norms, trace.sizes)
+    number = evaluate(parameters - norms, trace.sizes)
     assert number == pytest.approx(558.174e9, rel=1e-6)  # with 64 padded heads
-    assert evaluated(parameters - norms, {**trace.sizes, "H": 48}) == pytest.approx(540.357e9, rel=1e-6)
+    assert evaluate(parameters - norms, {**trace.sizes, "H": 48}) == pytest.approx(540.357e9, rel=1e-6)
     for name in ("wi_gate", "wi_up", "wo_ffn"):
         assert same(found[f"params['layers']['{name}']"].flops, 2 * B * L * E * F)
     assert same(found["attention scores"].flops, 2 * B * L * H * S * D)
@@ -300,7 +300,7 @@ def test_bytes_of_the_cache_per_token() -> None:
         )
     )
     assert same(held / (B * S), 2 * L * D * BYTES)
-    assert evaluated(held / (B * S), trace.sizes) == 120_832
+    assert evaluate(held / (B * S), trace.sizes) == 120_832
 
 
 def test_the_shares_of_a_llama_style_block() -> None:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from autoshard._util.paths import shared_name, unnumbered
+from autoshard._util.paths import shared_name, star_numbers
 from autoshard._util.tables import percent, size, table, time
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import render, spec_text
 from autoshard.plan import Plan
 from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
-from autoshard.sweep.results import _layout
+from autoshard.sweep.results import layout_words
 from autoshard.tracing.pytrees import Nesting
 from costmodels.machine.topology import parse_topology
 from search.answer.assignment import Choice
@@ -279,26 +279,27 @@ def test_shares() -> None:
     ],
 )
 def test_layers_share_a_name(names: list[str], shared: str) -> None:
-    assert len(set(map(unnumbered, names))) == 1
+    assert len(set(map(star_numbers, names))) == 1
     assert shared_name(names) == shared
 
 
 @pytest.mark.parametrize(("one", "other"), [("['w1']", "['w2']"), ("(a.py:1)", "(a.py:2)"), ("[0]['w']", "[0]['v']")])
 def test_other_things_share_none(one: str, other: str) -> None:
-    assert unnumbered(one) != unnumbered(other)
+    assert star_numbers(one) != star_numbers(other)
 
 
-def test_paths_are_cut_in_the_middle() -> None:
+def test_paths_keep_their_last_keys() -> None:
     lines = table(("path", "bytes"), [("params['layers'][*]['attention']['wq']", "1")], "/>", width=36)
-    assert lines[2] == "params['l…['attention']['wq']      1"
+    assert lines[2] == "…[*]['attention']['wq']            1"
 
 
-def test_only_flexible_columns_are_cut_short() -> None:
+def test_only_flexible_columns_are_wrapped() -> None:
     lines = table(("name", "where"), [("wq", "a long place in the user's code"), ("w", "b")], "<~", width=24)
     assert lines == [
         "name  where",
         "────  ──────────────────",
-        "wq    a long place in t…",
+        "wq    a long place in",
+        "      the user's code",
         "w     b",
     ]
 
@@ -313,6 +314,6 @@ def test_numbers_that_tell_things_apart_are_kept() -> None:
     x, *weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes.values())
     plan = autoshard.search(gated, dict(zip(("wi_0", "wi_1"), weights, strict=True)), x, topology="v5e:2x2")
     both = {"params['wi_0']", "params['wi_1']"}
-    assert set(_layout(plan)) == both
+    assert set(layout_words(plan)) == both
     assert both <= {work.name for work in regimes(plan).works}
     assert all(name in render(plan) for name in both)

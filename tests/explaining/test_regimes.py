@@ -17,12 +17,12 @@ import autoshard
 from autoshard.comparing.what_if import batch_of, state_values, weight_values
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.roofline import draw, save_roofline
-from autoshard.planning.infeasibility import doubled as twice_the_chips
-from costmodels.bottlenecks import REGIMES, Work, divided, regime
+from autoshard.planning.infeasibility import double as twice_the_chips
+from costmodels.bottlenecks import REGIMES, Work, regime, split_by_bottleneck
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.conventions import Pricing
-from costmodels.machine.topology import as_its_chip_has_it, parse_topology
-from costmodels.program.what_if import NotDoubled, doubled, with_itemsize
+from costmodels.machine.topology import complete_axes, parse_topology
+from costmodels.program.what_if import NotDoubled, double_dimension, with_itemsize
 from examples import palm
 from search.answer.check import check
 from tests.support.cli import run
@@ -32,10 +32,10 @@ from tests.support.tracing import trace
 SECONDS = st.floats(0, 10, allow_subnormal=False)
 
 
-@given(SECONDS, SECONDS, SECONDS, SECONDS)
-def test_the_regime_is_the_longest_side(compute: float, memory: float, wire: float, overhead: float):
-    sides = dict(zip(REGIMES, (compute, memory, wire, overhead), strict=True))
-    found = regime(compute, memory, wire, overhead)
+@given(SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
+def test_the_regime_is_the_longest_side(compute: float, memory: float, vector: float, wire: float, overhead: float):
+    sides = dict(zip(REGIMES, (compute, memory, vector, wire, overhead), strict=True))
+    found = regime(compute, memory, vector, wire, overhead)
     assert found == "" if not any(sides.values()) else sides[found] == max(sides.values())
 
 
@@ -73,7 +73,7 @@ def test_what_a_step_waits_for_adds_up_to_the_step(plan: autoshard.Plan):
     assert found.step.total_seconds == pytest.approx(plan.estimate.seconds, rel=1e-9)
     assert found.seconds[found.regime] == max(found.seconds.values())
     assert found.step.flops == pytest.approx(sum(op.flops for op in plan.operations))
-    assert divided(found.works) == found.seconds
+    assert split_by_bottleneck(found.works) == found.seconds
 
 
 def test_overhead_is_what_an_operation_costs_beyond_its_roofline(workload: autoshard.Workload):
@@ -82,7 +82,9 @@ def test_overhead_is_what_an_operation_costs_beyond_its_roofline(workload: autos
     plan = autoshard.search(workload.fn, *workload.args, topology=slow, donate_argnums=workload.donate_argnums)
     found = regimes(plan)
     matmuls = sum(op.count for op in plan.operations if op.matmul)
-    assert found.regime == "overhead" and found.seconds["overhead"] == pytest.approx(matmuls * 1e-3)
+    started = sum(op.overhead_seconds for op in plan.operations)
+    assert found.regime == "overhead" and found.seconds["overhead"] == pytest.approx(started)
+    assert started == pytest.approx(matmuls * 1e-3, rel=0.01)
 
 
 def test_latency_is_what_the_collectives_cost_without_bytes(plan: autoshard.Plan):
@@ -111,7 +113,7 @@ def test_a_program_of_twice_the_batch_is_the_program_traced_with_it():
     small, large = (trace(w.fn, *w.args, donate_argnums=w.donate_argnums).program for w in (once, twice))
     batch = batch_of(small)
     assert batch is not None
-    grown = doubled(small, *batch)
+    grown = double_dimension(small, *batch)
     assert [value.shape for value in grown.values] == [value.shape for value in large.values]
     assert [op.factors for op in grown.operations] == [op.factors for op in large.operations]
 
@@ -124,8 +126,8 @@ def test_a_program_with_int8_weights_moves_as_many_bytes_as_one_that_has_them():
     wide, narrow = (jax.ShapeDtypeStruct((64, 32), dtype) for dtype in (jnp.bfloat16, jnp.int8))
     program = trace(step, wide, x).program
     changed = with_itemsize(program, weight_values(program), 1.0)
-    assert next(v.itemsize for v in changed.values if v.origin == "weight") == 1.0
-    assert [v.itemsize for v in changed.values if v.origin == "x"] == [2.0]
+    assert changed.values[0].itemsize == 1.0
+    assert [v.itemsize for i, v in enumerate(changed.values) if changed.source_name(i) == "x"] == [2.0]
     assert trace(step, narrow, x).program.values[0].bytes == changed.values[0].bytes
 
 
@@ -135,7 +137,7 @@ def test_a_dimension_that_is_tied_to_a_fixed_one_is_not_doubled():
 
     program = trace(fn, jax.ShapeDtypeStruct((8, 3), jnp.float32)).program
     with pytest.raises(NotDoubled, match="cuts or joins arrays along it"):
-        doubled(program, 0, 0)
+        double_dimension(program, 0, 0)
 
 
 # --- remedies
@@ -171,7 +173,7 @@ def test_a_looped_einsum_hides_no_more_than_there_is_on_either_side(plan: autosh
 
 @pytest.mark.parametrize("columns", [4096, 32_768])
 def test_a_gather_hides_behind_the_product_that_takes_it(columns: int):
-    """`x @ w`, with `x` in pieces of its features and `w` in pieces of its columns: `x` is gathered."""
+    """`x @ w`, with `x` in pieces of its features and `w` in pieces of its columns: `x` is gathered. As in the paper."""
 
     def product(x, w):
         return autoshard.pin(
@@ -179,27 +181,32 @@ def test_a_gather_hides_behind_the_product_that_takes_it(columns: int):
         )
 
     args = (jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1024, columns), jnp.bfloat16))
-    plain = autoshard.search(product, *args, topology="v4:2x2")
-    where = replace(plain.topology, pricing=Pricing(overlap="looped"))
+    usual = parse_topology("v4:2x2")
+    slow = tuple(replace(axis, bytes_per_second=axis.bytes_per_second / 2) for axis in usual.axes)
+    plain = autoshard.search(product, *args, topology=replace(usual, axes=slow, pricing=Pricing("total")))
+    where = replace(plain.topology, pricing=Pricing("total", "looped"))
     plan = autoshard.search(product, *args, topology=where)
     (gather,), (left,) = plain.estimate.collectives, plan.estimate.collectives
     (matmul,) = [op for op in plan.operations if op.matmul]
     wire = gather.seconds - float(seconds_on(where, "all-gather", gather.axes, 0.0))
-    hidden = min(wire, max(matmul.compute_seconds, matmul.memory_seconds) * 3 / 4)
+    hidden = min(wire, (matmul.seconds - matmul.overhead_seconds) * 3 / 4)
     assert (left.kind, left.axes, left.bytes) == (gather.kind, gather.axes, gather.bytes)
     assert gather.seconds - left.seconds == pytest.approx(hidden)
     assert (hidden == pytest.approx(wire)) == (columns == 32_768)
-    assert [text for text in plan.warnings if "The emitted program does not loop" in text]
-    assert not [text for text in plain.warnings if "loop" in text]
+    assert [text for text in plan.warnings if "hidden by rings of permutes" in text]
+    assert not [text for text in plain.warnings if "ring" in text]
 
 
 def test_operations_are_helped_by_what_shortens_them(remedies: autoshard.Remedies):
     for work, under in remedies.operations:
         assert all(seconds < work.total_seconds for _, seconds in under)
-        if work.regime == "HBM" and work.communication_seconds == 0 and work.intensity < work.ridge / 2:
+        bound = (
+            work.regime == "HBM" and work.intensity < work.ridge / 2 and work.vector_seconds < work.memory_seconds / 2
+        )
+        if bound and work.communication_seconds == 0:
             # By twice the HBM bandwidth, or by another name where that does the same: int8 for a product that reads weights
             # and nothing else.
-            halved = work.memory_seconds / 2 + work.overhead_seconds
+            halved = work.seconds - work.memory_seconds / 2
             assert any(seconds == pytest.approx(halved) for _, seconds in under)
 
 
@@ -215,7 +222,7 @@ def test_twice_the_chips_are_the_same_chips():
     """Whatever was measured of them, and set for one axis, stays."""
     topology = parse_topology("cpu:2x2")
     chip = topology.chip.override({"bus.egress_bytes_per_second": 7e9, "collective_overhead_seconds": 1e-4}, "test")
-    own = as_its_chip_has_it(replace(topology, chip=chip))
+    own = complete_axes(replace(topology, chip=chip))
     own = replace(own, axes=(replace(own.axes[0], bytes_per_second=3e9), own.axes[1]))
     wider = twice_the_chips(own)
     assert wider is not None and wider.shape == (2, 4) and wider.chip.constants == chip.constants
@@ -256,6 +263,7 @@ def test_remedies_need_the_function(plan_file: Path):
     assert found.exit_code == 2 and "--remedies needs the plan's workload" in found.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "ending", [*(pytest.param(each, marks=pytest.mark.long) for each in (".png", ".svg")), ".html"]
 )

@@ -1,4 +1,4 @@
-"""Exports, read by the libraries they are for: Flax Linen and NNX, MaxText's YAML, Optax states, Orbax checkpoints."""
+"""Exports, read by the libraries they are for: Flax Linen and NNX, Equinox, MaxText's YAML, Optax states, Orbax."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.emitting.formats import with_orders
-from tests.support.exported import NAMES, assert_same_program, by_rules, loaded
+from tests.support.exported import NAMES, assert_same_program, by_rules, loaded, placed
 from tests.support.plans import assert_close, planned_block, well_linked
 
 WHY = "{} is not installed (pip install --group test)"
@@ -139,8 +140,70 @@ def test_nnx_lays_parameters_out_by_the_exported_rules() -> None:
     assert_same_program(plan, fn, (params, x), (specs, plan.in_specs[1]))
 
 
+def test_an_nnx_state_has_specs_and_logical_axes() -> None:
+    """The state as it is, without a detour through plain dicts."""
+    nnx = library("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            self.layers = nnx.List([nnx.Linear(EMBED, MLP, rngs=rngs), nnx.Linear(MLP, EMBED, rngs=rngs)])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.layers[1](jax.nn.gelu(self.layers[0](x)))
+
+    graph, state = nnx.split(Model(nnx.Rngs(0)))
+    x = jnp.linspace(-1, 1, BATCH * EMBED).reshape(BATCH, EMBED)
+
+    def fn(state: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(x)
+
+    plan = autoshard.search(fn, state, x, topology=well_linked("cpu:2x4"))
+    found = loaded(plan.export("specs", argument="state"))
+    specs = found["like"](state, found["SPECS"])
+    assert jax.tree.structure(specs) == jax.tree.structure(plan.in_specs[0])
+    assert jax.tree.leaves(specs) == jax.tree.leaves(plan.in_specs[0])
+    assert_same_program(plan, fn, (state, x), (specs, plan.in_specs[1]))
+    names = {"kernel/value$": ["rows", "columns"], "bias/value$": ["bias"]}
+    flax = {
+        pattern: [f"{name}_{layer}" for name in value] for layer in (0, 1) for pattern, value in _of_layer(names, layer)
+    }
+    logical = loaded(plan.export("flax", argument="state", names=flax))
+    rules = dict(logical["LOGICAL_AXIS_RULES"])
+    axes = logical["like"](state, logical["LOGICAL_AXES"])
+    got = [_trimmed(P(*(rules.get(name) for name in spec))) for spec in jax.tree.leaves(axes)]
+    assert got == jax.tree.leaves(plan.in_specs[0])
+
+
+def _of_layer(names: dict[str, list[str]], layer: int) -> Any:
+    return [(f"layers/{layer}/{pattern}", value) for pattern, value in names.items()]
+
+
 def _is_sharding(leaf: Any) -> bool:
     return isinstance(leaf, NamedSharding)
+
+
+# --- Equinox
+
+
+def test_equinox_shards_a_module_by_the_exported_specs() -> None:
+    eqx = library("equinox")
+    model = eqx.nn.MLP(EMBED, EMBED, MLP, 2, key=jax.random.key(0))
+    arrays, static = eqx.partition(model, eqx.is_array)
+    x = jnp.linspace(-1, 1, BATCH * EMBED).reshape(BATCH, EMBED)
+
+    def fn(arrays: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(eqx.combine(arrays, static))(x)
+
+    plan = autoshard.search(fn, arrays, x, topology=well_linked("cpu:2x4"))
+    found = loaded(plan.export("specs", argument="arrays"))
+    specs, mesh = found["like"](arrays, found["SPECS"]), plan.make_mesh()
+    assert any(spec != P() for spec in jax.tree.leaves(specs))
+    sharded = eqx.filter_shard(model, placed(mesh, specs))
+    wanted, _ = plan.shardings(mesh)
+    placement = [array.sharding for array in jax.tree.leaves(eqx.filter(sharded, eqx.is_array))]
+    assert placement == jax.tree.leaves(wanted[0])
+    assert_close(eqx.filter_jit(lambda model, x: jax.vmap(model)(x))(sharded, x), fn(arrays, x))
+    assert_same_program(plan, fn, (arrays, x), (specs, plan.in_specs[1]))
 
 
 # --- MaxText
@@ -189,6 +252,32 @@ def test_orbax_restores_an_unsharded_checkpoint_into_the_planned_layout(tmp_path
     result = compiled(restored, jax.device_put(tokens, ins[1]))
     assert result.sharding == outs
     assert_close(result, jax.jit(fn)(params, tokens))
+
+
+@pytest.mark.long
+def test_orbax_restores_an_unpadded_checkpoint_into_the_padded_layout_and_saves_it_unpadded(tmp_path: Path) -> None:
+    orbax = library("orbax.checkpoint")
+
+    def fn(params, x):
+        return jnp.exp(x @ params["up"]) @ params["down"]
+
+    rng = np.random.default_rng(0)
+    params = {"up": rng.standard_normal((510, 1021)) / 50, "down": rng.standard_normal((1021, 510))}
+    params, x = jax.tree.map(jnp.float32, params), jnp.ones((1, 510))
+    plan = autoshard.search(fn, params, x, topology="cpu:4")
+    assert [(each.size, each.padded) for each in plan.padding] == [(1021, 1024)]
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "given", params)
+        checkpointer.wait_until_finished()
+        wanted = plan.abstract_args(plan.make_mesh(), argument="params")
+        restored = checkpointer.restore(tmp_path / "given", wanted, strict=False)
+        assert restored["up"].shape == (510, 1024)
+        assert jax.tree.map(lambda array: array.sharding, restored) == jax.tree.map(lambda each: each.sharding, wanted)
+        assert_close(plan.jit(fn)(restored, x), fn(params, x))
+        checkpointer.save(tmp_path / "saved", plan.unpad(restored, argument="params"))
+        checkpointer.wait_until_finished()
+        again = checkpointer.restore(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_orbax_restores_into_the_planned_order_of_dimensions(tmp_path: Path) -> None:

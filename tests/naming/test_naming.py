@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from autoshard.naming.strategy_names import _Origins, product_roles, strategy_name, weight_operand
+from autoshard.naming.strategy_names import product_roles, strategy_name
+from autoshard.naming.weights import Origins, weight_operand
 from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Program
 from search.answer.assignment import Choice
@@ -213,8 +214,8 @@ def images(kernels, images):
 @pytest.mark.parametrize("rounds", [1, 9])
 def test_products_of_a_deep_network_are_not_judged_path_by_path(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
-    one = _Origins._is_weight
-    monkeypatch.setattr(_Origins, "_is_weight", lambda self, i, k: judged.append((i, k)) or one(self, i, k))
+    one = Origins._is_weight
+    monkeypatch.setattr(Origins, "_is_weight", lambda self, i, k: judged.append((i, k)) or one(self, i, k))
 
     def fn(matrices, x):
         if rounds == 1:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from benchmarks.parallelism import SWEEPS, planned
+from examples import llama
 
 _SLOW = {"memory"}  # a chip's memory that is nearly full takes long to prove
 
@@ -65,3 +66,16 @@ def test_a_program_without_products_has_none() -> None:
 def test_an_explained_plan_names_its_parallelism() -> None:
     plan = autoshard.search(two_products, shape(64, 64, 512), shape(512, 1024), shape(1024, 512), topology="v5e:8x1")
     assert f"  parallelism  {plan.parallelism()}\n" in plan.explain()
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "attention"), [(4, "batch-sharded over x, head-sharded over y"), (32, "head-sharded over xy")]
+)
+def test_attention_is_data_parallel_where_kv_heads_are_fewer_than_chips(kv_heads: int, attention: str) -> None:
+    config = llama.Config(layers=1, d_model=2048, d_ff=6144, heads=32, kv_heads=kv_heads, vocab=1024)
+    cache = llama.abstract_cache(config, 64, 4096)
+    rest = jax.ShapeDtypeStruct((64,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    args = (llama.abstract_params(config), cache, *rest)
+    plan = autoshard.search(llama.decode_step, *args, topology="v5e:4x4", donate_argnums=1)
+    assert plan.proof.status == "OPTIMAL"
+    assert [row.strategy for row in plan.operations if row.strategy == attention] == [attention] * 2

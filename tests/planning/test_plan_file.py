@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.errors import PlanMismatchError
+from autoshard import PlanMismatchError
 from autoshard.plan import loads
-from autoshard.planning import plan_file
-from autoshard.planning.plan_file import dumps
+from autoshard.planning.files import plan_file
+from autoshard.planning.files.plan_file import dumps
 from autoshard.tracing import pytrees
-from search.formulation.layouts import Layout
+from search import Layout
 from tests.support import strategies
 from tests.support.effort import examples
 from tests.support.plans import planned_block, small_plan

@@ -1,100 +1,37 @@
-"""Reports: what pages hold, and (with a browser) that they work and look right at two widths.
-
-With `AUTOSHARD_SCREENSHOTS=DIR` the browser's tests leave their screenshots there.
-"""
+"""Reports: what pages hold, and what their scripts draw."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import autoshard
+from autoshard._util.tables import figure, time
 from autoshard.cli import app
+from autoshard.errors import OptionError
+from autoshard.explaining.explain import short_name
 from autoshard.plan import Plan
 from autoshard.planning.records import Baseline
 from autoshard.report import ReportError, write_report
-from autoshard.report.of_plan import data_of
-from autoshard.report.plots import _panel
+from autoshard.report.of_plan import plan_page_data, timeline
+from autoshard.report.plots import draw_panel
 from autoshard.report.write import page
 from autoshard.sweep.analysis.rows import Row, SweepResult
-from autoshard.sweep.results import FAILED, SOLVED
-from tests.support.sweep_target import feed_forward
-
-
-def small_arguments() -> tuple[Any, Any]:
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in (("up", (512, 2048)), ("down", (2048, 512)))
-    }
-    return [arrays] * 3, jax.ShapeDtypeStruct((64, 512), "bfloat16")
-
-
-def network(params: Any, x: Any) -> Any:
-    """Three blocks: enough operations for a table that can be filtered."""
-    for block in params:
-        x = x + feed_forward(block, x)
-    return x
-
-
-def small_plan() -> Plan:
-    return autoshard.search(network, *small_arguments(), topology="v5e:2x4", name="network", fold=False)
-
-
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    return small_plan()
-
-
-@pytest.fixture(scope="module")
-def audit(plan: Plan) -> dict[str, Any]:
-    return autoshard.audit(plan, network, *small_arguments(), target="host").to_dict()
-
-
-def small_sweep() -> SweepResult:
-    rows = []
-    for weights, speed in (("bf16", 1.0), ("int8", 1.6)):
-        for i, batch in enumerate((1, 4, 16, 64, 256)):
-            seconds = 0.02 * (1 + batch / 40) / speed
-            layout = {
-                "decode": {"params['up']": "WS-2D: contracted over x, output over y" if i < 3 else "WG-X: batch over x"}
-            }
-            numbers: dict[str, Any] = {
-                "seconds": seconds,
-                "latency_seconds": seconds,
-                "tokens": batch,
-                "chip_seconds_per_token": 16 * seconds / batch,
-                "price": 1e6 * 16 * seconds / batch * 1.2 / 3600,
-                "mfu": min(0.6, 0.002 * batch),
-                "peak_bytes": 1e9 * (1 + i),
-                "budget_bytes": 16e9,
-                "status": "OPTIMAL",
-                "layout": layout,
-                "phase_seconds": {"decode": seconds},
-            }
-            rows.append(
-                Row("decode", "decode", "v5e:4x4", "v5e", 16, {"batch": batch, "weights": weights}, SOLVED, **numbers)
-            )
-    rows.append(Row("decode", "decode", "v5e:1", "v5e", 1, {"batch": 1, "weights": "bf16"}, FAILED, "no <such> thing"))
-    return SweepResult("A sweep", tuple(rows))
-
-
-# --- Pages
-
-
-def embedded(html: str) -> Any:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+from autoshard.sweep.results import SOLVED, Result
+from autoshard.sweep.store import Store
+from autoshard.sweep.worker import pack
+from tests.support.paths import ROOT
+from tests.support.reports import embedded, small_sweep
 
 
 @pytest.mark.parametrize("kind", ["plan", "sweep"])
@@ -132,7 +69,7 @@ def test_a_hostile_name_stays_text(plan: Plan):
 
 
 def test_the_page_of_an_audited_plan_says_what_was_compiled(plan: Plan, audit: dict[str, Any]):
-    data = data_of(plan, audit)
+    data = plan_page_data(plan, audit)
     assert data["audit"] == audit
     assert (data["summary"][-1]["name"], data["summary"][-1]["value"]) == (
         "compiled (host)",
@@ -143,9 +80,11 @@ def test_the_page_of_an_audited_plan_says_what_was_compiled(plan: Plan, audit: d
 
 def test_the_page_of_a_slow_program_says_so(plan: Plan, audit: dict[str, Any]):
     slow = audit | {"slow": True, "seconds": audit["seconds"] | {"planned": 1.0, "replayed": 2.5}}
-    assert data_of(plan, slow)["summary"][-1]["value"].endswith(", 2.50 times as slow")
+    assert plan_page_data(plan, slow)["summary"][-1]["value"].endswith(", 2.50 times as slow")
     older = {key: value for key, value in audit.items() if key not in ("slow", "costliest")}
-    assert data_of(plan, older)["summary"] == data_of(plan, audit)["summary"], "audits of older versions have no replay"
+    assert plan_page_data(plan, older)["summary"] == plan_page_data(plan, audit)["summary"], (
+        "audits of older versions have no replay"
+    )
 
 
 def test_an_audit_of_something_else_is_refused(tmp_path: Path, plan: Plan, audit: dict[str, Any]):
@@ -160,15 +99,15 @@ def test_an_audit_of_something_else_is_refused(tmp_path: Path, plan: Plan, audit
 
 
 def test_a_plan_of_an_older_file_has_no_memory_and_no_formulas(plan: Plan):
-    data = data_of(replace(plan, program=None, dimensions=None))
+    data = plan_page_data(replace(plan, program=None, dimensions=None))
     assert (data["memory"]["points"], data["formulas"]) == ([], "")
 
 
 def test_the_page_of_a_sweep_answers_within_the_limits_of_its_job():
     limits = {"seconds_per_token": 0.03, "seconds_to_first_token": None, "memory_gib": 14.0}
     html = page(replace(small_sweep(), constraints=limits))
-    assert "Allowed are at most 30.0 ms a token, 14 GiB of each chip." in html
-    assert "decode: the cheapest at 30.0 ms a token or less is v5e:4x4, batch 16, weights int8" in html
+    assert "Allowed are at most 30.0 ms per token, 14 GiB of each chip." in html
+    assert "decode: the cheapest at 30.0 ms per token or less is v5e:4x4, batch 16, weights int8" in html
     assert "Within the job" not in page(small_sweep())
 
 
@@ -218,7 +157,7 @@ def test_a_plot_is_of_money_where_chips_have_prices():
     from matplotlib.figure import Figure
 
     for sweep, label, shown in (
-        (two_kinds_of_chips(), "cost, USD a million tokens", [3.0, 1.5]),
+        (two_kinds_of_chips(), "cost, USD per million tokens", [3.0, 1.5]),
         (
             replace(two_kinds_of_chips(), rows=tuple(replace(r, price=None) for r in two_kinds_of_chips().rows)),
             "ms",
@@ -226,7 +165,7 @@ def test_a_plot_is_of_money_where_chips_have_prices():
         ),
     ):
         axes = Figure().subplots()
-        _panel(axes, sweep, "decode")
+        draw_panel(axes, sweep, "decode")
         assert label in axes.get_ylabel()
         curves = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.get_lines()}
         assert curves["length 128"] == pytest.approx([y * (0.0128 if "USD" in label else 1) for y in shown])
@@ -249,108 +188,100 @@ def test_what_is_no_report_is_refused(tmp_path: Path):
         with pytest.raises(ReportError, match=says):
             write_report(tmp_path / "x.json", tmp_path / "x.html")
     (tmp_path / "x.json").write_text(json.dumps(small_sweep().to_dict()))
-    with pytest.raises(ReportError, match="must end in"):
+    with pytest.raises(autoshard.OptionError, match="must end in"):
         write_report(tmp_path / "x.json", tmp_path / "x.doc")
 
 
-# --- In a browser
+# --- the scripts run in node, on a document of their own
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as running:
-        found = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield found
-        found.close()
+def drawn(html: str, width: int, tmp_path: Path) -> dict[str, Any]:
+    """What the scripts of a page draw at a width, by the id of its place."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node")
+    (tmp_path / "page.html").write_text(html)
+    command = [node, str(ROOT / "tests" / "support" / "dom.js"), str(tmp_path / "page.html"), str(width)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-class Opened:
-    """A page in the browser, with what its console said."""
-
-    def __init__(self, browser: Any, html: Path, width: int) -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900})
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(html.as_uri())
-        self.width = width
-
-    def close(self, name: str) -> None:
-        assert self.said == []
-        assert [url for url in self.asked if not url.startswith(("file:", "data:"))] == []
-        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width  # nothing sticks out
-        if folder := os.environ.get("AUTOSHARD_SCREENSHOTS"):
-            self.page.mouse.move(0, 0)
-            self.page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
-            self.page.screenshot(path=f"{folder}/{name}-{self.width}.png", full_page=self.width < 600)
-        self.page.close()
+def nodes(tree: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    if tree.get("name") == name:
+        yield tree
+    for each in (*tree.get("children", ()), *tree.get("inside", ())):
+        yield from nodes(each, name)
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_of_a_plan_works_in_a_browser(
-    browser: Any, tmp_path: Path, plan: Plan, audit: dict[str, Any], width: int
-):
-    (tmp_path / "plan.html").write_text(page(plan, audit))
-    opened = Opened(browser, tmp_path / "plan.html", width)
-    at = opened.page
-    assert at.locator("#torus rect").count() == 8
-    at.locator("#torus rect").nth(3).hover()
-    assert "holds" in at.locator("#tip").inner_text()
-    rows = at.locator("#operations tbody tr")
-    before = rows.count()
-    at.locator("#operations input").fill("params")
-    assert 0 < rows.count() < before
-    at.locator("#operations input").fill("")
-    at.locator("#operations th button", has_text="time").click()
-    assert at.locator("#operations th[aria-sort=descending]").count() == 1
-    at.locator("#array").select_option(index=1)
-    assert "shards" in at.locator("#spec").inner_text() or "replicated" in at.locator("#spec").inner_text()
-    assert at.locator("#roofline circle").count() > 0
-    assert at.locator("#memory path").count() > 0
-    assert "as planned" in at.locator("#verdict").inner_text()
-    assert at.locator("#compared tbody tr").count() == len({(c["kind"], *c["axes"]) for c in audit["planned"]})
-    at.locator("summary").first.click()
-    assert at.locator("details pre").is_visible()
-    at.locator("summary").first.click()
-    opened.close("plan")
+@pytest.mark.parametrize("width", (1280, 400))
+def test_the_scripts_of_a_plan_draw_a_roofline_within_its_frame(plan: Plan, width: int, tmp_path: Path):
+    html = page(plan)
+    data = embedded(html)
+    for vector in (data["roofline"]["vector"], data["roofline"]["flops"] / 1e4):  # inside of the axes, and left of them
+        changed = dict(data, roofline=data["roofline"] | {"vector": vector})
+        found = drawn(html.replace(json.dumps(data).replace("<", "\\u003c"), json.dumps(changed)), width, tmp_path)
+        paths = [each["attributes"]["d"] for each in nodes(found["roofline"], "path")]
+        assert 1 <= len(paths) <= 2
+        for path in paths:
+            points = [tuple(map(float, point.split())) for point in re.split("[ML]", path)[1:]]
+            assert all(77 <= x <= width - 11 and 11 <= y <= 360 - 43 for x, y in points), path
 
 
-@pytest.mark.browser
-def test_a_group_of_chips_is_one_whatever_the_order_of_its_axes(
-    browser: Any, tmp_path: Path, plan: Plan, audit: dict[str, Any]
-):
-    one = {"kind": "all-to-all", "count": 2, "bytes": 64}
-    audit = audit | {"planned": [one | {"axes": ["y", "x"]}], "compiled": [one | {"axes": ["x", "y"]}]}
-    (tmp_path / "plan.html").write_text(page(plan, audit))
-    opened = Opened(browser, tmp_path / "plan.html", 1280)
-    assert opened.page.locator("#compared tbody tr").all_inner_texts() == ["all-to-all\txy\t2\t2\t128 B\t128 B"]
-    opened.page.close()
+def test_the_timeline_is_one_layer_in_the_order_of_the_program(plan: Plan, tmp_path: Path):
+    found = timeline(plan)
+    names = [step["name"] for step in found["steps"] if step["regime"] != "communication"]
+    assert names == [short_name(op) for op in plan.operations if op.count and op.seconds]  # there is no loop
+    bars = list(nodes(drawn(page(plan), 800, tmp_path)["timeline"], "rect"))
+    assert len(bars) == len(found["steps"]) > 0
+    ends = [(float(bar["attributes"]["x"]), float(bar["attributes"]["width"])) for bar in bars]
+    assert all(x >= 0 and x + wide <= 801 for x, wide in ends)
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_of_a_sweep_works_in_a_browser(browser: Any, tmp_path: Path, width: int):
-    (tmp_path / "sweep.html").write_text(page(small_sweep()))
-    opened = Opened(browser, tmp_path / "sweep.html", width)
-    at = opened.page
-    dots = at.locator("#phase0 circle.point")
-    assert dots.count() == 10
-    assert at.locator("#ends tbody tr").count() == 2
-    dots.last.focus()
-    assert "proven optimal" in at.locator("#tip").inner_text()
-    at.locator("#phase0 .measure").select_option("mfu")
-    assert at.locator("#phase0 svg text", has_text="MFU").count() == 1
-    at.locator("#phase0 .every").uncheck()
-    assert dots.count() == 10  # every point is on the curve of its own colour
-    at.locator("#phase0 .points input").fill("int8 256")
-    assert at.locator("#phase0 .points tbody tr").count() == 1
-    at.locator("#phase0 .points input").fill("")
-    at.locator("#phase0 .measure").select_option("cost")
-    opened.close("sweep")
+def test_the_headline_has_rates_and_the_compiled_step(plan: Plan, audit: dict[str, Any]):
+    seen = {card["name"]: card["value"] for card in plan_page_data(plan, audit, tokens=1000)["summary"]}
+    assert seen["step, planned"] == time(plan.estimate.seconds)
+    rate = 1000 / plan.estimate.seconds
+    assert seen["tokens per second"] == figure(rate)
+    assert seen["MFU"].endswith(" %")
+    known = audit | {"seconds": audit["seconds"] | {"planned": 1.0, "replayed": 2.5}}
+    cards = {card["name"]: card for card in plan_page_data(plan, known)["summary"]}
+    assert cards["step, compiled"]["value"] == "2.50 s" and cards["step, compiled"]["note"].startswith(
+        "2.50 times the plan"
+    )
+    assert "step, compiled" not in {card["name"] for card in plan_page_data(plan)["summary"]}
+
+
+def test_the_page_has_its_command_and_specs_to_copy(tmp_path: Path, plan: Plan):
+    plan.save(tmp_path / "plan.json")
+    write_report(tmp_path / "plan.json", tmp_path / "plan.html", tokens=64)
+    html = (tmp_path / "plan.html").read_text()
+    assert re.search(r"<code>autoshard report .*plan.json -o .*plan.html --tokens 64, on \d{4}-\d\d-\d\d</code>", html)
+    assert 'data-copies="specs"' in html and embedded(html)["specs"] == plan.export("specs")
+
+
+def test_the_scripts_of_a_sweep_run(tmp_path: Path):
+    found = drawn(page(small_sweep()), 400, tmp_path)
+    assert any("tokens per second per chip" in str(each) for each in found.values())
+
+
+def test_points_of_the_frontier_link_to_the_pages_of_their_plans(tmp_path: Path, plan: Plan):
+    sweep = replace(small_sweep(), store=str(tmp_path / "sweep.sqlite"))
+    rows = tuple(
+        replace(row, key=f"{at:04d}" + 60 * "0", phase_seconds={"decode": 1.0}) for at, row in enumerate(sweep.rows)
+    )
+    sweep = replace(sweep, rows=rows)
+    with Store(sweep.store) as store:
+        for row in rows:
+            store.add(row.key, row.name, Result(SOLVED, plans={"decode": pack(plan)}))
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep.to_dict()))
+    write_report(tmp_path / "sweep.json", tmp_path / "page.html", plans=True)
+    (phase,) = embedded((tmp_path / "page.html").read_text())["phases"]
+    links = [point["pages"]["decode"] for point in phase["points"] if point["best"]]
+    assert len(set(links)) == 5 and all(not point["pages"] for point in phase["points"] if not point["best"])
+    assert all(embedded((tmp_path / link).read_text())["title"] == "network on v5e:2x4" for link in links)
+    with pytest.raises(OptionError, match="plans applies to the page of a sweep only"):
+        write_report(tmp_path / "sweep.json", tmp_path / "frontier.svg", plans=True)
+    (tmp_path / "sweep.sqlite").unlink()
+    with pytest.raises(ReportError, match="does not exist; it holds the plans"):
+        write_report(tmp_path / "sweep.json", tmp_path / "page.html", plans=True)

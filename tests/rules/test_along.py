@@ -15,17 +15,17 @@ from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard.auditing import hlo_collectives
-from autoshard.emitting.program import emitted
+from autoshard.emitting.program import emit
 from autoshard.explaining.formulas import formulas_of
 from costmodels.machine.topology import parse_topology
 from costmodels.program.program import Operation
 from search.answer.assignment import choice_of
 from search.answer.check import check
-from search.formulation.intra_op import closing, payload
+from search.formulation.intra_op import intra_op_collectives, payload
 from search.formulation.strategies import Strategy, strategy_space
 from search.solve import search
 from tests.support.effort import examples
-from tests.support.einsum_graphs import differences
+from tests.support.emitting.einsum_graphs import differences
 from tests.support.layout_strategies import (
     assert_equal,
     assert_layouts_do_not_matter,
@@ -37,7 +37,7 @@ from tests.support.layout_strategies import (
     random_states,
     traced_on,
 )
-from tests.support.rule_laws import Call, best, calls, parts, reduced_again, running
+from tests.support.rules.calls import Call, best, calls, parts, reduced_again, running
 from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
@@ -63,7 +63,7 @@ def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
     choice = choice_of(problem, states)
     mesh = mesh_of(topology)
     flat = [*map(jnp.asarray, args), *traced.constants]
-    run = jax.jit(emitted(traced, choice, topology, mesh), compiler_options=quick()).lower(*flat).compile()
+    run = jax.jit(emit(traced, choice, topology, mesh), compiler_options=quick()).lower(*flat).compile()
     assert_equal(run(*flat), jax.jit(fn)(*args))
     compiled = hlo_collectives.collectives(run.as_text() or "", topology.axis_sizes)
     assert differences(traced.program, topology, choice, compiled) == []
@@ -89,7 +89,7 @@ def test_parts_are_exchanged_over_axes_in_any_order(parts: int) -> None:
             return all(axes == ("z", "x", "y") for factor, axes in pairs if factor.kind == "exchanged")
 
         choice = search(traced.program, topology, allow=zxy).choice
-        planned = jax.jit(emitted(traced, choice, topology, mesh_of(topology)))(*jax.tree.leaves(arg))
+        planned = jax.jit(emit(traced, choice, topology, mesh_of(topology)))(*jax.tree.leaves(arg))
         assert_equal(planned, fn(arg))
 
 
@@ -113,7 +113,7 @@ def test_a_split_maximum_keeps_what_is_no_number(dtype: Any, at: int) -> None:
         return all(axes for factor, axes in pairs if factor.kind in ("max", "min"))
 
     choice = search(traced.program, topology, allow=split).choice
-    planned = jax.jit(emitted(traced, choice, topology, mesh_of(topology)))(x)
+    planned = jax.jit(emit(traced, choice, topology, mesh_of(topology)))(x)
     for found, expected in zip(planned, fn(x), strict=True):
         np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
@@ -138,7 +138,8 @@ def test_totals_are_gathered_as_the_compiler_does(topology: str, steps: list[tup
     strategies = strategy_space(op, tuple(on.axis_sizes.items())).strategies
     strategy = next(each for each in strategies if each.splits[0] == ("x", "y", "z") and not any(each.carried))
     found = [
-        (each.kind, "".join(each.axes), payload(program, op, strategy, each, on)) for each in closing(op, strategy, on)
+        (each.kind, "".join(each.axes), payload(program, op, strategy, each, on))
+        for each in intra_op_collectives(op, strategy, on)
     ]
     assert found == [("all-gather", axes, chips * 8 * 4) for axes, chips in steps]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from tests.support.decompositions import DEFINED
 from tests.support.layout_strategies import assert_equal
+from tests.support.rules.decompositions import DEFINED
 
 SIGNS = np.array([1, -1, -1, 1], np.float32)
 PHASES = np.exp(1j * np.arange(4)).astype(np.complex64)

@@ -28,7 +28,7 @@ def dispatched(x: Array, router: Array, up: Array, down: Array) -> Array:
 
 
 def ragged(x: Array, router: Array, up: Array, down: Array) -> Array:
-    """Tokens sorted by expert, two experts a token, no capacity."""
+    """Tokens sorted by expert, two experts per token, no capacity."""
     gates, chosen = lax.top_k(jax.nn.softmax(x @ router, -1), 2)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)
@@ -52,6 +52,7 @@ def _random(*shapes: tuple[int, ...]) -> list[Any]:
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moe", [dispatched, ragged, masked])
 def test_layouts_do_not_matter(moe: Any) -> None:
     x = (4, 8, 6) if moe is dispatched else (16, 6)
@@ -83,11 +84,17 @@ def test_many_experts_are_split_by_all_to_alls_and_few_are_not(experts: int, spl
 
 
 @pytest.mark.parametrize(
-    ("width", "hidden", "kind"), [(2048, 8192, "tensor parallel"), (2049, 1023, "expert parallel")]
+    ("experts", "width", "hidden", "kind"),
+    [
+        (64, 2048, 8192, "expert parallel over xy, 16 ways"),
+        (4, 2048, 8192, "expert parallel over x, 4 ways; tensor parallel over y, 4 ways"),
+        (3, 2048, 8192, "tensor parallel over xy, 16 ways"),
+        (64, 2049, 1023, "expert parallel over xy, 16 ways"),
+    ],
 )
-def test_ragged_products_split_experts_where_columns_do_not_divide(width: int, hidden: int, kind: str) -> None:
-    shapes = ((128, width), (width, 64), (64, width, hidden), (64, hidden, width))
+def test_ragged_products_split_experts_and_columns(experts: int, width: int, hidden: int, kind: str) -> None:
+    shapes = ((128, width), (width, experts), (experts, width, hidden), (experts, hidden, width))
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     plan = autoshard.search(ragged, *args, topology="v5e:4x4")
     assert plan.proof.status == "OPTIMAL"
-    assert f"{kind} over xy" in str(plan.parallelism())
+    assert str(plan.parallelism()) == kind

@@ -9,15 +9,16 @@ import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
-from autoshard.emitting.sharding import spec_of
+from autoshard.emitting import spec_of
 from search.formulation.strategies import output_layout
 from tests.support.effort import examples
-from tests.support.rule_laws import MOVING, ORACLE, Call, calls, chip_by_chip, drawn_strategy, explicit_layouts
+from tests.support.rules.calls import MOVING, ORACLE, Call, calls
+from tests.support.rules.rule_laws import chip_by_chip, drawn_strategy, explicit_layouts
 
 FAMILIES = [pytest.param(family, id=family.__name__.strip("_")) for family in (*ORACLE, *MOVING)]
 OPINIONS = [pytest.param(family, id=family.__name__.strip("_")) for family in ORACLE]
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
-QUICK = examples(12, suppress_health_check=SLOW)
+QUICK = examples(12, 3, suppress_health_check=SLOW)
 THOROUGH = settings(max_examples=300, suppress_health_check=SLOW)
 
 
@@ -46,8 +47,9 @@ def check_pieces(call: Call, data: st.DataObject) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", OPINIONS)
-@examples(60, suppress_health_check=SLOW)
+@examples(40, suppress_health_check=SLOW)
 @given(st.data())
 def test_explicit_sharding_mode_agrees_where_it_has_an_opinion(family: Any, data: st.DataObject) -> None:
     call = data.draw(calls(family))

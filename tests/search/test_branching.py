@@ -8,25 +8,27 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import assume, event, given
+from hypothesis import HealthCheck, assume, event, given
 from hypothesis import strategies as st
 
 from costmodels.machine.topology import Topology
 from search.answer.solution import Limits
 from search.cpsat import branching
 from search.cpsat.branching import Branching
-from search.cpsat.kernel import _combined
+from search.cpsat.branching_rule import Probing
+from search.cpsat.kernel import combine_plans
 from search.cpsat.solver import solve
 from search.cpsat.stages import Found, Task
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
 from search.presolve.dual import Dual
-from search.presolve.multipliers import bracket, raise_bound
+from search.presolve.multipliers import raise_bound
 from search.presolve.policy import POLICY
 from search.presolve.primal import decode, overflow
 from tests.support.effort import examples
-from tests.support.programs import TOPOLOGIES, programs
+from tests.support.enumeration import best, enumerable, fitting, seconds_of_all
+from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
 
 ROUNDING = 2e-9
 """Seconds by which a sum changes when it is formed anew beside the price of the impossible."""
@@ -61,12 +63,63 @@ def test_branches_alone_find_the_optimum(program, topology, part):
         ascent = begun(problem)
         if ascent.fits and not ascent.closed:
             task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
-            found = Found(task.eliminate(0.0), ascent, ascent.dual.snapshot())
-            Branching(ascent, partial(task._decide_part, found)).run()
+            found = Found(task.eliminate(None), ascent, ascent.dual.snapshot())
+            Branching(ascent, partial(task.decide_part, found)).run()
     best = least(problem)
     assert ascent.objective == pytest.approx(best, rel=1e-5)
     if np.isfinite(best):
         assert ascent.bound == pytest.approx(best, rel=1e-5)
+
+
+@examples(60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
+def test_a_branch_of_the_smaller_problem_is_decided_as_the_whole(program, topology, part):
+    """However much is eliminated, CP-SAT's answer on what is left is the whole problem's: the smaller one's only if it fits."""
+    problem = enumerable(tight(program, topology, part), 3e5)
+    optimum = best(problem)
+    task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
+    presolved = task.eliminate((1.0, 1.0))
+    ascent = Ascent(presolved.problem, presolved.rows, 0, lambda _: None, symmetric=False)
+    found = Found(presolved, ascent, ascent.dual.snapshot())
+    proven = task.decide_part(found, ascent.dual.bound(), np.inf)
+    assert ascent.objective == pytest.approx(optimum, rel=1e-5)
+    if np.isfinite(optimum):
+        assert optimum * (1 - 1e-3) <= proven <= optimum * (1 + 1e-9)
+        assert (overflow(problem, task.memory, found.states) <= 0).all()
+        assert problem.objective(found.states) == pytest.approx(optimum, rel=1e-5)
+
+
+@examples(100, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 0.9), st.integers(0, 2**31))
+def test_the_sides_of_a_branch_have_every_better_plan(program, topology, part, seed):
+    """Both sides have all states together, none twice; if contested, one plan each. Nothing dropped is in a better plan."""
+    problem, rng = enumerable(tight(program, topology, part), 3e5), np.random.default_rng(seed)
+    seconds = np.where(fitting(problem), seconds_of_all(problem), np.inf)
+    ascent = Ascent(problem, rows(problem), 0, lambda _: None, symmetric=False)
+    possible = np.argwhere(np.isfinite(seconds))
+    assume(len(possible) > 1)
+    known = possible[np.argsort(seconds[tuple(possible.T)], kind="stable")]
+    ascent.look(known[min(rng.integers(8), len(known) - 1)])
+    for _ in range(12):
+        ascent.pool.add(np.array([rng.choice(keep) for keep in ascent.dual.keep]))
+    told = ascent.pool.best_multipliers(ascent.dual.keep, ascent.objective)
+    prices = told.multipliers if told else np.zeros(len(ascent.rows))
+    ascent.dual.reprice(np.where(prices > 0, prices, 1e-13 * rng.integers(2)))
+    for _ in range(rng.integers(3)):
+        ascent.dual.sweep()
+    assume(not ascent.has_reached(ascent.dual.bound()))
+    mixed = tuple((0.5, known[k]) for k in rng.choice(len(known), 2, replace=False))
+    split = Probing(ascent, np.ones(len(problem.nodes)).tolist()).split(mixed)
+    event("contested" if split and split.contested else "not contested")
+    if split:
+        assert sorted([*split.near, *split.far]) == ascent.dual.keep[split.node].tolist()
+        assert len({states[split.node] in split.near for _, states in mixed}) == 2 or not split.contested
+    if not ascent.dual.emptied:
+        inside = np.zeros(seconds.shape, dtype=bool)
+        inside[np.ix_(*ascent.dual.keep)] = True
+        assert np.min(seconds, where=~inside, initial=np.inf) >= ascent.objective * (1 - 1e-9)
+    if not split:
+        assert ascent.dual.emptied or ascent.has_reached(ascent.dual.bound()) or max(map(len, ascent.dual.keep)) == 1
 
 
 @examples(30)
@@ -160,26 +213,13 @@ def test_prices_are_settled_where_the_bound_is_highest(program, topology, part):
     assert dual.bound() <= least(problem) * (1 + 1e-9) + ROUNDING
 
 
-@examples(30)
-@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
-def test_the_plans_of_a_bracket_are_the_best_at_the_multipliers(program, topology, part):
-    """Of two plans one overflows and one does not; of the plans seen in what is left, none of its kind costs less."""
-    problem = tight(program, topology, part)
-    ascent = begun(problem)
-    assume(ascent.fits)
-    found, multipliers = bracket(ascent), ascent.dual.multipliers
-    for states, fits in ((found.lean, True), (found.bulky, False)):
-        alike = [plan for plan in ascent.pool.within(ascent.dual.keep) if plan.fits == fits]
-        assert (states is None) == (not alike)
-        if states is not None:
-            assert bool(overflow(problem, ascent.rows, states).max(initial=-np.inf) <= 0) == fits
-            assert ascent.pool.add(states).priced(multipliers) == min(plan.priced(multipliers) for plan in alike)
-
-
 @examples(60)
 @given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1), st.randoms(use_true_random=False))
 def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology, part, random):
-    """At the best prices the least of the plans seen costs what is said, or what is enough; at no others more."""
+    """At the best prices the least of the plans seen costs what is said, or what is enough; at no others more.
+
+    The mixture is the proof: together its plans fit, and cost as much.
+    """
     problem = tight(program, topology, part)
     ascent = begun(problem)
     keep = [np.flatnonzero(node.cost < FORBIDDEN / 2) for node in problem.nodes]
@@ -198,6 +238,13 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
         return min(enough, *(plan.seconds + float(prices @ plan.over) for plan in plans), np.inf)
 
     assert proven(told.multipliers) == pytest.approx(told.seconds, rel=1e-5)
+    mixed = [(weight, ascent.pool.add(states)) for weight, states in told.mixture]
+    rest = 1 - sum(weight for weight, _ in mixed)
+    assert -1e-5 <= rest <= 1
+    over = sum((weight * plan.over for weight, plan in mixed), np.zeros(len(ascent.rows)))
+    assert over.max(initial=0.0) <= 1e-5 * problem.budget_bytes
+    costs = sum(weight * plan.seconds for weight, plan in mixed) + (rest * enough if rest > 1e-5 else 0.0)
+    assert costs == pytest.approx(told.seconds, rel=1e-4)
     for _ in range(8):
         prices = told.multipliers * np.array([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in told.multipliers])
         prices = prices + random.choice([0.0, 1e-12, 1e-9]) * (np.arange(len(prices)) == random.randrange(len(prices)))
@@ -213,7 +260,7 @@ def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, 
     seen = tuple(ascent.pool.states)
     assume(ascent.fits and seen)
     before = ascent.dual.bound()
-    found = _combined(ascent)
+    found = combine_plans(ascent)
     assert ascent.dual.bound() == pytest.approx(before, rel=1e-9, abs=ROUNDING)
     if not any((found == states).all() for states in seen):
         assert (overflow(problem, ascent.rows, found) <= 0).all()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.program.program import Program
+from costmodels.program import Program
 from search.formulation.colour_refinement import refine
 from search.formulation.layer_folding import classes, folds
 from tests.support.effort import examples

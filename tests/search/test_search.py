@@ -16,7 +16,7 @@ from search.answer.assignment import choice_of
 from search.answer.solution import Solver
 from search.cpsat.solver import solve
 from search.cpsat.stages import Found, Task
-from search.formulation.axis_renaming import renamed, renamings
+from search.formulation.axis_renaming import rename, renamings
 from search.formulation.problem import FORBIDDEN, build
 from search.memory.constraints import rows
 from search.presolve.ascent import Ascent
@@ -124,11 +124,11 @@ def test_what_cp_sat_proves_of_a_branch_is_a_bound(program, topology, sweeps):
     optimum = search(program, topology).proof.objective_seconds
     problem = build(program, topology, topology.chip.usable_hbm_bytes)
     task = Task(problem, Limits(), lambda _: None, False, np.inf, None, time.monotonic())
-    found = Found(task.eliminate(0.0), Ascent(problem, task.memory, 0, lambda _: None))
+    found = Found(task.eliminate(None), Ascent(problem, task.memory, 0, lambda _: None))
     ascent = found.ascent
     for _ in range(sweeps):
         ascent.dual.sweep()
-    proven = task._decide_part(found, ascent.dual.bound())
+    proven = task.decide_part(found, ascent.dual.bound(), np.inf)
     assert proven <= optimum * (1 + 1e-9)
     assert ascent.objective == pytest.approx(optimum, rel=1e-5)
     assert proven >= optimum * (1 - 1e-3)
@@ -184,7 +184,7 @@ def test_renaming_interchangeable_axes_changes_no_cost(program):
     for names in renamings(topology.symmetries()):
         for node in problem.nodes:
             index = {state: s for s, state in enumerate(node.states)}
-            image = [index[renamed(state, names)] for state in node.states]
+            image = [index[rename(state, names)] for state in node.states]
             assert node.cost[image] == pytest.approx(node.cost, rel=1e-12)
 
 

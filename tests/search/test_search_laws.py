@@ -17,9 +17,9 @@ from search.answer.assignment import states_of
 from search.cpsat.stages import Task
 from search.formulation.layer_folding import classes
 from search.formulation.problem import Problem, build
-from search.k_best import _Parts, ranked
+from search.k_best import _Parts, rank
 from search.phases import TooSlow, search_phases
-from search.presolve.symmetry import renamed
+from search.presolve.symmetry import rename
 from search.solve import DEFAULTS, Limits, NoPlan, search
 from tests.support.effort import examples
 from tests.support.enumeration import enumerable, fitting, seconds_of_all
@@ -94,7 +94,7 @@ def test_elimination_is_exact(program, topology):
     """The problem without the operations between two others has the whole problem's optimum."""
     problem = build(program, topology, topology.chip.usable_hbm_bytes, classes(program))
     task = Task(problem, DEFAULTS, lambda _: None, True, np.inf, None, time.monotonic())
-    whole = task.checked(task.decide(task.branch(task.ascend(task.eliminate(0.0))), last=True))
+    whole = task.check_found(task.decide(task.branch(task.ascend(task.eliminate(None))), last=True))
     assert whole.proof.objective_seconds == pytest.approx(search(program, topology).proof.objective_seconds, rel=1e-9)
 
 
@@ -210,7 +210,7 @@ def test_the_k_best_are_those_of_enumeration(program, topology, k):
     best = search(program, topology)
     enumerable(best.problem, 3e5)
     parts = _Parts(best, DEFAULTS, lambda _: None)
-    found = ranked(best, k)
+    found = rank(best, k)
     assert found.proven
     kinds = [kind(parts, states_of(best.problem, each.choice)) for each in found.solutions]
     assert len(set(kinds)) == len(kinds)
@@ -280,4 +280,4 @@ def test_renamed_states_are_states():
     program = unrolled(2, True, 8, 8, 8)
     problem = build(program, topology, topology.chip.usable_hbm_bytes)
     for node in problem.nodes:
-        assert {renamed(state, {"x": "y", "y": "x"}) for state in node.states} == set(node.states)
+        assert {rename(state, {"x": "y", "y": "x"}) for state in node.states} == set(node.states)

@@ -4,8 +4,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from costmodels.machine.topology import parse_topology
+from costmodels.machine import parse_topology
 from search.formulation.all_pairs import FORBIDDEN, Edges, all_pairs
+from search.formulation.collective_steps import emittable, steps_from
+from search.formulation.layouts import layouts
 from search.formulation.reshard import reshard_table
 from search.memory.reshard_buffers import Copies
 from tests.support.effort import examples
@@ -36,6 +38,23 @@ def test_changes_of_layout_cost_what_relaxing_everything_finds(topology, shape, 
     edges = Edges(table.graph.source, table.graph.target, table.step_seconds)
     expected = np.minimum(relaxed(edges, len(table.layouts)), FORBIDDEN)
     np.testing.assert_allclose(table.seconds, expected, rtol=1e-12)
+
+
+@given(meshes, shapes, st.sampled_from([1.0, 2.0, 4.0]), st.booleans())
+@examples(60)
+def test_graphs_have_every_layout_and_every_step_of_their_shape(topology, shape, itemsize, partial) -> None:
+    """As listed for the shape alone, though shapes share one graph; steps that the compiler rewrites cost infinitely."""
+    table, sizes = reshard_table(shape, itemsize, topology, partial), topology.axis_sizes
+    graph = table.graph
+    assert graph.layouts == layouts(shape, tuple(sizes.items()), partial)
+    single = {step for layout in graph.layouts for step in steps_from(layout, sizes) if step.target in graph.index}
+    assert {step for step in graph.steps if step.kind != "collective-permute"} == single
+    for step, source, target, part, seconds in zip(
+        graph.steps, graph.source, graph.target, graph.fraction, table.step_seconds, strict=True
+    ):
+        assert (graph.layouts[source], graph.layouts[target]) == (step.source, step.target)
+        assert part == step.payload(1.0, sizes)
+        assert np.isinf(seconds) == (not emittable(step, shape, itemsize, topology))
 
 
 vectors = st.lists(st.floats(0, 1e12), min_size=3, max_size=3).map(np.array)

@@ -4,10 +4,11 @@
 |---|---|
 | `paths` | folders of the repository, commands of its examples |
 | `strategies`, `layout_strategies` | what Hypothesis draws: topologies, meshes, blocks; random layouts and the law about them |
-| `programs` | random programs that need no JAX, and their optimum by enumeration |
+| `programs`, `loops`, `enumeration` | random programs that need no JAX, and their optimum by enumeration |
 | `models`, `plans` | small models, their plans, and comparison of results |
-| `rule_laws`, `decompositions` | random calls of primitives; what is defined of a decomposition |
-| `einsum_graphs` | random graphs of einsums, also on sixteen devices |
-| `cli`, `exported`, `jobs` | commands, exported source, sweep jobs |
-| `process`, `sweep_target`, `versions` | programs that tests start |
+| `cli`, `exported`, `reports` | commands, exported source, pages |
+| `rules/` | examples and random calls of primitives; what is defined of a decomposition |
+| `emitting/` | random graphs of einsums, also on sixteen devices; padded arrays; carried plans |
+| `auditing/` | compiled programs as text; audits of made-up programs |
+| `scripts/` | programs that tests start, and the job of a sweep over one |
 """

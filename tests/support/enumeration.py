@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from hypothesis import assume
 
-from search.formulation.problem import FORBIDDEN, Problem
+from costmodels.machine.topology import Topology
+from costmodels.program.program import Program
+from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import Row, rows
+from search.solve import Limits, NoPlan, search
 
 MOST_CHOICES = 3e6
 
@@ -66,3 +70,16 @@ def _between(problem: Problem, a: int, b: int, table: np.ndarray) -> np.ndarray:
 def best(problem: Problem) -> float:
     """The least seconds of any choice that fits; infinite if none does."""
     return float(np.min(seconds_of_all(problem), where=fitting(problem), initial=np.inf))
+
+
+def assert_search_equals_enumeration(program: Program, topology: Topology, part: float) -> None:
+    """The search finds the least seconds of any choice within a part of all arrays' bytes, or that none fits."""
+    whole = part * sum(value.bytes for value in program.values)
+    least = best(enumerable(build(program, topology, whole)))
+    try:
+        found = search(program, topology, Limits(reserve_bytes=topology.chip.usable_hbm_bytes - whole))
+    except NoPlan:
+        assert least == np.inf
+        return
+    assert found.proof.status == "OPTIMAL"
+    assert found.proof.objective_seconds == pytest.approx(least, rel=1e-9)

@@ -23,7 +23,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from autoshard.annotating.pins import pin_program
-from autoshard.emitting.program import emitted
+from autoshard.emitting.program import emit
 from autoshard.tracing.blocks import Block as StepBlock
 from autoshard.tracing.blocks import BranchStep, LoopStep, OpStep, Traced
 from costmodels.machine.topology import Topology, parse_topology
@@ -143,7 +143,7 @@ def random_states(problem: Problem, rng: np.random.Generator, fixed: dict[int, i
 def _in_program_order(problem: Problem) -> list[int]:
     def place(i: int) -> float:
         node = problem.nodes[i]
-        return node.operation if node.operation >= 0 else problem.program.producers[node.value][0] + 0.5
+        return problem.program.producers[node.of][0] + 0.5 if node.is_hub else node.of
 
     return sorted(range(len(problem.nodes)), key=place)
 
@@ -197,7 +197,7 @@ def run_planned(traced: Traced, topology: Topology, choices: Sequence[Choice], *
     mesh = mesh_of(topology)
 
     def all_of_them(*flat: Any) -> list[list[Any]]:
-        return [emitted(traced, choice, topology, mesh)(*flat) for choice in choices]
+        return [emit(traced, choice, topology, mesh)(*flat) for choice in choices]
 
     flat = (*jax.tree.leaves(args), *traced.constants)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from costmodels.machine.topology import Topology, parse_topology
+from costmodels.machine import Topology, parse_topology
 from examples import palm
 from tests.support import models
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from costmodels.machine.topology import parse_topology
-from costmodels.program.program import Factor, OpClass, Operation, Program, Region, Use, Value
+from costmodels.machine import parse_topology
+from costmodels.program import Factor, Operation, Program, Region, Use, Value
+from costmodels.program.program import OpClass
 
 SIZES = (4, 6, 8, 64)
 
@@ -57,7 +58,16 @@ def programs(draw, sizes: tuple[int, ...] = SIZES, products: tuple[int, ...] = (
         ins = (Use(a, ((0,), (2,)), region), Use(b, ((2,), (1,)), region))
         operations.append(
             Operation(
-                "dot", "dot", factors, ins, (Use(out, ((0,), (1,)), region),), region, "matmul", (), (0, 1, -1), 2.0
+                "dot",
+                "dot_general",
+                factors,
+                ins,
+                (Use(out, ((0,), (1,)), region),),
+                region,
+                "matmul",
+                (),
+                (0, 1, -1),
+                2.0,
             )
         )
         return out
@@ -138,7 +148,7 @@ def unrolled(depth: int, residual: bool, tokens: int, inner: int, hidden: int) -
         (m, k), n = values[a].shape, values[b].shape[1]
         ins = (Use(a, ((0,), (2,))), Use(b, ((2,), (1,))))
         factors, out = (Factor(m), Factor(n), Factor(k, "sum")), Use(made("dot", (m, n)), ((0,), (1,)))
-        operations.append(Operation("dot", "dot", factors, ins, (out,), 0, "matmul", (), (0, 1, -1), 2.0))
+        operations.append(Operation("dot", "dot_general", factors, ins, (out,), 0, "matmul", (), (0, 1, -1), 2.0))
         return len(values) - 1
 
     x = add("x", [], (tokens, inner), "source")

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from costmodels.machine.chips import Chip, Torus, catalogue
-from costmodels.machine.conventions import Pricing
-from costmodels.machine.topology import AXIS_NAMES, Axis, Topology, parse_topology
+from costmodels.machine import Axis, Chip, Pricing, Topology, catalogue, parse_topology
+from costmodels.machine.interconnects import Torus
+from costmodels.machine.topology import AXIS_NAMES
 
 BANDWIDTHS = (1e9, 25e9, 45e9, 50e9, 90e9, 450e9, 900e9)
 """Bytes per second, from a data-center network to NVLink 5."""

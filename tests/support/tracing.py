@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from autoshard.annotating.hbm_traffic import annotate_traffic
+from autoshard.tracing import Traced
 from autoshard.tracing import trace as tracing
-from autoshard.tracing.blocks import Traced
 
 
 def trace(*args: Any, **options: Any) -> Traced:

@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "masked": (lambda x: x[x > 0.5], (X,), "could not be traced .* boolean indices must be concrete"),
     "branching": (lambda x: x if x.sum() > 0 else -x, (X,), "could not be traced .* boolean conversion"),
     "text": (lambda x, kind: x, (X, "relu"), "kind must be an array, got 'relu' .str."),
-    "function": (lambda x, f: f(x), (X, partial(jnp.sin)), "must be an array, got .*; bind it beforehand"),
+    "function": (lambda x, f: f(x), (X, partial(jnp.sin)), "must be an array, got .*bind it beforehand"),
     "ordered": (_ordered, (X,), "debug_print at test_hostile.py:.* must have ordered=False, got ordered=True"),
     "failing": (_failing, (X,), "could not be traced with these arguments: my own words"),
 }

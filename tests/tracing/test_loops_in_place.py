@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard.tracing.jaxprs import scan_counts
-from autoshard.tracing.loops.in_place import in_place
+from autoshard.tracing.loops.in_place import carry_in_place
 from examples import llama
 from tests.support.effort import examples
+from tests.support.layout_strategies import quick
 from tests.support.loops import COLUMNS, NUMBERS, WRITES, forgetting, loops, mixed, nested, part, replacing
 from tests.support.plans import well_linked
 
@@ -80,20 +81,22 @@ def _equation(eqn: Any, operands: list[Any]) -> Sequence[Any]:
 
 def rewritten(fn: Callable[..., Any], *args: Any, donated: Sequence[int] = ()) -> Any:
     """The flat jaxpr of a function with its loops in place."""
-    return in_place(jax.make_jaxpr(fn)(*args), donated)
+    return carry_in_place(jax.make_jaxpr(fn)(*args), donated)
 
 
 def same_results(fn: Callable[..., Any], *args: Any, donated: Sequence[int] = ()) -> Any:
     closed = rewritten(fn, *args, donated=donated)
-    found = jax.jit(lambda *flat: evaluated(closed.jaxpr, closed.consts, flat))(*jax.tree_util.tree_leaves(args))
-    right = jax.tree_util.tree_leaves(jax.jit(fn)(*args))
+    options = quick()
+    run = jax.jit(lambda *flat: evaluated(closed.jaxpr, closed.consts, flat), compiler_options=options)
+    found = run(*jax.tree_util.tree_leaves(args))
+    right = jax.tree_util.tree_leaves(jax.jit(fn, compiler_options=options)(*args))
     for one, other in zip(found, right, strict=True):
         np.testing.assert_array_equal(one, other)
     return closed
 
 
 @given(loops())
-@examples(60)
+@examples(40)
 def test_loops_in_place_compute_what_they_are_written_to(case: tuple[Callable[..., Any], int, list[int]]) -> None:
     fn, stacks, donated = case
     same_results(fn, jnp.int32(5), *map(jnp.asarray, NUMBERS[:stacks]), donated=donated)
@@ -162,7 +165,7 @@ def test_programs_without_updates_stay_as_they_are() -> None:
         return x, piled, lax.fori_loop(0, 3, lambda _, c: c * 2, stack)
 
     closed = jax.make_jaxpr(fn)(jnp.int32(1), STACK)
-    assert in_place(closed) is closed
+    assert carry_in_place(closed) is closed
 
 
 # --- planned and run
@@ -220,6 +223,7 @@ def carried(params: Any, cache: Any, tokens: Any, position: Any) -> Any:
     return llama.logits(params, x), cache
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_caches_that_are_sliced_and_piled_up_cost_what_carried_ones_do() -> None:
     args = (

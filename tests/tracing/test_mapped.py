@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.errors import TraceError
+from autoshard import TraceError
 from tests.support.layout_strategies import assert_layouts_do_not_matter
 from tests.support.tracing import trace
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 import autoshard
 from autoshard import decorator
-from autoshard.planning import plan_cache
+from autoshard.planning.files import plan_cache
 from tests.support.effort import tries
 from tests.support.paths import ROOT
 from tests.support.plans import assert_close, well_linked
@@ -43,8 +43,8 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         found.append(target.traced.program.name)
         return planned(target, *rest)
 
-    planned = decorator.plan_function
-    monkeypatch.setattr(decorator, "plan_function", counted)
+    planned = decorator.plan_and_tune
+    monkeypatch.setattr(decorator, "plan_and_tune", counted)
     yield found
 
 
@@ -121,14 +121,14 @@ def test_a_plan_is_found_again(tmp_path, searches) -> None:
 
 
 def test_an_interrupted_plan_is_used_but_not_kept(tmp_path, searches, monkeypatch) -> None:
-    counted = decorator.plan_function
+    counted = decorator.plan_and_tune
 
     def interrupted(*rest: Any) -> autoshard.Plan:
         plan = counted(*rest)
         return replace(plan, proof=replace(plan.proof, status="FEASIBLE", stopped="interrupted"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(decorator, "plan_function", interrupted)
+        patched.setattr(decorator, "plan_and_tune", interrupted)
         first = autoshard.autoshard(step, topology="cpu:8", cache_dir=tmp_path)
         assert_close(first(*arguments()), jax.jit(step)(*arguments()))
     assert not list(tmp_path.glob("**/*.json"))
@@ -191,6 +191,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.long
 def test_several_processes_share_one_cache(tmp_path) -> None:
     """All start at once on an empty cache, which ends up with one whole plan and nothing else."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}

@@ -16,7 +16,7 @@ from costmodels.machine.chips import catalogue
 from costmodels.machine.topology import parse_topology
 from examples import palm
 from tests.support.plans import assert_close, planned_block, well_linked
-from tests.support.unruled import unruled
+from tests.support.rules.unruled import unruled
 
 
 def abstract(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -145,7 +145,10 @@ def test_a_topology_that_does_not_fit_the_devices_is_refused() -> None:
 
 def test_a_mesh_without_the_axes_of_the_plan_is_refused() -> None:
     plan, fn, args = planned_block()
-    wanted = "The mesh has the axes x=8; the plan for cpu:2x4 needs x=2, y=4."
+    wanted = (
+        "The mesh has the axes x=8; the plan for cpu:2x4 needs x=2, y=4. Use plan.make_mesh(), plan for a topology of the"
+        ' mesh\'s shape, or name the axes: axes={"x": "data"}.'
+    )
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     assert message(autoshard.TopologyError, plan.jit, fn, mesh) == wanted
     with jax.set_mesh(mesh):
@@ -194,12 +197,12 @@ def test_assumed_constants_and_primitives_without_a_rule_are_said() -> None:
 
 def test_a_search_that_runs_out_of_time_says_what_is_left() -> None:
     plan, _, _ = planned_block()
-    from autoshard.planning.records_of import _unproven
+    from autoshard.planning.records_of import proof_warnings
 
     class Stopped:
         proof = replace(plan.proof, status="FEASIBLE", objective_seconds=0.02, bound_seconds=0.019, gap=0.05)
 
-    assert list(_unproven(Stopped())) == [  # pyright: ignore[reportArgumentType]
+    assert list(proof_warnings(Stopped())) == [  # pyright: ignore[reportArgumentType]
         "The search stopped before the plan was proven best: at most 5.00% of its 20 ms could be saved."
     ]
 
@@ -219,7 +222,10 @@ def test_an_argument_that_is_no_array_is_refused() -> None:
     text = message(
         autoshard.TraceError, autoshard.search, lambda x, mode: x, jnp.ones(8), {"mode": "fast"}, topology="cpu:8"
     )
-    assert text == "mode['mode'] must be an array, got 'fast' (str); bind it beforehand with functools.partial."
+    assert text == (
+        "mode['mode'] must be an array, got 'fast' (str); declare it static (static_argnames='mode') in the decorator, bind it"
+        " beforehand with functools.partial, or register its class as a pytree."
+    )
 
 
 def test_a_donated_position_that_is_none_is_refused() -> None:

@@ -20,9 +20,9 @@ import autoshard
 from autoshard._util import files
 from autoshard.errors import PlanMismatchError
 from autoshard.plan import loads
-from autoshard.planning import plan_file
-from autoshard.planning.plan_cache import cached
-from autoshard.planning.plan_file import dumps
+from autoshard.planning.files import plan_file
+from autoshard.planning.files.plan_cache import load_or_make
+from autoshard.planning.files.plan_file import dumps
 from tests.support.paths import ROOT
 from tests.support.plans import planned_block, small_plan
 
@@ -43,7 +43,7 @@ KILLED = """
     from dataclasses import replace
     from pathlib import Path
     import autoshard
-    from autoshard.planning.plan_cache import cached
+    from autoshard.planning.files.plan_cache import load_or_make
 
     file, directory = Path(sys.argv[1]), Path(sys.argv[2])
     first = autoshard.load(file)
@@ -56,7 +56,7 @@ KILLED = """
             for plan in plans:
                 plan.save(file)
                 (directory / "key.json").unlink(missing_ok=True)
-                cached(directory, "key", lambda: plan)
+                load_or_make(directory, "key", lambda: plan)
 
     def left():
         return len(list(directory.parent.rglob("*.tmp")))
@@ -78,11 +78,12 @@ KILLED = """
         found = directory / "key.json"
         assert not found.exists() or autoshard.load(found) in plans
     plans[1].save(file)
-    assert autoshard.load(file) == plans[1] == cached(directory, "other", lambda: plans[1])
+    assert autoshard.load(file) == plans[1] == load_or_make(directory, "other", lambda: plans[1])
     print(left())
 """
 
 
+@pytest.mark.long
 def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixty are, and more until one was killed while it wrote.
 
@@ -94,7 +95,7 @@ def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytes
     assert left > 0, "no writer was killed while it wrote"
     monkeypatch.setattr(files, "_STALE_SECONDS", -1.0)
     small_plan().save(file)
-    cached(tmp_path / "cache", "new", small_plan)
+    load_or_make(tmp_path / "cache", "new", small_plan)
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -149,7 +150,7 @@ def test_a_disk_that_cannot_be_written_keeps_what_it_has(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match=os.strerror(number)):
         plan.export("rules", path)
     with pytest.warns(UserWarning, match=f"autoshard cannot cache plans in .*{os.strerror(number)}"):
-        assert cached(tmp_path, "key", lambda: plan) is plan
+        assert load_or_make(tmp_path, "key", lambda: plan) is plan
     assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
 
 
@@ -157,7 +158,7 @@ LIMITED = """
     import os, resource, sys, warnings
     from pathlib import Path
     import autoshard
-    from autoshard.planning.plan_cache import cached
+    from autoshard.planning.files.plan_cache import load_or_make
 
     plan, directory = autoshard.load(sys.argv[1]), Path(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -167,7 +168,7 @@ LIMITED = """
         print(type(error).__name__, error.errno)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert cached(directory, "key", lambda: plan) is plan
+        assert load_or_make(directory, "key", lambda: plan) is plan
     print(len(said), os.listdir(directory))
 """
 
@@ -186,7 +187,7 @@ TMPFS = """
     import os, sys, warnings
     from pathlib import Path
     import autoshard
-    from autoshard.planning.plan_cache import cached
+    from autoshard.planning.files.plan_cache import load_or_make
 
     plan, disk = autoshard.load(sys.argv[1]), Path(sys.argv[2])
     for _ in range(2):
@@ -196,7 +197,7 @@ TMPFS = """
             print(error.strerror, os.listdir(disk))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert cached(disk, "key", lambda: plan) is plan
+            assert load_or_make(disk, "key", lambda: plan) is plan
         print(len(said), os.listdir(disk))
         os.system(f"mount -o remount,ro {disk}")
 """
@@ -221,7 +222,7 @@ def test_a_small_disk_and_a_read_only_one(tmp_path: Path) -> None:
 HOSTILE = """
     import resource, sys
     import autoshard
-    from autoshard.planning.plan_file import loads
+    from autoshard.planning.files.plan_file import loads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         autoshard.load(sys.argv[1])

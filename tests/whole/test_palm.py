@@ -91,6 +91,7 @@ def test_int8_halves_the_layers():
     assert layer_bytes("int8") == pytest.approx(layer_bytes("bf16") / 2, rel=1e-3)
 
 
+@pytest.mark.long
 def test_prefill_then_decode_equals_a_longer_prefill():
     params, tokens = float32_params(), tiny_tokens()
     expected, expected_cache = jax.jit(palm.prefill_step)(params, tokens)
@@ -104,6 +105,7 @@ def test_prefill_then_decode_equals_a_longer_prefill():
         assert (cache[name][:, :, 9:] == 7.0).all()
 
 
+@pytest.mark.long
 def test_a_cache_of_eight_bits_is_half_as_large_and_nearly_as_good():
     bf16, fp8 = (palm.abstract_cache(palm.SIZES["540b"], 64, 2048, cache)["k"] for cache in ("bf16", "fp8"))
     assert fp8.size * fp8.dtype.itemsize * 2 == bf16.size * bf16.dtype.itemsize

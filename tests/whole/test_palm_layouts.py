@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from autoshard.tracing.blocks import Traced
-from costmodels.machine.topology import Topology, parse_topology
+from autoshard.tracing import Traced
+from costmodels.machine import Topology, parse_topology
 from examples import palm
-from search.formulation.strategies import Strategy
-from search.solve import Limits, NoPlan, Solution, search
+from search import Limits, NoPlan, Solution, Strategy, search
 from tests.support.tracing import trace
 
 
@@ -59,6 +58,7 @@ def test_head_sharded_attention_does_not_fit(decode, slice_):
     assert refused.value.least_bytes > slice_.chip.usable_hbm_bytes
 
 
+@pytest.mark.long
 def test_prefill_moves_weights_at_the_larger_batch(slice_):
     """At 2048 tokens weights stay; at 64 x 2048 gathering them is cheaper than moving the activations."""
 
@@ -77,5 +77,4 @@ def _gathers_weights(found: Solution):
 
     program = found.problem.program
     for step in collectives(program, found.problem.topology, found.choice):
-        weight = program.values[step.value]
-        yield step.kind == "all-gather" and "['w" in weight.origin and step.count > 1
+        yield step.kind == "all-gather" and "['w" in program.source_name(step.value) and step.count > 1

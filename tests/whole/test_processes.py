@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import autoshard
-from tests.support import process
 from tests.support.paths import ROOT
 from tests.support.plans import assert_close, well_linked
+from tests.support.scripts import process
 
 PATIENCE = 600
 """Seconds that JAX waits for the other process, and this one for both: a guard against waiting for ever."""
@@ -128,6 +128,7 @@ def key_of_only(directory: Path) -> str:
     return file.name
 
 
+@pytest.mark.long
 def test_a_refusal_reaches_both() -> None:
     wanted = {
         "other arguments": (

@@ -13,19 +13,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import autoshard
-from autoshard.annotating.dimension_names import named
+from autoshard.annotating.dimension_names import name_dimensions
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.errors import AutoshardError
 from autoshard.explaining.formula_sections import formulas
 from autoshard.explaining.formulas import formulas_of
 from autoshard.plan import loads
-from autoshard.planning.plan_file import dumps
+from autoshard.planning.files.plan_file import dumps
 from costmodels.dimensions import rebound
 from costmodels.machine.collectives import seconds_on, wire_bytes
 from costmodels.machine.conventions import Pricing
 from costmodels.machine.topology import Topology, parse_topology
 from costmodels.operations import price
-from costmodels.symbols import collective_seconds, dimension, evaluated, rates, volume
+from costmodels.symbols import collective_seconds, dimension, evaluate, rates, volume
 from examples import palm
 from search.answer.check import check
 from search.solve import search
@@ -77,6 +77,7 @@ def small(text: str) -> st.SearchStrategy[Topology]:
 # --- symbolic = numeric
 
 
+@pytest.mark.long
 @examples(8)
 @given(block=blocks(), topology=st.sampled_from(["v4:2x2x1", "2xv5e:2x2", "h100:2x2", "cpu:4"]).flatmap(small))
 def test_the_formula_of_the_step_is_its_estimate(block: Block, topology: Topology) -> None:
@@ -94,6 +95,7 @@ def test_the_formula_of_the_step_is_its_estimate(block: Block, topology: Topolog
     assert found.at(found.total.wire_bytes) == pytest.approx(sent, rel=1e-9)
 
 
+@pytest.mark.long
 @examples(6)
 @given(block=blocks(), topology=st.sampled_from(["v4:2x2x1", "v5e:2x4"]).flatmap(small), data=st.data())
 def test_formulas_hold_at_other_sizes_than_those_planned(block: Block, topology: Topology, data) -> None:
@@ -130,10 +132,10 @@ def test_the_formula_of_a_collective_is_its_price(kind: str, axes, bandwidth, da
     names = sorted(axis.name for axis in axes)
     numbers = {**rates(topology, ()), "N": payload}
     found = collective_seconds(kind, names, dimension("N"), topology)
-    assert evaluated(found, numbers) == pytest.approx(
+    assert evaluate(found, numbers) == pytest.approx(
         float(seconds_on(topology, kind, names, payload)), rel=1e-9, abs=1e-18
     )
-    sent = evaluated(volume(kind, [axis.name for axis in axes if axis.size > 1], dimension("N")), numbers)
+    sent = evaluate(volume(kind, [axis.name for axis in axes if axis.size > 1], dimension("N")), numbers)
     assert sent == pytest.approx(float(wire_bytes(kind, axes, payload)), rel=1e-9, abs=1e-9)
 
 
@@ -163,6 +165,7 @@ def test_palm_in_closed_form() -> None:
 # --- other sizes, without tracing again
 
 
+@pytest.mark.long
 @examples(8)
 @given(block=blocks(), data=st.data())
 @example(Block(), None)
@@ -173,7 +176,7 @@ def test_a_bound_program_is_the_one_that_tracing_gives(block: Block, data) -> No
     }
     grown = replace(block, **{name: getattr(block, name) * k for name, k in times.items()})
     fresh = plainly_traced(function(grown), *arguments(grown))
-    names = named(fresh.program, fresh.argument_values, fresh.paths)
+    names = name_dimensions(fresh.program, fresh.argument_values, fresh.paths)
     sizes = {name: size for name, size in names.sizes.items() if name not in trace.fixed}
     assert fingerprint(trace.bind(**sizes).program) == fingerprint(fresh.program)
 

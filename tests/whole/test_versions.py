@@ -12,8 +12,8 @@ import jax
 import pytest
 
 import autoshard
-from tests.support import versions
 from tests.support.paths import DATA, ROOT
+from tests.support.scripts import versions
 
 OTHER = os.environ.get("AUTOSHARD_OTHER_PYTHON")
 NO_OTHER = "AUTOSHARD_OTHER_PYTHON names no Python with another JAX"
@@ -37,7 +37,7 @@ def other(*words: object) -> Any:
     """What the other Python says."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX")}
     environment |= {"PYTHONPATH": str(ROOT)}
-    command = [str(OTHER), "-m", "tests.support.versions", *map(str, words)]
+    command = [str(OTHER), "-m", "tests.support.scripts.versions", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

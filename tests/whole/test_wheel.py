@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.long
 
-NESTED = {"costmodels": "_costmodels", "search": "_search"}
+NESTED = {"costmodels": "_costmodels", "search": "_search", "examples": "examples"}
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -80,6 +81,8 @@ def test_imports_no_top_level_search_or_costmodels(wheel: Path):
             if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
                 modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 assert not {module.split(".")[0] for module in modules} & NESTED.keys(), f"{name}:{node.lineno}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.fullmatch(r"(costmodels|search|examples)(\.\w+)+", node.value), f"{name}:{node.lineno}"
 
 
 def test_differs_from_the_repository_in_imports_only(wheel: Path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def as_a_result(piece: Any) -> Any:
+def copy_argument(piece: Any) -> Any:
     """An argument's shard as the result of an operation, made directly before its use.
 
     The TPU compiler (libtpu 0.0.42) copies an argument that a collective reads while a matmul runs. It makes the copies

@@ -16,10 +16,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from search.formulation.tpu_tiles import least_padded
 
 
-def as_an_argument(piece: Any) -> Any:
-    """An array with a TPU's layout of an argument of its shape; unchanged on other devices."""
+def with_argument_layout(piece: Any, always: bool = False) -> Any:
+    """An array with a TPU's layout of an argument of its shape; unchanged on other devices.
+
+    **Arguments:**
+
+    - `always`: whether to name the order also if it is the row-major one.
+    """
     order = least_padded(tuple(piece.shape))
-    if order == tuple(range(piece.ndim)):
+    if order == tuple(range(piece.ndim)) and not always:
         return piece
     return lax.platform_dependent(
         piece,

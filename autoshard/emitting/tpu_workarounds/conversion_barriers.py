@@ -13,21 +13,23 @@ from costmodels.program.program import Operation, Program
 from search.memory.views import views
 
 
-def waits(program: Program) -> dict[int, int]:
+def find_conversion_barriers(program: Program) -> dict[int, int]:
     """Per operation to delay, the value to wait for: the other operand of its matmul, if that is made before it."""
-    given, made = _of_arguments(program)
+    given, made = _argument_values(program)
     known = given | made
     found: dict[int, int] = {}
     for at, op in program.matmuls():
         others = [use.value for use in op.inputs if use.value not in known]
-        for first in (each for use in op.inputs if use.value in made for each in _firsts(program, use.value, given)):
+        for first in (
+            each for use in op.inputs if use.value in made for each in first_operands(program, use.value, given)
+        ):
             value = next((value for value in others if program.producers[value][0] < first), None)
-            if value is not None and _together(program, first, at, value):
+            if value is not None and _is_in_one_region(program, first, at, value):
                 found.setdefault(first, value)
     return found
 
 
-def _of_arguments(program: Program) -> tuple[set[int], set[int]]:
+def _argument_values(program: Program) -> tuple[set[int], set[int]]:
     """The values that are arguments or views of them, and those that fused operations compute from them alone."""
     given: set[int] = set()
     made: set[int] = set()
@@ -40,7 +42,7 @@ def _of_arguments(program: Program) -> tuple[set[int], set[int]]:
     return given, made
 
 
-def _firsts(program: Program, value: int, given: set[int]) -> Iterator[int]:
+def first_operands(program: Program, value: int, given: set[int]) -> Iterator[int]:
     """The operations with arguments as operands from which a value is computed, each once."""
     open_, seen = [value], {value}
     while open_:
@@ -53,7 +55,7 @@ def _firsts(program: Program, value: int, given: set[int]) -> Iterator[int]:
         open_.extend(fresh)
 
 
-def _together(program: Program, first: int, product: int, value: int) -> bool:
+def _is_in_one_region(program: Program, first: int, product: int, value: int) -> bool:
     """Whether all are in one region, which a barrier requires."""
     operations: tuple[Operation, ...] = program.operations
     return operations[first].region == operations[product].region == program.values[value].region

@@ -46,7 +46,7 @@ function held(at) {
 }
 data.arrays.forEach((array, i) => { const option = make("option", { value: i }); option.textContent = `${array.path}  ${array.type}`; byId("array").append(option); });
 if (data.arrays.length) {
-  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "replicated" : n + " shards"}, ${bytes(a.bytes)} a chip`; };
+  const spec = () => { const a = data.arrays[byId("array").value], n = pieces(a.split.flat()); byId("spec").textContent = `${a.spec}: ${n === 1 ? "replicated" : n + " shards"}, ${bytes(a.bytes)} per chip`; };
   const again = responsive(byId("torus"), drawTorus);
   byId("array").addEventListener("change", () => { again(); spec(); });
   spec(); held(Object.fromEntries(data.axes.map((a) => [a.name, 0])));
@@ -74,6 +74,26 @@ for (const [name, seconds] of waits) {
   if (seconds / whole < 0.2) part.textContent = ""; // there is no room for words
 }
 legend(byId("waits"), waits.map(([name, seconds]) => [REGIMES[name], `${name} ${time(seconds)}, ${percent(seconds / whole)}`]));
+
+// --- One layer
+
+const fitting = (words, wide) => (words.length * 6.5 <= wide ? words : "…" + words.slice(1 - Math.floor(wide / 6.5))); // the end of a name tells it from others
+
+if (data.timeline.steps.length) responsive(byId("timeline"), (width) => {
+  const steps = data.timeline.steps, total = steps.reduce((s, t) => s + t.seconds, 0), left = 4;
+  const svg = make("svg", { viewBox: `0 0 ${width} 96`, height: 96, role: "group", "aria-label": "Timeline of one layer" });
+  let at = 0;
+  for (const step of steps) {
+    const x = left + (at / total) * (width - 2 * left), wide = (step.seconds / total) * (width - 2 * left), wire = step.regime === "communication";
+    const bar = make("rect", { x, y: wire ? 48 : 12, width: Math.max(wide, 0.75), height: 32, fill: REGIMES[step.regime] || "#888", tabindex: 0 });
+    hint(bar, `${step.name}\n${step.strategy}\n${time(step.seconds)}, ${percent(step.seconds / total)} of ${time(total)}`); svg.append(bar);
+    if (wide > 60) svg.append(make("text", { x: x + 4, y: (wire ? 48 : 12) + 20, class: "inside", "pointer-events": "none" }, fitting(step.name, wide - 8)));
+    at += step.seconds;
+  }
+  svg.append(make("text", { class: "axis", x: left, y: 94 }, "0"), make("text", { class: "axis", x: width - left, y: 94, "text-anchor": "end" }, time(total)));
+  return svg;
+});
+if (data.timeline.steps.length) legend(byId("timed"), Object.keys(REGIMES).filter((r) => data.timeline.steps.some((s) => s.regime === r)).map((r) => [REGIMES[r], r === "communication" ? "collectives, in the lower row" : `on the chip, bound by ${r}`]));
 
 // --- Memory
 
@@ -103,13 +123,18 @@ if (roof.dots.length) responsive(byId("roofline"), (width) => {
   const xs = roof.dots.map((d) => d.intensity), ys = roof.dots.map((d) => d.rate), ridge = roof.flops / roof.bytes;
   const x = span([...xs, ridge, ridge * 4], true), y = span([...ys, roof.flops], true);
   const c = chart({ width, height: 360, x, y, logX: true, logY: true, label: "Roofline", xLabel: "FLOPs per byte through HBM", yLabel: "TFLOP/s of one chip", yTick: (t) => three(t / 1e12) });
-  const line = (flops, dash) => { const turn = flops / roof.bytes, start = Math.max(x[0], y[0] / roof.bytes); c.svg.append(make("path", { d: `M${c.X(start)} ${c.Y(start * roof.bytes)}L${c.X(turn)} ${c.Y(flops)}L${c.X(x[1])} ${c.Y(flops)}`, fill: "none", stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": dash })); };
+  const line = (flops, dash) => { // clipped to the axes: a unit whose ridge lies left of them is a level line, and one below them is not drawn
+    if (flops < y[0]) return;
+    const turn = Math.max(flops / roof.bytes, x[0]), start = Math.min(Math.max(x[0], y[0] / roof.bytes), turn), end = Math.max(turn, x[1]);
+    const at = (i) => `${c.X(Math.min(i, x[1]))} ${c.Y(Math.min(flops, i * roof.bytes))}`;
+    c.svg.append(make("path", { class: "roof", d: `M${at(start)}L${at(turn)}L${at(end)}`, fill: "none", stroke: "var(--soft)", "stroke-width": 1.5, "stroke-dasharray": dash }));
+  };
   line(roof.flops, ""); line(roof.vector, "4 4");
   const said = (flops, words) => c.svg.append(make("text", { class: "axis", x: width - c.right - 2, y: c.Y(flops) - 6, "text-anchor": "end" }, words));
   said(roof.flops, `matrix unit, ${three(roof.flops / 1e12)} TFLOP/s`); if (roof.vector > y[0]) said(roof.vector, `vector unit, ${three(roof.vector / 1e12)}`);
   const low = Math.max(x[0], y[0] / roof.bytes) * 1.5; if (width > 500 && low < ridge) c.svg.append(make("text", { class: "axis", x: c.X(low) + 14, y: c.Y(low * roof.bytes) + 16 }, `HBM, ${three(roof.bytes / 1e9)} GB/s`));
   const most = Math.max(...roof.dots.map((d) => d.seconds));
-  for (const d of roof.dots) { const dot = make("circle", { cx: c.X(d.intensity), cy: c.Y(d.rate), r: 3 + 9 * Math.sqrt(d.seconds / most), fill: REGIMES[d.regime] || "#888", "fill-opacity": 0.75, tabindex: 0 }); hint(dot, `${d.name}\n${time(d.seconds)} a step, waits for ${d.regime}\n${three(d.intensity)} FLOPs a byte, ${three(d.rate / 1e12)} TFLOP/s`); c.svg.append(dot); }
+  for (const d of roof.dots) { const dot = make("circle", { cx: c.X(d.intensity), cy: c.Y(d.rate), r: 3 + 9 * Math.sqrt(d.seconds / most), fill: REGIMES[d.regime] || "#888", "fill-opacity": 0.75, tabindex: 0 }); hint(dot, `${d.name}\n${time(d.seconds)} per step, bound by ${d.regime}\n${three(d.intensity)} FLOPs per byte, ${three(d.rate / 1e12)} TFLOP/s`); c.svg.append(dot); }
   return c.svg;
 });
 
@@ -130,7 +155,7 @@ if (data.audit) {
   if (t.replayed) {
     rows.push({ what: "step, schedule replayed", planned: t.planned, compiled: t.replayed, unit: time });
     rows.push({ what: "of it waiting for communication", planned: null, compiled: t.exposed_communication, unit: time });
-    rows.push({ what: "floor: bytes to read once", planned: null, compiled: t.floor, unit: time });
+    rows.push({ what: "floor: bytes to move once", planned: null, compiled: t.floor, unit: time });
   }
   const shown = (r, side) => (r[side] === null ? null : r.unit(r[side]));
   table(byId("audit"), rows, [["one chip, one step", (r) => r.what], ["planned", (r) => shown(r, "planned"), null, "number"], ["compiled", (r) => shown(r, "compiled"), null, "number"],

@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["#2a78b5", "#d5752a", "#3a8f4d", "#a34b9b", "#b58a2a", "#6b7785", "#c0504d", "#2f9c95"];
-const REGIMES = { compute: "#c23b4f", HBM: "#00798c", communication: "#b8860b", overhead: "#76808c" };
+const REGIMES = { compute: "#c23b4f", HBM: "#00798c", "vector unit": "#7a55b0", communication: "#946b00", overhead: "#66707b" };
 const byId = (id) => document.getElementById(id);
 
 function make(name, attributes, ...children) {
@@ -50,7 +50,15 @@ function legend(place, items) {
   for (const [colour, words] of items) place.append(make("span", {}, make("i", { style: `background: ${colour}` }), words));
 }
 
-// --- Tables: columns are [title, value of a row, how it is shown, class]; a click on a title sorts, a second one reverses
+for (const button of document.querySelectorAll("button.copy")) button.addEventListener("click", async () => {
+  const words = button.textContent;
+  try { await navigator.clipboard.writeText(data[button.dataset.copies]); button.textContent = "Copied"; } catch {
+    const area = make("textarea", { readonly: "", rows: 12, class: "mono" }); area.value = data[button.dataset.copies]; button.after(area); area.select(); // pages from files may not use the clipboard
+  }
+  setTimeout(() => { button.textContent = words; }, 1500);
+});
+
+// --- Tables: columns are [title, value of a row, how it is shown, class, target of a link]; a click on a title sorts, a second one reverses
 
 function table(place, rows, columns, options) {
   const given = options || {};
@@ -72,7 +80,7 @@ function table(place, rows, columns, options) {
     }
     body.replaceChildren(...order.map((i) => {
       const line = make("tr", given.best && given.best(rows[i]) ? { class: "best" } : {});
-      for (const c of columns) { const cell = make("td", c[3] ? { class: c[3] } : {}); cell.textContent = broken(show(c, rows[i])); line.append(cell); }
+      for (const c of columns) { const cell = make("td", c[3] ? { class: c[3] } : {}); const text = broken(show(c, rows[i])), target = c[4] && c[4](rows[i]); cell.append(target ? make("a", { href: target }, text) : text); line.append(cell); }
       return line;
     }));
     count.textContent = order.length === rows.length ? rows.length + " rows" : order.length + " of " + rows.length + " rows";
@@ -86,7 +94,9 @@ function table(place, rows, columns, options) {
   search.addEventListener("input", fill);
   const controls = rows.length > 4 ? [make("div", { class: "controls" }, search, count)] : [];
   if (!rows.length) { place.textContent = "None."; return; }
-  place.replaceChildren(...controls, make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), body)));
+  const box = make("div", { class: "scroll" }, make("table", {}, make("thead", {}, head), body));
+  place.replaceChildren(...controls, box);
+  new ResizeObserver(() => box.classList.toggle("more", box.scrollWidth > box.clientWidth + 1)).observe(box);
   fill();
 }
 

@@ -23,9 +23,9 @@ data.phases.forEach((phase, index) => {
   const group = (p) => phase.series.map((key) => (typeof p.knobs[key] === "string" ? p.knobs[key] : `${key} ${p.knobs[key]}`)).join(", ");
   const groups = [...new Set(phase.points.map(group))].sort((a, b) => a.localeCompare(b, undefined, { numeric: true })); // of one colour in all phases
   const colour = (p) => COLORS[groups.indexOf(group(p)) % COLORS.length];
-  const words = (p) => [p.name, `${time(p.latency)}, ${three(1e3 * p.cost)} chip-ms a token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} a million`}`,
+  const words = (p) => [p.name, `${time(p.latency)}, ${three(1e3 * p.cost)} chip-ms per token${p.price === null ? "" : `, ${three(p.price)} ${data.currency} per million tokens`}`,
     `${percent(p.mfu)} MFU, memory ${percent(p.memory)}, collectives ${percent(p.collectives)} of the time`,
-    ...(Object.keys(p.phases).length > 1 ? Object.entries(p.phases).map(([n, s]) => `${n}: ${time(s)} a step`) : []),
+    ...(Object.keys(p.phases).length > 1 ? Object.entries(p.phases).map(([n, s]) => `${n}: ${time(s)} per step`) : []),
     ...Object.entries(p.layout).flatMap(([n, l]) => grouped(l).map((line) => (Object.keys(p.layout).length > 1 ? `${n}: ` : "") + line)),
     p.proof === "OPTIMAL" ? "proven optimal" : `gap ${percent(p.gap)}`].join("\n");
 
@@ -58,12 +58,13 @@ data.phases.forEach((phase, index) => {
   const split = Object.keys(phase.points[0].phases);
   table(find(".points"), phase.points, [
     ["topology", (p) => p.topology], ...knobs.map((key) => [key, (p) => p.knobs[key], null, typeof phase.points[0].knobs[key] === "number" ? "number" : ""]),
-    [LATENCY[phase.kind] || "latency", (p) => p.latency, time, "number"], ...(split.length > 1 ? split.map((name) => [`${name}, a step`, (p) => p.phases[name], time, "number"]) : []),
-    ["chip-ms a token", (p) => 1e3 * p.cost, three, "number"], ...(phase.priced ? [[`${data.currency} a million`, (p) => p.price, three, "number"]] : []),
-    ["MFU", (p) => p.mfu, percent, "number"], ["memory", (p) => p.memory, percent, "number"], ["frontier", (p) => (p.best ? "yes" : ""), null, ""],
+    [LATENCY[phase.kind] || "latency", (p) => p.latency, time, "number"], ...(split.length > 1 ? split.map((name) => [`${name}, per step`, (p) => p.phases[name], time, "number"]) : []),
+    ["tokens per second per chip", (p) => p.rate, three, "number"], ["chip-ms per token", (p) => 1e3 * p.cost, three, "number"], ...(phase.priced ? [[`${data.currency} per million tokens`, (p) => p.price, three, "number"]] : []),
+    ...(phase.points.some((p) => p.slowdown !== null) ? [["compiled / planned", (p) => p.slowdown, three, "number"]] : []), ["MFU", (p) => p.mfu, percent, "number"], ["memory", (p) => p.memory, percent, "number"], ["frontier", (p) => (p.best ? "yes" : ""), null, ""],
+    ...split.filter((name) => phase.points.some((p) => p.pages[name])).map((name) => [split.length > 1 ? `plan of ${name}` : "plan", (p) => (p.pages[name] ? "open" : null), null, "", (p) => p.pages[name]]),
     ["layout", (p) => p.headline, null, "wide"]], { best: (p) => p.best });
 });
 const ends = data.phases.flatMap((phase) => phase.ends);
-if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.part], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms a token", (e) => 1e3 * e.cost, three, "number"],
-  ...(ends.some((e) => e.price !== null) ? [[`${data.currency} a million`, (e) => e.price, three, "number"]] : []), ["MFU", (e) => e.mfu, percent, "number"], ["layout", (e) => e.headline, null, "wide"]]);
+if (ends.length) table(byId("ends"), ends, [["phase", (e) => e.part], ["", (e) => e.which], ["point", (e) => e.name, null, "name"], ["latency", (e) => e.latency, time, "number"], ["chip-ms per token", (e) => 1e3 * e.cost, three, "number"],
+  ...(ends.some((e) => e.price !== null) ? [[`${data.currency} per million tokens`, (e) => e.price, three, "number"]] : []), ["MFU", (e) => e.mfu, percent, "number"], ["layout", (e) => e.headline, null, "wide"]]);
 if (data.without.length) table(byId("without"), data.without, [["phase", (w) => w.phase], ["point", (w) => w.name, null, "name"], ["outcome", (w) => w.outcome], ["why", (w) => w.why, null, "wide"]]);

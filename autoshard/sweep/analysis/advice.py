@@ -13,7 +13,7 @@ from autoshard.sweep.job import Knob
 
 _SWITCHES = 6
 """The number of reported layout changes per phase."""
-_LATENCY = {"decode": "a token", "prefill": "to the first token", REQUEST: "a request"}
+_LATENCY = {"decode": "per token", "prefill": "to the first token", REQUEST: "per request"}
 
 
 Said = tuple[str, str]
@@ -48,8 +48,8 @@ def _sentences(sweep: SweepResult, phase: str) -> Iterator[Said]:
 
 
 def latency_of(row: Row) -> str:
-    """A latency as text: `24.5 ms a token`; for a request also those of its phases."""
-    words = f"{time(row.latency_seconds)} {_LATENCY.get(row.kind, 'a step')}"
+    """A latency as text: `24.5 ms per token`; for a request also those of its phases."""
+    words = f"{time(row.latency_seconds)} {_LATENCY.get(row.kind, 'per step')}"
     if row.kind != REQUEST:
         return words
     parts = [
@@ -61,9 +61,10 @@ def latency_of(row: Row) -> str:
 
 
 def cost_of(row: Row, currency: str) -> str:
-    """A cost as text: `31 chip-ms a token (28 USD a million)`."""
-    price = "" if row.price is None else f" ({figure(row.price)} {currency} a million)"
-    return f"{figure(1e3 * row.chip_seconds_per_token)} chip-ms a token{price}"
+    """A cost as text, with the figure that it rests on: `31 chip-ms per token (28 USD per million tokens, …)`."""
+    price = "" if row.price is None else f" ({figure(row.price)} {currency} per million tokens, by planned times)"
+    compiled = "" if row.slowdown is None else f"; compiled steps take {row.slowdown:.2f} times the planned"
+    return f"{figure(1e3 * row.chip_seconds_per_token)} chip-ms per token{price}{compiled}"
 
 
 def _ends(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
@@ -87,8 +88,8 @@ def _steps(sweep: SweepResult, rows: Sequence[Row]) -> Iterator[str]:
         yield f"the largest matmuls have one kind of layout along the whole frontier of {len(best)} points."
     for each in found[:_SWITCHES]:
         yield (
-            f"along the frontier {each.before.family} gives way to {each.after.family}"
-            f" between {sweep.label(each.before, in_part=True)} and {sweep.label(each.after, in_part=True)}."
+            f"from {sweep.label(each.before, in_part=True)} to {sweep.label(each.after, in_part=True)}, the next point of the"
+            f" frontier, the layout changes from {each.before.family} to {each.after.family}."
         )
     if len(found) > _SWITCHES:
         more = len(found) - _SWITCHES
@@ -99,7 +100,7 @@ def _layouts(rows: Sequence[Row]) -> Iterator[Said]:
     """The layouts along every numeric variable, with the others fixed."""
     for knob in dict.fromkeys(key for row in rows for key in row.knobs):
         lines = []
-        for rest, group in _along(rows, knob):
+        for rest, group in _rows_by_other_knobs(rows, knob):
             spans = [
                 (name, [row.knobs[knob] for row in part])
                 for name, part in ((n, list(p)) for n, p in groupby(group, key=lambda row: row.family))
@@ -113,7 +114,7 @@ def _layouts(rows: Sequence[Row]) -> Iterator[Said]:
             yield f"by {knob}, {rest}", f"{words}{also}."
 
 
-def _along(rows: Sequence[Row], knob: str) -> Iterator[tuple[str, list[Row]]]:
+def _rows_by_other_knobs(rows: Sequence[Row], knob: str) -> Iterator[tuple[str, list[Row]]]:
     same = {key for key in rows[0].knobs if len({row.knobs.get(key) for row in rows}) == 1}
     table: dict[tuple, list[Row]] = {}
     for row in rows:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import exp, isclose, log
 from textwrap import wrap
+from typing import Any, Literal
 
 from autoshard._util.tables import WIDTH, figure, item, percent, size, table, time
 from autoshard.sweep.analysis.advice import advice, cost_of, latency_of, mean_gain, memory_text
@@ -15,19 +16,21 @@ from autoshard.sweep.analysis.rows import REQUEST, Part, Row, SweepResult
 from autoshard.sweep.job import Knob
 from autoshard.sweep.results import FAILED, INFEASIBLE, PRUNED, SOLVED
 
+RESTS_ON = "Latencies, costs and prices rest on planned step times; sweep --verify tpu compiles the frontier's plans."
+"""The figure that a sweep's numbers rest on."""
 _LISTED = 8
 """The number of slices that are listed per reason for points without a plan."""
 
 
 def render(sweep: SweepResult, width: int = WIDTH) -> str:
     """The frontiers, the recommendations, and the outcomes of points without a plan."""
-    parts = [_summary(sweep)]
+    parts = [_summary(sweep, width)]
     parts += [_frontiers(sweep, phase, width) for phase in sweep.phases if sweep.of(phase)]
-    parts += [_answers(sweep, width), _recommendations(sweep, width), _without(sweep, width)]
+    parts += [_answers(sweep, width), _recommendations(sweep, width), _infeasible_points(sweep, width)]
     return "\n\n".join("\n".join(lines) for part in parts if (lines := list(part))) + "\n"
 
 
-def _summary(sweep: SweepResult) -> Iterator[str]:
+def _summary(sweep: SweepResult, width: int) -> Iterator[str]:
     counts = Counter(row.outcome for row in sweep.rows)
     unproven = sum(row.status != "OPTIMAL" for row in sweep.solved)
     proven = "all proven optimal" if not unproven else f"{unproven} of them not proven optimal"
@@ -35,13 +38,14 @@ def _summary(sweep: SweepResult) -> Iterator[str]:
     rest = "".join(f", {counts[key]} {word}" for key, word in words.items() if counts[key])
     yield f"{sweep.name}: {len(sweep.rows)} points, {counts[SOLVED]} with a plan ({proven}){rest}"
     yield from (each for each in (limits_text(sweep), uncomparable(sweep)) if each)
+    yield from wrap(RESTS_ON, width)
 
 
 def limits_text(sweep: SweepResult) -> str:
     """The job's constraints as a sentence; empty if it has none."""
     given = sweep.constraints
     said = {
-        "seconds_per_token": lambda value: f"{time(value)} a token",
+        "seconds_per_token": lambda value: f"{time(value)} per token",
         "seconds_to_first_token": lambda value: f"{time(value)} to the first token",
         "memory_gib": lambda value: f"{value:g} GiB of each chip",
     }
@@ -71,8 +75,8 @@ def _frontier(sweep: SweepResult, phase: str, part: Part, width: int) -> Iterato
     letters = {line: _letter(i) for i, line in enumerate(dict.fromkeys(row.headline for row in best))}
     priced = any(row.price is not None for row in best)
     together = best[0].kind == REQUEST
-    headers = ["topology", *knobs, *(["a request", *best[0].phase_seconds] if together else ["latency"])]
-    headers += ["chip-ms a token", *[f"{sweep.currency} a million"] * priced, "MFU", "memory", "layout"]
+    headers = ["topology", *knobs, *(["per request", *best[0].phase_seconds] if together else ["latency"])]
+    headers += ["chip-ms per token", *[f"{sweep.currency} per million tokens"] * priced, "MFU", "memory", "layout"]
     rows = [_cells(row, knobs, priced, letters) for row in best]
     align = "<" + "".join("<" if isinstance(best[0].knobs.get(key), str) else ">" for key in knobs)
     lines = table(headers, rows, align + ">" * (len(headers) - len(align) - 1) + "<", width - 2)
@@ -128,10 +132,16 @@ def _by_slice(rows: Sequence[Row], knob: str) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sentence, and its row if there is one."""
+    """A sentence, and its row if there is one; `found` is False if no plan answers the question."""
 
     words: str
     row: Row | None = None
+    found: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain data, for JSON."""
+        row = None if self.row is None else asdict(self.row) | {"tokens_per_second": self.row.tokens_per_second}
+        return {"found": self.found, "answer": self.words, "point": row}
 
     def __str__(self) -> str:
         return self.words
@@ -146,6 +156,7 @@ def answers(sweep: SweepResult) -> list[Answer]:
 
 
 Limit = float | None
+Most = Literal["tokens", "tokens-per-chip", "tokens-per-dollar"]
 
 
 def limits_of(sweep: SweepResult, phase: str, per_token: Limit, first_token: Limit) -> tuple[Limit, Limit]:
@@ -167,7 +178,7 @@ def _answer_cheapest(sweep: SweepResult, part: Part, per_token: Limit, first_tok
     if found is None:
         near = min(part.rows, key=lambda row: excess(row, per_token, first_token), default=None)
         nearest = f"; the nearest is {sweep.label(near, in_part=True)} with {latency_of(near)}" if near else ""
-        return Answer(f"{part.name}: no plan takes {limits}{nearest}.")
+        return Answer(f"{part.name}: no plan takes {limits}{nearest}.", found=False)
     words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}, {percent(found.mfu)} MFU"
     within = limits and f" at {limits}"
     return Answer(
@@ -176,8 +187,8 @@ def _answer_cheapest(sweep: SweepResult, part: Part, per_token: Limit, first_tok
 
 
 def _limits(rows: Sequence[Row], per_token: Limit, first_token: Limit) -> str:
-    """`30.0 ms a token or less and 2.00 s to the first token or less`."""
-    token = " a token" if any(row.kind in ("decode", REQUEST) for row in rows) else ""
+    """`30.0 ms per token or less and 2.00 s to the first token or less`."""
+    token = " per token" if any(row.kind in ("decode", REQUEST) for row in rows) else ""
     parts = [f"{time(per_token)}{token} or less"] if per_token is not None else []
     parts += [f"{time(first_token)} to the first token or less"] if first_token is not None else []
     return " and ".join(parts)
@@ -198,11 +209,48 @@ def _answer_fastest(sweep: SweepResult, part: Part, chips: int, per_token: Limit
     found = fastest(rows, chips)
     if found is None:
         there = ", ".join(map(str, sorted({row.chips for row in rows}))) or "none"
-        return Answer(f"{part.name}: no plan{within} uses {chips} chips; there are plans for {there}.")
+        return Answer(f"{part.name}: no plan{within} uses {chips} chips; there are plans for {there}.", found=False)
     words = f"{latency_of(found)}, {cost_of(found, sweep.currency)}"
     return Answer(
         f"{part.name}: the fastest on {chips} chips{within} is {sweep.label(found, in_part=True)}: {words}; {found.headline}.",
         found,
+    )
+
+
+def answer_most(
+    sweep: SweepResult, phase: str, what: Most, per_token: Limit = None, first_token: Limit = None
+) -> list[Answer]:
+    """The plan with the most tokens per second, or per second per chip or dollar, one sentence per part."""
+    parts = sweep.parts(phase) or (Part(phase, ()),)
+    return [_answer_most(sweep, part, what, per_token, first_token) for part in parts]
+
+
+def _answer_most(sweep: SweepResult, part: Part, what: Most, per_token: Limit, first_token: Limit) -> Answer:
+    rows = [row for row in part.rows if keeps(row, per_token, first_token)]
+    limits = _limits(part.rows, per_token, first_token)
+    within = limits and f" at {limits}"
+    if what == "tokens-per-dollar":
+        rows = [row for row in rows if row.price is not None]
+        if not rows and part.rows and all(row.price is None for row in part.rows):
+            return Answer(f"{part.name}: the job has no prices; add [price] per_chip_hour.", found=False)
+    score = {
+        "tokens": lambda row: row.tokens_per_second,
+        "tokens-per-chip": lambda row: row.tokens_per_second / row.chips,
+        "tokens-per-dollar": lambda row: 1 / row.price,
+    }[what]
+    best = max(rows, key=score, default=None)
+    if best is None:
+        return Answer(f"{part.name}: no plan{within}.", found=False)
+    rate = f"{figure(best.tokens_per_second)} tokens per second, {figure(best.tokens_per_second / best.chips)} per chip"
+    title = {
+        "tokens": "tokens per second",
+        "tokens-per-chip": "tokens per second per chip",
+        "tokens-per-dollar": "tokens per dollar",
+    }
+    return Answer(
+        f"{part.name}: the most {title[what]}{within} has {sweep.label(best, in_part=True)}: {rate}, {latency_of(best)},"
+        f" {cost_of(best, sweep.currency)}; {best.headline}.",
+        best,
     )
 
 
@@ -217,13 +265,17 @@ def answer_longest(
     if not asked:
         numbers = dict.fromkeys(key for row in sweep.of(phase) for key, value in row.knobs.items() if is_number(value))
         return Answer(
-            f"{phase}: expected a number in which its plans differ ({', '.join(numbers) or 'there is none'}), got {knob}."
+            f"{phase}: expected a number in which its plans differ ({', '.join(numbers) or 'there is none'}), got {knob}.",
+            found=False,
         )
     found = longest(rows, knob)
     if found is None:
-        return Answer(f"{phase}: no {knob} from {min(asked, key=float)} to {max(asked, key=float)} has a plan{within}.")
+        return Answer(
+            f"{phase}: no {knob} from {min(asked, key=float)} to {max(asked, key=float)} has a plan{within}.",
+            found=False,
+        )
     room = "" if float(found.knobs[knob]) < max(map(float, asked)) else " (the largest of the job; larger ones may fit)"
-    held = f"{size(found.peak_bytes)} of {size(found.budget_bytes)} a chip"
+    held = f"{size(found.peak_bytes)} of {size(found.budget_bytes)} per chip"
     return Answer(
         f"{phase}: the largest {knob}{within} is {found.knobs[knob]}{room}: {found.name}, {held}, {latency_of(found)}."
         f"{_by_slice(rows, knob)}",
@@ -231,11 +283,11 @@ def answer_longest(
     )
 
 
-def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob, width: int = WIDTH) -> list[str]:
+def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob, width: int = WIDTH) -> Answer:
     """The gain of one value of a variable over another, pair by pair."""
     pairs = gains(sweep.of(phase), knob, first, second)
     if not pairs:
-        return [f"{phase}: no two plans differ only in {knob} {first} and {second}."]
+        return Answer(f"{phase}: no two plans differ only in {knob} {first} and {second}.", found=False)
     least, most = min(pairs, key=lambda pair: pair.latency), max(pairs, key=lambda pair: pair.latency)
     knobs = [key for key in sweep.knobs_of(phase) if key != knob]
     alike = all(isclose(pair.latency, pair.cost) for pair in pairs)
@@ -245,7 +297,7 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
         f"{phase}: {knob} {second} is {mean_gain(pairs):.2f} times as fast{' and as cheap' * alike} as {first}{cheap}, over"
         f" {len(pairs)} pairs of plans: {least.latency:.2f} at {sweep.label(least.second)},"
         f" {most.latency:.2f} at {sweep.label(most.second)}."
-        f" It takes {memory_text(pairs)}.{_only(sweep, phase, knob, first, second)}"
+        f" It takes {memory_text(pairs)}.{_fits_only_with(sweep, phase, knob, first, second)}"
     )
     rows = [
         (
@@ -259,14 +311,12 @@ def answer_gain(sweep: SweepResult, phase: str, knob: str, first: Knob, second: 
         )
         for pair in pairs
     ]
-    headers = ("topology", *knobs, str(first), str(second), "faster", f"{first} a chip", f"{second} a chip")
-    return [
-        *wrap(words, width, break_on_hyphens=False),
-        *(f"  {x}" for x in table(headers, rows, "<" + ">" * (len(headers) - 1), width - 2)),
-    ]
+    headers = ("topology", *knobs, str(first), str(second), "faster", f"{first} per chip", f"{second} per chip")
+    lines = table(headers, rows, "<" + ">" * (len(headers) - 1), width - 2)
+    return Answer("\n".join([*wrap(words, width, break_on_hyphens=False), *(f"  {line}" for line in lines)]))
 
 
-def _only(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) -> str:
+def _fits_only_with(sweep: SweepResult, phase: str, knob: str, first: Knob, second: Knob) -> str:
     """The number of points that fit only with the second value of a variable."""
 
     def rest(row: Row) -> tuple:
@@ -284,7 +334,7 @@ def _recommendations(sweep: SweepResult, width: int) -> Iterator[str]:
         yield from item(sentence, width)
 
 
-def _without(sweep: SweepResult, width: int) -> Iterator[str]:
+def _infeasible_points(sweep: SweepResult, width: int) -> Iterator[str]:
     words = {FAILED: "Failed", INFEASIBLE: "No layout fits", PRUNED: "Ruled out without a search"}
     rows = [row for row in sweep.rows if row.outcome != SOLVED]
     if rows:

@@ -79,10 +79,10 @@ def _changes(before: Row, after: Row) -> Iterator[str]:
             if old != new:
                 groups.setdefault((old, new), []).append(name)
     for (old, new), names in groups.items():
-        yield f"{_some(names)}: {old} → {new}"
+        yield f"{_list_some(names)}: {old} → {new}"
 
 
-def _some(names: Sequence[str]) -> str:
+def _list_some(names: Sequence[str]) -> str:
     each = list(dict.fromkeys(map(_last_keys, names)))
     more = f" and {len(each) - _NAMED} more" if len(each) > _NAMED else ""
     return ", ".join(each[:_NAMED]) + more

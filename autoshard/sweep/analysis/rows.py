@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autoshard._util.identity import IdentityMap
 from autoshard.errors import AutoshardError
 from autoshard.sweep.job import Job, Knob
 from autoshard.sweep.points import Point, Unmade
@@ -31,7 +32,7 @@ class Row:
     - `chip_seconds_per_token`: chips × seconds / tokens, $nt/(BL)$ in Pope et al. 2022; `price` is the money per million
       tokens, None without a price of the chip.
     - `mfu`: FLOPs of the program's matmuls (with attention, and with padded heads) over the chips' peak.
-    - `proofs`: phase to the solver and its proof.
+    - `proofs`: phase to the solver and its proof. `compiled_seconds`: phase to the step of its compiled program, if known.
     - `layout`: phase to matmul to strategy, the largest matmuls first. `phase_seconds`: of one step of each phase;
       `phase_kinds`: the kind of each.
     """
@@ -61,12 +62,25 @@ class Row:
     phase_kinds: Mapping[str, str] = field(default_factory=dict)
     handoff_seconds: float = 0.0
     proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    compiled_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The point as text."""
         knobs = ", ".join(f"{key} {value}" for key, value in self.knobs.items())
         return f"{self.topology}{f', {knobs}' if knobs else ''}"
+
+    @property
+    def slowdown(self) -> float | None:
+        """The compiled steps over the planned ones, of a point whose phases are all compiled; None for others."""
+        if not self.compiled_seconds or set(self.compiled_seconds) != set(self.phase_seconds):
+            return None
+        return sum(self.compiled_seconds.values()) / sum(self.phase_seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The throughput of the slice."""
+        return self.chips / self.chip_seconds_per_token if self.chip_seconds_per_token else 0.0
 
     def seconds_of(self, kind: str) -> float | None:
         """The longest step of a kind of phase, such as "decode"; None if there is none."""
@@ -96,14 +110,14 @@ def _bare(chosen: str) -> str:
 
 def _main_strategies(layout: Mapping[str, str]) -> tuple[str, ...]:
     """The strategies of the largest matmul by a weight and of the largest one of attention."""
-    attention = next((each for each in layout.values() if _of_attention(each)), None)
-    weights = next((each for each in layout.values() if not _of_attention(each)), None)
+    attention = next((each for each in layout.values() if _is_attention(each)), None)
+    weights = next((each for each in layout.values() if not _is_attention(each)), None)
     if attention is None:
         return (weights or "no matrix products",)
     return (f"attention {attention}",) if weights is None else (weights, f"attention {attention}")
 
 
-def _of_attention(strategy: str) -> bool:
+def _is_attention(strategy: str) -> bool:
     return "-sharded" in strategy.partition(":")[0]
 
 
@@ -176,8 +190,8 @@ class SweepResult:
 
 def sweep_result(job: Job, done: Iterable[Done], order: Sequence[Point | Unmade], store: str = "") -> SweepResult:
     """The rows of a sweep in the job's order."""
-    found = {id(each.point): each for each in done}
-    rows = tuple(row_of(found[id(point)], job.per_chip_hour) for point in order if id(point) in found)
+    found = IdentityMap((each.point, each) for each in done)
+    rows = tuple(row_of(found[point], job.per_chip_hour) for point in order if point in found)
     return SweepResult(job.name, rows, job.currency, asdict(job.constraints), store, job.per)
 
 

@@ -17,27 +17,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
-from autoshard.tracing.equations import equations, rebuilt, variables
-from autoshard.tracing.jaxprs import CALLS, INLINED, needed, scan_counts
+from autoshard.tracing.equations import equations, rebuild_jaxpr, variables
+from autoshard.tracing.jaxprs import CALLS, INLINED, live_equations, scan_counts
 from autoshard.tracing.loops.invariants import SHOWING
 from autoshard.tracing.loops.updates import updates_of
-from autoshard.tracing.loops.whole_stacks import on_stacks
+from autoshard.tracing.loops.whole_stacks import write_whole_stacks
 
 
-def in_place(closed: Any, donated: Collection[int] = ()) -> Any:
+def carry_in_place(closed: Any, donated: Collection[int] = ()) -> Any:
     """An equivalent closed jaxpr whose scans update their stacks in place.
 
     **Arguments:**
 
     - `donated`: positions of the operands that may be overwritten.
     """
-    jaxpr = _in_place(closed.jaxpr, {closed.jaxpr.invars[at] for at in donated})
+    jaxpr = _carry_in_place(closed.jaxpr, {closed.jaxpr.invars[at] for at in donated})
     return closed if jaxpr is closed.jaxpr else jex.ClosedJaxpr(jaxpr, closed.consts)
 
 
-def _in_place(jaxpr: Any, free: Collection[Any]) -> Any:
+def _carry_in_place(jaxpr: Any, free: Collection[Any]) -> Any:
     """The jaxpr with its scans in place; `free` are the operands that are not used after it."""
-    eqns = needed(jaxpr)
+    eqns = live_equations(jaxpr)
     if not any(_has_blocks(eqn) for eqn in eqns):
         return jaxpr
     found: list[Any] = []
@@ -47,7 +47,7 @@ def _in_place(jaxpr: Any, free: Collection[Any]) -> Any:
         inside = _with_blocks_in_place(eqn, ends)
         found += _scan_in_place(inside, ends) if eqn.primitive.name == "scan" else [inside]
     same = len(found) == len(eqns) and all(a is b for a, b in zip(found, eqns, strict=True))
-    return jaxpr if same else rebuilt(jaxpr, jaxpr.invars, jaxpr.outvars, found)
+    return jaxpr if same else rebuild_jaxpr(jaxpr, jaxpr.invars, jaxpr.outvars, found)
 
 
 def _has_blocks(eqn: Any) -> bool:
@@ -77,28 +77,30 @@ def _with_blocks_in_place(eqn: Any, ends: Sequence[int]) -> Any:
     name, params = eqn.primitive.name, eqn.params
     if name in CALLS:
         key = next(key for key in INLINED if key in params)
-        return _with(eqn, {key: _block(params[key], ends)})
+        return _with_params(eqn, {key: _block(params[key], ends)})
     if name == "scan":
         constants, _ = scan_counts(params)
-        return _with(eqn, {"jaxpr": _block(params["jaxpr"], range(constants, len(eqn.invars)))})
+        return _with_params(eqn, {"jaxpr": _block(params["jaxpr"], range(constants, len(eqn.invars)))})
     if name == "while":
         tested, constants = params["cond_nconsts"], params["body_nconsts"]
-        return _with(eqn, {"body_jaxpr": _block(params["body_jaxpr"], range(constants, len(eqn.invars) - tested))})
+        return _with_params(
+            eqn, {"body_jaxpr": _block(params["body_jaxpr"], range(constants, len(eqn.invars) - tested))}
+        )
     if name == "cond":
         inside = [k - 1 for k in ends if k]
         branches = tuple(_block(each, inside) for each in params["branches"])
         same = all(a is b for a, b in zip(branches, params["branches"], strict=True))
-        return eqn if same else _with(eqn, {"branches": branches})
+        return eqn if same else _with_params(eqn, {"branches": branches})
     return eqn
 
 
 def _block(inner: Any, free: Collection[int]) -> Any:
     if isinstance(inner, jex.ClosedJaxpr):
-        return in_place(inner, free)
-    return _in_place(inner, {inner.invars[at] for at in free}) if isinstance(inner, jex.Jaxpr) else inner
+        return carry_in_place(inner, free)
+    return _carry_in_place(inner, {inner.invars[at] for at in free}) if isinstance(inner, jex.Jaxpr) else inner
 
 
-def _with(eqn: Any, params: dict[str, Any]) -> Any:
+def _with_params(eqn: Any, params: dict[str, Any]) -> Any:
     same = all(eqn.params[key] is value for key, value in params.items())
     return eqn if same else eqn.replace(params={**eqn.params, **params})
 
@@ -110,13 +112,13 @@ def _scan_in_place(eqn: Any, ends: Sequence[int]) -> list[Any]:
     if not pairs:
         return [eqn]
     length = eqn.params["length"]
-    closed = on_stacks(eqn.params["jaxpr"], pairs, (length,))
+    closed = write_whole_stacks(eqn.params["jaxpr"], pairs, (length,))
     body, first = closed.jaxpr, constants + carries
     taken, given = ([each[side] for each in pairs] for side in (0, 1))
     slices = [k for k in range(first, len(eqn.invars)) if k not in taken]
     piles = [k for k in range(carries, len(eqn.outvars)) if k not in given]
     order, back = [*range(first), *taken, *slices], [*range(carries), *given, *piles]
-    inner = rebuilt(
+    inner = rebuild_jaxpr(
         body, [*(body.invars[k] for k in order), body.invars[-1]], [body.outvars[k] for k in back], body.eqns
     )
     rounds, (numbers,) = equations(lambda: lax.iota(jnp.int32, length), [], eqn.source_info)

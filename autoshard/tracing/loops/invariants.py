@@ -7,7 +7,7 @@ so plans count what the compiled loop keeps live and reads.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from autoshard.tracing.jaxprs import CALLS, needed
+from autoshard.tracing.jaxprs import CALLS, live_equations
 from costmodels.program.views import BROADCASTS, PARTS, RENAMES
 
 SHOWING = RENAMES | BROADCASTS | PARTS | {"copy"}
@@ -32,49 +32,64 @@ class Split(NamedTuple):
     rest: Any
 
 
-def split(body: Any, fixed: Collection[Any]) -> Split:
+def hoist(body: Any, fixed: Collection[Any]) -> Split:
     """Moves loop-invariant equations out of a loop's body.
 
     **Arguments:**
 
     - `body`: a jaxpr; `fixed`: its loop-invariant variables.
     """
-    made_of: dict[Any, frozenset[Any]] = {var: frozenset((var,)) for var in fixed}
-    moved: list[Any] = []
-    eqns = needed(body)
-    for eqn in eqns:
-        operands = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-        if not operands or any(v not in made_of for v in operands) or not _movable(eqn):
-            continue
-        sources = frozenset().union(*(made_of[v] for v in operands))
-        if eqn.primitive.name in SHOWING:
-            made_of.update((var, sources) for var in eqn.outvars)
-        elif 0 < _bytes(eqn.outvars) <= _bytes(sources):
-            made_of.update((var, frozenset((var,))) for var in eqn.outvars)
-            moved.append(eqn)
+    eqns = live_equations(body)
+    moved, invariant = _moved_equations(eqns, fixed)
     if not moved:
         return Split((), (), body)
-    wanted = {v for eqn in moved for v in eqn.invars if not isinstance(v, jex.Literal)}
+    rest = body.replace(eqns=[eqn for eqn in body.eqns if eqn not in moved])
+    rest = rest.replace(eqns=live_equations(rest))
     results = {v for eqn in moved for v in eqn.outvars}
+    entering = tuple(v for v in _variables_read_in_order(rest) if v in results)
+    return Split(_with_their_views(eqns, moved, invariant), entering, rest)
+
+
+def _moved_equations(eqns: Sequence[Any], fixed: Collection[Any]) -> tuple[set[Any], set[Any]]:
+    """The equations that move before the loop, without views, and all loop-invariant variables."""
+    sources: dict[Any, frozenset[Any]] = {var: frozenset((var,)) for var in fixed}
+    moved: set[Any] = set()
+    for eqn in eqns:
+        operands = _variables(eqn)
+        if not operands or any(v not in sources for v in operands) or not _movable(eqn):
+            continue
+        read = frozenset().union(*(sources[v] for v in operands))
+        if eqn.primitive.name in SHOWING:
+            sources.update((var, read) for var in eqn.outvars)
+        elif 0 < _bytes(eqn.outvars) <= _bytes(read):
+            sources.update((var, frozenset((var,))) for var in eqn.outvars)
+            moved.add(eqn)
+    return moved, set(sources)
+
+
+def _with_their_views(eqns: Sequence[Any], moved: Collection[Any], invariant: Collection[Any]) -> tuple[Any, ...]:
+    """The moved equations in order, with the views that they need."""
+    wanted = {v for eqn in moved for v in _variables(eqn)}
     before: list[Any] = []
     for eqn in reversed(eqns):
-        if any(eqn is each for each in moved) or (
-            eqn.primitive.name in SHOWING and wanted & {*eqn.outvars} & {*made_of}
-        ):
+        is_needed_view = eqn.primitive.name in SHOWING and wanted.intersection(eqn.outvars).intersection(invariant)
+        if eqn in moved or is_needed_view:
             before.append(eqn)
-            wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
-    own = {id(eqn) for eqn in moved}
-    rest = body.replace(eqns=[eqn for eqn in body.eqns if id(eqn) not in own])
-    rest = rest.replace(eqns=needed(rest))
-    return Split(tuple(before[::-1]), tuple(v for v in _read(rest) if v in results), rest)
+            wanted.update(_variables(eqn))
+    return tuple(before[::-1])
 
 
-def used(jaxpr: Any) -> set[Any]:
+def _variables(eqn: Any) -> list[Any]:
+    """The operands of an equation without literals."""
+    return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+
+
+def variables_read(jaxpr: Any) -> set[Any]:
     """The variables that a jaxpr's equations or results read."""
-    return set(_read(jaxpr))
+    return set(_variables_read_in_order(jaxpr))
 
 
-def _read(jaxpr: Any) -> list[Any]:
+def _variables_read_in_order(jaxpr: Any) -> list[Any]:
     """The variables that equations or results read, once each, in order."""
     atoms = [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]
     return list(dict.fromkeys(v for v in atoms if not isinstance(v, jex.Literal)))

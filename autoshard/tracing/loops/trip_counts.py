@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Scalars:
     def number(self, atom: Any) -> int | None:
         """The integer value of a literal or a value; `None` if it depends on an argument."""
         if not isinstance(atom, int):
-            return _whole(self.literal(atom))
+            return _to_integer(self.literal(atom))
         made = self.made.get(atom)
         if made is None:
             return None
@@ -74,7 +74,9 @@ class Scalars:
         return found[0] if made.primitive in _SAME else _ARITHMETIC[made.primitive](*found)  # pyright: ignore
 
 
-def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable[[int], int | None]) -> Rounds | None:
+def trip_count(
+    params: Any, initial: Callable[[int], int | None], constant: Callable[[int], int | None]
+) -> Rounds | None:
     """An upper bound on the trip count of a `while`; `None` if no counter ends it.
 
     **Arguments:**
@@ -83,47 +85,69 @@ def rounds(params: Any, initial: Callable[[int], int | None], constant: Callable
     - `initial`: the first value of a carry by position, if it is known.
     - `constant`: the value of a constant of the condition by position, if it is known.
     """
-    test, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
-    n_test, n_body = params["cond_nconsts"], params["body_nconsts"]
-    known, steps = _definitions(test), _definitions(body)
-    if test.outvars[0].aval.shape:
+    loop = _While(params, initial, constant)
+    result = loop.test.outvars[0]
+    if result.aval.shape:
         return None
-    place = {var: i for i, var in enumerate(test.invars)}
+    terms = list(_terms(_definitions(loop.test), result, True))
+    bounds: list[Rounds] = []
+    for name, left, right in (each for each in terms if each is not None):
+        for how, counter, end in ((name, left, right), (MIRRORED[name], right, left)):
+            bound = loop.bound(how, counter, end)
+            if bound is not None:
+                bounds.append(replace(bound, exact=len(terms) == 1))
+    return min(bounds, key=lambda each: each.count, default=None)
 
-    def step_of(carry: int) -> int | None:
+
+class _While:
+    """A `while` equation with the known values of its carries and constants."""
+
+    def __init__(
+        self, params: Any, initial: Callable[[int], int | None], constant: Callable[[int], int | None]
+    ) -> None:
+        self.test, self.body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+        self.test_constants, self.body_constants = params["cond_nconsts"], params["body_nconsts"]
+        self.initial, self.constant = initial, constant
+        self.made = _definitions(self.body)
+        self.place = {var: i for i, var in enumerate(self.test.invars)}
+
+    def bound(self, how: str, counter: Any, end: Any) -> Rounds | None:
+        """The trip count after which `counter HOW end` no longer holds; None if that is not known."""
+        place = None if isinstance(counter, jex.Literal) else self.place.get(counter)
+        if place is None or place < self.test_constants:
+            return None
+        carry = place - self.test_constants
+        limit, start, step = self.number(end), self.initial(carry), self.step_of(carry)
+        if limit is None or start is None or not step:
+            return None
+        count = trips_until(how, start, step, limit)
+        return None if count is None else Rounds(count, start, step, limit, exact=False)
+
+    def step_of(self, carry: int) -> int | None:
         """The amount that each iteration adds to a carry."""
-        before, after = body.invars[n_body + carry], steps.get(body.outvars[carry], body.outvars[carry])
+        before = self.body.invars[self.body_constants + carry]
+        after = self.made.get(self.body.outvars[carry], self.body.outvars[carry])
         if after is before:
             return 0
         if not isinstance(after, _Made) or after.primitive not in ("add", "sub"):
             return None
-        left, right = (_seen(steps, each) for each in after.operands)
+        left, right = (_resolve_alias(self.made, each) for each in after.operands)
         if left is before and (by := _literal(right)) is not None:
             return by if after.primitive == "add" else -by
         return _literal(left) if right is before and after.primitive == "add" else None
 
-    def number(atom: Any) -> int | None:
+    def number(self, atom: Any) -> int | None:
         """The value of a loop-invariant side of a comparison."""
-        at = place.get(atom) if not isinstance(atom, jex.Literal) else None
-        if at is None:
+        place = None if isinstance(atom, jex.Literal) else self.place.get(atom)
+        if place is None:
             return _literal(atom)
-        return constant(at) if at < n_test else initial(at - n_test) if step_of(at - n_test) == 0 else None
-
-    terms = list(_terms(known, test.outvars[0], True))
-    found: list[Rounds] = []
-    for name, left, right in (each for each in terms if each is not None):
-        for how, counter, end in ((name, left, right), (MIRRORED[name], right, left)):
-            at = place.get(counter, -1) - n_test if not isinstance(counter, jex.Literal) else -1
-            if at < 0 or (limit := number(end)) is None or (start := initial(at)) is None:
-                continue
-            step = step_of(at)
-            count = rounds_until(how, start, step, limit) if step else None
-            if count is not None and step:
-                found.append(Rounds(count, start, step, limit, len(terms) == 1))
-    return min(found, key=lambda each: each.count, default=None)
+        if place < self.test_constants:
+            return self.constant(place)
+        carry = place - self.test_constants
+        return self.initial(carry) if self.step_of(carry) == 0 else None
 
 
-def rounds_until(how: str, start: int, step: int, end: int) -> int | None:
+def trips_until(how: str, start: int, step: int, end: int) -> int | None:
     """The number of steps until `counter HOW end` no longer holds; `None` if that never happens.
 
     **Arguments:**
@@ -148,11 +172,11 @@ def _terms(known: dict[Any, Any], atom: Any, holds: bool) -> Iterator[tuple[str,
     name = made.primitive if isinstance(made, _Made) else ""
     if isinstance(made, _Made) and name == ("and" if holds else "or"):
         for each in made.operands:
-            yield from _terms(known, _seen(known, each), holds)
+            yield from _terms(known, _resolve_alias(known, each), holds)
     elif isinstance(made, _Made) and name == "not":
-        yield from _terms(known, _seen(known, made.operands[0]), not holds)
+        yield from _terms(known, _resolve_alias(known, made.operands[0]), not holds)
     elif isinstance(made, _Made) and name in NEGATED:
-        left, right = (_seen(known, each) for each in made.operands)
+        left, right = (_resolve_alias(known, each) for each in made.operands)
         yield (name if holds else NEGATED[name]), left, right
     else:
         yield None
@@ -189,7 +213,7 @@ def _definitions(jaxpr: Any, env: dict[Any, Any] | None = None) -> dict[Any, Any
     return known
 
 
-def _seen(known: dict[Any, Any], atom: Any) -> Any:
+def _resolve_alias(known: dict[Any, Any], atom: Any) -> Any:
     """The variable that an alias stands for."""
     if isinstance(atom, jex.Literal):
         return atom
@@ -198,9 +222,9 @@ def _seen(known: dict[Any, Any], atom: Any) -> Any:
 
 
 def _literal(atom: Any) -> int | None:
-    return _whole(atom.val) if isinstance(atom, jex.Literal) else None
+    return _to_integer(atom.val) if isinstance(atom, jex.Literal) else None
 
 
-def _whole(value: Any) -> int | None:
+def _to_integer(value: Any) -> int | None:
     array = np.asarray(value)
     return int(array) if array.shape == () and np.issubdtype(array.dtype, np.integer) else None

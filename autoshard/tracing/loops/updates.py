@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from autoshard.tracing.jaxprs import CALLS, called, computed_again, scan_counts
+from autoshard.tracing.jaxprs import CALLS, callee, is_rematerialised, scan_counts
 from search.memory.views import IN_PLACE
 
 
@@ -53,15 +53,15 @@ def _updated_operand(eqn: Any, result: int) -> int | None:
         inside = params["body_jaxpr"].jaxpr
         return tested + constants + result if unread and is_updated(inside, constants + result, result) else None
     if name == "cond":
-        return _updated_by_all([each.jaxpr for each in params["branches"]], result)
-    if name in CALLS and not computed_again(eqn):
-        inner = called(eqn)[0]
+        return _common_update([each.jaxpr for each in params["branches"]], result)
+    if name in CALLS and not is_rematerialised(eqn):
+        inner = callee(eqn)[0]
         first = updates_of(inner, inner.outvars[result])[0]
         return inner.invars.index(first) if first in inner.invars else None
     return None
 
 
-def _updated_by_all(branches: list[Any], result: int) -> int | None:
+def _common_update(branches: list[Any], result: int) -> int | None:
     """The operand of a `cond` that every branch updates, if there is one."""
     firsts = [(each, updates_of(each, each.outvars[result])[0]) for each in branches]
     if any(first not in each.invars for each, first in firsts):

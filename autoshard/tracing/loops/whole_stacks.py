@@ -14,20 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex
 
+from autoshard.rules.kernels import named_kernel
 from autoshard.tracing.equations import (
     equations,
-    fresh,
-    gathered,
-    put,
-    rebuilt,
-    renamed,
-    renamed_atoms,
-    scattered,
-    stacked,
+    gather_slice,
+    new_variables,
+    rebuild_jaxpr,
+    rename_atoms,
+    rename_equation,
+    scatter_slice,
+    stacked_type,
     variables,
     window,
+    write_slice,
 )
-from autoshard.tracing.jaxprs import CALLS, called, scan_counts
+from autoshard.tracing.jaxprs import CALLS, callee, scan_counts
 from autoshard.tracing.loops.updates import Update, updates_of
 from autoshard.tracing.source_lines import is_jax_own
 from search.memory.views import IN_PLACE
@@ -36,7 +37,7 @@ READS = ("dynamic_slice", "gather")
 """Primitives that read a part of their first operand, and can read it from the stack."""
 
 
-def on_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> Any:
+def write_whole_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> Any:
     """A closed jaxpr whose operands and results at `places` are stacks; an index per leading dimension follows all operands.
 
     **Arguments:**
@@ -45,18 +46,18 @@ def on_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int
       at the point of each update; any other is written whole, at the end.
     - `lead`: the sizes of the leading dimensions of stacks, which slices do not have.
     """
-    closed = _with_calls_opened(closed, places)
+    closed = _inline_calls(closed, places)
     jaxpr = closed.jaxpr
-    index = fresh([jax.ShapeDtypeStruct((), jnp.int32) for _ in lead])
-    stacks = fresh([stacked(jaxpr.invars[operand].aval, lead) for operand, _ in places])
+    index = new_variables([jax.ShapeDtypeStruct((), jnp.int32) for _ in lead])
+    stacks = new_variables([stacked_type(jaxpr.invars[operand].aval, lead) for operand, _ in places])
     chains = [updates_of(jaxpr, jaxpr.outvars[result]) for _, result in places]
-    updates: dict[int, list[Update]] = {}
+    updates: dict[Any, list[Update]] = {}
     for (operand, _), (first, chain) in zip(places, chains, strict=True):
         for each in chain if first is jaxpr.invars[operand] else ():
-            updates.setdefault(id(each.eqn), []).append(each)
+            updates.setdefault(each.eqn, []).append(each)
     rewriting = _Rewriting(jaxpr, index, lead)
     rewriting.stacks |= {jaxpr.invars[operand]: stack for (operand, _), stack in zip(places, stacks, strict=True)}
-    rewriting.run(_written_late(jaxpr.eqns, updates), updates)
+    rewriting.run(_delay_updates(jaxpr.eqns, updates), updates)
     results, invars = list(jaxpr.outvars), list(jaxpr.invars)
     for (operand, result), stack, (first, _) in zip(places, stacks, chains, strict=True):
         if first is jaxpr.invars[operand]:
@@ -66,7 +67,7 @@ def on_stacks(closed: Any, places: Sequence[tuple[int, int]], lead: Sequence[int
         invars[operand] = stack
     taken = {result for _, result in places}
     results = [v if k in taken else rewriting.value(v) for k, v in enumerate(results)]
-    return jex.ClosedJaxpr(rebuilt(jaxpr, [*invars, *index], results, rewriting.eqns), closed.consts)
+    return jex.ClosedJaxpr(rebuild_jaxpr(jaxpr, [*invars, *index], results, rewriting.eqns), closed.consts)
 
 
 class _Rewriting:
@@ -79,11 +80,11 @@ class _Rewriting:
         self.eqns: list[Any] = []
         self.source: Any = None
 
-    def run(self, eqns: Sequence[Any], updates: dict[int, list[Update]]) -> None:
+    def run(self, eqns: Sequence[Any], updates: dict[Any, list[Update]]) -> None:
         for at, eqn in enumerate(eqns):
             self.source = eqn.source_info
-            if id(eqn) in updates:
-                self.write(eqn, updates[id(eqn)], eqns[:at], eqns[at + 1 :])
+            if eqn in updates:
+                self.write(eqn, updates[eqn], eqns[:at], eqns[at + 1 :])
             elif eqn.primitive.name in READS and eqn.invars[0] in self.stacks:
                 self.read(eqn)
             else:
@@ -104,7 +105,7 @@ class _Rewriting:
 
         def part(stack: Any, *rest: Any) -> Any:
             if eqn.primitive.name == "gather":
-                return gathered(eqn, stack, rest[0], rest[1:])
+                return gather_slice(eqn, stack, rest[0], rest[1:])
             return window(rest[-n:], eqn.params["slice_sizes"], rest[:-n])(stack)
 
         self.emit(part, [self.stacks[eqn.invars[0]], *others], eqn.outvars)
@@ -134,13 +135,13 @@ class _Rewriting:
         at = 0 if eqn.primitive.name == "dynamic_update_slice" else 1  # position of the update in `others`
         if _reads(after, self.jaxpr.outvars, old):
             others[at], self.slices[old] = self.wait(others[at], [self.value(old)])
-        elif (made := _made_of(before, old)) and not _depends(before, eqn.invars[1 + at], made):
+        elif (made := _smaller_results(before, old)) and not _depends(before, eqn.invars[1 + at], made):
             others[at] = self.wait(others[at], made)[0]
 
         def part(stack: Any, *rest: Any) -> Any:
             if eqn.primitive.name == "dynamic_update_slice":
-                return put(stack, rest[0], rest[-n:], rest[1:-n])
-            return scattered(eqn, stack, rest[0], rest[1], rest[2:])
+                return write_slice(stack, rest[0], rest[-n:], rest[1:-n])
+            return scatter_slice(eqn, stack, rest[0], rest[1], rest[2:])
 
         (self.stacks[eqn.outvars[0]],) = self.emit(part, [self.stacks[old], *others])
 
@@ -150,7 +151,7 @@ class _Rewriting:
 
     def write_whole(self, stack: Any, variable: Any) -> Any:
         """Writes a whole slice into the stack."""
-        return self.emit(lambda at, update, *index: put(at, update, index), [stack, self.value(variable)])[0]
+        return self.emit(lambda at, update, *index: write_slice(at, update, index), [stack, self.value(variable)])[0]
 
     def emit(self, fn: Callable[..., Any], atoms: Sequence[Any], results: Sequence[Any] = ()) -> list[Any]:
         """Adds the equations of a function of these operands and the indices, and returns its results."""
@@ -164,12 +165,12 @@ class _Rewriting:
 
 def _scan_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequence[Any], lead: Sequence[int]) -> Any:
     constants, carries = scan_counts(eqn.params)
-    closed = on_stacks(eqn.params["jaxpr"], places, lead)
+    closed = write_whole_stacks(eqn.params["jaxpr"], places, lead)
     body, n = closed.jaxpr, len(index)
     invars = [*body.invars[:constants], *body.invars[-n:], *body.invars[constants:-n]]
     params = {
         **eqn.params,
-        "jaxpr": jex.ClosedJaxpr(rebuilt(body, invars, body.outvars, body.eqns), closed.consts),
+        "jaxpr": jex.ClosedJaxpr(rebuild_jaxpr(body, invars, body.outvars, body.eqns), closed.consts),
         "num_consts": constants + n,
         "num_carry": carries,
     }
@@ -180,16 +181,16 @@ def _scan_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Seque
 def _while_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequence[Any], lead: Sequence[int]) -> Any:
     params, n = eqn.params, len(index)
     tested, constants = params["cond_nconsts"], params["body_nconsts"]
-    closed = on_stacks(params["body_jaxpr"], [(operand - tested, result) for operand, result in places], lead)
+    closed = write_whole_stacks(params["body_jaxpr"], [(operand - tested, result) for operand, result in places], lead)
     body, condition = closed.jaxpr, params["cond_jaxpr"].jaxpr
     invars = [*body.invars[:constants], *body.invars[-n:], *body.invars[constants:-n]]
     unread = list(condition.invars)
     for _, result in places:
-        (unread[tested + result],) = fresh([stacked(unread[tested + result].aval, lead)])
-    test = rebuilt(condition, unread, condition.outvars, condition.eqns)
+        (unread[tested + result],) = new_variables([stacked_type(unread[tested + result].aval, lead)])
+    test = rebuild_jaxpr(condition, unread, condition.outvars, condition.eqns)
     params = {
         **params,
-        "body_jaxpr": jex.ClosedJaxpr(rebuilt(body, invars, body.outvars, body.eqns), closed.consts),
+        "body_jaxpr": jex.ClosedJaxpr(rebuild_jaxpr(body, invars, body.outvars, body.eqns), closed.consts),
         "cond_jaxpr": jex.ClosedJaxpr(test, params["cond_jaxpr"].consts),
         "body_nconsts": constants + n,
     }
@@ -200,7 +201,7 @@ def _while_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequ
 
 def _cond_on_stacks(eqn: Any, operands: Sequence[Any], places: Any, index: Sequence[Any], lead: Sequence[int]) -> Any:
     inside = [(operand - 1, result) for operand, result in places]
-    branches = tuple(on_stacks(each, inside, lead) for each in eqn.params["branches"])
+    branches = tuple(write_whole_stacks(each, inside, lead) for each in eqn.params["branches"])
     params = {**eqn.params, "branches": branches}
     return eqn.replace(invars=[*operands, *index], outvars=_results(eqn, places, lead), params=params)
 
@@ -212,19 +213,19 @@ REGIONS = {"scan": _scan_on_stacks, "while": _while_on_stacks, "cond": _cond_on_
 def _results(eqn: Any, places: Sequence[tuple[int, int]], lead: Sequence[int]) -> list[Any]:
     found = list(eqn.outvars)
     for _, result in places:
-        (found[result],) = fresh([stacked(found[result].aval, lead)])
+        (found[result],) = new_variables([stacked_type(found[result].aval, lead)])
     return found
 
 
 # --- Order: a write follows all reads of the old slice
 
 
-def _written_late(eqns: Sequence[Any], updates: dict[int, list[Update]]) -> list[Any]:
+def _delay_updates(eqns: Sequence[Any], updates: dict[Any, list[Update]]) -> list[Any]:
     """The equations with each update directly before the first use of its results, or at the end."""
     found: list[Any] = []
     for eqn in reversed(eqns):
         at = 0
-        if id(eqn) in updates:
+        if eqn in updates:
             made = set(eqn.outvars)
             at = next((k for k, each in enumerate(found) if not made.isdisjoint(variables(each))), len(found))
         found.insert(at, eqn)
@@ -236,7 +237,7 @@ def _reads(eqns: Sequence[Any], results: Sequence[Any], variable: Any) -> bool:
     return any(variable in variables(eqn) for eqn in eqns) or any(variable is each for each in results)
 
 
-def _made_of(eqns: Sequence[Any], variable: Any) -> list[Any]:
+def _smaller_results(eqns: Sequence[Any], variable: Any) -> list[Any]:
     """Values computed from a slice that are smaller than it: once they exist, the slice has been read."""
     of_it, found = {variable}, []
     for eqn in eqns:
@@ -261,7 +262,7 @@ def _depends(eqns: Sequence[Any], variable: Any, sources: Sequence[Any]) -> bool
 # --- Inlined calls
 
 
-def _with_calls_opened(closed: Any, places: Sequence[tuple[int, int]]) -> Any:
+def _inline_calls(closed: Any, places: Sequence[tuple[int, int]]) -> Any:
     """The jaxpr with the calls inlined that an update passes through, or that read a slice."""
     while True:
         jaxpr = closed.jaxpr
@@ -271,25 +272,26 @@ def _with_calls_opened(closed: Any, places: Sequence[tuple[int, int]]) -> Any:
             slices.add(jaxpr.invars[operand])
             if first is jaxpr.invars[operand]:
                 slices.update(each.eqn.outvars[each.result] for each in chain)
-                through.update(id(each.eqn) for each in chain)
+                through.update(each.eqn for each in chain)
         opened = next((eqn for eqn in jaxpr.eqns if _is_opened(eqn, slices, through)), None)
         if opened is None:
             return closed
-        closed = _opened(closed, opened)
+        closed = _inline_call(closed, opened)
 
 
-def _is_opened(eqn: Any, slices: set[Any], through: set[int]) -> bool:
-    if id(eqn) in through:
+def _is_opened(eqn: Any, slices: set[Any], through: set[Any]) -> bool:
+    if eqn in through:
         return eqn.primitive.name in CALLS
-    return eqn.primitive.name in ("jit", "pjit") and not slices.isdisjoint(variables(eqn))
+    reads = eqn.primitive.name in ("jit", "pjit") and not slices.isdisjoint(variables(eqn))
+    return reads and named_kernel(eqn) is None  # a kernel reads all of the slice
 
 
-def _opened(closed: Any, call: Any) -> Any:
+def _inline_call(closed: Any, call: Any) -> Any:
     """The jaxpr with a call replaced by its equations."""
-    jaxpr, (inner, arrays) = closed.jaxpr, called(call)
+    jaxpr, (inner, arrays) = closed.jaxpr, callee(call)
     own = {v for eqn in inner.eqns for v in eqn.outvars}
-    named: dict[Any, Any] = dict(zip(own, fresh([v.aval for v in own]), strict=True))
-    held = fresh([v.aval for v in inner.constvars])
+    named: dict[Any, Any] = dict(zip(own, new_variables([v.aval for v in own]), strict=True))
+    held = new_variables([v.aval for v in inner.constvars])
     named |= dict(zip((*inner.invars, *inner.constvars), (*call.invars, *held), strict=True))
     source = {"source_info": call.source_info} if is_jax_own(inner) else {}
 
@@ -297,10 +299,10 @@ def _opened(closed: Any, call: Any) -> Any:
     after: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
         if eqn is call:
-            eqns += [renamed(each, named).replace(**source) for each in inner.eqns]
-            after = dict(zip(call.outvars, renamed_atoms(inner.outvars, named), strict=True))
+            eqns += [rename_equation(each, named).replace(**source) for each in inner.eqns]
+            after = dict(zip(call.outvars, rename_atoms(inner.outvars, named), strict=True))
         else:
-            eqns.append(renamed(eqn, after) if after else eqn)
-    opened = rebuilt(jaxpr, jaxpr.invars, renamed_atoms(jaxpr.outvars, after), eqns)
+            eqns.append(rename_equation(eqn, after) if after else eqn)
+    opened = rebuild_jaxpr(jaxpr, jaxpr.invars, rename_atoms(jaxpr.outvars, after), eqns)
     opened = opened.replace(constvars=[*jaxpr.constvars, *held])
     return jex.ClosedJaxpr(opened, (*closed.consts, *arrays))

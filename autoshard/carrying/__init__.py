@@ -1,0 +1,1 @@
+"""Ways to carry a plan into a compiled program, measured by compiling, with the constraints that the partitioner needs."""

@@ -1,0 +1,1 @@
+"""Collectives as JAX operations on one chip's shard."""

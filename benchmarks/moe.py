@@ -1,0 +1,165 @@
+"""Mixtures of experts: the best plan against the rules of public JAX code.
+
+    python benchmarks/moe.py [--only CASE ...] [--resume]
+
+A row is a decoder of published sizes with `lax.ragged_dot`, a phase and a slice. `reference` is the planned step with the
+experts' matrices as in public code that gathers tokens, computes local experts and reduces (MaxText's ring of experts; EP of
+jax-llm-examples): experts over as many mesh axes as divide them, hidden columns over the rest. All else is searched.
+`columns` is the step with hidden columns over all axes (tpu-inference's default), `ours` that of the free search. Each is
+proven on its own. `*_replayed` are two layers, compiled for the slice and replayed. Rows that do not run again keep their last
+result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+import autoshard
+from autoshard.errors import AutoshardError
+from costmodels.machine.topology import parse_topology
+from costmodels.program.grouped import CHAIN
+from examples import llama, mixtral
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "moe.json"
+SEARCH_SECONDS = 60.0
+COMPILED_LAYERS = 2
+MODELS: Mapping[str, mixtral.Config] = {
+    "mixtral-8x7b": mixtral.SIZES["8x7b"],
+    # Qwen/Qwen3-30B-A3B, config.json; without the norms of queries and keys
+    "qwen3-30b-a3b": mixtral.Config(48, 2048, 768, 32, 4, 128, 151_936, experts=128, chosen=8),
+    # openai/gpt-oss-20b, config.json; without sinks, windows and biases
+    "gpt-oss-20b": mixtral.Config(24, 2880, 2880, 64, 8, 64, 201_088, experts=32, chosen=4),
+}
+PHASES = {"decode": (64, 2048), "prefill": (8, 1024)}
+"""Sequences and their tokens: in the cache, or of the prompt."""
+CASES = {
+    f"{model}-{phase}-{topology}": (model, phase, topology)
+    for topology in ("v5e:4x4", "v5p:4x4x4")
+    for phase in PHASES
+    for model in MODELS
+}
+
+
+def workload(model: str, phase: str, layers: int | None = None) -> autoshard.Workload:
+    """A model's function and abstract arguments."""
+    config = MODELS[model] if layers is None else replace(MODELS[model], layers=layers)
+    batch, length = PHASES[phase]
+    params, chosen = mixtral.abstract_params(config), config.chosen
+    if phase == "prefill":
+        step = partial(mixtral.prefill_step, chosen=chosen, feed_forward=mixtral.ragged_experts)
+        return autoshard.Workload(step, (params, jax.ShapeDtypeStruct((batch, length), jnp.int32)))
+    step = partial(mixtral.decode_step, chosen=chosen, feed_forward=mixtral.ragged_experts)
+    cache = llama.abstract_cache(config, batch, length, unrolled=True)
+    rest = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    return autoshard.Workload(step, (params, cache, *rest), donate_argnums=(1,))
+
+
+def pins(experts: int, topology: str, by_experts: bool) -> dict[str, P]:
+    """The layouts of the experts' matrices by the public rules."""
+    split: list[str] = []
+    sizes = parse_topology(topology).axis_sizes
+    for axis, size in sizes.items():
+        if by_experts and experts % (math.prod(sizes[each] for each in split) * size) == 0:
+            split.append(axis)
+    first, rest = tuple(split) or None, tuple(axis for axis in sizes if axis not in split) or None
+    in_columns, in_rows = P(first, None, rest), P(first, rest, None)
+    return {"params.layers.*.w_gate": in_columns, "params.layers.*.w_up": in_columns, "params.layers.*.w_down": in_rows}
+
+
+def plan_case(case: str, contestant: str, layers: int | None = None) -> tuple[autoshard.Plan, autoshard.Workload]:
+    """The plan of a case, with the experts' matrices pinned unless the contestant is "ours"."""
+    model, phase, topology = CASES[case]
+    work = workload(model, phase, layers)
+    rules = None if contestant == "ours" else pins(MODELS[model].experts, topology, contestant == "reference")
+    plan = autoshard.search(
+        work.fn,
+        *work.args,
+        topology=topology,
+        donate_argnums=work.donate_argnums,
+        name=case,
+        pins=rules,
+        time_limit=SEARCH_SECONDS,
+    )
+    return plan, work
+
+
+def measure(case: str) -> dict[str, Any]:
+    """The row of a case."""
+    row: dict[str, Any] = {"row": case}
+    for name in ("reference", "columns", "ours"):
+        started, processor = time.monotonic(), time.process_time()
+        try:
+            plan, _ = plan_case(case, name)
+        except AutoshardError as error:
+            row |= {name: None, f"{name}_why": str(error).splitlines()[0]}
+            continue
+        row |= {name: plan.estimate.seconds, f"{name}_gap": plan.proof.gap, f"{name}_status": plan.proof.status}
+        row[f"{name}_search_seconds"] = round(time.monotonic() - started, 1)
+        row[f"{name}_processor_seconds"] = round(time.process_time() - processor, 1)
+        row[f"{name}_parallelism"] = str(plan.parallelism())
+        row[f"{name}_chains"] = sum(each.primitive == CHAIN for each in plan.operations)
+        row |= _compiled(case, name)
+    return row
+
+
+def _compiled(case: str, name: str) -> dict[str, Any]:
+    """A few layers, compiled for TPUs and replayed."""
+    plan, work = plan_case(case, name, COMPILED_LAYERS)
+    try:
+        found = autoshard.audit(plan, work.fn, *work.args, target="tpu")
+    except AutoshardError as error:
+        return {f"{name}_replayed": None, f"{name}_replayed_why": str(error).splitlines()[0]}
+    return {
+        f"{name}_few_planned": plan.estimate.seconds,
+        f"{name}_replayed": found.replay and found.replay.seconds,
+        f"{name}_flops_ratio": found.flops and found.flops / found.planned_flops,
+        f"{name}_peak_ratio": found.peak_bytes and found.peak_bytes / found.planned_peak_bytes,
+    }
+
+
+def _mean(rows: list[dict[str, Any]], ours: str, reference: str) -> float:
+    ratios = [row[ours] / row[reference] for row in rows if row.get(ours) and row.get(reference)]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
+
+
+def _milliseconds(value: float | None) -> str:
+    return f"{value * 1e3:10.3f}" if value else "         -"
+
+
+def main() -> None:
+    """Runs the cases, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="CASE")
+    parser.add_argument("--resume", action="store_true", help="run only cases without a result")
+    options = parser.parse_args()
+    rows = {row["row"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    columns = ("reference", "columns", "ours", "reference_replayed", "columns_replayed", "ours_replayed")
+    print(f"{'milliseconds':34s}" + "".join(f"{name.replace('_', ' ')[-10:]:>11s}" for name in columns))
+    for case in CASES:
+        if any(part in case for part in options.only) and not (options.resume and case in rows):
+            row = rows[case] = measure(case)
+            print(f"{case:34s}" + "".join(f" {_milliseconds(row.get(name))}" for name in columns), flush=True)
+            RESULTS.write_text(json.dumps([rows[name] for name in CASES if name in rows], indent=1) + "\n")
+    done = [row for row in rows.values() if row["row"] in CASES]
+    for against in ("reference", "columns"):
+        planned, replayed = _mean(done, "ours", against), _mean(done, "ours_replayed", f"{against}_replayed")
+        print(
+            f"ours over {against}: planned {planned:.3f}, replayed {replayed:.3f} (geometric means, {len(done)} rows)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The cost of matmuls of grouped rows on one chip, in $d_i$ and $s_i$ (derived in `costmodels.program.grouped`)."""
+
+from __future__ import annotations
+
+from costmodels.factor_symbols import flatten, number, points, shards_symbol, size_symbol, tile_symbol, tiles
+from costmodels.machine.conventions import EXPERT_LOAD
+from costmodels.machine.lazy_sympy import sympy
+from costmodels.program.grouped import Grouped, grouped
+from costmodels.program.program import Operation, Output, Program
+
+
+def grouped_flops(groups: Grouped, load_rows: float, load: float) -> sympy.Expr:
+    """$2 B$ tiles $\\max(T, t/2) \\sum_w \\lceil K_w \\rceil_t \\lceil N_w \\rceil_t$ (`costmodels.program.grouped`)."""
+    rows, own = points(groups.rows), grouped_rows(groups, load)
+    height = sympy.Min(tile_symbol(), rows, evaluate=False)
+    size = size_symbol(groups.groups)
+    visited = sympy.ceiling(own / height) + _groups_read(groups, load) * (size - 1) / size
+    least = number(load_rows) if load_rows else tile_symbol() / 2
+    areas = sympy.Add(*(tiles(each.contracted) * tiles(each.columns) for each in groups.matrices))
+    return 2 * points(groups.batch) * visited * sympy.Max(height, least, evaluate=False) * areas
+
+
+def grouped_rows(groups: Grouped, load: float) -> sympy.Expr:
+    """$R$: the rows that the chip with the most rows multiplies, in $d_i$ and $s_i$ (`costmodels.program.grouped`)."""
+    rows = points(groups.rows)
+    return sympy.Min(rows, number(load) * rows / shards_symbol(groups.groups), evaluate=False)
+
+
+def _groups_read(groups: Grouped, load: float) -> sympy.Expr:
+    """$G'$: the groups of one chip that can have rows."""
+    return sympy.Min(points((groups.groups,)), sympy.ceiling(grouped_rows(groups, load)), evaluate=False)
+
+
+def hidden_bytes(program: Program, operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """The bytes of the hidden arrays of a chain of grouped matmuls on one chip; 0 for any other operation."""
+    groups = grouped(operation)
+    if groups is None or groups.hidden is None:
+        return sympy.Integer(0)
+    size = number(groups.hidden_arrays * program.values[operation.outputs[0].value].itemsize)
+    return size * hidden_elements(groups, load)
+
+
+def hidden_elements(groups: Grouped, load: float) -> sympy.Expr:
+    """The elements of one hidden array of a chain on one chip; 0 without a chain."""
+    return points((groups.hidden,)) * grouped_rows(groups, load) if groups.hidden is not None else sympy.Integer(0)
+
+
+def moved_points(operation: Operation, place: int | Output, load: float) -> sympy.Expr:
+    """The elements of an operand or result that pass through HBM: of grouped matmuls, those of rows and groups in use."""
+    dims, groups = operation.use(place).dims, grouped(operation)
+    if groups is None or isinstance(place, Output):
+        return points(flatten(dims))
+    if (groups.groups,) in dims:
+        return _groups_read(groups, load) * points(f for f in flatten(dims) if f != groups.groups)
+    if groups.hidden is not None and groups.rows in dims:
+        return grouped_rows(groups, load) * points(f for f in flatten(dims) if f not in groups.rows)
+    return points(flatten(dims))
+
+
+def between_elements(operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
+    """Elements that the vector unit loads and stores between the matmuls of a chain, from and to HBM; 0 for other operations.
+
+    The elementwise work passes over all hidden arrays. A gather of rows reads and writes them; to add rows, they are read, and
+    those that they are added to are read and written. Without these, a chip with some of the groups copies its rows of the
+    operand into a buffer, and those of the result out of it: each is read and written twice, as a buffer begins between tiles.
+    """
+    groups = grouped(operation)
+    if groups is None or groups.hidden is None:
+        return sympy.Integer(0)
+    split = sympy.Min(shards_symbol(groups.groups) - 1, 1, evaluate=False)
+    before = number(2 * groups.gathers) if groups.gathers else 4 * split
+    after = number(3 * groups.adds) if groups.adds else 4 * split
+    copied = before * points(groups.matrices[0].contracted) + after * points(groups.matrices[-1].columns)
+    return groups.hidden_arrays * hidden_elements(groups, load) + grouped_rows(groups, load) * copied

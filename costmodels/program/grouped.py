@@ -1,0 +1,98 @@
+"""Matmuls of grouped rows: each row is multiplied by the matrix of its group, as in a mixture of experts.
+
+The rows of one group are consecutive, and the sizes of the groups are known only at run time. If the groups are split over
+$s_g$ chips, a chip has on average one in $s_g$ of the rows. The chip with the most rows has $\\lambda$ times as many
+(`Pricing.expert_load`), so of $m$ rows one chip multiplies
+
+$$R = \\min(m, \\lambda m / s_g), \\qquad G' = \\min(G / s_g, \\lceil R \\rceil)$$
+
+rows and groups: a group without a row is neither computed nor read. A kernel works on tiles of $T = \\min(t, m)$ rows, and on
+one group at a time. A tile that holds rows of two groups is computed twice, so it computes
+
+$$\\lceil R / T \\rceil + G' (G - 1) / G$$
+
+tiles. So does the kernel of the TPU compiler (libtpu 0.0.50): its program for a `ragged_dot` begins with a loop that lists
+the pairs of a tile and a group with rows in it. Its tiles have the rows of the matrix unit's: 128, and 256 on v6e.
+
+A chain is several such matmuls with elementwise work between them, on the same rows and groups (`ragged_chain`). Its hidden
+arrays have $R$ rows: the results of the first matmuls, and what is made of them for the last. It may gather its rows from those
+of tokens first, and add its results to those of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from costmodels.program.program import Operation
+
+CHAIN = "ragged_chain"
+"""The primitive of a chain of grouped matmuls over the same rows and groups."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix per group: its operand, or None if it is the result, and the factors of its two dimensions."""
+
+    operand: int | None
+    contracted: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The factors of a grouped matmul or a chain.
+
+    - `rows`, `groups`, `batch`: the factors of the rows, of the groups, and of batches with groups of their own.
+    - `hidden`: the factor of the columns of a chain's hidden arrays; None without a chain.
+    - `gathers`, `adds`: whether a chain gathers its rows from tokens, and adds them to those of tokens.
+    """
+
+    rows: tuple[int, ...]
+    groups: int
+    batch: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+    hidden: int | None = None
+    gathers: bool = False
+    adds: bool = False
+
+    @property
+    def hidden_arrays(self) -> int:
+        """The number of arrays `[rows, hidden]` between the matmuls of a chain."""
+        return len(self.matrices) if self.hidden is not None else 0
+
+
+def grouped(op: Operation) -> Grouped | None:
+    """The factors of a grouped matmul; None for any other operation."""
+    if op.op_class != "matmul" or op.primitive not in ("ragged_dot_general", CHAIN):
+        return None
+    return _chain(op) if op.primitive == CHAIN else _single(op)
+
+
+def groups_factor(op: Operation) -> int:
+    """The factor of the groups, which the rules create just before that of the counts."""
+    return op.inputs[-1].dims[-1][0] - 1
+
+
+def _single(op: Operation) -> Grouped:
+    groups = groups_factor(op)
+    left, right, made = ({i for dim in use.dims for i in dim} for use in (*op.inputs[:2], op.outputs[0]))
+    batch = (left & right & made) - {groups}
+    if groups in right:
+        rows, contracted, columns, operand = left & made - batch, left & right - batch, right & made, 1
+    else:  # the gradient of the matrices: the rows are contracted
+        rows, contracted, columns, operand = left & right - made, left & made, right & made, None
+    contracted, columns = contracted - {groups}, columns - batch - {groups}
+    matrix = Matrix(operand, tuple(sorted(contracted - batch)), tuple(sorted(columns)))
+    return Grouped(tuple(sorted(rows)), groups, tuple(sorted(batch)), (matrix,))
+
+
+def _chain(op: Operation) -> Grouped:
+    groups, rows = groups_factor(op), (0,)  # the rule creates the factor of the rows first
+    found = []
+    for k, use in enumerate(op.inputs):
+        if len(use.dims) == 3 and use.dims[0] == (groups,):
+            found.append(Matrix(k, use.dims[1], use.dims[2]))
+    found.sort(key=lambda each: each.columns == op.outputs[0].dims[1])
+    first, last = found[0], found[-1]
+    gathers = any(use.dims[1:] == (first.contracted,) and use.dims[0] != rows for use in op.inputs)
+    return Grouped(rows, groups, (), tuple(found), last.contracted[0], gathers, op.outputs[0].dims[0] != rows)

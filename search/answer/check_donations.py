@@ -1,0 +1,109 @@
+"""The checker's own account of donated arguments that are read while the result that overwrites them is made.
+
+It follows kernels from their ends to what they read, and shares no code with `search.memory.donations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from costmodels.program.program import Operation, Program
+
+
+class Overwrites:
+    """The kernels that read each donated argument, and the results that wait for such readers.
+
+    **Arguments:**
+
+    - `readers`: the operations that read each value.
+    - `is_fused`: whether an operation runs inside the kernel that uses its result.
+    - `needed_until`: the last operation for which an operation needs its operands.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        readers: Mapping[int, Sequence[int]],
+        is_fused: Callable[[int], bool],
+        needed_until: Callable[[int], int],
+    ) -> None:
+        self.program, self.readers, self.is_fused, self.needed_until = program, readers, is_fused, needed_until
+        self.maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
+        self.waits: list[tuple[int, int]] = []
+        self._reads = self._kernel_reads() if program.donated else {}
+
+    def _kernel_reads(self) -> dict[int, dict[int, bool]]:
+        """Donated argument to the kernels that read it, and whether each reads it in the order in which it writes."""
+        sources = {self.program.arguments[argument] for argument, _ in self.program.donated}
+        seen: dict[int, dict[int, bool]] = {}
+        found: dict[int, dict[int, bool]] = {}
+        for i, op in enumerate(self.program.operations):
+            if i in sources:
+                seen[op.outputs[0].value] = {op.outputs[0].value: True}
+                continue
+            read: dict[int, bool] = {}
+            for k, use in enumerate(op.inputs):
+                for argument, straight in seen.get(use.value, {}).items():
+                    read[argument] = read.get(argument, True) and straight and _keeps_order(op, k)
+            if self._is_last(i):
+                for argument, straight in read.items():
+                    found.setdefault(argument, {})[i] = straight
+            elif read:
+                seen[op.outputs[0].value] = read
+        return found
+
+    def _is_last(self, at: int) -> bool:
+        """Whether an operation is the last of its kernel."""
+        op = self.program.operations[at]
+        if not self.is_fused(at) or op.primitive.startswith("reduce_") or op.primitive.startswith("arg"):
+            return True
+        after = [each for use in op.outputs for each in self.readers.get(use.value, ())]
+        return not after or any(not self.is_fused(each) for each in after)
+
+    def overlap(self, argument: int, result: Collection[int], begins: int) -> tuple[int, int] | None:
+        """The operations during which an argument and the result that overwrites it are two arrays, if there are any."""
+        made_by = {self.maker[value] for value in result}
+        kernels = self._reads.get(argument, {})
+        during = {at for at in kernels if at in made_by and not kernels[at]}
+        delayed = {first for first, _ in self.waits}
+        after = {at for at in kernels if at not in made_by and (self.needed_until(at) >= begins or at in delayed)}
+        operations = self.program.operations
+        if all(operations[at].op_class == "fused" for at in made_by) and any(kernels.get(at) for at in made_by):
+            reached = self._following(made_by)  # kernels of one argument that compilers fuse
+            after = {at for at in after if not kernels[at] or operations[at].op_class != "fused" or at in reached}
+        if not during and not after:
+            return None
+        if not during and self._may_follow(result, made_by, after):
+            self.waits += [(maker, at) for maker in made_by for at in after]
+            return None
+        return begins, max(begins, *map(self.needed_until, during | after))
+
+    def _may_follow(self, result: Collection[int], made_by: set[int], after: set[int]) -> bool:
+        """Whether these operations can all run before the result is made."""
+        kinds = [self.program.operations[at].op_class for at in after]
+        ends = [self.program.operations[at].op_class for value in result for at in self.readers.get(value, ())]
+        if "boundary" in kinds or "sink" in kinds or set(ends) - {"sink"}:
+            return False
+        return not self._following(made_by) & after
+
+    def _following(self, made_by: set[int]) -> set[int]:
+        """Operations that need one of these, or wait for one."""
+        reached, new = set(made_by), list(made_by)
+        while new:
+            at = new.pop()
+            follow = [each for use in self.program.operations[at].outputs for each in self.readers.get(use.value, ())]
+            follow += [maker for maker, awaited in self.waits if awaited == at]
+            new += [each for each in set(follow) if each not in reached]
+            reached.update(follow)
+        return reached
+
+
+def _keeps_order(op: Operation, operand: int) -> bool:
+    """Whether an operation reads each element of an operand where it writes one of its result."""
+    if op.primitive == "loop_carry" or op.primitive == "dynamic_update_slice" or op.primitive.startswith("scatter"):
+        return operand == 0
+    if op.op_class != "fused" or op.primitive in ("slice", "rev") or op.primitive.startswith(("cum", "reduce_", "arg")):
+        return False
+    given, made = op.inputs[operand].dims, op.outputs[0].dims
+    orders = [[i for dim in dims for i in dim if op.factors[i].size > 1] for dims in (given, made)]
+    return orders[0] == orders[1]

@@ -1,0 +1,130 @@
+"""Padded dimensions: results equal those of the unpadded program, for each primitive, for models and for gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoshard.rules.padding import ACCEPTING
+from tests.rules.test_rules import EXAMPLES, Example, draw
+from tests.support.effort import examples
+from tests.support.emitting.einsum_graphs import PRIMES, Graph, arguments_of, graphs
+from tests.support.emitting.padding import assert_padding_does_not_matter, draw_paddings, paddable
+from tests.support.models import Block, arguments, function
+from tests.support.rules.decompositions import DEFINED
+
+CHIPS = st.sampled_from(("2", "3", "5", "6", "7", "8", "2x2", "3x2", "2x4"))
+"""Meshes of two to eight chips, most of which divide no prime size."""
+TRIED = frozenset("dot_general reduce_sum reduce_max argmax cumsum gather scatter-add sort tanh select_n".split())
+"""Primitives that `make test` tries: one of each kind."""
+PADDED = [example for example in EXAMPLES if example.fn is not None and example.primitive in ACCEPTING]
+FIRST = {example.primitive: example for example in reversed(PADDED)}
+
+
+def _marks(example: Example) -> list[pytest.MarkDecorator]:
+    return [] if example.primitive in TRIED and FIRST[example.primitive] is example else [pytest.mark.long]
+
+
+@pytest.mark.parametrize("example", [pytest.param(each, marks=_marks(each), id=each.primitive) for each in PADDED])
+def test_no_padding_changes_what_a_primitive_computes(example: Example) -> None:
+    rng = np.random.default_rng(0)
+    args = [draw(spec, rng) for spec in example.args]
+    assert example.fn is not None
+
+    def paddings(traced):
+        return draw_paddings(paddable(traced, range(len(traced.program.operations))), rng)
+
+    assert_padding_does_not_matter(
+        example.fn, *args, paddings=paddings, count=3, defined=DEFINED.get(example.primitive)
+    )
+
+
+def test_a_dimension_that_occurs_twice_is_masked_where_it_is_broadcast() -> None:
+    """All sums of pairs, summed: the padding of one dimension holds copies of what lies along the other."""
+    rng = np.random.default_rng(0)
+    args = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((5, 6), (6,))]
+
+    def summed(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = x @ w
+        return (y[:, None] + y[None, :]).sum(1)
+
+    chosen = assert_padding_does_not_matter(
+        summed, *args, paddings=lambda traced: [each.padding(8) for each in paddable(traced) if each.size == 5]
+    )
+    assert chosen
+
+
+@st.composite
+def odd_blocks(draw: st.DrawFn) -> Block:
+    """Small transformer blocks of prime sizes."""
+    return Block(
+        batch=draw(st.sampled_from((1, 3, 5))),
+        context=draw(st.sampled_from((3, 5, 7))),
+        layers=draw(st.integers(1, 2)),
+        d_model=draw(st.sampled_from((6, 7, 10))),
+        d_ff=draw(st.sampled_from((5, 11, 14))),
+        kv_heads=draw(st.sampled_from((1, 3, 5))),
+        queries_per_kv=draw(st.sampled_from((1, 3))),
+        d_head=draw(st.sampled_from((3, 4))),
+        gated=draw(st.booleans()),
+        parallel=draw(st.booleans()),
+        scanned=draw(st.booleans()),
+        decode=draw(st.booleans()),
+        vocab=draw(st.sampled_from((7, 11, 13))),
+    )
+
+
+@examples(12, 2)
+@given(graph=graphs(), seed=st.integers(0, 2**31), shape=CHIPS)
+def test_no_padding_changes_what_a_graph_of_einsums_computes(graph: Graph, seed: int, shape: str) -> None:
+    rng = np.random.default_rng(seed)
+    assert_padding_does_not_matter(
+        graph,
+        *arguments_of(graph, PRIMES),
+        paddings=lambda traced: draw_paddings(paddable(traced), rng),
+        shape=shape,
+        count=1,
+        seed=seed,
+    )
+
+
+@pytest.mark.long
+@examples(5, 3)
+@given(block=odd_blocks(), seed=st.integers(0, 2**31), shape=CHIPS)
+def test_no_padding_changes_what_a_model_computes(block: Block, seed: int, shape: str) -> None:
+    rng = np.random.default_rng(seed)
+    assert_padding_does_not_matter(
+        function(block),
+        *arguments(block),
+        paddings=lambda traced: draw_paddings(paddable(traced), rng),
+        shape=shape,
+        seed=seed,
+    )
+
+
+@pytest.mark.long
+@examples(4, 3)
+@given(block=odd_blocks(), seed=st.integers(0, 2**31), shape=CHIPS)
+def test_no_padding_changes_a_gradient(block: Block, seed: int, shape: str) -> None:
+    rng = np.random.default_rng(seed)
+    params, *rest = arguments(block)
+
+    def gradients(params, *rest):
+        def loss(params):
+            found = jax.tree.leaves(function(block)(params, *rest))
+            return sum(jnp.square(leaf).mean() for leaf in found)
+
+        return jax.grad(loss)(params)
+
+    assert_padding_does_not_matter(
+        gradients,
+        params,
+        *rest,
+        paddings=lambda traced: draw_paddings(paddable(traced), rng),
+        shape=shape,
+        seed=seed,
+    )

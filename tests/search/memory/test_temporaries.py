@@ -1,0 +1,111 @@
+"""Arrays that the TPU compiler makes of its own, and results beside the donated arguments that they overwrite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import autoshard
+from autoshard.auditing.findings import find_in_time
+from search.memory.constraints import buffers
+from search.memory.tpu_temporaries import converted_stacks, joined_operands
+from tests.support.cases import Case
+from tests.support.tracing import trace
+
+S = jax.ShapeDtypeStruct
+bf16, f32 = jnp.bfloat16, jnp.float32
+A = S((8192, 8192), bf16)
+SMALL = S((8, 8), f32)
+
+
+def trained(weights: Any, x: Any) -> Any:
+    """A step of float32 weights in a stack, which a scan converts."""
+
+    @jax.checkpoint
+    def body(x: Any, w: Any) -> tuple[Any, None]:
+        return jnp.tanh(x @ w.astype(bf16)), None
+
+    loss = lambda weights: jnp.square(lax.scan(body, x, weights)[0].astype(f32)).sum()  # noqa: E731
+    return weights - 1e-3 * jax.grad(loss)(weights)
+
+
+CASES = {
+    "product over its operand": Case(lambda a, b: a @ b, (A, A), (0,)),
+    "read after its product": Case(lambda a, b: (a @ b, jnp.tanh(a)), (A, A), (0,)),
+    "exchanged": Case(lambda a, b: (b * 2, a * 2), (A, A), (0, 1)),
+    "read in a loop": Case(
+        lambda a, b, s: lax.scan(lambda c, x: (jnp.tanh(c @ x + a), None), b, s)[0],
+        (A, A, S((3, 8192, 8192), bf16)),
+        (0,),
+    ),
+    "joined": Case(lambda a, b: jnp.tanh(jnp.concatenate([jnp.tanh(a), jnp.tanh(b)])), (A, A)),
+    "stacked": Case(lambda a, b: jnp.stack([jnp.tanh(a), jnp.tanh(b)]), (A, A)),
+    "sorted": Case(lambda a: jnp.sort(a, -1), (A,)),
+    "running sums": Case(lambda a: jnp.cumsum(a, 0), (A,)),
+    "largest": Case(lambda a: lax.top_k(a, 64)[0], (A,)),
+    "converted": Case(trained, (S((16, 4096, 4096), f32), S((4096, 4096), bf16)), (0,)),
+}
+
+
+@pytest.mark.tpu
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_compiler_makes_is_in_the_planned_peak(name: str) -> None:
+    case = CASES[name]
+    plan = autoshard.search(case.fn, *case.args, topology="v5e:1x1", donate_argnums=case.donated)
+    found = autoshard.audit(plan, case.fn, *case.args, target="tpu")
+    assert found.peak_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.05)
+
+
+def arrays(fn: Any, donated: tuple[int, ...] = (0,), count: int = 2) -> int:
+    """The number of arrays that a function of small matrices takes, one for each that lives beside another."""
+    return len(buffers(trace(fn, *[SMALL] * count, donate_argnums=donated).program))
+
+
+@pytest.mark.parametrize(
+    ("fn", "more"),
+    [
+        (lambda a, b: jnp.tanh(a) + b, 0),
+        (lambda a, b: (jnp.tanh(a), a @ b), 1),
+        (lambda a, b: (a @ b, jnp.tanh(a)), 2),
+        (lambda a, b: a.T + b, 1),
+        (lambda a, b: jnp.tanh(a.reshape(64)).reshape(8, 8) + b, 0),
+        (lambda a, b: a / a.sum(0) + b, 0),
+        (lambda a, b: lax.dynamic_update_slice(a, b, (0, 0)), 0),
+    ],
+)
+def test_results_need_an_array_beside_the_argument_that_they_overwrite_only_while_it_is_read(
+    fn: Any, more: int
+) -> None:
+    assert arrays(fn) == 2 + more
+
+
+def test_arguments_that_both_results_read_are_overwritten_in_one_kernel_only() -> None:
+    assert arrays(lambda a, b: (a + b, a * b), (0, 1)) == 2
+    assert arrays(lambda a, b: (b * 2, a * 2), (0, 1)) == 3
+
+
+def test_reductions_alone_need_no_operands_of_a_concatenation() -> None:
+    joined = lambda a, b: jnp.concatenate([jnp.tanh(a), jnp.tanh(b)])  # noqa: E731
+    assert len(joined_operands(trace(joined, SMALL, SMALL).program)) == 2
+    assert joined_operands(trace(lambda a, b: joined(a, b).sum(0), SMALL, SMALL).program) == ()
+
+
+def test_stacks_are_converted_before_a_loop_unless_it_piles_up_the_slices() -> None:
+    def body(x: Any, w: Any) -> tuple[Any, Any]:
+        narrow = w.astype(bf16)
+        return jnp.tanh(x @ narrow), narrow
+
+    args = S((4, 8, 8), f32), S((8, 8), bf16)
+    once = trace(lambda w, x: lax.scan(lambda x, w: (body(x, w)[0], None), x, w)[0], *args).program
+    assert [each.bytes for each in converted_stacks(once)] == [4 * 8 * 8 * 2]
+    assert converted_stacks(trace(lambda w, x: lax.scan(body, x, w), *args).program) == ()
+
+
+def test_a_step_that_was_planned_without_cost_is_slow() -> None:
+    (found,) = find_in_time(0.0, 1e-3, ())
+    assert "planned without cost" in found.text

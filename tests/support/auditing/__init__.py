@@ -1,0 +1,1 @@
+"""Compiled programs as text, and audits of made-up programs."""

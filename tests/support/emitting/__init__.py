@@ -1,0 +1,1 @@
+"""Random graphs of einsums, padded arrays, and carried plans."""

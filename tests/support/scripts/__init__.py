@@ -1,0 +1,1 @@
+"""Programs that tests start, and the job of a sweep over one."""
