@@ -10,7 +10,7 @@ ARGS ?=
 SCREENSHOTS ?= docs/images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-carry bench-chip bench-overlap bench-reports bench-uneven bench-moe bench-peers peaks models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs first-user wheel clean
+.PHONY: help demo test test-all lint format published bench-search bench-audit bench-emission bench-overhead bench-determinism bench-carry bench-chip bench-overlap bench-reports bench-uneven bench-moe bench-peers peaks models models-test parallelism calibration frontier bench-large bench-sweep browser-test screenshots docs first-user wheel clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -55,6 +55,9 @@ bench-emission: $(VENV)/.tpu  ## what each planned collective compiles to, alone
 
 bench-overhead: $(VENV)/.core  ## what using a plan costs: a table, and benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/overhead.py
+
+bench-determinism: $(VENV)/.core  ## whether every run finds the same plan (ARGS="--runs 4 --other PYTHON" asks another JAX, too)
+	$(BIN)/python benchmarks/determinism.py $(ARGS)
 
 bench-carry: $(VENV)/.tpu  ## plans carried by specs, by constraints and by hand: a table, and benchmarks/results/carry.json (ARGS="--resume", ARGS="--only CASE")
 	$(BIN)/python benchmarks/carry.py $(ARGS)
