@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-from autoshard._util.collector import seldom_collected
 from autoshard._util.paths import dotted
 from autoshard._util.tables import time
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
@@ -23,6 +22,7 @@ from autoshard.planning.records import PlanRecord, predecessors
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
 from search.answer.orders import demand, order_of, stored_shape
+from search.collector import seldom_collected
 from search.phases import Phases, Place, TooSlow
 from search.phases import search_phases as solve
 from search.solve import NoPlan, Proof

@@ -7,7 +7,6 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any, get_args
 
-from autoshard._util.collector import seldom_collected
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate
 from autoshard.annotating.dimension_names import Names, symbols_of
 from autoshard.emitting.attached import topology_of
@@ -23,6 +22,7 @@ from autoshard.tracing.traced_function import trace_function
 from costmodels.machine.topology import Topology
 from costmodels.program.grouped import CHAIN, grouped
 from search.answer.solution import Solver
+from search.collector import seldom_collected
 from search.cpsat.background import begin_import
 
 

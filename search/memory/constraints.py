@@ -274,7 +274,7 @@ def rows(problem: Problem) -> Rows:
             kinds[term.key] = len(found)
             found.append(term)
     points, counts = _fullest(problem.program, terms, kinds)
-    maximal = _drop_dominated(counts)
+    maximal = drop_dominated(counts)
     known: dict[tuple, Any] = {}
     return Rows(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])], known) for i in maximal)
 
@@ -305,7 +305,7 @@ def _fullest(program: Program, terms: list[_Term], kinds: dict[tuple, int]) -> t
     return list(at), np.array(counts)
 
 
-def _drop_dominated(counts: np.ndarray) -> list[int]:
+def drop_dominated(counts: np.ndarray) -> list[int]:
     """The rows of counts that no other row dominates, in order.
 
     A row that dominates holds the rarest of its kinds. Few rows do, as short-lived values are rare.

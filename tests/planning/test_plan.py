@@ -16,10 +16,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard._util.collector import seldom_collected
 from autoshard.planning.runner_up import Alternatives
 from costmodels.machine.topology import parse_topology
 from search.answer.assignment import states_of
+from search.collector import seldom_collected
 from search.memory.constraints import rows
 from search.solve import search as solve
 from tests.support.plans import (

@@ -1,4 +1,4 @@
-"""Garbage collection thresholds for planning: full collections would visit millions of live objects."""
+"""Garbage collection thresholds for traces and searches: full collections would visit millions of live objects."""
 
 from __future__ import annotations
 
