@@ -26,6 +26,7 @@ from costmodels.machine import catalogue, parse_topology
 from examples import palm
 from search import Layout
 from search.formulation.collective_steps import CollectiveStep, emittable
+from tests.support.effort import mostly_long
 
 TORUS = {"x": 4, "y": 4, "z": 4}
 
@@ -187,7 +188,7 @@ def written(kind: str, axes: tuple[str, ...], dimension: int = 0):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("dtype", mostly_long([jnp.bfloat16, jnp.float32], jnp.bfloat16), ids=["bf16", "f32"])
 @pytest.mark.parametrize("axes", [("x",), ("z",), ("y", "z"), ("x", "z"), ("x", "y", "z")], ids="".join)
 @pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"])
 def test_the_tpu_program_holds_what_was_written(torus, kind, axes, dtype):

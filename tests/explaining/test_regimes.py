@@ -143,6 +143,7 @@ def test_a_dimension_that_is_tied_to_a_fixed_one_is_not_doubled():
 # --- remedies
 
 
+@pytest.mark.long
 def test_remedies_are_never_slower_than_the_plan_and_re_solving_never_than_keeping(remedies: autoshard.Remedies):
     names = [each.name for each in remedies.remedies]
     assert {"int8 weights", "int8 cache", "twice the batch", "twice the chips", "twice the HBM bandwidth"} <= set(names)

@@ -11,12 +11,11 @@ import autoshard
 from benchmarks.parallelism import SWEEPS, planned
 from examples import llama
 
-_SLOW = {"memory"}  # a chip's memory that is nearly full takes long to prove
+_MARKS = {"memory": pytest.mark.slow, "node": pytest.mark.long, "prefill": pytest.mark.long}
+"""A chip's memory that is nearly full takes long to prove."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in SWEEPS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_MARKS.get(name, [])) for name in SWEEPS])
 def test_both_ends_of_a_sweep_are_as_textbooks_say(name: str) -> None:
     sweep = SWEEPS[name]
     with jax.numpy_dtype_promotion("standard"):  # Optax's step counter meets floats

@@ -22,6 +22,7 @@ from search.answer.assignment import states_of
 from search.collector import seldom_collected
 from search.memory.constraints import rows
 from search.solve import search as solve
+from tests.support.effort import mostly_long
 from tests.support.plans import (
     BLOCK,
     assert_close,
@@ -36,7 +37,7 @@ from tests.support.tracing import trace
 # --- planned execution = unsharded execution
 
 
-@pytest.mark.parametrize("case", (palm_decode, palm_prefill), ids=("decode", "prefill"))
+@pytest.mark.parametrize("case", mostly_long((palm_decode, palm_prefill), palm_decode), ids=("decode", "prefill"))
 @pytest.mark.parametrize(
     "topology",
     (
@@ -103,7 +104,9 @@ def test_apply_composes_with_transformations(transformed) -> None:
     assert_close(transformed(plan.apply(fn))(*args), transformed(fn)(*args))
 
 
-@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=("auto", "explicit"))
+@pytest.mark.parametrize(
+    "kind", mostly_long((AxisType.Auto, AxisType.Explicit), AxisType.Explicit), ids=("auto", "explicit")
+)
 def test_apply_runs_on_the_mesh_in_context(kind: AxisType) -> None:
     plan, fn, args = planned_block()
     wanted = fn(*args)

@@ -24,7 +24,7 @@ from search.answer.check import check
 from search.formulation.intra_op import intra_op_collectives, payload
 from search.formulation.strategies import Strategy, strategy_space
 from search.solve import search
-from tests.support.effort import examples
+from tests.support.effort import examples, mostly_long
 from tests.support.emitting.einsum_graphs import differences
 from tests.support.layout_strategies import (
     assert_equal,
@@ -99,7 +99,7 @@ def _along(op: Operation, strategy: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", mostly_long([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))
 @pytest.mark.parametrize("at", [0, 5, 15])
 def test_a_split_maximum_keeps_what_is_no_number(dtype: Any, at: int) -> None:
     """The host's own maximum over chips would lose it, unless it is the first chip's."""
@@ -181,8 +181,8 @@ def _spread(x: Any) -> Any:
     [
         (lambda x: _spread(lax.cumsum(_spread(x * 2), 1, reverse=True)), [1]),
         (lambda x: lax.top_k(_spread(x * 2), 1), [1, 1]),
-        (lambda x: lax.top_k(_spread(x * 2), 40), [40, 40]),
-        (lambda x: jnp.prod(_spread(x * 2), 1), [1]),
+        pytest.param(lambda x: lax.top_k(_spread(x * 2), 40), [40, 40], marks=pytest.mark.long),
+        pytest.param(lambda x: jnp.prod(_spread(x * 2), 1), [1], marks=pytest.mark.long),
     ],
 )
 def test_the_tpu_compiler_leaves_the_gathers_as_they_are(fn: Any, gathered: list[int]) -> None:

@@ -47,10 +47,10 @@ def test_layouts_do_not_change_random_numbers(shape, lead, dims, dtype) -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda key: jax.random.bernoulli(key, 0.9, (8, 16)),
+        pytest.param(lambda key: jax.random.bernoulli(key, 0.9, (8, 16)), marks=pytest.mark.long),
         lambda key: jax.random.normal(key, (8, 16)),
-        lambda key: jax.random.categorical(key, jnp.zeros((8, 16))),
-        lambda key: jax.random.truncated_normal(key, -2, 2, (8, 16)),
+        pytest.param(lambda key: jax.random.categorical(key, jnp.zeros((8, 16))), marks=pytest.mark.long),
+        pytest.param(lambda key: jax.random.truncated_normal(key, -2, 2, (8, 16)), marks=pytest.mark.long),
         lambda key: jax.vmap(lambda k: jax.random.uniform(k, (16,)))(jax.random.split(key, 8)),
         lambda key: jax.lax.scan(lambda c, k: (c, jax.random.bits(k, (8, 8))), 0, jax.random.split(key, 3))[1],
     ],

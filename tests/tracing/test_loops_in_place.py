@@ -18,7 +18,7 @@ import autoshard
 from autoshard.tracing.jaxprs import scan_counts
 from autoshard.tracing.loops.in_place import carry_in_place
 from examples import llama
-from tests.support.effort import examples
+from tests.support.effort import examples, mostly_long
 from tests.support.layout_strategies import quick
 from tests.support.loops import COLUMNS, NUMBERS, WRITES, forgetting, loops, mixed, nested, part, replacing
 from tests.support.plans import well_linked
@@ -172,7 +172,7 @@ def test_programs_without_updates_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("how", WRITES, ids=lambda how: how.__name__)
-@pytest.mark.parametrize("donated", [(), (1,)], ids=["kept", "donated"])
+@pytest.mark.parametrize("donated", mostly_long([(), (1,)], (1,)), ids=["kept", "donated"])
 def test_planned_loops_in_place_compute_what_they_are_written_to(
     how: Callable[..., Any], donated: tuple[int, ...]
 ) -> None:

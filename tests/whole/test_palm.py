@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from examples import palm
+from tests.support.effort import mostly_long
 
 TINY = palm.SIZES["tiny"]
 CONTEXT = 16  # one shape of cache and of tokens throughout: each phase is compiled once
@@ -120,7 +121,7 @@ def test_a_cache_of_eight_bits_is_half_as_large_and_nearly_as_good():
         palm.decode("tiny", cache="int4")
 
 
-@pytest.mark.parametrize("variant", [{}, {"multihead": True}, {"parallel": False}], ids=str)
+@pytest.mark.parametrize("variant", mostly_long([{}, {"multihead": True}, {"parallel": False}], {}), ids=str)
 def test_decode_alone_equals_prefill(variant: dict[str, bool]):
     config, tokens = replace(TINY, **variant), tiny_tokens()
     bf16 = jax.jit(lambda key: palm.init_params(config, key))(jax.random.key(0, impl="rbg"))

@@ -88,6 +88,7 @@ def array(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree, is_leaf=lambda leaf: isinstance(leaf, list))
 
 
+@pytest.mark.long
 def test_two_processes_run_a_plan_from_a_file(tmp_path: Path) -> None:
     plan().save(tmp_path / "plan.json")
     for found in both("plan_file", tmp_path / "plan.json"):

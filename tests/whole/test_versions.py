@@ -19,7 +19,7 @@ OTHER = os.environ.get("AUTOSHARD_OTHER_PYTHON")
 NO_OTHER = "AUTOSHARD_OTHER_PYTHON names no Python with another JAX"
 
 
-FEW = {("0.10", "palm_prefill"), ("0.12", "llama_unrolled")}
+FEW = {("0.12", "palm_prefill")}
 WRITTEN = [
     pytest.param(version, name, marks=[] if (version, name) in FEW else [pytest.mark.long])
     for version in ("0.10", "0.12")

@@ -17,7 +17,7 @@ from search.answer.assignment import choice_of
 from search.answer.check_memory import _Account, alive_bytes
 from search.formulation.problem import Problem, build
 from search.memory import constraints
-from tests.support.effort import examples
+from tests.support.effort import examples, mostly_long
 from tests.support.layout_strategies import blocks, random_states, traced_on
 from tests.support.loops import NUMBERS, loops
 from tests.support.models import Block, arguments, function
@@ -95,7 +95,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("fault", PARTS)
+@pytest.mark.parametrize("fault", mostly_long(PARTS, "loops end at once", "copies die at birth"))
 def test_a_fault_in_the_rows_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each function that rows are made of, with a fault, differs from the checker on some plan of a decode step."""
     name, spoil = PARTS[fault]

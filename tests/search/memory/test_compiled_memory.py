@@ -15,6 +15,7 @@ from examples import llama
 from search.formulation.tpu_tiles import argument_tile
 from search.memory.views import views
 from tests.support.cases import Case
+from tests.support.effort import mostly_long
 from tests.support.tracing import trace
 
 S = jax.ShapeDtypeStruct
@@ -97,7 +98,7 @@ CASES = {
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n == "residual")) for n in CASES])
+@pytest.mark.parametrize("name", mostly_long(CASES, "converted in a loop", "in heads", "transposed"))
 def test_the_planned_peak_is_the_compiled_one(name: str) -> None:
     case = CASES[name]
     plan = autoshard.search(case.fn, *case.args, topology="v5e:1x1", donate_argnums=case.donated)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.formulation.tpu_tiles import needs_retiling
+from tests.support.effort import mostly_long
 
 WIDE = 4096
 CASES = [(1, 512), (2, 256), (4, 128), (8, 64), (16, 32), (32, 16), (64, 8), (12, 64), (64, 64), (20, 16), (10, 100)]
@@ -30,9 +31,10 @@ def test_a_plain_matrix_is_used_as_it_is(rows: int, columns: int) -> None:
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("heads", "dim"), CASES)
-def test_the_compiler_lays_out_anew_what_the_rule_says(heads: int, dim: int) -> None:
+@pytest.mark.parametrize("piece", mostly_long(CASES, (1, 512), (8, 64), (64, 8)), ids=str)
+def test_the_compiler_lays_out_anew_what_the_rule_says(piece: tuple[int, int]) -> None:
     """More than twice the cycles that the same bytes take as a matrix, or not."""
+    heads, dim = piece
     plain = [
         _cycles("be,ef->bf", (8, WIDE), (WIDE, heads * dim)),
         _cycles("bf,fe->be", (8, heads * dim), (heads * dim, WIDE)),

@@ -100,6 +100,7 @@ def test_what_is_kept_apart_is_computed_as_written() -> None:
 
 
 @pytest.mark.tpu
+@pytest.mark.long
 def test_what_gathered_results_overwrite_is_not_copied() -> None:
     args = ([S((2048, 2048), bf16)] * 4, [S((2048, 2048), f32)] * 4, S((4096, 2048), bf16))
     pins = {"weights.*": PartitionSpec(), "moments.*": PartitionSpec(("x", "y"))}
