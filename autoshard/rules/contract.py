@@ -12,7 +12,7 @@ from costmodels.program.program import FactorKind, Output
 
 
 @register("dot_general")
-def dot_general(inputs, outputs, *, dimension_numbers, **_):
+def dot_general(inputs, outputs, *, dimension_numbers, precision=None, **_):
     """`[b,i,k],[b,k,j] -> [b,i,j] sum={k}`, with the dimensions in the order of the dimension numbers."""
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     lhs, rhs = inputs
@@ -32,7 +32,22 @@ def dot_general(inputs, outputs, *, dimension_numbers, **_):
         left[i] = right[j] = factors.new(lhs.shape[i], "sum")
     sides = tuple(tuple((found[i],) for i in range(len(found))) for found in (left, right))
     dims = tuple((i,) for i in result)
-    return Rule(factors.done(), sides, (dims,), op_class="matmul", traffic=(0, 1, Output()), flops_per_point=2.0)
+    return Rule(
+        factors.done(),
+        sides,
+        (dims,),
+        op_class="matmul",
+        traffic=(0, 1, Output()),
+        flops_per_point=2.0,
+        rounded=_rounded(inputs, precision),
+    )
+
+
+def _rounded(inputs, precision) -> tuple[int, ...]:
+    """The float32 operands of a product at default precision."""
+    given = precision if isinstance(precision, tuple) else (precision,)
+    default = all(each in (None, lax.Precision.DEFAULT) for each in given)
+    return tuple(k for k, each in enumerate(inputs) if default and each.dtype == jnp.float32)
 
 
 def _reduce(inputs, outputs, axes, kind):

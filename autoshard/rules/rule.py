@@ -66,8 +66,8 @@ class Rule:
     """The factors of one equation.
 
     `inputs` and `outputs` give each dimension as a tuple of factors, major to minor; a dimension of size 1 that is
-    broadcast has none. `linear`, `traffic`, `op_class` and `flops_per_point` are as in `costmodels.program.program.Operation`.
-    `reason` says what a rule that is not `exact` costs, and why there is none.
+    broadcast has none. `linear`, `traffic`, `op_class`, `flops_per_point` and `rounded` are as in
+    `costmodels.program.program.Operation`. `reason` says what a rule that is not `exact` costs, and why there is none.
     """
 
     factors: tuple[Factor, ...]
@@ -80,6 +80,7 @@ class Rule:
     local: Local | None = None
     exact: bool = True
     in_place: bool = False
+    rounded: tuple[int, ...] = ()
     reason: str = ""
 
     def __str__(self) -> str:

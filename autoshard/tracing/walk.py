@@ -176,6 +176,7 @@ class Tracer:
             dtype,
             where,
             rule.exact,
+            rounded=tuple(place[k] for k in rule.rounded if k in place),
         )
 
     def _label(self, eqn, operands, where) -> str:

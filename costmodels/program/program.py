@@ -106,6 +106,7 @@ class Operation:
     - `flops_per_point`: floating-point operations per point of the product of all factors.
     - `pinned`: the layout of the first result, if the user pinned it.
     - `masked`: the operands whose padding is masked before the operation reads them, once per mask.
+    - `rounded`: the float32 operands that a matrix unit may read as bfloat16.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Operation:
     exact: bool = True
     pinned: Pinned | None = None
     masked: tuple[int, ...] = ()
+    rounded: tuple[int, ...] = ()
 
     def use(self, place: int | Output) -> Use:
         """The operand or the result at a place of `traffic`."""

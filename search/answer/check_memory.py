@@ -13,7 +13,7 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
   any more (`search.answer.check_donations`).
 - A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups.
 - A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
-- A TPU holds further arrays for sorts, running sums, concatenations and converted stacks (`search.answer.check_temporaries`).
+- A TPU holds further arrays for sorts, running sums, concatenations and conversions (`search.answer.check_temporaries`).
 - Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
 - A value that enters a loop lives until the loop ends. Arguments live as long as their phase.
 """

@@ -1,8 +1,8 @@
 """The checker's own account of arrays that a TPU makes beside operands and results (measured, `search.memory.tpu_temporaries`).
 
 A sort of one array holds a copy of it and an index per element, a selection and a running sum hold a copy. What a
-concatenation joins is an array until the kernel that joins it ends, unless reductions alone use the concatenation. A stack
-whose slices a loop converts to a narrower type, but does not pile up, is converted whole before the loop.
+concatenation joins is an array until the kernel that joins it ends, unless reductions alone use the concatenation. What a
+loop reads in a narrower type, but does not pile up, is converted whole before the outermost loop that does not change it.
 """
 
 from __future__ import annotations
@@ -72,37 +72,74 @@ def _kernel_ends(
 
 
 def converting(program: Program, topology: Topology, choice: Choice, readers: Mapping[int, Sequence[int]]) -> Holds:
-    """The stacks that are converted before the loops that use their slices."""
+    """The arrays that are converted before the loops that use them, or slices of them."""
     maker = {use.value: op for op in program.operations for use in op.outputs}
-    seen: set[tuple[int, int, str]] = set()
-    for op in program.operations if topology.chip.kind == "tpu" else ():
-        is_cast = op.primitive == "convert_element_type" and op.inputs and program.regions[op.region].kind == "loop"
-        if not is_cast or program.values[op.outputs[0].value].itemsize >= program.values[op.inputs[0].value].itemsize:
+    seen: set[tuple[int, int, float]] = set()
+    for value, itemsize in _narrowed(program, readers) if topology.chip.kind == "tpu" else ():
+        crossed = _crossings(program, maker, value)
+        if not crossed:
             continue
-        made, part = program.values[op.outputs[0].value], op.inputs[0].value
-        while maker[part].region == op.region and maker[part].primitive in _RENAMED:
-            part = maker[part].inputs[0].value
-        stack = _stack_of(program, maker, part, op.region)
-        piled = any(program.operations[at].primitive == "loop_stack" for at in readers.get(op.outputs[0].value, ()))
-        if stack is None or piled or (program.values[stack].origin or stack, op.region, made.dtype) in seen:
+        part, array = crossed[-1]
+        loop = program.values[part].region
+        key = program.values[array].origin or array, loop, itemsize
+        if key not in seen:
+            seen.add(key)
+            during = [i for i, each in enumerate(program.operations) if loop in program.enclosing(each.region)]
+            pieces = shards(kept_layout(program, choice, part), topology.axis_sizes)
+            yield min(during), max(during), itemsize * prod(program.values[array].shape) / pieces
+
+
+def _narrowed(program: Program, readers: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, float]]:
+    """The values that loops cast to a narrower type or multiply in bfloat16, and the bytes of an element then."""
+    exact = _read_exactly(program, readers)
+    for op in program.operations:
+        if "loop" in {program.regions[region].kind for region in program.enclosing(op.region)}:
+            for k, use in enumerate(op.inputs):
+                if _narrows(program, readers, op, k) and use.value not in exact:
+                    yield use.value, 2.0 if k in op.rounded else program.values[op.outputs[0].value].itemsize
+
+
+def _narrows(program: Program, readers: Mapping[int, Sequence[int]], op: Operation, operand: int) -> bool:
+    """Whether an operation reads an operand in a narrower type, and does not pile it up."""
+    if operand in op.rounded or op.primitive != "convert_element_type":
+        return operand in op.rounded
+    before, after = op.inputs[0].value, op.outputs[0].value
+    piled = any(program.operations[at].primitive == "loop_stack" for at in readers.get(after, ()))
+    return not piled and program.values[after].itemsize < program.values[before].itemsize
+
+
+def _read_exactly(program: Program, readers: Mapping[int, Sequence[int]]) -> set[int]:
+    """The values of which something reads them, or a view of them, in their own type."""
+    found: set[int] = set()
+    for op in reversed(program.operations):
+        if op.primitive in _RENAMED and op.outputs[0].value not in found:
             continue
-        seen.add((program.values[stack].origin or stack, op.region, made.dtype))
-        during = [i for i, each in enumerate(program.operations) if op.region in program.enclosing(each.region)]
-        pieces = shards(kept_layout(program, choice, part), topology.axis_sizes)
-        yield min(during), max(during), made.itemsize * prod(program.values[stack].shape) / pieces
+        found |= {use.value for k, use in enumerate(op.inputs) if not _narrows(program, readers, op, k)}
+    for op in program.operations:  # views of an array that is read exactly
+        if op.primitive in _RENAMED and op.inputs and op.inputs[0].value in found:
+            found.add(op.outputs[0].value)
+    return found
+
+
+def _crossings(program: Program, maker: Mapping[int, Operation], value: int) -> list[tuple[int, int]]:
+    """The values inside and outside of each loop in which a value, or what it is a part or a view of, does not change."""
+    found: list[tuple[int, int]] = []
+    while True:
+        op = maker[value]
+        if op.primitive in ("loop_slice", "loop_constant"):
+            found.append((value, op.inputs[0].value))
+        elif not (op.primitive in _RENAMED and op.inputs) and not _cuts_constant(program, maker, op):
+            return found
+        value = op.inputs[0].value
 
 
 _RENAMED = ("reshape", "squeeze", "expand_dims", "transpose")
 
 
-def _stack_of(program: Program, maker: Mapping[int, Operation], part: int, region: int) -> int | None:
-    """The stack that does not change in a loop and of which a value is the slice at one index, if there is one."""
-    cut = maker[part]
-    if cut.primitive == "loop_slice":
-        return cut.inputs[0].value
-    if cut.region != region or cut.primitive != "dynamic_slice" or cut.op_class != "fused":
-        return None
-    stack = cut.inputs[0].value
-    whole, piece = program.values[stack].shape, program.values[part].shape
+def _cuts_constant(program: Program, maker: Mapping[int, Operation], op: Operation) -> bool:
+    """Whether an operation takes one index of an array that a loop does not change."""
+    if op.primitive != "dynamic_slice" or op.op_class != "fused":
+        return False
+    whole, piece = (program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
     at_one_index = any(whole[k:] == piece[k:] and prod(piece[:k]) == 1 for k in range(len(whole) + 1))
-    return stack if at_one_index and maker[stack].primitive == "loop_constant" else None
+    return at_one_index and maker[op.inputs[0].value].primitive == "loop_constant"

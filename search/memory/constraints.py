@@ -24,17 +24,13 @@ from search.formulation.layouts import Layout, shards
 from search.formulation.problem import Problem, Slot
 from search.formulation.reshard import ReshardTable, TableKey
 from search.memory.chain_buffers import chain_buffer_bytes, chains
+from search.memory.conversions import conversions
 from search.memory.donations import Donations
 from search.memory.fused_scatters import is_inlined
 from search.memory.reshard_buffers import Copies
 from search.memory.result_copies import copied_bytes
 from search.memory.softmax_copies import score_maxima, second_array_bytes
-from search.memory.tpu_temporaries import (
-    converted_stacks,
-    joined_operands,
-    operations_with_temporaries,
-    temporary_bytes,
-)
+from search.memory.tpu_temporaries import joined_operands, operations_with_temporaries, temporary_bytes
 from search.memory.views import IN_PLACE, views
 
 T = TypeVar("T", np.ndarray, Copies)
@@ -433,7 +429,7 @@ def _chain_terms(problem: Problem) -> Iterator[_Term]:
 
 
 def _temporary_terms(problem: Problem) -> Iterator[_Term]:
-    """The arrays that a TPU makes for sorts, running sums, operands of concatenations and conversions of stacks."""
+    """The arrays that a TPU makes for sorts, running sums, operands of concatenations and conversions before loops."""
     program, topology = problem.program, problem.topology
     for at in operations_with_temporaries(program):
         node = problem.of_operation[at]
@@ -445,7 +441,7 @@ def _temporary_terms(problem: Problem) -> Iterator[_Term]:
         node, found = layouts_at(problem, value)
         held = _local_bytes(problem, program.values[value].bytes, found)
         yield _Term(("joined", node, value), "node", node, first, last, held)
-    for part, size, first, last in converted_stacks(program) if topology.chip.kind == "tpu" else ():
+    for part, size, first, last in conversions(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, part)
         yield _Term(("converted", node, part, size), "node", node, first, last, _local_bytes(problem, size, found))
 

@@ -12,10 +12,6 @@ Measured with libtpu 0.0.42 on v5e, for bfloat16 arrays of one size each:
 | the same, summed over its rows or columns | 2 | none |
 
 Two operands are sorted without such a copy. A concatenation in a kernel reads its operands when the kernel runs.
-
-A loop whose iterations convert their slices of a stack to a narrower type, such as float32 weights to bfloat16, has the
-whole stack converted before it: of [16, 4096, 4096], 50 arrays instead of 34, with or without a barrier before the
-conversion. If the loop also piles up the converted slices, they are not converted twice.
 """
 
 from __future__ import annotations
@@ -27,11 +23,9 @@ from typing import NamedTuple
 from costmodels.machine.topology import Topology
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
-from costmodels.program.views import CAST, RENAMES
 from search.formulation.layouts import Layout, local_shape
 from search.memory.donations import REDUCTIONS
 from search.memory.fused_scatters import is_inlined
-from search.memory.views import is_slice_of_stack
 
 INDEX_BYTES = 4
 JOINS = ("concatenate", "stack")
@@ -110,45 +104,3 @@ def _kernel_ends(program: Program, at: int) -> list[int]:
             waiting += users - seen
             seen |= users
     return found
-
-
-class Converted(NamedTuple):
-    """A stack that is converted before a loop: a slice in the loop, all bytes, and the loop's first and last operation."""
-
-    part: int
-    bytes: float
-    first: int
-    last: int
-
-
-@cached_analysis
-def converted_stacks(program: Program) -> tuple[Converted, ...]:
-    """Stacks whose slices a loop converts to a narrower type."""
-    found: dict[tuple[int, int, str], Converted] = {}
-    for op in program.operations:
-        if op.primitive == CAST and op.inputs and program.regions[op.region].kind == "loop":
-            part, stack = _slice_of(program, op)
-            made, given = (program.values[use.value] for use in (op.outputs[0], op.inputs[0]))
-            users = [program.operations[user].primitive for user, _ in program.consumers.get(op.outputs[0].value, ())]
-            if stack is not None and made.itemsize < given.itemsize and "loop_stack" not in users:
-                inside = [i for i, each in enumerate(program.operations) if op.region in program.enclosing(each.region)]
-                held = made.itemsize * prod(program.values[stack].shape)
-                key = program.values[stack].origin or stack, op.region, made.dtype
-                found.setdefault(key, Converted(part, held, inside[0], inside[-1]))
-    return tuple(found.values())
-
-
-def _slice_of(program: Program, op: Operation) -> tuple[int, int | None]:
-    """The slice of a stack that an operation converts, as it is or as a view, and the stack; None if it is none."""
-    value = op.inputs[0].value
-    maker = program.operations[program.producers[value][0]]
-    while maker.region == op.region and maker.primitive in RENAMES:
-        value = maker.inputs[0].value
-        maker = program.operations[program.producers[value][0]]
-    if maker.primitive == "loop_slice":
-        return value, maker.inputs[0].value
-    if maker.region == op.region and is_slice_of_stack(program, maker):
-        stack = maker.inputs[0].value
-        if program.operations[program.producers[stack][0]].primitive == "loop_constant":
-            return value, stack
-    return value, None

@@ -66,6 +66,7 @@ def _operation_to_json(op: Operation, sizes: Sequence[str]) -> Json:
         "exact": op.exact,
         **({} if op.pinned is None else {"pinned": [None if dim is None else list(dim) for dim in op.pinned]}),
         **({"masked": list(op.masked)} if op.masked else {}),
+        **({"rounded": list(op.rounded)} if op.rounded else {}),
     }
 
 
@@ -134,6 +135,7 @@ def _operation(row: Json) -> Operation:
         bool(row["exact"]),
         tuple(None if dim is None else tuple(map(_text, dim)) for dim in row["pinned"]) if "pinned" in row else None,
         tuple(row.get("masked", ())),
+        tuple(row.get("rounded", ())),
     )
 
 

@@ -12,7 +12,8 @@ from jax import lax
 import autoshard
 from autoshard.auditing.findings import find_in_time
 from search.memory.constraints import buffers
-from search.memory.tpu_temporaries import converted_stacks, joined_operands
+from search.memory.conversions import conversions
+from search.memory.tpu_temporaries import joined_operands
 from tests.support.cases import Case
 from tests.support.tracing import trace
 
@@ -47,6 +48,10 @@ CASES = {
     "sorted": Case(lambda a: jnp.sort(a, -1), (A,)),
     "running sums": Case(lambda a: jnp.cumsum(a, 0), (A,)),
     "largest": Case(lambda a: lax.top_k(a, 64)[0], (A,)),
+    "multiplied as bfloat16": Case(
+        lambda c, s: lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), c, s)[0],
+        (S((8192, 8192), f32), S((3, 8192, 8192), f32)),
+    ),
     "converted": Case(trained, (S((16, 4096, 4096), f32), S((4096, 4096), bf16)), (0,)),
 }
 
@@ -102,8 +107,40 @@ def test_stacks_are_converted_before_a_loop_unless_it_piles_up_the_slices() -> N
 
     args = S((4, 8, 8), f32), S((8, 8), bf16)
     once = trace(lambda w, x: lax.scan(lambda x, w: (body(x, w)[0], None), x, w)[0], *args).program
-    assert [each.bytes for each in converted_stacks(once)] == [4 * 8 * 8 * 2]
-    assert converted_stacks(trace(lambda w, x: lax.scan(body, x, w), *args).program) == ()
+    assert [each.bytes for each in conversions(once)] == [4 * 8 * 8 * 2]
+    assert conversions(trace(lambda w, x: lax.scan(body, x, w), *args).program) == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (lambda c, w: jnp.tanh(c @ w), [3 * 8 * 8 * 2]),
+        (lambda c, w: jnp.tanh(c @ w.T), [3 * 8 * 8 * 2]),
+        (lambda c, w: jnp.tanh(c.astype(bf16) @ w.astype(bf16)).astype(f32) @ w, [3 * 8 * 8 * 2]),
+        (lambda c, w: jnp.tanh(c @ w) + w, []),
+        (lambda c, w: jnp.tanh(jnp.matmul(c, w, precision="high")), []),
+        (lambda c, w: jnp.tanh(c @ (w * 2)), []),
+        (lambda c, w: jnp.tanh(c.astype(bf16) @ w.astype(bf16)).astype(f32) + w, []),
+    ],
+)
+def test_float32_weights_that_a_loop_reads_only_in_bfloat16_are_converted_before_it(
+    body: Any, found: list[int]
+) -> None:
+    stack = S((3, 8, 8), f32)
+    traced = trace(lambda c, s: lax.scan(lambda c, w: (body(c, w), None), c, s)[0], SMALL, stack)
+    assert [each.bytes for each in conversions(traced.program)] == found
+
+
+def test_constants_are_converted_before_the_outermost_loop_that_does_not_change_them() -> None:
+    def nested(c: Any, s: Any, m: Any) -> Any:
+        inner = lambda c: lax.scan(lambda c, w: (jnp.tanh(c @ w) @ m, None), c, s)[0]  # noqa: E731
+        return lax.fori_loop(0, 2, lambda i, c: inner(c), c)
+
+    program = trace(nested, SMALL, S((3, 8, 8), f32), SMALL).program
+    loops = [i for i, op in enumerate(program.operations) if op.region]
+    found = conversions(program)
+    assert sorted(each.bytes for each in found) == [8 * 8 * 2, 3 * 8 * 8 * 2]
+    assert {(each.first, each.last) for each in found} == {(loops[0], loops[-1])}
 
 
 def test_a_step_that_was_planned_without_cost_is_slow() -> None:
