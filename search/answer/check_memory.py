@@ -11,6 +11,8 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 - An update in place takes its operand's memory if nothing reads that any more. A loop carry takes the memory of its
   initial value if nothing else needs that. A result takes the memory of the donated argument, once nothing reads that
   any more (`search.answer.check_donations`).
+- A branch reads arrays around it where they lie. Its result lies in that of the conditional, which begins as a copy if a
+  branch returns an array around it (`search.memory.branches`).
 - A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups.
 - A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
 - A TPU holds further arrays for sorts, running sums, concatenations and conversions (`search.answer.check_temporaries`).
@@ -215,9 +217,11 @@ class _Account:
         for i, op in enumerate(self.program.operations):
             given = [use.value for use in op.inputs]
             made = [use.value for use in op.outputs]
-            written = _writes(op) and self.needed_until(given[0]) <= i
-            if i in self.views or op.primitive == "loop_constant" or written:
+            written = _writes(op) and self.needed_until(given[0]) <= i and not self._is_lent(given[0])
+            if i in self.views or op.primitive == "loop_constant" or self._is_only_lent(op) or written:
                 yield given[0], made[0]
+            if op.primitive == "branch_join":
+                yield from ((value, made[0]) for value in given if self._is_in_join(value, given))
             if op.primitive == "loop_carry":
                 yield made[0], made[1]
                 yield from ((value, made[0]) for value in given if self._becomes_carry(value, i))
@@ -243,10 +247,26 @@ class _Account:
         """The groups of values that share memory, without donations."""
         return list(self._sharing(self._pairs()))
 
+    def _is_lent(self, value: int) -> bool:
+        """Whether a value belongs to the code around its branch."""
+        return self.program.operations[self.maker[value]].primitive == "branch_constant"
+
+    def _is_only_lent(self, op: Operation) -> bool:
+        """Whether a branch gets an array, and does not return it."""
+        after = [self.program.operations[at].primitive for use in op.outputs for at in self.readers.get(use.value, ())]
+        return op.primitive == "branch_constant" and "branch_join" not in after
+
+    def _is_in_join(self, value: int, others: Iterable[int]) -> bool:
+        """Whether the result of a branch lies in that of the conditional, which may begin as a copy of a lent array."""
+        maker, lent = self.program.operations[self.maker[value]], any(map(self._is_lent, others))
+        once = maker.op_class in ("matmul", "fused", "memory") and self.readers[value] == self.readers[value][:1]
+        writes = _writes(maker) and self._is_lent(maker.inputs[0].value)
+        return self._is_lent(value) or (once and writes == lent)
+
     def _becomes_carry(self, value: int, carry: int) -> bool:
         maker = self.program.operations[self.maker[value]]
         if self.program.values[value].region == self.program.operations[carry].region:
-            return maker.op_class != "source" and len(self.readers[value]) == 1
+            return maker.op_class != "source" and len(self.readers[value]) == 1 and not self._is_lent(value)
         return _writes(maker) or (maker.primitive == "loop_carry" and maker.outputs[1].value == value)
 
     def _is_stored(self, value: int) -> bool:

@@ -23,6 +23,7 @@ from costmodels.program.program import Program
 from search.formulation.layouts import Layout, shards
 from search.formulation.problem import Problem, Slot
 from search.formulation.reshard import ReshardTable, TableKey
+from search.memory.branches import BRANCH_CONSTANT, is_lent, is_read_by_branch, results_of_branches
 from search.memory.chain_buffers import chain_buffer_bytes, chains
 from search.memory.conversions import conversions
 from search.memory.donations import Donations
@@ -102,8 +103,15 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
     for i, op in enumerate(program.operations):
         if i in shown:
             groups.join(op.inputs[0].value, op.outputs[0].value)
-        if op.primitive == "loop_constant" or (op.primitive in IN_PLACE and last[op.inputs[0].value] <= i):
+        is_written = op.primitive in IN_PLACE and last[op.inputs[0].value] <= i
+        if (
+            op.primitive == "loop_constant"
+            or is_read_by_branch(program, op)
+            or (is_written and not is_lent(program, op))
+        ):
             groups.join(op.inputs[0].value, op.outputs[0].value)
+        for value in results_of_branches(program, op):
+            groups.join(value, op.outputs[0].value)
         if op.primitive == "loop_carry":
             groups.join(op.outputs[0].value, op.outputs[1].value)
             for use in op.inputs:
@@ -139,7 +147,8 @@ def _ends_here(program: Program, value: int, carry: int) -> bool:
     at, position = program.producers[value]
     made_by = program.operations[at]
     if program.values[value].region == program.operations[carry].region:
-        return made_by.op_class != "source" and len(program.consumers[value]) == 1
+        is_own = made_by.op_class != "source" and made_by.primitive != BRANCH_CONSTANT
+        return is_own and len(program.consumers[value]) == 1
     return made_by.primitive in IN_PLACE or (made_by.primitive == "loop_carry" and position == 1)
 
 

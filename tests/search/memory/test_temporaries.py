@@ -21,6 +21,8 @@ S = jax.ShapeDtypeStruct
 bf16, f32 = jnp.bfloat16, jnp.float32
 A = S((8192, 8192), bf16)
 SMALL = S((8, 8), f32)
+SCALARS = 1
+"""The condition of a branch."""
 
 
 def trained(weights: Any, x: Any) -> Any:
@@ -51,6 +53,11 @@ CASES = {
     "multiplied as bfloat16": Case(
         lambda c, s: lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), c, s)[0],
         (S((8192, 8192), f32), S((3, 8192, 8192), f32)),
+    ),
+    "one of two products": Case(lambda a, b: lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: b @ a), (A, A)),
+    "a product or an argument": Case(lambda a, b: lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a), (A, A)),
+    "rows written in a branch": Case(
+        lambda a, b: lax.cond(a[0, 0] > 0, lambda: lax.dynamic_update_slice(a, b[:64], (8, 0)), lambda: a), (A, A)
     ),
     "converted": Case(trained, (S((16, 4096, 4096), f32), S((4096, 4096), bf16)), (0,)),
 }
@@ -141,6 +148,20 @@ def test_constants_are_converted_before_the_outermost_loop_that_does_not_change_
     found = conversions(program)
     assert sorted(each.bytes for each in found) == [8 * 8 * 2, 3 * 8 * 8 * 2]
     assert {(each.first, each.last) for each in found} == {(loops[0], loops[-1])}
+
+
+@pytest.mark.parametrize(
+    ("branch", "other", "wanted"),
+    [
+        (lambda a, b: a @ b, lambda a, b: b @ a, 3),
+        (lambda a, b: jnp.tanh(a @ b), lambda a, b: b @ a, 4),
+        (lambda a, b: a @ b, lambda a, b: a, 4),
+        (lambda a, b: lax.dynamic_update_slice(a, b[:2], (0, 0)), lambda a, b: a, 4),  # with the rows
+        (lambda a, b: lax.dynamic_update_slice(a, b[:2], (0, 0)), lambda a, b: b @ a, 5),  # with the rows
+    ],
+)
+def test_branches_read_arrays_where_they_lie_and_write_into_the_result(branch: Any, other: Any, wanted: int) -> None:
+    assert arrays(lambda a, b: lax.cond(a[0, 0] > 0, branch, other, a, b), ()) == wanted + SCALARS
 
 
 def test_a_step_that_was_planned_without_cost_is_slow() -> None:
