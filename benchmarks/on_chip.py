@@ -8,6 +8,8 @@ lists the floor (bytes to move once over HBM's rate), the time on the chip, the 
 the wire, peak memory, and the operations with the most unplanned time. A row that could not run says why.
 
 Rows of cases that do not run again keep their last result, with its commit; `--resume` runs only cases without a result.
+Compiled programs are kept in `.cache/programs`. A case whose lowered program is unchanged is not compiled again: after a
+change of costs alone, `--known` searches the cases again that have a result.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ WORST = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One function of an example with its keyword arguments, on one slice."""
+    """One function of an example, or of a model of another library, with its keyword arguments, on one slice."""
 
     example: str
     phase: str
@@ -48,9 +50,20 @@ class Case:
     def name(self) -> str:
         """Such as `llama-70b-decode-unrolled-b16-v5e:4x4`."""
         options = [key for key, value in self.sizes.items() if value is True]
-        types = [str(self.sizes[key]) for key in ("weights", "cache") if key in self.sizes]
+        types = [str(self.sizes[key]) for key in ("weights", "cache", "experts") if key in self.sizes]
         size = str(self.sizes.get("size", ""))
-        return "-".join([self.example, size, self.phase, *options, *types, f"b{self.sizes['batch']}", self.topology])
+        batch = [f"b{self.sizes[key]}" for key in ("batch",) if key in self.sizes]
+        return "-".join([self.example, *([size] * bool(size)), self.phase, *options, *types, *batch, self.topology])
+
+    def build(self) -> Any:
+        """The workload."""
+        if self.example in LIBRARIES:
+            return getattr(importlib.import_module("benchmarks.models_frameworks"), f"{self.example}_{self.phase}")()
+        return getattr(importlib.import_module(f"examples.{self.example}"), self.phase)(**self.sizes)
+
+
+LIBRARIES = ("equinox", "nnx")
+"""The examples that `models_frameworks.py` builds, each at one size."""
 
 
 def _palm() -> list[Case]:
@@ -95,11 +108,21 @@ def _others() -> list[Case]:
         Case("mixtral", "decode", "v5e:4x4", {"size": "8x7b", "batch": 64}),
         Case("mixtral", "decode", "v5p:2x2x2", {"size": "8x7b", "batch": 8}),
         Case("mixtral", "prefill", "v5e:4x4", {"size": "8x7b", "batch": 16}),
+        Case("mixtral", "decode", "v5e:4x4", {"size": "8x7b", "batch": 64, "experts": "ragged"}),
+        Case("mixtral", "decode", "v6e:4x4", {"size": "8x7b", "batch": 64, "experts": "ragged"}),
+        Case("mixtral", "decode", "v4:2x2x4", {"size": "8x7b", "batch": 32, "experts": "ragged"}),
         Case("mla", "decode", "v5e:4x4", {"size": "lite", "batch": 64}),
         Case("mla", "decode", "v6e:2x4", {"size": "lite", "batch": 64}),
         Case("mla", "prefill", "v5e:4x4", {"size": "lite", "batch": 16}),
         Case("t5", "forward", "v5e:4x4", {"size": "xxl", "batch": 16}),
         Case("t5", "forward", "v6e:2x4", {"size": "xxl", "batch": 16}),
+        Case("training", "train", "v5p:2x2x4", {"size": "8b", "batch": 64}),
+        Case("training", "train", "v5e:4x4", {"size": "8b", "batch": 16}),
+        Case("equinox", "forward", "v5e:4x4"),
+        Case("equinox", "forward", "v5p:2x2x2"),
+        Case("equinox", "train", "v5p:2x2x4"),
+        Case("nnx", "train", "v5e:2x4"),
+        Case("nnx", "train", "v6e:2x4"),
     ]
 
 
@@ -112,8 +135,9 @@ CASES = {case.name: case for case in (*_palm(), *_llama(), *_others())}
 def measure(case: Case) -> dict[str, Any]:
     """The row of a case: searched, compiled and replayed in this process."""
     import autoshard
+    from benchmarks.compiled_programs import audit_of
 
-    work = getattr(importlib.import_module(f"examples.{case.example}"), case.phase)(**case.sizes)
+    work = case.build()
     started = time.monotonic()
     plan = autoshard.search(
         work.fn,
@@ -124,8 +148,9 @@ def measure(case: Case) -> dict[str, Any]:
         time_limit=SEARCH_SECONDS,
     )
     searched = time.monotonic()
-    found = autoshard.audit(plan, work.fn, *work.args, target="tpu")
-    seconds = {"search_seconds": searched - started, "compile_seconds": time.monotonic() - searched}
+    found, was_kept = audit_of(plan, work)
+    seconds = {"search_seconds": searched - started}
+    seconds |= {} if was_kept else {"compile_seconds": time.monotonic() - searched}
     return {
         **summarize(found),
         "gap": plan.proof.gap,
@@ -236,9 +261,15 @@ def _options() -> argparse.Namespace:
         "--only", nargs="+", default=[], metavar="CASE", help="run cases with one of these in their names"
     )
     parser.add_argument("--resume", action="store_true", help="run only cases without a result")
+    parser.add_argument("--exact", action="store_true", help="run cases of exactly these names")
+    parser.add_argument("--known", action="store_true", help="run only cases with a result")
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
     parser.add_argument("--case", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _is_asked(name: str, asked: str, options: argparse.Namespace) -> bool:
+    return name == asked if options.exact else asked in name
 
 
 def main() -> None:
@@ -250,13 +281,18 @@ def main() -> None:
     if options.list:
         print("\n".join(CASES))
         return
-    chosen = [name for name in CASES if not options.only or any(part in name for part in options.only)]
+    chosen = [
+        name for name in CASES if not options.only or any(_is_asked(name, part, options) for part in options.only)
+    ]
     if not chosen:
         sys.exit(f"--only must be a part of a case's name, got {options.only[0]!r}. Cases: {', '.join(CASES)}.")
     known = {row["row"]: row for row in json.loads(RESULTS.read_text("utf-8"))} if RESULTS.exists() else {}
     print(HEAD)
     for name in chosen:
-        done = options.resume and known.get(name, {}).get("ours") is not None
+        has_result = known.get(name, {}).get("ours") is not None
+        if options.known and not has_result:
+            continue
+        done = options.resume and has_result
         known[name] = known[name] if done else run_apart(CASES[name])
         show(known[name])
         rows = [known[case] for case in CASES if case in known]

@@ -88,25 +88,41 @@ def audit(
     """
     if target not in ("host", "tpu", "gpu"):
         raise AutoshardError(f'target must be "host", "tpu" or "gpu", got {target!r}.')
+    way = carry or default_way(plan)
+    lowered, arrays = lower(plan, fn, *args, target=target, devices=devices, carry=way)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise AuditError(
+            f"The {target} compiler refused {plan.name} for {plan.topology.name}. It says: {error}"
+        ) from error
+    return compare(plan, compiled.as_text(), target, compiled_peak_bytes(compiled.memory_analysis()), arrays, way)
+
+
+def lower(
+    plan: PlanRecord,
+    fn: Callable[..., Any],
+    *args: Any,
+    target: CompileTarget = "host",
+    devices: Sequence[Any] | None = None,
+    carry: Carry | None = None,
+) -> tuple[Any, tuple[tuple[int, str], ...]]:
+    """The lowered program of a planned function, and the number and type of the array that each collective sends.
+
+    Arguments and errors are those of `audit`.
+    """
     topology = plan.topology
     mesh = targets.mesh_of(targets.devices_of(topology, target) if devices is None else devices, topology.axis_sizes)
     shapes = jax.tree_util.tree_map(_shape, args)
     arrays = _sent_arrays(plan, fn, shapes)
-    way = carry or default_way(plan)
-    lowered = jit_plan(plan, fn, mesh, carry=way).lower(*shapes)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise AuditError(f"The {target} compiler refused {plan.name} for {topology.name}. It says: {error}") from error
-    peak = _peak_bytes(compiled.memory_analysis())
-    return compare(plan, compiled.as_text(), target, peak, arrays, way)
+    return jit_plan(plan, fn, mesh, carry=carry or default_way(plan)).lower(*shapes), arrays
 
 
 def _shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
 
 
-def _peak_bytes(memory: Any) -> float | None:
+def compiled_peak_bytes(memory: Any) -> float | None:
     """Peak memory per chip, as the compiler counts it; None if it does not.
 
     A TPU's peak also contains data prefetched into on-chip memory during the end of the previous program. Arguments,
