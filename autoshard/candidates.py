@@ -19,8 +19,12 @@ from autoshard.emitting import bind
 from autoshard.emitting.formats import choose_formats, without_orders
 from autoshard.emitting.targets import COMPILERS
 from autoshard.emitting.tpu_workarounds.residual_barriers import find_residual_barriers, residual_barriers
+from autoshard.emitting.tpu_workarounds.scoped_memory import LARGE_KIB
+from autoshard.emitting.tpu_workarounds.score_barriers import find_score_barriers, score_barriers
 from autoshard.errors import AutoshardError, InfeasibleError
+from autoshard.planning.emission import Emission
 from autoshard.planning.records import PlanRecord
+from costmodels.program.program import Program
 
 P = TypeVar("P", bound=PlanRecord)
 Say = Callable[[str], None]
@@ -148,9 +152,9 @@ def pick_fastest(first: Candidate[P], others: Iterable[Candidate[P]]) -> Candida
 def compile_variants(
     first: Candidate[P], fn: Callable[..., Any], args: Sequence[Any], target: CompileTarget, say: Say
 ) -> Iterator[Candidate[P]]:
-    """The other ways to emit a plan, compiled: other formats, then with or without barriers with the fastest.
+    """The other ways to emit a plan, compiled: other formats, barriers, and on-chip memory for an operation, in this order.
 
-    There are none if the compiler reports no cycles.
+    Each step begins with the fastest way so far. There are none if the compiler reports no cycles.
     """
     if first.audit is None or first.audit.compute_seconds is None:
         return
@@ -159,13 +163,37 @@ def compile_variants(
         if formats != first.plan.emission.formats:
             found.append(replace(_with_formats(formats, first.plan, fn, args, target, say), place=first.place))
             yield found[-1]
-    best = pick_fastest(first, found).plan
-    program = bind.trace_as_planned(best, fn, args).program
-    if find_residual_barriers(program):
-        barriers = not residual_barriers(program, best.choice, best.topology, best.emission)
-        plan = replace(best, emission=replace(best.emission, residual_barriers=barriers))
-        say(f"compiling with {emission_words(plan)}")
-        yield replace(compile_plan(plan, fn, args, target), place=first.place)
+    program = bind.trace_as_planned(first.plan, fn, args).program
+    for change in (_other_residual_barriers, _other_score_barriers, _more_scoped_memory):
+        best = pick_fastest(first, found).plan
+        emission = change(program, best)
+        if emission is not None:
+            plan = replace(best, emission=emission)
+            say(f"compiling with {emission_words(plan)}")
+            found.append(replace(compile_plan(plan, fn, args, target), place=first.place))
+            yield found[-1]
+
+
+def _other_residual_barriers(program: Program, plan: PlanRecord) -> Emission | None:
+    """With barriers in residual sums where the plan has none, and the other way round; None if there are no such sums."""
+    if not find_residual_barriers(program):
+        return None
+    has_some = bool(residual_barriers(program, plan.choice, plan.topology, plan.emission))
+    return replace(plan.emission, residual_barriers=not has_some)
+
+
+def _other_score_barriers(program: Program, plan: PlanRecord) -> Emission | None:
+    """With barriers before attention scores where the plan has none, and the other way round; None without such scores."""
+    if not find_score_barriers(program, plan.choice, plan.topology):
+        return None
+    has_some = bool(score_barriers(program, plan.choice, plan.topology, plan.emission))
+    return replace(plan.emission, score_barriers=not has_some)
+
+
+def _more_scoped_memory(program: Program, plan: PlanRecord) -> Emission | None:
+    """With more on-chip memory for an operation; None where it has that already."""
+    del program
+    return None if plan.emission.scoped_memory_kib else replace(plan.emission, scoped_memory_kib=LARGE_KIB)
 
 
 def _with_formats(

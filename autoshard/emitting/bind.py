@@ -22,6 +22,7 @@ from autoshard.emitting.meshes import AxisNames, as_planned, on_mesh
 from autoshard.emitting.padding import padded_as, unpadded_like
 from autoshard.emitting.program import emit
 from autoshard.emitting.sharding import make_mesh, mesh_in_context, spec_of
+from autoshard.emitting.tpu_workarounds.scoped_memory import memory_option
 from autoshard.errors import AutoshardError, PlanMismatchError
 from autoshard.planning.carriage import Constraint
 from autoshard.planning.records import ArrayPlan, PlanRecord
@@ -185,15 +186,16 @@ def _place_arrays(plan: PlanRecord, mesh: Any, arrays: list[Any]) -> list[Any]:
 
 
 def compiler_options(plan: PlanRecord, mesh: Mesh) -> dict[str, str | bool]:
-    """Compiler options for a plan that nearly fills a TPU's memory; empty in all other cases.
+    """Compiler options for TPUs: the on-chip memory for an operation, and one for a plan that nearly fills a TPU's memory.
 
     Above 95 % of the memory, which a plan may use, the compiler (libtpu 0.0.42) rematerialises to save memory. It also
     rematerialises gathers, which are then communicated twice. It counts its code and all results as live all the time, so
     it begins before the memory is full. The option limits rematerialisation to programs that do not fit at all.
     """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
     full = plan.estimate.peak_bytes > _NEARLY_FULL * plan.topology.chip.usable_hbm_bytes
-    return {_COMPUTED_AGAIN: "100"} if on_tpu and full else {}
+    return {**memory_option(plan.emission), **({_COMPUTED_AGAIN: "100"} if full else {})}
 
 
 # --- meshes

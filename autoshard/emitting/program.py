@@ -32,7 +32,7 @@ from autoshard.emitting.tpu_workarounds.argument_copies import copy_argument
 from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
 from autoshard.emitting.tpu_workarounds.conversion_barriers import find_conversion_barriers
 from autoshard.emitting.tpu_workarounds.residual_barriers import residual_barriers
-from autoshard.emitting.tpu_workarounds.score_barriers import find_score_barriers
+from autoshard.emitting.tpu_workarounds.score_barriers import score_barriers
 from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.tracing.blocks import (
     Atom,
@@ -145,9 +145,8 @@ class Runner:
         self.orders = orders_of_values(traced.program, orders)
         values = (*traced.argument_values, *traced.constant_values)
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
-        self.resting = residual_barriers(traced.program, choice, topology, emission)
-        if topology.chip.kind == "tpu":
-            self.resting |= find_score_barriers(traced.program, choice, topology)
+        barriers = (residual_barriers, score_barriers)
+        self.resting = frozenset[int]().union(*(f(traced.program, choice, topology, emission) for f in barriers))
         self.rings = rings(traced.program, topology, choice)
         self.waits = find_conversion_barriers(traced.program) if collectives(traced.program, topology, choice) else {}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoshard._util.tables import size
+
 
 @dataclass(frozen=True)
 class Emission:
@@ -13,16 +15,28 @@ class Emission:
       the plan; "rule", from an array's uses (`search.answer.orders`); "compiler", chosen by `Layout.AUTO`; "given".
     - `residual_barriers`: whether long residual sums on TPUs get barriers; None for a decision by the memory that they free
       (`autoshard.emitting.tpu_workarounds.residual_barriers`).
+    - `score_barriers`: whether the projections of long attention scores on TPUs get barriers; None for a decision by their
+      length (`autoshard.emitting.tpu_workarounds.score_barriers`).
+    - `scoped_memory_kib`: the on-chip memory that one operation of a TPU program may use; None for the compiler's default
+      (`autoshard.emitting.tpu_workarounds.scoped_memory`).
     """
 
     formats: str = "default"
     residual_barriers: bool | None = None
+    score_barriers: bool | None = None
+    scoped_memory_kib: int | None = None
 
     def words(self) -> str:
         """The choices that differ from the default, as text; empty if none does."""
         found = [_FORMATS[self.formats]] if self.formats in _FORMATS else []
-        if self.residual_barriers is not None:
-            found.append(f"{'' if self.residual_barriers else 'no '}barriers in residual sums")
+        for has_barriers, where in (
+            (self.residual_barriers, "in residual sums"),
+            (self.score_barriers, "before attention scores"),
+        ):
+            if has_barriers is not None:
+                found.append(f"{'' if has_barriers else 'no '}barriers {where}")
+        if self.scoped_memory_kib is not None:
+            found.append(f"{size(self.scoped_memory_kib * 1024)} of on-chip memory for an operation")
         return ", ".join(found)
 
 

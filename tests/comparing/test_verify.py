@@ -21,6 +21,7 @@ from autoshard.auditing.replay import Replay
 from autoshard.candidates import Candidate, Refusal, fit_memory, read_refusal
 from autoshard.comparing.verify import Verification
 from autoshard.emitting.formats import without_orders
+from autoshard.emitting.tpu_workarounds.scoped_memory import LARGE_KIB
 from autoshard.errors import InfeasibleError
 from autoshard.plan import loads
 from autoshard.planning.baselines import FAMILIES
@@ -312,6 +313,39 @@ def test_formats_that_save_a_relayout_are_found():
     assert found.gain > 10 and found.best.emission == Emission("compiler")
     assert found.best.arguments[0].order == (0, 1)
     assert not autoshard.verify(plan, step, *args, k=1, tune=False).variants
+
+
+@pytest.mark.tpu
+@pytest.mark.long
+def test_more_on_chip_memory_for_long_attention_is_found():
+    """With 64 MiB of on-chip memory for an operation, the scores of 4,096 rows and columns are formed once (libtpu 0.0.50)."""
+
+    def attend(q: Any, k: Any, v: Any):
+        scores = jnp.einsum("htd,hsd->hts", q, k, preferred_element_type=jnp.float32)
+        causal = jnp.arange(4096)[:, None] >= jnp.arange(4096)
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)).astype(jnp.bfloat16)
+        return jnp.einsum("hts,hsd->htd", weights, v)
+
+    args = [jax.ShapeDtypeStruct((4, 4096, 128), jnp.bfloat16)] * 3
+    found = autoshard.search(attend, *args, topology="v5e:1x1", tune=True)
+    assert found.emission.scoped_memory_kib == LARGE_KIB
+    assert any("64 MiB of on-chip memory for an operation" in words for words in found.warnings)
+    assert loads(dumps(found)).emission == found.emission
+
+
+EMISSIONS = [
+    Emission(),
+    Emission("compiler"),
+    Emission(residual_barriers=False),
+    Emission(score_barriers=True),
+    Emission("rule", score_barriers=False, scoped_memory_kib=LARGE_KIB),
+]
+
+
+@pytest.mark.parametrize("emission", EMISSIONS, ids=Emission.words)
+def test_every_choice_of_emission_has_words_and_is_saved(plan: autoshard.Plan, emission: Emission):
+    assert loads(dumps(replace(plan, emission=emission))).emission == emission
+    assert bool(emission.words()) == (emission != Emission())
 
 
 @pytest.mark.long

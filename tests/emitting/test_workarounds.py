@@ -69,7 +69,7 @@ def test_projections_stay_apart_from_long_scores(monkeypatch: pytest.MonkeyPatch
     args = S((1, 2048, 256), bf16), *[S((256, 12, 128), bf16)] * 3, S((12, 128, 256), bf16)
     plan = autoshard.search(attend, *args, topology="v5e:1x1")
     apart = audit(plan, attend, *args)
-    monkeypatch.setattr(program, "find_score_barriers", lambda *_: frozenset())
+    monkeypatch.setattr(program, "score_barriers", lambda *_: frozenset())
     fused = audit(plan, attend, *args)
     assert (fused.compute_seconds or 0) > 1.5 * (apart.compute_seconds or 0) > 0
     assert (fused.peak_bytes or 0) > 1.5 * (apart.peak_bytes or 0) > 0

@@ -7,6 +7,8 @@
 - `score_barriers`: the compiler fuses the projection of keys with long scores, and holds the scores twice. A barrier keeps
   the projection apart: attention of 12 heads of 2,048 × 2,048 scores on v5e takes 1.2 instead of 2.7 million cycles
   (libtpu 0.0.50).
+- `scoped_memory`: the compiler lets an operation use 16 MiB of on-chip memory. A plan may give it more: attention of 4 heads
+  of 4,096 × 4,096 scores on v5e takes 1.0 instead of 2.5 ms with 64 MiB (libtpu 0.0.50).
 - `conversion_barriers`: the compiler converts weights layers ahead of their use while collectives run. A barrier delays a
   conversion until the matmul's other operand exists.
 - `argument_layout`: the compiler may pad a loop carry more than an argument. A carried array gets the layout of an

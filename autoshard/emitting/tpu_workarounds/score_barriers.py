@@ -15,11 +15,12 @@ scores that are live at once:
 | 12 × 1,024 × 1,024 | 0.19, none | 0.17, none |
 | 96 × 512 × 512 | 0.36, none | 0.43, none |
 
-Shorter columns therefore get no barrier.
+Shorter columns therefore get no barrier, unless the plan says otherwise. `verify` compiles both.
 """
 
 from __future__ import annotations
 
+from autoshard.planning.emission import Emission
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
 from search.answer.assignment import Choice, produced_layout
@@ -30,11 +31,18 @@ LEAST_COLUMNS = 2048
 """The number of columns of scores on one chip from which on the projections are kept apart."""
 
 
-def find_score_barriers(program: Program, choice: Choice, topology: Topology) -> frozenset[int]:
-    """The operands of products of long scores that elementwise operations make of another product."""
+def score_barriers(program: Program, choice: Choice, topology: Topology, emission: Emission) -> frozenset[int]:
+    """The projections that get a barrier under a plan; none off TPUs."""
+    if topology.chip.kind != "tpu" or emission.score_barriers is False:
+        return frozenset()
+    return find_score_barriers(program, choice, topology, 1 if emission.score_barriers else LEAST_COLUMNS)
+
+
+def find_score_barriers(program: Program, choice: Choice, topology: Topology, least_columns: int = 1) -> frozenset[int]:
+    """The operands of products of scores with as many columns that elementwise operations make of another product."""
     found: set[int] = set()
     for scores in score_maxima(program).values():
         shape, layout = program.values[scores.value].shape, produced_layout(program, choice, scores.value)
-        if local_shape(shape, layout, topology.axis_sizes)[scores.column] >= LEAST_COLUMNS:
+        if local_shape(shape, layout, topology.axis_sizes)[scores.column] >= least_columns:
             found.update(use.value for use in program.operations[program.producers[scores.value][0]].inputs)
     return frozenset(value for value in found if product_of(program, value) is not None)
