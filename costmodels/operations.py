@@ -18,6 +18,9 @@ computed. If HBM bounds the matmul, this adds to the time:
 $\\max(\\text{padded flops}/C, \\text{bytes}/W + n/E) + o$, within 10 % of libtpu's cycles for products of 8 to 350 rows with
 matrices of 1 to 64 Mi elements on v4 to v6e. Without a rate $E$ there is no such term.
 
+Outside of loops the compiler copies weights into on-chip memory ahead, so they are read while the matmul, or the one before,
+starts: $\\max(\\text{padded flops}/C + o, \\text{bytes}/W + n/E)$ on chips that have `prefetch_bytes`.
+
 The elements $n_c$ of an operand that is stored in a narrower type are converted at a rate $E_c$, so the matmul takes at
 least $n_c/E_c + o$.
 
@@ -52,7 +55,13 @@ from costmodels.grouped_costs import between_elements, grouped_flops, hidden_byt
 from costmodels.machine.chips import Chip
 from costmodels.machine.conventions import EXPERT_LOAD
 from costmodels.machine.lazy_sympy import sympy
-from costmodels.program.asynchronous import is_fused_into_reads, is_lender, lenders, static_operands
+from costmodels.program.asynchronous import (
+    is_fetched_ahead,
+    is_fused_into_reads,
+    is_lender,
+    lenders,
+    static_operands,
+)
 from costmodels.program.grouped import grouped
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Operation, Program
@@ -195,17 +204,22 @@ def start_seconds(program: Program, operation: Operation, chip: Chip) -> float:
     return chip.vector_overhead_seconds if points >= REGISTER and ends_pass(program, operation) else 0.0
 
 
+def reads_while_starting(program: Program, operation: Operation, chip: Chip) -> bool:
+    """Whether the operands of a matmul are copied into on-chip memory while it, or the one before, starts."""
+    return chip.prefetch_bytes > 0 and is_fetched_ahead(program, operation)
+
+
 def cost_key(program: Program, operation: Operation) -> tuple[object, ...]:
     """All that the costs of operations with equal strategies may differ in.
 
     Per use in `traffic` its index, the bytes of a stored element, its `sharers`, and whether it can be read ahead; the uses
-    and the start of a loop of the vector unit; whether operands are streamed.
+    and the start of a loop of the vector unit; whether operands are streamed, or fetched ahead.
     """
     uses = ((index, operation.use(index)) for index in operation.traffic)
     static = static_operands(program, operation)
     moved = tuple((index, use.stored_itemsize, sharers(program, use.value), index in static) for index, use in uses)
     passes = (vector_uses(program, operation), ends_pass(program, operation))
-    return (moved, passes, is_streamed(program, operation))
+    return (moved, passes, is_streamed(program, operation), is_fetched_ahead(program, operation))
 
 
 @lru_cache(maxsize=4096)
@@ -286,10 +300,12 @@ def price(
             (converted, chip.converted_elements_per_second),
         )
     )
-    longest = np.maximum(compute, memory + vector if matmul else np.maximum(memory, vector))
-    longest, vector = np.maximum(longest, conversion), np.maximum(vector, conversion)
-    overhead = start_seconds(program, operation, chip) + between
-    return OperationCost(work, moved, compute, memory, vector, overhead, longest + overhead)
+    core, read = np.maximum(compute, conversion), memory + vector if matmul else np.maximum(memory, vector)
+    longest, start = np.maximum(core, read), start_seconds(program, operation, chip)
+    if reads_while_starting(program, operation, chip):
+        start = np.maximum(core + start, read) - longest
+    overhead = start + between
+    return OperationCost(work, moved, compute, memory, np.maximum(vector, conversion), overhead, longest + overhead)
 
 
 def _asynchronous_seconds(

@@ -215,7 +215,15 @@ def asynchronous_seconds(done: Expr, moved: Expr, matmul: bool, dtype: str, besi
     return longest + overhead
 
 
-def operation_seconds(done: Expr, moved: Expr, elements: Expr, converted: Expr, matmul: bool, dtype: str) -> Expr:
+def operation_seconds(
+    done: Expr,
+    moved: Expr,
+    elements: Expr,
+    converted: Expr,
+    matmul: bool,
+    dtype: str,
+    beside: Expr | int = 0,
+) -> Expr:
     """Seconds of one run of an operation without its start: `costmodels.operations.price` as a formula.
 
     **Arguments:**
@@ -223,10 +231,12 @@ def operation_seconds(done: Expr, moved: Expr, elements: Expr, converted: Expr, 
     - `done`: FLOPs, in whole tiles on a matrix unit.
     - `moved`: HBM bytes.
     - `elements`, `converted`: elements that the vector unit loads and stores, and that it converts for a matmul.
+    - `beside`: the start of a matmul whose operands are read meanwhile.
     """
     compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
     vector, conversion = elements / rate("E_vector"), converted / rate("E_convert")
-    terms = (compute, memory + vector, conversion) if matmul else (compute, memory, vector)
+    core = [side + beside for side in (compute, conversion) if side != 0]
+    terms = (*core, memory + vector) if matmul else (compute, memory, vector)
     sides = [side for side in terms if side != 0]
     return sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sympy.Add(*sides)
 

@@ -26,6 +26,7 @@ from costmodels.operations import (
     on_chip_symbol,
     padded_flops,
     prefetched_bytes,
+    reads_while_starting,
     shards_symbol,
     size_symbol,
     vector_elements,
@@ -192,13 +193,13 @@ def _operation(program: Program, dimensions: Dimensions, topology: Topology, cho
         if is_fused_into_reads(program, op):
             arrives = substitute(arriving_bytes(program, op), table) / rate("W_hbm")
             seconds = sympy.Max(seconds - arrives, 0, evaluate=False)
-        return Cost(work, moved, local_seconds=seconds + _between(program, op, table, topology))
-    if matmul:
+    elif matmul:
         seconds = _matmul_seconds(program, dimensions, topology, i, table)
-        return Cost(work, moved, local_seconds=seconds + _between(program, op, table, topology))
-    elements = substitute(vector_elements(program, op), table) if chip.vector_elements_per_second else _ZERO
-    running = operation_seconds(done, moved, elements, _ZERO, False, op.dtype)
-    return Cost(work, moved, local_seconds=running + _start(program, dimensions, i, chip))
+    else:
+        elements = substitute(vector_elements(program, op), table) if chip.vector_elements_per_second else _ZERO
+        running = operation_seconds(done, moved, elements, _ZERO, False, op.dtype)
+        seconds = running + _start(program, dimensions, i, chip)
+    return Cost(work, moved, local_seconds=seconds + _between(program, op, table, topology))
 
 
 def _between(program: Program, op: Operation, table: dict[Expr, Expr], topology: Topology) -> Expr:
@@ -253,7 +254,6 @@ def _steps(
     program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, operations: Sequence[Cost]
 ) -> Iterator[StepFormula]:
     """Every step of every reshard, and the collectives within operations."""
-    chip = topology.chip
 
     def formula(
         kind: str,
@@ -272,7 +272,7 @@ def _steps(
             size = program.values[value].itemsize
             seconds -= _saved_seconds(program, dimensions, topology, choice, product, dim, (kind, axes, payload, size))
         elif product is not None:
-            running = operations[product].local_seconds - _start(program, dimensions, product, chip)
+            running = _running(program, topology, product, _table(dimensions, choice, product))
             seconds -= _hidden_seconds(kind, axes, payload, topology, running)
         cost = Cost(wire_bytes=sent, collective_seconds=seconds)
         return StepFormula(kind, axes, value, operation, region, payload, cost)
@@ -302,10 +302,8 @@ def _window(
     operations: Sequence[Cost],
 ) -> Expr:
     """The seconds of the matmuls at the ends of a reshard that hide it asynchronously."""
-    if not topology.pricing.asynchronous:
-        return _ZERO
     found = []
-    for i, which in products_at(program, choice, move):
+    for i, which in products_at(program, choice, move) if topology.pricing.asynchronous else ():
         op, table = program.operations[i], _table(dimensions, choice, i)
         static, deferred = static_operands(program, op), is_deferred(program, i)
         ahead = substitute(prefetched_bytes(program, op, topology.pricing.expert_load), table)
@@ -381,13 +379,19 @@ def _matmul_seconds(
     program: Program, dimensions: Dimensions, topology: Topology, i: int, table: dict[Expr, Expr]
 ) -> Expr:
     """Seconds of a matmul with these sizes and shard counts."""
+    start = _start(program, dimensions, i, topology.chip)
+    beside = start if reads_while_starting(program, program.operations[i], topology.chip) else _ZERO
+    return _running(program, topology, i, table, beside) + start - beside
+
+
+def _running(program: Program, topology: Topology, i: int, table: dict[Expr, Expr], beside: Expr = _ZERO) -> Expr:
+    """Seconds of a matmul without its start, or with a start while which its operands are read."""
     op, chip = program.operations[i], topology.chip
     stored = vector_elements(program, op, topology.pricing.expert_load)
     elements = substitute(stored, table) if chip.vector_elements_per_second else _ZERO
     converted = substitute(converted_elements(program, op), table) if chip.converted_elements_per_second else _ZERO
     done, moved = _done(op, table, topology), _moved(program, topology, i, table)
-    running = operation_seconds(done, moved, elements, converted, True, op.dtype)
-    return running + _start(program, dimensions, i, chip)
+    return operation_seconds(done, moved, elements, converted, True, op.dtype, beside)
 
 
 def array_bytes(program: Program, dimensions: Dimensions, value: int) -> Expr:

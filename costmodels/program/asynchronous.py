@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
+from costmodels.program.vector_passes import is_streamed
 
 
 def static_operands(program: Program, op: Operation) -> tuple[int, ...]:
@@ -16,6 +17,12 @@ def static_operands(program: Program, op: Operation) -> tuple[int, ...]:
     They are known before the step begins. So their reads from HBM and their gathers may run ahead.
     """
     return tuple(k for k, use in enumerate(op.inputs) if use.value in _static(program))
+
+
+def is_fetched_ahead(program: Program, operation: Operation) -> bool:
+    """Whether an operation is a matmul outside of loops that reads an argument from HBM."""
+    read = set(operation.traffic) & set(static_operands(program, operation))
+    return operation.op_class == "matmul" and bool(read) and not is_streamed(program, operation)
 
 
 def is_fused_into_reads(program: Program, op: Operation) -> bool:

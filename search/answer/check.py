@@ -11,12 +11,19 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import NamedTuple
 
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
-from costmodels.program.asynchronous import is_deferred, is_fused_into_reads, is_lender, lenders, static_operands
+from costmodels.program.asynchronous import (
+    is_deferred,
+    is_fetched_ahead,
+    is_fused_into_reads,
+    is_lender,
+    lenders,
+    static_operands,
+)
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.program.vector_passes import REGISTER, converted_operands, ends_pass, is_streamed, vector_uses
@@ -128,31 +135,30 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
         bytes_ = each * (groups.elements(index) if groups else prod(local[i] for dim in use.dims for i in dim))
         moved += 0.0 if 0 < sharers(program, use.value) * bytes_ <= chip.on_chip_bytes else bytes_
     memory = moved / chip.reached_hbm_bytes_per_second
-    stored = sum(prod(local[i] for dim in op.use(k).dims for i in dim) for k in vector_uses(program, op))
-    stored += (arrays - 1) * hidden if arrays else 0.0
+    stored = (arrays - 1) * hidden if arrays else 0.0
+    stored += sum(prod(local[i] for dim in op.use(k).dims for i in dim) for k in vector_uses(program, op))
     between = groups.between_seconds(chip, program.values[op.outputs[0].value].itemsize) if groups else 0.0
-    vector = stored / chip.vector_elements_per_second if chip.vector_elements_per_second else 0.0
+    vector = stored / (chip.vector_elements_per_second or inf)
     if not matmul:
         work = op.flops_per_point * prod(local) / chip.vector_flops_per_second
         if topology.pricing.asynchronous:
-            read = [
-                program.values[use.value].itemsize * prod(local[i] for d in use.dims for i in d) for use in op.inputs
-            ]
-            hidden = sum(read) / chip.reached_hbm_bytes_per_second
-            fused = is_fused_into_reads(program, op)
-            return _OnChip(work, memory, max(work - hidden, 0.0) if fused else max(work, memory))
+            if not is_fused_into_reads(program, op):
+                return _OnChip(work, memory, max(work, memory))
+            read = sum(program.values[u.value].itemsize * prod(local[i] for d in u.dims for i in d) for u in op.inputs)
+            return _OnChip(work, memory, max(work - read / chip.reached_hbm_bytes_per_second, 0.0))
         looped = prod(factor.size for factor in op.factors) >= REGISTER and ends_pass(program, op)
-        start = chip.vector_overhead_seconds if looped else 0.0
-        return _OnChip(work, memory, max(work, memory, vector), start)
+        return _OnChip(work, memory, max(work, memory, vector), looped * chip.vector_overhead_seconds)
     work = _matrix_work(op, local, topology) / chip.reached_matmul_flops_per_second(op.dtype)
-    if topology.pricing.asynchronous and static_operands(program, op):
-        return _OnChip(work, memory, max(work + chip.op_overhead_seconds, memory), between)
+    start = chip.op_overhead_seconds
     if topology.pricing.asynchronous:
-        return _OnChip(work, memory, max(work, memory), chip.op_overhead_seconds + between)
-    start = between + chip.op_overhead_seconds + (chip.stream_overhead_seconds if is_streamed(program, op) else 0.0)
+        hidden = start * bool(static_operands(program, op))
+        return _OnChip(work, memory, max(work + hidden, memory), start - hidden + between)
+    start += is_streamed(program, op) * chip.stream_overhead_seconds
     converted = sum(prod(local[i] for dim in op.use(k).dims for i in dim) for k in converted_operands(program, op))
-    rate = chip.converted_elements_per_second
-    return _OnChip(work, memory, max(work, memory + vector, converted / rate if rate else 0.0), start)
+    core, read = max(work, converted / (chip.converted_elements_per_second or inf)), memory + vector
+    if chip.prefetch_bytes and is_fetched_ahead(program, op):
+        start = max(core + start, read) - max(core, read)
+    return _OnChip(work, memory, max(core, read), start + between)
 
 
 def _beside(program: Program, topology: Topology, choice: Choice, move: Move) -> float:

@@ -106,6 +106,28 @@ def test_matmuls_in_loops_wait_for_their_operands():
     assert [is_streamed(program, op) for _, op in program.matmuls()] == [False]
 
 
+@pytest.mark.parametrize("name", ["v4", "v5e", "v5p", "v6e"])
+def test_weights_outside_of_loops_are_read_while_their_matmul_starts(name: str):
+    """Of a start as long as the read of the weight, the core waits for none, of a longer one for the rest."""
+
+    def step(x, w):
+        return jnp.tanh(x) @ w
+
+    on = replace(chip(name), vector_elements_per_second=0.0)
+    program = traced(step, (8, 4096), (4096, 4096))
+    (_, op), one = next(iter(program.matmuls())), np.ones((1, 3))
+
+    def seconds(start: float, of: Chip = on) -> float:
+        return price(program, op, one, replace(of, op_overhead_seconds=start)).seconds[0]
+
+    free = read = seconds(0.0)
+    assert seconds(read / 2, replace(on, prefetch_bytes=0.0)) == pytest.approx(free + read / 2)
+    if on.prefetch_bytes:
+        assert seconds(read / 4) == free < seconds(2 * read) < free + 2 * read
+    else:
+        assert seconds(read / 4) == pytest.approx(free + read / 4)
+
+
 @given(st.sampled_from(["v4", "v5e", "v5p", "v6e"]), st.floats(1, 10), st.floats(0, 1))
 def test_a_faster_vector_unit_never_costs_more(name: str, faster: float, part: float):
     program = traced(lambda x, w: x + norm(x @ w).astype(x.dtype), (ROWS, WIDTH), (WIDTH, WIDTH))

@@ -84,7 +84,7 @@ def test_overhead_is_what_an_operation_costs_beyond_its_roofline(workload: autos
     matmuls = sum(op.count for op in plan.operations if op.matmul)
     started = sum(op.overhead_seconds for op in plan.operations)
     assert found.regime == "overhead" and found.seconds["overhead"] == pytest.approx(started)
-    assert started == pytest.approx(matmuls * 1e-3, rel=0.01)
+    assert (matmuls - 1) * 1e-3 < started < matmuls * 1e-3  # the one outside the loop reads its weights while it starts
 
 
 def test_latency_is_what_the_collectives_cost_without_bytes(plan: autoshard.Plan):
