@@ -64,6 +64,7 @@ def read_record(kind: type, reader: Reader, **special: Callable[[Reader], Any]) 
         "int": lambda key: reader.get(key, int),
         "bool": lambda key: reader.get(key, bool),
         "bool | None": lambda key: None if reader.data[key] is None else reader.get(key, bool),
+        "int | None": lambda key: None if reader.data[key] is None else reader.get(key, int),
         "float": reader.float,
         "tuple[str, ...]": reader.names,
         "tuple[int, ...]": reader.counts,
