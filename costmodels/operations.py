@@ -19,7 +19,7 @@ $\\max(\\text{padded flops}/C, \\text{bytes}/W + n/E) + o$, within 10 % of libtp
 matrices of 1 to 64 Mi elements on v4 to v6e. Without a rate $E$ there is no such term.
 
 Outside of loops the compiler copies weights into on-chip memory ahead, so they are read while the matmul, or the one before,
-starts: $\\max(\\text{padded flops}/C + o, \\text{bytes}/W + n/E)$ on chips that have `prefetch_bytes`.
+starts: $\\max(\\text{padded flops}/C + o, n/E + o, \\text{bytes}/W + n/E)$ on chips that have `prefetch_bytes`.
 
 The elements $n_c$ of an operand that is stored in a narrower type are converted at a rate $E_c$, so the matmul takes at
 least $n_c/E_c + o$.
@@ -303,7 +303,7 @@ def price(
     core, read = np.maximum(compute, conversion), memory + vector if matmul else np.maximum(memory, vector)
     longest, start = np.maximum(core, read), start_seconds(program, operation, chip)
     if reads_while_starting(program, operation, chip):
-        start = np.maximum(core + start, read) - longest
+        start = np.maximum(np.maximum(core, vector) + start, read) - longest
     overhead = start + between
     return OperationCost(work, moved, compute, memory, np.maximum(vector, conversion), overhead, longest + overhead)
 

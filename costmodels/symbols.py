@@ -235,7 +235,7 @@ def operation_seconds(
     """
     compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
     vector, conversion = elements / rate("E_vector"), converted / rate("E_convert")
-    core = [side + beside for side in (compute, conversion) if side != 0]
+    core = [side + beside for side in (compute, conversion, vector if beside else 0) if side != 0]
     terms = (*core, memory + vector) if matmul else (compute, memory, vector)
     sides = [side for side in terms if side != 0]
     return sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sympy.Add(*sides)

@@ -157,7 +157,7 @@ def _operation_seconds(program: Program, topology: Topology, op: Operation, spli
     converted = sum(prod(local[i] for dim in op.use(k).dims for i in dim) for k in converted_operands(program, op))
     core, read = max(work, converted / (chip.converted_elements_per_second or inf)), memory + vector
     if chip.prefetch_bytes and is_fetched_ahead(program, op):
-        start = max(core + start, read) - max(core, read)
+        start = max(max(core, vector) + start, read) - max(core, read)
     return _OnChip(work, memory, max(core, read), start + between)
 
 
