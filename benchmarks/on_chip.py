@@ -242,10 +242,22 @@ def show(row: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many rows lie within each range, of those that ran."""
-    ratios = [row["ours"] for row in rows if row["ours"] is not None]
+def pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The replayed steps of the same model unrolled (`ours`) and scanned (`reference`), in ms, and their ratio."""
+    steps = {row["row"]: row["replayed_ms"] for row in rows if row["ours"] is not None}
+    found = [(name, name.replace("-unrolled", "")) for name in steps if "-unrolled" in name]
     return [
+        {"row": f"{scanned}, unrolled / scanned", "reference": steps[scanned], "ours": steps[name]}
+        | {"ratio": steps[name] / steps[scanned]}
+        for name, scanned in found
+        if scanned in steps
+    ]
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How many rows lie within each range, of those that ran, and models unrolled beside scanned."""
+    ratios = [row["ours"] for row in rows if row["ours"] is not None]
+    return pairs(rows) + [
         {
             "row": f"replayed within {low} to {high} of the plan",
             "reference": len(ratios),
@@ -298,6 +310,9 @@ def main() -> None:
         rows = [known[case] for case in CASES if case in known]
         RESULTS.write_text(json.dumps(rows + summary(rows), indent=1) + "\n", "utf-8")
     for row in summary([known[case] for case in CASES if case in known]):
+        if "ratio" in row:
+            print(f"{row['row']}: {row['ours']:.2f} / {row['reference']:.2f} ms = {row['ratio']:.2f}")
+            continue
         share = row["ours"] / row["reference"] if row["reference"] else 0.0
         print(f"{row['row']}: {row['ours']} of {row['reference']} rows ({share:.0%})")
 
