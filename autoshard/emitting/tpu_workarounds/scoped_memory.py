@@ -9,7 +9,9 @@ microseconds and MiB of peak memory:
 | 12 × 2,048 × 2,048, v5e | 880, 212 | 829, 212 | 768, 212 | 774, 212 | 829, 218 |
 | 4 × 4,096 × 4,096, v5e | 2,509, 532 | 1,063, 276 | 1,015, 276 | 1,085, 276 | 1,155, 292 |
 
-An operation with less for its neighbours' prefetches may lose instead, and no rule decides. `verify` compiles both.
+With 64 MiB two whole steps of Llama 3 8B gain as well: prefill of 2,048 tokens on v5e:2x2 takes 68.0 instead of 70.7 ms, a
+scanned decode of batch 8 on v6e:2x2 4.75 instead of 4.88 ms. What operations use is missing for copies ahead of their
+neighbours, so other programs may lose, and no rule decides. `verify` compiles both.
 """
 
 from __future__ import annotations
