@@ -39,7 +39,7 @@ NEAR = 0.1
 FAR = 2.0
 """The multiple of the fastest compiled step from which on a baseline, by the model, is not compiled.
 
-Compiled programs took at least 0.8 of their planned times in `make bench-chip`.
+Compiled programs took at least 0.7 of their planned times in `make bench-chip`.
 """
 EFFICIENCIES = ("matmul_efficiency", "hbm_efficiency")
 """The constants that a correction changes."""
