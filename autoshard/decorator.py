@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from autoshard._util.elapsed import Say, elapsed
 from autoshard.emitting.attached import topology_of, topology_of_mesh
+from autoshard.emitting.padded_step import PaddedStep
 from autoshard.emitting.sharding import mesh_in_context
 from autoshard.errors import AutoshardError, TraceError
 from autoshard.pipeline import annotated_function, plan_and_tune
@@ -55,7 +56,8 @@ def autoshard(
         decode.lower(params, cache, tokens, position).compile()
 
     The first call with new shapes, types, nesting or static values searches, or finds the plan in `cache_dir`. Work of more
-    than a second is shown on standard error. Arguments are placed as planned. With several processes the first one searches,
+    than a second is shown on standard error. Arguments are placed as planned, and come and go without padding: an argument is
+    padded once, as long as it lives, and a donated one at each call, which the choice of padding takes into account. With several processes the first one searches,
     and all use its plan; all must make the call (also that of `plan_for`). Within `jax.jit`, `jax.grad` or `jax.vmap` it runs
     as `plan.apply(fn)` does. Exceptions of the function pass through unchanged.
 
@@ -98,7 +100,7 @@ def autoshard(
 
 def _check_options(options: Mapping[str, Any]) -> None:
     """Raises `TypeError` for an option that does not exist."""
-    known = [each.name for each in fields(Options) if each.name not in ("donate_argnums", "shapes")]
+    known = [each.name for each in fields(Options) if each.name not in ("donate_argnums", "shapes", "repeated")]
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -167,14 +169,18 @@ class _Method:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A plan with its compiled function, the placement of its arguments, and its function for transformations."""
+    """A plan with its compiled function, the function that places its arguments, and its function for transformations."""
 
     plan: Plan
     function: Callable[..., Any]
     jitted: Callable[..., Any]
-    shardings: tuple[Any, ...]
+    place: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     applied: Callable[..., Any]
     cache_key: str
+
+
+def _place(shardings: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return jax.device_put(args, shardings)
 
 
 @dataclass
@@ -197,7 +203,7 @@ class _Planner:
         self.last = bound
         if any(isinstance(leaf, Tracer) for leaf in jax.tree_util.tree_leaves(call.args)):
             return call.finish(bound.function, call.args, bound.applied(*call.args))
-        placed = jax.device_put(call.args, bound.shardings)
+        placed = bound.place(call.args)
         with self._shown(bound):
             result = bound.jitted(*placed)
         return call.finish(bound.function, placed, result)
@@ -227,12 +233,15 @@ class _Planner:
         axes = self.axes if mesh is not None else None
         shardings, _ = plan.shardings(on, axes)
         jitted = plan.jit(function, on, axes=axes)
-        return _Bound(plan, function, jitted, shardings, plan.apply(function, self.mesh, axes=axes), key)
+        if isinstance(jitted, PaddedStep):
+            jitted = jitted.remembering()
+        place = jitted.place_others if isinstance(jitted, PaddedStep) else functools.partial(_place, shardings)
+        return _Bound(plan, function, jitted, place, plan.apply(function, self.mesh, axes=axes), key)
 
     def _plan(self, call: Call, mesh: Mesh | None, say: Say) -> tuple[Callable[..., Any], Plan, str]:
         from_mesh = mesh is not None and self.topology == "auto"
         topology = topology_of_mesh(mesh) if from_mesh else topology_of(self.topology)
-        options = replace(self.options, donate_argnums=call.donated)
+        options = replace(self.options, donate_argnums=call.donated, repeated=True)
         say("tracing")
         try:
             function = call.function()

@@ -78,12 +78,15 @@ class SymbolicTrace:
         reserve_bytes: float | None = None,
         time_limit: float | None = None,
         progress: Callable[[str], None] | None = None,
+        padding: bool = True,
     ) -> Plan:
         """The fastest plan at the current sizes, as `autoshard.search` finds it.
 
         **Raises:** `TopologyError`, `InfeasibleError`.
         """
-        options = replace(self.options, reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
+        options = replace(
+            self.options, reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress, padding=padding
+        )
         return plan_function(self.target, topology_of(topology), options)
 
 

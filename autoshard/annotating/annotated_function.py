@@ -54,7 +54,12 @@ class AnnotatedFunction(TracedFunction):
         names = {key: words for key, words in (self.names or {}).items() if isinstance(words, str)}  # not by size
         dimensions = name_dimensions(program, traced.argument_values, traced.paths, names, self.shapes)
         return replace(
-            self, traced=traced, dimensions=dimensions, fingerprint=fingerprint(program), padding=tuple(padding)
+            self,
+            traced=traced,
+            dimensions=dimensions,
+            fingerprint=fingerprint(program),
+            padding=tuple(padding),
+            chained=None,
         )
 
     def with_program(self, program: Program, **changes: Any) -> AnnotatedFunction:

@@ -221,6 +221,11 @@ def pad_program(program: Program, paddings: Sequence[Padding]) -> Program:
     )
 
 
+def unpadded_program(program: Program, paddings: Sequence[Padding]) -> Program:
+    """The program without the paddings: the inverse of `pad_program`."""
+    return pad_program(program, [dataclasses.replace(each, size=each.padded, padded=each.size) for each in paddings])
+
+
 def paddings_by_value(program: Program, paddings: Sequence[Padding]) -> dict[int, tuple[Padding, ...]]:
     """The paddings of each value of a padded program, each named by its occurrence there."""
     found: dict[int, tuple[Padding, ...]] = {}
@@ -266,7 +271,7 @@ def masks_of(program: Program, paddings: Sequence[Padding]) -> Mapping[tuple[int
     found: dict[tuple[int, int], tuple[Mask, ...]] = {}
     for padding in paddings:
         occurrences = occurrences_of(program, padding)
-        zeros = _Zeros(program, occurrences)
+        zeros = _zeros(program, occurrences)
         for (at, factor), inner in occurrences.factors.items():
             op = program.operations[at]
             fill = NEUTRAL.get(op.primitive)
@@ -280,21 +285,59 @@ def masks_of(program: Program, paddings: Sequence[Padding]) -> Mapping[tuple[int
     return found
 
 
-class _Zeros:
-    """Lookup of values that are zero in the padding of one dimension."""
+def _zeros(program: Program, occurrences: Occurrences) -> _Zeros:
+    """The values that are zero in the padding of one dimension.
 
-    def __init__(self, program: Program, occurrences: Occurrences) -> None:
+    Arguments come with zeros. A donated argument comes as the result that replaced it: it is zero in every step if the step
+    keeps it zero.
+    """
+    changed: set[int] = set()
+    while True:
+        zeros = _Zeros(program, occurrences, changed)
+        found = {
+            program.operations[program.arguments[argument]].outputs[0].value
+            for argument, result in program.donated
+            for use in program.operations[program.results[result]].inputs
+            if zeros.has(use.value) and not zeros.at(use.value)
+        }
+        if found <= changed:
+            return zeros
+        changed |= found
+
+
+def zero_results(program: Program, padding: Padding) -> frozenset[int]:
+    """The results, by position, that have a dimension and are zero in its padding; `program` is without padding."""
+    zeros = _zeros(program, occurrences_of(program, padding))
+    uses = ((k, use.value) for k, at in enumerate(program.results) for use in program.operations[at].inputs)
+    return frozenset(k for k, value in uses if zeros.has(value) and zeros.at(value))
+
+
+class _Zeros:
+    """The values that are zero in the padding of one dimension, without the `changed` arguments.
+
+    All are assumed to be zero until an operation contradicts it. So a loop carry is zero if it begins so and each iteration
+    keeps it so.
+    """
+
+    def __init__(self, program: Program, occurrences: Occurrences, changed: Iterable[int]) -> None:
         self.program = program
         self.factors = frozenset(occurrences.factors)
-        self.known: dict[int, bool] = {}
+        self.values = frozenset(value for value, _ in occurrences.values)
+        self.zero = set(self.values.difference(changed))
+        makers = sorted((*program.producers[value], value) for value in self.zero)
+        while dropped := [value for at, k, value in makers if value in self.zero and not self._is_kept(at, k)]:
+            self.zero.difference_update(dropped)
+
+    def has(self, value: int) -> bool:
+        """Whether a value has the dimension."""
+        return value in self.values
 
     def at(self, value: int) -> bool:
         """Whether a value that has the dimension is zero in its padding."""
-        if value not in self.known:
-            self.known[value] = False  # for loops: a value does not prove itself
-            at, k = self.program.producers[value]
-            self.known[value] = self._follows(at, self.program.operations[at].outputs[k])
-        return self.known[value]
+        return value in self.zero
+
+    def _is_kept(self, at: int, k: int) -> bool:
+        return self._follows(at, self.program.operations[at].outputs[k])
 
     def _follows(self, at: int, output: Use) -> bool:
         """Whether the operands make the result zero along each factor of it that is padded.
@@ -312,7 +355,8 @@ class _Zeros:
             covered = frozenset[int]().union(*(self._padded(at, use) for use in having))
             return padded <= covered and all(self.at(use.value) for use in having)
         keeping = op.primitive in KEEPING_ZERO and len(arrays) >= (2 if op.primitive in _OF_TWO else 1)
-        passing = op.op_class == "boundary" and op.primitive != "loop_carry" and bool(arrays)
+        begun = op.primitive != "loop_carry" or len(arrays) == 2 or bool(op.linear)  # an operand may be a literal
+        passing = op.op_class == "boundary" and begun and bool(arrays)
         return (keeping or passing) and all(padded <= self._padded(at, use) and self.at(use.value) for use in arrays)
 
     def _padded(self, at: int, use: Use) -> frozenset[int]:

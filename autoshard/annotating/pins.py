@@ -35,6 +35,25 @@ class Pin:
     operation: int
 
 
+@dataclass(frozen=True)
+class Undivided:
+    """A dimension of a pinned value, of `size` elements, that the pin splits into `pieces`, which do not divide it."""
+
+    words: str
+    value: int
+    dim: int
+    size: int
+    pieces: int
+
+    @property
+    def text(self) -> str:
+        """A clause on the pin, for errors."""
+        return (
+            f"{self.words} splits dimension {self.dim} of size {self.size} into {self.pieces} shards,"
+            " which do not divide it"
+        )
+
+
 def parse_pin(text: str) -> tuple[str, PartitionSpec]:
     """`params.*.wq=None,x,yz` as a pattern and its spec; each letter of a part is an axis, `x+data` has longer names.
 
@@ -64,6 +83,26 @@ def pin_program(
     **Raises:** `PinError` for a pattern that matches no argument, an axis that the topology lacks or that is used twice,
     a dimension that the axes do not divide, and two different pins for one argument.
     """
+    program, found = _resolve(program, paths, topology, pins)
+    for each in _undivided(program, found, topology):
+        raise PinError(f"{each.text}. A search with padding pads it if it can.")
+    return program, found
+
+
+def undivided_pins(
+    program: Program, paths: Sequence[str], topology: Topology, pins: Pins | None
+) -> tuple[Undivided, ...]:
+    """The pinned dimensions that the axes of their pins do not divide.
+
+    **Raises:** `PinError` for the other faults of pins, as `pin_program` does.
+    """
+    return tuple(_undivided(*_resolve(program, paths, topology, pins), topology))
+
+
+def _resolve(
+    program: Program, paths: Sequence[str], topology: Topology, pins: Pins | None
+) -> tuple[Program, tuple[Pin, ...]]:
+    """`pin_program`, without the check that the axes divide the dimensions."""
     operations = list(program.operations)
     warnings: list[str] = []
     found: list[Pin] = []
@@ -78,13 +117,11 @@ def pin_program(
             )
             operations[at] = replace(op, pinned=None)
             continue
-        shape = program.values[op.outputs[0].value].shape
-        operations[at] = replace(op, pinned=_fit_rank(words, op.pinned, shape, topology))
+        operations[at] = replace(op, pinned=_fit_mesh(words, op.pinned, topology))
         found.append(Pin(words, at))
     for position, dims, words in _match_pins(program, paths, pins):
         at = program.arguments[position]
-        shape = program.values[operations[at].outputs[0].value].shape
-        fitting = _fit_rank(words, dims, shape, topology)
+        fitting = _fit_mesh(words, dims, topology)
         if operations[at].pinned not in (None, fitting):
             raise PinError(f"{words} contradicts another pin of {paths[position]}; remove one of them.")
         if operations[at].pinned is None:
@@ -126,7 +163,7 @@ def _match_pins(program: Program, paths: Sequence[str], pins: Pins | None) -> It
                 yield i, dims_of(spec, ranks[i], f"the pin of {paths[i]}"), f"the pin of {paths[i]} to {spec}"
 
 
-def _fit_rank(words: str, dims: Pinned, shape: Sequence[int], topology: Topology) -> Pinned:
+def _fit_mesh(words: str, dims: Pinned, topology: Topology) -> Pinned:
     """The axes of a pin without those of size 1."""
     sizes = topology.axis_sizes
     used = [axis for axes in dims for axis in axes or ()]
@@ -135,8 +172,14 @@ def _fit_rank(words: str, dims: Pinned, shape: Sequence[int], topology: Topology
             raise PinError(f"{words} names axis {axis!r}; {topology.name} has {', '.join(sizes)}.")
     if len(set(used)) < len(used):
         raise PinError(f"{words} uses an axis twice; each axis splits one dimension.")
-    for at, (axes, n) in enumerate(zip(dims, shape, strict=True)):
-        pieces = prod(sizes[axis] for axis in axes or ())
-        if n % pieces:
-            raise PinError(f"{words} splits dimension {at} of size {n} into {pieces} shards, which do not divide it.")
     return tuple(axes and tuple(axis for axis in axes if sizes[axis] > 1) for axes in dims)
+
+
+def _undivided(program: Program, pins: Sequence[Pin], topology: Topology) -> Iterator[Undivided]:
+    for pin in pins:
+        op = program.operations[pin.operation]
+        value = op.outputs[0].value
+        for dim, (axes, size) in enumerate(zip(op.pinned or (), program.values[value].shape, strict=True)):
+            pieces = prod(topology.axis_sizes[axis] for axis in axes or ())
+            if size % pieces:
+                yield Undivided(pin.words, value, dim, size, pieces)

@@ -34,15 +34,24 @@ def padded_as(array: Any, row: ArrayPlan) -> Any:
     return padded(array, row.padding) if array.shape != row.shape else array
 
 
+def sizes_of(paddings: Sequence[Padding]) -> list[tuple[int, int, int, int]]:
+    """The padded dimensions of an array, with their sizes."""
+    return sorted((each.dim, each.inner, each.size, each.padded) for each in paddings)
+
+
 def has_padding_inside(row: ArrayPlan) -> bool:
     """Whether an array has padding at other places than the ends of its dimensions."""
     return any(row.shape[each.dim] != each.padded * each.inner for each in row.padding)
 
 
 def unpadded_like(plan: PlanRecord, program: Program, given: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-    """The results without padding, except those that replace a donated argument that was given with its padding."""
-    over = {result: argument for argument, result in program.donated}
-    kept = {result for result, at in over.items() if given[at].shape == plan.arguments[at].shape}
+    """The results without padding, except those that replace a donated argument given with its padding, or are handed over."""
+    kept = set(plan.handed_results) | {
+        result
+        for at, result in program.donated
+        if given[at].shape == plan.arguments[at].shape
+        and sizes_of(plan.arguments[at].padding) == sizes_of(plan.results[result].padding)
+    }
     rows = enumerate(zip(results, plan.results, strict=True))
     return [array if k in kept else unpadded(array, row.padding) for k, (array, row) in rows]
 

@@ -13,7 +13,10 @@ from search.answer.solution import Limits, Solver
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `search`, which documents them."""
+    """The options of `search`, which documents them.
+
+    `repeated`: whether every call pads and cuts its donated arguments, as those of a decorated function do.
+    """
 
     donate_argnums: int | Sequence[int] = ()
     name: str = ""
@@ -28,8 +31,9 @@ class Options:
     dims: Names | None = None
     shapes: tuple[Any, ...] = ()
     solver: Solver = "presolved"
-    padding: bool = False
+    padding: bool = True
     tune: bool = False
+    repeated: bool = False
 
     def limits(self) -> Limits:
         """The limits of the search."""

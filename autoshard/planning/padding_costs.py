@@ -63,7 +63,7 @@ def padding_cost(plan: PlanRecord) -> PaddingCost:
         masks,
         seconds,
         sum(rewrite_seconds(row, plan.topology) for row in plan.arguments if row.padding),
-        cut_seconds(plan.results, program, plan.topology),
+        cut_seconds(plan.results, program, plan.topology, plan.handed_results),
     )
 
 
@@ -83,17 +83,25 @@ def mask_seconds(program: Program, topology: Topology, choice: Choice) -> tuple[
     return count, total
 
 
-def cut_seconds(results: Sequence[ArrayPlan], program: Program, topology: Topology) -> float:
-    """The least seconds that a call takes to cut the results that replace no donated argument.
+def cut_seconds(
+    results: Sequence[ArrayPlan], program: Program, topology: Topology, kept: Sequence[int] = ()
+) -> float:
+    """The least seconds that a call takes to cut its results, but those that replace a donated argument or are `kept`."""
+    uncut = {*kept, *(result for _, result in program.donated)}
+    return sum(_cut_seconds(row, topology) for k, row in enumerate(results) if k not in uncut)
 
-    A cut dimension is gathered first, because the mesh does not divide it.
-    """
-    kept = {result for _, result in program.donated}
-    return sum(
-        _gather_seconds(row, topology) + rewrite_seconds(row, topology)
-        for k, row in enumerate(results)
-        if row.padding and k not in kept
-    )
+
+def repeated_seconds(
+    arguments: Sequence[ArrayPlan], results: Sequence[ArrayPlan], program: Program, topology: Topology
+) -> float:
+    """The least seconds that a call takes to pad donated arguments that come without padding, and to cut their results."""
+    padded = sum(rewrite_seconds(row, topology) for row in arguments if row.donated and row.padding)
+    return padded + sum(_cut_seconds(results[result], topology) for _, result in program.donated)
+
+
+def _cut_seconds(row: ArrayPlan, topology: Topology) -> float:
+    """Seconds to cut an array. A cut dimension is gathered first, because the mesh does not divide it."""
+    return _gather_seconds(row, topology) + rewrite_seconds(row, topology) if row.padding else 0.0
 
 
 def padding_notes(plan: PlanRecord) -> Iterator[str]:

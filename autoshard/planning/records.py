@@ -174,6 +174,7 @@ class PlanRecord:
     - `program`, `dimensions`: the costed program, and its sizes by name, for formulas; `None` in plans from older files.
     - `baselines`: the baselines, if they were requested.
     - `padding`: the padded dimensions of the function, each named by one of its occurrences.
+    - `handed_results`: the results that keep their padding, because another phase takes them over with it.
     - `emission`: the emission choices that no rule decides, as `choose_formats` and `verify` found them best.
     - `carriage`: what a compiler makes of the plan in each way to carry it, as `autoshard.carry` found it.
     """
@@ -199,6 +200,7 @@ class PlanRecord:
     emission: Emission = BY_DEFAULT
     padding: tuple[Padding, ...] = ()
     carriage: Carriage | None = None
+    handed_results: tuple[int, ...] = ()
 
     @property
     def sources(self) -> tuple[ArrayPlan, ...]:

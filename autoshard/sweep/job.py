@@ -96,6 +96,7 @@ class Job:
     """A sweep as its file declares it.
 
     Each combination of values of the variables in `per` has a frontier. `any_shape`: slices that no vendor lists, too.
+    `padding`: as for `autoshard.search`.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Job:
     folder: Path = Path()
     per: tuple[str, ...] = ()
     any_shape: bool = False
+    padding: bool = True
 
     def phase(self, name: str) -> Phase:
         """The phase of this name."""

@@ -127,6 +127,7 @@ def _job(read: Any, folder: Path, name: str) -> Job:
         currency=read.price.currency if read.price else "USD",
         together=together,
         time_limit=read.search.time_limit,
+        padding=read.search.padding,
         folder=folder,
         per=_other_work(phases, read.vary) if read.frontier.per is None else tuple(read.frontier.per),
     )

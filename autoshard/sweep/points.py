@@ -54,6 +54,7 @@ class Point:
     shared: str = ""
     memory_bytes: float = 0.0
     time_limit: float | None = None
+    padding: bool = True
 
     @property
     def phase(self) -> str:
@@ -115,7 +116,7 @@ def _point(job: Job, names: tuple[str, ...], topology: Topology, knobs: Mapping[
         phase = " + ".join(names)
         return Unmade(f"{phase} on {topology.name}, {words}", phase, topology.name, pairs, str(error))
     memory = (job.constraints.memory_gib or 0.0) * 2**30
-    return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit)
+    return Point(runs, topology, pairs, joint.shared if joint else "", memory, job.time_limit, job.padding)
 
 
 def target_path(job: Job, file: str) -> Path:
@@ -200,7 +201,7 @@ def workload_of(run: Run) -> Workload:
 
 def options_of(point: Point) -> Options:
     """The options of a point's search."""
-    return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit)
+    return Options(reserve_bytes=point.reserve_bytes, time_limit=point.time_limit, padding=point.padding)
 
 
 def trace_run(run: Run) -> AnnotatedFunction:

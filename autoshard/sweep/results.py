@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoshard.explaining.explain import short_name
+from autoshard.annotating.padding import unpadded_program
 from autoshard.explaining.layer_groups import group_operations
 from autoshard.planning.records import PlanRecord
 
@@ -69,7 +70,7 @@ def result_from_dict(data: Mapping[str, Any]) -> Result:
 
 def phase_result(plan: PlanRecord) -> PhaseResult:
     """The result of a plan."""
-    estimate, program = plan.estimate, plan.program
+    estimate, program = plan.estimate, plan.program and unpadded_program(plan.program, plan.padding)
     useful: dict[str, float] = {}
     for _, op in program.matmuls() if program is not None else ():
         points = 1.0

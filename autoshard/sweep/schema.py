@@ -75,6 +75,7 @@ class SearchTable(_Table):
     """`[search]`."""
 
     time_limit: Positive | None = None
+    padding: StrictBool = True
 
 
 class JobFile(_Table):

@@ -60,6 +60,7 @@ def _plans(point: Point) -> tuple[dict[str, PlanRecord], float]:
         weights=repeats,
         reserve_bytes=point.reserve_bytes,
         time_limit=point.time_limit,
+        padding=point.padding,
     )
     makers = [phase for phase in repeats if any(result.startswith(f"{phase}.") for result, _ in found.handed)]
     return dict(found.plans), found.handoff_seconds * max((repeats[phase] for phase in makers), default=1.0)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard._util.tables import size
-from autoshard.planning.padding import _Found
+from autoshard.planning.padding import Found
 from autoshard.planning.padding_costs import padding_cost
 from autoshard.planning.records import ArrayPlan
 from tests.support.models import Block, arguments, function
@@ -146,7 +146,7 @@ def test_the_dimensions_of_unrolled_layers_are_padded_together() -> None:
 
 
 def test_a_plan_replaces_another_only_if_it_works_no_more_on_the_chip() -> None:
-    plain = _Found(None, None, (), 10.0, 4.0)  # pyright: ignore[reportArgumentType]
+    plain = Found(None, (), 10.0, 4.0)
     assert replace(plain, seconds=9.0, collectives=3.0).pays(plain)
     assert not replace(plain, seconds=9.0, collectives=2.9).pays(plain)
     assert not replace(plain, seconds=10.0, collectives=5.0).pays(plain)

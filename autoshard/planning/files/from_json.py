@@ -69,6 +69,7 @@ def from_json(reader: Reader) -> PlanRecord:
         program=program,
         dimensions=dimensions,
         padding=_paddings(reader),
+        handed_results=reader.counts("handed_results") if "handed_results" in reader.data else (),
         emission=read_record(Emission, reader.inner("emission")) if "emission" in reader.data else BY_DEFAULT,
         carriage=_carriage(topology, reader.inner("carriage")) if "carriage" in reader.data else None,
         baselines=tuple(read_record(Baseline, row) for row in reader.each("baselines"))

@@ -39,6 +39,7 @@ def key_of(target: AnnotatedFunction, topology: Topology, options: Options) -> s
         topology.to_dict(),
         (options.strict, options.reserve_bytes, options.time_limit, options.fold, options.memory_bytes),
         (options.baselines, repr(options.pins), sorted((options.dims or {}).items()), options.tune),
+        (options.padding, options.repeated),
         (version(), jax.__version__),
     ]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()

@@ -39,6 +39,7 @@ def to_json(plan: PlanRecord) -> Json:
         "topology": plan.topology.to_dict(),
         **({"emission": _plain(plan.emission)} if plan.emission != BY_DEFAULT else {}),
         **({"padding": [_plain(each) for each in plan.padding]} if plan.padding else {}),
+        **({"handed_results": list(plan.handed_results)} if plan.handed_results else {}),
         **({"carriage": _plain(plan.carriage)} if plan.carriage else {}),
         **({"baselines": [_plain(each) for each in plan.baselines]} if plan.baselines else {}),
         **_program_to_json(plan),
