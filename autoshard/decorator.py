@@ -56,10 +56,12 @@ def autoshard(
         decode.lower(params, cache, tokens, position).compile()
 
     The first call with new shapes, types, nesting or static values searches, or finds the plan in `cache_dir`. Work of more
-    than a second is shown on standard error. Arguments are placed as planned, and come and go without padding: an argument is
-    padded once, as long as it lives, and a donated one at each call, which the choice of padding takes into account. With several processes the first one searches,
+    than a second is shown on standard error. Arguments are placed as planned. With several processes the first one searches,
     and all use its plan; all must make the call (also that of `plan_for`). Within `jax.jit`, `jax.grad` or `jax.vmap` it runs
     as `plan.apply(fn)` does. Exceptions of the function pass through unchanged.
+
+    Arguments and results have no padding. An argument whose dimensions the plan pads is padded once, and the copy is kept as
+    long as the argument. A donated argument is padded and its result cut at each call, which the choice of padding counts.
 
     Arguments may be given by keyword. Omitted arguments with a default, static arguments, strings and functions are
     constants. Methods are decorated in a class whose instances are pytrees, or with `static_argnames="self"`. Flax NNX

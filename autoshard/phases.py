@@ -10,9 +10,10 @@ from typing import Any
 
 from autoshard._util.paths import dotted
 from autoshard._util.tables import time
-from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
+from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
+from autoshard.phase_padding import PhaseChoice, Sharing, choose_joint_padding
 from autoshard.pipeline import annotated_function
 from autoshard.plan import Plan
 from autoshard.planning.infeasibility import explain_infeasible
@@ -91,6 +92,7 @@ def search_phases(
     reserve_bytes: float | None = None,
     time_limit: float | None = None,
     progress: Callable[[str], None] | None = None,
+    padding: bool = True,
 ) -> PhasePlans:
     """Searches the layout of shared arrays that is fastest for several phases together.
 
@@ -107,34 +109,32 @@ def search_phases(
     - `handoffs`: pairs like `("prefill.result[1]", "decode.cache")`. By default every donated argument takes over the result
       of an earlier phase with the same end of its path (`['k']`), the same dtype, and the same shape up to one dimension.
     - `at_most`: a limit on the seconds of a phase, such as `{"decode": 0.030}`: the sum is minimal under that limit.
+    - `padding`: whether dimensions that the mesh axes do not divide may be padded, in all phases alike. A handed-over result
+      keeps the padding that the next phase's argument has too, if it is zero there.
     - The others as for `autoshard.search`.
 
     **Raises:** `AutoshardError` for phases that share nothing, handoffs that do not fit, or a limit that no layout
     meets; `InfeasibleError`.
     """
     where = topology_of(topology)
-    options = Options(reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress)
+    options = Options(reserve_bytes=reserve_bytes, time_limit=time_limit, progress=progress, padding=padding)
     targets = {
-        name: annotate_pins(
-            annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name or name)), where, None
-        )
+        name: annotated_function(work.fn, work.args, Options(work.donate_argnums, work.name or name))
         for name, work in workloads.items()
     }
     rates = [float((weights or {}).get(name, 1.0)) for name in targets]
     if unknown := set(weights or ()) - set(targets):
         raise AutoshardError(f"The phases of weights must be among {', '.join(targets)}, got {sorted(unknown)[0]!r}.")
     pairs, common = _find_handovers(targets, handoffs), _shared_pairs(targets, shared)
+    handed, limit = [(a, b) for a, b, _ in pairs], _limit(targets, at_most)
+
+    def joint(functions: Sequence[AnnotatedFunction], cutoff: float, left: float | None) -> Phases:
+        limits, programs = replace(options, time_limit=left).limits(), [each.program for each in functions]
+        return solve(programs, rates, where, common, handed, limits, progress or (lambda _: None), limit, cutoff)
+
     try:
-        found = solve(
-            [target.program for target in targets.values()],
-            rates,
-            where,
-            common,
-            [(a, b) for a, b, _ in pairs],
-            options.limits(),
-            progress or (lambda _: None),
-            _limit(targets, at_most),
-        )
+        sharing = Sharing(common, handed)
+        choice = choose_joint_padding([*targets.values()], sharing, where, joint, rates, options)
     except TooSlow as error:
         name, least = list(targets)[error.phase], time(error.least_seconds)
         raise AutoshardError(
@@ -143,10 +143,14 @@ def search_phases(
         ) from error
     except NoPlan as error:
         raise explain_infeasible(error) from error
-    plans = [record(target, part) for target, part in zip(targets.values(), found.solutions, strict=True)]
-    plans = _share_orders(plans, found.weights, common, [(a, b) for a, b, _ in pairs])
-    handed = tuple(dict.fromkeys(words for _, _, words in pairs))
-    return _plans(targets, found, dict(zip(targets, map(Plan.of, plans), strict=True)), handed)
+    plans = _share_orders(_records(choice), choice.found.weights, common, handed)
+    words = tuple(dict.fromkeys(words for _, _, words in pairs))
+    return _plans(targets, choice.found, dict(zip(targets, map(Plan.of, plans), strict=True)), words)
+
+
+def _records(choice: PhaseChoice) -> list[PlanRecord]:
+    parts = zip(choice.functions, choice.found.solutions, choice.handed_results, strict=True)
+    return [record(function, part, notes=choice.notes, handed_results=kept) for function, part, kept in parts]
 
 
 def _limit(targets: Mapping[str, AnnotatedFunction], at_most: Mapping[str, float] | None) -> tuple[int, float] | None:

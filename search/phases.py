@@ -53,6 +53,7 @@ def search_phases(
     limits: Limits = DEFAULTS,
     say: Say = lambda _: None,
     at_most: tuple[int, float] | None = None,
+    cutoff: float = inf,
 ) -> Phases:
     """Finds the layouts of several phases together.
 
@@ -65,18 +66,29 @@ def search_phases(
 
     - `at_most`: a phase, and its limit in seconds. The phase's weight is raised until it keeps the limit, no further
       than needed. The proof's bound is the Lagrangian one, and a gap may remain between it and the plan.
+    - `cutoff`: seconds; plans whose weighted sum is larger are not searched, and phases are not searched alone.
 
-    **Raises:** `NoPlan` when no layout fits all phases; `TooSlow`.
+    **Raises:** `NoPlan` when no layout fits all phases, or none is below the cutoff; `TooSlow`.
     """
     started = time.monotonic()
-    alone = tuple(search(program, topology, limits, say) for program in programs)
-    if at_most is not None and alone[at_most[0]].proof.bound_seconds > at_most[1]:
+    alone = search_alone(programs, topology, limits, say) if cutoff == inf else ()
+    if alone and at_most is not None and alone[at_most[0]].proof.bound_seconds > at_most[1]:
         raise TooSlow(at_most[0], alone[at_most[0]].check.seconds)
     joint = _Joint(programs, topology, tuple(shared), tuple(handoffs), limits, say)
-    found = joint.solve_weighted(weights, weights)
+    found = joint.solve_weighted(weights, weights, cutoff)
     if at_most is not None and found.solutions[at_most[0]].check.seconds > at_most[1]:
         found = _keep_limit(joint, weights, *at_most, found)
     return replace(found, alone=alone, proof=replace(found.proof, wall_seconds=time.monotonic() - started))
+
+
+def search_alone(
+    programs: Sequence[Program], topology: Topology, limits: Limits = DEFAULTS, say: Say = lambda _: None
+) -> tuple[Solution, ...]:
+    """The solution of each phase without sharing.
+
+    **Raises:** `NoPlan` when a phase does not fit.
+    """
+    return tuple(search(program, topology, limits, say) for program in programs)
 
 
 @dataclass(frozen=True)
@@ -90,13 +102,13 @@ class _Joint:
     limits: Limits
     say: Say
 
-    def solve_weighted(self, used: Sequence[float], asked: Sequence[float]) -> Phases:
+    def solve_weighted(self, used: Sequence[float], asked: Sequence[float], cutoff: float = inf) -> Phases:
         """The best plans under some weights, and their sum under the requested weights."""
         joined, spans = join(self.programs, used)
         pairs = tuple((spans[p].results + r, spans[q].arguments + a) for (p, r), (q, a) in self.handoffs)
         joined = replace(joined, handoffs=pairs)
         ties = [(_source(joined, spans, a), _source(joined, spans, b)) for a, b in self.shared]
-        whole = search(joined, self.topology, self.limits, self.say, ties=ties)
+        whole = search(joined, self.topology, self.limits, self.say, ties=ties, cutoff=cutoff)
         parts = zip(self.programs, spans, strict=True)
         found = tuple(_part(program, self.topology, whole, span) for program, span in parts)
         handed = _handover_seconds(joined, self.topology, whole.choice)

@@ -237,6 +237,11 @@ def paddings_by_value(program: Program, paddings: Sequence[Padding]) -> dict[int
     return found
 
 
+def sizes_of(paddings: Sequence[Padding]) -> list[tuple[int, int, int, int]]:
+    """The padded dimensions of an array, with their sizes."""
+    return sorted((each.dim, each.inner, each.size, each.padded) for each in paddings)
+
+
 def unpadded_shape(shape: Sequence[int], paddings: Sequence[Padding]) -> tuple[int, ...]:
     """The shape of an array without its padding."""
     found = list(shape)
@@ -305,11 +310,11 @@ def _zeros(program: Program, occurrences: Occurrences) -> _Zeros:
         changed |= found
 
 
-def zero_results(program: Program, padding: Padding) -> frozenset[int]:
-    """The results, by position, that have a dimension and are zero in its padding; `program` is without padding."""
+def changed_results(program: Program, padding: Padding) -> frozenset[int]:
+    """The results, by position, that are not zero in a padding; `program` is without padding."""
     zeros = _zeros(program, occurrences_of(program, padding))
     uses = ((k, use.value) for k, at in enumerate(program.results) for use in program.operations[at].inputs)
-    return frozenset(k for k, value in uses if zeros.has(value) and zeros.at(value))
+    return frozenset(k for k, value in uses if zeros.has(value) and not zeros.at(value))
 
 
 class _Zeros:

@@ -42,6 +42,9 @@ def phases(
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="For each search: stop then, with the remaining gap."),
     ] = None,
+    padding: Annotated[
+        bool, typer.Option(help="Pad dimensions that the mesh axes do not divide, where that is faster.")
+    ] = True,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
     json: common.AsJson = False,
@@ -76,6 +79,7 @@ def phases(
                 reserve_bytes=None if reserve is None else reserve * 2**30,
                 time_limit=time_limit,
                 progress=say,
+                padding=padding,
             )
         typer.echo(
             dumps({name: loads(plan_text(plan)) for name, plan in found.items()}) if json else found.explain(), nl=json

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autoshard.annotating.padding import Mask, Padding
+from autoshard.annotating.padding import Mask, Padding, sizes_of
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from autoshard.rules.padding import Fill
 from autoshard.rules.rule import Dims, Pieces
@@ -32,11 +32,6 @@ def unpadded(array: Any, paddings: Sequence[Padding]) -> Any:
 def padded_as(array: Any, row: ArrayPlan) -> Any:
     """An array with the padding of its plan, unless it has that already."""
     return padded(array, row.padding) if array.shape != row.shape else array
-
-
-def sizes_of(paddings: Sequence[Padding]) -> list[tuple[int, int, int, int]]:
-    """The padded dimensions of an array, with their sizes."""
-    return sorted((each.dim, each.inner, each.size, each.padded) for each in paddings)
 
 
 def has_padding_inside(row: ArrayPlan) -> bool:

@@ -66,9 +66,7 @@ class Candidate:
 
     def overlaps(self, others: Sequence[Padded]) -> bool:
         """Whether a member occurs where one of the others does."""
-        return any(
-            _is_crossed(each, other) for each in self.members for p in others for other in p.candidate.members
-        )
+        return any(_is_crossed(each, other) for each in self.members for p in others for other in p.candidate.members)
 
 
 def _is_crossed(a: tuple[int, Occurrences], b: tuple[int, Occurrences]) -> bool:
@@ -86,9 +84,7 @@ class Padded:
 
 def paddings_in(padded: Sequence[Padded], program: int = 0) -> tuple[Padding, ...]:
     """The paddings of one program."""
-    return tuple(
-        member.padding(each.size) for each in padded for at, member in each.candidate.members if at == program
-    )
+    return tuple(member.padding(each.size) for each in padded for at, member in each.candidate.members if at == program)
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,9 @@ def choose_padding(function: AnnotatedFunction, topology: Topology, options: Opt
         assert error is not None
         raise error
     choice = trials.best.answer
-    unpadded = None if required or plain is None else f"the best plan without padding takes {time(trials.first_seconds)}"
+    unpadded = (
+        None if required or plain is None else f"the best plan without padding takes {time(trials.first_seconds)}"
+    )
     notes = trials.notes(lambda each: name_of([original], each), unpadded)
     return replace(choice, notes=(*(plain.notes if plain else ()), *notes, *_notes_of_pins(function, required)))
 

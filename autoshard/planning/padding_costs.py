@@ -83,9 +83,7 @@ def mask_seconds(program: Program, topology: Topology, choice: Choice) -> tuple[
     return count, total
 
 
-def cut_seconds(
-    results: Sequence[ArrayPlan], program: Program, topology: Topology, kept: Sequence[int] = ()
-) -> float:
+def cut_seconds(results: Sequence[ArrayPlan], program: Program, topology: Topology, kept: Sequence[int] = ()) -> float:
     """The least seconds that a call takes to cut its results, but those that replace a donated argument or are `kept`."""
     uncut = {*kept, *(result for _, result in program.donated)}
     return sum(_cut_seconds(row, topology) for k, row in enumerate(results) if k not in uncut)

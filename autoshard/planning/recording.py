@@ -24,7 +24,11 @@ P = TypeVar("P", bound=PlanRecord)
 
 
 def record(
-    function: AnnotatedFunction, solution: Solution, options: Options | None = None, notes: Sequence[str] = ()
+    function: AnnotatedFunction,
+    solution: Solution,
+    options: Options | None = None,
+    notes: Sequence[str] = (),
+    handed_results: Sequence[int] = (),
 ) -> PlanRecord:
     """A solution as a plan, with the baselines that the options request, and more `notes` among its warnings."""
     traced = function.traced
@@ -37,6 +41,7 @@ def record(
         constants=records_of.constant_plans(traced, solution, paddings),
         results=records_of.result_plans(traced, solution, paddings),
         padding=function.padding,
+        handed_results=tuple(handed_results),
         in_tree=function.in_tree,
         out_tree=function.out_tree,
         choice=solution.choice,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autoshard.explaining.explain import short_name
 from autoshard.annotating.padding import unpadded_program
+from autoshard.explaining.explain import short_name
 from autoshard.explaining.layer_groups import group_operations
 from autoshard.planning.records import PlanRecord
 
