@@ -38,7 +38,7 @@ def paddings_of_pins(
 
 
 def _dimension(program: Program, pinned: Undivided) -> Occurrences:
-    """The dimension that a pin splits, or a part of it if it merges several.
+    """The dimension that a pin splits, or the major part of it that can be padded if it merges several.
 
     **Raises:** `PinError` if neither can be padded.
     """
@@ -51,7 +51,7 @@ def _dimension(program: Program, pinned: Undivided) -> Occurrences:
     parts = [each for each in dimensions_of(program) if place in each.values and not each.refusal]
     if not parts:
         raise PinError(f"{pinned.text}, and it cannot be padded, because {whole.refusal}.")
-    return min(parts, key=lambda each: _least(each, [pinned]) / each.size)
+    return max(parts, key=lambda each: each.values[place])
 
 
 def _least(dimension: Occurrences, pinned: Sequence[Undivided]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
+import autoshard
 from autoshard.rules.padding import ACCEPTING
 from tests.rules.test_rules import EXAMPLES, Example, draw
 from tests.support.effort import examples
@@ -128,3 +132,33 @@ def test_no_padding_changes_a_gradient(block: Block, seed: int, shape: str) -> N
         shape=shape,
         seed=seed,
     )
+
+
+def test_a_donated_array_whose_padding_does_not_stay_zero_is_masked() -> None:
+    """The exponential of zero is one: from the second step on the padding of the cache is not zero."""
+
+    def step(cache: jax.Array, w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cache.sum(0), jnp.exp(0.1 * cache + x @ w)
+
+    assert _after_two_steps(step) == 1  # the sum is masked
+
+
+def test_a_donated_array_whose_padding_stays_zero_needs_no_mask() -> None:
+    def step(cache: jax.Array, w: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cache.sum(0), jax.lax.fori_loop(0, 2, lambda _, c: jnp.tanh(c) + x @ w, cache)
+
+    assert _after_two_steps(step) == 0
+
+
+def _after_two_steps(step: Any) -> int:
+    """Runs two steps with a placed, donated cache, compares with the function, and returns the number of masks."""
+    rng = np.random.default_rng(0)
+    args = [jnp.asarray(rng.standard_normal(shape) * 0.1, jnp.float32) for shape in ((21,), (8, 21), (8,))]
+    plan = autoshard.search(step, *args, topology="cpu:4", donate_argnums=0, pins={"cache": P("x")})
+    cache, *rest = plan.place(tuple(args))
+    run = plan.jit(step, plan.make_mesh())
+    _, cache = run(cache, *rest)
+    assert cache.shape == (24,)
+    found, _ = run(cache, *rest)
+    np.testing.assert_allclose(found, step(step(*args)[1], *args[1:])[0], rtol=1e-4)
+    return sum(len(op.masked) for op in plan.require_program().operations)
