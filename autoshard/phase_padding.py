@@ -9,10 +9,10 @@ from time import monotonic
 
 from autoshard._util.tables import time
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
+from autoshard.annotating.masks import changed_results
 from autoshard.annotating.padding import (
     Occurrences,
     Padding,
-    changed_results,
     occurrences_of,
     paddings_by_value,
     sizes_of,

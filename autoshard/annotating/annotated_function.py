@@ -9,7 +9,8 @@ from typing import Any
 from autoshard.annotating.dimension_names import Names, name_dimensions
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
-from autoshard.annotating.padding import Padding, pad_traced
+from autoshard.annotating.masks import pad_traced
+from autoshard.annotating.padding import Padding
 from autoshard.annotating.pins import Pin, pin_program
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import TracedFunction

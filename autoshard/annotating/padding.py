@@ -4,26 +4,20 @@ A *padded dimension* is one dimension of the function, such as the heads, wherev
 loop carries and merged dimensions. It is found from one occurrence by following the factors of the sharding rules. All its
 occurrences are padded together, to the same size, so that no operation sees two sizes.
 
-What lies in the padding never reaches a result. Arguments are padded with zeros. A reduction over padded elements needs a
-neutral value there (`autoshard.rules.padding`). Where the analysis cannot show that the value is there already, emission
-masks the operand.
+`autoshard.annotating.masks` keeps what lies in the padding from every result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from autoshard.rules.padding import ACCEPTING, KEEPING_ZERO, LOOKED_UP, MULTIPLYING, NEUTRAL, Fill
-from autoshard.tracing.blocks import Traced
+from autoshard.rules.padding import ACCEPTING, BY_POSITION, LOOKED_UP, NEUTRAL
 from costmodels.program.program import Factor, Operation, Program, Use
 
-_STRUCTURAL = ("boundary", "source", "sink")
-_SELECTORS = {"select_n": 1}
-"""The number of leading operands that choose among the others."""
-_INDEXED = {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2}
-"""Primitives whose operands after the first so many are indices."""
+STRUCTURAL = ("boundary", "source", "sink")
+"""Classes of operations that pass arrays on, and compute nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +37,6 @@ class Padding:
     size: int
     padded: int
     inner: int = 1
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A mask of one operand: along a factor of the operation, the padded elements get a neutral value."""
-
-    factor: int
-    size: int
-    padded: int
-    inner: int
-    fill: Fill
 
 
 @dataclass
@@ -147,19 +130,30 @@ def _enter(
             found.refusal = found.refusal or f"it occurs twice in one dimension of {op.name}"
         return []
     found.factors[at, factor] = span
-    found.refusal = found.refusal or _refusal(op, op.factors[factor])
+    found.refusal = found.refusal or _refusal(op, factor, found.size * span)
     return [(use.value, dim, each) for use in _uses(op) for dim, each in _dims_with(op, use, factor, span)]
 
 
-def _refusal(op: Operation, factor: Factor) -> str:
-    """The reason why an operation does not accept padding along a factor; empty if it does."""
-    if op.op_class in _STRUCTURAL:
+def _refusal(op: Operation, at: int, extent: int) -> str:
+    """The reason why an operation does not accept padding along a factor; empty if it does.
+
+    `extent`: the elements of the factor that the whole dimension spans.
+    """
+    factor = op.factors[at]
+    if op.op_class in STRUCTURAL:
         return "" if factor.kind == "parallel" else f"it is the stack of the loop at {op.name}"
+    if factor.kind == "whole":
+        alone = all(dim == (at,) for use in _uses(op) for dim in use.dims if at in dim)
+        return "" if alone else f"{op.name} merges it with others and cannot be split along it"
+    if op.primitive in BY_POSITION and factor.size != extent:
+        return f"{op.name} counts positions in a dimension that would have padding inside"
     if op.primitive not in ACCEPTING:
         return f"{op.name} does not accept padding"
     if factor.kind == "parallel" or (factor.kind == "sum" and op.primitive in LOOKED_UP):
         return ""
-    neutral = op.primitive in NEUTRAL and factor.kind not in ("gathered", "exchanged", "whole")
+    if factor.kind == "exchanged":
+        return ""
+    neutral = op.primitive in NEUTRAL and factor.kind != "gathered"
     return "" if neutral else f"{op.name} does not accept padding along a dimension of kind {factor.kind}"
 
 
@@ -180,6 +174,7 @@ def _dims_with(op: Operation, use: Use, factor: int, inner: int) -> Iterable[tup
     """The dimensions of a use that contain a factor, and how many elements of each one element of the factor's part spans."""
     for dim, factors in enumerate(use.dims):
         if factor in factors:
+            factors = _in_memory(op, factors)
             after = factors[factors.index(factor) + 1 :]
             span = inner
             for each in after:
@@ -189,7 +184,7 @@ def _dims_with(op: Operation, use: Use, factor: int, inner: int) -> Iterable[tup
 
 def _factor_at(op: Operation, factors: Sequence[int], inner: int, size: int) -> tuple[int, int] | None:
     """The factor that contains a part of a dimension, and the span of one element there; `None` if the part is cut."""
-    for factor in reversed(factors):
+    for factor in reversed(_in_memory(op, factors)):
         whole = op.factors[factor].size
         if inner >= whole and inner % whole == 0:
             inner //= whole
@@ -198,6 +193,11 @@ def _factor_at(op: Operation, factors: Sequence[int], inner: int, size: int) -> 
         else:
             return None
     return None
+
+
+def _in_memory(op: Operation, factors: Sequence[int]) -> Sequence[int]:
+    """The factors of a dimension, major to minor; a dimension of equal parts has the number of parts last."""
+    return sorted(factors, key=lambda each: op.factors[each].kind == "exchanged")
 
 
 # --- the padded program
@@ -248,126 +248,3 @@ def unpadded_shape(shape: Sequence[int], paddings: Sequence[Padding]) -> tuple[i
     for each in paddings:
         found[each.dim] = found[each.dim] // each.padded * each.size
     return tuple(found)
-
-
-def pad_traced(traced: Traced, paddings: Sequence[Padding]) -> Traced:
-    """A traced function with longer dimensions in its program, and the masks that emission needs."""
-    if not paddings:
-        return traced
-    masks = masks_of(traced.program, paddings)
-    program = _with_masks(pad_program(traced.program, paddings), masks)
-    return dataclasses.replace(traced, program=program, masks=masks)
-
-
-def _with_masks(program: Program, masks: Mapping[tuple[int, int], Sequence[Mask]]) -> Program:
-    """The program with the masked operands of each operation, for its cost."""
-    masked: dict[int, tuple[int, ...]] = {}
-    for (at, operand), each in sorted(masks.items()):
-        masked[at] = (*masked.get(at, ()), *[operand] * len(each))
-    operations = (dataclasses.replace(op, masked=masked.get(i, ())) for i, op in enumerate(program.operations))
-    return dataclasses.replace(program, operations=tuple(operations))
-
-
-# --- masks
-
-
-def masks_of(program: Program, paddings: Sequence[Padding]) -> Mapping[tuple[int, int], tuple[Mask, ...]]:
-    """Per (operation, operand) the masks that reductions over padded dimensions need; `program` is without padding."""
-    found: dict[tuple[int, int], tuple[Mask, ...]] = {}
-    for padding in paddings:
-        occurrences = occurrences_of(program, padding)
-        zeros = _zeros(program, occurrences)
-        for (at, factor), inner in occurrences.factors.items():
-            op = program.operations[at]
-            fill = NEUTRAL.get(op.primitive)
-            if fill is None or op.factors[factor].kind == "parallel" or op.op_class in _STRUCTURAL:
-                continue
-            for k, use in enumerate(op.inputs):
-                has = any(factor in dims for dims in use.dims)
-                if has and not (fill == "zero" and zeros.at(use.value)):
-                    mask = Mask(factor, padding.size, padding.padded, inner, fill)
-                    found[at, k] = (*found.get((at, k), ()), mask)
-    return found
-
-
-def _zeros(program: Program, occurrences: Occurrences) -> _Zeros:
-    """The values that are zero in the padding of one dimension.
-
-    Arguments come with zeros. A donated argument comes as the result that replaced it: it is zero in every step if the step
-    keeps it zero.
-    """
-    changed: set[int] = set()
-    while True:
-        zeros = _Zeros(program, occurrences, changed)
-        found = {
-            program.operations[program.arguments[argument]].outputs[0].value
-            for argument, result in program.donated
-            for use in program.operations[program.results[result]].inputs
-            if zeros.has(use.value) and not zeros.at(use.value)
-        }
-        if found <= changed:
-            return zeros
-        changed |= found
-
-
-def changed_results(program: Program, padding: Padding) -> frozenset[int]:
-    """The results, by position, that are not zero in a padding; `program` is without padding."""
-    zeros = _zeros(program, occurrences_of(program, padding))
-    uses = ((k, use.value) for k, at in enumerate(program.results) for use in program.operations[at].inputs)
-    return frozenset(k for k, value in uses if zeros.has(value) and not zeros.at(value))
-
-
-class _Zeros:
-    """The values that are zero in the padding of one dimension, without the `changed` arguments.
-
-    All are assumed to be zero until an operation contradicts it. So a loop carry is zero if it begins so and each iteration
-    keeps it so.
-    """
-
-    def __init__(self, program: Program, occurrences: Occurrences, changed: Iterable[int]) -> None:
-        self.program = program
-        self.factors = frozenset(occurrences.factors)
-        self.values = frozenset(value for value, _ in occurrences.values)
-        self.zero = set(self.values.difference(changed))
-        makers = sorted((*program.producers[value], value) for value in self.zero)
-        while dropped := [value for at, k, value in makers if value in self.zero and not self._is_kept(at, k)]:
-            self.zero.difference_update(dropped)
-
-    def has(self, value: int) -> bool:
-        """Whether a value has the dimension."""
-        return value in self.values
-
-    def at(self, value: int) -> bool:
-        """Whether a value that has the dimension is zero in its padding."""
-        return value in self.zero
-
-    def _is_kept(self, at: int, k: int) -> bool:
-        return self._follows(at, self.program.operations[at].outputs[k])
-
-    def _follows(self, at: int, output: Use) -> bool:
-        """Whether the operands make the result zero along each factor of it that is padded.
-
-        The dimension may occur in several factors. An operand is zero only in the padding of those that it has: where
-        `x[s]` is broadcast to `[s, t]`, the padding of `t` has copies of `x`.
-        """
-        op = self.program.operations[at]
-        if op.op_class == "source":
-            return True
-        arrays = op.inputs[_SELECTORS.get(op.primitive, 0) : _INDEXED.get(op.primitive)]
-        padded = self._padded(at, output)
-        having = [use for use in arrays if self._padded(at, use)]
-        if op.primitive in MULTIPLYING:
-            covered = frozenset[int]().union(*(self._padded(at, use) for use in having))
-            return padded <= covered and all(self.at(use.value) for use in having)
-        keeping = op.primitive in KEEPING_ZERO and len(arrays) >= (2 if op.primitive in _OF_TWO else 1)
-        begun = op.primitive != "loop_carry" or len(arrays) == 2 or bool(op.linear)  # an operand may be a literal
-        passing = op.op_class == "boundary" and begun and bool(arrays)
-        return (keeping or passing) and all(padded <= self._padded(at, use) and self.at(use.value) for use in arrays)
-
-    def _padded(self, at: int, use: Use) -> frozenset[int]:
-        """The padded factors of an operand or a result."""
-        return frozenset(factor for dim in use.dims for factor in dim if (at, factor) in self.factors)
-
-
-_OF_TWO = frozenset(("add", "add_any", "max", "min", "sub", "select_n"))
-"""Primitives of two arrays, one of which may be a literal: the program leaves it out, and it may not be zero."""

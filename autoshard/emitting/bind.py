@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, reshard
 
 from autoshard.annotating.fingerprint import computes_same, fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
-from autoshard.annotating.padding import pad_traced
+from autoshard.annotating.masks import pad_traced
 from autoshard.annotating.pins import pin_program
 from autoshard.emitting.constrained import constrained
 from autoshard.emitting.memory_orders import Order

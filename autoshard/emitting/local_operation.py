@@ -55,6 +55,9 @@ class StrategyPieces:
     def is_split(self, factor: int) -> bool:
         return bool(self.strategy.splits[factor]) or self.factors[factor].size != self.rule.factors[factor].size
 
+    def chips(self, factor: int) -> int:
+        return prod(self.sizes[axis] for axis in self.strategy.splits[factor])
+
     def gathered(self, factor: int, piece: Any) -> Any:
         row = lax.optimization_barrier(lax.reshape(piece, (1, piece.size)))
         for step in gathers(self.strategy.splits[factor], self.topology):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autoshard.annotating.padding import Mask, Padding, sizes_of
+from autoshard.annotating.masks import Cut, Mask
+from autoshard.annotating.padding import Padding, sizes_of
 from autoshard.planning.records import ArrayPlan, PlanRecord
 from autoshard.rules.padding import Fill
 from autoshard.rules.rule import Dims, Pieces
@@ -83,6 +84,15 @@ def masked(piece: Any, dims: Dims, masks: Sequence[Mask], pieces: Pieces) -> Any
         real = (within // mask.inner) % mask.padded < mask.size
         piece = jnp.where(real, piece, _neutral(mask.fill, piece.dtype))
     return piece
+
+
+def resize_cut(array: Any, dims: Dims, cuts: Sequence[Cut], longer: bool) -> Any:
+    """One chip's shard of an operand without the padding of what is cut, or with `longer` of a result with it again."""
+    for cut in cuts:
+        for dim in (dim for dim, factors in enumerate(dims) if factors == (cut.factor,)):
+            padding = Padding(0, dim, cut.size, cut.padded, cut.inner)
+            array = _resized(array, padding, *((cut.size, cut.padded) if longer else (cut.padded, cut.size)))
+    return array
 
 
 def _neutral(fill: Fill, dtype: Any) -> Any:

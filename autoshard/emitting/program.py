@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
+from autoshard.annotating.masks import Cut
 from autoshard.emitting.collectives.reshard_steps import run_step
 from autoshard.emitting.collectives.rings import Arrived, gather_in_ring, join, multiply_pieces, scatter_in_ring
 from autoshard.emitting.local_operation import StrategyPieces, all_reduce_inside, run_locally
@@ -26,7 +27,7 @@ from autoshard.emitting.memory_orders import (
     to_memory_order,
     to_program_order,
 )
-from autoshard.emitting.padding import masked
+from autoshard.emitting.padding import masked, resize_cut
 from autoshard.emitting.sharding import spec_of
 from autoshard.emitting.tpu_workarounds.argument_copies import copy_argument
 from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
@@ -221,15 +222,18 @@ class Runner:
     def _operation(self, step: OpStep, scope: Scope) -> None:
         strategy = self.choice.strategies[step.operation]
         op = self.program.operations[step.operation]
-        pieces = StrategyPieces(step.rule, op.factors, strategy, self.topology, order_of_operand(op, self.orders))
+        cuts = self.traced.cuts.get(step.operation, ())
+        whole = {cut.factor: step.rule.factors[cut.factor] for cut in cuts}
+        factors = tuple(whole.get(k, factor) for k, factor in enumerate(op.factors))
+        pieces = StrategyPieces(step.rule, factors, strategy, self.topology, order_of_operand(op, self.orders))
         ring = self._ring(step)
-        operands = self._masked(step, pieces, self._operands(step, scope, ring))
+        operands = self._masked(step, pieces, self._cut(step, cuts, self._operands(step, scope, ring)))
         if ring is not None:
             self._run_ring(step, pieces, operands, ring, scope)
             return
         results = run_locally(step.eqn, step.rule, pieces, operands)
-        for value, piece in zip(step.results, results, strict=True):
-            scope.put(value, all_reduce_inside(step.rule, strategy, piece))
+        for value, piece, dims in zip(step.results, results, step.rule.outputs, strict=True):
+            scope.put(value, resize_cut(all_reduce_inside(step.rule, strategy, piece), dims, cuts, longer=True))
 
     def _operands(self, step: OpStep, scope: Scope, ring: Ring | None) -> list[Any]:
         """The operands in the layouts that they must have; of one that a ring gathers, its pieces."""
@@ -270,6 +274,15 @@ class Runner:
             scope.put(value, multiply_pieces(op, ring.side, found, other, multiply))
         else:  # the whole operand was gathered for another operation before
             scope.put(value, multiply(*operands))
+
+    def _cut(self, step: OpStep, cuts: Sequence[Cut], operands: list[Any]) -> list[Any]:
+        """The operands without the padding of what the operation has whole."""
+        if not cuts:
+            return operands
+        pairs = zip(step.operands, operands, step.rule.inputs, strict=True)
+        return [
+            each if isinstance(atom, Literal) else resize_cut(each, dims, cuts, False) for atom, each, dims in pairs
+        ]
 
     def _masked(self, step: OpStep, pieces: StrategyPieces, operands: list[Any]) -> list[Any]:
         """The operands with neutral values in their padding, where the operation needs them."""

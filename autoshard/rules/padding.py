@@ -30,7 +30,7 @@ _ELEMENTWISE = frozenset({*NONLINEAR, *LINEAR, *MARKERS}) - {"threefry2x32", "pv
 _BY_DIMENSION = frozenset(
     """
     add add_any argmax argmin broadcast_in_dim concatenate convert_element_type cumlogsumexp cummax cummin cumprod cumsum div
-    dynamic_slice dynamic_update_slice gather iota mul reduce_prod reduce_xor reshape rev scatter scatter-add scatter-max
+    dynamic_slice dynamic_update_slice gather iota mul pad reduce_prod reduce_xor reshape rev scatter scatter-add scatter-max
     scatter-min scatter-mul scatter-sub select_n slice sort split squeeze stack sub top_k transpose unstack
     """.split()
 )
@@ -44,11 +44,16 @@ Random numbers are not among them: they depend on the shape.
 LOOKED_UP = frozenset({"gather", "dynamic_slice", "slice"})
 """Primitives that read single elements of a `sum` dimension, by an index within the dimension as it is without padding."""
 
+BY_POSITION = LOOKED_UP | frozenset(
+    "dynamic_update_slice iota scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub".split()
+)
+"""Primitives whose results depend on positions within a dimension: padding may only be at its end."""
+
 KEEPING_ZERO = frozenset(
     """
-    abs add add_any asin asinh atan atanh broadcast_in_dim ceil conj convert_element_type copy dynamic_slice
+    abs add add_any asin asinh atan atanh broadcast_in_dim ceil concatenate conj convert_element_type copy dynamic_slice
     dynamic_update_slice erf expm1 floor gather imag log1p max min neg real reduce_max reduce_min reduce_precision
-    reduce_sum reshape round select_n sharding_constraint sign sin sinh slice sqrt square squeeze
+    reduce_sum reshape round select_n sharding_constraint sign sin sinh slice split sqrt square squeeze
     stop_gradient sub tan tanh transpose
     """.split()
 )

@@ -55,7 +55,10 @@ def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
     axis = eqn.params["axis"]
     found = _find_exchange(rule, pieces, rule.outputs[0][axis][0])
     if found is None:
-        return eqn.primitive.bind(operand, **eqn.params)
+        parts = len(eqn.params["sizes"])
+        equal = operand.shape[axis] != sum(eqn.params["sizes"])  # with padding in each part
+        params = {"sizes": (operand.shape[axis] // parts,) * parts} if equal else {}
+        return eqn.primitive.bind(operand, **{**eqn.params, **params})
     factor, rounds, own = found
     size, received = pieces.size(factor), []
     for sent in rounds:
@@ -68,10 +71,10 @@ def _local_split(eqn, rule: Rule, pieces: Pieces, operand):
 
 def _find_exchange(rule: Rule, pieces: Pieces, factor: int):
     """The factor of equal parts, the rounds of sending their blocks, and this chip's position; None if it is not split."""
-    if not pieces.is_split(factor):
+    chips = pieces.chips(factor)
+    if chips == 1:
         return None
     (joined,) = {dim for dims in (*rule.inputs, *rule.outputs) for dim in dims if factor in dim and len(dim) > 1}
-    chips = rule.factors[factor].size // pieces.size(factor)
     own = pieces.start(factor) // pieces.size(factor)
     return factor, exchange(rule.factors[joined[1]].size, chips), own
 

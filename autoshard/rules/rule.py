@@ -45,6 +45,10 @@ class Pieces(Protocol):
         """Whether any mesh axis splits the factor."""
         ...
 
+    def chips(self, factor: int) -> int:
+        """The number of shards of the factor."""
+        ...
+
     def gathered(self, factor: int, piece: Any) -> Any:
         """The shards of all chips along a `gathered` factor, stacked in a new leading dimension.
 

@@ -125,7 +125,7 @@ class Traced:
 
     `paths` has every flat argument's path; `constants` are the arrays that the function closes over. `custom_vjp` is the
     source line of the first `custom_vjp` call, "" if there is none. `masks` has, per (operation, operand), the masks of padded
-    elements (`autoshard.annotating.padding`).
+    elements, and `cuts`, per operation, the padded factors that it sees without padding (`autoshard.annotating.padding`).
     """
 
     program: Program
@@ -140,3 +140,4 @@ class Traced:
     literal_results: tuple[Atom, ...]
     custom_vjp: str = ""
     masks: Mapping[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
+    cuts: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)

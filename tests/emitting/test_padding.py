@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import autoshard
-from autoshard.rules.padding import ACCEPTING
 from tests.rules.test_rules import EXAMPLES, Example, draw
 from tests.support.effort import examples
 from tests.support.emitting.einsum_graphs import PRIMES, Graph, arguments_of, graphs
@@ -23,9 +22,10 @@ from tests.support.rules.decompositions import DEFINED
 
 CHIPS = st.sampled_from(("2", "3", "5", "6", "7", "8", "2x2", "3x2", "2x4"))
 """Meshes of two to eight chips, most of which divide no prime size."""
-TRIED = frozenset("dot_general reduce_sum reduce_max argmax cumsum gather scatter-add sort tanh select_n".split())
+TRIED = frozenset("dot_general reduce_sum reduce_max argmax cumsum gather scatter-add sort tanh select_n pad split".split())
 """Primitives that `make test` tries: one of each kind."""
-PADDED = [example for example in EXAMPLES if example.fn is not None and example.primitive in ACCEPTING]
+PADDED = [example for example in EXAMPLES if example.fn is not None]
+"""All primitives: those that accept no padding of a dimension may have others whole, which are cut."""
 FIRST = {example.primitive: example for example in reversed(PADDED)}
 
 

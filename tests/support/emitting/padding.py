@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from autoshard.annotating.padding import Occurrences, Padding, dimensions_of, pad_traced, paddings_by_value
+from autoshard.annotating.masks import pad_traced
+from autoshard.annotating.padding import Occurrences, Padding, dimensions_of, paddings_by_value
 from autoshard.emitting.padding import padded, unpadded
 from autoshard.tracing.blocks import Literal, Traced
 from tests.support.layout_strategies import (

@@ -54,6 +54,9 @@ class _Chip:
     def is_split(self, factor: int) -> bool:
         return bool(self.strategy.splits[factor])
 
+    def chips(self, factor: int) -> int:
+        return prod(SIZES[axis] for axis in self.strategy.splits[factor])
+
     def gathered(self, factor: int, piece: Any) -> Any:
         found = piece
         for axis in reversed(self.strategy.splits[factor]):

@@ -1,0 +1,78 @@
+"""Numbers of chips that divide little: 3, 5, 6, 7, 12, 24 and 48, and a slice with a missing row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import autoshard
+from benchmarks.uneven import workload
+from tests.support.models import Block, arguments, function
+
+BLOCK = Block(batch=1, context=64, d_model=512, d_ff=1024, kv_heads=4, queries_per_kv=1, d_head=128, vocab=512)
+
+
+def _search(topology: str | Path) -> autoshard.Plan:
+    return autoshard.search(function(BLOCK), *arguments(BLOCK), topology=topology, donate_argnums=1)
+
+
+def _assert_runs(plan: autoshard.Plan, mesh: jax.sharding.Mesh | None = None) -> None:
+    """Two steps with placed arguments equal those of the function."""
+    mesh = mesh or plan.make_mesh(jax.devices()[: plan.topology.size])
+    args = arguments(BLOCK)
+    params, cache, *rest = plan.place(args, mesh=mesh)
+    step = plan.jit(function(BLOCK), mesh)
+    _, cache = step(params, cache, *rest)
+    found, _ = step(params, cache, *rest)
+    want, _ = function(BLOCK)(args[0], function(BLOCK)(*args)[1], *args[2:])
+    np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("chips", [pytest.param(n, marks=pytest.mark.long if n != 3 else ()) for n in (3, 5, 6, 7)])
+def test_a_model_of_even_sizes_is_padded_and_runs(chips: int) -> None:
+    plan = _search(f"cpu:{chips}")
+    assert plan.proof.status == "OPTIMAL"
+    assert plan.padding
+    assert all(each.padded % chips == 0 for each in plan.padding)
+    _assert_runs(plan)
+
+
+@pytest.mark.long
+def test_a_mesh_with_a_missing_row_is_planned_and_runs(tmp_path: Path) -> None:
+    """Rows of two chips, four of them, of which the third is missing: three rows, which are no ring."""
+    described = tmp_path / "missing.toml"
+    described.write_text('chip = "cpu"\nshape = [3, 2]\nname = "cpu:4x2 without its third row"\n')
+    plan = _search(described)
+    assert (plan.topology.name, plan.topology.size) == ("cpu:4x2 without its third row", 6)
+    assert any(each.size % 3 and each.padded % 3 == 0 for each in plan.padding)
+    _assert_runs(plan, plan.make_mesh([each for k, each in enumerate(jax.devices()[:8]) if k not in (4, 5)]))
+
+
+MISSING = 'chip = "v4"\nshape = [3, 4, 4]\n[axes.x]\nwraparound = false\n'
+"""A cube of v4 chips without one of its planes: along x the ring is open."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5e:3x4", "v4:2x3x4", "v4:3x4x4", "h100:3x8", "h100:8x6", MISSING])
+def test_a_published_model_on_12_24_and_48_chips(topology: str, tmp_path: Path) -> None:
+    if topology == MISSING:
+        (tmp_path / "missing.toml").write_text(MISSING)
+        topology = str(tmp_path / "missing.toml")
+    work = workload("gpt2-xl", "decode", 16)
+
+    def planned(padding: bool) -> autoshard.Plan:
+        return autoshard.search(
+            work.fn, *work.args, topology=topology, donate_argnums=work.donate_argnums, padding=padding
+        )
+
+    plan, plain = planned(True), planned(False)
+    assert plan.proof.status == "OPTIMAL"
+    assert plan.padding
+    assert plan.estimate.seconds < plain.estimate.seconds
+    sizes = plan.topology.axis_sizes
+    for array in plan.sources:
+        for n, axes in zip(array.shape, array.layout.dims, strict=True):
+            assert all(n % sizes[axis] == 0 for axis in axes)
