@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from autoshard.annotating.dimension_names import Names, name_dimensions
 from autoshard.annotating.fingerprint import fingerprint
 from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.annotating.masks import pad_traced
-from autoshard.annotating.padding import Padding
+from autoshard.annotating.padding import Padding, paddings_by_value
 from autoshard.annotating.pins import Pin, pin_program
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import TracedFunction
@@ -52,8 +52,8 @@ class AnnotatedFunction(TracedFunction):
             return self
         traced = pad_traced(self.traced, padding)
         program = traced.program
-        names = {key: words for key, words in (self.names or {}).items() if isinstance(words, str)}  # not by size
-        dimensions = name_dimensions(program, traced.argument_values, traced.paths, names, self.shapes)
+        names = self._padded_names(paddings_by_value(program, padding)) if self.names or self.shapes else {}
+        dimensions = name_dimensions(program, traced.argument_values, traced.paths, names)
         return replace(
             self,
             traced=traced,
@@ -62,6 +62,16 @@ class AnnotatedFunction(TracedFunction):
             padding=tuple(padding),
             chained=None,
         )
+
+    def _padded_names(self, paddings: Mapping[int, Sequence[Padding]]) -> Names:
+        """The names of the arguments' dimensions, in which padded ones have names of their own, such as `F_1024`."""
+        found = {}
+        for path, value in zip(self.traced.paths, self.traced.argument_values, strict=True):
+            words = [word if word.isidentifier() else "_" for word in self.dimensions.shapes[value]]
+            for each in paddings.get(value, ()):
+                words[each.dim] = "_" if words[each.dim] == "_" else f"{words[each.dim]}_{each.padded}"
+            found[path] = " ".join(words)
+        return {path: words for path, words in found.items() if words}
 
     def with_program(self, program: Program, **changes: Any) -> AnnotatedFunction:
         """The same function with another program, and its fingerprint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import autoshard
+from autoshard.annotating.padding import Occurrences, Padding, dimensions_of
+from autoshard.tracing.traced_function import trace_function
 from tests.rules.test_rules import EXAMPLES, Example, draw
 from tests.support.effort import examples
 from tests.support.emitting.einsum_graphs import PRIMES, Graph, arguments_of, graphs
@@ -22,7 +25,9 @@ from tests.support.rules.decompositions import DEFINED
 
 CHIPS = st.sampled_from(("2", "3", "5", "6", "7", "8", "2x2", "3x2", "2x4"))
 """Meshes of two to eight chips, most of which divide no prime size."""
-TRIED = frozenset("dot_general reduce_sum reduce_max argmax cumsum gather scatter-add sort tanh select_n pad split".split())
+TRIED = frozenset(
+    "dot_general reduce_sum reduce_max argmax cumsum gather scatter-add sort tanh select_n pad split".split()
+)
 """Primitives that `make test` tries: one of each kind."""
 PADDED = [example for example in EXAMPLES if example.fn is not None]
 """All primitives: those that accept no padding of a dimension may have others whole, which are cut."""
@@ -162,3 +167,58 @@ def _after_two_steps(step: Any) -> int:
     found, _ = run(cache, *rest)
     np.testing.assert_allclose(found, step(step(*args)[1], *args[1:])[0], rtol=1e-4)
     return sum(len(op.masked) for op in plan.require_program().operations)
+
+
+@pytest.mark.long
+def test_a_fused_projection_of_unequal_parts_is_padded() -> None:
+    """Four query heads, one key head and one value head in one matmul; the split is at unequal positions."""
+
+    def attend(x: jax.Array, w: jax.Array, wo: jax.Array) -> jax.Array:
+        q, k, v = jnp.split(x @ w, [20, 25], -1)
+        q = q.reshape(q.shape[0], 4, 5)
+        weights = jax.nn.softmax(jnp.einsum("thd,sd->hts", q, k))
+        return jnp.einsum("hts,sd,hde->te", weights, v, wo)
+
+    assert {30, 4} <= {each.size for each in _assert_each_can_be_padded(attend, (7, 6), (6, 30), (4, 5, 6))}
+
+
+def test_a_fused_projection_of_equal_parts_is_padded() -> None:
+    def gated(x: jax.Array, w: jax.Array, down: jax.Array) -> jax.Array:
+        gate, up = jnp.split(x @ w, 2, -1)
+        return (jax.nn.sigmoid(gate) * up) @ down
+
+    assert 13 in {each.size for each in _assert_each_can_be_padded(gated, (4, 8), (8, 26), (13, 8))}
+
+
+def test_a_padded_and_sliced_sequence_is_padded() -> None:
+    def shifted(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = x @ w
+        return jnp.pad(y, ((1, 0), (0, 3)))[:-1, :13] + y[:, ::-1]
+
+    assert {7, 13} <= {each.size for each in _assert_each_can_be_padded(shifted, (7, 6), (6, 13))}
+
+
+def test_a_dimension_whose_positions_are_counted_across_others_is_refused() -> None:
+    """With padding inside, the positions 0 to 25 would not be those of two rows of 13."""
+
+    def counted(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ w + jnp.arange(26.0).reshape(2, 13)
+
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 8), (8, 13))]
+    found = dimensions_of(trace_function(counted, args).traced.program)
+    assert ["counts positions" in each.refusal for each in found if each.size == 13] == [True]
+
+
+def _assert_each_can_be_padded(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> list[Padding]:
+    """Pads the dimensions of the matmuls that can be padded, as many as do not overlap."""
+    rng = np.random.default_rng(0)
+    args = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    return assert_padding_does_not_matter(fn, *args, paddings=lambda traced: _together(paddable(traced)))
+
+
+def _together(dimensions: list[Occurrences]) -> list[Padding]:
+    chosen: list[Occurrences] = []
+    for each in dimensions:
+        if not any(each.overlaps(other) for other in chosen):
+            chosen.append(each)
+    return [each.padding(each.size + 3) for each in chosen]

@@ -15,7 +15,9 @@ import autoshard
 from autoshard.sweep.job import JobError
 from autoshard.sweep.lower_bounds import lower_bound, reason_to_prune
 from autoshard.sweep.points import Point, Unmade, key, points, topologies, trace_run
+from autoshard.sweep.results import Result
 from autoshard.sweep.slice_shapes import shapes
+from autoshard.sweep.worker import solve, unpack
 from costmodels.machine import chip, parse_topology
 from tests.support.effort import examples
 from tests.support.layout_strategies import blocks
@@ -161,3 +163,16 @@ def test_points_are_ruled_out_by_memory_and_by_latency(tmp_path: Path):
     assert reason_to_prune(point, None, None) == ""
     assert "a step takes at least" in reason_to_prune(point, 1e-9, None)
     assert "its arrays take at least" in reason_to_prune(replace(point, memory_bytes=1024.0), None, None)
+
+
+def test_a_job_pads_unless_it_says_otherwise(tmp_path: Path):
+    odd = JOB.replace("[256, 1024]", "509").replace("[8, 64]", "8").replace('["bfloat16", "float32"]', '"float32"')
+
+    def solved(text: str) -> Result:
+        (point,) = points(job(tmp_path, text))
+        assert isinstance(point, Point)
+        return solve(point)
+
+    padded, plain = solved(odd), solved(odd + "[search]\npadding = false\n")
+    assert [bool(unpack(each.plans["decode"]).padding) for each in (padded, plain)] == [True, False]
+    assert padded.phases["decode"].useful_flops == plain.phases["decode"].useful_flops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding
 
 import autoshard
 from autoshard import decorator
+from autoshard.emitting import padded_step
 from autoshard.planning.files import plan_cache
 from tests.support.effort import tries
 from tests.support.paths import ROOT
@@ -205,3 +207,62 @@ def test_several_processes_share_one_cache(tmp_path) -> None:
     assert len({out for out, _ in outcomes}) == 1
     (file,) = (tmp_path / "cache").iterdir()
     assert autoshard.load(file).fingerprint == outcomes[0][0].strip()
+
+
+def layers(weights: list[jax.Array], cache: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    for up in weights:
+        x = x + jnp.tanh(x @ up) @ up.T
+    return x, cache + x
+
+
+def odd_arguments() -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    weights = [jnp.sin(jnp.arange(512.0 * 1021).reshape(512, 1021) + k) / 32 for k in range(2)]
+    x = jnp.cos(jnp.arange(64.0 * 512)).reshape(64, 512)
+    return weights, x + 1, x
+
+
+@pytest.mark.filterwarnings("error")
+def test_arguments_are_padded_once_and_results_come_without_padding(tmp_path, monkeypatch) -> None:
+    padded_arrays: list[tuple[int, ...]] = []
+
+    def counted(array: Any, paddings: Any) -> Any:
+        padded_arrays.append(array.shape)
+        return as_padded(array, paddings)
+
+    as_padded = padded_step.padded
+    monkeypatch.setattr(padded_step, "padded", counted)
+    sharded = autoshard.autoshard(layers, topology="cpu:4", cache_dir=tmp_path, donate_argnums=1, quiet=True)
+    weights, cache, x = odd_arguments()
+    for _ in range(2):
+        found, cache = sharded(weights, cache, x)
+    assert [(each.size, each.padded) for each in sharded.plan.padding] == [(1021, 1024)] * 2
+    assert padded_arrays == [(512, 1021)] * 2  # each weight once, in two calls
+    assert (found.shape, cache.shape) == ((64, 512), (64, 512))
+    assert_close(found, layers(*odd_arguments())[0])
+    step = sharded._planner.last.jitted
+    assert len(step._copies) == 2
+    del weights, found
+    gc.collect()
+    assert not step._copies
+
+
+def test_without_padding_a_decorated_function_is_planned_as_it_is(tmp_path) -> None:
+    padded, plain = (
+        autoshard.autoshard(layers, topology="cpu:4", cache_dir=tmp_path, quiet=True, padding=padding)
+        for padding in (True, False)
+    )
+    assert padded.plan_for(*odd_arguments()).padding
+    assert not plain.plan_for(*odd_arguments()).padding
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_donated_argument_that_each_call_would_pad_is_left_as_it_is(tmp_path) -> None:
+    """The padding of the cache saves less than it takes to pad and cut it at each call."""
+
+    def step(cache: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.nn.softmax(x @ cache.T) @ cache, cache + x
+
+    args = jax.ShapeDtypeStruct((16_373, 64), jnp.float32), jax.ShapeDtypeStruct((1, 64), jnp.float32)
+    assert autoshard.search(step, *args, topology="cpu:4", donate_argnums=0).padding
+    sharded = autoshard.autoshard(step, topology="cpu:4", cache_dir=tmp_path, donate_argnums=0, quiet=True)
+    assert not sharded.plan_for(*args).padding

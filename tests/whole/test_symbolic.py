@@ -357,3 +357,16 @@ def test_every_symbol_of_a_topology_has_a_number(topology: Topology) -> None:
     for kind in KINDS:
         found = collective_seconds(kind, names, dimension("N"), topology)
         assert {str(symbol) for symbol in found.free_symbols} <= {"N", *numbers}
+
+
+def test_bound_sizes_that_do_not_divide_are_padded() -> None:
+    def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ up) @ down
+
+    shapes = [jax.ShapeDtypeStruct(each, jnp.float32) for each in ((64, 512), (512, 1024), (1024, 512))]
+    trace = autoshard.trace_symbolic(mlp, *shapes, dims={"x": "B E", "up": "E F", "down": "F E"})
+    odd = trace.bind(F=1021, E=509)
+    assert not trace.search("cpu:4").padding
+    assert {(each.size, each.padded) for each in odd.search("cpu:4").padding} >= {(1021, 1024)}
+    assert not odd.search("cpu:4", padding=False).padding
+    assert odd.search("cpu:4").dimensions is not None
