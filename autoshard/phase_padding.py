@@ -54,7 +54,7 @@ class PhaseChoice:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What phases share: pairs of arguments, and pairs of a result and the argument that it becomes."""
+    """The arrays that phases share: pairs of arguments, and pairs of a result and the argument that it becomes."""
 
     shared: Sequence[tuple[Place, Place]]
     handed: Sequence[tuple[Place, Place]]

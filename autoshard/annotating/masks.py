@@ -2,7 +2,7 @@
 
 Arguments are padded with zeros. A reduction over padded elements needs a neutral value there (`autoshard.rules.padding`).
 Where the analysis cannot show that the value is there already, emission masks the operand. A dimension that an operation has
-whole on every chip is cut before it and padded with zeros behind it, so the operation itself sees no padding there.
+on every chip as a whole is cut before it and padded with zeros behind it, so the operation itself sees no padding there.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def _follow(program: Program, found: Occurrences, places: Sequence[tuple[int, in
                 found.refusal = f"it occurs twice in dimension {dim} of {program.values[value].name}"
             continue
         found.values[value, dim] = inner
+        if program.values[value].dtype.startswith("key<"):
+            found.refusal = f"{program.values[value].name} has random keys"
         for at, use in _uses_of(program, value):
             waiting += _enter(program, found, at, use.dims[dim], inner)
 

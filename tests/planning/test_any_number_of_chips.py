@@ -55,8 +55,11 @@ MISSING = 'chip = "v4"\nshape = [3, 4, 4]\n[axes.x]\nwraparound = false\n'
 """A cube of v4 chips without one of its planes: along x the ring is open."""
 
 
+THREE_AXES = [pytest.param(each, marks=pytest.mark.slow) for each in ("v4:2x3x4", "v4:3x4x4", MISSING)]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("topology", ["v5e:3x4", "v4:2x3x4", "v4:3x4x4", "h100:3x8", "h100:8x6", MISSING])
+@pytest.mark.parametrize("topology", ["v5e:3x4", "h100:3x8", "h100:8x6", *THREE_AXES])
 def test_a_published_model_on_12_24_and_48_chips(topology: str, tmp_path: Path) -> None:
     if topology == MISSING:
         (tmp_path / "missing.toml").write_text(MISSING)

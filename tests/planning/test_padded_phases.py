@@ -51,7 +51,7 @@ def _workloads(tail: Any = None) -> dict[str, autoshard.Workload]:
     return {
         "prefill": autoshard.Workload(tail or prefill, (params, array(1, PROMPT, WIDTH))),
         "decode": autoshard.Workload(
-            decode, (params, {"k": entry, "v": entry}, array(1, WIDTH), position), donate_argnums=1
+            decode, (params, {"k": entry, "v": entry}, array(1, WIDTH), position), donate_argnums=(1,)
         ),
     }
 
