@@ -67,6 +67,9 @@ class PhasePlans(Mapping[str, Plan]):
             lines.append(f"{name:{width}}  {self.weights[name]:6g} {time(alone):>10} {time(here):>10}   {cost}")
         for result, argument in self.handed:
             lines.append(f"{result} becomes {argument}.")
+        kept = [f"{name}.{plan.results[k].path}" for name, plan in self.plans.items() for k in plan.handed_results]
+        if kept:
+            lines.append(f"These results keep their padding: {', '.join(kept)}.")
         if self.handed:
             lines.append(f"Each hand-over takes {time(self.handoff_seconds)}.")
         proof = self.proof

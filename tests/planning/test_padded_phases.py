@@ -83,6 +83,7 @@ def test_shared_weights_and_the_cache_have_one_padding(plans: autoshard.PhasePla
     assert all(sizes[1:] == (HEADS, 32) for _, *dims in weights for sizes in dims)
     assert _padded(first.results, ("result[1]",)) == _padded(then.arguments, ("cache",)) != []
     assert first.handed_results == (1, 2)
+    assert "keep their padding: prefill.result[1]['k'], prefill.result[1]['v']" in plans.explain()
     assert plans.proof.objective_seconds < _search(padding=False).proof.objective_seconds
     assert any("the best weighted sum without padding is" in each for each in then.warnings)
 
