@@ -33,6 +33,7 @@ from search.formulation.problem import Problem, build, forbid_strategies
 from search.formulation.strategies import Strategy
 from search.presolve.elimination import RELAXATIONS
 from search.presolve.limits import Say
+from search.restrictions import Reshards, restrict_reshards
 
 
 def search(
@@ -46,6 +47,7 @@ def search(
     symmetric: bool | None = None,
     cutoff: float = np.inf,
     start: Choice | None = None,
+    reshards: Reshards = "all",
 ) -> Solution:
     """Finds the fastest plan that fits, and proves it.
 
@@ -59,6 +61,7 @@ def search(
       (`formulation.layer_folding`).
     - `cutoff`: seconds; slower plans are not searched.
     - `start`: a plan to begin with, if it fits; it only changes the duration of the search.
+    - `reshards`: the reshards that the plan may have (`search.restrictions`).
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, none is allowed, or none is below the cutoff.
     """
@@ -67,6 +70,7 @@ def search(
         problem = build(program, topology, limits.budget_bytes(topology), classes)
         if allow is not None:
             problem = forbid_strategies(problem, allow)
+        problem = restrict_reshards(problem, reshards)
         return solve(problem, limits, say, allow is None if symmetric is None else symmetric, cutoff, start)
 
 

@@ -17,7 +17,9 @@ from autoshard.auditing.audit import Audit, audit
 from autoshard.auditing.findings import CompileTarget, seconds_of
 from autoshard.carrying.candidates import Place, places
 from autoshard.carrying.choose import MOST, Trial, choose, within
-from autoshard.emitting import bind
+from autoshard.emitting import bind, targets
+from autoshard.emitting.formats import of_the_compiler
+from autoshard.emitting.jitted import refuse_padding
 from autoshard.errors import AutoshardError
 from autoshard.planning.carriage import WAYS, Carriage, CarriedProgram, Carry, Constraint
 from autoshard.planning.records import PlanRecord
@@ -52,8 +54,11 @@ def carry(
     A compiler that aborts on some specs ends the process; compile them in a process of their own if that may happen.
 
     **Raises:** `PlanMismatchError` when the plan is of another function or other arguments; `AuditError` when the compiler
-    refuses the manual program; `AutoshardError` when the target is not available.
+    refuses the manual program; `AutoshardError` when the target is not available, and for a plan with padding, which the
+    manual program alone adds, unless `ways` has no other way.
     """
+    for way in ways:
+        refuse_padding(plan, way)
     found = target_of(plan) if target == "auto" else target
     run = Carrier(plan, fn, args, found, progress or (lambda line: None))
     manual = run.program("manual", run.audited("manual"))
@@ -88,6 +93,21 @@ def compiler_of(target: CompileTarget) -> str:
     """The versions that a compiled program depends on."""
     own = f", libtpu {metadata.version('libtpu')}" if target == "tpu" else ""
     return f"jax {jax.__version__}{own}"
+
+
+def with_own_formats(plan: P, fn: Callable[..., Any], args: Sequence[Any], target: CompileTarget) -> P:
+    """The plan with the formats that the TPU compiler chooses for the function as it is written, carried by specs.
+
+    The plan's own orders suit its program, whose loops are updated in place. A `scan` as it is written may read its arrays
+    in other orders, and then copies them in every step. On other targets, and if the compiler refuses, the plan is unchanged.
+    """
+    if target != "tpu":
+        return plan
+    mesh = targets.mesh_of(targets.devices_of(plan.topology, target), plan.topology.axis_sizes)
+    try:
+        return of_the_compiler(plan, fn, args, mesh, "specs")
+    except jax.errors.JaxRuntimeError:
+        return plan
 
 
 class Carrier:

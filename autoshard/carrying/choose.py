@@ -48,11 +48,11 @@ def choose(compile: Compile, every: Sequence[Place], manual: CarriedProgram, mos
     return _Chooser(compile, every, manual, most).run()
 
 
-def within(program: CarriedProgram, manual: CarriedProgram) -> bool:
-    """Whether a program is within the bounds of the manual one."""
+def within(program: CarriedProgram, manual: CarriedProgram, step: float = STEP) -> bool:
+    """Whether a program is within the bounds of the manual one; `step` is that of its step."""
     little = program.wire_seconds <= manual.wire_seconds + LITTLE * manual.step_seconds
     return (
-        program.step_seconds <= manual.step_seconds * (1 + STEP)
+        program.step_seconds <= manual.step_seconds * (1 + step)
         and (program.wire_bytes <= manual.wire_bytes * (1 + WIRE) or little)
         and program.peak_bytes <= manual.peak_bytes * (1 + PEAK)
     )

@@ -1,49 +1,138 @@
-"""The best plan that one way of carrying can carry, among a few that are compiled."""
+"""The best plan that one way of carrying can carry, among plans that are compiled for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
-from autoshard._util.tables import WIDTH, table, time
+from autoshard._util.tables import WIDTH, item, table, time
 from autoshard.auditing.findings import CompileTarget
-from autoshard.carrying.carry import Carrier, compiler_of
+from autoshard.carrying.carry import Carrier, compiler_of, with_own_formats
+from autoshard.carrying.choose import within
 from autoshard.comparing.other_plans import best_plans, plain_plans
+from autoshard.comparing.plans_by_sums import plans_by_sums
+from autoshard.emitting.jitted import refuse_padding
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
 from autoshard.planning.carriage import Carriage, CarriedProgram, Carry
 
 NEAR = 0.5
-"""The relative difference in modelled step time within which a plain layout is compiled as well."""
+"""The relative difference in modelled step time within which a baseline is compiled as well."""
+CLOSE = 0.10
+"""The part by which a step may exceed that of the plan's manual program, if the plan is carried as planned.
+
+A plan that is carried as planned may also take this much more than the fastest program.
+"""
+
+
+@dataclass(frozen=True)
+class CarriedPlan:
+    """A plan compiled in one way.
+
+    - `program`: its program in that way.
+    - `costs`: the seconds of it that are not planned, by source line.
+    - `manual`: its manual program, if it was compiled to compare with.
+    """
+
+    name: str
+    plan: Plan
+    program: CarriedProgram
+    costs: Mapping[str, float]
+    manual: CarriedProgram | None = None
+
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether the program is within `CLOSE` of the manual one, and within the bounds of its bytes and peak."""
+        return self.manual is not None and within(self.program, self.manual, CLOSE)
+
+    def with_carriage(self, target: CompileTarget) -> Plan:
+        """The plan with its compiled programs, the way that was asked for among them."""
+        programs = (self.program,) if self.manual is None else (self.manual, self.program)
+        return replace(self.plan, carriage=Carriage(target, compiler_of(target), programs))
 
 
 @dataclass(frozen=True)
 class CarriedPlans:
-    """The compiled plans, with the name of each and its program carried in one way, the fastest first."""
+    """The compiled plans, the fastest first; the chosen one is compared with its manual program."""
 
     way: Carry
-    plans: tuple[tuple[str, Plan, CarriedProgram], ...]
+    target: CompileTarget
+    plans: tuple[CarriedPlan, ...]
+    chosen: CarriedPlan
+    best_planned_seconds: float
 
     @property
     def best(self) -> Plan:
-        """The plan with the fastest program; a warning says how many were compiled."""
-        name, plan, program = self.plans[0]
-        if not isfinite(program.step_seconds):
+        """The chosen plan with its carriage. Warnings say whether it is carried as planned.
+
+        **Raises:** `AutoshardError` if no plan compiles in this way.
+        """
+        if not isfinite(self.chosen.program.step_seconds):
             raise AutoshardError(
-                f"None of the {len(self.plans)} compiled plans can be carried by {self.way}: {program.why}"
+                f"None of the {len(self.plans)} compiled plans can be carried by {self.way}: {self.chosen.program.why}"
             )
-        words = f"Of {len(self.plans)} compiled plans, this one ({name}) has the fastest step carried by {self.way}."
-        return replace(plan, warnings=(*plan.warnings, words))
+        plan = self.chosen.with_carriage(self.target)
+        return replace(plan, warnings=(*plan.warnings, *self.words()))
+
+    def words(self) -> Iterator[str]:
+        """What was found, in sentences."""
+        found, manual = self.chosen, self.chosen.manual
+        yield (
+            f"Of {len(self.plans)} compiled plans, this one ({found.name}) was chosen for its step carried by {self.way}:"
+            f" {time(found.program.step_seconds)}. The best plan for manual collectives is planned with"
+            f" {time(self.best_planned_seconds)}."
+        )
+        if manual is None:
+            return
+        both = f"{time(found.program.step_seconds)} by {self.way}, {time(manual.step_seconds)} by manual collectives"
+        if found.is_as_planned:
+            yield f"It is carried as planned: {both}."
+            return
+        yield f"None of them is carried as planned. This one takes {both}. {_reason(found)}"
 
     def __str__(self) -> str:
         rows = [
-            (name, time(plan.estimate.seconds), time(program.step_seconds), time(program.wire_seconds), program.why)
-            for name, plan, program in self.plans
+            (
+                each.name,
+                time(each.plan.estimate.seconds),
+                time(each.program.step_seconds) if isfinite(each.program.step_seconds) else "-",
+                time(each.program.wire_seconds) if isfinite(each.program.step_seconds) else "-",
+                each.program.why or _verdict(each),
+            )
+            for each in self.plans
         ]
         headers = ("plan", "planned", f"carried by {self.way}", "collectives", "")
-        return "\n".join(table(headers, rows, "<>>>~", WIDTH)) + "\n"
+        lines = table(headers, rows, "<>>>~", WIDTH)
+        if isfinite(self.chosen.program.step_seconds):
+            lines = [*lines, *(line for words in self.words() for line in item(words, WIDTH))]
+        return "\n".join(lines) + "\n"
+
+
+def _verdict(each: CarriedPlan) -> str:
+    if each.manual is None:
+        return ""
+    return "as planned" if each.is_as_planned else "not as planned"
+
+
+def _reason(found: CarriedPlan) -> str:
+    """The costliest difference of a program from its plan, and the largest argument that its line reads."""
+    lines = sorted(found.costs, key=lambda line: -found.costs[line])
+    array = next((name for name in (_array_at(found.plan, line) for line in lines if line) if name), "")
+    where = f" It concerns {array}." if array else ""
+    return f"The costliest difference: {found.program.cause or 'none that an audit names'}.{where}"
+
+
+def _array_at(plan: Plan, line: str) -> str:
+    """The name of the largest argument, or array made of one, that the operations of a source line read."""
+    if plan.program is None:
+        return ""
+    values = plan.program.values
+    read = [values[use.value] for op in plan.program.operations if op.source == line for use in op.inputs]
+    known = [each if each.origin is None else values[each.origin] for each in read]
+    names = {each.name: each.bytes for each in known if any(each.name == array.path for array in plan.arguments)}
+    return max(names, key=lambda name: names[name]) if names else ""
 
 
 def best_carried(
@@ -56,24 +145,55 @@ def best_carried(
     time_limit: float | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> CarriedPlans:
-    """Compiles the k best plans and the plain layouts near them, carried in one way, and ranks them by their programs.
+    """Compiles plans carried in one way, and ranks them by their programs.
+
+    The plans are the k best ones, baselines near them and, for specs, up to `k` plans that need no collectives but sums
+    (`plans_by_sums`). For TPUs, specs are compiled with the formats that the compiler chooses for the arguments of the
+    function as it is written; the plan keeps them.
 
     **Arguments:**
 
     - `args`: the arguments that the plan was searched for.
-    - `k`: the number of best plans that are compiled; plain layouts come on top.
+    - `k`: the number of best plans that are compiled; the others come on top.
 
-    **Raises:** `AutoshardError` for a plan whose file lacks the program, or for constraints, which each plan has its own of.
+    **Raises:** `AutoshardError` for a plan whose file lacks the program, for one with padding, or for constraints, which
+    each plan has its own of.
     """
     if way == "constraints":
         raise AutoshardError("way must be 'specs' or 'manual', got 'constraints': use autoshard.carry for one plan.")
-    others = list(best_plans(plan, k, time_limit, progress))
-    named = [("the best plan" if i == 0 else f"place {i + 1}", each) for i, each in enumerate(others)]
-    named += [(name, each) for name, each in plain_plans(plan, NEAR, time_limit)]
-    distinct = {each.choice.strategies: (name, each) for name, each in reversed(named)}
-    found = []
-    for name, each in reversed(list(distinct.values())):
-        program, _ = Carrier(each, fn, args, target, progress).try_way(way)
-        carriage = Carriage(target, compiler_of(target), (program,))
-        found.append((name, replace(each, carriage=carriage), program))
-    return CarriedPlans(way, tuple(sorted(found, key=lambda item: item[2].step_seconds)))
+    refuse_padding(plan, way)
+    found: dict[Any, CarriedPlan] = {}
+
+    def compile(name: str, each: Plan) -> tuple[float, Mapping[str, float]]:
+        key = each.choice.strategies
+        if key not in found:
+            progress(f"compiling {name}, planned with {time(each.estimate.seconds)}")
+            formatted = with_own_formats(each, fn, args, target) if way == "specs" else each
+            program, costs = Carrier(formatted, fn, args, target, progress).try_way(way)
+            found[key] = CarriedPlan(name, formatted, program, costs)
+        return found[key].program.step_seconds, found[key].costs
+
+    if way == "specs":
+        list(plans_by_sums(plan, compile, k, time_limit))
+    for place, each in enumerate(best_plans(plan, k, time_limit, progress), 1):
+        compile("the best plan" if place == 1 else f"place {place}", each)
+    for name, each in plain_plans(plan, (1 + NEAR) * plan.estimate.seconds, time_limit):
+        compile(name, each)
+    ranked = sorted(found.values(), key=lambda each: each.program.step_seconds)
+    compared = list(_compared(ranked, way, lambda each: Carrier(each, fn, args, target, progress).try_way("manual")[0]))
+    ranked[: len(compared)] = compared
+    chosen = next((each for each in compared if each.is_as_planned), ranked[0])
+    return CarriedPlans(way, target, tuple(ranked), chosen, plan.estimate.seconds)
+
+
+def _compared(
+    ranked: Sequence[CarriedPlan], way: Carry, by_hand: Callable[[Plan], CarriedProgram]
+) -> Iterator[CarriedPlan]:
+    """The first plans with their manual programs, up to one that is carried as planned, if it is nearly as fast."""
+    for each in ranked:
+        if way == "manual" or each.program.step_seconds > (1 + CLOSE) * ranked[0].program.step_seconds:
+            return
+        each = replace(each, manual=by_hand(each.plan))
+        yield each
+        if each.is_as_planned:
+            return

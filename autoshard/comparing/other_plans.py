@@ -59,7 +59,7 @@ def best_plans(plan: Plan, k: int, time_limit: float | None = None, progress: Sa
     """
     if k < 1:
         raise OptionError(f"k must be 1 or more, got {k}.")
-    found = rank(_solution(plan), k, _limits(plan, time_limit), progress)
+    found = rank(_solution(plan), k, limits_of(plan, time_limit), progress)
     return BestPlans((plan, *(relaid(plan, other) for other in found.solutions[1:])), found.proven)
 
 
@@ -108,8 +108,8 @@ def plan_under(
 def _other_plan(
     plan: Plan, family: str, pins: Pins | None, memory_bytes: float | None, time_limit: float | None, progress: Say
 ) -> Plan:
-    program, topology = _program(plan), plan.topology
-    limits = _limits(plan, time_limit)
+    program, topology = program_of(plan), plan.topology
+    limits = limits_of(plan, time_limit)
     limits = limits if memory_bytes is None else replace(limits, memory_bytes=memory_bytes)
     program, pinned = pin_program(program, [array.path for array in plan.arguments], topology, pins)
     try:
@@ -124,10 +124,10 @@ def _other_plan(
 
 def plain_plans(plan: Plan, cutoff_seconds: float, time_limit: float | None = None) -> Iterator[tuple[str, Plan]]:
     """The best plan of each baseline that fits and takes less than `cutoff_seconds`, by the model."""
-    limits = _limits(plan, MOST_SECONDS if time_limit is None else min(time_limit, MOST_SECONDS))
+    limits = limits_of(plan, MOST_SECONDS if time_limit is None else min(time_limit, MOST_SECONDS))
     for name in FAMILIES:
         try:
-            yield name, relaid(plan, solved_family(name, _program(plan), plan.topology, limits, cutoff_seconds))
+            yield name, relaid(plan, solved_family(name, program_of(plan), plan.topology, limits, cutoff_seconds))
         except NoPlan:
             continue
 
@@ -176,13 +176,13 @@ def _stored_array(solution: Solution, array: ArrayPlan, layout: Layout) -> Array
     return replace(array, layout=layout, bytes_per_chip=whole / shards(layout, sizes))
 
 
-def _program(plan: Plan) -> Program:
+def program_of(plan: Plan) -> Program:
     if plan.program is None:
         raise AutoshardError(f"The plan of {plan.name} is from an older file, which lacks its program; search again.")
     return plan.program
 
 
-def _limits(plan: Plan, time_limit: float | None) -> Limits:
+def limits_of(plan: Plan, time_limit: float | None) -> Limits:
     """The limits of the plan's own search."""
     held = replace(DEFAULTS, reserve_bytes=0.0, memory_bytes=plan.estimate.budget_bytes)
     return held if time_limit is None else replace(held, wall_seconds=time_limit)
@@ -190,7 +190,7 @@ def _limits(plan: Plan, time_limit: float | None) -> Limits:
 
 def _solution(plan: Plan) -> Solution:
     """The solution behind a plan."""
-    program, strategies = _program(plan), plan.choice.strategies
+    program, strategies = program_of(plan), plan.choice.strategies
     alike = classes(program)
     if any(strategies[i] != strategies[first] for i, first in enumerate(alike)):
         alike = identity_classes(program)  # it was searched with layers that may differ

@@ -21,6 +21,7 @@ from autoshard.emitting.meshes import AxisNames, on_mesh
 from autoshard.emitting.sharding import spec_of
 from autoshard.errors import AutoshardError
 from autoshard.planning import records
+from autoshard.planning.carriage import Carry
 from autoshard.planning.records import ArrayPlan, PlanRecord
 
 P = TypeVar("P", bound=PlanRecord)
@@ -94,7 +95,7 @@ class _Auto:
     results: tuple[Order, ...]
 
 
-def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> P:
+def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh, carry: Carry = "manual") -> P:
     """The plan with the orders that the compiler of the mesh's devices chooses for its arguments and results.
 
     This compiles the planned program once more. The result that overwrites a donated argument has the argument's order.
@@ -102,12 +103,13 @@ def of_the_compiler(plan: P, fn: Callable[..., Any], args: Sequence[Any], mesh: 
     **Arguments:**
 
     - `args`: the arguments of the plan, arrays or `jax.ShapeDtypeStruct`s.
+    - `carry`: the way in which the program carries the plan: "manual", or "specs" for the function as it is written.
 
     **Raises:** `PlanMismatchError` if the plan is not for this function and these arguments; `jax.errors.JaxRuntimeError`
     if the compiler rejects the program.
     """
     donated = bind.trace_as_planned(plan, fn, args).program.donated
-    chosen = _compile_with_auto(plan, fn, args, mesh)
+    chosen = _compile_with_auto(plan, fn, args, mesh, carry)
     results = list(chosen.results)
     for result, argument in records.predecessors(plan.arguments, plan.results, donated).items():
         results[result] = chosen.arguments[argument]
@@ -125,14 +127,16 @@ def without_orders(plan: P) -> P:
     return with_orders(plan, [()] * len(plan.arguments), [()] * len(plan.results), "default")
 
 
-def _compile_with_auto(plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh) -> _Auto:
+def _compile_with_auto(
+    plan: PlanRecord, fn: Callable[..., Any], args: Sequence[Any], mesh: Mesh, carry: Carry
+) -> _Auto:
     plain = without_orders(plan)
     ins, outs = (
         [Format(Layout.AUTO if _is_ordered(array) else None, each.sharding) for array, each in zip(*pair, strict=True)]
         for pair in zip((plan.arguments, plan.results), flat_formats(plain, mesh), strict=True)
     )
     flat, structure = jax.tree_util.tree_flatten(tuple(args))
-    run = bind.bind_plan(plain, fn, mesh)
+    run = bind.checked(plain, fn) if carry == "specs" else bind.bind_plan(plain, fn, mesh)
 
     def step(*leaves: Any) -> list[Any]:
         return jax.tree_util.tree_leaves(run(*jax.tree_util.tree_unflatten(structure, leaves)))

@@ -55,10 +55,15 @@ def _check_way(plan: PlanRecord, carry: str) -> None:
             f"carry='constraints' needs constraints, and none are chosen for {plan.name!r} yet: call"
             " plan = autoshard.carry(plan, fn, *args)."
         )
-    if carry != "manual" and plan.padding:
+    refuse_padding(plan, carry)
+
+
+def refuse_padding(plan: PlanRecord, way: str) -> None:
+    """Raises for a plan with padding in any other way than the manual one: only our own program adds padding and masks it."""
+    if way != "manual" and plan.padding:
         raise AutoshardError(
-            f"carry must be 'manual' for {plan.name!r}, whose plan pads dimensions, got {carry!r}. Search with padding=False"
-            " to carry a plan by specs or constraints."
+            f"carry must be 'manual' for {plan.name!r}, whose plan pads dimensions, got {way!r}. Search with padding=False"
+            " (--no-padding) to carry a plan by specs or constraints."
         )
 
 
