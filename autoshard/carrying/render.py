@@ -77,7 +77,9 @@ def export_note(plan: PlanRecord) -> str:
     """The part of the plan that the specs of an export carry on their own, and the lines to add."""
     add = "To add: `plan.jit(fn)`, or `plan.apply(fn)` in a program of yours, runs the planned collectives."
     if plan.padding:
-        return f"The plan pads dimensions, which these specs alone cannot do: search with padding=False for specs. {add}"
+        return (
+            f"The plan pads dimensions, which these specs alone cannot do: search with padding=False for specs. {add}"
+        )
     command = "`autoshard carry plan.json FILE.py:NAME`"
     found = plan.carriage
     specs, manual = (found.program("specs"), found.program("manual")) if found else (None, None)

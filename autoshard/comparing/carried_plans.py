@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from autoshard._util.tables import WIDTH, item, table, time
@@ -77,7 +77,7 @@ class CarriedPlans:
         return replace(plan, warnings=(*plan.warnings, *self.words()))
 
     def words(self) -> Iterator[str]:
-        """What was found, in sentences."""
+        """The result in sentences: the chosen plan, and whether it is carried as planned."""
         found, manual = self.chosen, self.chosen.manual
         yield (
             f"Of {len(self.plans)} compiled plans, this one ({found.name}) was chosen for its step carried by {self.way}:"
@@ -147,9 +147,10 @@ def best_carried(
 ) -> CarriedPlans:
     """Compiles plans carried in one way, and ranks them by their programs.
 
-    The plans are the k best ones, baselines near them and, for specs, up to `k` plans that need no collectives but sums
-    (`plans_by_sums`). For TPUs, specs are compiled with the formats that the compiler chooses for the arguments of the
-    function as it is written; the plan keeps them.
+    The plans are, for specs, up to `k` plans that need no collectives but sums (`plans_by_sums`); then the k best ones and
+    baselines near them, unless they are planned to take longer than the fastest program so far. For TPUs, specs are
+    compiled with the formats that the compiler chooses for the arguments of the function as it is written; the plan keeps
+    them.
 
     **Arguments:**
 
@@ -176,14 +177,20 @@ def best_carried(
     if way == "specs":
         list(plans_by_sums(plan, compile, k, time_limit))
     for place, each in enumerate(best_plans(plan, k, time_limit, progress), 1):
-        compile("the best plan" if place == 1 else f"place {place}", each)
-    for name, each in plain_plans(plan, (1 + NEAR) * plan.estimate.seconds, time_limit):
+        if each.estimate.seconds < _fastest(found.values()):
+            compile("the best plan" if place == 1 else f"place {place}", each)
+    least = min((1 + NEAR) * plan.estimate.seconds, _fastest(found.values()))
+    for name, each in plain_plans(plan, least, time_limit):
         compile(name, each)
     ranked = sorted(found.values(), key=lambda each: each.program.step_seconds)
     compared = list(_compared(ranked, way, lambda each: Carrier(each, fn, args, target, progress).try_way("manual")[0]))
     ranked[: len(compared)] = compared
     chosen = next((each for each in compared if each.is_as_planned), ranked[0])
     return CarriedPlans(way, target, tuple(ranked), chosen, plan.estimate.seconds)
+
+
+def _fastest(found: Iterable[CarriedPlan]) -> float:
+    return min((each.program.step_seconds for each in found), default=inf)
 
 
 def _compared(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -59,7 +61,7 @@ def test_each_further_kind_of_reshard_only_helps(program, topology) -> None:
             assert not move.target.partial
             if reshards == "sums":
                 assert move.target.dims == move.source.dims
-    assert all(one <= other * (1 + 1e-9) for one, other in zip(seconds, seconds[1:], strict=False))
+    assert all(one <= other * (1 + 1e-9) for one, other in pairwise(seconds))
 
 
 def test_unknown_restrictions_are_refused() -> None:

@@ -1,0 +1,161 @@
+"""Plans for specs alone: those by sums, what they avoid, and the verdict on the chosen one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import autoshard
+from autoshard.comparing.carried_plans import best_carried
+from autoshard.comparing.plans_by_sums import plans_by_sums
+from autoshard.errors import AutoshardError
+from autoshard.planning.carriage import CarriedProgram
+from examples import palm
+from search.answer.assignment import moves
+from tests.support.plans import assert_close, drawn, well_linked
+from tests.support.tracing import trace
+
+
+def attention(x: jax.Array, wq: jax.Array, keys: jax.Array, wo: jax.Array) -> jax.Array:
+    """One step of multi-query attention over stored keys, which are also the values."""
+    queries = jnp.einsum("be,ehd->bhd", x, wq)
+    scores = jax.nn.softmax(jnp.einsum("bhd,bsd->bhs", queries, keys))
+    return jnp.einsum("bhs,bsd,hde->be", scores, keys, wo)
+
+
+SHAPES = ((8, 64), (64, 8, 16), (8, 512, 16), (8, 16, 64))
+
+
+@functools.cache
+def planned() -> tuple[autoshard.Plan, tuple[Any, ...]]:
+    args = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES)
+    return autoshard.search(attention, *args, topology=well_linked("cpu:2x2"), padding=False), args
+
+
+def test_plans_by_sums_avoid_what_the_last_program_lost() -> None:
+    """A compiler that loses time at one line gets plans that split nothing there as before, and none planned slower."""
+    plan, args = planned()
+    assert plan.program is not None
+    softmax = next(op.source for op in plan.program.operations if op.primitive == "exp")
+    compiled: list[autoshard.Plan] = []
+
+    def splits(each: autoshard.Plan) -> set[tuple[int, ...]]:
+        assert each.program is not None
+        pairs = zip(each.program.operations, each.choice.strategies, strict=True)
+        return {
+            tuple(k for k, axes in enumerate(strategy.splits) if axes)
+            for op, strategy in pairs
+            if op.primitive == "exp" and op.source == softmax
+        }
+
+    def compile(name: str, each: autoshard.Plan) -> tuple[float, Mapping[str, float]]:
+        compiled.append(each)
+        return 10 * each.estimate.seconds, {softmax: 9 * each.estimate.seconds}
+
+    found = list(plans_by_sums(plan, compile, 3))
+    assert found == compiled and len(found) >= 2
+    first, second, *_ = map(splits, found)
+    assert first and not first & second
+    fastest = 10 * found[0].estimate.seconds
+    assert all(each.estimate.seconds < fastest for each in found)
+    program = trace(attention, *args).program
+    assert all(move.target.dims == move.source.dims for each in found for move in moves(program, each.choice))
+
+
+def test_no_plan_is_compiled_that_is_planned_slower_than_the_fastest_program() -> None:
+    plan, _ = planned()
+    found = list(plans_by_sums(plan, lambda name, each: (each.estimate.seconds, {"": each.estimate.seconds}), 5))
+    assert len(found) == 1
+
+
+def test_the_chosen_plan_is_compared_with_its_manual_program_and_runs() -> None:
+    plan, args = planned()
+    found = best_carried(plan, attention, *args, target="host", k=1)
+    assert [each.program.step_seconds for each in found.plans] == sorted(
+        each.program.step_seconds for each in found.plans
+    )
+    best = found.best
+    assert best.carriage is not None
+    assert {each.way for each in best.carriage.programs} == {"manual", "specs"}
+    verdict = "It is carried as planned" if found.chosen.is_as_planned else "None of them is carried as planned"
+    assert verdict in best.warnings[-1] and verdict in " ".join(str(found).split())
+    assert "The best plan for manual collectives is planned with" in best.warnings[-2]
+    arrays = drawn(args)
+    assert_close(best.jit(attention, carry="specs")(*arrays), attention(*arrays))
+
+
+def test_a_plan_that_is_not_carried_as_planned_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Specs that compile to twice the manual step: the verdict names the line's array and the difference."""
+    plan, args = planned()
+    assert plan.program is not None
+    line = next(op.source for op in plan.program.operations if op.op_class == "matmul" and "keys" in _read(plan, op))
+
+    def try_way(self: Any, way: str, constraints: Any = ()) -> tuple[CarriedProgram, Mapping[str, float]]:
+        seconds = 1.0 if way == "manual" else 2.0
+        return CarriedProgram(way, seconds, 0.0, 0.0, 0.0, cause=f"unplanned: gathers at {line}"), {line: 1.0}
+
+    monkeypatch.setattr("autoshard.carrying.carry.Carrier.try_way", try_way)
+    found = best_carried(plan, attention, *args, target="host", k=1)
+    assert not found.chosen.is_as_planned
+    words = found.best.warnings[-1]
+    assert words.startswith("None of them is carried as planned. This one takes 2.00 s by specs, 1.00 s by manual")
+    assert f"unplanned: gathers at {line}. It concerns keys." in words
+
+
+def _read(plan: autoshard.Plan, op: Any) -> list[str]:
+    assert plan.program is not None
+    return [plan.program.values[use.value].name for use in op.inputs]
+
+
+def test_padded_plans_are_refused() -> None:
+    x, w = (jax.ShapeDtypeStruct((rows, 1021), jnp.float32) for rows in (1, 1021))
+
+    def fn(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ w)
+
+    plan = autoshard.search(fn, x, w, topology=well_linked("cpu:4"))
+    assert plan.padding
+    for refused in (
+        lambda: autoshard.carry(plan, fn, x, w, target="host"),
+        lambda: best_carried(plan, fn, x, w, target="host"),
+        lambda: plan.jit(fn, carry="specs"),
+    ):
+        with pytest.raises(
+            AutoshardError, match=r"whose plan pads dimensions, got '(constraints|specs)'\. Search with"
+        ):
+            refused()
+    carried = autoshard.carry(plan, fn, x, w, target="host", ways=()).carriage
+    assert carried is not None and [each.way for each in carried.programs] == ["manual"]
+    assert "The plan pads dimensions, which these specs alone cannot do" in " ".join(plan.export("specs").split())
+
+
+@pytest.mark.long
+def test_specs_carry_a_decode_step_by_sums() -> None:
+    """The best plan moves heads to the batch, which specs do not carry; the plan by sums compiles as planned."""
+    work = palm.decode(size="8b", batch=64, layers=1, context=256)
+    plan = autoshard.search(work.fn, *work.args, topology="v5e:2x4", donate_argnums=work.donate_argnums, padding=False)
+    found = best_carried(plan, work.fn, *work.args, target="host", k=1)
+    by_name = {each.name: each.program for each in found.plans}
+    assert found.chosen.name.startswith("sums alone") and found.chosen.is_as_planned
+    assert found.chosen.program.wire_seconds < 0.5 * by_name["the best plan"].wire_seconds
+
+
+@pytest.mark.tpu
+@pytest.mark.long
+def test_specs_are_compiled_with_the_formats_that_suit_the_function_as_written() -> None:
+    """With the plan's own formats the TPU compiler copies the caches of the decode step (libtpu 0.0.42)."""
+    work = palm.decode(size="8b", batch=64, layers=4)
+    plan = autoshard.search(work.fn, *work.args, topology="v5e:2x4", donate_argnums=work.donate_argnums, padding=False)
+    found = next(plans_by_sums(plan, lambda name, each: (0.0, {}), 1))
+    from autoshard.carrying.carry import Carrier, with_own_formats
+
+    plain, ours = (
+        Carrier(each, work.fn, work.args, "tpu").try_way("specs")[0]
+        for each in (found, with_own_formats(found, work.fn, work.args, "tpu"))
+    )
+    assert ours.step_seconds < 0.9 * plain.step_seconds
