@@ -8,7 +8,8 @@ program, `ours` that of the program with constraints, in milliseconds, replayed 
 A row also has bytes on the wire, peaks, the constraints as source, and the costliest difference of each program from the plan.
 Each case is compiled in a process of its own: of a compiler that aborts, the row has the last words and what came before.
 
-Rows of cases that are not run again are kept; `--resume` runs only cases without a row.
+Rows of cases that are not run again are kept; `--resume` runs only cases without a row. `--most 0` compiles no program but
+those of `for_specs`, and keeps the rest of a row.
 """
 
 from __future__ import annotations
@@ -61,29 +62,31 @@ def compile_case(case: Case, most: int, plans: int, keep: Path | None) -> Iterat
     import importlib
 
     import autoshard
-    from autoshard.carrying.carry import Carrier
+    from autoshard.carrying.carry import Carrier, compiler_of
     from autoshard.carrying.written import calls_of, line_of
 
     work = getattr(importlib.import_module(f"examples.{case.model}"), case.phase)(**case.sizes)
     options = {"donate_argnums": work.donate_argnums, "name": work.name, "time_limit": SEARCH_SECONDS}
+    options["padding"] = False  # which the manual program alone adds
     plan = autoshard.search(work.fn, *work.args, topology=case.topology, **options)
     yield {"planned_ms": plan.estimate.seconds * 1e3, "gap": plan.proof.gap}
-    began = time.process_time()
-    plan = autoshard.carry(plan, work.fn, *work.args, target="tpu", ways=("constraints",), most=most)
-    if keep:
-        plan.save(keep / f"{case.name.replace(':', '_')}.json")
-    found = plan.carriage
-    assert found is not None
-    yield {
-        **{each.way: figures(each) for each in found.programs},
-        "within": found.within,
-        "count": found.count,
-        "compiled": found.compilations,
-        "processor_seconds": round(time.process_time() - began, 1),
-        "lines": [f"{line_of(each)}: {calls_of(each, each.variable or 'value')}" for each in found.constraints],
-        "compiler": found.compiler,
-    }
-    yield {"specs": figures(Carrier(plan, work.fn, work.args, "tpu").try_way("specs")[0])}
+    if most:
+        began = time.process_time()
+        plan = autoshard.carry(plan, work.fn, *work.args, target="tpu", ways=("constraints",), most=most)
+        if keep:
+            plan.save(keep / f"{case.name.replace(':', '_')}.json")
+        found = plan.carriage
+        assert found is not None
+        yield {
+            **{each.way: figures(each) for each in found.programs},
+            "within": found.within,
+            "count": found.count,
+            "compiled": found.compilations,
+            "processor_seconds": round(time.process_time() - began, 1),
+            "lines": [f"{line_of(each)}: {calls_of(each, each.variable or 'value')}" for each in found.constraints],
+            "compiler": found.compiler,
+        }
+        yield {"specs": figures(Carrier(plan, work.fn, work.args, "tpu").try_way("specs")[0])}
     if plans:
         from autoshard.comparing.carried_plans import best_carried
 
@@ -91,7 +94,12 @@ def compile_case(case: Case, most: int, plans: int, keep: Path | None) -> Iterat
         chosen = tried.chosen
         ours = {"plan": chosen.name, "of": len(tried.plans), "planned_ms": chosen.plan.estimate.seconds * 1e3}
         by_hand = {"manual_ms": chosen.manual.step_seconds * 1e3} if chosen.manual else {}
-        ours |= {**by_hand, "as_planned": chosen.is_as_planned, "words": list(tried.words())}
+        ours |= {
+            **by_hand,
+            "compiler": compiler_of("tpu"),
+            "as_planned": chosen.is_as_planned,
+            "words": list(tried.words()),
+        }
         yield {"for_specs": {**ours, **figures(chosen.program)}}
 
 
@@ -111,9 +119,9 @@ def figures(program: Any) -> dict[str, Any]:
 # --- all cases
 
 
-def run_case(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """A row: the ways of one case, in a process of its own."""
-    row: dict[str, Any] = {"row": name, "reference": None, "ours": None}
+def run_case(name: str, case: Case, options: argparse.Namespace, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A row: the ways of one case, in a process of its own; with the parts of the row from before that it does not run."""
+    row: dict[str, Any] = {"row": name, "reference": None, "ours": None, **({} if options.most else known)}
     row |= {"topology": case.topology, "workload": dict(case.sizes)}
     began = time.monotonic()
     row |= in_process(name, options)
@@ -199,7 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="cases whose names contain one of these")
     parser.add_argument("--resume", action="store_true", help="run only cases without a row")
-    parser.add_argument("--most", type=int, default=24, metavar="N", help="programs compiled to choose constraints")
+    parser.add_argument(
+        "--most", type=int, default=24, metavar="N", help="programs compiled to choose constraints; 0 for none"
+    )
     parser.add_argument(
         "--plans", type=int, default=2, metavar="K", help="best plans, and by sums, compiled for specs; 0 for none"
     )
@@ -220,7 +230,7 @@ def main() -> None:
     print(f"{'case':44s} {'manual ms':>10s} {'constr.':>8s} {'count':>5s} {'specs':>8s}")
     for name in chosen:
         if not (options.resume and known.get(name, {}).get("ours") is not None):
-            known[name] = run_case(name, CASES[name], options)
+            known[name] = run_case(name, CASES[name], options, known.get(name, {}))
         show(known[name])
         rows = [known[case] for case in CASES if case in known]
         RESULTS.write_text(json.dumps(rows + verdicts(rows), indent=1) + "\n")
