@@ -83,11 +83,19 @@ def export_note(plan: PlanRecord) -> str:
     command = "`autoshard carry plan.json FILE.py:NAME`"
     found = plan.carriage
     specs, manual = (found.program("specs"), found.program("manual")) if found else (None, None)
-    if found is None or specs is None or manual is None:
+    if found is None or specs is None:
         return f"How much of the plan these specs carry on their own is not measured: {command} compiles it. {add}"
-    where = f"Compiled for {_UNDER[found.target]} ({found.compiler}, {command})"
+    ordered = any(array.order for array in (*plan.arguments, *plan.results))
+    formats = ", with the formats of `plan.formats(mesh)`" if ordered else ""
+    where = f"Compiled for {_UNDER[found.target]} ({found.compiler}, {command}){formats}"
     if specs.why:
         return f"{where}, these specs alone cannot carry the plan: {specs.why} {add}"
+    if manual is None:
+        planned = time(plan.estimate.seconds)
+        sent = f"they send {size(specs.wire_bytes)}"
+        return (
+            f"{where}, these specs alone take {time(specs.step_seconds)} a step, planned with {planned}; {sent}. {add}"
+        )
     peak = f", the peak {size(specs.peak_bytes)} for {size(manual.peak_bytes)}" if specs.peak_bytes else ""
     share = (
         f"{where}, these specs alone take {time(specs.step_seconds)} a step where the planned program takes"

@@ -85,7 +85,7 @@ def search(
     ] = None,
     carry: Annotated[
         Alone | None,
-        typer.Option(help="Compile the best plans with their specs alone, and take the one with the fastest step."),
+        typer.Option(help="Compile plans by their specs alone, and take the one with the fastest step."),
     ] = None,
     calibration: Annotated[
         Path | None,

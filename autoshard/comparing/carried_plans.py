@@ -31,13 +31,15 @@ A plan that is carried as planned may also take this much more than the fastest 
 class CarriedPlan:
     """A plan compiled in one way.
 
+    - `plan`: the plan with the formats that suit this way; `planned` with its own.
     - `program`: its program in that way.
     - `costs`: the seconds of it that are not planned, by source line.
-    - `manual`: its manual program, if it was compiled to compare with.
+    - `manual`: its manual program with its own formats, if it was compiled to compare with.
     """
 
     name: str
     plan: Plan
+    planned: Plan
     program: CarriedProgram
     costs: Mapping[str, float]
     manual: CarriedProgram | None = None
@@ -48,9 +50,8 @@ class CarriedPlan:
         return self.manual is not None and within(self.program, self.manual, CLOSE)
 
     def with_carriage(self, target: CompileTarget) -> Plan:
-        """The plan with its compiled programs, the way that was asked for among them."""
-        programs = (self.program,) if self.manual is None else (self.manual, self.program)
-        return replace(self.plan, carriage=Carriage(target, compiler_of(target), programs))
+        """The plan with its compiled program, whose way `plan.jit` then takes by default."""
+        return replace(self.plan, carriage=Carriage(target, compiler_of(target), (self.program,)))
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,25 @@ def _verdict(each: CarriedPlan) -> str:
 
 def _reason(found: CarriedPlan) -> str:
     """The costliest difference of a program from its plan, and the largest argument that its line reads."""
-    lines = sorted(found.costs, key=lambda line: -found.costs[line])
-    array = next((name for name in (_array_at(found.plan, line) for line in lines if line) if name), "")
+    line = max(found.costs, key=lambda line: found.costs[line], default="")
+    array = array_at(found.plan, line)
     where = f" It concerns {array}." if array else ""
     return f"The costliest difference: {found.program.cause or 'none that an audit names'}.{where}"
 
 
-def _array_at(plan: Plan, line: str) -> str:
-    """The name of the largest argument, or array made of one, that the operations of a source line read."""
-    if plan.program is None:
+def array_at(plan: Plan, line: str) -> str:
+    """The name of the largest argument, or array made of one, that the operations or the loop of a source line read."""
+    program = plan.program
+    if program is None or not line:
         return ""
-    values = plan.program.values
-    read = [values[use.value] for op in plan.program.operations if op.source == line for use in op.inputs]
-    known = [each if each.origin is None else values[each.origin] for each in read]
+    loops = {k for k, region in enumerate(program.regions) if region.name.endswith(f"({line})")}
+    read = [
+        program.values[use.value]
+        for op in program.operations
+        if op.source == line or any(program.values[made.value].region in loops for made in op.outputs)
+        for use in op.inputs
+    ]
+    known = [each if each.origin is None else program.values[each.origin] for each in read]
     names = {each.name: each.bytes for each in known if any(each.name == array.path for array in plan.arguments)}
     return max(names, key=lambda name: names[name]) if names else ""
 
@@ -171,7 +178,7 @@ def best_carried(
             progress(f"compiling {name}, planned with {time(each.estimate.seconds)}")
             formatted = with_own_formats(each, fn, args, target) if way == "specs" else each
             program, costs = Carrier(formatted, fn, args, target, progress).try_way(way)
-            found[key] = CarriedPlan(name, formatted, program, costs)
+            found[key] = CarriedPlan(name, formatted, each, program, costs)
         return found[key].program.step_seconds, found[key].costs
 
     if way == "specs":
@@ -200,7 +207,7 @@ def _compared(
     for each in ranked:
         if way == "manual" or each.program.step_seconds > (1 + CLOSE) * ranked[0].program.step_seconds:
             return
-        each = replace(each, manual=by_hand(each.plan))
+        each = replace(each, manual=by_hand(each.planned))
         yield each
         if each.is_as_planned:
             return

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from autoshard.comparing.carried_plans import best_carried
+from autoshard.comparing.carried_plans import array_at, best_carried
 from autoshard.comparing.plans_by_sums import plans_by_sums
 from autoshard.errors import AutoshardError
 from autoshard.planning.carriage import CarriedProgram
@@ -73,6 +73,7 @@ def test_no_plan_is_compiled_that_is_planned_slower_than_the_fastest_program() -
     assert len(found) == 1
 
 
+@pytest.mark.long
 def test_the_chosen_plan_is_compared_with_its_manual_program_and_runs() -> None:
     plan, args = planned()
     found = best_carried(plan, attention, *args, target="host", k=1)
@@ -81,7 +82,8 @@ def test_the_chosen_plan_is_compared_with_its_manual_program_and_runs() -> None:
     )
     best = found.best
     assert best.carriage is not None
-    assert {each.way for each in best.carriage.programs} == {"manual", "specs"}
+    assert [each.way for each in best.carriage.programs] == ["specs"] and best.carriage.fastest == "specs"
+    assert "these specs alone take" in (note := " ".join(best.export("specs").split())) and "planned with" in note
     verdict = "It is carried as planned" if found.chosen.is_as_planned else "None of them is carried as planned"
     assert verdict in best.warnings[-1] and verdict in " ".join(str(found).split())
     assert "The best plan for manual collectives is planned with" in best.warnings[-2]
@@ -105,6 +107,22 @@ def test_a_plan_that_is_not_carried_as_planned_says_why(monkeypatch: pytest.Monk
     words = found.best.warnings[-1]
     assert words.startswith("None of them is carried as planned. This one takes 2.00 s by specs, 1.00 s by manual")
     assert f"unplanned: gathers at {line}. It concerns keys." in words
+
+
+def test_the_array_of_a_loop_is_the_largest_that_it_carries() -> None:
+    def fn(cache: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def layer(x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return x + kept.sum(), kept.at[0].set(x)
+
+        x, cache = jax.lax.scan(layer, x, cache)
+        return x, cache
+
+    shapes = jax.ShapeDtypeStruct((4, 64, 8), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
+    plan = autoshard.search(fn, *shapes, topology="cpu:2", donate_argnums=0, padding=False)
+    assert plan.program is not None
+    (line,) = {region.name.rpartition("(")[2].rstrip(")") for region in plan.program.regions if "(" in region.name}
+    assert array_at(plan, line) == "cache"
+    assert array_at(plan, "elsewhere.py:1") == ""
 
 
 def _read(plan: autoshard.Plan, op: Any) -> list[str]:
