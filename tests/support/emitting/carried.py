@@ -25,7 +25,8 @@ from autoshard.emitting.sharding import spec_of
 from autoshard.planning.carriage import WAYS
 from search.answer.assignment import needed_layout, produced_layout
 from tests.support.emitting.einsum_graphs import LARGER_MESH_SHAPES, Graph, arguments_of, graphs
-from tests.support.layout_strategies import cpu_topology, mesh_of, problem_of, quick, random_choices
+from tests.support.layout_strategies import blocks, cpu_topology, mesh_of, problem_of, quick, random_choices
+from tests.support.models import Block, arguments, function
 from tests.support.tracing import trace
 
 
@@ -91,14 +92,20 @@ def assert_same_gradients(run: Callable[..., Any], fn: Callable[..., Any], flat:
 
 
 def main(examples: int) -> None:
-    """The law on larger meshes."""
+    """The law on larger meshes, for graphs and for blocks with their gradients."""
 
     @given(graph=graphs(), mesh_shape=st.sampled_from(LARGER_MESH_SHAPES), seed=st.integers(0, 2**16))
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     def law(graph: Graph, mesh_shape: str, seed: int) -> None:
         assert_carried(graph, arguments_of(graph), mesh_shape, seed)
 
+    @given(block=blocks(), mesh_shape=st.sampled_from(LARGER_MESH_SHAPES), seed=st.integers(0, 2**16))
+    @settings(max_examples=max(1, examples // 2), deadline=None, derandomize=True, database=None)
+    def law_of_blocks(block: Block, mesh_shape: str, seed: int) -> None:
+        assert_carried(function(block), arguments(block), mesh_shape, seed, gradients=not block.decode)
+
     law()
+    law_of_blocks()
 
 
 if __name__ == "__main__":
