@@ -14,9 +14,12 @@ import autoshard
 from autoshard.comparing.carried_plans import array_at, best_carried
 from autoshard.comparing.plans_by_sums import plans_by_sums
 from autoshard.errors import AutoshardError
+from autoshard.plan import loads
 from autoshard.planning.carriage import CarriedProgram
 from examples import palm
 from search.answer.assignment import moves
+from tests.support.cli import run
+from tests.support.paths import PALM, TINY
 from tests.support.plans import assert_close, drawn, well_linked
 from tests.support.tracing import trace
 
@@ -177,3 +180,12 @@ def test_specs_are_compiled_with_the_formats_that_suit_the_function_as_written()
         for each in (found, with_own_formats(found, work.fn, work.args, "tpu"))
     )
     assert ours.step_seconds < 0.9 * plain.step_seconds
+
+
+@pytest.mark.long
+def test_the_command_searches_a_plan_for_specs() -> None:
+    found = run("search", PALM, "--topology", "cpu:2x2", *TINY, "--carry", "specs", "--top-k", "1", "--json")
+    plan = loads(found.stdout)
+    assert plan.carriage is not None and plan.carriage.fastest == "specs"
+    assert any("carried as planned" in words for words in plan.warnings)
+    assert "carried by specs" in found.stderr and "sums alone" in found.stderr
