@@ -17,6 +17,8 @@ from autoshard.emitting.jitted import refuse_padding
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
 from autoshard.planning.carriage import Carriage, CarriedProgram, Carry
+from costmodels.program.program import Program
+from search.memory.views import IN_PLACE
 
 NEAR = 0.5
 """The relative difference in modelled step time within which a baseline is compiled as well."""
@@ -91,7 +93,7 @@ class CarriedPlans:
         if found.is_as_planned:
             yield f"It is carried as planned: {both}."
             return
-        yield f"None of them is carried as planned. This one takes {both}. {_reason(found)}"
+        yield f"No plan within {CLOSE:.0%} of that step is carried as planned. This one takes {both}. {_reason(found)}"
 
     def __str__(self) -> str:
         rows = [
@@ -131,15 +133,26 @@ def array_at(plan: Plan, line: str) -> str:
     if program is None or not line:
         return ""
     loops = {k for k, region in enumerate(program.regions) if region.name.endswith(f"({line})")}
-    read = [
-        program.values[use.value]
+    read = {
+        use.value
         for op in program.operations
         if op.source == line or any(program.values[made.value].region in loops for made in op.outputs)
         for use in op.inputs
-    ]
-    known = [each if each.origin is None else program.values[each.origin] for each in read]
-    names = {each.name: each.bytes for each in known if any(each.name == array.path for array in plan.arguments)}
-    return max(names, key=lambda name: names[name]) if names else ""
+    }
+    sizes = {_argument_of(program, value): program.values[value].bytes for value in sorted(read)}
+    names = [array.path for array in plan.arguments if array.path in sizes]
+    return max(names, key=lambda name: sizes[name], default="")
+
+
+def _argument_of(program: Program, value: int) -> str:
+    """The name of the argument that a value is a part or an updated copy of; of another value, its own name."""
+    array = program.values[value]
+    if array.origin is not None:
+        return program.values[array.origin].name
+    op = program.operations[program.producers[value][0]] if value in program.producers else None
+    if op is not None and op.primitive in IN_PLACE and op.inputs:
+        return _argument_of(program, op.inputs[0].value)
+    return array.name.removeprefix("carry ")  # as `Builder.end_carry` names it in a loop
 
 
 def best_carried(
