@@ -19,6 +19,7 @@ from autoshard.planning.recording import record
 from autoshard.planning.solving import LOG
 from autoshard.rules.pin import Pins
 from autoshard.tracing.traced_function import trace_function
+from costmodels.machine.conventions import PricingError
 from costmodels.machine.topology import Topology
 from costmodels.program.grouped import CHAIN, grouped
 from search.answer.solution import Solver
@@ -44,6 +45,7 @@ def search(
     solver: Solver = "presolved",
     padding: bool = True,
     tune: bool = False,
+    capacity: float | None = None,
 ) -> Plan:
     """Searches for the layout of every array and operation of a function with the least step time on a topology.
 
@@ -74,6 +76,9 @@ def search(
       own. `plan.place` pads arguments once; arguments without padding are padded at each call.
     - `tune`: whether to compile the plan for its chips, search again within less memory if the compiler refuses it, and
       keep the fastest way to emit it (`autoshard.verify` with `k=1`, without baselines). `plan.warnings` say what was gained.
+    - `capacity`: the rows of the buffers of a mixture of experts over the balanced rows, at least 1 (`expert_load` of the
+      topology's pricing, 1.5 by default). The number of chips that split the experts is the worst case. A router that needs
+      more takes longer; the results are the same.
     - `solver`: "presolved", or "cp-sat" for CP-SAT on the original model: a reference for small functions and meshes.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
@@ -98,8 +103,21 @@ def search(
         tune=tune,
     )
     begin_import()  # of OR-Tools, while the function is traced
-    where = topology_of(topology)
+    where = _with_capacity(topology_of(topology), capacity)
     return plan_and_tune(annotated_function(fn, args, options), where, options, fn, args)
+
+
+def _with_capacity(topology: Topology, capacity: float | None) -> Topology:
+    """The topology with another `expert_load`.
+
+    **Raises:** `AutoshardError` if the capacity is not a number of at least 1.
+    """
+    if capacity is None:
+        return topology
+    try:
+        return replace(topology, pricing=replace(topology.pricing, expert_load=capacity))
+    except PricingError as error:
+        raise AutoshardError(f"`capacity` must be a finite number of at least 1, got {capacity!r}.") from error
 
 
 @seldom_collected()

@@ -6,7 +6,8 @@ A row is a decoder of published sizes with `lax.ragged_dot`, a phase and a slice
 experts' matrices as in public code that gathers tokens, computes local experts and reduces (MaxText's ring of experts; EP of
 jax-llm-examples): experts over as many mesh axes as divide them, hidden columns over the rest. All else is searched.
 `columns` is the step with hidden columns over all axes (tpu-inference's default), `ours` that of the free search. Each is
-proven on its own. `*_replayed` are two layers, compiled for the slice and replayed. Rows that do not run again keep their last
+proven on its own. The search may send rows to experts under the pins of `reference`, too: these fix matrices only.
+`*_replayed` are two layers, compiled for the slice and replayed. Rows that do not run again keep their last
 result.
 """
 
@@ -30,7 +31,7 @@ import autoshard
 from autoshard.errors import AutoshardError
 from costmodels.machine.topology import parse_topology
 from costmodels.program.grouped import CHAIN
-from examples import llama, mixtral
+from examples import llama, mixtral, mla
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "moe.json"
@@ -43,20 +44,25 @@ MODELS: Mapping[str, mixtral.Config] = {
     # openai/gpt-oss-20b, config.json; without sinks, windows and biases
     "gpt-oss-20b": mixtral.Config(24, 2880, 2880, 64, 8, 64, 201_088, experts=32, chosen=4),
 }
+LATENT: Mapping[str, str] = {"deepseek-v3": "v3"}
+"""Models with latent attention and a shared expert, by their size in `examples/mla.py`."""
 PHASES = {"decode": (64, 2048), "prefill": (8, 1024)}
 """Sequences and their tokens: in the cache, or of the prompt."""
 CASES = {
     f"{model}-{phase}-{topology}": (model, phase, topology)
     for topology in ("v5e:4x4", "v5p:4x4x4")
     for phase in PHASES
-    for model in MODELS
+    for model in (*MODELS, *LATENT)
 }
 
 
 def workload(model: str, phase: str, layers: int | None = None) -> autoshard.Workload:
     """A model's function and abstract arguments."""
-    config = MODELS[model] if layers is None else replace(MODELS[model], layers=layers)
     batch, length = PHASES[phase]
+    if model in LATENT:
+        make = mla.decode if phase == "decode" else mla.prefill
+        return make(LATENT[model], batch, length, layers, experts="ragged")
+    config = MODELS[model] if layers is None else replace(MODELS[model], layers=layers)
     params, chosen = mixtral.abstract_params(config), config.chosen
     if phase == "prefill":
         step = partial(mixtral.prefill_step, chosen=chosen, feed_forward=mixtral.ragged_experts)
@@ -79,11 +85,15 @@ def pins(experts: int, topology: str, by_experts: bool) -> dict[str, P]:
     return {"params.layers.*.w_gate": in_columns, "params.layers.*.w_up": in_columns, "params.layers.*.w_down": in_rows}
 
 
+def _experts(model: str) -> int:
+    return mla.config_of(LATENT[model]).experts if model in LATENT else MODELS[model].experts
+
+
 def plan_case(case: str, contestant: str, layers: int | None = None) -> tuple[autoshard.Plan, autoshard.Workload]:
     """The plan of a case, with the experts' matrices pinned unless the contestant is "ours"."""
     model, phase, topology = CASES[case]
     work = workload(model, phase, layers)
-    rules = None if contestant == "ours" else pins(MODELS[model].experts, topology, contestant == "reference")
+    rules = None if contestant == "ours" else pins(_experts(model), topology, contestant == "reference")
     plan = autoshard.search(
         work.fn,
         *work.args,

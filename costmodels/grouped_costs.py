@@ -5,7 +5,7 @@ from __future__ import annotations
 from costmodels.factor_symbols import flatten, number, points, shards_symbol, size_symbol, tile_symbol, tiles
 from costmodels.machine.conventions import EXPERT_LOAD
 from costmodels.machine.lazy_sympy import sympy
-from costmodels.program.grouped import Grouped, grouped
+from costmodels.program.grouped import ROW_TILE, Grouped, grouped
 from costmodels.program.program import Operation, Output, Program
 
 
@@ -22,8 +22,29 @@ def grouped_flops(groups: Grouped, load_rows: float, load: float) -> sympy.Expr:
 
 def grouped_rows(groups: Grouped, load: float) -> sympy.Expr:
     """$R$: the rows that the chip with the most rows multiplies, in $d_i$ and $s_i$ (`costmodels.program.grouped`)."""
-    rows = points(groups.rows)
-    return sympy.Min(rows, number(load) * rows / shards_symbol(groups.groups), evaluate=False)
+    rows, chips = points(groups.rows), shards_symbol(groups.groups)
+    if groups.tokens is None:
+        return sympy.Min(rows, number(load) * rows / chips, evaluate=False)
+    parts = sympy.Max(chips, shards_symbol(groups.tokens), evaluate=False)
+    return rows * sympy.Min(chips, number(load), evaluate=False) / parts
+
+
+def sent_rows(groups: Grouped, load: float) -> sympy.Expr:
+    """$X$: the rows of the buffers that a chip sends to the chips of the groups, in $d_i$ and $s_i$; 0 if tokens are whole."""
+    if groups.tokens is None:
+        return sympy.Integer(0)
+    rows, chips, sources = points(groups.rows), shards_symbol(groups.groups), shards_symbol(groups.tokens)
+    most = rows * sympy.Min(chips, number(load), evaluate=False) / (sources * chips)
+    tiles_ = ROW_TILE * sympy.ceiling(most / ROW_TILE)
+    return _is_sent(groups) * chips * sympy.Min(sympy.ceiling(rows / sources), tiles_, evaluate=False)
+
+
+def _is_sent(groups: Grouped) -> sympy.Expr:
+    """1 if rows are sent to the chips of their groups, 0 if not."""
+    if groups.tokens is None:
+        return sympy.Integer(0)
+    shared = sympy.Min(shards_symbol(groups.groups), shards_symbol(groups.tokens), evaluate=False)
+    return sympy.Min(shared - 1, 1, evaluate=False)
 
 
 def _groups_read(groups: Grouped, load: float) -> sympy.Expr:
@@ -63,12 +84,14 @@ def between_elements(operation: Operation, load: float = EXPERT_LOAD) -> sympy.E
     The elementwise work passes over all hidden arrays. A gather of rows reads and writes them; to add rows, they are read, and
     those that they are added to are read and written. Without these, a chip with some of the groups copies its rows of the
     operand into a buffer, and those of the result out of it: each is read and written twice, as a buffer begins between tiles.
+    Rows that are sent are copied once more before and after.
     """
     groups = grouped(operation)
     if groups is None or groups.hidden is None:
         return sympy.Integer(0)
     split = sympy.Min(shards_symbol(groups.groups) - 1, 1, evaluate=False)
-    before = number(2 * groups.gathers) if groups.gathers else 4 * split
-    after = number(3 * groups.adds) if groups.adds else 4 * split
+    sent = 2 * _is_sent(groups)
+    before = number(2 * groups.gathers) + sent if groups.gathers else 4 * split
+    after = number(3 * groups.adds) + sent if groups.adds else 4 * split
     copied = before * points(groups.matrices[0].contracted) + after * points(groups.matrices[-1].columns)
     return groups.hidden_arrays * hidden_elements(groups, load) + grouped_rows(groups, load) * copied

@@ -78,6 +78,8 @@ def flops(operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
     most = 1
     if groups := grouped(operation):
         most = sympy.Min(shards_symbol(groups.groups), number(load), evaluate=False)
+        if groups.tokens is not None:  # both factors are split over the same chips
+            most *= sympy.Min(shards_symbol(groups.groups), shards_symbol(groups.tokens), evaluate=False)
     return number(operation.flops_per_point) * points(range(len(operation.factors))) * most
 
 

@@ -10,7 +10,8 @@ half is eight of them, two for each token. There are three ways to compute it:
   sharded over chips, each of the two matmuls is an all-to-all: expert parallelism. Tokens skip experts with a full buffer.
 
 - `ragged`: tokens are sorted by expert, and `lax.ragged_dot` multiplies the rows of each expert by its matrices. No token skips
-  an expert. If experts are sharded over chips, each chip computes the rows of its own experts, and adds them by token.
+  an expert. If experts are sharded over chips, each chip computes the rows of its own experts:
+  of gathered tokens, or rows that other chips send.
 
 Letters in shapes, beside those of `llama.py`: X experts, N experts of each token, G groups of S tokens, C capacity.
 

@@ -37,6 +37,7 @@ from autoshard.auditing.findings import CompileTarget, Finding, seconds_of
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.hlo_interface import read_arguments
+from autoshard.auditing.hlo_parser import parse
 from autoshard.auditing.matching import Pair, axes_of, match_collectives
 from autoshard.auditing.planned_times import attribute_time, overlaps, planned_seconds, ring_parts
 from autoshard.auditing.record import AuditRecord
@@ -47,6 +48,7 @@ from autoshard.emitting.jitted import default_way, jit_plan
 from autoshard.errors import AutoshardError
 from autoshard.planning.carriage import Carry
 from autoshard.planning.records import PlannedCollective, PlanRecord
+from costmodels.program.grouped import OVERFLOW
 from search.answer.assignment import collectives as solution_collectives
 
 
@@ -237,6 +239,7 @@ def _findings(
     if peak_bytes and target != "host":
         found += findings.find_in_memory(estimate.peak_bytes, peak_bytes)
     if text:
+        found += findings.find_overflow_paths(parse(text).overflow_paths if OVERFLOW in text else 0)
         found += findings.find_in_work(due, done, flops_formed_again(text))
         given = read_arguments(text)
         found += findings.find_in_interface(plan.arguments, plan.results, given, estimate.peak_bytes)

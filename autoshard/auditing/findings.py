@@ -42,6 +42,7 @@ Kind = Literal[
     "peak memory",
     "slower than planned",
     "less overlap",
+    "path for an overflow",
 ]
 
 _LIMITS = {
@@ -74,6 +75,14 @@ def seconds_of(collective: CompiledCollective, topology: Topology) -> float:
         return price_collective(replace(collective, count=1), topology).seconds
     axes = axes_of(collective, topology)
     return float(seconds_on(topology, collective.kind, axes, float(collective.bytes)))
+
+
+def find_overflow_paths(count: int) -> list[Finding]:
+    """The paths for rows that do not fit into their buffers, if there are some."""
+    if not count:
+        return []
+    text = f"conditionals that gather all tokens if a buffer for rows is too small: {count}; that branch is not counted"
+    return [Finding("path for an overflow", text, 0.0, 0.0)]
 
 
 # --- collectives

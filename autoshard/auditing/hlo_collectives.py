@@ -60,7 +60,7 @@ class CompiledCollective:
 
     - `kind`: "all-gather", "reduce-scatter", "all-reduce", "all-to-all" or "collective-permute".
     - `axes`: the mesh axes it runs over, in mesh order; None if its `groups` are not a set of axes.
-    - `count`: executions in one run. A branch of a conditional is counted as if it were always taken.
+    - `count`: executions in one run. All branches of a conditional count, but not one for an overflow.
     - `op_name`, `source`: the JAX operation and `file.py:12` that it stems from, "" if the compiler kept neither.
     - `spelling`: its form in the program: the opcode, e.g. "all-gather-start", or "combined 2" (one instruction for
       two arrays), "tuple" (an all-to-all in pieces), "all-reduce-scatter fusion", "async collective fusion",
@@ -146,7 +146,7 @@ def _cycles(scope: Scope, module: Module) -> int:
 
 
 def _regions(inst: Instruction, scope: Scope, module: Module) -> list[Scope]:
-    names = [inst.attribute("body"), inst.attribute("condition")] if inst.opcode == "while" else inst.called()
+    names = [inst.attribute("body"), inst.attribute("condition")] if inst.opcode == "while" else module.runs(inst)
     return [Scope(module.computations[name], inst, scope) for name in names if name in module.computations]
 
 

@@ -132,11 +132,8 @@ def executed_instructions(
             body = Scope(module.computations[inst.attribute("body")], inst, scope)
             yield from executed_instructions(body, module, count * rounds, known and certain)
         elif inst.opcode in ("call", "conditional", "async-start", "call-start"):
-            for name in inst.called():
-                if name in module.computations:
-                    yield from executed_instructions(
-                        Scope(module.computations[name], inst, scope), module, count, known
-                    )
+            for name in module.runs(inst):
+                yield from executed_instructions(Scope(module.computations[name], inst, scope), module, count, known)
         else:
             yield scope, inst, count, known
 

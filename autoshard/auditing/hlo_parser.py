@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autoshard.tracing.loops.trip_counts import MIRRORED, NEGATED, trips_until
+from costmodels.program.grouped import OVERFLOW
 
 # `%name = shape opcode(`: a shape holds no ` word(`, so the shortest match ends at the opcode.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -94,6 +95,23 @@ class Module:
             return self.sources.get(frame[1], "")
         found = re.search(r'source_file="([^"]*)" source_line=(\d+)', inst.attributes)
         return f"{os.path.basename(found[1])}:{found[2]}" if found and not found[1].startswith(_OWN_FOLDER) else ""
+
+    def runs(self, inst: Instruction) -> list[str]:
+        """The computations that an instruction calls, without a branch for an overflow, which a planned step does not take."""
+        found = [name for name in inst.called() if name in self.computations]
+        if inst.opcode != "conditional":
+            return found
+        return [name for name in found if not self.is_for_overflow(name)]
+
+    @property
+    def overflow_paths(self) -> int:
+        """The number of conditionals with a branch for an overflow."""
+        instructions = (inst for each in self.computations.values() for inst in each.instructions.values())
+        return sum(inst.opcode == "conditional" and self.runs(inst) != inst.called() for inst in instructions)
+
+    def is_for_overflow(self, name: str) -> bool:
+        """Whether a computation is the path for rows that do not fit into their buffers."""
+        return any(OVERFLOW in inst.attributes for inst in self.computations[name].instructions.values())
 
 
 @dataclass(frozen=True, slots=True)

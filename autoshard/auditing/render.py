@@ -180,13 +180,15 @@ def _differences(audit: AuditRecord, width: int) -> Iterator[str]:
 
 
 def _difference(each: Finding) -> str:
+    if not each.share and each.kind in _TOLD:
+        return f"{each.kind}: {each.text}"
     of = _SHARES.get(each.kind, "of the time on the wire")
     told = each.counts or each.kind.startswith("same plan") or each.kind in _TOLD
     mark = "" if told else ", too small to count"
     return f"{each.kind}: {each.text} ({percent(each.share)} {of}{mark})"
 
 
-_TOLD = ("computed again", "slower than planned", "less overlap")
+_TOLD = ("computed again", "slower than planned", "less overlap", "path for an overflow")
 """Kinds of differences that are reported, and never count."""
 
 

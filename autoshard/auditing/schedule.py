@@ -142,7 +142,7 @@ class _Reader:
             bodies = (inst.attribute("condition"), inst.attribute("body"))
             yield Loop(rounds, tuple(step for name in bodies for step in self._inner_steps(name, inst, scope)))
         elif opcode == "conditional":
-            yield Branches(tuple(tuple(self._inner_steps(name, inst, scope)) for name in inst.called()))
+            yield Branches(tuple(tuple(self._inner_steps(name, inst, scope)) for name in self.module.runs(inst)))
         elif opcode == "call":
             for name in inst.called():
                 yield from self._inner_steps(name, inst, scope)

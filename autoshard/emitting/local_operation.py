@@ -58,6 +58,12 @@ class StrategyPieces:
     def chips(self, factor: int) -> int:
         return prod(self.sizes[axis] for axis in self.strategy.splits[factor])
 
+    def axes(self, factor: int) -> tuple[str, ...]:
+        return self.strategy.splits[factor]
+
+    def along(self, axis: str) -> int:
+        return self.sizes[axis]
+
     def gathered(self, factor: int, piece: Any) -> Any:
         row = lax.optimization_barrier(lax.reshape(piece, (1, piece.size)))
         for step in gathers(self.strategy.splits[factor], self.topology):

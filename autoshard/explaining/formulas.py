@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from costmodels.dimensions import Dimensions
-from costmodels.grouped_costs import between_elements
+from costmodels.grouped_costs import between_elements, sent_rows
 from costmodels.machine.chips import Chip
 from costmodels.machine.lazy_sympy import sympy
 from costmodels.machine.rings import has_two_ways, summands, waiting_times
@@ -207,20 +207,17 @@ def _between(program: Program, op: Operation, table: dict[Expr, Expr], topology:
     groups, chip = grouped(op), topology.chip
     if groups is None or groups.hidden is None:
         return _ZERO
-    sides = [program.values[op.outputs[0].value].itemsize / rate("W_hbm")]
-    sides += [1 / rate("E_vector")] if chip.vector_elements_per_second else []
-    slowest = sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sides[0]
-    passed = substitute(between_elements(op, topology.pricing.expert_load), table)
-    return passed * slowest + (groups.hidden_arrays - 1) * rate("o_op") + rate("o_vector")
+    slowest = program.values[op.outputs[0].value].itemsize / rate("W_hbm")
+    slowest = sympy.Max(slowest, 1 / rate("E_vector"), evaluate=False) if chip.vector_elements_per_second else slowest
+    passed = slowest * substitute(between_elements(op, topology.pricing.expert_load), table)
+    return passed + (groups.hidden_arrays - 1) * rate("o_op") + rate("o_vector")
 
 
 def _table(dimensions: Dimensions, choice: Choice, i: int) -> dict[Expr, Expr]:
     """The named sizes and shard counts of an operation's factors."""
-    table: dict[Expr, Expr] = {}
-    for factor, axes in enumerate(choice.strategies[i].splits):
-        table[size_symbol(factor)] = dimensions.factor(i, factor)
-        table[shards_symbol(factor)] = pieces(axes)
-    return table
+    splits = choice.strategies[i].splits
+    table: dict[Expr, Expr] = {size_symbol(f): dimensions.factor(i, f) for f in range(len(splits))}
+    return table | {shards_symbol(f): pieces(axes) for f, axes in enumerate(splits)}
 
 
 def _moved(program: Program, topology: Topology, i: int, table: dict[Expr, Expr]) -> Expr:
@@ -287,10 +284,13 @@ def _steps(
         yield from found if window == 0 else _exposed(found, window)
     for i, op in enumerate(program.operations):
         for each in intra_op_collectives(op, choice.strategies[i], topology):
-            part = pieces(each.copies) / pieces(each.layout.axes) / each.parts
+            value, part = op.outputs[each.result].value, pieces(each.copies) / pieces(each.layout.axes) / each.parts
             if each.thinned:
                 part *= pieces(choice.strategies[i].splits[each.factor]) / dimensions.factor(i, each.factor)
-            yield formula(each.kind, each.axes, op.outputs[each.result].value, part, i, op.region)
+            if each.sent is not None and (groups := grouped(op)):
+                value, part = op.use(each.sent).value, sent_rows(groups, topology.pricing.expert_load)
+                part = substitute(part, _table(dimensions, choice, i)) / dimensions.factor(i, each.factor)
+            yield formula(each.kind, each.axes, value, part, i, op.region)
 
 
 def _window(

@@ -115,6 +115,8 @@ def _expert_roles(op: Operation) -> tuple[list[str], str] | None:
     roles = _dimensions(op)
     if groups.hidden is not None:
         roles[groups.hidden] = "hidden columns"
+    if groups.tokens is not None:
+        roles[groups.tokens] = "tokens"
     roles[groups.groups] = "experts"
     return roles, "mixture of experts"
 

@@ -17,7 +17,7 @@ from costmodels.bottlenecks import regime
 from costmodels.machine.offered import not_offered
 from costmodels.machine.topology import Topology
 from costmodels.operations import OperationCost, cost_key, price
-from costmodels.program.grouped import grouped
+from costmodels.program.grouped import grouped, rows_for_each
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, Collective, collectives, needed_layout, produced_layout, rings, states_of
 from search.formulation.layouts import replicated_layout, shards
@@ -248,9 +248,29 @@ def _expert_notes(solution: Solution) -> Iterator[str]:
     """The assumption about the router, if groups of rows are split over chips."""
     program, choice, load = solution.problem.program, solution.choice, solution.problem.topology.pricing.expert_load
     axes: dict[str, None] = {}
+    sending: dict[tuple[str, ...], int] = {}
     for op, strategy in zip(program.operations, choice.strategies, strict=True):
         if groups := grouped(op):
-            axes |= dict.fromkeys(strategy.splits[groups.groups])
+            tokens = strategy.splits[groups.tokens] if groups.tokens is not None else ()
+            if not tokens:
+                axes |= dict.fromkeys(strategy.splits[groups.groups])
+                continue
+            over, sizes = strategy.splits[groups.groups], solution.problem.topology.axis_sizes
+            sources, chips = (prod(sizes[axis] for axis in each) for each in (tokens, over))
+            room = rows_for_each(op.factors[0].size, sources, chips, load)
+            sending[over] = max(sending.get(over, 0), room)
+    for over, room in sending.items():
+        most = prod(solution.problem.topology.axis_sizes[axis] for axis in over)
+        way = (
+            f"rows are sent to the experts' chips over {''.join(over)}"
+            if over
+            else "chips compute the rows of their tokens"
+        )
+        yield (
+            f"{way}, in buffers of {min(load, most):g} times the balanced rows (capacity, expert_load), at most {room} rows"
+            " for each chip. If the router needs more in any of them, that layer gathers all tokens instead, and is slower;"
+            " the results are the same."
+        )
     if axes:
         yield (
             f"experts are split over {''.join(axes)}: the costs assume that no chip has more than {load:g} times the mean rows"

@@ -12,12 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core as jex
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
+from autoshard.rules.chains.evaluate import (
+    BY_ROW,
+    HIDDEN,
+    INDEX,
+    LAST,
+    MADE,
+    MATRIX,
+    ROWS,
+    SCALAR,
+    SIZES,
+    TOKENS,
+    evaluate,
+    mask_after,
+    numbers_of,
+    rows_within,
+)
+from autoshard.rules.chains.exchange import Chips, exchange_of, run_exchanged
 from autoshard.rules.rule import Dims, Factors, Pieces, Rule, register, whole_rule
-from costmodels.program.grouped import CHAIN
+from costmodels.program.grouped import CHAIN, OVERFLOW, ROW_TILE
 from costmodels.program.program import Output
 
 
@@ -79,7 +95,7 @@ def _local_ragged_dot(eqn, rule: Rule, pieces: Pieces, lhs, rhs, sizes):
     (rows,) = rule.inputs[0][ragged]
     groups = rule.inputs[2][-1][0] - 1  # created just before the factor of the counts
     if pieces.is_split(rows) or pieces.is_split(groups):
-        sizes = _rows_within(sizes, pieces.start(rows), pieces.size(rows))
+        sizes = rows_within(sizes, pieces.start(rows), pieces.size(rows))
     if not pieces.is_split(groups):
         return [eqn.primitive.bind(lhs, rhs, sizes, **eqn.params)]
     ends = jnp.cumsum(sizes, dtype=np.int32)
@@ -89,67 +105,18 @@ def _local_ragged_dot(eqn, rule: Rule, pieces: Pieces, lhs, rhs, sizes):
     lhs = jnp.roll(lhs, -before, ragged)
     if ragged in lhs_sum:
         at = int(rhs_sum[list(lhs_sum).index(ragged)])
-        rhs = _mask_after(jnp.roll(rhs, -before, at), count, at)
-        return [eqn.primitive.bind(_mask_after(lhs, count, ragged), rhs, own, **eqn.params)]
+        rhs = mask_after(jnp.roll(rhs, -before, at), count, at)
+        return [eqn.primitive.bind(mask_after(lhs, count, ragged), rhs, own, **eqn.params)]
     found = eqn.primitive.bind(lhs, rhs, own, **eqn.params)
     at = rule.outputs[0].index((rows,))
-    return [jnp.roll(_mask_after(found, count, at), before, at)]
-
-
-def _rows_within(sizes, start, count: int):
-    """The number of rows of each group among the `count` rows from `start` on."""
-    ends = jnp.cumsum(sizes, axis=-1, dtype=np.int32)
-    begins = ends - sizes.astype(np.int32)
-    inside = jnp.clip(ends - start, 0, count) - jnp.clip(begins - start, 0, count)
-    return inside.astype(sizes.dtype)
-
-
-def _mask_after(array, count, dim: int):
-    """The first `count` elements along a dimension, followed by zeros."""
-    place = lax.broadcasted_iota(np.int32, array.shape, dim)
-    return jnp.where(place < count, array, jnp.zeros_like(array))
+    return [jnp.roll(mask_after(found, count, at), before, at)]
 
 
 # --- Chains: grouped matmuls with elementwise work between them
 
-ROWS, HIDDEN, MADE, INDEX = "rows", "hidden", "made", "index"
-"""Parts of operands with rows: `[m,e]`; `[m,f]` and `[m,n]` of elementwise work; `[m,1]`, numbers of tokens."""
-TOKENS, MATRIX, LAST, SIZES, SCALAR = "tokens", "matrix", "last", "sizes", "scalar"
-"""Parts of the other operands: `[t,e]`, `[g,e,f]`, `[g,f,n]`, `[g]`, `[]`."""
-_BY_ROW = (ROWS, HIDDEN, MADE, INDEX)
-_ROW_TILE = 8
-"""Rows of a register of a TPU's vector unit: a buffer has a multiple of them."""
-
-
-def _evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None) -> Any:
-    """The result of a chain's equations on rows, columns and groups of any number.
-
-    **Arguments:**
-
-    - `count`: the number of rows, from the first one on, that belong to the groups; all by default. The others make zeros.
-    """
-    known = dict(zip(jaxpr.invars, operands, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else known[atom]
-
-    for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        inner = next(
-            (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if key in eqn.params), None
-        )
-        if eqn.primitive.name == "scatter-add" and count is not None:
-            values[2] = _mask_after(values[2], count, 0)
-        if inner is None:
-            made = eqn.primitive.bind(*values, **eqn.params)
-        else:
-            made = _evaluate(getattr(inner, "jaxpr", inner), values)
-        known[eqn.outvars[0]] = made
-    return read(jaxpr.outvars[0])
-
 
 def _run_chain(*operands: Any, jaxpr: Any, parts: Sequence[str]) -> Any:
-    return _evaluate(jaxpr, operands)
+    return evaluate(jaxpr, operands)
 
 
 chain_p = Primitive(CHAIN)
@@ -169,6 +136,9 @@ def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
     groups and the hidden columns may be split. If the groups are split, which is expert parallelism, every chip has all rows
     or tokens, and computes the rows of its own groups through the whole chain, `ceil(R)` at a time
     (`costmodels.program.grouped`). The result is exact for any sizes of the groups.
+
+    If the results are added to as many tokens as the rows are gathered from, the tokens may be split instead of the rows, and
+    the groups over the same chips: each row is sent to the chip of its group, and its result back.
     """
     factors = Factors()
     adds = jaxpr.eqns[-1].primitive.name == "scatter-add"
@@ -179,8 +149,12 @@ def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
     f, e = factors.new(last.shape[1], "sum"), factors.new(first.shape[1], "whole")
     n, t = factors.new(last.shape[2], "whole"), -1
     if TOKENS in parts:
-        t = factors.new(inputs[parts.index(TOKENS)].shape[0], "whole")
-    u = factors.new(outputs[0].shape[0], "whole") if adds else m
+        tokens = inputs[parts.index(TOKENS)].shape[0]
+        known = all(numbers_of(jaxpr, each) in jaxpr.invars for each in ("gather", "scatter-add"))
+        sends = adds and known and parts.count(TOKENS) == 1 and tokens == outputs[0].shape[0] > 1
+        t = factors.new(tokens, "dispatched" if sends else "whole")
+    sends = t >= 0 and factors.kind(t) == "dispatched"
+    u = t if sends else factors.new(outputs[0].shape[0], "whole") if adds else m
     dims = {ROWS: (m, e), HIDDEN: (m, f), MADE: (m, n), INDEX: (m, m), TOKENS: (t, e)}
     dims |= {MATRIX: (g, e, f), LAST: (g, f, n), SIZES: (c,), SCALAR: ()}
     sizes = [factor.size for factor in factors.done()]
@@ -203,8 +177,10 @@ def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
 def _local_chain(eqn, rule: Rule, pieces: Pieces, *operands):
     rows, (groups,) = 0, rule.inputs[eqn.params["parts"].index(LAST)][0]
     *arrays, sizes = operands
+    if tokens := [i for i, factor in enumerate(rule.factors) if factor.kind == "dispatched" and pieces.axes(i)]:
+        return [_sent(eqn, pieces, tokens[0], groups, tuple(operands))]
     if pieces.is_split(rows) or pieces.is_split(groups):
-        sizes = _rows_within(sizes, pieces.start(rows), pieces.size(rows))
+        sizes = rows_within(sizes, pieces.start(rows), pieces.size(rows))
     if not pieces.is_split(groups):
         return [_run_chain(*arrays, sizes, **eqn.params)]
     own = lax.dynamic_slice_in_dim(sizes, pieces.start(groups), pieces.size(groups))
@@ -212,9 +188,38 @@ def _local_chain(eqn, rule: Rule, pieces: Pieces, *operands):
     count = jnp.sum(own, dtype=np.int32)
     last = lax.dynamic_index_in_dim(ends, pieces.start(groups) + pieces.size(groups) - 1, keepdims=False)
     held, parts = pieces.size(rows), rule.factors[groups].size // pieces.size(groups)
-    room = min(held, math.ceil(pieces.expert_load * held / parts / _ROW_TILE) * _ROW_TILE)
+    room = min(held, math.ceil(pieces.expert_load * held / parts / ROW_TILE) * ROW_TILE)
     chain = _OwnRows(eqn.params["jaxpr"], eqn.params["parts"], held, room)
     return [chain.run(tuple(arrays), own, last - count, count)]
+
+
+def _sent(eqn: Any, pieces: Pieces, tokens: int, groups: int, operands: tuple[Any, ...]) -> Any:
+    """The result for this chip's tokens: rows go to the chips of their groups and back, if all fit into the buffers."""
+    (*arrays, sizes), jaxpr, parts = operands, eqn.params["jaxpr"], eqn.params["parts"]
+    axes, sharing, held = pieces.axes(tokens), pieces.axes(groups), pieces.size(groups)
+    chips = Chips(axes, tuple(map(pieces.along, axes)), sharing, pieces.size(tokens))
+    ends = jnp.cumsum(sizes, dtype=np.int32)
+    first = pieces.start(groups)
+    begins_, ends_ = (lax.dynamic_slice_in_dim(each, first, held) for each in (ends - sizes.astype(np.int32), ends))
+    here = lax.axis_index(axes).astype(np.int32)
+    exchange = exchange_of(jaxpr, operands, chips, ends[held - 1 :: held], here, pieces.expert_load)
+
+    def sent() -> Any:
+        return run_exchanged(exchange, jaxpr, parts, tuple(arrays), begins_, ends_)
+
+    def gathered() -> Any:
+        with jax.named_scope(OVERFLOW):
+            whole = [
+                lax.all_gather(a, axes, axis=0, tiled=True) if part == TOKENS else a
+                for a, part in zip(arrays, parts, strict=False)
+            ]
+            own = lax.dynamic_slice_in_dim(sizes, first, held)
+            chain = _OwnRows(jaxpr, parts, pieces.size(0), exchange.room)
+            made = chain.run(tuple(whole), own, begins_[0], jnp.sum(own, dtype=np.int32))
+            made = lax.psum(made, sharing) if sharing else made
+            return lax.dynamic_slice_in_dim(made, here * chips.tokens, chips.tokens)
+
+    return lax.cond(exchange.fits(), sent, gathered)
 
 
 @dataclass(frozen=True)
@@ -248,10 +253,10 @@ class _OwnRows:
             start = jnp.minimum(begin + done, self.rows - self.room)
             shift = begin + done - start
             buffered = [self._rows_from(a, part, start, shift) for a, part in zip(arrays, self.parts, strict=False)]
-            made = _evaluate(self.jaxpr, (*buffered, _rows_within(own, done, self.room)), count - done)
+            made = evaluate(self.jaxpr, (*buffered, rows_within(own, done, self.room)), count - done)
             if self._adds:
                 return done + self.room, result + made
-            made = jnp.roll(_mask_after(made, count - done, 0), shift, 0)
+            made = jnp.roll(mask_after(made, count - done, 0), shift, 0)
             before = lax.dynamic_slice_in_dim(result, start, self.room)
             return done + self.room, lax.dynamic_update_slice_in_dim(result, before + made, start, 0)
 
@@ -260,14 +265,14 @@ class _OwnRows:
 
     def _rows_from(self, array: Any, part: str, start: Any, shift: Any) -> Any:
         """The rows of the buffer: those from `start + shift` on, then those between `start` and there."""
-        if part not in _BY_ROW or array.shape[0] == 1:
+        if part not in BY_ROW or array.shape[0] == 1:
             return array
         return jnp.roll(lax.dynamic_slice_in_dim(array, start, self.room), -shift, 0)
 
     def _at_once(self, arrays: tuple[Any, ...], own: Any, begin: Any, count: Any) -> Any:
         rolled = [
-            jnp.roll(a, -begin, 0) if part in _BY_ROW and a.shape[0] > 1 else a
+            jnp.roll(a, -begin, 0) if part in BY_ROW and a.shape[0] > 1 else a
             for a, part in zip(arrays, self.parts, strict=False)
         ]
-        made = _evaluate(self.jaxpr, (*rolled, own), count)
-        return made if self._adds else jnp.roll(_mask_after(made, count, 0), begin, 0)
+        made = evaluate(self.jaxpr, (*rolled, own), count)
+        return made if self._adds else jnp.roll(mask_after(made, count, 0), begin, 0)

@@ -49,6 +49,14 @@ class Pieces(Protocol):
         """The number of shards of the factor."""
         ...
 
+    def axes(self, factor: int) -> tuple[str, ...]:
+        """The mesh axes that split the factor, major to minor."""
+        ...
+
+    def along(self, axis: str) -> int:
+        """The number of chips along a mesh axis."""
+        ...
+
     def gathered(self, factor: int, piece: Any) -> Any:
         """The shards of all chips along a `gathered` factor, stacked in a new leading dimension.
 
@@ -117,6 +125,10 @@ class Factors:
         """Adds a factor and returns its index."""
         self._found.append(Factor(int(size), kind))
         return len(self._found) - 1
+
+    def kind(self, factor: int) -> FactorKind:
+        """The kind of a factor."""
+        return self._found[factor].kind
 
     def each(self, shape: Sequence[int], whole: Sequence[int] = ()) -> Dims:
         """One factor for every dimension; those in `whole` cannot be split."""

@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from autoshard.rules.chains.evaluate import HIDDEN, INDEX, LAST, MADE, MATRIX, ROWS, SCALAR, SIZES, TOKENS
 from autoshard.rules.elementwise import LINEAR, NONLINEAR
-from autoshard.rules.ragged import HIDDEN, INDEX, LAST, MADE, MATRIX, ROWS, SCALAR, SIZES, TOKENS, chain_p
+from autoshard.rules.ragged import chain_p
 from autoshard.rules.rule import inexact
 from autoshard.tracing.equations import rebuild_jaxpr
 from autoshard.tracing.jaxprs import CALLS, callee

@@ -31,7 +31,8 @@ class Pricing:
     - `overlap`: the part of every collective's bandwidth time that computation hides, from 0 (none) to less than 1,
       "looped" or "async". Under a number, latency and launch are not hidden.
     - `expert_load`: if groups of rows are split over chips, as the experts of a mixture, the rows of the chip with the most
-      over the mean (`costmodels.program.grouped`). It is an assumption about the router, at least 1.
+      over the mean (`costmodels.program.grouped`). It is an assumption about the router, at least 1. Buffers for rows that are
+      sent to the chips of their groups have room for as many.
 
     A looped collective einsum (Wang et al. 2023; Pope et al. 2022, §3.5) cuts a matmul into as many pieces as there are
     chips on the collective's axes. Each piece of a gathered operand is multiplied as it arrives; each piece of a

@@ -17,16 +17,32 @@ the pairs of a tile and a group with rows in it. Its tiles have the rows of the 
 A chain is several such matmuls with elementwise work between them, on the same rows and groups (`ragged_chain`). Its hidden
 arrays have $R$ rows: the results of the first matmuls, and what is made of them for the last. It may gather its rows from those
 of tokens first, and add its results to those of tokens.
+
+Such a chain may split its tokens over $s_t$ chips, and the groups over $s_g$ of these: all, or those along some of the axes.
+A chip sends each of its rows to the chip of its group, and gets the result back: two all-to-alls over $s_g$ chips. If the
+groups are whole, nothing is sent. A chip multiplies
+
+$$R = m \\min(s_g, \\lambda) / s_t, \\qquad
+X = s_g \\min(\\lceil m / s_t \\rceil, \\lceil m \\min(s_g, \\lambda) / (s_t s_g) \\rceil_8)$$
+
+rows, and sends buffers of $X$ rows, because the buffer for each chip has as many rows as that for any other: whole registers of
+8. All chips know the router's choice. If a buffer of any chip is too small for it, all gather the tokens instead (`OVERFLOW`),
+and each adds the rows of its own groups. So results are those of the unsplit chain for any router.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from costmodels.program.program import Operation
 
 CHAIN = "ragged_chain"
 """The primitive of a chain of grouped matmuls over the same rows and groups."""
+OVERFLOW = "rows_gathered_on_overflow"
+"""The name of the path that gathers tokens where a buffer for rows to send is too small; audits leave it out by this name."""
+ROW_TILE = 8
+"""Rows of a register of a TPU's vector unit: a buffer has a multiple of them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Grouped:
     - `rows`, `groups`, `batch`: the factors of the rows, of the groups, and of batches with groups of their own.
     - `hidden`: the factor of the columns of a chain's hidden arrays; None without a chain.
     - `gathers`, `adds`: whether a chain gathers its rows from tokens, and adds them to those of tokens.
+    - `tokens`: the factor of the tokens if it may be split, and rows sent to the chips of their groups; None if not.
     """
 
     rows: tuple[int, ...]
@@ -54,6 +71,7 @@ class Grouped:
     hidden: int | None = None
     gathers: bool = False
     adds: bool = False
+    tokens: int | None = None
 
     @property
     def hidden_arrays(self) -> int:
@@ -95,4 +113,22 @@ def _chain(op: Operation) -> Grouped:
     found.sort(key=lambda each: each.columns == op.outputs[0].dims[1])
     first, last = found[0], found[-1]
     gathers = any(use.dims[1:] == (first.contracted,) and use.dims[0] != rows for use in op.inputs)
-    return Grouped(rows, groups, (), tuple(found), last.contracted[0], gathers, op.outputs[0].dims[0] != rows)
+    adds = op.outputs[0].dims[0] != rows
+    return Grouped(rows, groups, (), tuple(found), last.contracted[0], gathers, adds, tokens_factor(op))
+
+
+def tokens_factor(op: Operation) -> int | None:
+    """The factor of the tokens whose rows may be sent to the chips of their groups; None without one."""
+    return next((i for i, factor in enumerate(op.factors) if factor.kind == "dispatched"), None)
+
+
+def rows_for_each(rows: int, sources: int, chips: int, load: float) -> int:
+    """The rows of the buffer that one of `sources` chips sends to one of `chips` chips with groups: $X / s_g$."""
+    balanced = rows * min(chips, load) / (sources * chips)
+    return min(ceil(rows / sources), ceil(balanced / ROW_TILE) * ROW_TILE)
+
+
+def rows_in_all(rows: int, sources: int, chips: int, load: float) -> int:
+    """The rows of the buffer in which a chip multiplies: $R$, in whole registers, and at most those that it can get."""
+    balanced = ceil(rows * min(chips, load) / sources / ROW_TILE) * ROW_TILE
+    return min(balanced, chips * rows_for_each(rows, sources, chips, load))

@@ -18,7 +18,7 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "exchanged", "whole"]
+FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "exchanged", "dispatched", "whole"]
 """The effect of splitting a factor.
 
 - `parallel`: splits the result.
@@ -26,6 +26,8 @@ FactorKind = Literal["parallel", "sum", "max", "min", "and", "or", "gathered", "
 - `max`, `min`, `and`, `or`: an all-reduce within the operation.
 - `gathered`: splits the result if it has the factor; the operation all-gathers what chips need of each other's shards.
 - `exchanged`: splits the result, whose shards are on other chips than the operand's; the operation permutes them.
+- `dispatched`: splits the result; groups of rows may be split over the same axes, and the operation sends rows to the chips of
+  their groups, and back.
 - `whole`: cannot be split.
 """
 
@@ -41,7 +43,7 @@ Pinned = tuple[tuple[str, ...] | None, ...]
 """Per dimension the mesh axes that the user pinned; `None` for a free dimension."""
 
 REDUCED_INSIDE = ("max", "min", "and", "or")
-CLOSED_INSIDE = (*REDUCED_INSIDE, "gathered", "exchanged")
+CLOSED_INSIDE = (*REDUCED_INSIDE, "gathered", "exchanged", "dispatched")
 
 
 @dataclass(frozen=True)

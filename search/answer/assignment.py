@@ -310,4 +310,5 @@ def _intra_op_collectives(program: Program, topology: Topology, choice: Choice) 
             sent = payload(program, op, choice.strategies[i], each, topology)
             count = program.multiplicity(op.region)
             seconds = float(step_seconds(each.kind, each.axes, sent, topology)) * count
-            yield Collective(each.kind, each.axes, sent, count, seconds, op.outputs[each.result].value, i)
+            value = op.outputs[each.result].value if each.sent is None else op.use(each.sent).value
+            yield Collective(each.kind, each.axes, sent, count, seconds, value, i)

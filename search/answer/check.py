@@ -28,7 +28,7 @@ from costmodels.program.on_chip import sharers
 from costmodels.program.program import REDUCED_INSIDE, Operation, Program, Value
 from costmodels.program.vector_passes import REGISTER, converted_operands, ends_pass, is_streamed, vector_uses
 from search.answer.assignment import Choice, Move, moves, needed_layout, produced_layout, products_behind, steps
-from search.answer.check_grouped import GROUPED, GroupedWork
+from search.answer.check_grouped import GROUPED, GroupedWork, dispatched_seconds, own_splits
 from search.answer.check_memory import alive_bytes
 from search.formulation.collective_steps import CollectiveStep, emittable, permuted_axes, steps_from
 from search.formulation.intra_op import exchange_axes, gathers
@@ -79,7 +79,7 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
 def _faults(program: Program, topology: Topology, choice: Choice):
     sizes = topology.axis_sizes
     for op, strategy in zip(program.operations, choice.strategies, strict=True):
-        used = [axis for split in (*strategy.splits, *strategy.carried) for axis in split]
+        used = [axis for split in (*own_splits(op, strategy.splits), *strategy.carried) for axis in split]
         if len(set(used)) != len(used):
             yield f"{op.name}: an axis is used twice in {strategy}"
         for factor, split in zip(op.factors, strategy.splits, strict=True):
@@ -283,7 +283,7 @@ def _matrix_work(op: Operation, local: list[float], topology: Topology) -> float
 
 def _inside_seconds(program: Program, topology: Topology, choice: Choice, i: int) -> float:
     op = program.operations[i]
-    total = 0.0
+    total = dispatched_seconds(program, topology, op, choice.strategies[i].splits)
     for factor, axes in zip(op.factors, choice.strategies[i].splits, strict=True):
         if factor.kind in REDUCED_INSIDE and axes:
             value = op.outputs[0].value

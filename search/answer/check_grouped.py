@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
 from costmodels.machine.chips import Chip
-from costmodels.program.grouped import CHAIN
-from costmodels.program.program import Operation, Output
+from costmodels.machine.collectives import seconds_on
+from costmodels.machine.topology import Topology
+from costmodels.program.grouped import CHAIN, ROW_TILE
+from costmodels.program.program import Factor, Operation, Output, Program
 
 GROUPED = ("ragged_dot_general", CHAIN)
+Splits = Sequence[tuple[str, ...]]
+
+
+def _dispatches(factor: Factor) -> bool:
+    return factor.kind == "dispatched"
+
+
+def own_splits(op: Operation, splits: Splits) -> Splits:
+    """The splits without those axes of groups along which rows are dispatched, if they are in the order of the tokens' axes."""
+    for factor, axes in zip(op.factors, splits, strict=True):
+        if _dispatches(factor) and axes:
+            groups = op.inputs[-1].dims[-1][0] - 1
+            if [axis for axis in axes if axis in splits[groups]] == [*splits[groups]] and not splits[0]:
+                return [() if i == groups else split for i, split in enumerate(splits)]
+    return splits
+
+
+def dispatched_seconds(program: Program, topology: Topology, op: Operation, splits: Splits) -> float:
+    """Seconds of the all-to-alls that send rows of tokens to the chips of their groups, and back."""
+    found = 0.0
+    for f, factor in enumerate(op.factors):
+        chips_along = splits[op.inputs[-1].dims[-1][0] - 1] if _dispatches(factor) else ()
+        if not splits[f] or not chips_along:
+            continue
+        for use in (*op.inputs, *op.outputs):
+            if use.dims[0] == (f,):
+                width = program.values[use.value].itemsize * prod(op.factors[i].size for i in use.dims[1])
+                sent = width * sent_rows(topology, op, splits)
+                found += float(seconds_on(topology, "all-to-all", chips_along, sent))
+    return found
+
+
+def sent_rows(topology: Topology, op: Operation, splits: Splits) -> float:
+    """The rows of the buffers of an all-to-all: for each chip, its balanced rows times the load, in whole registers."""
+    found = 0.0
+    for factor, axes in zip(op.factors, splits, strict=True):
+        if _dispatches(factor):
+            sources = prod(topology.axis_sizes[axis] for axis in axes)
+            chips = prod(topology.axis_sizes[axis] for axis in splits[op.inputs[-1].dims[-1][0] - 1])
+            share = op.factors[0].size / sources
+            most = share * min(chips, topology.pricing.expert_load) / chips
+            found += chips * min(ceil(share), ROW_TILE * ceil(most / ROW_TILE)) if sources > 1 < chips else 0.0
+    return found
 
 
 @dataclass(frozen=True)
@@ -36,7 +82,16 @@ class GroupedWork:
     def rows(self) -> float:
         """The rows of the chip with the most."""
         held = prod(self.local[i] for i in self._rows)
-        return min(held, self.load * held * self.local[self._groups] / self.op.factors[self._groups].size)
+        chips = self.op.factors[self._groups].size / self.local[self._groups]
+        if self.sources > 1:
+            return held * min(self.load, chips) / self.sources
+        return min(held, self.load * held / chips)
+
+    @property
+    def sources(self) -> float:
+        """The number of shards of the tokens of a chain."""
+        split = (factor.size / n for factor, n in zip(self.op.factors, self.local, strict=True) if _dispatches(factor))
+        return next(split, 1.0)
 
     @property
     def _read(self) -> float:
@@ -80,11 +135,29 @@ class GroupedWork:
         first = next(use.dims for use in self.op.inputs if use.dims[:1] == ((groups,),))
         gathers = all(use.dims != ((0,), first[1]) for use in self.op.inputs)
         adds = self.op.outputs[0].dims[0] != (0,)
+        if split and self.sources > 1:  # rows that are sent are copied once more on each side
+            hidden += 2 * self.rows * (self.local[first[1][0]] + self.local[self.op.outputs[0].dims[1][0]]) / arrays
         passed = arrays * hidden + self.rows * self.local[first[1][0]] * (2 if gathers else 4 * split)
         passed += self.rows * self.local[self.op.outputs[0].dims[1][0]] * (3 if adds else 4 * split)
         rate = chip.vector_elements_per_second
         slowest = max(itemsize / chip.reached_hbm_bytes_per_second, 1 / rate if rate else 0.0)
         return passed * slowest + (arrays - 1) * chip.op_overhead_seconds + chip.vector_overhead_seconds
+
+    def buffers(self, sent: float) -> float:
+        """The elements of a chain's buffers; those of the path for an overflow are there even if it does not run.
+
+        **Arguments:**
+
+        - `sent`: the rows of the buffers that a chip sends.
+        """
+        (arrays, hidden), made = self.hidden, self.op.outputs[0].dims
+        inside = arrays * hidden + self.own_rows
+        if self.sources == 1:
+            return inside
+        first = next(use.dims for use in self.op.inputs if use.dims[:1] == ((self._groups,),))
+        before, after = self.local[first[1][0]], self.local[made[1][0]]
+        tokens = self.sources * self.local[made[0][0]]
+        return max(inside + tokens * (before + after), 2 * sent * max(before, after))
 
     def flops(self, tile: float, least: float) -> float:
         """FLOPs of the matrix unit, in whole tiles."""

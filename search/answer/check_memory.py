@@ -34,7 +34,7 @@ from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, kept_layout, moves, needed_layout
 from search.answer.check_donations import Overwrites
-from search.answer.check_grouped import GroupedWork
+from search.answer.check_grouped import GroupedWork, sent_rows
 from search.answer.check_temporaries import converting, joining, sorting
 from search.formulation.layouts import shards
 from search.formulation.tpu_tiles import argument_tile
@@ -84,8 +84,7 @@ def _chain_buffers(program: Program, topology: Topology, choice: Choice, at: int
     pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
     local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
     work = GroupedWork(op, local, topology.pricing.expert_load)
-    arrays, elements = work.hidden
-    return (arrays * elements + work.own_rows) * program.values[op.outputs[0].value].itemsize
+    return work.buffers(sent_rows(topology, op, splits)) * program.values[op.outputs[0].value].itemsize
 
 
 class _Account:

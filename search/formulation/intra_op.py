@@ -8,6 +8,9 @@ A factor of kind `exchanged` is that of $n$ equal parts, which are concatenated 
 the result. Cut over $p$ chips, that dimension has $np$ blocks, of which chip $j$ holds $nj + s$ for $0 \\le s < n$; of
 the parts chip $r$ holds block $ip + r$, for each part $i$. Every chip sends and gets $n$ blocks, so $n$ permutations
 do it (`exchange`).
+
+A factor of kind `dispatched` is that of tokens, whose rows go to the chips of their groups and back: two all-to-alls along the
+axes that split the groups, too (`costmodels.program.grouped`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from costmodels.machine.topology import Topology
-from costmodels.program.program import REDUCED_INSIDE, Operation, Program
+from costmodels.program.grouped import groups_factor, rows_for_each
+from costmodels.program.program import REDUCED_INSIDE, Operation, Output, Program
 from search.formulation.collective_steps import CollectiveStep, emittable
 from search.formulation.layouts import Axes, Layout, shards
 from search.formulation.strategies import Strategy, output_layout
@@ -33,7 +37,7 @@ class Inside(NamedTuple):
       result.
     - `thinned`: whether one element along the factor takes part instead of a chip's shard; `copies`: the axes whose
       chips' parts its payload holds side by side; `parts`: the number of equal parts of a shard, of which it sends
-      one.
+      one. `sent`: the operand or result whose columns each sent row has, if it sends rows to the chips of their groups.
     """
 
     kind: str
@@ -44,6 +48,7 @@ class Inside(NamedTuple):
     thinned: bool = False
     copies: Axes = ()
     parts: int = 1
+    sent: int | Output | None = None
 
 
 def intra_op_collectives(op: Operation, strategy: Strategy, topology: Topology) -> Iterator[Inside]:
@@ -64,6 +69,11 @@ def intra_op_collectives(op: Operation, strategy: Strategy, topology: Topology) 
             parts = count if joined in op.outputs[0].dims else 1
             for moved in exchange_axes(count, axes, topology):
                 yield Inside("collective-permute", moved, i, 0, layout, parts=parts)
+        elif axes and factor.kind == "dispatched" and (chips := strategy.splits[groups_factor(op)]):
+            layout = output_layout(op.signature, strategy, 0)
+            tokens = next(k for k, use in enumerate(op.inputs) if use.dims[:1] == ((i,),))
+            for sent in (tokens, Output()):
+                yield Inside("all-to-all", chips, i, 0, layout, sent=sent)
 
 
 def gathers(axes: Axes, topology: Topology) -> tuple[CollectiveStep, ...]:
@@ -83,6 +93,12 @@ def gathers(axes: Axes, topology: Topology) -> tuple[CollectiveStep, ...]:
 def payload(program: Program, op: Operation, strategy: Strategy, found: Inside, topology: Topology) -> float:
     """Bytes of a collective within an operation, by the collectives' convention."""
     sizes = topology.axis_sizes
+    if found.sent is not None:
+        counts = (prod(sizes[axis] for axis in strategy.splits[f]) for f in (found.factor, groups_factor(op)))
+        sources, chips = counts
+        use, rows = op.use(found.sent), op.factors[0].size
+        width = program.values[use.value].bytes / op.factors[found.factor].size
+        return chips * rows_for_each(rows, sources, chips, topology.pricing.expert_load) * width
     part = program.values[op.outputs[found.result].value].bytes / shards(found.layout, sizes)
     if found.thinned:
         part /= op.factors[found.factor].size / prod(sizes[axis] for axis in strategy.splits[found.factor])

@@ -6,9 +6,10 @@ each result, and the reductions that run inside the operation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -25,7 +26,8 @@ LoopedSide = int | Literal["result"]
 class Strategy(NamedTuple):
     """A split of an operation's factors over mesh axes.
 
-    `splits` has the mesh axes that split each factor, major to minor. `carried` has, per linear group, the axes whose
+    `splits` has the mesh axes that split each factor, major to minor; those of groups to which rows are dispatched split the
+    tokens, too. `carried` has, per linear group, the axes whose
     partial sums pass through. `looped` is the operand (0, 1, ...) or the result whose collective is looped with the
     operation, if the pricing has looped collectives (`costmodels.machine.conventions`).
     """
@@ -36,8 +38,8 @@ class Strategy(NamedTuple):
 
     @property
     def axes(self) -> Axes:
-        """The mesh axes in use."""
-        return tuple(axis for split in self.splits for axis in split)
+        """The mesh axes in use, each once."""
+        return tuple(dict.fromkeys(axis for split in self.splits for axis in split))
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
         for i, chosen in zip(free, ordered, strict=True):
             splits[i] = chosen
         if _legal(factors, (*inputs, *outputs), splits, table, least):
-            found.append(Strategy(tuple(splits), carried))
+            found.extend(Strategy(each, carried) for each in _with_dispatch(factors, inputs, tuple(splits), table))
     counts = np.array([[prod(table[a] for a in split) for split in s.splits] for s in found], dtype=float)
     return StrategySpace(
         tuple(found),
@@ -107,6 +109,28 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
         tuple(tuple(output_layout(signature, s, k) for s in found) for k in range(len(outputs))),
         counts.reshape(len(found), len(factors)),
     )
+
+
+def _with_dispatch(
+    factors: Sequence[Factor], inputs: Sequence, splits: tuple[Axes, ...], table: dict[str, int]
+) -> Iterator[tuple[Axes, ...]]:
+    """The splits, and those with groups split over axes that split dispatched tokens too; none if other factors forbid it.
+
+    With split tokens, rows and groups have no axes of their own: a chip has the rows of its tokens, and sends them to the chips
+    of their groups along some of the axes.
+    """
+    tokens = next((i for i, factor in enumerate(factors) if factor.kind == "dispatched"), None)
+    if tokens is None or not splits[tokens]:
+        yield splits
+        return
+    rows, groups = 0, inputs[-1][0][0] - 1  # as `costmodels.program.grouped` finds them
+    if splits[rows] or splits[groups]:
+        return
+    axes = splits[tokens]
+    for count in range(len(axes) + 1):
+        for chosen in combinations(axes, count):
+            if factors[groups].size % prod(table[axis] for axis in chosen) == 0:
+                yield (*splits[:groups], chosen, *splits[groups + 1 :])
 
 
 def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequence) -> int:
@@ -150,8 +174,13 @@ def input_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
 
 
 def output_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
-    """The layout of result `k`; partial over the axes that split a summed factor and those carried."""
+    """The layout of result `k`; partial over the axes that split a summed factor and those carried.
+
+    Where groups are split over the axes of dispatched tokens, each chip gets all its results back.
+    """
     factors, _, outputs, _, _ = signature
     summed = [axis for f, axes in zip(factors, strategy.splits, strict=True) if f.kind == "sum" for axis in axes]
+    returned = {a for f, axes in zip(factors, strategy.splits, strict=True) if f.kind == "dispatched" for a in axes}
     carried = [axis for axes in strategy.carried for axis in axes]
-    return Layout(_dims(outputs[k], strategy), tuple(sorted(summed + carried)))
+    partial = sorted((set(summed) - returned) | set(carried))
+    return Layout(_dims(outputs[k], strategy), tuple(partial))

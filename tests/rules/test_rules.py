@@ -154,6 +154,7 @@ pow                          [a,b],[a,b] -> [a,b]
 pvary                        [a,b] -> [a,b] linear=[[0]]
 qr                           [a,b,c] -> [a,d,e],[a,f,g] whole={b,c,d,e,f,g}
 ragged_chain                 [a,b],[c,b,d],[c,d,e],[f] -> [a,e] sum={c,d} whole={b,e,f}
+ragged_chain                 [a,b],[c,1],[d,b,e],[d,e,f],[g] -> [a,f] dispatched={a} sum={c,d,e} whole={b,f,g}
 ragged_chain                 [a,b],[c,1],[d,b,e],[d,e,f],[c,1],[g] -> [h,f] sum={c,d,e} whole={a,b,f,g,h}
 ragged_dot_general           [a,b],[c,b,d],[e] -> [a,d] sum={b,c} whole={e} linear=[[0], [1]]
 ragged_dot_general           [a,b,c],[a,d,c,e],[a,f] -> [a,b,e] sum={c} whole={d,f} linear=[[0], [1]]

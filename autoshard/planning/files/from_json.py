@@ -16,6 +16,7 @@ from autoshard.tracing import pytrees
 from autoshard.tracing.pytrees import Nesting
 from costmodels.dimensions import Dimensions
 from costmodels.machine.topology import Topology, topology_from_dict
+from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Program
 from search.answer.assignment import Choice
 from search.formulation.layouts import Axes, Layout
@@ -40,7 +41,7 @@ def from_json(reader: Reader) -> PlanRecord:
     """
     topology = _topology(reader.inner("topology"))
     operations = tuple(
-        read_record(OperationPlan, row, splits=lambda row: _splits(topology, row.get("splits", list), row.where))
+        read_record(OperationPlan, row, splits=lambda row: _operation_splits(topology, row))
         for row in reader.each("operations")
     )
     carried = [tuple(tuple(axes) for axes in _axis_lists(topology, row)) for row in reader.each("operations")]
@@ -169,6 +170,22 @@ def _splits(topology: Topology, data: list[Any], where: str) -> tuple[Axes, ...]
             f"{where} must use only {', '.join(topology.axis_sizes)}, each at most once, got {shorten(data)}"
         )
     return splits
+
+
+def _operation_splits(topology: Topology, row: Reader) -> tuple[Axes, ...]:
+    """The axes that split each factor; those of a chain's groups may split its tokens, the last factor, in the same order."""
+    data: list[Any] = row.get("splits", list)
+    if row.get("primitive", str) != CHAIN or len(data) <= _GROUPS or not data[-1] or not data[_GROUPS]:
+        return _splits(topology, data, row.where)
+    (groups,) = _splits(topology, [data[_GROUPS]], row.where)
+    others = _splits(topology, [*data[:_GROUPS], None, *data[_GROUPS + 1 :]], row.where)
+    if tuple(axis for axis in others[-1] if axis in groups) != groups:
+        return _splits(topology, data, row.where)
+    return (*others[:_GROUPS], groups, *others[_GROUPS + 1 :])
+
+
+_GROUPS = 1
+"""The factor of a chain's groups (`autoshard.rules.ragged`)."""
 
 
 def _axis_lists(topology: Topology, row: Reader) -> tuple[Axes, ...]:

@@ -130,6 +130,12 @@ def _experts_of_tokens(x: jax.Array, at: jax.Array, up: jax.Array, down: jax.Arr
     return lax.scatter_add(lax.full_like(made, 0, shape=(4, made.shape[1])), to, lax.neg(made), add, mode="clip")
 
 
+def _experts_and_back(x: jax.Array, at: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array):
+    take, add = lax.GatherDimensionNumbers((1,), (0,), (0,)), lax.ScatterDimensionNumbers((1,), (0,), (0,))
+    made = _experts(lax.gather(x, at, take, (1, x.shape[1]), mode="clip"), up, down, sizes)
+    return lax.scatter_add(lax.full_like(made, 0, shape=(x.shape[0], made.shape[1])), at, made, add, mode="clip")
+
+
 F84, F48, I84, B84 = F(8, 4), F(4, 8), I(8, 4), B(8, 4)
 
 UNARY = """
@@ -270,6 +276,7 @@ EXAMPLES = [
     Example("random_unwrap", jax.random.key_data, K(8)),
     Example("random_wrap", jax.random.wrap_key_data, U(8, 2)),
     Example("ragged_chain", _chained(_experts), F(8, 4), F(4, 4, 2), F(4, 2, 6), U8(4)),
+    Example("ragged_chain", _chained(_experts_and_back), F(4, 4), I(8, 1), F(4, 4, 2), F(4, 2, 6), U8(4)),
     Example("ragged_chain", _chained(_experts_of_tokens), F(6, 4), I(8, 1), F(4, 4, 2), F(4, 2, 6), I(8, 1), U8(4)),
     Example("ragged_dot_general", lax.ragged_dot, F(8, 4), F(4, 4, 2), U8(4)),
     Example("ragged_dot_general", jax.vmap(lax.ragged_dot), F(2, 8, 4), F(2, 4, 4, 2), U8(2, 4)),

@@ -1,0 +1,70 @@
+"""The equations of a chain of grouped matmuls on rows, columns and groups of any number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jex
+
+ROWS, HIDDEN, MADE, INDEX = "rows", "hidden", "made", "index"
+"""Parts of operands with rows: `[m,e]`; `[m,f]` and `[m,n]` of elementwise work; `[m,1]`, numbers of tokens."""
+TOKENS, MATRIX, LAST, SIZES, SCALAR = "tokens", "matrix", "last", "sizes", "scalar"
+"""Parts of the other operands: `[t,e]`, `[g,e,f]`, `[g,f,n]`, `[g]`, `[]`."""
+BY_ROW = (ROWS, HIDDEN, MADE, INDEX)
+
+
+def evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None, gathered: Any = None) -> Any:
+    """The result of a chain's equations.
+
+    **Arguments:**
+
+    - `count`: the number of rows, from the first one on, that belong to the groups; all by default. The others make zeros.
+    - `gathered`: the rows that the chain gathers from those of tokens. With them the result is the rows that it would add.
+    """
+    known = dict(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        if gathered is not None and eqn.primitive.name == "gather":
+            known[eqn.outvars[0]] = gathered
+            continue
+        values = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "scatter-add":
+            if gathered is not None:
+                return values[2]
+            values[2] = values[2] if count is None else mask_after(values[2], count, 0)
+        inner = next(
+            (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if key in eqn.params), None
+        )
+        if inner is None:
+            made = eqn.primitive.bind(*values, **eqn.params)
+        else:
+            made = evaluate(getattr(inner, "jaxpr", inner), values)
+        known[eqn.outvars[0]] = made
+    return read(jaxpr.outvars[0])
+
+
+def numbers_of(jaxpr: Any, primitive: str) -> Any:
+    """The variable with the numbers of tokens of a chain's only gather of rows, or of their sum by token; None without one."""
+    found = [eqn.invars[1] for eqn in jaxpr.eqns if eqn.primitive.name == primitive]
+    return found[0] if len(found) == 1 else None
+
+
+def rows_within(sizes: Any, start: Any, count: int) -> Any:
+    """The number of rows of each group among the `count` rows from `start` on."""
+    ends = jnp.cumsum(sizes, axis=-1, dtype=np.int32)
+    begins = ends - sizes.astype(np.int32)
+    inside = jnp.clip(ends - start, 0, count) - jnp.clip(begins - start, 0, count)
+    return inside.astype(sizes.dtype)
+
+
+def mask_after(array: Any, count: Any, dim: int) -> Any:
+    """The first `count` elements along a dimension, followed by zeros."""
+    place = lax.broadcasted_iota(np.int32, array.shape, dim)
+    return jnp.where(place < count, array, jnp.zeros_like(array))
