@@ -100,7 +100,19 @@ def answer_on(
     from search.cpsat.solver import solve  # a slow import: `search.cpsat.background` has begun it
 
     dual = Dual(problem, rows, left.keep)
-    for _ in range(POLICY.survivor_sweeps if np.isfinite(lower) else 0):
-        dual.sweep()
+    if np.isfinite(lower):
+        _even_out(dual, most)
     slack = most - dual.bound() if np.isfinite(most) else np.inf
     return solve(dual, rows, incumbent, slack, deterministic_seconds, wall_seconds, lower=lower)
+
+
+def _even_out(dual: Dual, most: float) -> None:
+    """Sweeps until the dual's bound is no longer lifted by much of what is left below `most`."""
+    for _ in range(POLICY.survivor_sweeps):
+        dual.sweep()
+    bound = dual.bound()
+    for _ in range(POLICY.more_survivor_sweeps if np.isfinite(most) else 0):
+        dual.sweep()
+        before, bound = bound, dual.bound()
+        if bound - before <= POLICY.survivor_flat_part * (most - bound):
+            break
