@@ -66,7 +66,7 @@ def compose_chains(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
     A chain ends with a `ragged_dot` whose rows are elementwise work on the results of others with the same sizes of the
     groups, and nothing else uses these results. It can be split by groups as a whole. Its parts cannot: elementwise work
     needs the sum of what the chips have. If the rows are gathered from tokens for the chain alone, and only added to those of
-    tokens after it, with elementwise work before, these steps are part of the chain.
+    tokens after it, with linear elementwise work before, these steps are part of the chain.
     """
     found = list(eqns)
     for last in reversed([eqn for eqn in eqns if _is_grouped(eqn)]):
@@ -97,6 +97,25 @@ def _is_elementwise(eqn: Any) -> bool:
         inner, consts = callee(eqn)
         return not consts and not inner.constvars and bool(inner.eqns) and all(map(_is_elementwise, inner.eqns))
     return eqn.primitive.name in _ELEMENTWISE
+
+
+def _is_linear_in(eqn: Any, operand: Any) -> bool:
+    """Whether an elementwise equation is linear in one operand: partial sums pass, and zeros stay zeros."""
+    places = [k for k, v in enumerate(eqn.invars) if v is operand]
+    if len(places) != 1 or not _is_elementwise(eqn):
+        return False
+    name, (place,) = eqn.primitive.name, places
+    if name in CALLS:
+        inner, _ = callee(eqn)
+        passed = inner.invars[place]
+        while users := [each for each in inner.eqns if any(v is passed for v in each.invars)]:
+            if len(users) != 1 or not _is_linear_in(users[0], passed):
+                return False
+            passed = users[0].outvars[0]
+        return inner.outvars[0] is passed
+    if name == "convert_element_type":
+        return inexact(eqn.outvars[0].aval)
+    return name in LINEAR or name == "mul" or (name == "div" and place == 0)
 
 
 def _takes_rows(eqn: Any) -> bool:
@@ -152,14 +171,17 @@ class _Members:
                 yield maker
 
     def _followers(self) -> Iterator[Any]:
-        """Elementwise work on the rows of the last matmul, zeros, and their sum into them; nothing without the sum."""
+        """Linear elementwise work on the rows of the last matmul, zeros, and their sum into them; nothing without the sum.
+
+        Other work, such as a bias, needs the whole sum over split hidden columns, and acts on rows of no group too.
+        """
         found, rows = [], self.last.outvars[0]
         while len(users := self.users.get(rows, [])) == 1 and rows not in self.jaxpr.outvars:
             (user,) = users
             if _adds_rows(user) and user.invars[2] is rows and (zeros := self._zeros(user.invars[0])) is not None:
                 yield from (*found, zeros, user)
                 return
-            if not _is_elementwise(user) or user.outvars[0].aval.shape != rows.aval.shape:
+            if not _is_linear_in(user, rows) or user.outvars[0].aval.shape != rows.aval.shape:
                 return
             found.append(user)
             rows = user.outvars[0]

@@ -21,6 +21,7 @@ from costmodels.machine.conventions import PricingError, pricing_from_dict
 from costmodels.machine.topology import parse_topology
 from costmodels.operations import price
 from costmodels.program.grouped import CHAIN, grouped
+from tests.support.effort import mostly_long, tries
 from tests.support.layout_strategies import assert_equal, cpu_topology, mesh_of, problem_of, quick, random_choices
 
 ROWS, WIDTH, HIDDEN, EXPERTS = 24, 6, 8, 4
@@ -97,6 +98,42 @@ def test_experts_over_chips_are_exact_for_every_router(which: str, shape: str) -
             assert_equal(found, expected)
 
     check()
+
+
+BEFORE_THE_SUM = {
+    "weights": (True, lambda made, bias: -made * bias),
+    "calls": (True, jax.jit(lambda made, bias: (made / (2 + jnp.tanh(bias))).astype(jnp.float32))),
+    "a bias": (False, lambda made, bias: made + bias),
+    "exp": (False, lambda made, bias: jnp.exp(made) * bias),
+    "its inverse": (False, lambda made, bias: bias / (3 + made)),
+    "a call used twice": (False, jax.jit(lambda made, bias: made * jnp.tanh(made) * bias)),
+}
+"""Work on the results before they are added by token, and whether it is linear in them."""
+
+
+@pytest.mark.parametrize("work", mostly_long(BEFORE_THE_SUM, "calls", "a bias"))
+def test_only_linear_work_is_split_with_the_sum_by_token(work: str) -> None:
+    """Rows of no group and halves of the hidden columns do not make what a whole row makes."""
+    linear, between = BEFORE_THE_SUM[work]
+
+    def fn(x: Array, order: Array, up: Array, down: Array, bias: Array, sizes: Array) -> Array:
+        made = lax.ragged_dot(jnp.tanh(lax.ragged_dot(x[order // 2], up, sizes)), down, sizes)
+        return jnp.zeros_like(x).at[order // 2].add(between(made, bias))
+
+    order = jnp.asarray(np.random.default_rng(0).permutation(ROWS), jnp.int32)
+    x, up, down, bias = _random((ROWS // 2, WIDTH), *MATRICES[1:], (ROWS, WIDTH))
+    args = x, order, up, down, bias, jnp.asarray([5, 0, 9, 4], jnp.int32)
+    topology = cpu_topology("2x2")
+    traced = trace(fn, *args, chains=True)
+    (at,) = (i for i, op in enumerate(traced.program.operations) if op.primitive == CHAIN)
+    groups = grouped(traced.program.operations[at])
+    assert groups is not None and (groups.tokens is not None) == linear
+    problem, expected = problem_of(traced, topology), jax.jit(fn)(*args)
+    choices = random_choices(problem, np.random.default_rng(0), 60)
+    split = [c for c in choices if any(c.strategies[at].splits)]
+    run = [emit(traced, choice, topology, mesh_of(topology)) for choice in split[: tries(12, least=3)]]
+    for found in jax.jit(lambda *args: [each(*args) for each in run], compiler_options=quick())(*args):
+        assert_equal(found, expected)
 
 
 ARGS = ((16, WIDTH), (WIDTH, EXPERTS), *MATRICES)
