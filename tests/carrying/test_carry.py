@@ -48,6 +48,14 @@ def test_graphs_are_carried_in_each_way(graph: Graph, mesh_shape: str, seed: int
 
 
 @pytest.mark.long
+@given(graph=graphs(), mesh_shape=st.sampled_from(MESH_SHAPES), seed=st.integers(0, 2**16))
+@examples(4, least=2)
+def test_gradients_of_graphs_are_carried_in_each_way(graph: Graph, mesh_shape: str, seed: int) -> None:
+    args = [array.astype(jnp.float32) / 2 for array in arguments_of(graph)]
+    assert_carried(graph, args, mesh_shape, seed, gradients=True)
+
+
+@pytest.mark.long
 @given(block=blocks(), mesh_shape=mesh_shapes(), seed=st.integers(0, 2**16))
 @examples(5)
 def test_blocks_and_their_gradients_are_carried_in_each_way(block: Block, mesh_shape: str, seed: int) -> None:
