@@ -48,7 +48,7 @@ def products(draw: st.DrawFn) -> tuple[Any, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.long
-@examples(150)
+@examples(75)
 @given(products())
 def test_a_row_of_zeros_changes_no_number(case: tuple[Any, np.ndarray, np.ndarray]) -> None:
     eqn, left, right = case

@@ -49,6 +49,7 @@ def test_vectors_need_a_row_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rewritten is not None and plain is not None and plain > 2 * rewritten
 
 
+@pytest.mark.slow
 def test_long_sums_need_barriers() -> None:
     sizes = llama.Config(layers=12, d_model=4096, d_ff=1024, heads=4, kv_heads=1, vocab=2048)
     args = llama.abstract_params(sizes, unrolled=True), S((1, 1024), jnp.int32)

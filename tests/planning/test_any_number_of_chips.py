@@ -32,7 +32,9 @@ def _assert_runs(plan: autoshard.Plan, mesh: jax.sharding.Mesh | None = None) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("chips", [3, 5, 6, 7])
+@pytest.mark.parametrize(
+    "chips", [3, pytest.param(5, marks=pytest.mark.slow), 6, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_a_model_of_even_sizes_is_padded_and_runs(chips: int) -> None:
     plan = _search(f"cpu:{chips}")
     assert plan.proof.status == "OPTIMAL"
