@@ -62,7 +62,10 @@ THREE_AXES = [pytest.param(each, marks=pytest.mark.slow) for each in ("v4:2x3x4"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("topology", ["v5e:3x4", "h100:3x8", "h100:8x6", *THREE_AXES])
+@pytest.mark.parametrize(
+    "topology",
+    ["v5e:3x4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("h100:3x8", "h100:8x6")), *THREE_AXES],
+)
 def test_a_published_model_on_12_24_and_48_chips(topology: str, tmp_path: Path) -> None:
     if topology == MISSING:
         (tmp_path / "missing.toml").write_text(MISSING)

@@ -42,7 +42,7 @@ from tests.support.tracing import trace
     "topology",
     (
         pytest.param(parse_topology("cpu:2x4"), id="cpu:2x4"),
-        pytest.param(well_linked("cpu:2x2x2"), id="well linked 2x2x2", marks=pytest.mark.long),
+        pytest.param(well_linked("cpu:2x2x2"), id="well linked 2x2x2", marks=pytest.mark.slow),
     ),
 )
 def test_planned_palm_computes_what_the_plain_one_computes(case, topology) -> None:

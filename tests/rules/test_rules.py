@@ -262,7 +262,7 @@ FIRST = {each.text(): each for each in reversed(EXAMPLES) if each.fn}
 """The first example of each einsum."""
 FEW = [
     pytest.param(
-        example, id=f"{example.primitive}-{i}", marks=[] if FIRST[example.text()] is example else [pytest.mark.long]
+        example, id=f"{example.primitive}-{i}", marks=[] if FIRST[example.text()] is example else [pytest.mark.slow]
     )
     for i, example in enumerate(EXAMPLES)
     if example.fn

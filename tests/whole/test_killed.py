@@ -236,11 +236,11 @@ MANY = 2**21 - 100
 @pytest.mark.parametrize(
     "entry, count, said",
     (
-        pytest.param("[],", 20 * 2**20, "values; a plan has at most", marks=pytest.mark.long),
-        pytest.param('{"":0},', 9 * 2**20, "values; a plan has at most", marks=pytest.mark.long),
+        pytest.param("[],", 20 * 2**20, "values; a plan has at most", marks=pytest.mark.slow),
+        pytest.param('{"":0},', 9 * 2**20, "values; a plan has at most", marks=pytest.mark.slow),
         pytest.param('{"":0},', MANY, "is not an autoshard plan", marks=pytest.mark.long),
         pytest.param("[[]],", MANY * 2 // 3, "is not an autoshard plan", marks=pytest.mark.long),
-        pytest.param("[", 60 * 2**20, "values; a plan has at most", marks=pytest.mark.long),
+        pytest.param("[", 60 * 2**20, "values; a plan has at most", marks=pytest.mark.slow),
         ('{"a":', 2**20, "is not valid JSON, or is truncated"),
         pytest.param("9", 60 * 2**20, "is not valid JSON, or is truncated", marks=pytest.mark.long),
         ('"\\u0041', 2**20, "is not valid JSON, or is truncated"),

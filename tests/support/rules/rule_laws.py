@@ -57,6 +57,12 @@ class _Chip:
     def chips(self, factor: int) -> int:
         return prod(SIZES[axis] for axis in self.strategy.splits[factor])
 
+    def axes(self, factor: int) -> tuple[str, ...]:
+        return self.strategy.splits[factor]
+
+    def along(self, axis: str) -> int:
+        return SIZES[axis]
+
     def gathered(self, factor: int, piece: Any) -> Any:
         found = piece
         for axis in reversed(self.strategy.splits[factor]):
