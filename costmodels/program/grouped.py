@@ -32,6 +32,7 @@ and each adds the rows of its own groups. So results are those of the unsplit ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -86,13 +87,13 @@ def grouped(op: Operation) -> Grouped | None:
     return _chain(op) if op.primitive == CHAIN else _single(op)
 
 
-def groups_factor(op: Operation) -> int:
-    """The factor of the groups, which the rules create just before that of the counts."""
-    return op.inputs[-1].dims[-1][0] - 1
+def groups_factor(counts: Sequence[Sequence[int]]) -> int:
+    """The factor of the groups, which the rules create just before that of the counts, from the counts' dimensions."""
+    return counts[-1][0] - 1
 
 
 def _single(op: Operation) -> Grouped:
-    groups = groups_factor(op)
+    groups = groups_factor(op.inputs[-1].dims)
     left, right, made = ({i for dim in use.dims for i in dim} for use in (*op.inputs[:2], op.outputs[0]))
     batch = (left & right & made) - {groups}
     if groups in right:
@@ -105,7 +106,7 @@ def _single(op: Operation) -> Grouped:
 
 
 def _chain(op: Operation) -> Grouped:
-    groups, rows = groups_factor(op), (0,)  # the rule creates the factor of the rows first
+    groups, rows = groups_factor(op.inputs[-1].dims), (0,)  # the rule creates the factor of the rows first
     found = []
     for k, use in enumerate(op.inputs):
         if len(use.dims) == 3 and use.dims[0] == (groups,):

@@ -69,7 +69,7 @@ def intra_op_collectives(op: Operation, strategy: Strategy, topology: Topology) 
             parts = count if joined in op.outputs[0].dims else 1
             for moved in exchange_axes(count, axes, topology):
                 yield Inside("collective-permute", moved, i, 0, layout, parts=parts)
-        elif axes and factor.kind == "dispatched" and (chips := strategy.splits[groups_factor(op)]):
+        elif axes and factor.kind == "dispatched" and (chips := strategy.splits[groups_factor(op.inputs[-1].dims)]):
             layout = output_layout(op.signature, strategy, 0)
             tokens = next(k for k, use in enumerate(op.inputs) if use.dims[:1] == ((i,),))
             for sent in (tokens, Output()):
@@ -94,7 +94,9 @@ def payload(program: Program, op: Operation, strategy: Strategy, found: Inside, 
     """Bytes of a collective within an operation, by the collectives' convention."""
     sizes = topology.axis_sizes
     if found.sent is not None:
-        counts = (prod(sizes[axis] for axis in strategy.splits[f]) for f in (found.factor, groups_factor(op)))
+        counts = (
+            prod(sizes[axis] for axis in strategy.splits[f]) for f in (found.factor, groups_factor(op.inputs[-1].dims))
+        )
         sources, chips = counts
         use, rows = op.use(found.sent), op.factors[0].size
         width = program.values[use.value].bytes / op.factors[found.factor].size

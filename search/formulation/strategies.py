@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from costmodels.program.grouped import groups_factor
 from costmodels.program.program import Factor, Operation
 from search.formulation.layouts import Axes, Layout, assignments
 
@@ -123,7 +124,7 @@ def _with_dispatch(
     if tokens is None or not splits[tokens]:
         yield splits
         return
-    rows, groups = 0, inputs[-1][0][0] - 1  # as `costmodels.program.grouped` finds them
+    rows, groups = 0, groups_factor(inputs[-1])
     if splits[rows] or splits[groups]:
         return
     axes = splits[tokens]

@@ -118,7 +118,8 @@ class Policy:
     more_survivor_sweeps: int = 30
     """The most further sweeps while each lifts the bound by more than `survivor_flat_part` of the slack.
 
-    A prefill of GPT-2 XL on v5e 4×4 leaves 795 states: see `survivor_flat_part`.
+    A prefill of GPT-2 XL on v5e 4×4 leaves 795 states. With two sweeps CP-SAT takes four calls of 8 to 17 s and leaves a gap
+    for branches, with these one call of 1.4 s. Training's models are the same.
     """
     survivor_flat_part: float = 0.01
     """The part of the slack by which a further sweep must lift the bound: less slack excludes states from the model."""

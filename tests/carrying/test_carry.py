@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -30,11 +28,12 @@ from examples import palm
 from search.formulation.layouts import Layout
 from search.formulation.reshard import reshard_table
 from tests.support.effort import examples
+from tests.support.emitting import carried
 from tests.support.emitting.carried import assert_carried
 from tests.support.emitting.einsum_graphs import MESH_SHAPES, Graph, arguments_of, graphs
+from tests.support.emitting.sixteen_devices import check_on_sixteen_devices
 from tests.support.layout_strategies import blocks, mesh_shapes
 from tests.support.models import Block, arguments, function
-from tests.support.paths import ROOT
 from tests.support.plans import assert_close, drawn, well_linked
 from tests.support.tracing import trace
 
@@ -71,10 +70,7 @@ def test_blocks_are_always_carried(block: Block, mesh_shape: str, seed: int) -> 
 
 @pytest.mark.long
 def test_also_on_sixteen_devices() -> None:
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.emitting.carried", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    check_on_sixteen_devices(carried.__name__, 2)
 
 
 # --- the choice of constraints

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import permutations
 from math import prod
@@ -25,9 +22,10 @@ from search import Layout
 from search.formulation.all_pairs import FORBIDDEN
 from search.formulation.reshard import ReshardTable, reshard_table
 from tests.support.effort import examples
+from tests.support.emitting import einsum_graphs
 from tests.support.emitting.einsum_graphs import MESH_SHAPES, Graph, assert_as_planned, graphs
+from tests.support.emitting.sixteen_devices import check_on_sixteen_devices
 from tests.support.layout_strategies import cpu_topology, mesh_of, pieces, quick
-from tests.support.paths import ROOT
 
 
 @given(graph=graphs(), mesh_shape=st.sampled_from(MESH_SHAPES), seed=st.integers(0, 2**16))
@@ -43,21 +41,14 @@ def test_compiled_collectives_are_always_the_planned_ones(graph: Graph, mesh_sha
     assert_as_planned(graph, mesh_shape, seed)
 
 
-def on_sixteen_devices(examples: int) -> None:
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "16", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.emitting.einsum_graphs", str(examples)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.mark.long
 def test_also_on_sixteen_devices() -> None:
-    on_sixteen_devices(5)
+    check_on_sixteen_devices(einsum_graphs.__name__, 5)
 
 
 @pytest.mark.slow
 def test_always_on_sixteen_devices() -> None:
-    on_sixteen_devices(200)
+    check_on_sixteen_devices(einsum_graphs.__name__, 200)
 
 
 # --- Every change of layout of a three-dimensional value over a 2×2×2 mesh
