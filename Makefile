@@ -28,7 +28,7 @@ test: $(VENV)/.test $(VENV)/.tpu  ## the tests without the long ones (ARGS="-k n
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(VENV)/.test $(VENV)/.tpu  ## all tests, with more examples (ARGS="-m slow" runs sweeps of many minutes)
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest $(PARALLEL) -m "not slow" --hypothesis-profile=all --durations=25 $(ARGS)
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest $(PARALLEL) -m "not slow" --hypothesis-profile=$(if $(CI),ci,all) --durations=25 $(ARGS)
 
 lint: $(VENV)/.dev  ## style, types, the layer contract and the prose
 	$(BIN)/ruff check

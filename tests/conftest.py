@@ -21,11 +21,12 @@ elapsed.SILENT_SECONDS = 1e9  # a busy machine must not add lines to what tests 
 pytest.register_assert_rewrite("tests.support")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# The same examples on every machine, but for `--hypothesis-profile=all` outside of CI, which looks for new ones.
+# The same examples on every machine, but for the profile `all`, which looks for new ones.
 lasting = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 same = settings(lasting, derandomize=True, database=None, print_blob=True)
-settings.register_profile("few", same, max_examples=25)
-settings.register_profile("all", same if os.environ.get("CI") else lasting, max_examples=100)
+settings.register_profile("few", same, max_examples=20)
+settings.register_profile("all", lasting, max_examples=100)
+settings.register_profile("ci", same, max_examples=50)
 settings.load_profile("few")
 
 

@@ -161,6 +161,7 @@ def test_a_size_survives_being_written(size) -> None:
     assert parse_expression(text(size).replace("·", "*")) == size
 
 
+@pytest.mark.long
 @given(written=st.text(max_size=30))
 @example(written="__import__('os').getcwd()")
 @example(written="B.__class__")

@@ -240,6 +240,7 @@ def test_no_permute_beats_its_longest_way_or_exceeds_the_costliest(order: list[i
 # --- real programs
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_split_matmul_pays_its_all_reduce_and_less_computation():

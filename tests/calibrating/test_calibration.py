@@ -27,6 +27,7 @@ def calibration() -> autoshard.Calibration:
     return autoshard.calibrate("cpu:2", dtypes=("float32",), ranges=QUICK, patience=HASTE)
 
 
+@pytest.mark.long
 def test_a_calibration_measures_every_kind_and_holds_sizes_out(calibration: autoshard.Calibration):
     kinds = {timing.kind for timing in calibration.timings}
     assert kinds == {"matmul", "one row", "vector", "memory", *COLLECTIVES}

@@ -108,6 +108,7 @@ def test_audit_as_tables_and_as_json(plan_file: Path) -> None:
     assert data["ok"] is True and data["target"] == "host"
 
 
+@pytest.mark.long
 def test_a_program_that_is_much_slower_than_planned_is_an_answer_that_is_no(
     plan_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

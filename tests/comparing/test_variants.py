@@ -178,6 +178,7 @@ def phases(**more) -> autoshard.PhasePlans:
     return autoshard.search_phases(works, shared="params", topology=TOPOLOGY, **more)
 
 
+@pytest.mark.long
 def test_phases_share_their_weights():
     found = phases(weights={"decode": 16})
     assert found["prefill"].in_specs[0] == found["decode"].in_specs[0]
@@ -241,6 +242,7 @@ def test_commands_that_compare(plan_file: Path, tmp_path: Path):
     assert diff.exit_code == 0 and diff.stdout.startswith("before: ")
 
 
+@pytest.mark.long
 def test_phases_as_a_command(tmp_path: Path):
     prefill = f"{ROOT / 'examples' / 'palm.py'}:prefill"
     sizes = ("--set", "size=tiny", "--set", "batch=8", "--set", "prefill.length=16", "--set", "decode.context=16")

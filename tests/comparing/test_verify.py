@@ -83,6 +83,7 @@ def test_the_best_plans_are_compiled_and_ranked(plan: autoshard.Plan):
     assert f"{len(found.candidates)} plans by their compiled programs" in str(found)
 
 
+@pytest.mark.long
 def test_the_compilers_order_counts_and_is_said(plan: autoshard.Plan, audit: autoshard.Audit):
     """The plan that compiles to the fastest program is taken; its efficiencies make a topology."""
     local = plan.estimate.seconds - plan.estimate.collective_seconds
@@ -283,7 +284,7 @@ def test_against_as_a_command(model: str):
 
 @pytest.mark.tpu
 @pytest.mark.long
-@pytest.mark.parametrize("overlap", [0.0, "looped"])
+@pytest.mark.parametrize("overlap", [0.0, pytest.param("looped", marks=pytest.mark.slow)])
 def test_the_compiler_decides_about_rings(monkeypatch: pytest.MonkeyPatch, overlap: Any):
     """Rings hide the reduce-scatter of the second product: 815 µs instead of 969 µs without (libtpu 0.0.42)."""
 
@@ -300,6 +301,7 @@ def test_the_compiler_decides_about_rings(monkeypatch: pytest.MonkeyPatch, overl
     assert found.best.topology.pricing.looped
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_formats_that_save_a_relayout_are_found():
     """By default a table of 2,880 columns lies with its rows along the lanes, where they pad less; a look-up wants columns."""

@@ -66,10 +66,11 @@ def table_of(shape: tuple[int, ...], mesh_shape: str) -> ReshardTable:
 @pytest.mark.parametrize(
     ("mesh_shape", "shape"),
     [
-        pytest.param("2x2x2", (8, 8, 8), marks=pytest.mark.long),
+        pytest.param("2x2x2", (8, 8, 8), marks=pytest.mark.slow),
+        pytest.param("2x2x2", (8, 8), marks=pytest.mark.long),
         ("4x2", (8, 8)),
         ("2x3", (6, 12)),
-        ("2x2", (2, 4, 3, 2)),
+        pytest.param("2x2", (2, 4, 3, 2), marks=pytest.mark.long),
     ],
 )
 def test_every_step_leads_from_its_source_to_its_target(mesh_shape: str, shape: tuple[int, ...]) -> None:
@@ -150,6 +151,7 @@ def test_spec_of(layout: Layout, spec: PartitionSpec) -> None:
     assert spec_of(layout) == spec
 
 
+@pytest.mark.long
 def test_gradients_pass_a_split_maximum():
     """JAX has no derivative of a maximum over chips; the emitted program has one."""
 

@@ -282,6 +282,7 @@ def test_exports_say_the_orders() -> None:
 # --- on TPUs
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_the_compiled_program_takes_arguments_as_planned() -> None:
     def step(params: Any, cache: jax.Array, x: jax.Array, at: jax.Array) -> Any:

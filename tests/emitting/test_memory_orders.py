@@ -90,6 +90,7 @@ def test_orders_turn_back() -> None:
     assert to_memory_order(piece, ()) is to_program_order(piece, ()) is piece
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_a_carried_cache_is_read_as_it_lies() -> None:
     """Two heads fill no tile, so that in the cache's own order each round relays what it reads."""
@@ -112,6 +113,7 @@ def test_a_carried_cache_is_read_as_it_lies() -> None:
     assert cycles[ORDER] < cycles[()] / 2
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_a_planned_scan_reads_its_cache_as_it_lies() -> None:
     args = (S((4, 8, 4096, 2, 128), bf16), S((8, 2, 4, 128), bf16), S((4, 128, 128), bf16), S((), jnp.int32))

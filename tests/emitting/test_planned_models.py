@@ -50,6 +50,7 @@ def attention_loss(params, x):
     return jnp.mean(jnp.square(jax.nn.softmax(q @ k.mT) @ v))
 
 
+@pytest.mark.long
 def test_a_bias_of_keys_has_no_gradient_but_rounding_so_gradients_are_compared_before_the_optimizer() -> None:
     """Softmax ignores what a bias of the keys adds to all scores of a query; Adam makes steps of full size of its rounding."""
     rng = np.random.default_rng(0)

@@ -189,7 +189,9 @@ def written(kind: str, axes: tuple[str, ...], dimension: int = 0):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("dtype", mostly_long([jnp.bfloat16, jnp.float32], jnp.bfloat16), ids=["bf16", "f32"])
-@pytest.mark.parametrize("axes", [("x",), ("z",), ("y", "z"), ("x", "z"), ("x", "y", "z")], ids="".join)
+@pytest.mark.parametrize(
+    "axes", mostly_long([("x",), ("z",), ("y", "z"), ("x", "z"), ("x", "y", "z")], ("x",), ("x", "z")), ids="".join
+)
 @pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"])
 def test_the_tpu_program_holds_what_was_written(torus, kind, axes, dtype):
     operation, factor = written(kind, axes, dimension=1)
@@ -281,6 +283,7 @@ def test_dimensions_before_a_tile_are_scattered_as_planned(shape, dimension, axe
     assert [(each.kind, each.axes, each.bytes) for each in found] == [("reduce-scatter", axes, 2 * math.prod(shape))]
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_loops_multiply_what_the_tpu_program_holds(torus):
     def looped(length: int, inner: int):
@@ -307,6 +310,7 @@ def test_loops_multiply_what_the_tpu_program_holds(torus):
     assert thirty - twenty == twenty - ten > 0
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_gathers_spread_over_matmuls_are_counted_once():
     mesh = mesh_of(tpu_devices("v5e:4x4", (4, 4), "v5e"), {"x": 4, "y": 4})

@@ -157,6 +157,7 @@ def test_remedies_are_never_slower_than_the_plan_and_re_solving_never_than_keepi
             assert each.kept_seconds <= 2 * remedies.seconds * (1 + 1e-9)
 
 
+@pytest.mark.long
 def test_a_remedy_is_what_a_search_of_the_changed_problem_finds(remedies: autoshard.Remedies):
     twice = palm.decode("8b", batch=32, context=512, layers=2)
     found = autoshard.search(twice.fn, *twice.args, topology="v4:2x2", donate_argnums=twice.donate_argnums)
@@ -265,9 +266,7 @@ def test_remedies_need_the_function(plan_file: Path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "ending", [*(pytest.param(each, marks=pytest.mark.long) for each in (".png", ".svg")), ".html"]
-)
+@pytest.mark.parametrize("ending", [".png", pytest.param(".svg", marks=pytest.mark.slow), ".html"])
 def test_a_roofline_has_a_panel_for_every_plan(plan_file: Path, tmp_path: Path, ending: str):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline{ending}"
@@ -279,6 +278,7 @@ def test_a_roofline_has_a_panel_for_every_plan(plan_file: Path, tmp_path: Path, 
         assert "http-equiv" not in path.read_text() and "bound by" in path.read_text()
 
 
+@pytest.mark.long
 def test_names_on_a_roofline_do_not_overlap(plan: autoshard.Plan):
     pytest.importorskip("matplotlib")
     from matplotlib.text import Text

@@ -46,6 +46,7 @@ def test_specs_compile_to_the_planned_program(tmp_path) -> None:
     assert_same_program(plan, fn, args, found["IN_SPECS"], found["OUT_SPECS"])
 
 
+@pytest.mark.long
 def test_specs_of_another_program_compile_to_another() -> None:
     plan, fn, args = planned_block()
     params, tokens = plan.in_specs
@@ -275,6 +276,7 @@ def test_without_names_a_dimension_is_called_by_its_size() -> None:
 # --- the tree to restore into
 
 
+@pytest.mark.long
 def test_abstract_arguments_know_where_they_lie() -> None:
     plan, fn, args = planned_block()
     mesh = plan.make_mesh()
@@ -327,6 +329,7 @@ def test_the_command_writes_what_the_method_does(tmp_path) -> None:
     assert refused("export", path, "-f", "flax", "--names", names).startswith(f"{names} must map regular expressions")
 
 
+@pytest.mark.long
 def test_a_plan_from_a_file_exports_the_same(tmp_path) -> None:
     workload, args = palm_decode()
     plan = autoshard.search(workload.fn, *workload.args, topology="cpu:2x4", donate_argnums=workload.donate_argnums)

@@ -140,6 +140,7 @@ def test_nnx_lays_parameters_out_by_the_exported_rules() -> None:
     assert_same_program(plan, fn, (params, x), (specs, plan.in_specs[1]))
 
 
+@pytest.mark.long
 def test_an_nnx_state_has_specs_and_logical_axes() -> None:
     """The state as it is, without a detour through plain dicts."""
     nnx = library("flax.nnx")
@@ -185,6 +186,7 @@ def _is_sharding(leaf: Any) -> bool:
 # --- Equinox
 
 
+@pytest.mark.long
 def test_equinox_shards_a_module_by_the_exported_specs() -> None:
     eqx = library("equinox")
     model = eqx.nn.MLP(EMBED, EMBED, MLP, 2, key=jax.random.key(0))
@@ -235,6 +237,7 @@ def test_maxtext_reads_its_mesh_and_rules() -> None:
 # --- Orbax
 
 
+@pytest.mark.long
 def test_orbax_restores_an_unsharded_checkpoint_into_the_planned_layout(tmp_path: Path) -> None:
     orbax = library("orbax.checkpoint")
     plan, fn, (params, tokens) = planned_block()
@@ -280,6 +283,7 @@ def test_orbax_restores_an_unpadded_checkpoint_into_the_padded_layout_and_saves_
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.long
 def test_orbax_restores_into_the_planned_order_of_dimensions(tmp_path: Path) -> None:
     orbax = library("orbax.checkpoint")
     plan, fn, (params, tokens) = planned_block()

@@ -74,6 +74,7 @@ def test_an_error_names_the_unpadded_shape(plan: autoshard.Plan) -> None:
         plan.jit(function(BLOCK), plan.make_mesh())(wrong, *rest)
 
 
+@pytest.mark.long
 def test_the_compiled_program_is_as_planned(plan: autoshard.Plan) -> None:
     audit = autoshard.audit(plan, function(BLOCK), *arguments(BLOCK), target="host")
     assert audit.ok, str(audit)

@@ -104,9 +104,8 @@ def test_apply_composes_with_transformations(transformed) -> None:
     assert_close(transformed(plan.apply(fn))(*args), transformed(fn)(*args))
 
 
-@pytest.mark.parametrize(
-    "kind", mostly_long((AxisType.Auto, AxisType.Explicit), AxisType.Explicit), ids=("auto", "explicit")
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=("auto", "explicit"))
 def test_apply_runs_on_the_mesh_in_context(kind: AxisType) -> None:
     plan, fn, args = planned_block()
     wanted = fn(*args)

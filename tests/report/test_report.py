@@ -30,6 +30,7 @@ from autoshard.sweep.analysis.rows import Row, SweepResult
 from autoshard.sweep.results import SOLVED, Result
 from autoshard.sweep.store import Store
 from autoshard.sweep.worker import pack
+from tests.support.effort import mostly_long
 from tests.support.paths import ROOT
 from tests.support.reports import embedded, small_sweep
 
@@ -171,7 +172,7 @@ def test_a_plot_is_of_money_where_chips_have_prices():
         assert curves["length 128"] == pytest.approx([y * (0.0128 if "USD" in label else 1) for y in shown])
 
 
-@pytest.mark.parametrize("ending", ["html", "png", "svg"])
+@pytest.mark.parametrize("ending", mostly_long(["html", "png", "svg"], "html"))
 def test_the_command_writes_pages_and_pictures(tmp_path: Path, ending: str, plan: Plan):
     plan.save(tmp_path / "plan.json")
     (tmp_path / "sweep.json").write_text(json.dumps(small_sweep().to_dict()))
@@ -265,6 +266,7 @@ def test_the_scripts_of_a_sweep_run(tmp_path: Path):
     assert any("tokens per second per chip" in str(each) for each in found.values())
 
 
+@pytest.mark.long
 def test_points_of_the_frontier_link_to_the_pages_of_their_plans(tmp_path: Path, plan: Plan):
     sweep = replace(small_sweep(), store=str(tmp_path / "sweep.sqlite"))
     rows = tuple(

@@ -43,6 +43,7 @@ from tests.support.tracing import trace
 S = jax.ShapeDtypeStruct
 
 
+@pytest.mark.long
 @examples(16)
 @given(call=st.sampled_from([running, best, parts, reduced_again]).flatmap(calls), seed=st.integers(0, 2**16))
 def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
@@ -74,7 +75,7 @@ def test_split_they_are_the_whole_and_as_planned(call: Call, seed: int) -> None:
     assert formulas.at(formulas.total.seconds) == pytest.approx(checked.seconds, rel=1e-9)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4, 6])
+@pytest.mark.parametrize("parts", mostly_long([2, 3, 4, 6], 6))
 def test_parts_are_exchanged_over_axes_in_any_order(parts: int) -> None:
     """On eight chips, where who sends to whom is not who gets from whom."""
     joined = lambda xs: lax.concatenate([x * 2 for x in xs], 0)  # noqa: E731
@@ -155,6 +156,7 @@ def test_the_best_of_a_split_vocabulary_are_found_without_gathering_logits() -> 
     assert plan.in_specs[1][0] is not None, "the vocabulary is split"
 
 
+@pytest.mark.long
 def test_words_are_chosen_in_a_loop_whatever_the_layout() -> None:
     """Greedy in one, of the three likeliest in the other: each word depends on the one before."""
 
@@ -179,7 +181,7 @@ def _spread(x: Any) -> Any:
 @pytest.mark.parametrize(
     ("fn", "gathered"),
     [
-        (lambda x: _spread(lax.cumsum(_spread(x * 2), 1, reverse=True)), [1]),
+        pytest.param(lambda x: _spread(lax.cumsum(_spread(x * 2), 1, reverse=True)), [1], marks=pytest.mark.long),
         (lambda x: lax.top_k(_spread(x * 2), 1), [1, 1]),
         pytest.param(lambda x: lax.top_k(_spread(x * 2), 40), [40, 40], marks=pytest.mark.long),
         pytest.param(lambda x: jnp.prod(_spread(x * 2), 1), [1], marks=pytest.mark.long),

@@ -111,7 +111,7 @@ BEFORE_THE_SUM = {
 """Work on the results before they are added by token, and whether it is linear in them."""
 
 
-@pytest.mark.parametrize("work", mostly_long(BEFORE_THE_SUM, "calls", "a bias"))
+@pytest.mark.parametrize("work", mostly_long(BEFORE_THE_SUM, "a bias", slow=("exp", "its inverse", "weights")))
 def test_only_linear_work_is_split_with_the_sum_by_token(work: str) -> None:
     """Rows of no group and halves of the hidden columns do not make what a whole row makes."""
     linear, between = BEFORE_THE_SUM[work]

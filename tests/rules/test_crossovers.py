@@ -23,6 +23,7 @@ def _script() -> ModuleType:
 CROSSOVERS = _script()
 
 
+@pytest.mark.long
 def test_the_page_has_the_tables_of_the_script() -> None:
     assert CROSSOVERS.page() == CROSSOVERS.PAGE.read_text(), "run: python docs/expert_crossovers.py"
 

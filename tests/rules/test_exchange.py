@@ -154,6 +154,7 @@ def _exchange(chosen: np.ndarray, load: float, sharing: tuple[str, ...] = ("x", 
     return Exchange(chips, tokens, tokens, jnp.asarray(ends), jnp.int32(0), load)
 
 
+@pytest.mark.long
 @given(routers(), st.sampled_from((1.0, 1.5, 4.0)), st.sampled_from((("x", "y"), ("x",))))
 def test_the_flag_is_whether_any_buffer_is_too_small(chosen: np.ndarray, load: float, sharing: tuple[str, ...]) -> None:
     exchange = _exchange(chosen, load, sharing)

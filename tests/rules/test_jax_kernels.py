@@ -80,6 +80,7 @@ def test_flash_attention(at: tuple[int, int, int, int], shape: str, causal: bool
     assert_layouts_do_not_matter(flash(batch, heads, 128 * blocks, causal), q, k, v, shape=shape, count=2)
 
 
+@pytest.mark.long
 def test_batch_heads_and_queries_of_flash_attention_are_split() -> None:
     spec = jax.ShapeDtypeStruct((2, 4, 256, WIDTH), jnp.float32)
     assert rules(trace(flash(2, 4, 256, True), spec, spec, spec)) == ["[a,b,c,d],[a,b,e,f],[a,b,g,h] -> [a,b,i,j]"]

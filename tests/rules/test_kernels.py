@@ -112,6 +112,7 @@ def test_shards_compute_what_the_whole_kernel_does(kernel: Kernel, shape: str) -
     assert_layouts_do_not_matter(lambda x, y, t: kernel(x * 2, y, t) + 1, *kernel.arguments(), shape=shape, count=2)
 
 
+@pytest.mark.long
 @settings(max_examples=10)
 @given(kernels())
 def test_a_grid_dimension_is_split_if_its_steps_are_independent(kernel: Kernel) -> None:
@@ -131,6 +132,7 @@ def test_a_table_is_split_with_the_steps_that_look_it_up() -> None:
     assert str(rule) == "[a,bc,d],[bc,ae,f],[ag,b,h] -> [ai,bc] whole={d,e,f,g,h,i}"
 
 
+@pytest.mark.long
 def test_heads_and_their_groups_are_split_over_different_axes() -> None:
     kernel = Kernel((2, 8, 2), (1, 3, 2), 2, (2, 1, 0), False, True)
     assert_layouts_do_not_matter(lambda x, y, t: kernel(x * 2, y, t) + 1, *kernel.arguments(), count=2)

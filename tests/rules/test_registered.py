@@ -43,6 +43,7 @@ def model(q: Array, k: Array, v: Array) -> Array:
     return attention(q * 2, k, v + 1) * 3
 
 
+@pytest.mark.long
 def test_a_kernel_runs_on_pieces() -> None:
     traced = assert_layouts_do_not_matter(model, Q, K, V, count=6)
     assert not traced.program.warnings

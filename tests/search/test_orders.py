@@ -108,6 +108,7 @@ MOE = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_the_orders_are_those_that_the_compiler_chooses() -> None:
     plan = plan_of(moe, *MOE)
@@ -121,6 +122,7 @@ def test_the_orders_are_those_that_the_compiler_chooses() -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_the_orders_save_relayouts() -> None:
     plan = plan_of(moe, *MOE)

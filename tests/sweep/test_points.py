@@ -118,6 +118,7 @@ def test_equal_points_have_one_key_and_others_another(tmp_path: Path):
 # --- Bounds
 
 
+@pytest.mark.long
 @examples(8)
 @given(blocks(), st.sampled_from(["cpu:2", "v5e:2", "v4:2", "h100:2"]), st.sampled_from([0.0, 128.0]))
 def test_no_plan_is_below_the_lower_bound(block: Block, name: str, keeps: float):

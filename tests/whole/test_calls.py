@@ -18,7 +18,6 @@ import autoshard
 from autoshard._util import elapsed as elapsed_module
 from autoshard._util.elapsed import elapsed
 from autoshard.tracing.calls import Calls
-from tests.support.effort import mostly_long
 from tests.support.plans import assert_close
 
 X, W = jnp.linspace(0.0, 1.0, 128).reshape(8, 16), jnp.linspace(-1.0, 1.0, 256).reshape(16, 16)
@@ -183,7 +182,8 @@ def train(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
     return loss
 
 
-@pytest.mark.parametrize("donate", mostly_long(((), (0, 1)), (0, 1)), ids=("kept", "donated"))
+@pytest.mark.long
+@pytest.mark.parametrize("donate", ((), (0, 1)), ids=("kept", "donated"))
 def test_a_mutating_nnx_step_trains_as_nnx_jit_does(planned, donate: tuple[int, ...]) -> None:
     nnx = _nnx()
     wanted, got = modules(), modules()

@@ -221,6 +221,7 @@ def odd_arguments() -> tuple[list[jax.Array], jax.Array, jax.Array]:
     return weights, x + 1, x
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("error")
 def test_arguments_are_padded_once_and_results_come_without_padding(tmp_path, monkeypatch) -> None:
     padded_arrays: list[tuple[int, ...]] = []

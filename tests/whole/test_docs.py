@@ -31,6 +31,7 @@ def test_the_pictures_are_those_that_the_script_draws():
         assert kept == drawn().svg(), f"docs/images/concept-{name}.svg is out of date: run python docs/pictures.py"
 
 
+@pytest.mark.long
 def test_the_picture_of_the_rooms_is_drawn_from_the_imports():
     kept = (DOCS / "images" / "rooms.svg").read_text()
     assert kept == script(DOCS / "rooms.py").svg(), "docs/images/rooms.svg is out of date: run python docs/rooms.py"

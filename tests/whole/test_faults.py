@@ -59,6 +59,7 @@ def test_what_does_not_fit_says_how_much_is_missing_and_where_it_would_fit() -> 
     message(autoshard.InfeasibleError, autoshard.search, product, *args, topology="v4:2x2x2", reserve_bytes=2**30)
 
 
+@pytest.mark.long
 def test_palm_540b_says_on_how_many_chips_it_would_fit() -> None:
     workload = palm.decode(batch=64)
     text = message(
@@ -175,6 +176,7 @@ def test_a_dimension_that_no_axis_divides_is_planned_around_and_said() -> None:
     assert_close(plan.jit(fn)(x, w), jax.jit(fn)(x, w))
 
 
+@pytest.mark.long
 def test_a_dimension_that_stays_whole_anyway_is_no_matter() -> None:
     """118 layers are scanned over: that no axis divides 118 is no loss."""
     workload = palm.decode(batch=64, layers=118)
@@ -237,6 +239,7 @@ def test_a_donated_position_that_is_none_is_refused() -> None:
     assert autoshard.search(jnp.tanh, jnp.ones(8), topology="cpu:8", donate_argnums=-1).donate_argnums == (0,)
 
 
+@pytest.mark.long
 def test_a_plan_for_other_shapes_is_refused() -> None:
     plan, fn, (params, tokens) = planned_block()
     wanted = (
@@ -282,6 +285,7 @@ def test_a_plan_for_another_function_is_refused() -> None:
     )
 
 
+@pytest.mark.long
 def test_a_plan_runs_with_parameters_by_other_names() -> None:
     plan, fn, args = planned_block()
     assert_close(plan.apply(lambda *args: fn(*args))(*args), fn(*args))

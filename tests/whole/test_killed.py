@@ -173,6 +173,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.long
 def test_a_file_that_the_system_cuts_short_is_not_kept(tmp_path: Path) -> None:
     """The operating system lets no file grow past 4 KiB: a real half-written file, which must not stay."""
     file = tmp_path / "plan.json"
@@ -203,6 +204,7 @@ TMPFS = """
 """
 
 
+@pytest.mark.long
 def test_a_small_disk_and_a_read_only_one(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -243,7 +245,7 @@ MANY = 2**21 - 100
         pytest.param("[", 60 * 2**20, "values; a plan has at most", marks=pytest.mark.slow),
         ('{"a":', 2**20, "is not valid JSON, or is truncated"),
         pytest.param("9", 60 * 2**20, "is not valid JSON, or is truncated", marks=pytest.mark.long),
-        ('"\\u0041', 2**20, "is not valid JSON, or is truncated"),
+        pytest.param('"\\u0041', 2**20, "is not valid JSON, or is truncated", marks=pytest.mark.long),
     ),
     ids=("lists", "objects", "fewer objects", "fewer lists", "deep lists", "deep objects", "a number", "text"),
 )

@@ -29,7 +29,6 @@ NEEDS = {
 FAST = (
     "llama 3 8b unrolled prefill",
     "mixtral 8x7b prefill",
-    "mixtral 8x7b decode",
     "deepseek-v2 lite decode",
     "t5 v1.1 xxl forward",
 )

@@ -76,7 +76,7 @@ def test_multihead_has_as_many_parameters_and_a_cache_32_times_as_large():
     assert parameters(palm.SIZES["540b-multihead"]) == pytest.approx(parameters(palm.SIZES["540b"]), rel=0.03)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", mostly_long(["bf16", "int8"], "bf16"))
 def test_abstract_params_are_those_that_init_makes(weights: str):
     def described(params):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
@@ -121,7 +121,8 @@ def test_a_cache_of_eight_bits_is_half_as_large_and_nearly_as_good():
         palm.decode("tiny", cache="int4")
 
 
-@pytest.mark.parametrize("variant", mostly_long([{}, {"multihead": True}, {"parallel": False}], {}), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("variant", [{}, {"multihead": True}, {"parallel": False}], ids=str)
 def test_decode_alone_equals_prefill(variant: dict[str, bool]):
     config, tokens = replace(TINY, **variant), tiny_tokens()
     bf16 = jax.jit(lambda key: palm.init_params(config, key))(jax.random.key(0, impl="rbg"))
@@ -133,6 +134,7 @@ def test_decode_alone_equals_prefill(variant: dict[str, bool]):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_later_tokens_do_not_change_the_cache_of_earlier_ones():
     params, tokens = float32_params(), tiny_tokens()
     _, cache = jax.jit(palm.prefill_step)(params, tokens)
@@ -142,6 +144,7 @@ def test_later_tokens_do_not_change_the_cache_of_earlier_ones():
     assert (cache["k"][:, :, 4] != other["k"][:, :, 4]).any()
 
 
+@pytest.mark.long
 def test_attention_sees_distances_not_positions():
     # Rotary positions: q at m and k at n meet only through m - n.
     q, k = jax.random.normal(jax.random.key(2), (2, TINY.d_head))
@@ -153,6 +156,7 @@ def test_attention_sees_distances_not_positions():
     assert abs(scores[257, 250] - scores[256, 250]) > 1e-3
 
 
+@pytest.mark.long
 def test_int8_is_close_to_bf16():
     tokens = tiny_tokens()
     prefill = jax.jit(palm.prefill_step)

@@ -29,7 +29,7 @@ from costmodels.symbols import collective_seconds, dimension, evaluate, rates, v
 from examples import palm
 from search.answer.check import check
 from search.solve import search
-from tests.support.effort import examples
+from tests.support.effort import examples, mostly_long
 from tests.support.models import Block, arguments, function
 from tests.support.strategies import axis_sets, topologies
 from tests.support.tracing import trace as plainly_traced
@@ -188,7 +188,7 @@ def test_a_bound_program_is_the_one_that_tracing_gives(block: Block, data) -> No
     layers=st.integers(2, 9),
     weights=st.sampled_from(["bf16", "int8"]),
 )
-@pytest.mark.parametrize("phase", ("decode", "prefill"))
+@pytest.mark.parametrize("phase", mostly_long(("decode", "prefill"), "prefill"))
 def test_palm_bound_is_palm_traced(phase: str, batch: int, context: int, layers: int, weights: str) -> None:
     trace = palm_traced(phase, weights)
     sizes = {"batch": batch, "layers": layers, "context" if phase == "decode" else "length": context}
@@ -312,6 +312,7 @@ def test_sizes_must_keep_the_programs_relations() -> None:
 # --- plans that are kept, and words
 
 
+@pytest.mark.long
 def test_a_saved_plan_keeps_its_formulas() -> None:
     plan = planned(Block(), parse_topology("v5e:2x4"))
     again = loads(dumps(plan))

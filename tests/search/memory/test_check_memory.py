@@ -95,7 +95,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("fault", mostly_long(PARTS, "loops end at once", "copies die at birth"))
+@pytest.mark.parametrize("fault", mostly_long(PARTS, "copies die at birth"))
 def test_a_fault_in_the_rows_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each function that rows are made of, with a fault, differs from the checker on some plan of a decode step."""
     name, spoil = PARTS[fault]

@@ -52,6 +52,7 @@ def gathered_results(weights: Any, moments: Any, x: Any) -> Any:
     return [(w.astype(f32) - scale * m).astype(bf16) for w, m in zip(weights, moments, strict=True)], moments
 
 
+@pytest.mark.long
 @pytest.mark.tpu
 def test_what_is_to_be_computed_again_is() -> None:
     args = ([S((512, 512), bf16)] * 4, S((1024, 512), bf16))
@@ -90,6 +91,7 @@ def test_only_what_was_read_before_is_kept_apart() -> None:
     assert barriers(lambda x, w: lax.optimization_barrier((x, w))[0] @ w, x, w) == [2]
 
 
+@pytest.mark.long
 def test_what_is_kept_apart_is_computed_as_written() -> None:
     random = np.random.default_rng(2)
     weights = [jnp.asarray(random.normal(size=(16, 16)) / 4, f32) for _ in range(3)]
@@ -132,6 +134,7 @@ def test_what_does_not_grow_is_made_before_the_loop() -> None:
     assert moved(lambda w, x: x + w, 1, w, w) == []
 
 
+@pytest.mark.long
 def test_loops_compute_what_they_are_written_to() -> None:
     def fn(w: Any, b: Any, x: Any) -> Any:
         def body(c: Any, row: Any) -> Any:

@@ -74,7 +74,7 @@ def test_columns_count_on_one_chip():
             2048, 8, 8, 1, marks=pytest.mark.long
         ),  # twice if the compiler fuses a projection with the product
         pytest.param(2048, 12, 12, 1, marks=pytest.mark.long),
-        (4096, 2, 2, 1),
+        pytest.param(4096, 2, 2, 1, marks=pytest.mark.long),
         pytest.param(4096, 4, 2, 1, marks=pytest.mark.long),
         pytest.param(4096, 4, 2, 2, marks=pytest.mark.long),
     ),
