@@ -1,4 +1,4 @@
-"""The checker's price of a reshard: the cheapest sequence of collectives, found anew by Dijkstra's algorithm."""
+"""The checker's price of a reshard: the cheapest sequence of collectives, by Dijkstra's algorithm."""
 
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ from costmodels.program.grouped import grouped
 from costmodels.program.program import Operation
 from costmodels.program.views import CAST, is_view
 
+_Readers = dict[int, list[tuple[int, int]]]
+"""Of each value, the operations that read it and the operand that it is."""
+
 
 def with_partial_boundaries(operations: Sequence[Operation]) -> tuple[Operation, ...]:
     """The operations of a program, with partial sums at the boundaries of loops only where something can make them.
@@ -25,13 +28,25 @@ def with_partial_boundaries(operations: Sequence[Operation]) -> tuple[Operation,
     """
     found = list(operations)
     makers = {use.value: i for i, op in enumerate(found) for use in op.outputs}
-    readers: dict[int, list[tuple[int, int]]] = {}
+    readers: _Readers = {}
     for i, op in enumerate(found):
         for k, use in enumerate(op.inputs):
             readers.setdefault(use.value, []).append((i, k))
+    _drop_useless(found, readers)
+    _drop_impossible(found, makers)
+    _drop_useless_zeros(found, makers, readers)
+    return tuple(found)
+
+
+def _drop_useless(found: list[Operation], readers: _Readers) -> None:
+    """Removes partial sums that no reader takes, or that each iteration needs whole."""
     for i, op in enumerate(found):
         if op.linear and not _is_useful(found, readers, op):
             found[i] = replace(op, linear=())
+
+
+def _drop_impossible(found: list[Operation], makers: Mapping[int, int]) -> None:
+    """Removes partial sums of boundaries that nothing makes, until each that remains has a maker."""
     changed = True
     while changed:
         changed = False
@@ -40,14 +55,19 @@ def with_partial_boundaries(operations: Sequence[Operation]) -> tuple[Operation,
             if decided and op.linear and not _can_be_partial(found, makers, op):
                 found[i] = replace(op, linear=())
                 changed = True
+
+
+def _drop_useless_zeros(found: list[Operation], makers: Mapping[int, int], readers: _Readers) -> None:
+    """Removes partial sums of zeros that enter no loop with partial sums, and to which no rows of experts are added."""
+
+    def helps(at: int) -> bool:
+        op = found[at]
+        return (op.op_class == "boundary" and bool(op.linear)) or _adds_expert_rows(found, makers, op)
+
     for i, op in enumerate(found):
-        if frozenset() in op.linear and not any(
-            (found[at].op_class == "boundary" and found[at].linear) or _adds_expert_rows(found, makers, found[at])
-            for use in op.outputs
-            for at, _ in readers.get(use.value, ())
-        ):
+        readers_of = [at for use in op.outputs for at, _ in readers.get(use.value, ())]
+        if frozenset() in op.linear and not any(map(helps, readers_of)):
             found[i] = replace(op, linear=tuple(group for group in op.linear if group))
-    return tuple(found)
 
 
 def _adds_expert_rows(operations: Sequence[Operation], makers: Mapping[int, int], op: Operation) -> bool:
@@ -63,9 +83,7 @@ def _adds_expert_rows(operations: Sequence[Operation], makers: Mapping[int, int]
     return grouped(maker) is not None
 
 
-def _is_useful(
-    operations: Sequence[Operation], readers: Mapping[int, Sequence[tuple[int, int]]], op: Operation
-) -> bool:
+def _is_useful(operations: Sequence[Operation], readers: _Readers, op: Operation) -> bool:
     """Whether partial sums may help at a boundary or at an update in place; true for any other operation."""
     if op.primitive == "dynamic_update_slice":
         return op.region != 0
@@ -75,9 +93,7 @@ def _is_useful(
     return all(takes) if op.primitive == "loop_carry" else any(takes)
 
 
-def _takes_partial(
-    operations: Sequence[Operation], readers: Mapping[int, Sequence[tuple[int, int]]], at: int, operand: int
-) -> bool:
+def _takes_partial(operations: Sequence[Operation], readers: _Readers, at: int, operand: int) -> bool:
     """Whether an operation takes an operand as a partial sum; a view or a cast does if all readers of its result do."""
     op = operations[at]
     if not any(operand in group for group in op.linear):
@@ -87,7 +103,7 @@ def _takes_partial(
     return all(_takes_partial(operations, readers, *reader) for reader in readers.get(op.outputs[0].value, ()))
 
 
-def _can_be_partial(operations: Sequence[Operation], makers: dict[int, int], op: Operation) -> bool:
+def _can_be_partial(operations: Sequence[Operation], makers: Mapping[int, int], op: Operation) -> bool:
     """Whether the operands of one of an operation's linear groups may all be partial sums."""
     return any(all(_makes_partial(operations[makers[op.inputs[k].value]]) for k in group) for group in op.linear)
 
