@@ -72,22 +72,25 @@ def _is_looped(program: Program, operation: Operation) -> bool:
     """Whether an operation computes in a loop of the vector unit, and not within the matmul that reads its result."""
     if operation.op_class != "fused" or not operation.flops_per_point or is_view(operation):
         return False
-    return _reduces(operation) or not all(_is_fused_into_matmuls(program, use.value) for use in operation.outputs)
+    return _reduces(operation) or not all(use.value in _fused_into_matmuls(program) for use in operation.outputs)
 
 
 @cached_analysis
-def _is_fused_into_matmuls(program: Program, value: int) -> bool:
-    """Whether only matmuls use a value, directly or after elementwise work."""
-    users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
-    return bool(users) and all(
-        (op.op_class == "matmul" and not grouped(op))
-        or (
-            op.op_class == "fused"
-            and not _reduces(op)
-            and all(_is_fused_into_matmuls(program, use.value) for use in op.outputs)
-        )
-        for op in users
-    )
+def _fused_into_matmuls(program: Program) -> frozenset[int]:
+    """The values that only matmuls use, directly or after elementwise work."""
+    found: set[int] = set()
+
+    def fuses(op: Operation) -> bool:
+        if op.op_class == "matmul":
+            return not grouped(op)
+        return op.op_class == "fused" and not _reduces(op) and all(use.value in found for use in op.outputs)
+
+    for op in reversed(program.operations):
+        for use in op.outputs:
+            users = [program.operations[at] for at, _ in program.consumers.get(use.value, ())]
+            if users and all(map(fuses, users)):
+                found.add(use.value)
+    return frozenset(found)
 
 
 def _reduces(operation: Operation) -> bool:

@@ -166,3 +166,13 @@ def test_loops_take_as_long_as_the_compiler_says(name: str, shape: tuple[int, ..
     assert cycles and on.clock_hertz
     planned = sum(float(cost.seconds[0]) for cost in costs(traced(fn, (1024, WIDTH)), on))
     assert planned == pytest.approx(cycles / on.clock_hertz, rel=0.35)
+
+
+def test_work_may_be_as_deep_as_a_model_of_many_layers() -> None:
+    def layers(x: jax.Array, w: jax.Array) -> jax.Array:
+        for _ in range(400):
+            x = x + jnp.tanh(x)
+        return x @ w
+
+    found = elements(traced(layers, (8, 128), (128, 128)))
+    assert set(found) == {"dot_general"}
