@@ -156,10 +156,10 @@ def workload(model: str, phase: str, batch: int) -> autoshard.Workload:
     """A model's function and abstract arguments."""
     if model == "palm-540b":
         return palm_of(palm.SIZES["540b"].heads, phase, batch)
-    return _workload_of(MODELS[model], phase, batch)
+    return workload_of(MODELS[model], phase, batch)
 
 
-def _workload_of(sizes: Sizes, phase: str, batch: int) -> autoshard.Workload:
+def workload_of(sizes: Sizes, phase: str, batch: int) -> autoshard.Workload:
     params = abstract(sizes)
     if phase == "prefill":
         return autoshard.Workload(prefill, (params, jax.ShapeDtypeStruct((batch, TOKENS), jnp.int32)))
@@ -205,7 +205,7 @@ def floor(case: str) -> float | None:
     kv_heads = heads if sizes.kv_heads == sizes.heads else sizes.kv_heads
     words = sizes.words // math.prod(axes) * math.prod(axes)
     smaller = replace(sizes, heads=heads, kv_heads=kv_heads, words=words)
-    return _search(_workload_of(smaller, phase, batch), topology, case, False).estimate.seconds
+    return _search(workload_of(smaller, phase, batch), topology, case, False).estimate.seconds
 
 
 def _search(work: autoshard.Workload, topology: str, name: str, padding: bool) -> autoshard.Plan:

@@ -2,14 +2,16 @@
 
 An audit fails if a figure leaves its bounds, for differences of any class.
 
-| figure | bounds | reason for the margin | |---|---|---| | communicated bytes, for each set of mesh axes | `WIRE` of
-those that the plan expects there | padding to tiles | | peak memory, on TPUs and GPUs | `MEMORY` of the planned peak |
-the compiler's own buffers | | arguments and results, on every target | `MEMORY` of the planned peak more than planned
-| | | donated arguments that no result overwrites | `MEMORY` of the planned peak | | | FLOPs of all matmuls | `FLOPS`
-more than planned | small products formed once for each use | | FLOPs of the matmuls of one source line | `NOTICEABLE`
-of all planned FLOPs more than planned | padding | | missing collectives, unplanned ones | `NOTICEABLE` of the plan's
-communication time | sums of scalars | | planned collectives in a costlier form | `HIGHER_COST` of the plan's
-communication time | rows of padding sent to their owners |
+| figure | bounds | reason for the margin |
+|---|---|---|
+| communicated bytes, for each set of mesh axes | `WIRE` of those that the plan expects there | padding to tiles |
+| peak memory, on TPUs and GPUs | `MEMORY` of the planned peak | the compiler's own buffers |
+| arguments and results, on every target | `MEMORY` of the planned peak more than planned | |
+| donated arguments that no result overwrites | `MEMORY` of the planned peak | |
+| FLOPs of all matmuls | `FLOPS` more than planned | small products formed once for each use |
+| FLOPs of the matmuls of one source line | `NOTICEABLE` of all planned FLOPs more than planned | padding |
+| missing collectives, unplanned ones | `NOTICEABLE` of the plan's communication time | sums of scalars |
+| planned collectives in a costlier form | `HIGHER_COST` of the plan's communication time | rows of padding sent |
 
 A step that takes more than `SLOWER` times the plan by the replay of its schedule is reported as slow. That is an error
 of the model or the compiler, not of the layout, and the program may be as planned all the same.

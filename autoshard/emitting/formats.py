@@ -136,7 +136,7 @@ def _compile_with_auto(
         for pair in zip((plan.arguments, plan.results), flat_formats(plain, mesh), strict=True)
     )
     flat, structure = jax.tree_util.tree_flatten(tuple(args))
-    run = bind.checked(plain, fn) if carry == "specs" else bind.bind_plan(plain, fn, mesh)
+    run = bind.checked(plain, fn) if carry == "specs" else bind.bind_plan(plain, fn, mesh, keep_padding=True)
 
     def step(*leaves: Any) -> list[Any]:
         return jax.tree_util.tree_leaves(run(*jax.tree_util.tree_unflatten(structure, leaves)))
@@ -145,7 +145,7 @@ def _compile_with_auto(
     options = bind.compiler_options(plan, mesh) or None
     compiled = (
         jax.jit(step, in_shardings=tuple(ins), out_shardings=outs, donate_argnums=donated, keep_unused=True)
-        .lower(*map(_shape, flat))
+        .lower(*map(_padded_shape, flat, plan.arguments))
         .compile(options)
     )
     return _Auto(
@@ -166,5 +166,6 @@ def _orders(arrays: Sequence[ArrayPlan], found: Sequence[Format]) -> tuple[Order
     )
 
 
-def _shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+def _padded_shape(leaf: Any, array: ArrayPlan) -> Any:
+    """An argument's shape and type with its planned padding."""
+    return jax.ShapeDtypeStruct(array.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf

@@ -1,7 +1,8 @@
 """The orders of the dimensions of arguments in a TPU's memory, derived from their readers.
 
 The matrix unit takes an operand whose two minor dimensions are the matrix's: the longest of the summed dimensions, and
-the longest of the kept ones. It iterates over batch dimensions and all others. Either of the two may lie along the
+the longest of the kept ones, or those that the matmul beside it has in its matrix
+(`search.answer.matrix_dimensions`). It iterates over batch dimensions and all others. Either of the two may lie along the
 lanes, so the one that pads less does. `ragged_dot` reads its weights as [group, summed, kept], and a look-up reads
 whole rows. An array that a loop slices is stored slice by slice. Without an order, an argument is stored as its shape
 alone suggests (`search.formulation.tpu_tiles.least_padded`), and is re-tiled at every step if its readers need another
@@ -26,6 +27,7 @@ from costmodels.operations import matrix_factors
 from costmodels.program.program import Operation, Program, Use
 from costmodels.program.views import CAST, RENAMES
 from search.answer.assignment import Choice, produced_layout
+from search.answer.matrix_dimensions import shared_dimensions
 from search.formulation.layouts import local_shape
 from search.formulation.tpu_tiles import least_padded, padding
 from search.memory.views import IN_PLACE
@@ -130,9 +132,8 @@ def readers(program: Program, choice: Choice, topology: Topology, source: int) -
                 continue
             if not _shows(op, operand):
                 part = prod(program.values[at].shape) / prod(shape)
-                yield Reader(
-                    index, _preferred_order(op, operand, dims, sizes), held * part * program.multiplicity(op.region)
-                )
+                order = _preferred_order(program, choice, topology, index, operand, dims, sizes)
+                yield Reader(index, order, held * part * program.multiplicity(op.region))
             for use in op.outputs if _shows(op, operand) else ():
                 if use.value not in seen:
                     seen.add(use.value)
@@ -149,31 +150,42 @@ def _dims_after(op: Operation, operand: int, result: Use, dims: Dims) -> Dims:
     return tuple(place.get(dim) for dim in result.dims)
 
 
-def _preferred_order(op: Operation, operand: int, dims: Dims, sizes: Order) -> Order | None:
+def _preferred_order(
+    program: Program, choice: Choice, topology: Topology, index: int, operand: int, dims: Dims, sizes: Order
+) -> Order | None:
     """The order in which an operation needs an argument whose dimensions are those of its operand."""
     known = tuple(at for at in dims if at is not None)
-    order = _operand_order(op, operand, known, sizes) if len(known) == len(dims) else None
-    if order is None:
+    if len(known) < len(dims):
         return None
-    return (*(at for at in range(len(sizes)) if at not in known), *order)
+    op, others = program.operations[index], (at for at in range(len(sizes)) if at not in known)
+    if matrix_factors(op) is None:
+        reads_rows = (op.primitive, operand) in (("gather", 0), ("ragged_dot_general", 1))
+        return (*others, *known) if reads_rows else None
+    shared = shared_dimensions(program, choice, topology.axis_sizes, index, operand)
+    order = _product_order(op, operand, known, {known[i] for i in shared}, sizes)
+    return (*others, *order) if order else None
 
 
-def _operand_order(op: Operation, operand: int, dims: Order, sizes: Order) -> Order | None:
-    if op.primitive == "gather" and operand == 0:
-        return dims
+def _product_order(op: Operation, operand: int, dims: Order, shared: set[int], sizes: Order) -> Order | None:
+    """Batch dimensions, then the dimensions iterated over, then the matrix in the order that pads less.
+
+    There is none if no dimension is summed, or none kept. `shared` are those that a matmul beside this one has in its
+    matrix.
+    """
     groups = matrix_factors(op)
-    if groups is None:
-        return dims if op.primitive == "ragged_dot_general" and operand == 1 else None
+    assert groups is not None
     roles = [set(dim) for dim in op.inputs[operand].dims]
     summed = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.contracted)]
     batch = [at for at, role in zip(dims, roles, strict=True) if role and role <= set(groups.batch)]
     kept = [at for at in dims if at not in (*summed, *batch)]
-    return _product_order(batch, summed, kept, sizes) if summed and kept else None
-
-
-def _product_order(batch: list[int], summed: list[int], kept: list[int], sizes: Order) -> Order:
-    """Batch dimensions, then the dimensions iterated over, then the matrix in the order that pads less."""
-    rows, lanes = sorted((max(summed, key=lambda i: (sizes[i], -i)), max(kept, key=lambda i: (sizes[i], i))))
+    if not summed or not kept:
+        return None
+    rows, lanes = sorted(
+        (
+            max(summed, key=lambda i: (i in shared, sizes[i], -i)),
+            max(kept, key=lambda i: (i in shared, sizes[i], i)),
+        )
+    )
     if padding(sizes[lanes], sizes[rows]) < padding(sizes[rows], sizes[lanes]):
         rows, lanes = lanes, rows
     return (*(i for i in (*batch, *kept, *summed) if i not in (rows, lanes)), rows, lanes)

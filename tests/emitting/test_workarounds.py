@@ -76,6 +76,24 @@ def test_projections_stay_apart_from_long_scores(monkeypatch: pytest.MonkeyPatch
     assert (fused.peak_bytes or 0) > 1.5 * (apart.peak_bytes or 0) > 0
 
 
+@pytest.mark.parametrize("shape", [(1, 200), (64,)])
+def test_vectors_of_no_whole_tiles_are_gathered_as_matrices(shape: tuple[int, ...]) -> None:
+    mesh = targets.mesh_of(targets.tpu_devices("v5e:2x2", (2, 2), "v5e"), {"x": 2, "y": 2})
+    split, whole = (Layout((*[()] * (len(shape) - 1), axes)) for axes in (("x", "y"), ()))
+    step = CollectiveStep("all-gather", ("x", "y"), split, whole, source_dim=len(shape) - 1)
+
+    def compiled(gather: Callable[[Any], Any]) -> str:
+        mapped = jax.shard_map(
+            lambda x: jnp.tanh(gather(jnp.tanh(x))), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+        )
+        return jax.jit(mapped).lower(S(shape, bf16)).compile().as_text() or ""
+
+    ours = compiled(lambda x: run_step(step, x, {"x": 2, "y": 2}))
+    tiled = compiled(lambda x: lax.all_gather(x, ("x", "y"), axis=len(shape) - 1, tiled=True))
+    assert "all-reduce" in tiled and "all-reduce" not in ours and "all-gather" in ours
+    assert 0 < (estimated_cycles(ours) or 0) < (estimated_cycles(tiled) or 0)
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(("split", "joined", "shape"), [(2, 1, (1, 32, 16384)), (1, 2, (1, 128, 4096))])
 def test_an_all_to_all_of_an_array_with_a_dimension_of_one_element(split: int, joined: int, shape: tuple[int, ...]):

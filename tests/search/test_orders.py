@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
+from jax.sharding import PartitionSpec
 
 import autoshard
 from autoshard.emitting.formats import without_orders
+from benchmarks import uneven
 from search.answer.orders import Order, orders
 from search.formulation.layouts import local_shape
 from search.formulation.tpu_tiles import least_padded
@@ -63,6 +66,24 @@ def test_what_elementwise_operations_read_too_keeps_its_order() -> None:
         return jnp.einsum("be,ehd->bhd", x, w), w * jnp.bfloat16(0.5)
 
     assert order_of(step, SHAPE((1024, 8, 128)), SHAPE((8, 1024))) == ()
+
+
+def attend(x: jax.Array, wq: jax.Array, wo: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Many heads share keys and values `[S, D]`."""
+    scores = jnp.einsum("thd,sd->hts", jnp.einsum("te,ehd->thd", x, wq), keys, preferred_element_type=jnp.float32)
+    heads = jnp.einsum("hts,sd->thd", jax.nn.softmax(scores).astype(x.dtype), values)
+    return jnp.einsum("thd,hde->te", heads, wo)
+
+
+MANY_HEADS = SHAPE((128, 1024)), SHAPE((1024, 71, 64)), SHAPE((71, 64, 1024)), SHAPE((512, 64)), SHAPE((512, 64))
+
+
+def test_projections_have_the_dimension_of_attention_s_matmuls_in_their_matrix() -> None:
+    plan = plan_of(attend, *MANY_HEADS)
+    found = [row.order or least_padded(row.shape) for row in plan.arguments[1:3]]
+    assert found == [(1, 2, 0), (0, 1, 2)]  # the head dimension beside the width, though there are more heads
+    alone = order_of(lambda w, x: jnp.einsum("te,ehd->thd", x, w), MANY_HEADS[1], MANY_HEADS[0])
+    assert alone == (2, 1, 0)
 
 
 def test_other_chips_have_no_orders() -> None:
@@ -120,6 +141,24 @@ def test_the_orders_are_those_that_the_compiler_chooses() -> None:
         "params['embedding']": (0, 1),
         "params['experts']": (0, 1, 2),
     }
+
+
+@pytest.mark.long
+@pytest.mark.tpu
+def test_no_projection_of_many_heads_is_laid_out_anew() -> None:
+    work = uneven.workload_of(replace(uneven.MODELS["falcon-7b"], layers=1), "prefill", 1)
+    plan = plan_of(work.fn, *work.args, topology="v5e:2x4")
+    found = autoshard.audit(plan, work.fn, *work.args, target="tpu")
+    assert found.ok and found.step_seconds is not None and found.step_seconds < 1.1 * plan.estimate.seconds
+
+
+@pytest.mark.long
+@pytest.mark.tpu
+def test_the_compiler_chooses_orders_of_padded_arguments() -> None:
+    args = SHAPE((64, 1001)), SHAPE((1001, 4096))
+    plan = autoshard.search(jnp.matmul, *args, topology="v5e:2x2", pins={"b": PartitionSpec("x", None)})
+    assert plan.padding
+    assert sorted(autoshard.choose_formats(plan, jnp.matmul, *args).arguments[1].order) == [0, 1]
 
 
 @pytest.mark.long

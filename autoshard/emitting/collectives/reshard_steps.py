@@ -32,7 +32,7 @@ def run_step(step: CollectiveStep, piece: Any, sizes: Mapping[str, int]) -> Any:
     """Runs one step of a reshard on one chip's shard."""
     match step.kind:
         case "all-gather":
-            return lax.all_gather(piece, step.axes, axis=step.source_dim, tiled=True)
+            return _gather(piece, step.axes, step.source_dim or 0)
         case "reduce-scatter":
             chips = prod(sizes[axis] for axis in step.axes)
             return _scatter(piece, step.axes, step.target_dim, chips)
@@ -47,6 +47,19 @@ def run_step(step: CollectiveStep, piece: Any, sizes: Mapping[str, int]) -> Any:
         case "slice":
             return _own_slice(piece, step.axes, step.target_dim, sizes)
     raise ValueError(f"unknown collective {step.kind!r}")
+
+
+def _gather(piece: Any, axes: Axes, dim: int) -> Any:
+    """An all-gather that concatenates one dimension; of vectors of no whole tiles, as matrices of a few rows.
+
+    The TPU compiler (libtpu 0.0.42, v5e and v4) replaces the concatenation of such vectors by an all-reduce of zeros with
+    each chip's part in them: twice the bytes, and 1.3 to 2.5 times the cycles for bf16[1, 64] to bf16[1, 4800].
+    """
+    rows = next((n for n in (_TILE_ROWS, 4, 2) if piece.size % n == 0), 1)
+    if piece.size > piece.shape[dim] or piece.size % _TILE_COLUMNS == 0 or rows == 1:
+        return lax.all_gather(piece, axes, axis=dim, tiled=True)
+    parts = lax.all_gather(lax.reshape(piece, (rows, piece.size // rows)), axes, axis=0, tiled=False)
+    return lax.reshape(parts, tuple(parts.size if i == dim else 1 for i in range(piece.ndim)))
 
 
 def _exchange(piece: Any, axes: Axes, split: int, joined: int, chips: int) -> Any:
