@@ -22,7 +22,7 @@ from autoshard.planning.recording import apply_orders, record
 from autoshard.planning.records import PlanRecord, predecessors
 from autoshard.workload import Workload
 from costmodels.machine.topology import Topology
-from search.answer.orders import demand, order_of, stored_shape
+from search.answer.orders import demand, itemsize, order_of, stored_shape
 from search.collector import seldom_collected
 from search.phases import Phases, Place, TooSlow
 from search.phases import search_phases as solve
@@ -204,7 +204,7 @@ def _share_orders(
         phase, at = group[0]
         program, choice, topology = plans[phase].require_program(), plans[phase].choice, plans[phase].topology
         sizes = stored_shape(program, choice, topology, program.arguments[at])
-        orders |= dict.fromkeys(group, order_of(wanted, sizes, topology))
+        orders |= dict.fromkeys(group, order_of(wanted, sizes, itemsize(program, program.arguments[at])))
     placed = [
         apply_orders(plan, [orders[phase, at] for at in range(len(plan.arguments))]) for phase, plan in enumerate(plans)
     ]

@@ -1,9 +1,9 @@
 """Formats: the shardings of arrays over the mesh, and the orders of their dimensions in memory.
 
 An `ArrayPlan` without an order has the device's default: row-major on CPUs and GPUs, on TPUs the order with the least
-tile padding (`search.formulation.tpu_tiles.least_padded`). That order depends on the shape alone. A matmul that needs
-another order copies the array in every step. The compiler knows the uses of an array; with `Layout.AUTO` it chooses the
-orders of arguments and results (`of_the_compiler`).
+tile padding (`search.formulation.tpu_tiles.default_order`), by the shape and the type alone. A matmul that needs another
+order copies the array in every step. The compiler knows the uses of an array; with `Layout.AUTO` it chooses the orders of
+arguments and results (`of_the_compiler`).
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from autoshard._util.tables import size, table
 from autoshard.explaining.layer_groups import group_arrays
 from autoshard.planning.records import ArrayPlan, PlanRecord
-from search.answer.orders import Reader, default_order, is_same_order, readers
+from search.answer.orders import Reader, is_same_order, readers
 from search.formulation.layouts import local_shape
+from search.formulation.tpu_tiles import default_order
 
 _SOURCES = {
     "rule": "as most of what reads an argument wants it",
@@ -20,7 +22,7 @@ _SOURCES = {
 def order_text(plan: PlanRecord, array: ArrayPlan) -> str:
     """The dimensions from major to minor in memory, `0,2,1`; empty where that is the device's default."""
     sizes = local_shape(array.shape, array.layout, plan.topology.axis_sizes)
-    if not array.order or is_same_order(array.order, default_order(sizes, plan.topology.chip.kind), sizes):
+    if not array.order or is_same_order(array.order, _default_order(plan, array), sizes):
         return ""
     return ",".join(map(str, array.order))
 
@@ -48,8 +50,15 @@ def _other_orders(plan: PlanRecord) -> Iterator[tuple[ArrayPlan, ArrayPlan, int]
 
 
 def _default_text(plan: PlanRecord, array: ArrayPlan) -> str:
+    return ",".join(map(str, _default_order(plan, array)))
+
+
+def _default_order(plan: PlanRecord, array: ArrayPlan) -> tuple[int, ...]:
+    """The order in which the plan's kind of chip stores an array by default."""
     sizes = local_shape(array.shape, array.layout, plan.topology.axis_sizes)
-    return ",".join(map(str, default_order(sizes, plan.topology.chip.kind)))
+    if plan.topology.chip.kind != "tpu" or 0 in sizes:
+        return tuple(range(len(sizes)))
+    return default_order(sizes, array.bytes_per_chip / prod(sizes))
 
 
 def _readers(plan: PlanRecord, array: ArrayPlan, sources: Mapping[str, int]) -> tuple[str, str]:

@@ -5,7 +5,7 @@ the longest of the kept ones, or those that the matmul beside it has in its matr
 (`search.answer.matrix_dimensions`). It iterates over batch dimensions and all others. Either of the two may lie along the
 lanes, so the one that pads less does. `ragged_dot` reads its weights as [group, summed, kept], and a look-up reads
 whole rows. An array that a loop slices is stored slice by slice. Without an order, an argument is stored as its shape
-alone suggests (`search.formulation.tpu_tiles.least_padded`), and is re-tiled at every step if its readers need another
+and type suggest (`search.formulation.tpu_tiles.default_order`), and is re-tiled at every step if its readers need another
 order.
 
 An argument gets an order if all of its readers are products, look-ups and updates in place. If an elementwise operation
@@ -29,7 +29,7 @@ from costmodels.program.views import CAST, RENAMES
 from search.answer.assignment import Choice, produced_layout
 from search.answer.matrix_dimensions import shared_dimensions
 from search.formulation.layouts import local_shape
-from search.formulation.tpu_tiles import least_padded, padding
+from search.formulation.tpu_tiles import default_order, padding
 from search.memory.views import IN_PLACE
 
 Order = tuple[int, ...]
@@ -63,9 +63,16 @@ def orders(program: Program, choice: Choice, topology: Topology) -> tuple[Order,
     A donated argument and the result in its place have one order. Chips other than TPUs have no tiles, and no orders.
     """
     return tuple(
-        order_of(demand(program, choice, topology, at), stored_shape(program, choice, topology, at), topology)
+        order_of(
+            demand(program, choice, topology, at), stored_shape(program, choice, topology, at), itemsize(program, at)
+        )
         for at in program.arguments
     )
+
+
+def itemsize(program: Program, source: int) -> float:
+    """The bytes of an element of an argument."""
+    return program.values[program.operations[source].outputs[0].value].itemsize
 
 
 def stored_shape(program: Program, choice: Choice, topology: Topology, source: int) -> Order:
@@ -83,21 +90,16 @@ def demand(program: Program, choice: Choice, topology: Topology, source: int) ->
     return wanted
 
 
-def order_of(wanted: Counter[Order | None], sizes: Order, topology: Topology) -> Order:
-    """The order of an argument with this demand; empty if the device's default is as good, or if no order is."""
+def order_of(wanted: Counter[Order | None], sizes: Order, element_bytes: float) -> Order:
+    """The order of an argument with this demand on a TPU; empty if the default is as good, or if no order is."""
     others = wanted.get(None, 0)
     known = {order: bytes for order, bytes in wanted.items() if order is not None}
     best = max(known, key=lambda order: known[order], default=None)
     if best is None or 0 in sizes or others > _LITTLE * known[best]:
         return ()
-    plain = default_order(sizes, topology.chip.kind)
+    plain = default_order(sizes, element_bytes)
     padded = _padding(best, sizes) > _PADDED * _padding(plain, sizes)
     return () if padded or is_same_order(best, plain, sizes) else best
-
-
-def default_order(sizes: Order, kind: str) -> Order:
-    """The default order in which a kind of chip stores an array of this shape."""
-    return least_padded(sizes) if kind == "tpu" else tuple(range(len(sizes)))
 
 
 def is_same_order(one: Order, other: Order, sizes: Order) -> bool:

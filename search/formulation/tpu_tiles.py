@@ -71,18 +71,29 @@ def needs_retiling(sizes: tuple[float, ...], summed: tuple[bool, ...]) -> bool:
     sums, keeps = [i for i in dims if summed[i]], [i for i in dims if not summed[i]]
     if len(dims) < 3 or not sums or not keeps:
         return False
-    *_, rows, lanes = least_padded(sizes)
+    *_, rows, lanes = _least_padded(sizes)
     matrix = {max(sums, key=lambda i: (sizes[i], -i)), max(keeps, key=lambda i: (sizes[i], i))}
     return {rows, lanes} != matrix or sizes[rows] % _ROWS != 0
 
 
-def least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
-    """The order of an argument's dimensions in memory, the last along the lanes: the first order that pads least."""
+def _least_padded(sizes: tuple[float, ...]) -> tuple[int, ...]:
+    """The dimensions in their order, or with another one along the lanes: the first order that pads least."""
     dims = [i for i, size in enumerate(sizes) if size > 1]
     if len(dims) < 2:
         return tuple(range(len(sizes)))
     best = min(_orders(dims), key=lambda order: padding(sizes[order[-2]], sizes[order[-1]]))
     return (*(i for i, size in enumerate(sizes) if size <= 1), *best)
+
+
+def default_order(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:
+    """The order in which a TPU stores an argument of this shape by default, major to minor (libtpu 0.0.42).
+
+    A stack of 32 layers of [284, 4544] lies with its layers along the rows, as 32 rows need no padding.
+    """
+    if len(sizes) < 2:
+        return tuple(range(len(sizes)))
+    rows, lanes = argument_tile(sizes, itemsize)
+    return (*(i for i in range(len(sizes)) if i not in (rows, lanes)), rows, lanes)
 
 
 def argument_tile(sizes: tuple[int, ...], itemsize: float) -> tuple[int, ...]:

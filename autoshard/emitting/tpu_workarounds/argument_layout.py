@@ -13,7 +13,7 @@ from typing import Any
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from search.formulation.tpu_tiles import least_padded
+from search.formulation.tpu_tiles import default_order
 
 
 def with_argument_layout(piece: Any, always: bool = False) -> Any:
@@ -23,7 +23,7 @@ def with_argument_layout(piece: Any, always: bool = False) -> Any:
 
     - `always`: whether to name the order also if it is the row-major one.
     """
-    order = least_padded(tuple(piece.shape))
+    order = default_order(tuple(piece.shape), piece.dtype.itemsize)
     if order == tuple(range(piece.ndim)) and not always:
         return piece
     return lax.platform_dependent(
