@@ -5,7 +5,8 @@
 A row is a model, a phase and a slice: searched, compiled with the TPU compiler (libtpu, no TPU), and its schedule replayed as
 audits do (`autoshard.auditing.replay`). It compares the planned step with the replayed one (`ours` = replayed / planned), and
 lists the floor (bytes to move once over HBM's rate), the time on the chip, the communication that the core waits for, bytes on
-the wire, peak memory, and the operations with the most unplanned time. A row that could not run says why.
+the wire, peak memory, and the operations with the most unplanned time. A row that could not run says why. Decode steps of dense
+models with at most 64 sequences are held against `BOUND` × floor + planned communication (`over_bound` is the ratio).
 
 Rows of cases that do not run again keep their last result, with its commit; `--resume` runs only cases without a result.
 Compiled programs are kept in `.cache/programs`. A case whose lowered program is unchanged is not compiled again: after a
@@ -33,6 +34,10 @@ SEARCH_SECONDS = 60.0
 """The time limit of a search; a row has its gap."""
 WITHIN = ((0.85, 1.15), (0.7, 1.3))
 """Replayed over planned: the range for nine rows of ten, and the range for all."""
+BOUND = 1.25
+"""The allowed time on the chip of a dense decode step, over its floor."""
+DENSE, MOST_SEQUENCES = ("palm", "llama"), 64
+"""The examples, and the largest batch, that `BOUND` is for."""
 WORST = 3
 """How many operations with unplanned time a row names."""
 
@@ -225,16 +230,19 @@ def revision() -> str:
 
 HEAD = (
     f"{'case':48s} {'planned':>8s} {'replayed':>8s} {'ratio':>6s} {'floor':>8s} {'core':>8s} {'wire':>7s} {'peak':>6s}"
+    f" {'bound':>6s}"
 )
 
 
 def show(row: Mapping[str, Any]) -> None:
-    """One line of the table, times in ms, and the most unplanned time."""
+    """One line of the table, times in ms, the last column `over_bound`, and the most unplanned time."""
     if row["ours"] is None:
         print(f"{row['row']:48s} {row['why'][:120]}", flush=True)
         return
     times = [row[name] for name in ("planned_ms", "replayed_ms")]
     rest = f"{row['floor_ms']:8.2f} {row['core_ms']:8.2f} {row['exposed_ms']:7.2f} {row['peak_ratio'] or 0:6.3f}"
+    over = over_bound(row)
+    rest += f" {'-' if over is None else format(over, '.2f'):>6s}"
     print(f"{row['row']:48s} {times[0]:8.2f} {times[1]:8.2f} {row['ours']:6.2f} {rest}")
     if row["ours"] > WITHIN[0][1]:
         for text in row["unplanned"]:
@@ -254,17 +262,36 @@ def pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def over_bound(row: Mapping[str, Any]) -> float | None:
+    """The replayed step over `BOUND` × floor + planned communication; None for rows that the bound is not for."""
+    if row["ours"] is None or row["example"] not in DENSE or row["phase"] != "decode":
+        return None
+    if row["sizes"]["batch"] > MOST_SEQUENCES:
+        return None
+    return row["replayed_ms"] / (BOUND * row["floor_ms"] + row["planned_wire_ms"])
+
+
+def _with_bound(row: Mapping[str, Any]) -> dict[str, Any]:
+    found = over_bound(row)
+    return {**row, **({} if found is None else {"over_bound": found})}
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many rows lie within each range, of those that ran, and models unrolled beside scanned."""
+    """How many rows lie within each range and the bound, of those that they are for, and models unrolled beside scanned."""
     ratios = [row["ours"] for row in rows if row["ours"] is not None]
-    return pairs(rows) + [
-        {
-            "row": f"replayed within {low} to {high} of the plan",
-            "reference": len(ratios),
-            "ours": sum(low <= ratio <= high for ratio in ratios),
-        }
+    bounds = [found for row in rows if (found := over_bound(row)) is not None]
+    counts = [
+        (f"replayed within {low} to {high} of the plan", len(ratios), sum(low <= ratio <= high for ratio in ratios))
         for low, high in WITHIN
     ]
+    what = f"dense decode of at most {MOST_SEQUENCES} sequences within {BOUND} × floor + planned communication"
+    counts.append((what, len(bounds), sum(found <= 1 for found in bounds)))
+    return pairs(rows) + [{"row": name, "reference": total, "ours": count} for name, total, count in counts]
+
+
+def write(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the rows and their summary."""
+    RESULTS.write_text(json.dumps([*map(_with_bound, rows), *summary(rows)], indent=1) + "\n", "utf-8")
 
 
 def _options() -> argparse.Namespace:
@@ -308,7 +335,7 @@ def main() -> None:
         known[name] = known[name] if done else run_apart(CASES[name])
         show(known[name])
         rows = [known[case] for case in CASES if case in known]
-        RESULTS.write_text(json.dumps(rows + summary(rows), indent=1) + "\n", "utf-8")
+        write(rows)
     for row in summary([known[case] for case in CASES if case in known]):
         if "ratio" in row:
             print(f"{row['row']}: {row['ours']:.2f} / {row['reference']:.2f} ms = {row['ratio']:.2f}")
