@@ -16,17 +16,30 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import autoshard
+from benchmarks import expert_programs, expert_programs_stacked, logical_axes
 from benchmarks.hand_layouts import argument_specs, constrained, hand_layouts, sizes_of
 from benchmarks.judge import judge
 from costmodels.machine.topology import Topology
 
 _GIB, _MIB = 2**30, 2**20
+EXPERTS = "experts"
+"""The example of cases with programs of their own."""
 _SHOWN = 8
 """The number of costliest collectives in a row."""
 
 
+def program_of(case: Any) -> expert_programs.Program | None:
+    """The program of a case that has experts' own rules; None for an example."""
+    rooms = (expert_programs, expert_programs_stacked)
+    makers = [getattr(room, case.phase, None) for room in rooms if case.example == EXPERTS]
+    return next((make(**case.sizes) for make in makers if make), None)
+
+
 def workload_of(case: Any) -> autoshard.Workload:
-    """The example's workload of a case."""
+    """The workload of a case."""
+    program = program_of(case)
+    if program:
+        return program.workload
     return getattr(importlib.import_module(f"examples.{case.example}"), case.phase)(**case.sizes)
 
 
@@ -115,6 +128,25 @@ class Bench:
             yield self.partitioned(f"{layout.name} (arguments)", specs)
             with constrained(layout, example, self.mesh):
                 yield self.partitioned(layout.name, specs)
+
+    def by_rules(self, program: expert_programs.Program) -> Iterator[dict[str, Any]]:
+        """The layouts that the rules of a program's authors give: arguments and activations.
+
+        All are compiled with formats that the compiler chooses, the fastest of them also with the device's own.
+        """
+        rows = []
+        for rules in program.rules:
+            rows.append(self._ruled(program, rules, "auto"))
+            yield rows[-1]
+        fastest = min(range(len(rows)), key=lambda i: (not rows[i]["fits"], rows[i]["step_ms"] or inf))
+        again = self._ruled(program, program.rules[fastest], "default")
+        yield {**again, "contestant": f"{again['contestant']} (default formats)"}
+
+    def _ruled(self, program: expert_programs.Program, rules: logical_axes.RuleSet, formats: str) -> dict[str, Any]:
+        arguments = logical_axes.specs(program.named, rules, self.topology)
+        with logical_axes.in_force(rules, self.mesh, self.topology):
+            placed = [self._placed(specs) for specs in (arguments, self._donated(arguments))]
+            return {**self._compiled(rules.name, formats, *placed), "arguments": _listed(arguments)}
 
     def judged(self, name: str, run: dict[str, Any]) -> dict[str, Any]:
         """The judgement of another process' program."""

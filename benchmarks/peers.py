@@ -15,7 +15,11 @@ has the formats of its plan, by rule, and is compiled once.
 
     python benchmarks/peers.py [--only CASE ...] [--peer-python .venv-peer/bin/python]
 
-Rows of cases that are not run again are kept from the last time.
+Ten cases are programs of other people's shape with their authors' own rules (`expert_programs.py`, `logical_axes.py`). These
+are compiled with formats that the compiler chooses, and the fastest also with the device's own.
+
+A case has a limit of processor seconds, not of wall time, so that a loaded machine leaves out no contestant. Every
+contestant's row names its `commit`. Rows of cases that are not run again are kept from the last time.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +43,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
 CASE_SECONDS, AUTOSHARDING_SECONDS = 900, 300
+"""The processor seconds of a case without AutoSharding, and of one AutoSharding."""
+HANGS = 20
+"""A process that takes this many times its processor seconds in wall time is stopped, too."""
 OURS, AUTOSHARDING, AUTO_SPECS, OUR_SPECS = "ours", "AutoSharding", "AutoSharding's specs", "our specs alone"
 NOT_PEERS = (OURS, OUR_SPECS)
 TARGETS = {"worst ours / best peer": 1.0, "geomean ours / AutoSharding": 0.5, "geomean ours / best peer": 0.75}
@@ -86,6 +95,17 @@ CASES = (
     Case("llama-70b-decode-64-v5p", "llama", "decode", {"size": "70b", "batch": 64}, "v5p:2x2x4"),
     Case("llama-70b-prefill-8-v6e", "llama", "prefill", {"size": "70b", "batch": 8, "length": 2048}, "v6e:4x4"),
     Case("palm-8b-prefill-8", "palm", "prefill", {"size": "8b", "batch": 8, "length": 2048}, "v4:2x2x2"),
+    # Programs with their authors' own rules (`expert_programs.py`), 2 layers of published widths.
+    Case("tunix-llama-8b-decode", "experts", "listed", {}, "v5e:2x4"),
+    Case("tunix-qwen2-7b-decode", "experts", "biased", {}, "v5e:2x4"),
+    Case("gemma2-9b-decode", "experts", "capped", {}, "v6e:2x4"),
+    Case("jax-llm-llama-70b-decode", "experts", "ragged", {}, "v5e:4x4"),
+    Case("maxtext-llama-8b-decode", "experts", "two_caches", {}, "v5e:2x4"),
+    Case("maxtext-llama-8b-prefill", "experts", "packed", {}, "v5e:2x4"),
+    Case("qwen3-8b-carried-decode", "experts", "carried", {}, "v5p:2x2x2"),
+    Case("llama2-7b-flat-decode", "experts", "flat", {}, "v5e:2x4"),
+    Case("mistral-7b-rolling-decode", "experts", "rolling", {}, "v5e:2x4"),
+    Case("llama-1b-training", "experts", "training", {}, "v5e:4x4"),
 )
 
 
@@ -107,6 +127,10 @@ def contest(case: Case, peer_python: str, keep: Path | None, only: str) -> Itera
     plan, spent = bench.searched()
     yield bench.ours(OURS, plan, spent)
     if only == "ours":
+        return
+    program = contestants.program_of(case)
+    if program:
+        yield from bench.by_rules(program)
         return
     yield from bench.hand_layouts()
     if only == "experts":
@@ -151,15 +175,42 @@ def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "autosharding.json"
         command = [peer_python, str(ROOT / "benchmarks" / "autosharding.py"), json.dumps(task), str(out)]
+        _, why = run_limited(command, environment, AUTOSHARDING_SECONDS)
+        if why or not out.exists():
+            return {"mesh": mesh, "why": why or "no result"}
+        return {"mesh": mesh, **json.loads(out.read_text("utf-8"))}
+
+
+def run_limited(command: Sequence[str], environment: Mapping[str, str], seconds: int) -> tuple[str, str]:
+    """The output of a process that may use so many processor seconds, and why it ended early, empty if it did not."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=AUTOSHARDING_SECONDS, check=False
+                command,
+                env=dict(environment),
+                stdout=out,
+                stderr=errors,
+                timeout=HANGS * seconds,
+                check=False,
+                preexec_fn=limit,
             )
+            code = done.returncode
         except subprocess.TimeoutExpired:
-            return {"mesh": mesh, "why": f"not done in {AUTOSHARDING_SECONDS} s"}
-        if done.returncode or not out.exists():
-            return {"mesh": mesh, "why": _last_words(done.stderr)}
-        return {"mesh": mesh, **json.loads(out.read_text("utf-8"))}
+            code = None
+        out.seek(0)
+        errors.seek(0)
+        said, why = out.read(), ""
+        if code is None:
+            why = f"not done in {HANGS * seconds} s"
+        elif code in (-signal.SIGXCPU, -signal.SIGKILL):
+            why = f"not done in {seconds} processor seconds"
+        elif code:
+            why = _last_words(errors.read())
+        return said, why
 
 
 def _last_words(stderr: str) -> str:
@@ -179,14 +230,7 @@ def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] |
     command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])
     command += ["--ours-only"] * options.ours_only + ["--experts"] * options.experts
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=CASE_SECONDS, check=False
-        )
-        out, why = done.stdout, _last_words(done.stderr) if done.returncode else ""
-    except subprocess.TimeoutExpired as expired:
-        out = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        why = f"not done in {CASE_SECONDS} s"
+    out, why = run_limited(command, environment, CASE_SECONDS)
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if options.ours_only and known:
         rows += [row for row in known["contestants"] if row["contestant"] != OURS]
@@ -271,9 +315,13 @@ def main() -> None:
     by_name = {case.name: case for case in CASES}
     if options.contest:
         keep = Path(options.keep) if options.keep else None
+        from benchmarks.on_chip import revision
+
+        commit = revision()
         only = "ours" if options.ours_only else "experts" if options.experts else ""
         for row in contest(by_name[options.contest], options.peer_python, keep, only):
-            print(json.dumps({key: value for key, value in row.items() if key != "text"}), flush=True)
+            said = {key: value for key, value in row.items() if key != "text"}
+            print(json.dumps({**said, "commit": commit}), flush=True)
         return
     unknown = [name for name in options.only if name not in by_name]
     if unknown:
