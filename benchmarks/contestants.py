@@ -16,6 +16,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import autoshard
+from autoshard.candidates import compile_plan, compile_variants, pick_fastest
 from benchmarks import expert_programs, expert_programs_stacked, logical_axes
 from benchmarks.hand_layouts import argument_specs, constrained, hand_layouts, sizes_of
 from benchmarks.judge import judge
@@ -101,6 +102,14 @@ class Bench:
             "planned_peak_gib": estimate.peak_bytes / _GIB,
         }
 
+    def tuned(self, name: str, plan: autoshard.Plan) -> dict[str, Any]:
+        """Our plan in the fastest of the ways to emit it between which no rule decides, as `verify` tries them."""
+        fn, args = self.workload.fn, self.workload.args
+        first = compile_plan(plan, fn, args, "tpu")
+        others = list(compile_variants(first, fn, args, "tpu", lambda _: None))
+        best = pick_fastest(first, others).plan
+        return {**self.ours(name, best, {}), "emission": best.emission.words(), "ways": 1 + len(others)}
+
     def partitioned(self, name: str, arguments: Any, results: Any = None) -> dict[str, Any]:
         """The plain function with these argument specs, and result specs or else only those of donated arguments.
 
@@ -108,7 +117,7 @@ class Bench:
         """
         if results is None:
             results = self._donated(arguments)
-        placed = [self._placed(specs) for specs in (arguments, results)]
+        placed = [_placed(specs, self.mesh) for specs in (arguments, results)]
         rows = [self._compiled(name, formats, *placed) for formats in ("default", "auto")]
         best = min(rows, key=lambda row: (not row["fits"], row["step_ms"] or inf))
         return {**best, "other_formats_ms": [row["step_ms"] for row in rows if row is not best]} | {
@@ -132,20 +141,22 @@ class Bench:
     def by_rules(self, program: expert_programs.Program) -> Iterator[dict[str, Any]]:
         """The layouts that the rules of a program's authors give: arguments and activations.
 
-        All are compiled with formats that the compiler chooses, the fastest of them also with the device's own.
+        All are compiled with formats that the compiler chooses, then, the fastest first, with the device's own.
         """
         rows = []
         for rules in program.rules:
             rows.append(self._ruled(program, rules, "auto"))
             yield rows[-1]
-        fastest = min(range(len(rows)), key=lambda i: (not rows[i]["fits"], rows[i]["step_ms"] or inf))
-        again = self._ruled(program, program.rules[fastest], "default")
-        yield {**again, "contestant": f"{again['contestant']} (default formats)"}
+        order = sorted(range(len(rows)), key=lambda i: (not rows[i]["fits"], rows[i]["step_ms"] or inf))
+        for i in order:
+            again = self._ruled(program, program.rules[i], "default")
+            yield {**again, "contestant": f"{again['contestant']} (default formats)"}
 
     def _ruled(self, program: expert_programs.Program, rules: logical_axes.RuleSet, formats: str) -> dict[str, Any]:
         arguments = logical_axes.specs(program.named, rules, self.topology)
-        with logical_axes.in_force(rules, self.mesh, self.topology):
-            placed = [self._placed(specs) for specs in (arguments, self._donated(arguments))]
+        mesh = logical_axes.mesh_for(self.mesh, self.topology)
+        with logical_axes.in_force(rules, mesh, self.topology):
+            placed = [_placed(specs, mesh) for specs in (arguments, self._donated(arguments))]
             return {**self._compiled(rules.name, formats, *placed), "arguments": _listed(arguments)}
 
     def judged(self, name: str, run: dict[str, Any]) -> dict[str, Any]:
@@ -173,12 +184,6 @@ class Bench:
             return None
         (donated,) = self.workload.donate_argnums
         return None, arguments[donated]
-
-    def _placed(self, specs: Any) -> Any:
-        def place(spec: Any) -> Any:
-            return None if spec is None else NamedSharding(self.mesh, spec)
-
-        return jax.tree_util.tree_map(place, specs, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
 
     def _compiled(self, name: str, formats: str, ins: Any, outs: Any) -> dict[str, Any]:
         """The plain function, partitioned, with the device's own formats or with those that the compiler chooses."""
@@ -231,6 +236,15 @@ class Bench:
                 for each in dearest
             ],
         }
+
+
+def _placed(specs: Any, mesh: Mesh) -> Any:
+    """The shardings of a tree of specs; None stays."""
+
+    def place(spec: Any) -> Any:
+        return None if spec is None else NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map(place, specs, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
 
 
 def _peak_bytes(memory: Any) -> float:

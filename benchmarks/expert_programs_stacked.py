@@ -79,7 +79,7 @@ def two_caches_step(params: Any, cache: Any, tokens: Any, positions: Any, length
         highest = jnp.maximum(parts[0][1], parts[1][1])
         scales = [jnp.exp(part[1] - highest) for part in parts]
         total = sum(scale * part[2] for scale, part in zip(scales, parts, strict=True))
-        attended = sum(part[0] * scale / total for scale, part in zip(scales, parts, strict=True))
+        attended: Any = sum(part[0] * scale / total for scale, part in zip(scales, parts, strict=True))
         x = x + projected_back(layer, constrain(attended.astype(x.dtype), "batch length act_heads -"))
         return x + gated(rms(x, layer["norm2"]), layer), new
 
@@ -147,8 +147,8 @@ def carried_step(params: Any, cache: Any, tokens: Any, position: Any) -> Any:
         q, k = rms(q, layer["q_norm"]), rms(k, layer["k_norm"])
         keys = lax.dynamic_update_slice(keys, k[None], (i, 0, position, 0, 0))
         values = lax.dynamic_update_slice(values, v[None], (i, 0, position, 0, 0))
-        held = (lax.dynamic_index_in_dim(each, i, keepdims=False) for each in (keys, values))
-        x = x + projected_back(layer, grouped(q, *held, visible))
+        k, v = (lax.dynamic_index_in_dim(each, i, keepdims=False) for each in (keys, values))
+        x = x + projected_back(layer, grouped(q, k, v, visible))
         return x + gated(rms(x, layer["norm2"]), layer), keys, values
 
     layers = params["layers"]["norm1"].shape[0]
@@ -181,14 +181,14 @@ def flat_step(params: Any, cache: Any, tokens: Any, position: Any) -> Any:
     table = lax.dynamic_index_in_dim(params["angles"], position, keepdims=False)
     for layer, held in zip(params["layers"], cache, strict=True):
         _, b, h, s, d = held.shape
-        q, k, v = (each.reshape(b, h, d) for each in jnp.split(rms(x, layer["norm1"]) @ layer["qkv"], 3, axis=-1))
+        q, k, v = jnp.einsum("be,ecf->cbf", rms(x, layer["norm1"]), layer["qkv"]).reshape(3, b, h, d)
         q, k = _rotated(q, table), _rotated(k, table)
         held = lax.dynamic_update_slice(held, jnp.stack([k, v])[:, :, :, None], (0, 0, 0, position, 0))
         scores = jnp.einsum("bhd,bhsd->bhs", q, held[0]).astype(jnp.float32) / d**0.5
         scores = jnp.where(jnp.arange(s) <= position, scores, MASKED)
         attended = jnp.einsum("bhs,bhsd->bhd", jax.nn.softmax(scores).astype(x.dtype), held[1])
         x = x + constrain(constrain(attended, "batch act_heads -").reshape(b, h * d) @ layer["o"], "batch act_embed")
-        gate, up = jnp.split(rms(x, layer["norm2"]) @ layer["gate_up"], 2, axis=-1)
+        gate, up = jnp.einsum("be,ecf->cbf", rms(x, layer["norm2"]), layer["gate_up"])
         x = x + constrain(constrain(jax.nn.silu(gate) * up, "batch act_mlp") @ layer["down"], "batch act_embed")
         new.append(held)
     return constrain(rms(x, params["norm"]) @ params["head"], "batch act_vocab"), new
@@ -197,9 +197,9 @@ def flat_step(params: Any, cache: Any, tokens: Any, position: Any) -> Any:
 def flat(n: Sizes = LLAMA2_7B, batch: int = 16, context: int = 4096) -> Program:
     """A decode step with flat matrices."""
     layer = {
-        "qkv": Named((n.E, 3 * n.H * n.D), "embed q_heads"),
+        "qkv": Named((n.E, 3, n.H * n.D), "embed - q_heads"),
         "o": Named((n.H * n.D, n.E), "q_heads embed"),
-        "gate_up": Named((n.E, 2 * n.F), "embed mlp"),
+        "gate_up": Named((n.E, 2, n.F), "embed - mlp"),
         "down": Named((n.F, n.E), "mlp embed"),
         "norm1": Named((n.E,), "norm"),
         "norm2": Named((n.E,), "norm"),

@@ -16,7 +16,7 @@ Each is written anew from its public configuration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from costmodels.machine.topology import Topology
 
@@ -76,27 +76,48 @@ TRAINING = (
 )
 
 
+def factored(topology: Topology) -> list[list[tuple[str, int]]]:
+    """The axes of a mesh for rules: every axis of the torus by its prime factors, with their sizes.
+
+    So eight heads are split over eight of sixteen chips on 4×4, as with the meshes that the rules' authors shape by hand.
+    """
+    found = []
+    for axis in topology.axes:
+        primes, left = [], axis.size
+        for prime in range(2, axis.size + 1):
+            while left % prime == 0:
+                primes.append(prime)
+                left //= prime
+        found += [[(f"{axis.name}{i}", prime) for i, prime in enumerate(primes)]] * bool(primes)
+    return found
+
+
+def mesh_for(mesh: Mesh, topology: Topology) -> Mesh:
+    """The same devices in the same order, with the axes of `factored`."""
+    axes = [axis for factors in factored(topology) for axis in factors]
+    return Mesh(mesh.devices.reshape([size for _, size in axes]), [name for name, _ in axes])
+
+
 def spec_of(rules: RuleSet, names: str, shape: tuple[int, ...], topology: Topology) -> PartitionSpec:
-    """The spec of an array whose dimensions have these names."""
-    every = tuple(axis.name for axis in topology.axes if axis.size > 1)
+    """The spec of an array whose dimensions have these names, on the mesh of `mesh_for`."""
+    every = factored(topology)
     cut = len(every) if rules.data_axes is None else rules.data_axes
-    data, tensor = every[:cut], every[cut:]
+    data, tensor = (dict(axis for factors in part for axis in factors) for part in (every[:cut], every[cut:]))
     taken: set[str] = set()
     entries = []
     for name, size in zip(names.split(), shape, strict=True):
-        wanted = data * (name in rules.data) + tensor * (name in rules.tensor)
-        axes = _dividing(size, [axis for axis in wanted if axis not in taken], topology)
+        wanted = (data if name in rules.data else {}) | (tensor if name in rules.tensor else {})
+        axes = _dividing(size, {axis: chips for axis, chips in wanted.items() if axis not in taken})
         taken.update(axes)
         entries.append(axes or None)
     return PartitionSpec(*entries)
 
 
-def _dividing(size: int, axes: list[str], topology: Topology) -> tuple[str, ...]:
+def _dividing(size: int, axes: Mapping[str, int]) -> tuple[str, ...]:
     """The axes with the largest product that divides a dimension."""
-    sizes = topology.axis_sizes
     subsets = [each for n in range(len(axes) + 1) for each in combinations(axes, n)]
-    fitting = [each for each in subsets if size % prod(sizes[axis] for axis in each) == 0]
-    return max(fitting, key=lambda each: prod(sizes[axis] for axis in each))
+    fitting = [each for each in subsets if size % prod(axes[axis] for axis in each) == 0]
+    return max(fitting, key=lambda each: prod(axes[axis] for axis in each))
 
 
 def abstract(tree: Any) -> Any:
@@ -116,7 +137,7 @@ def constrain(array: Any, names: str) -> Any:
 
 @contextmanager
 def in_force(rules: RuleSet, mesh: Any, topology: Topology) -> Iterator[None]:
-    """While a program is traced: its activations constrained by these rules."""
+    """While a program is traced: its activations constrained by these rules, on the mesh of `mesh_for`."""
     global _pinned
     before = _pinned
 

@@ -11,12 +11,13 @@ the compiled text. Contestants:
 
 A step's time is the replay of the compiled schedule. Every peer of our compiler is compiled with the device's own memory
 formats of arguments and results and with those that the compiler chooses (`Layout.AUTO`); the faster program counts. Ours
-has the formats of its plan, by rule, and is compiled once.
+has the formats of its plan, by rule, and is compiled once. `--tuned` adds ours in the fastest of the ways that
+`autoshard verify` tries, as a row of its own that no ratio uses.
 
     python benchmarks/peers.py [--only CASE ...] [--peer-python .venv-peer/bin/python]
 
 Ten cases are programs of other people's shape with their authors' own rules (`expert_programs.py`, `logical_axes.py`). These
-are compiled with formats that the compiler chooses, and the fastest also with the device's own.
+are compiled with formats that the compiler chooses, and then, the fastest first, with the device's own.
 
 A case has a limit of processor seconds, not of wall time, so that a loaded machine leaves out no contestant. Every
 contestant's row names its `commit`. Rows of cases that are not run again are kept from the last time.
@@ -46,8 +47,9 @@ CASE_SECONDS, AUTOSHARDING_SECONDS = 900, 300
 """The processor seconds of a case without AutoSharding, and of one AutoSharding."""
 HANGS = 20
 """A process that takes this many times its processor seconds in wall time is stopped, too."""
+TUNED = "ours, tuned"
 OURS, AUTOSHARDING, AUTO_SPECS, OUR_SPECS = "ours", "AutoSharding", "AutoSharding's specs", "our specs alone"
-NOT_PEERS = (OURS, OUR_SPECS)
+NOT_PEERS = (OURS, TUNED, OUR_SPECS)
 TARGETS = {"worst ours / best peer": 1.0, "geomean ours / AutoSharding": 0.5, "geomean ours / best peer": 0.75}
 
 
@@ -115,7 +117,8 @@ CASES = (
 def contest(case: Case, peer_python: str, keep: Path | None, only: str) -> Iterator[dict[str, Any]]:
     """Every contestant's row, as it is done; ours, then the expert layouts.
 
-    `only` is "ours", "experts" (ours and expert layouts), or empty for all contestants.
+    `only` is "ours", "tuned" (ours, and the fastest of the ways to emit it), "experts" (ours and expert layouts), or empty
+    for all contestants.
     """
     from autoshard.emitting import targets
     from benchmarks import contestants
@@ -126,7 +129,9 @@ def contest(case: Case, peer_python: str, keep: Path | None, only: str) -> Itera
     bench = contestants.Bench(case.name, case.example, contestants.workload_of(case), topology, mesh, keep)
     plan, spent = bench.searched()
     yield bench.ours(OURS, plan, spent)
-    if only == "ours":
+    if only == "tuned":
+        yield bench.tuned(TUNED, plan)
+    if only in ("ours", "tuned"):
         return
     program = contestants.program_of(case)
     if program:
@@ -228,12 +233,13 @@ def isolated(case: Case, options: argparse.Namespace, known: Mapping[str, Any] |
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--contest", case.name]
     command += ["--peer-python", options.peer_python] + (["--keep", options.keep] if options.keep else [])
-    command += ["--ours-only"] * options.ours_only + ["--experts"] * options.experts
+    command += [f"--{name}" for name in ("ours-only", "tuned", "experts") if getattr(options, name.replace("-", "_"))]
     started = time.monotonic()
     out, why = run_limited(command, environment, CASE_SECONDS)
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    if options.ours_only and known:
-        rows += [row for row in known["contestants"] if row["contestant"] != OURS]
+    if (options.ours_only or options.tuned) and known:
+        done = [row["contestant"] for row in rows]
+        rows += [row for row in known["contestants"] if row["contestant"] not in done]
     return summary(case, rows, why, time.monotonic() - started)
 
 
@@ -304,6 +310,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peer-python", default=str(PEER_PYTHON), help="the Python that has jax 0.9.2")
     parser.add_argument("--keep", default="", metavar="FOLDER", help="write every compiled text here")
     parser.add_argument("--ours-only", action="store_true", help="judge our plans again, and keep the peers' rows")
+    parser.add_argument("--tuned", action="store_true", help="the same, and in the fastest of the ways to emit it")
     parser.add_argument("--experts", action="store_true", help="compare with the expert layouts alone")
     parser.add_argument("--contest", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -318,7 +325,7 @@ def main() -> None:
         from benchmarks.on_chip import revision
 
         commit = revision()
-        only = "ours" if options.ours_only else "experts" if options.experts else ""
+        only = "tuned" if options.tuned else "ours" if options.ours_only else "experts" if options.experts else ""
         for row in contest(by_name[options.contest], options.peer_python, keep, only):
             said = {key: value for key, value in row.items() if key != "text"}
             print(json.dumps({**said, "commit": commit}), flush=True)
