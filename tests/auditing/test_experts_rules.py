@@ -68,7 +68,10 @@ def test_rules_divide_any_array_and_use_an_axis_once(rules, name, dims):
     assert_divides(logical_axes.spec_of(rules, names, shape, topology), shape, sizes)
 
 
-@pytest.mark.parametrize("case", RULED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.long] * (case.phase == "training"), id=case.name) for case in RULED],
+)
 def test_a_donated_argument_comes_back(case):
     """The results after the first are shaped as the donated argument, so its specs are theirs."""
     work = workload_of(case)
@@ -109,9 +112,3 @@ def test_rules_constrain_only_while_they_are_in_force():
 def test_a_process_keeps_its_processor_seconds(code, said, reason):
     out, why = run_limited([sys.executable, "-S", "-c", code], os.environ, 1)
     assert (out.strip(), why) == (said, reason)
-
-
-def test_an_array_without_a_role_is_named():
-    args = ({"layers": {"surprise": jax.ShapeDtypeStruct((2, 2), jnp.bfloat16)}},)
-    with pytest.raises(ValueError, match="0/layers/surprise of palm has no role"):
-        sizes_of("palm", args)
