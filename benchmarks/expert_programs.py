@@ -36,7 +36,7 @@ class Program:
 
     @property
     def workload(self) -> Workload:
-        """What a search takes."""
+        """The function and abstract arguments, for a search."""
         return Workload(self.fn, abstract(self.named), donate_argnums=self.donate_argnums)
 
 

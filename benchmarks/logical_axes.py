@@ -11,7 +11,7 @@ dimension of the same array has taken is left out, as are axes that do not divid
 - **jax-llm-examples** (`llama3/llama3_jax/model.py`, `ShardingRules`): batch over x, heads and feed-forward over the others,
   the embedding table and the residual stream whole.
 
-Each is written anew from its public configuration.
+Each is restated from its public configuration.
 """
 
 from __future__ import annotations
