@@ -108,16 +108,31 @@ def pair_collectives(
     ]
     found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
     pairing = _Pairing(lots, found, [])
+    halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in _MOVES]
+    narrowed = _Pairing(halves, [lot for lot in found if lot.of.dtype in _HALF], pairing.pairs)
+    if halves:  # by their types, before two of half the bytes count as the parts of one
+        wide = [lot for lot in found if lot.of.dtype == "f32"]
+        _Pairing(
+            [lot for lot in lots if lot not in halves], [lot for lot in found if lot not in wide], pairing.pairs
+        ).match_singly()
+        _Pairing(halves, wide, pairing.pairs).match_singly()
+        _send_halves(halves)
+        narrowed.match_singly()
+    for lot in halves:
+        lot.bytes = float(lot.of.bytes)
     pairing.run()
     for lot in lots:
         lot.bytes = float(lot.of.bytes)  # not widened after all
     pairing.run()
-    halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in _MOVES]
-    for lot in halves:
-        lot.bytes = lot.of.bytes / 2
-    _Pairing(halves, [lot for lot in found if lot.of.dtype in _HALF], pairing.pairs).run()
+    _send_halves(halves)
+    narrowed.run()
     alone = [Pair((lot.of,), (), lot.left, arrays=(lot.array,)) for lot in lots if lot.left]
     return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
+
+
+def _send_halves(lots: Sequence[_Lot]) -> None:
+    for lot in lots:
+        lot.bytes = lot.of.bytes / 2
 
 
 def join_repetitions(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
@@ -185,6 +200,12 @@ class _Lot:
 class _Pairing:
     def __init__(self, planned: list[_Lot], compiled: list[_Lot], pairs: list[Pair]) -> None:
         self.planned, self.compiled, self.pairs = planned, compiled, pairs
+
+    def match_singly(self) -> None:
+        """Each collective with one of its own kind."""
+        for kind in dict.fromkeys(lot.kind for lot in self.planned):
+            compiled, planned = ([lot for lot in side if lot.kind == kind] for side in (self.compiled, self.planned))
+            self._match(compiled, planned, lambda lot: 1)
 
     def run(self) -> None:
         """All passes over the collectives without a partner."""

@@ -229,6 +229,14 @@ def test_what_a_matmul_reads_as_bfloat16_may_be_sent_as_such(monkeypatch: pytest
     assert found.saved_bytes().get(("x",), 0.0) == (4096 * KIB * 3 / 4 if dtype == "bf16" else 0.0)
 
 
+def test_two_that_are_sent_as_bfloat16_are_not_the_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are they those that send as many bytes of integers."""
+    compiled = [replace(c(AG, "x", size), dtype=dtype) for size, dtype in ((8192 * KIB, "s32"), (4096 * KIB, "bf16"))]
+    arrays = [(1, "float32"), (2, "int32"), (3, "float32"), (4, "int32")]
+    found = compared(monkeypatch, [p(AG, "x", 8192 * KIB)] * 4, compiled * 2, arrays=arrays)
+    assert sorted(kinds(found)) == ["same plan at lower cost"]
+
+
 def test_a_full_rematerialization_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = (
         d for d in compared(monkeypatch, [], [c(AG, "x", 64, only_sliced=True)]).differences if d.kind == "unplanned"
