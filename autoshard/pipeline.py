@@ -78,7 +78,7 @@ def search(
       keep the fastest way to emit it (`autoshard.verify` with `k=1`, without baselines). `plan.warnings` say what was gained.
     - `capacity`: the rows of the buffers of a mixture of experts over the balanced rows, at least 1 (`expert_load` of the
       topology's pricing, 1.5 by default). The number of chips that split the experts is the worst case. A router that needs
-      more takes longer; the results are the same.
+      more takes longer; the results are the same. With 0 no rows are sent to the chips of their experts: tokens are gathered.
     - `solver`: "presolved", or "cp-sat" for CP-SAT on the original model: a reference for small functions and meshes.
 
     **Raises:** `TopologyError`, `TraceError`, `UnsupportedPrimitiveError`, `PinError` for pins that cannot hold, and
@@ -101,6 +101,7 @@ def search(
         solver=solver,
         padding=padding,
         tune=tune,
+        sends_rows=capacity != 0,
     )
     begin_import()  # of OR-Tools, while the function is traced
     where = _with_capacity(topology_of(topology), capacity)
@@ -110,14 +111,14 @@ def search(
 def _with_capacity(topology: Topology, capacity: float | None) -> Topology:
     """The topology with another `expert_load`.
 
-    **Raises:** `AutoshardError` if the capacity is not a number of at least 1.
+    **Raises:** `AutoshardError` if the capacity is not a number of at least 1, or 0, which leaves the topology as it is.
     """
-    if capacity is None:
+    if not capacity:
         return topology
     try:
         return replace(topology, pricing=replace(topology.pricing, expert_load=capacity))
     except PricingError as error:
-        raise AutoshardError(f"`capacity` must be a finite number of at least 1, got {capacity!r}.") from error
+        raise AutoshardError(f"`capacity` must be 0 or a finite number of at least 1, got {capacity!r}.") from error
 
 
 @seldom_collected()

@@ -6,9 +6,9 @@ A row is a decoder of published sizes with `lax.ragged_dot`, a phase and a slice
 experts' matrices as in public code that gathers tokens, computes local experts and reduces (MaxText's ring of experts; EP of
 jax-llm-examples): experts over as many mesh axes as divide them, hidden columns over the rest. All else is searched.
 `columns` is the step with hidden columns over all axes (tpu-inference's default), `ours` that of the free search. Each is
-proven on its own. The search may send rows to experts under the pins of `reference`, too: these fix matrices only.
-`*_replayed` are two layers, compiled for the slice and replayed. Rows that do not run again keep their last
-result.
+proven on its own. `reference` and `columns` send no rows to experts (`capacity=0`), as that code does not. `*_replayed` are
+two layers, compiled for the slice and replayed, and `*_ok` says whether their audit found them as planned. Rows that do not
+run again keep their last result.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def plan_case(case: str, contestant: str, layers: int | None = None) -> tuple[au
         name=case,
         pins=rules,
         time_limit=SEARCH_SECONDS,
+        capacity=None if contestant == "ours" else 0,
     )
     return plan, work
 
@@ -134,6 +135,7 @@ def _compiled(case: str, name: str) -> dict[str, Any]:
         return {f"{name}_replayed": None, f"{name}_replayed_why": str(error).splitlines()[0]}
     return {
         f"{name}_few_planned": plan.estimate.seconds,
+        f"{name}_ok": found.ok,
         f"{name}_replayed": found.replay and found.replay.seconds,
         f"{name}_flops_ratio": found.flops and found.flops / found.planned_flops,
         f"{name}_peak_ratio": found.peak_bytes and found.peak_bytes / found.planned_peak_bytes,

@@ -17,7 +17,26 @@ def grouped_flops(groups: Grouped, load_rows: float, load: float) -> sympy.Expr:
     visited = sympy.ceiling(own / height) + _groups_read(groups, load) * (size - 1) / size
     least = number(load_rows) if load_rows else tile_symbol() / 2
     areas = sympy.Add(*(tiles(each.contracted) * tiles(each.columns) for each in groups.matrices))
-    return 2 * points(groups.batch) * visited * sympy.Max(height, least, evaluate=False) * areas
+    return 2 * points(groups.batch) * visited * sympy.Max(height, least, evaluate=False) * areas + _counted(
+        groups, least
+    )
+
+
+def counting_flops(groups: Grouped) -> sympy.Expr:
+    """$2 m s_t s_g$: FLOPs of the matmul that counts the rows between each pair of chips; 0 if no rows are sent."""
+    if groups.tokens is None:
+        return sympy.Integer(0)
+    pairs = shards_symbol(groups.groups) * shards_symbol(groups.tokens)
+    return 2 * _is_sent(groups) * points(groups.rows) * pairs
+
+
+def _counted(groups: Grouped, least: sympy.Expr) -> sympy.Expr:
+    """`counting_flops` in whole tiles: the chips with tokens stream by those with groups."""
+    if groups.tokens is None:
+        return sympy.Integer(0)
+    streamed = sympy.Max(shards_symbol(groups.tokens), least, evaluate=False)
+    columns = tile_symbol() * sympy.ceiling(shards_symbol(groups.groups) / tile_symbol())
+    return 2 * _is_sent(groups) * tiles(groups.rows) * streamed * columns
 
 
 def grouped_rows(groups: Grouped, load: float) -> sympy.Expr:

@@ -51,7 +51,14 @@ from math import prod
 import numpy as np
 
 from costmodels.factor_symbols import flatten, number, points, shards_symbol, size_symbol, tile_symbol, tiles
-from costmodels.grouped_costs import between_elements, grouped_flops, hidden_bytes, hidden_elements, moved_points
+from costmodels.grouped_costs import (
+    between_elements,
+    counting_flops,
+    grouped_flops,
+    hidden_bytes,
+    hidden_elements,
+    moved_points,
+)
 from costmodels.machine.chips import Chip
 from costmodels.machine.conventions import EXPERT_LOAD
 from costmodels.machine.lazy_sympy import sympy
@@ -75,12 +82,13 @@ def flops(operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
 
     `load` is as for `padded_flops`.
     """
-    most = 1
+    most, counted = 1, 0
     if groups := grouped(operation):
         most = sympy.Min(shards_symbol(groups.groups), number(load), evaluate=False)
         if groups.tokens is not None:  # both factors are split over the same chips
             most *= sympy.Min(shards_symbol(groups.groups), shards_symbol(groups.tokens), evaluate=False)
-    return number(operation.flops_per_point) * points(range(len(operation.factors))) * most
+        counted = counting_flops(groups)
+    return number(operation.flops_per_point) * points(range(len(operation.factors))) * most + counted
 
 
 @dataclass(frozen=True)

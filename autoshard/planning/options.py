@@ -15,7 +15,8 @@ from search.answer.solution import Limits, Solver
 class Options:
     """The options of `search`, which documents them.
 
-    `repeated`: whether every call pads and cuts its donated arguments, as those of a decorated function do.
+    - `repeated`: whether every call pads and cuts its donated arguments, as those of a decorated function do.
+    - `sends_rows`: whether rows of tokens may be sent to the chips of their groups (`costmodels.program.grouped`).
     """
 
     donate_argnums: int | Sequence[int] = ()
@@ -34,6 +35,7 @@ class Options:
     padding: bool = True
     tune: bool = False
     repeated: bool = False
+    sends_rows: bool = True
 
     def limits(self) -> Limits:
         """The limits of the search."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from math import inf
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
 from autoshard.planning.infeasibility import conflict, explain_infeasible
 from autoshard.planning.options import Options
 from autoshard.rules.pin import PinError
 from costmodels.machine.topology import Topology
+from costmodels.program.grouped import grouped
+from search.formulation.strategies import Strategy
 from search.solve import NoPlan, Solution, search
 
 LOG = logging.getLogger("autoshard")
@@ -35,7 +38,7 @@ def solve(function: AnnotatedFunction, topology: Topology, options: Options) -> 
     **Raises:** `InfeasibleError`; `PinError` for pins that contradict each other.
     """
     try:
-        return search(function.program, topology, options.limits(), options.progress or LOG.info, fold=options.fold)
+        return _search(function, topology, options)
     except NoPlan as error:
         clash = conflict(function.program, function.pinned, topology, options.limits())
         raise (PinError(clash) if clash else explain_infeasible(error)) from error
@@ -43,8 +46,21 @@ def solve(function: AnnotatedFunction, topology: Topology, options: Options) -> 
 
 def solve_below(function: AnnotatedFunction, topology: Topology, options: Options, cutoff: float) -> Solution | None:
     """The best layout of a function, if it takes less than `cutoff` seconds; None if no plan that fits does."""
-    limits, say = options.limits(), options.progress or LOG.info
     try:
-        return search(function.program, topology, limits, say, fold=options.fold, cutoff=cutoff)
+        return _search(function, topology, options, cutoff)
     except NoPlan:
         return None
+
+
+def _search(function: AnnotatedFunction, topology: Topology, options: Options, cutoff: float = inf) -> Solution:
+    def keeps_rows(operation: int, strategy: Strategy) -> bool:
+        groups = grouped(program.operations[operation])
+        if groups is None or groups.tokens is None:
+            return True
+        return not (strategy.splits[groups.tokens] and strategy.splits[groups.groups])
+
+    program, say = function.program, options.progress or LOG.info
+    allow = None if options.sends_rows else keeps_rows
+    return search(
+        program, topology, options.limits(), say, allow=allow, symmetric=True, fold=options.fold, cutoff=cutoff
+    )

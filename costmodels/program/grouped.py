@@ -26,8 +26,9 @@ $$R = m \\min(s_g, \\lambda) / s_t, \\qquad
 X = s_g \\min(\\lceil m / s_t \\rceil, \\lceil m \\min(s_g, \\lambda) / (s_t s_g) \\rceil_8)$$
 
 rows, and sends buffers of $X$ rows, because the buffer for each chip has as many rows as that for any other: whole registers of
-8. All chips know the router's choice. If a buffer of any chip is too small for it, all gather the tokens instead (`OVERFLOW`),
-and each adds the rows of its own groups. So results are those of the unsplit chain for any router.
+8. All chips know the router's choice, and each counts the rows between any two chips: a product of one-hot arrays
+`[m, s_t]` and `[m, s_g]`, $2 m s_t s_g$ FLOPs. If a buffer of any chip is too small, all gather the tokens instead
+(`OVERFLOW`), and each adds the rows of its own groups. So results are those of the unsplit chain for any router.
 """
 
 from __future__ import annotations

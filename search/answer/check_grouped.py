@@ -108,14 +108,14 @@ class GroupedWork:
         return prod(self.local[i] for i in inside)
 
     @property
-    def own_rows(self) -> float:
-        """The elements of the larger of the buffers of a chain's rows before and after its matmuls."""
+    def own_rows(self) -> tuple[float, float]:
+        """The elements of the buffers of a chain's rows before its matmuls, and after them."""
         groups, made = self._groups, self.op.outputs[0].dims
         first = next(use.dims for use in self.op.inputs if use.dims[:1] == ((groups,),))
         split = self.local[groups] < self.op.factors[groups].size
         before = split or all(use.dims != ((0,), first[1]) for use in self.op.inputs)
         after = split or made[0] != (0,)
-        return self.rows * max(before * self.local[first[1][0]], after * self.local[made[1][0]])
+        return self.rows * before * self.local[first[1][0]], self.rows * after * self.local[made[1][0]]
 
     @property
     def hidden(self) -> tuple[int, float]:
@@ -143,15 +143,17 @@ class GroupedWork:
         slowest = max(itemsize / chip.reached_hbm_bytes_per_second, 1 / rate if rate else 0.0)
         return passed * slowest + (arrays - 1) * chip.op_overhead_seconds + chip.vector_overhead_seconds
 
-    def buffers(self, sent: float) -> float:
-        """The elements of a chain's buffers; those of the path for an overflow are there even if it does not run.
+    def buffers(self, sent: float, room: float) -> float:
+        """The elements of a chain's buffers in HBM; those of the path for an overflow are there even if it does not run.
 
         **Arguments:**
 
         - `sent`: the rows of the buffers that a chip sends.
+        - `room`: the elements that on-chip memory holds.
         """
         (arrays, hidden), made = self.hidden, self.op.outputs[0].dims
-        inside = arrays * hidden + self.own_rows
+        moments = ([*[hidden] * max(arrays - 1, 1), self.own_rows[0]], [hidden, self.own_rows[1]])
+        inside = max(sum(held) - min(room, sum(n for n in held if n <= room)) for held in moments)
         if self.sources == 1:
             return inside
         first = next(use.dims for use in self.op.inputs if use.dims[:1] == ((self._groups,),))
@@ -164,7 +166,15 @@ class GroupedWork:
         held = prod(self.local[i] for i in self._rows)
         height, whole = min(tile, held), self.op.factors[self._groups].size
         tiles = ceil(self.rows / height) + self._read * (whole - 1) / whole
-        return 2 * tiles * max(height, least) * sum(self._areas(tile))
+        return 2 * tiles * max(height, least) * sum(self._areas(tile)) + self._counting_flops(tile, least)
+
+    def _counting_flops(self, tile: float, least: float) -> float:
+        """FLOPs of the product of one-hot arrays that counts the rows between each pair of chips."""
+        chips = self.op.factors[self._groups].size / self.local[self._groups]
+        if self.sources == 1 or chips == 1:
+            return 0.0
+        rows = tile * ceil(self.op.factors[0].size / tile)
+        return 2 * rows * max(self.sources, least) * tile * ceil(chips / tile)
 
     def _areas(self, tile: float) -> list[float]:
         """The elements of one group's matrices, in whole tiles, times the batch."""

@@ -13,7 +13,8 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
   any more (`search.answer.check_donations`).
 - A branch reads arrays around it where they lie. Its result lies in that of the conditional, which begins as a copy if a
   branch returns an array around it (`search.memory.branches`).
-- A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups.
+- A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups, in on-chip memory
+  as far as half of it goes.
 - A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
 - A TPU holds further arrays for sorts, running sums, concatenations and conversions (`search.answer.check_temporaries`).
 - Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
@@ -84,7 +85,9 @@ def _chain_buffers(program: Program, topology: Topology, choice: Choice, at: int
     pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
     local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
     work = GroupedWork(op, local, topology.pricing.expert_load)
-    return work.buffers(sent_rows(topology, op, splits)) * program.values[op.outputs[0].value].itemsize
+    size, chip = program.values[op.outputs[0].value].itemsize, topology.chip
+    room = chip.prefetch_bytes / size if chip.on_chip_bytes else 0.0
+    return work.buffers(sent_rows(topology, op, splits), room) * size
 
 
 class _Account:

@@ -23,6 +23,7 @@ from autoshard.errors import AutoshardError
 from autoshard.rules import ragged
 from autoshard.rules.chains.exchange import Chips, Exchange
 from autoshard.tracing.trace import trace
+from costmodels.machine.conventions import EXPERT_LOAD
 from costmodels.program.grouped import CHAIN, OVERFLOW, grouped, rows_for_each
 from tests.support.layout_strategies import assert_equal, cpu_topology, mesh_of, problem_of, quick, random_choice
 
@@ -198,14 +199,24 @@ def test_few_experts_of_many_tokens_are_reached_by_all_to_alls(capacity: float) 
     each = min(tokens * chosen // 16, 8 * ceil(capacity * tokens * chosen / 16 / 16 / 8))
     assert [(row.bytes, row.axes) for row in sent] == [(16 * each * width * 2, ("x", "y"))] * 2
     assert plan.formulas().at(plan.formulas().total.seconds) == pytest.approx(plan.estimate.seconds, rel=1e-6)
+    (chain,) = (op for op in plan.operations if op.primitive == CHAIN)
+    matmuls, pairs = 6 * width * 768 * capacity * tokens * chosen / 16, 2 * tokens * chosen * 16 * 16
+    assert chain.flops == pytest.approx(matmuls + pairs, rel=1e-9)
     (text,) = (text for text in plan.warnings if "balanced rows" in text)
     assert f"over xy, in buffers of {capacity:g} times the balanced rows" in text and f"at most {each} rows" in text
     assert not any("checker found a fault" in text for text in plan.warnings)
 
 
+def test_no_rows_are_sent_with_buffers_for_none() -> None:
+    layer, args = _workload(8192, 2048, 768, 64, 2)
+    plan = autoshard.search(layer, *args, topology="v5e:4x4", capacity=0, padding=False)
+    assert not any("balanced rows" in text for text in plan.warnings)
+    assert plan.topology.pricing.expert_load == EXPERT_LOAD
+
+
 def test_the_capacity_is_a_number_of_at_least_one() -> None:
     layer, args = _workload(64, 8, 8, 4, 2)
-    with pytest.raises(AutoshardError, match=r"`capacity` must be a finite number of at least 1, got 0\.5\."):
+    with pytest.raises(AutoshardError, match=r"`capacity` must be 0 or a finite number of at least 1, got 0\.5\."):
         autoshard.search(layer, *args, topology="cpu:2", capacity=0.5)
 
 

@@ -1,0 +1,61 @@
+"""The buffers of a mixture of experts: those that do not fit into on-chip memory are in HBM, as in compiled programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import autoshard
+from autoshard.tracing.trace import trace
+from costmodels.machine.topology import parse_topology
+from examples.mixtral import ragged_experts
+from search.memory.chain_buffers import chain_buffer_bytes, chains
+
+MIB = 2**20
+
+
+def mixture(tokens: int, width: int, hidden: int, experts: int, chosen: int) -> tuple[Any, tuple[Any, Any]]:
+    """Tokens `[T, E]` and their experts' results."""
+    shapes = {"router": (width, experts), "w_gate": (experts, width, hidden)}
+    shapes |= {"w_up": shapes["w_gate"], "w_down": (experts, hidden, width)}
+    layer = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+    def fn(layer: Any, x: Any) -> Any:
+        return x + ragged_experts(layer, x, chosen)
+
+    return fn, (layer, jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "chip", "expected"),
+    [
+        (8192, "v5p:1x1x1", 2 * 8 + 16),  # two hidden arrays beside the rows
+        (8192, "v5e:1x1", 0),  # all are on the chip
+        (65_536, "v5p:1x1x1", 2 * 64 + 128),
+        (65_536, "v5e:1x1", 64 + 128),  # one hidden array is on the chip, the rows never fit there
+        (131_072, "v5e:1x1", 2 * 128 + 256),  # nothing fits
+    ],
+)
+def test_the_buffers_in_hbm_are_those_beyond_on_chip_memory(rows: int, chip: str, expected: float) -> None:
+    fn, args = mixture(rows // 2, 1024, 512, 8, 2)
+    program = trace(fn, *args, chains=True).program
+    (at,) = chains(program)
+    whole = np.ones((1, len(program.operations[at].factors)))
+    assert chain_buffer_bytes(program, parse_topology(chip), at, whole) == pytest.approx(expected * MIB)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_the_planned_peak_of_a_mixture_is_the_compiled_one() -> None:
+    """Gathered rows of 48 MiB and hidden arrays of 18 MiB: libtpu has one of the latter in HBM, and the sum by token."""
+    fn, args = mixture(4096, 2048, 768, 32, 8)
+    split = P(("x", "y"))
+    pins = {"layer.w_*": split, "x": split}
+    plan = autoshard.search(fn, *args, topology="v5e:2x2", pins=pins)
+    found = autoshard.audit(plan, fn, *args, target="tpu")
+    assert found.peak_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.05)
