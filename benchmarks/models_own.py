@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from autoshard import Workload
-from examples import llama, mixtral, mla, t5, training
+from examples import gpt_oss, llama, mixtral, mla, t5, training
 
 
 def _sized(make: Callable[..., Workload], size: str, sizes: dict[str, Any], tiny: bool = False) -> Workload:
@@ -31,6 +31,8 @@ def cases() -> dict[tuple[str, str], Callable[..., Workload]]:
     add("llama 3 8b stacked", "decode", llama.decode, "8b", batch=64, context=2048)
     add("mixtral 8x7b", "prefill", mixtral.prefill, "8x7b", batch=16, length=1024)
     add("mixtral 8x7b", "decode", mixtral.decode, "8x7b", batch=64, context=2048)
+    add("gpt-oss 20b", "prefill", gpt_oss.prefill, "20b", batch=8, length=1024)
+    add("gpt-oss 20b", "decode", gpt_oss.decode, "20b", batch=64, context=2048)
     add("deepseek-v2 lite", "prefill", mla.prefill, "lite", batch=16, length=1024)
     add("deepseek-v2 lite", "decode", mla.decode, "lite", batch=64, context=2048)
     add("t5 v1.1 xxl", "forward", t5.forward, "xxl", batch=16, length=512)
