@@ -1,21 +1,24 @@
 """Shortest paths between all pairs of nodes of a graph with symmetries.
 
-From a few nodes at a time, the edges that leave the nodes last improved are relaxed until no path gets shorter. If
-renaming the nodes changes no price, only one node of each orbit is a start; the distances of the others are its own,
-renamed.
+From a few nodes at a time, all edges are relaxed until no path gets shorter (Bellman and Ford), those into nodes with
+equally many edges together. If renaming the nodes changes no price, only one node of each orbit is a start; the distances
+of the others are its own, renamed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 FORBIDDEN = 1e5
 """Seconds that stand for "impossible"; finite, so that differences stay numbers."""
-_STARTS = 16
-"""Start nodes per pass: few enough for their distances along all edges to stay in the processor's cache."""
+_EDGES, _STARTS = 4096, 64
+"""Edges relaxed at a time, and start nodes per pass: few enough for the processor's cache.
+
+Five graphs of 536 to 2,697 layouts (four mesh axes) take 1.28 s of a processor, with 1024 edges or 32 starts 1.5 s.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ def all_pairs(edges: Edges, within: np.ndarray, images: np.ndarray) -> np.ndarra
     distance = np.full((count, count), np.inf)
     first = images.min(axis=0) == np.arange(count)
     for bits in np.unique(within[first]):
-        usable = edges.restrict(within & ~bits == 0)
+        blocks = list(_blocks(edges.restrict(within & ~bits == 0)))
         starts = np.flatnonzero(first & (within == bits))
         for at in range(0, len(starts), _STARTS):
             some = starts[at : at + _STARTS]
-            distance[some] = _distances_from(some, usable, count)
+            distance[some] = _distances_from(some, blocks, count)
     for image in images[1:]:
         _rename(distance, np.flatnonzero(first), image)
     return distance
@@ -61,32 +64,29 @@ def _rename(distance: np.ndarray, starts: np.ndarray, image: np.ndarray) -> None
     distance[np.ix_(image[moved], image)] = distance[moved]
 
 
-def _distances_from(starts: np.ndarray, edges: Edges, count: int) -> np.ndarray:
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Nodes (`[nodes]`), and the sources (`[edges, nodes]`) and prices (`[edges, nodes, 1]`) of all edges into them."""
+
+
+def _blocks(edges: Edges) -> Iterator[Block]:
+    """All edges, in blocks of nodes with equally many."""
+    targets, first, degree = np.unique(edges.target, return_index=True, return_counts=True)
+    for count in np.unique(degree).tolist():
+        alike = np.flatnonzero(degree == count)
+        for some in np.array_split(alike, max(1, len(alike) * count // _EDGES)):
+            into = first[some] + np.arange(count)[:, None]
+            yield targets[some], edges.source[into], edges.price[into, None]
+
+
+def _distances_from(starts: np.ndarray, blocks: Sequence[Block], count: int) -> np.ndarray:
     """`[starts, nodes]`: distances from some nodes."""
     reached = np.full((count, len(starts)), np.inf)
     reached[starts, np.arange(len(starts))] = 0.0
-    shortened = np.zeros(count, dtype=bool)
-    shortened[starts] = True
-    while shortened.any():
-        shortened = _relax(reached, edges, shortened)
-    return reached.T
-
-
-def _relax(reached: np.ndarray, edges: Edges, shortened: np.ndarray) -> np.ndarray:
-    """Relaxes the edges that leave the nodes last improved; returns the nodes that this improves."""
-    leaving = np.flatnonzero(shortened[edges.source])
-    found = np.zeros(len(reached), dtype=bool)
-    for part in _parts(leaving):
-        targets = edges.target[part]
-        firsts = np.flatnonzero(np.r_[True, targets[1:] != targets[:-1]])
-        lengths = reached[edges.source[part]] + edges.price[part, None]
-        best, ends = np.minimum.reduceat(lengths, firsts, axis=0), targets[firsts]
-        found[ends] |= (best < reached[ends]).any(axis=1)
-        reached[ends] = np.minimum(reached[ends], best)
-    return found
-
-
-def _parts(edges: np.ndarray, size: int = 8192) -> Iterator[np.ndarray]:
-    """Slices that fit the processor's cache."""
-    for at in range(0, len(edges), size):
-        yield edges[at : at + size]
+    while True:
+        before = reached.copy()
+        for targets, sources, prices in blocks:
+            lengths = reached.take(sources, axis=0)
+            lengths += prices
+            reached[targets] = np.minimum(reached[targets], lengths.min(axis=0))
+        if np.array_equal(before, reached):
+            return reached.T
