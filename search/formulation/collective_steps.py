@@ -51,30 +51,25 @@ class CollectiveStep(NamedTuple):
 
 def steps_from(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep]:
     """Every single step that leaves a layout; the caller checks divisibility."""
-    yield from _gathers(layout)
-    yield from _exchanges(layout)
+    yield from _moves(layout)
     yield from _reductions(layout)
     yield from _slices(layout, sizes)
 
 
-def _with_changes(layout: Layout, changes: Mapping[int, Axes], partial: Axes | None = None) -> Layout:
-    dims = tuple(changes.get(i, dim) for i, dim in enumerate(layout.dims))
-    return Layout(dims, layout.partial if partial is None else partial)
+def _with_dim(dims: tuple[Axes, ...], i: int, axes: Axes) -> tuple[Axes, ...]:
+    return (*dims[:i], axes, *dims[i + 1 :])
 
 
-def _gathers(layout: Layout) -> Iterator[CollectiveStep]:
+def _moves(layout: Layout) -> Iterator[CollectiveStep]:
+    """The minor axes of a dimension are gathered, or exchanged for those of another one."""
     for i, dim in enumerate(layout.dims):
         for keep in range(len(dim)):
-            yield CollectiveStep("all-gather", dim[keep:], layout, _with_changes(layout, {i: dim[:keep]}), source_dim=i)
-
-
-def _exchanges(layout: Layout) -> Iterator[CollectiveStep]:
-    for i, dim in enumerate(layout.dims):
-        for keep in range(len(dim)):
-            for j, other in enumerate(layout.dims):
+            axes, rest = dim[keep:], _with_dim(layout.dims, i, dim[:keep])
+            yield CollectiveStep("all-gather", axes, layout, Layout(rest, layout.partial), i)
+            for j, other in enumerate(rest):
                 if i != j:
-                    target = _with_changes(layout, {i: dim[:keep], j: (*other, *dim[keep:])})
-                    yield CollectiveStep("all-to-all", dim[keep:], layout, target, source_dim=i, target_dim=j)
+                    target = Layout(_with_dim(rest, j, (*other, *axes)), layout.partial)
+                    yield CollectiveStep("all-to-all", axes, layout, target, i, j)
 
 
 def _reductions(layout: Layout) -> Iterator[CollectiveStep]:
@@ -82,9 +77,9 @@ def _reductions(layout: Layout) -> Iterator[CollectiveStep]:
         for chosen in permutations(layout.partial, count):
             rest = tuple(axis for axis in layout.partial if axis not in chosen)
             if chosen == tuple(sorted(chosen)):
-                yield CollectiveStep("all-reduce", chosen, layout, _with_changes(layout, {}, rest))
+                yield CollectiveStep("all-reduce", chosen, layout, Layout(layout.dims, rest))
             for i, dim in enumerate(layout.dims):
-                target = _with_changes(layout, {i: (*dim, *chosen)}, rest)
+                target = Layout(_with_dim(layout.dims, i, (*dim, *chosen)), rest)
                 yield CollectiveStep("reduce-scatter", chosen, layout, target, target_dim=i)
 
 
@@ -92,7 +87,8 @@ def _slices(layout: Layout, sizes: Mapping[str, int]) -> Iterator[CollectiveStep
     for axis, size in sizes.items():
         if size > 1 and axis not in layout.axes and axis not in layout.partial:
             for i, dim in enumerate(layout.dims):
-                yield CollectiveStep("slice", (axis,), layout, _with_changes(layout, {i: (*dim, axis)}), target_dim=i)
+                target = Layout(_with_dim(layout.dims, i, (*dim, axis)), layout.partial)
+                yield CollectiveStep("slice", (axis,), layout, target, target_dim=i)
 
 
 WHOLE_SLICE_GATHER_CHIPS = 64

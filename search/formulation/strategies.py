@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 from math import prod
 from typing import Literal, NamedTuple
@@ -92,8 +92,9 @@ def _make_looped_space(signature: tuple, sizes: Sizes) -> StrategySpace:
 @lru_cache(maxsize=4096)
 def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
     factors, inputs, outputs, linear, _ = signature
-    table = dict(sizes)
-    least = fewest_gathered(factors, inputs, outputs)
+    table, least = dict(sizes), fewest_gathered(factors, inputs, outputs)
+    compound = [dim for dims in (*inputs, *outputs) for dim in dims if len(dim) > 1]
+    shards_of = cache(lambda axes: prod(table[axis] for axis in axes))
     free = [i for i, factor in enumerate(factors) if factor.kind != "whole" and factor.size > 1]
     axes = [axis for axis, size in sizes if size > 1]
     found: list[Strategy] = []
@@ -101,9 +102,9 @@ def _space(signature: tuple, sizes: Sizes) -> StrategySpace:
         splits: list[Axes] = [()] * len(factors)
         for i, chosen in zip(free, ordered, strict=True):
             splits[i] = chosen
-        if _legal(factors, (*inputs, *outputs), splits, table, least):
+        if _legal(factors, compound, list(map(shards_of, splits)), least):
             found.extend(Strategy(each, carried) for each in _with_dispatch(factors, inputs, tuple(splits), table))
-    counts = np.array([[prod(table[a] for a in split) for split in s.splits] for s in found], dtype=float)
+    counts = np.array([list(map(shards_of, s.splits)) for s in found], dtype=float)
     return StrategySpace(
         tuple(found),
         tuple(tuple(input_layout(signature, s, k) for s in found) for k in range(len(inputs))),
@@ -141,16 +142,12 @@ def fewest_gathered(factors: Sequence[Factor], inputs: Sequence, outputs: Sequen
     return prod(factors[i].size for i in made)
 
 
-def _legal(
-    factors: Sequence[Factor], uses: Sequence, splits: Sequence[Axes], table: dict[str, int], least: int
-) -> bool:
+def _legal(factors: Sequence[Factor], compound: Sequence, counts: Sequence[int], least: int) -> bool:
     """Whether factors divide, compound dimensions have contiguous shards, and gathered shards are large enough."""
-    counts = [prod(table[axis] for axis in split) for split in splits]
-    if any(factor.size % count for factor, count in zip(factors, counts, strict=True)):
-        return False
-    if any(f.kind == "gathered" and n > 1 and f.size // n < least for f, n in zip(factors, counts, strict=True)):
-        return False
-    return all(_contiguous(factors, dim, counts) for dims in uses for dim in dims if len(dim) > 1)
+    for factor, count in zip(factors, counts, strict=True):
+        if factor.size % count or (factor.kind == "gathered" and count > 1 and factor.size // count < least):
+            return False
+    return all(_contiguous(factors, dim, counts) for dim in compound)
 
 
 def _contiguous(factors: Sequence[Factor], dim: Sequence[int], counts: Sequence[int]) -> bool:
@@ -164,7 +161,8 @@ def _contiguous(factors: Sequence[Factor], dim: Sequence[int], counts: Sequence[
 
 
 def _dims(dims: Sequence[Sequence[int]], strategy: Strategy) -> tuple[Axes, ...]:
-    return tuple(tuple(axis for i in dim for axis in strategy.splits[i]) for dim in dims)
+    splits = strategy.splits
+    return tuple(splits[dim[0]] if len(dim) == 1 else tuple(axis for i in dim for axis in splits[i]) for dim in dims)
 
 
 def input_layout(signature: tuple, strategy: Strategy, k: int) -> Layout:
