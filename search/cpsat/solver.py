@@ -29,7 +29,6 @@ def solve(
     slack: float,
     deterministic_seconds: float,
     wall_seconds: float,
-    gap: float = 0.0,
     lower: float = -np.inf,
 ) -> Answer:
     """Solves the part of a problem that a dual has left.
@@ -40,7 +39,6 @@ def solve(
     - `hint`: the states of the best plan known.
     - `slack`: seconds by which it exceeds the dual's bound; costlier plans cannot improve it.
     - `deterministic_seconds`, `wall_seconds`: the solver's limits. The second is hard: an overdue answer is abandoned.
-    - `gap`: the part of the excess over the bound within which a plan is good enough.
     - `lower`: seconds, a proven lower bound; if the hint reaches it, there is nothing to search.
     """
     started = time.monotonic()
@@ -52,7 +50,7 @@ def solve(
     solver.parameters.max_time_in_seconds = wall_seconds
     solver.parameters.max_memory_in_mb = _MEGABYTES
     solver.parameters.catch_sigint_signal = False
-    solver.parameters.relative_gap_limit = gap
+    solver.parameters.relative_gap_limit = 0.0
     solver.parameters.absolute_gap_limit = max(built.enough, 1e-4)
     problem = built.model.validate()
     if problem:

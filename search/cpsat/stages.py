@@ -14,7 +14,6 @@ from search.answer.check import Check, check
 from search.answer.solution import Answer, Limits, NoPlan, Proof, Solution
 from search.cpsat.branching import Branching
 from search.cpsat.decision import Domains, answer_on, domains, single_states
-from search.cpsat.kernel import combine
 from search.formulation.problem import FORBIDDEN, Problem
 from search.memory.constraints import Rows
 from search.memory.constraints import rows as memory_rows
@@ -133,7 +132,6 @@ class Task:
                 ascent.attempt(before.states[kept])
             ascent.run(None if before is None else before.ascent.prices)
             if ascent.dual.multipliers.any():
-                combine(ascent)
                 ascent.lift(POLICY.last_rounds)
         except KeyboardInterrupt:
             if ascent.best is None:

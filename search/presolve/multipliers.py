@@ -71,9 +71,6 @@ class Pool:
         self._plans: dict[bytes, Seen] = {}
         self._start = np.cumsum([0, *(len(node.states) for node in problem.nodes)])
 
-    def __len__(self) -> int:
-        return len(self._plans)
-
     def add(self, states: np.ndarray) -> Seen:
         """Remembers a plan, feasible or not: parts of it may be right."""
         key = states.tobytes()

@@ -81,20 +81,6 @@ class Policy:
     growth: float = 4.0
     """The factor by which a multiplier rises while no plan that fits is known."""
 
-    # --- Kernel search
-    kernel_gap: float = 1e-3
-    """The gap, as a part of the best plan, at which plans are combined."""
-    kernel_pairs: int = 4_000
-    """The most pairs of layouts in the combined problem, so that CP-SAT may end within its seconds."""
-    kernel_halvings: int = 12
-    """The most times that the window of further states is halved until they are few enough."""
-    kernel_seconds: float = 3.0
-    """CP-SAT's time limit for it, on its own clock."""
-    kernel_excess: float = 0.01
-    """The part of the excess over the bound within which its plan is good enough."""
-    kernel_sweeps: int = 6
-    """The number of sweeps of the kernel before."""
-
     # --- Sizes and limits of CP-SAT's problems
     open_pairs: int = 30_000
     """The most pairs of layouts of the whole problem if the bound leaves a gap."""

@@ -16,7 +16,6 @@ from search.answer.solution import Limits
 from search.cpsat import branching
 from search.cpsat.branching import Branching
 from search.cpsat.branching_rule import Probing
-from search.cpsat.kernel import combine_plans
 from search.cpsat.solver import solve
 from search.cpsat.stages import Found, Task
 from search.formulation.problem import FORBIDDEN, Problem, build
@@ -249,18 +248,3 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
         prices = told.multipliers * np.array([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in told.multipliers])
         prices = prices + random.choice([0.0, 1e-12, 1e-9]) * (np.arange(len(prices)) == random.randrange(len(prices)))
         assert proven(prices) <= told.seconds * (1 + 1e-5)
-
-
-@examples(20)
-@given(programs(), st.sampled_from(TOPOLOGIES[:3]), st.floats(0.25, 1.1))
-def test_plans_put_together_fit_and_leave_the_dual_as_it_was(program, topology, part):
-    """What is put together from the plans seen is a plan that fits, or one of those seen."""
-    problem = tight(program, topology, part)
-    ascent = begun(problem)
-    seen = tuple(ascent.pool.states)
-    assume(ascent.fits and seen)
-    before = ascent.dual.bound()
-    found = combine_plans(ascent)
-    assert ascent.dual.bound() == pytest.approx(before, rel=1e-9, abs=ROUNDING)
-    if not any((found == states).all() for states in seen):
-        assert (overflow(problem, ascent.rows, found) <= 0).all()
