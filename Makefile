@@ -77,7 +77,7 @@ bench-moe: $(VENV)/.tpu  ## mixtures of experts against the rules of public code
 bench-reports: $(VENV)/.tpu  ## public bug reports, rebuilt: a table, and benchmarks/results/reports.json (ARGS="--only NAME", ARGS="--no-tpu")
 	PYTHONPATH=. $(BIN)/python benchmarks/reports.py $(ARGS)
 
-peaks: $(VENV)/.test $(VENV)/.tpu  ## planned peaks of 200 random programs against the TPU compiler's (20 minutes)
+peaks: $(VENV)/.test $(VENV)/.tpu  ## planned peaks of 200 random programs against the TPU compiler's (15 minutes; ARGS="-k 17" runs one)
 	$(BIN)/python -m pytest -n0 -m slow tests/search/memory/test_random_peaks.py $(ARGS)
 
 models: $(ZOO_VENV)/.zoo  ## transformers of other people's libraries: a table, and benchmarks/results/models.json (ARGS="--audit", ARGS="--only NAME")

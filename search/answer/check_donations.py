@@ -1,11 +1,12 @@
 """The checker's own account of donated arguments that are read while the result that overwrites them is made.
 
+Elementwise work inside the kernels of products is here, too (measured, `search.memory.fused_products`).
 It follows kernels from their ends to what they read, and shares no code with `search.memory.donations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from costmodels.program.program import Operation, Program
 
@@ -107,3 +108,69 @@ def _keeps_order(op: Operation, operand: int) -> bool:
     given, made = op.inputs[operand].dims, op.outputs[0].dims
     orders = [[i for dim in dims for i in dim if op.factors[i].size > 1] for dims in (given, made)]
     return orders[0] == orders[1]
+
+
+# --- elementwise work inside the kernels of products
+
+Readers = Mapping[int, Sequence[int]]
+
+
+def formed(program: Program, readers: Readers) -> set[int]:
+    """The operands that products form themselves, from arguments that are not donated, with one reader for each step."""
+    maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
+    donated = {program.arguments[argument] for argument, _ in program.donated}
+    known: dict[int, bool] = {}
+
+    def is_of_arguments(value: int) -> bool:
+        if value not in known:
+            at = maker[value]
+            op = program.operations[at]
+            alone = len(set(readers.get(value, ()))) == 1 and op.region == 0
+            steps = op.op_class == "fused" and not _reduces(op) and all(is_of_arguments(use.value) for use in op.inputs)
+            known[value] = (alone and steps) if op.op_class != "source" else at not in donated
+        return known[value]
+
+    found = set[int]()
+    for op in program.operations:
+        for use in op.inputs if op.op_class == "matmul" else ():
+            if program.operations[maker[use.value]].op_class != "source" and is_of_arguments(use.value):
+                found.add(use.value)
+    return found
+
+
+def over_products(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+    """Each product, and the result of the one kernel that reads it, element by element, and writes over it."""
+    taken = {program.operations[program.results[result]].inputs[0].value for _, result in program.donated}
+    for op in program.operations:
+        if op.op_class != "matmul" or len(op.outputs) != 1:
+            continue
+        (product,) = (use.value for use in op.outputs)
+        last = _last_results(program, readers, is_fused, product, op.region)
+        if last is not None and len(last) == 1 and not last & taken:
+            (result,) = last
+            if program.values[result].bytes == program.values[product].bytes:
+                yield product, result
+
+
+def _last_results(
+    program: Program, readers: Readers, is_fused: Callable[[int], bool], value: int, region: int
+) -> set[int] | None:
+    """The results of the kernels that read a value; none if one of them does not keep its order."""
+    found = set[int]()
+    for at in readers.get(value, ()):
+        op = program.operations[at]
+        kept = all(_keeps_order(op, k) for k, use in enumerate(op.inputs) if use.value == value)
+        if op.region != region or not is_fused(at) or not kept:
+            return None
+        after = readers.get(op.outputs[0].value, ())
+        last = {op.outputs[0].value}
+        if after and all(map(is_fused, after)):
+            last = _last_results(program, readers, is_fused, op.outputs[0].value, region)
+        if last is None:
+            return None
+        found |= last
+    return found
+
+
+def _reduces(op: Operation) -> bool:
+    return op.primitive.startswith(("reduce_", "arg", "cum"))

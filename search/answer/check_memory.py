@@ -13,6 +13,7 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
   any more (`search.answer.check_donations`).
 - A branch reads arrays around it where they lie. Its result lies in that of the conditional, which begins as a copy if a
   branch returns an array around it (`search.memory.branches`).
+- Results are allocated before the program begins, and other arrays lie in their memory before (`search.answer.check_results`).
 - A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups, in on-chip memory
   as far as half of it goes.
 - A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
@@ -33,12 +34,12 @@ from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
 from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Operation, Program
-from search.answer.assignment import Choice, kept_layout, moves, needed_layout
-from search.answer.check_donations import Overwrites
+from search.answer.assignment import Choice, kept_layout, moves
+from search.answer.check_donations import Overwrites, formed, over_products
 from search.answer.check_grouped import GroupedWork, sent_rows
-from search.answer.check_temporaries import converting, joining, sorting
+from search.answer.check_results import Life, with_results_first
+from search.answer.check_temporaries import Holds, converting, joining, returning, sorting
 from search.formulation.layouts import shards
-from search.formulation.tpu_tiles import argument_tile
 
 _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
 
@@ -46,37 +47,41 @@ _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
 def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[float]:
     """The bytes that one chip holds during each operation of the program, in order."""
     account, sizes = _Account(program), topology.axis_sizes
-    changes = [0.0] * (len(program.operations) + 1)
+    further = list(_further(program, topology, choice, account))
 
-    def hold(first: int, last: int, held: float) -> None:
-        changes[first] += held
-        changes[last + 1] -= held
+    def filled(lives: Iterable[Life]) -> Iterator[float]:
+        changes = [0.0] * (len(program.operations) + 1)
+        arrays = ((min(values), first, last) for values, first, last in lives)
+        held = [(i, j, program.values[v].bytes / shards(kept_layout(program, choice, v), sizes)) for v, i, j in arrays]
+        for first, last, size in (*held, *further):
+            changes[first] += size
+            changes[last + 1] -= size
+        return accumulate(changes[:-1])
 
-    for value, first, last in account.arrays():
-        hold(first, last, program.values[value].bytes / shards(kept_layout(program, choice, value), sizes))
+    lives = list(account.lives())
+    reserved = with_results_first(program, lives, account.readers, account.is_fused)
+    return [max(both) for both in zip(filled(lives), filled(reserved), strict=True)]
+
+
+def _further(program: Program, topology: Topology, choice: Choice, account: _Account) -> Holds:
+    """The copies that reshards make, and the arrays that operations make of their own."""
     for move in moves(program, choice):
         moved = program.values[move.value].bytes
         if move.operation is None:
             at = account.maker[move.value]
-            hold(at, at, moved / shards(move.source, sizes))
+            yield at, at, moved / shards(move.source, topology.axis_sizes)
         else:
-            hold(*account.copy_life(move.value, move.operation), moved / shards(move.target, sizes))
-    for at in program.results:
-        if program.operations[at].inputs:
-            hold(at, at, account.copied_result(topology, choice, at))
-    for each in sorting(program, topology, choice):
-        hold(*each)
-    for each in converting(program, topology, choice, account.readers):
-        hold(*each)
-    for each in joining(program, topology, choice, account.readers, account.is_fused):
-        hold(*each)
+            yield *account.copy_life(move.value, move.operation), moved / shards(move.target, topology.axis_sizes)
+    yield from returning(program, topology, choice, account.maker)
+    yield from sorting(program, topology, choice)
+    yield from converting(program, topology, choice, account.readers)
+    yield from joining(program, topology, choice, account.readers, account.is_fused, account.formed)
     for at, op in enumerate(program.operations):
         if op.primitive == "reduce_max":
             made, held = account.second_scores(topology, choice, at)
-            hold(made, made, held)
+            yield made, made, held
         elif op.primitive == CHAIN:
-            hold(at, at, _chain_buffers(program, topology, choice, at))
-    return list(accumulate(changes[:-1]))
+            yield at, at, _chain_buffers(program, topology, choice, at)
 
 
 def _chain_buffers(program: Program, topology: Topology, choice: Choice, at: int) -> float:
@@ -101,8 +106,8 @@ class _Account:
             for use in op.inputs:
                 self.readers.setdefault(use.value, []).append(i)
 
-    def arrays(self) -> Iterator[tuple[int, int, int]]:
-        """One value per array in memory, with the first and the last operation of its life."""
+    def lives(self) -> Iterator[Life]:
+        """The values of each array in memory, with the first and the last operation of its life."""
         overwritten = list(self._overwritten())
         for values in self._sharing((*self._pairs(), *((given, taken) for given, taken, _ in overwritten))):
             if any(self._is_stored(value) for value in values):
@@ -110,8 +115,8 @@ class _Account:
                 first, last = min(map(self._begins, values)), max(self.needed_until(value) for value in values)
                 if any(self.program.operations[at].op_class == "source" for at in makers):
                     first = self._phase(first)[0]
-                yield min(values), first, last
-        yield from ((taken, *both) for _, taken, both in overwritten if both is not None)
+                yield Life(tuple(values), first, last)
+        yield from (Life((taken,), *both) for _, taken, both in overwritten if both is not None)
 
     def _begins(self, value: int) -> int:
         """The first operation of a value's life; stacked results live as long as their loop."""
@@ -216,6 +221,7 @@ class _Account:
                 yield group
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
+        yield from over_products(self.program, self.readers, self.is_fused)
         for i, op in enumerate(self.program.operations):
             given = [use.value for use in op.inputs]
             made = [use.value for use in op.outputs]
@@ -278,11 +284,15 @@ class _Account:
         if op.primitive == "loop_slice" or at in self.views:
             return False
         readers = [self.program.operations[each].primitive for each in self.readers.get(value, ())]
-        return set(readers) != {"loop_stack"} and (not self.is_fused(at) or self._leaves(value))
+        turned = [each for each in self.readers.get(value, ()) if each not in self.views]
+        apart = op.primitive.startswith(("reduce_", "arg")) and any(
+            self.program.operations[each].primitive == "transpose" for each in turned
+        )
+        return set(readers) != {"loop_stack"} and (apart or not self.is_fused(at) or self._leaves(value))
 
     def _leaves(self, value: int) -> bool:
-        """Whether an unfused operation reads a value or a view of it."""
-        for at in self.readers.get(value, ()):
+        """Whether an unfused operation reads a value or a view of it, and does not form it."""
+        for at in self.readers.get(value, ()) if value not in self.formed else ():
             if at in self.views:
                 leaves = self._leaves(self.program.operations[at].outputs[0].value)
             else:
@@ -290,6 +300,11 @@ class _Account:
             if leaves:
                 return True
         return False
+
+    @cached_property
+    def formed(self) -> set[int]:
+        """The values that products form."""
+        return formed(self.program, self.readers)
 
     def is_fused(self, at: int) -> bool:
         """Elementwise work, and a scatter of one element to each row of a constant array, which XLA fuses."""
@@ -321,24 +336,6 @@ class _Account:
             if op.op_class == "matmul":
                 latest[op.region] = i
         return found
-
-    def copied_result(self, topology: Topology, choice: Choice, at: int) -> float:
-        """Bytes of a second array: a product that a TPU writes in other tiles than those of an argument of its shape."""
-        value = self.program.operations[at].inputs[0].value
-        maker, array = self.program.operations[self.maker[value]], self.program.values[value]
-        groups = matrix_factors(maker)
-        if topology.chip.kind != "tpu" or groups is None or groups.batch:
-            return 0.0
-        dims = next(use.dims for use in maker.outputs if use.value == value)
-        cuts = needed_layout(self.program, choice, at, 0).dims
-        pieces = [prod(topology.axis_sizes[axis] for axis in axes) for axes in cuts]
-        local = [size // count for size, count in zip(array.shape, pieces, strict=True)]
-        sides = [[i for i, dim in enumerate(dims) if set(dim) <= set(side)] for side in (groups.rows, groups.columns)]
-        held = array.itemsize * prod(local)
-        if not all(sides) or held <= topology.chip.on_chip_bytes:
-            return 0.0
-        tiles = {max(side, key=lambda i: (local[i], i)) for side in sides}
-        return 0.0 if set(argument_tile(tuple(local), array.itemsize)) == tiles else held
 
     def second_scores(self, topology: Topology, choice: Choice, at: int) -> tuple[int, float]:
         """The bytes of a second array of scores, and the product that forms them.

@@ -7,13 +7,15 @@ loop reads in a narrower type, but does not pile up, is converted whole before t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 
 from costmodels.machine.topology import Topology
+from costmodels.operations import matrix_factors
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, kept_layout, needed_layout
 from search.formulation.layouts import shards
+from search.formulation.tpu_tiles import argument_tile
 
 Holds = Iterator[tuple[int, int, float]]
 """The first and the last operation of an array's life, and its bytes on one chip."""
@@ -31,18 +33,41 @@ def sorting(program: Program, topology: Topology, choice: Choice) -> Holds:
                 yield at, at, held + (4 * elements if alone else 0)
 
 
+def returning(program: Program, topology: Topology, choice: Choice, maker: Mapping[int, int]) -> Holds:
+    """The second arrays of results: products that a TPU writes in other tiles than those of an argument of their shape."""
+    for at in program.results if topology.chip.kind == "tpu" else ():
+        for value in (use.value for use in program.operations[at].inputs):
+            array, made_by = program.values[value], program.operations[maker[value]]
+            groups = matrix_factors(made_by)
+            if groups is None or groups.batch:
+                continue
+            dims = next(use.dims for use in made_by.outputs if use.value == value)
+            cuts = needed_layout(program, choice, at, 0).dims
+            pieces = [prod(topology.axis_sizes[axis] for axis in axes) for axes in cuts]
+            local = [size // count for size, count in zip(array.shape, pieces, strict=True)]
+            sides = [
+                [i for i, dim in enumerate(dims) if set(dim) <= set(side)] for side in (groups.rows, groups.columns)
+            ]
+            held = array.itemsize * prod(local)
+            if all(sides) and held > topology.chip.on_chip_bytes:
+                tiles = {max(side, key=lambda i: (local[i], i)) for side in sides}
+                if set(argument_tile(tuple(local), array.itemsize)) != tiles:
+                    yield at, at, held
+
+
 def joining(
     program: Program,
     topology: Topology,
     choice: Choice,
     readers: Mapping[int, Sequence[int]],
     is_fused: Callable[[int], bool],
+    formed: Collection[int],
 ) -> Holds:
-    """The operands of concatenations, where they are not arrays already."""
+    """The operands of concatenations, where they are not arrays already, and products do not form them."""
     maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
     ends = _kernel_ends(program, readers, is_fused) if topology.chip.kind == "tpu" else {}
     for at, op in enumerate(program.operations):
-        if op.primitive not in ("concatenate", "stack") or at not in ends or not ends[at]:
+        if op.primitive not in ("concatenate", "stack") or not ends.get(at) or op.outputs[0].value in formed:
             continue
         for value in {use.value for use in op.inputs}:
             made, last = maker[value], max(ends[at])

@@ -3,8 +3,8 @@
 An array lives from the operation that makes it to its last use. One that enters a loop lives until the loop ends. A
 stacked result of a loop is allocated in full before the first iteration. Arrays that share memory (a donated argument
 and its result, a loop's carry, an update in place, a view) are one buffer. Values inside a fused kernel take no
-memory: results of fused operations count only if an unfused operation, a loop or the caller needs them. A reshard
-holds the old and the new array at once.
+memory: results of fused operations count only if an unfused operation, a loop or the caller needs them. Results are
+allocated before the program begins (`search.memory.results_first`). A reshard holds the old and the new array at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import chain
 from operator import add
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,12 +25,15 @@ from search.formulation.layouts import Layout, shards
 from search.formulation.problem import Problem, Slot
 from search.formulation.reshard import ReshardTable, TableKey
 from search.memory.branches import BRANCH_CONSTANT, is_lent, is_read_by_branch, results_of_branches
+from search.memory.buffer import Buffer
 from search.memory.chain_buffers import chain_buffer_bytes, chains
 from search.memory.conversions import conversions
 from search.memory.donations import Donations
-from search.memory.fused_scatters import is_inlined
+from search.memory.fused_products import formed_in_products, written_over
+from search.memory.kernels import REDUCTIONS, is_inlined
 from search.memory.reshard_buffers import Copies
 from search.memory.result_copies import copied_bytes
+from search.memory.results_first import results_first
 from search.memory.softmax_copies import score_maxima, second_array_bytes
 from search.memory.tpu_temporaries import joined_operands, operations_with_temporaries, temporary_bytes
 from search.memory.views import IN_PLACE, views
@@ -86,16 +90,6 @@ class Rows(tuple[Row, ...]):
         return nodes, edges, found, start
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """Arrays that share memory: the array that stands for them, and the first and last point of their life."""
-
-    value: int
-    members: tuple[int, ...]
-    first: int
-    last: int
-
-
 def buffers(program: Program) -> tuple[Buffer, ...]:
     """Every buffer that takes memory, with its life."""
     groups = _Groups(program)
@@ -117,6 +111,8 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
             for use in op.inputs:
                 if _ends_here(program, use.value, i):
                     groups.join(op.outputs[0].value, use.value)
+    for product, result in written_over(program):
+        groups.join(product, result)
     starts = stack_starts(program)
     beside = list(_join_donated(program, groups, starts))
     joined = (_buffer(program, members, last, starts) for members in groups.found() if _takes_memory(program, members))
@@ -231,12 +227,20 @@ def _is_materialised(program: Program, value: int) -> bool:
     users = program.consumers.get(value, ())
     if users and all(program.operations[at].primitive == "loop_stack" for at, _ in users):
         return False  # made in place in the stack
+    if made_by.primitive.startswith(REDUCTIONS) and _is_transposed(program, value):
+        return True
     return not is_inlined(program, program.producers[value][0]) or _leaves_kernel(program, value)
+
+
+def _is_transposed(program: Program, value: int) -> bool:
+    """Whether a kernel writes a value in another order, which is none that reduces."""
+    operations = {at: program.operations[at].primitive for at, _ in program.consumers.get(value, ())}
+    return any(name == "transpose" and at not in views(program) for at, name in operations.items())
 
 
 def _leaves_kernel(program: Program, value: int) -> bool:
     """Whether an unfused operation, a loop or the caller needs a value, as it is or as a view."""
-    return any(
+    return value not in formed_in_products(program) and any(
         _leaves_kernel(program, program.operations[at].outputs[0].value)
         if at in views(program)
         else not is_inlined(program, at)
@@ -270,15 +274,19 @@ class _Term:
 @cached_analysis
 def rows(problem: Problem) -> Rows:
     """The rows that can bind: the points at which the live values are not a subset of those at another point."""
-    terms = [*_buffer_terms(problem), *_copy_terms(problem), *_result_terms(problem), *_score_terms(problem)]
+    terms = [*_copy_terms(problem), *_result_terms(problem), *_score_terms(problem)]
     terms += [*_chain_terms(problem), *_temporary_terms(problem)]
+    lives = buffers(problem.program)
+    ways = [[*_buffer_terms(problem, each), *terms] for each in (lives, *results_first(problem.program, lives))]
     kinds: dict[tuple, int] = {}
     found: list[_Term] = []
-    for term in terms:
+    for term in chain.from_iterable(ways):
         if term.key not in kinds:
             kinds[term.key] = len(found)
             found.append(term)
-    points, counts = _fullest(problem.program, terms, kinds)
+    fullest = [_fullest(problem.program, way, kinds) for way in ways]
+    points = [point for at, _ in fullest for point in at]
+    counts = np.concatenate([each for _, each in fullest])
     maximal = drop_dominated(counts)
     known: dict[tuple, Any] = {}
     return Rows(_row(points[i], [(found[k], counts[i, k]) for k in np.flatnonzero(counts[i])], known) for i in maximal)
@@ -359,9 +367,9 @@ def _row(point: int, terms: list[tuple[_Term, int]], known: dict[tuple, Any]) ->
     return Row(point, tuple(sides["node"]), tuple(sides["edge"]))
 
 
-def _buffer_terms(problem: Problem) -> Iterator[_Term]:
+def _buffer_terms(problem: Problem, lives: Iterable[Buffer]) -> Iterator[_Term]:
     tables: dict[tuple, np.ndarray] = {}
-    for buffer in buffers(problem.program):
+    for buffer in lives:
         node, slot = _place(problem, buffer.value)
         key = (node, slot, problem.program.values[buffer.value].bytes)
         if key not in tables:

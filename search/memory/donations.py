@@ -17,13 +17,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from costmodels.program.program import Operation, Program, Use
-from costmodels.program.views import PARTS
-from search.memory.fused_scatters import is_inlined
-from search.memory.views import IN_PLACE
-
-REDUCTIONS = ("reduce_", "arg")
-"""How the names of reductions begin; each is a kernel of its own before those that use its result."""
+from costmodels.program.program import Program
+from search.memory.kernels import REDUCTIONS, is_in_place, is_inlined
 
 
 @dataclass
@@ -98,7 +93,7 @@ def _readers(program: Program, value: int) -> Iterator[tuple[int, bool]]:
         at = heappop(waiting)
         op = program.operations[at]
         read = [(use.value, k) for k, use in enumerate(op.inputs) if use.value in in_place]
-        same = all(in_place[each] and _is_in_place(op, k) for each, k in read)
+        same = all(in_place[each] and is_in_place(op, k) for each, k in read)
         users = {user for use in op.outputs for user, _ in program.consumers.get(use.value, ())}
         if _ends_kernel(program, at, users):
             yield at, same
@@ -111,17 +106,3 @@ def _readers(program: Program, value: int) -> Iterator[tuple[int, bool]]:
 def _ends_kernel(program: Program, operation: int, users: Collection[int]) -> bool:
     is_inside = is_inlined(program, operation) and not program.operations[operation].primitive.startswith(REDUCTIONS)
     return not is_inside or not users or not all(is_inlined(program, user) for user in users)
-
-
-def _is_in_place(op: Operation, position: int) -> bool:
-    """Whether an operation may write its result where it reads an operand."""
-    if op.primitive in (*IN_PLACE, "loop_carry"):
-        return position == 0
-    if op.op_class != "fused" or op.primitive in PARTS or op.primitive.startswith(("cum", *REDUCTIONS)):
-        return False
-    return _elements(op, op.inputs[position]) == _elements(op, op.outputs[0])
-
-
-def _elements(op: Operation, use: Use) -> list[int]:
-    """The order of an array's elements: its factors, outermost first."""
-    return [factor for dim in use.dims for factor in dim if op.factors[factor].size > 1]

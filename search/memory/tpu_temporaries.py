@@ -24,8 +24,8 @@ from costmodels.machine.topology import Topology
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
 from search.formulation.layouts import Layout, local_shape
-from search.memory.donations import REDUCTIONS
-from search.memory.fused_scatters import is_inlined
+from search.memory.fused_products import formed_in_products
+from search.memory.kernels import REDUCTIONS, is_inlined
 
 INDEX_BYTES = 4
 JOINS = ("concatenate", "stack")
@@ -78,6 +78,8 @@ def joined_operands(program: Program) -> tuple[Joined, ...]:
 
 
 def _joined(program: Program, at: int) -> Iterator[Joined]:
+    if program.operations[at].outputs[0].value in formed_in_products(program):
+        return
     ends = _kernel_ends(program, at)
     if all(program.operations[end].primitive.startswith(REDUCTIONS) for end in ends):
         return

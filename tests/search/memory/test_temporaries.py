@@ -13,6 +13,7 @@ import autoshard
 from autoshard.auditing.findings import find_in_time
 from search.memory.constraints import buffers
 from search.memory.conversions import conversions
+from search.memory.results_first import results_first
 from search.memory.tpu_temporaries import joined_operands
 from tests.support.cases import Case
 from tests.support.tracing import trace
@@ -59,6 +60,10 @@ CASES = {
     "rows written in a branch": Case(
         lambda a, b: lax.cond(a[0, 0] > 0, lambda: lax.dynamic_update_slice(a, b[:64], (8, 0)), lambda: a), (A, A)
     ),
+    "written over its product": Case(lambda a, b: jnp.tanh(a @ b), (A, A)),
+    "formed in its product": Case(lambda a, b: jnp.tanh(a) @ jnp.tanh(b), (A, A)),
+    "read while the result is written": Case(lambda a, b: jax.nn.softmax(a @ b, -1), (A, A)),
+    "a sum in another order": Case(lambda s: s.sum(0).T, (S((3, 8192, 8192), f32),)),
     "converted": Case(trained, (S((16, 4096, 4096), f32), S((4096, 4096), bf16)), (0,)),
 }
 
@@ -105,6 +110,37 @@ def test_reductions_alone_need_no_operands_of_a_concatenation() -> None:
     joined = lambda a, b: jnp.concatenate([jnp.tanh(a), jnp.tanh(b)])  # noqa: E731
     assert len(joined_operands(trace(joined, SMALL, SMALL).program)) == 2
     assert joined_operands(trace(lambda a, b: joined(a, b).sum(0), SMALL, SMALL).program) == ()
+
+
+@pytest.mark.parametrize(
+    ("fn", "wanted"),
+    [
+        (lambda a, b: jnp.tanh(a @ b), 3),
+        (lambda a, b: (lambda p: jnp.tanh(p) * p)(a @ b), 3),
+        (lambda a, b: (a @ b, jnp.tanh(a @ b)), 4),
+        (lambda a, b: jnp.tanh(a) @ b, 3),
+        (lambda a, b: (lambda t: (t @ b, t @ a))(jnp.tanh(a)), 5),
+        (lambda a, b: a.sum(0) + b, 3),
+    ],
+)
+def test_elementwise_work_inside_the_kernels_of_products_takes_no_array(fn: Any, wanted: int) -> None:
+    assert arrays(fn, ()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fn", "wanted"),
+    [
+        (lambda a, b: a @ b @ b, 1),
+        (lambda a, b: a @ b @ b @ b, 1),
+        (lambda a, b: jax.nn.softmax(a @ b, -1), 1),
+        (lambda a, b: (a @ b @ b, jnp.tanh(b)), 0),
+    ],
+)
+def test_arrays_lie_in_the_memory_of_results_that_are_made_after_all_their_readers(fn: Any, wanted: int) -> None:
+    """The number of those that do not; the last has a result that can wait."""
+    program = trace(fn, SMALL, SMALL).program
+    found = next(results_first(program, buffers(program)))
+    assert len(found) == 2 + len(program.results) + wanted
 
 
 def test_stacks_are_converted_before_a_loop_unless_it_piles_up_the_slices() -> None:
@@ -154,7 +190,8 @@ def test_constants_are_converted_before_the_outermost_loop_that_does_not_change_
     ("branch", "other", "wanted"),
     [
         (lambda a, b: a @ b, lambda a, b: b @ a, 3),
-        (lambda a, b: jnp.tanh(a @ b), lambda a, b: b @ a, 4),
+        (lambda a, b: jnp.tanh(a @ b), lambda a, b: b @ a, 3),
+        (lambda a, b: jnp.tanh(a @ b), lambda a, b: a, 4),
         (lambda a, b: a @ b, lambda a, b: a, 4),
         (lambda a, b: lax.dynamic_update_slice(a, b[:2], (0, 0)), lambda a, b: a, 4),  # with the rows
         (lambda a, b: lax.dynamic_update_slice(a, b[:2], (0, 0)), lambda a, b: b @ a, 5),  # with the rows

@@ -1,7 +1,8 @@
-"""Scatters that run inside the kernel that uses their result, though they are not written as elementwise.
+"""Fused kernels: what runs inside them, and what they do to the arrays that they read: reduce them, or write over them.
 
-A scatter of one element to each row of a constant array is the gradient of a per-row gather, such as the label's logit
-in a cross-entropy. Compilers write it as a comparison of the column numbers with the index.
+A scatter of one element to each row of a constant array runs inside the kernel that uses its result, though it is not written
+as elementwise. It is the gradient of a per-row gather, such as the label's logit in a cross-entropy. Compilers write it as a
+comparison of the column numbers with the index.
 """
 
 from __future__ import annotations
@@ -9,7 +10,26 @@ from __future__ import annotations
 from math import prod
 
 from costmodels.program.analysis import cached_analysis
-from costmodels.program.program import Program
+from costmodels.program.program import Operation, Program, Use
+from costmodels.program.views import PARTS
+from search.memory.views import IN_PLACE
+
+REDUCTIONS = ("reduce_", "arg")
+"""How the names of reductions begin; each is a kernel of its own before those that use its result."""
+
+
+def is_in_place(op: Operation, position: int) -> bool:
+    """Whether an operation may write its result where it reads an operand."""
+    if op.primitive in (*IN_PLACE, "loop_carry"):
+        return position == 0
+    if op.op_class != "fused" or op.primitive in PARTS or op.primitive.startswith(("cum", *REDUCTIONS)):
+        return False
+    return _elements(op, op.inputs[position]) == _elements(op, op.outputs[0])
+
+
+def _elements(op: Operation, use: Use) -> list[int]:
+    """The order of an array's elements: its factors, outermost first."""
+    return [factor for dim in use.dims for factor in dim if op.factors[factor].size > 1]
 
 
 def is_inlined(program: Program, operation: int) -> bool:
