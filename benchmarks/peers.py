@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -188,20 +187,16 @@ def _autosharding(case: Case, merged: Sequence[str], topology: Any, peer_python:
 
 def run_limited(command: Sequence[str], environment: Mapping[str, str], seconds: int) -> tuple[str, str]:
     """The output of a process that may use so many processor seconds, and why it ended early, empty if it did not."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-
+    limited = ["bash", "-c", f'ulimit -S -t {seconds}; ulimit -H -t {seconds + 5}; exec "$@"', "bash", *command]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(
-                command,
+                limited,
                 env=dict(environment),
                 stdout=out,
                 stderr=errors,
                 timeout=HANGS * seconds,
                 check=False,
-                preexec_fn=limit,
             )
             code = done.returncode
         except subprocess.TimeoutExpired:

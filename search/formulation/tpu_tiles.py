@@ -109,7 +109,7 @@ def _tile_ratio(rows: int, lanes: int, itemsize: float) -> float:
     A few rows are stored as a power of 2, small types several to a row.
     """
     if rows <= max(_PART_TILES):
-        stored = next(n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES)
+        stored = next((n for n in _PART_TILES if n >= rows and n * itemsize >= _LANE_BYTES), _ROWS)
     else:
         stored = ceil(rows / _ROWS) * _ROWS
     return stored * ceil(lanes / _LANES) * _LANES / max(rows * lanes, 1)

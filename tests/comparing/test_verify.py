@@ -47,7 +47,7 @@ def layer(params, x):
 
 
 def work():
-    shapes = {"up": (256, 256), "down": (256, 256)}
+    shapes = {"up": (256, 2048), "down": (2048, 256)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     return autoshard.Workload(layer, (params, jax.ShapeDtypeStruct((2048, 256), jnp.float32)))
 """

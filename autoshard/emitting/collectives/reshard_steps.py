@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -56,7 +57,8 @@ def _gather(piece: Any, axes: Axes, dim: int) -> Any:
     each chip's part in them: twice the bytes, and 1.3 to 2.5 times the cycles for bf16[1, 64] to bf16[1, 4800].
     """
     rows = next((n for n in (_TILE_ROWS, 4, 2) if piece.size % n == 0), 1)
-    if piece.size > piece.shape[dim] or piece.size % _TILE_COLUMNS == 0 or rows == 1:
+    is_key = jnp.issubdtype(piece.dtype, jax.dtypes.prng_key)
+    if is_key or piece.size > piece.shape[dim] or piece.size % _TILE_COLUMNS == 0 or rows == 1:
         return lax.all_gather(piece, axes, axis=dim, tiled=True)
     parts = lax.all_gather(lax.reshape(piece, (rows, piece.size // rows)), axes, axis=0, tiled=False)
     return lax.reshape(parts, tuple(parts.size if i == dim else 1 for i in range(piece.ndim)))
