@@ -117,25 +117,15 @@ Readers = Mapping[int, Sequence[int]]
 
 def formed(program: Program, readers: Readers) -> set[int]:
     """The operands that products form themselves, from arguments that are not donated, with one reader for each step."""
-    maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
     donated = {program.arguments[argument] for argument, _ in program.donated}
-    known: dict[int, bool] = {}
-
-    def is_of_arguments(value: int) -> bool:
-        if value not in known:
-            at = maker[value]
-            op = program.operations[at]
-            alone = len(set(readers.get(value, ()))) == 1 and op.region == 0
-            steps = op.op_class == "fused" and not _reduces(op) and all(is_of_arguments(use.value) for use in op.inputs)
-            known[value] = (alone and steps) if op.op_class != "source" else at not in donated
-        return known[value]
-
-    found = set[int]()
-    for op in program.operations:
-        for use in op.inputs if op.op_class == "matmul" else ():
-            if program.operations[maker[use.value]].op_class != "source" and is_of_arguments(use.value):
-                found.add(use.value)
-    return found
+    given = {use.value for at, op in enumerate(program.operations) if at not in donated for use in op.outputs}
+    given &= {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
+    steps = set[int]()
+    for op in program.operations:  # in their order: as many steps as a program has
+        known = all(use.value in given or use.value in steps for use in op.inputs)
+        if known and op.op_class == "fused" and op.region == 0 and not _reduces(op):
+            steps |= {use.value for use in op.outputs if len(set(readers.get(use.value, ()))) == 1}
+    return {use.value for op in program.operations if op.op_class == "matmul" for use in op.inputs} & steps
 
 
 def over_products(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
@@ -156,19 +146,21 @@ def _last_results(
     program: Program, readers: Readers, is_fused: Callable[[int], bool], value: int, region: int
 ) -> set[int] | None:
     """The results of the kernels that read a value; none if one of them does not keep its order."""
-    found = set[int]()
-    for at in readers.get(value, ()):
-        op = program.operations[at]
-        kept = all(_keeps_order(op, k) for k, use in enumerate(op.inputs) if use.value == value)
-        if op.region != region or not is_fused(at) or not kept:
-            return None
-        after = readers.get(op.outputs[0].value, ())
-        last = {op.outputs[0].value}
-        if after and all(map(is_fused, after)):
-            last = _last_results(program, readers, is_fused, op.outputs[0].value, region)
-        if last is None:
-            return None
-        found |= last
+    found, waiting, seen = set[int](), [value], {value}
+    while waiting:
+        value = waiting.pop()
+        for at in readers.get(value, ()):
+            op = program.operations[at]
+            kept = all(_keeps_order(op, k) for k, use in enumerate(op.inputs) if use.value == value)
+            if op.region != region or not is_fused(at) or not kept:
+                return None
+            made = op.outputs[0].value
+            after = readers.get(made, ())
+            if not after or not all(map(is_fused, after)):
+                found.add(made)
+            elif made not in seen:
+                seen.add(made)
+                waiting.append(made)
     return found
 
 

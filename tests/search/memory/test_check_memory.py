@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,21 @@ def test_rows_and_checker_let_arrays_of_loops_live_as_long(case):
     program = trace(fn, *args, donate_argnums=tuple(donated)).program
     rows = {(each.value, each.first, each.last) for each in constraints.buffers(program)}
     assert rows == {(min(each.values), each.first, each.last) for each in _Account(program).lives()}
+
+
+def test_rows_and_checker_follow_work_as_deep_as_a_model_of_many_layers():
+    def layers(x, w):
+        for _ in range(400):
+            x = x + jnp.tanh(x)
+        y = x @ w
+        for _ in range(400):
+            y = jnp.tanh(y)
+        return y
+
+    program = trace(layers, *(jax.ShapeDtypeStruct((64, 64), jnp.float32) for _ in range(2))).program
+    topology = parse_topology("cpu:1")
+    only = np.zeros(len(build(program, topology, np.inf).nodes), dtype=int)  # one chip: each node has one state
+    assert largest_difference(program, topology, only) <= 1e-6
 
 
 # --- faults planted in the rows
