@@ -23,7 +23,6 @@ from autoshard.tracing.blocks import (
     Step,
 )
 from autoshard.tracing.builder import Builder, End, inside_of, is_zero
-from autoshard.tracing.decompositions import can_decompose, compose_chains, decompose
 from autoshard.tracing.jaxprs import (
     CALLS,
     INLINED,
@@ -36,6 +35,8 @@ from autoshard.tracing.jaxprs import (
 )
 from autoshard.tracing.loops.invariants import hoist, variables_read
 from autoshard.tracing.loops.trip_counts import Scalars, trip_count
+from autoshard.tracing.rewrites.decompositions import can_decompose, compose_chains, decompose
+from autoshard.tracing.rewrites.repeated_operands import group_repeats
 from autoshard.tracing.shard_maps import global_form, mesh_text
 from autoshard.tracing.source_lines import is_jax_own, source_of
 from costmodels.program.program import Operation, Output, Region, Use
@@ -58,7 +59,7 @@ class Tracer:
     def block(self, jaxpr: Any, env: dict[Any, Atom], region: int) -> Block:
         """Walks the equations that the outputs or effects need."""
         steps: list[Step] = []
-        eqns = live_equations(jaxpr)
+        eqns = group_repeats(jaxpr, live_equations(jaxpr))
         for eqn in compose_chains(jaxpr, eqns) if self.chains else eqns:
             operands = tuple(_read(env, atom) for atom in eqn.invars)
             results = self._equation(eqn, operands, region, steps)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 import autoshard
-from autoshard.tracing.decompositions import can_decompose, decompose
+from autoshard.tracing.rewrites.decompositions import can_decompose, decompose
 from tests.support.layout_strategies import assert_layouts_do_not_matter
 
 WORDS = st.sampled_from((0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan))

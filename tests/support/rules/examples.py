@@ -18,7 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 from autoshard.rules.pin import pin
 from autoshard.rules.rule import rule_for
 from autoshard.tracing.blocks import OpStep
-from autoshard.tracing.decompositions import compose_chains
+from autoshard.tracing.rewrites.decompositions import compose_chains
 from tests.support.layout_strategies import (
     op_steps,
 )
