@@ -13,6 +13,9 @@ An audit fails if a figure leaves its bounds, for differences of any class.
 | missing collectives, unplanned ones | `NOTICEABLE` of the plan's communication time | sums of scalars |
 | planned collectives in a costlier form | `HIGHER_COST` of the plan's communication time | rows of padding sent |
 
+Rows of padding of a reduce-scatter, which a permute sends, have to be `HIGHER_COST` of the planned bytes, too: one tile is all
+latency.
+
 A step that takes more than `SLOWER` times the plan by the replay of its schedule is reported as slow. That is an error
 of the model or the compiler, not of the layout, and the program may be as planned all the same.
 Rings of which the schedule hides less than planned, by more than `HIDDEN` of their time, are reported and fail no audit

@@ -19,7 +19,7 @@ from autoshard.auditing import bounds
 from autoshard.auditing.collective_times import price_collective
 from autoshard.auditing.hlo_collectives import CompiledCollective
 from autoshard.auditing.hlo_interface import CompiledArguments
-from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, sent_bytes
+from autoshard.auditing.matching import Axes, Pair, axes_of, expected_bytes, is_literal, is_realignment, sent_bytes
 from autoshard.auditing.planned_times import AuditedCost, Overlap
 from autoshard.planning.records import ArrayPlan, OperationPlan, PlannedCollective
 from costmodels.machine.collectives import seconds_on
@@ -97,23 +97,25 @@ def find_in_collectives(
 
     - `wire_seconds`: the plan's communication time.
     """
-    found = [d for pair in pairs if (d := _find_in_pair(pair, topology, target, wire_seconds)) is not None]
+    found = [(pair, d) for pair in pairs if (d := _find_in_pair(pair, topology, target, wire_seconds)) is not None]
     sent = sum(sent_bytes(each, topology) * pair.count for pair in pairs for each in pair.planned)
     widened = _find_in_widening(pairs, topology, wire_seconds) if target == "host" else ()
     return [*_merge_equal(found, sent or 1.0), *widened, *_find_in_axes(pairs, topology)]
 
 
-def _merge_equal(found: Iterable[Finding], planned_bytes: float) -> Iterator[Finding]:
+def _merge_equal(found: Iterable[tuple[Pair, Finding]], planned_bytes: float) -> Iterator[Finding]:
     """Equal findings as one; each counts if the sum of its kind reaches the limit.
 
-    Missing collectives have to reach it in bytes, too: compilers sum small values before they send them, and each
-    alone is all latency.
+    Missing collectives and permutes of padded rows have to reach it in bytes, too, because each alone is all latency:
+    compilers sum small values before they send them, and send one tile of a reduce-scatter's padding.
     """
     groups: dict[tuple[str, str], list[Finding]] = {}
     shares: dict[str, float] = {}
-    for each in found:
+    for pair, each in found:
         groups.setdefault((each.kind, star_numbers(each.text)), []).append(each)
-        share = min(each.share, -each.bytes / planned_bytes) if each.kind == "missing" else each.share
+        padded = each.kind == "same plan at higher cost" and any(map(is_realignment, pair.compiled))
+        by_bytes = each.kind == "missing" or padded
+        share = min(each.share, abs(each.bytes) / planned_bytes) if by_bytes else each.share
         shares[each.kind] = shares.get(each.kind, 0.0) + share
     for (kind, _), alike in groups.items():
         times = f"{len(alike)} times: " if len(alike) > 1 else ""

@@ -185,6 +185,11 @@ def is_literal(pair: Pair) -> bool:
     return kinds and sum(c.bytes for c in pair.compiled) > _NARROWER * sum(p.bytes for p in pair.planned)
 
 
+def is_realignment(collective: CompiledCollective) -> bool:
+    """Whether a collective only sends the rows that the padding of a reduce-scatter left with a neighbour."""
+    return collective.spelling == "reduce-scatter realignment"
+
+
 @dataclass(eq=False)
 class _Lot:
     """A collective of either side, and its executions that have no partner yet."""
@@ -236,7 +241,7 @@ class _Pairing:
     def _realignments(self) -> None:
         """Permutes of the rows that padding left with a neighbour belong to the reduce-scatters before them."""
         for lot in self.compiled:
-            if lot.left and lot.of.spelling == "reduce-scatter realignment":
+            if lot.left and is_realignment(lot.of):
                 fitting = [i for i, pair in enumerate(self.pairs) if self._scatters(pair, lot)]
                 if fitting:
                     pair = self.pairs[fitting[0]]

@@ -78,13 +78,22 @@ CASES = {
         [("unplanned", False)],
     ),
     "a permutation of padded rows": (
+        [p(RS, "x", 1024 * KIB, 2)],
+        [
+            c(RS, "x", 1024 * KIB, 2, "all-reduce-scatter fusion"),
+            c(CP, "x", 32 * KIB, 2, "reduce-scatter realignment"),
+        ],
+        "tpu",
+        [("same plan at higher cost", True)],
+    ),
+    "a permutation of one tile, which is all latency": (
         [p(RS, "x", 4096 * KIB, 2)],
         [
             c(RS, "x", 4096 * KIB, 2, "all-reduce-scatter fusion"),
             c(CP, "x", 4 * KIB, 2, "reduce-scatter realignment"),
         ],
         "tpu",
-        [("same plan at higher cost", True)],
+        [("same plan at higher cost", False)],
     ),
     "the same, too cheap to count": (
         [p(RS, "x", 4096 * KIB, 2), BIG],
