@@ -3,10 +3,12 @@
     python benchmarks/uneven.py [--only CASE ...] [--audit] [--resume] [--floors]
 
 A row is a decoder of published sizes, a phase and a slice. `reference` is the planned step without padding, `ours` that of a
-search by default; `--audit` compiles both for TPUs and replays them. Rows that do not run again keep their last result. PaLM
-540B has its 48 heads; `by_hand` is the planned step of the model with 64, as Pope et al. 2022 padded it. `--floors` adds to
-the rows with padding the planned step of a smaller model, whose heads and words the mesh divides (`floor`): the plan of a
-padded model splits arrays that are larger in every dimension, so no padding can be planned faster.
+search by default; `--audit` compiles both for the chips of the row, and replays them on TPUs. Programs for GPUs are compiled
+only by a Python with XLA:GPU (`.venv-gpu/bin/python`, see `make bench-audit`). Rows that do not run again keep their last
+result. PaLM 540B has its 48 heads; `by_hand` is the planned step of the model with 64, as Pope et al. 2022 padded it. `pinned`
+and `by_hand_pinned` are those with the heads over all chips, which pads 48 to 64. `--floors` adds to the rows with padding the
+planned step of a smaller model, whose heads and words the mesh divides (`floor`): the plan of a padded model splits arrays that
+are larger in every dimension, so no padding can be planned faster.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.auditing.audit import AuditError
+from autoshard.emitting.targets import COMPILERS, has_cuda
 from costmodels.machine.topology import parse_topology
 from examples import palm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "uneven.json"
 SEARCH_SECONDS = 60.0
+_HOSTS = 6
+"""The most host devices of a case."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ CASES = {
     for phase, batch in (("decode", 1), ("decode", 16), ("prefill", 1), ("prefill", 16))
 } | {f"palm-540b-{phase}-b{batch}-v4:4x4x4": ("palm-540b", phase, batch, "v4:4x4x4") for phase, batch in PALM}
 TOKENS = 1024
+OVER_ALL = P(None, None, ("x", "y", "z"))
+"""The heads of PaLM's queries over all chips of a v4 cube."""
 
 
 # --- the model
@@ -185,10 +193,13 @@ def measure(case: str, audit: bool) -> dict[str, Any]:
             continue
         row |= {f"{name}_search_seconds": round(time.process_time() - started, 1), f"{name}_gap": plan.proof.gap}
         row |= {name: plan.estimate.seconds, f"{name}_padding": [f"{p.size} to {p.padded}" for p in plan.padding]}
-        if audit and plan.topology.chip.kind == "tpu":
+        if audit and (plan.topology.chip.kind != "gpu" or has_cuda()):
             row |= {f"{name}_{key}": value for key, value in _audited(plan, work, row).items()}
     if model == "palm-540b":
-        row["by_hand"] = _search(palm_of(64, phase, batch), topology, case, False).estimate.seconds
+        by_hand, pins = palm_of(64, phase, batch), {"params['layers']['wq']": OVER_ALL}
+        row["by_hand"] = _search(by_hand, topology, case, False).estimate.seconds
+        row["pinned"] = _search(work, topology, case, True, pins).estimate.seconds
+        row["by_hand_pinned"] = _search(by_hand, topology, case, False, pins).estimate.seconds
     return row
 
 
@@ -208,7 +219,9 @@ def floor(case: str) -> float | None:
     return _search(workload_of(smaller, phase, batch), topology, case, False).estimate.seconds
 
 
-def _search(work: autoshard.Workload, topology: str, name: str, padding: bool) -> autoshard.Plan:
+def _search(
+    work: autoshard.Workload, topology: str, name: str, padding: bool, pins: Mapping[str, P] | None = None
+) -> autoshard.Plan:
     return autoshard.search(
         work.fn,
         *work.args,
@@ -216,6 +229,7 @@ def _search(work: autoshard.Workload, topology: str, name: str, padding: bool) -
         donate_argnums=work.donate_argnums,
         name=name,
         padding=padding,
+        pins=pins,
         time_limit=SEARCH_SECONDS,
     )
 
@@ -226,7 +240,7 @@ def _audited(plan: autoshard.Plan, work: autoshard.Workload, row: Mapping[str, A
     if not plan.padding and "reference_replayed" in row:
         return {key: row[f"reference_{key}"] for key in keys}
     try:
-        found = autoshard.audit(plan, work.fn, *work.args, target="tpu")
+        found = autoshard.audit(plan, work.fn, *work.args, target=COMPILERS[plan.topology.chip.kind])
     except AuditError as error:
         return {"refused": str(error).splitlines()[0]}
     replayed = found.replay and found.replay.seconds
@@ -243,10 +257,11 @@ def main() -> None:
     """Runs the cases, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="CASE")
-    parser.add_argument("--audit", action="store_true", help="compile for TPUs, and replay")
+    parser.add_argument("--audit", action="store_true", help="compile, and replay programs for TPUs")
     parser.add_argument("--floors", action="store_true", help="only add the floors of rows with padding on TPUs")
     parser.add_argument("--resume", action="store_true", help="run only cases without a result")
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", _HOSTS)
     rows = {row["row"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
     if options.floors:
         _add_floors(rows)
@@ -260,6 +275,9 @@ def main() -> None:
     done = [row for row in rows.values() if row["row"] in CASES]
     print(f"planned: {_mean(done, 'ours', 'reference'):.3f} of the best plan without padding, {len(done)} rows")
     print(f"replayed: {_mean(done, 'ours_replayed', 'reference_replayed'):.3f}")
+    for name in ("reference", "ours"):
+        compiled = [row[f"{name}_as_planned"] for row in done if f"{name}_as_planned" in row]
+        print(f"{name}: {sum(compiled)} of {len(compiled)} compiled plans are as planned")
     padded = [row for row in done if row.get("ours_padding") and row.get("floor")]
     for name, key in (("planned", "ours"), ("floor", "floor")):
         print(f"{name}, of the {len(padded)} rows padded on TPUs: {_mean(padded, key, 'reference'):.3f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,6 +53,31 @@ def test_a_mesh_with_a_missing_row_is_planned_and_runs(tmp_path: Path) -> None:
     assert (plan.topology.name, plan.topology.size) == ("cpu:4x2 without its third row", 6)
     assert any(each.size % 3 and each.padded % 3 == 0 for each in plan.padding)
     _assert_runs(plan, plan.make_mesh([each for k, each in enumerate(jax.devices()[:8]) if k not in (4, 5)]))
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "is_sold"),
+    [
+        ("cpu:3", 3, True),
+        ("v5e:5", 5, False),
+        ("v5e:2x3", 6, False),
+        ("h100:6", 6, False),
+        ("v5p:7", 7, False),
+        ("v5e:3x4", 12, False),
+        ("h100:3x8", 24, True),
+        ("h100:8x6", 48, False),
+    ],
+)
+def test_any_number_of_chips_is_planned_and_a_slice_that_nobody_sells_is_said(
+    topology: str, chips: int, is_sold: bool
+) -> None:
+    def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ up) @ down
+
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 1024), (1024, 4101), (4101, 1024))]
+    plan = autoshard.search(mlp, *args, topology=topology)
+    assert (plan.topology.size, plan.proof.status) == (chips, "OPTIMAL")
+    assert any("no such machine to rent" in text for text in plan.warnings) == (not is_sold)
 
 
 MISSING = 'chip = "v4"\nshape = [3, 4, 4]\n[axes.x]\nwraparound = false\n'
