@@ -36,7 +36,7 @@ from examples import palm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "uneven.json"
-SEARCH_SECONDS = 60.0
+SEARCH_SECONDS = 600.0
 _HOSTS = 6
 """The most host devices of a case."""
 

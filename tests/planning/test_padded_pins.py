@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import autoshard
 from autoshard.errors import AutoshardError
 from autoshard.rules.pin import PinError
+from benchmarks.uneven import OVER_ALL, palm_of
 
 CHIPS = "cpu:2x2"
 
@@ -75,6 +76,23 @@ def test_a_part_of_a_merged_dimension_is_padded() -> None:
     found = autoshard.search(heads, *shapes, topology=CHIPS, pins={"wq": P(None, "x")})
     assert [(each.size, each.padded, each.inner) for each in found.padding] == [(3, 4, 5)]
     _assert_runs(found, heads, shapes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 512])
+def test_heads_of_palm_over_all_chips_are_padded_as_by_hand(batch: int) -> None:
+    """Pope et al. 2022 padded 48 heads to 64 for 64 chips."""
+    steps = []
+    for heads in (48, 64):
+        work = palm_of(heads, "decode", batch)
+        pins = {"params['layers']['wq']": OVER_ALL}
+        found = autoshard.search(
+            work.fn, *work.args, topology="v4:4x4x4", donate_argnums=work.donate_argnums, pins=pins
+        )
+        assert [(each.size, each.padded) for each in found.padding] == [(48, 64)] * (heads == 48)
+        assert found.proof.status == "OPTIMAL"
+        steps.append(found.estimate.seconds)
+    assert steps[0] == pytest.approx(steps[1], rel=0.01)
 
 
 def test_without_padding_the_error_says_what_would_do() -> None:

@@ -170,3 +170,38 @@ def test_what_divides_is_searched_once() -> None:
     found = autoshard.search(function(even), *arguments(even), topology=CHIPS, donate_argnums=1, progress=said.append)
     assert not found.padding
     assert not any("padded" in each for each in said)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("topology", "tokens"), [("v5e:2x4", 1024), ("v5e:4x4", 1024), ("v4:4x4x4", 1024), ("v5e:4x4", 1)]
+)
+def test_one_matmul_for_unequal_queries_keys_and_values_costs_little_more_than_three(
+    topology: str, tokens: int
+) -> None:
+    """The parts are gathered before the split. Layers have the sizes of Llama 3 8B: 32 heads share 8 keys and values."""
+    width, heads, shared, head, hidden = 4096, 32, 8, 128, 14_336
+
+    def rest(weights: Any, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (each.reshape(*each.shape[:2], shared, -1, head) for each in (q, k, v))
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k[:, :, :, 0], preferred_element_type=jnp.float32)
+        seen = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores).astype(v.dtype), v[:, :, :, 0])
+        x = x + seen.reshape(*x.shape[:2], -1) @ weights["o"]
+        return x + jax.nn.silu(x @ weights["up"]) @ weights["down"]
+
+    def fused(weights: Any, x: jax.Array) -> jax.Array:
+        return rest(weights, x, *jnp.split(x @ weights["qkv"], [heads * head, (heads + shared) * head], -1))
+
+    def apart(weights: Any, x: jax.Array) -> jax.Array:
+        return rest(weights, x, *(x @ weights[name] for name in "qkv"))
+
+    columns = {"q": heads * head, "k": shared * head, "v": shared * head}
+    other = {"o": (heads * head, width), "up": (width, hidden), "down": (hidden, width)}
+    one = other | {"qkv": (width, sum(columns.values()))}
+    three = other | {name: (width, count) for name, count in columns.items()}
+    steps = []
+    for fn, shapes in ((fused, one), (apart, three)):
+        weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+        x = jax.ShapeDtypeStruct((1 if tokens > 1 else 16, tokens, width), jnp.bfloat16)
+        steps.append(autoshard.search(fn, weights, x, topology=topology).estimate.seconds)
+    assert steps[0] < 1.15 * steps[1]
