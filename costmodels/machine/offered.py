@@ -5,7 +5,7 @@
 | v5e, v6e | 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16 | Cloud TPU docs, "TPU v5e" and "TPU v6e", configurations |
 | v4 | 2x2x1, 2x2x2, 2x2x4, 2x4x4, and whole cubes: every side a multiple of 4, up to 4096 chips | Cloud TPU docs, "TPU v4" |
 | v5p | the same, up to 6144 chips | Cloud TPU docs, "TPU v5p": the largest slice is 16x16x24 |
-| GPUs | 1, 2, 4 or 8 of a node, or whole nodes of 8 | NVIDIA DGX and HGX; AWS P4, P5, Google Cloud A2, A3 machine types |
+| GPUs | 1, 2, 4 or 8 of a node, or whole nodes of 8 (the last side) | NVIDIA DGX, HGX; AWS P4, P5, Google Cloud A2, A3 |
 
 The sides of a slice are compared without those of 1 and in rising order.
 """
@@ -36,8 +36,8 @@ def is_offered(chip: Chip, shape: Sides) -> bool:
     sides = tuple(sorted(side for side in shape if side > 1))
     match chip.interconnect:
         case Switch() as switch:
-            node = int(switch.chips_per_node)
-            return prod(sides) % node == 0 or prod(sides) in _PART_OF_A_NODE
+            node, within = int(switch.chips_per_node), shape[-1] if shape else 1
+            return within == node or prod(sides) in (*_PART_OF_A_NODE, node)
         case Torus() if chip.name in _FLAT_CHIPS:
             return sides in _FLAT
         case Torus() if chip.name in _MOST_CHIPS:
