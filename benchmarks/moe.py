@@ -1,14 +1,16 @@
 """Mixtures of experts: the best plan against the rules of public JAX code.
 
-    python benchmarks/moe.py [--only CASE ...] [--resume]
+    python benchmarks/moe.py [--only CASE ...] [--contestants NAME ...] [--resume]
 
 A row is a decoder of published sizes with `lax.ragged_dot`, a phase and a slice. `reference` is the planned step with the
 experts' matrices as in public code that gathers tokens, computes local experts and reduces (MaxText's ring of experts; EP of
 jax-llm-examples): experts over as many mesh axes as divide them, hidden columns over the rest. All else is searched.
 `columns` is the step with hidden columns over all axes (tpu-inference's default), `ours` that of the free search. Each is
-proven on its own. `reference` and `columns` send no rows to experts (`capacity=0`), as that code does not. `*_replayed` are
-two layers, compiled for the slice and replayed, and `*_ok` says whether their audit found them as planned. Rows that do not
-run again keep their last result.
+proven on its own. `reference` and `columns` send no rows to experts (`capacity=0`), as that code does not. The searches
+are of all layers. `*_replayed` are two layers of the published widths, compiled for the TPU slice and replayed. `*_ok` says
+whether their audit found them as planned, and `*_differences` what differs. Nothing is compiled for GPUs. A model whose
+arguments alone exceed a slice's memory has a row that says so. Searches are limited by `SEARCH_SECONDS` of wall time;
+`*_processor_seconds` is what they took of a processor. Rows and contestants that do not run again keep their last result.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,26 +33,26 @@ import autoshard
 from autoshard.errors import AutoshardError
 from costmodels.machine.topology import parse_topology
 from costmodels.program.grouped import CHAIN
-from examples import llama, mixtral, mla
+from examples import gpt_oss, llama, mixtral, mla
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "moe.json"
-SEARCH_SECONDS = 60.0
+SEARCH_SECONDS = 300.0
 COMPILED_LAYERS = 2
 MODELS: Mapping[str, mixtral.Config] = {
     "mixtral-8x7b": mixtral.SIZES["8x7b"],
     # Qwen/Qwen3-30B-A3B, config.json; without the norms of queries and keys
     "qwen3-30b-a3b": mixtral.Config(48, 2048, 768, 32, 4, 128, 151_936, experts=128, chosen=8),
-    # openai/gpt-oss-20b, config.json; without sinks, windows and biases
-    "gpt-oss-20b": mixtral.Config(24, 2880, 2880, 64, 8, 64, 201_088, experts=32, chosen=4),
+    "gpt-oss-20b": gpt_oss.SIZES["20b"],
 }
 LATENT: Mapping[str, str] = {"deepseek-v3": "v3"}
 """Models with latent attention and a shared expert, by their size in `examples/mla.py`."""
 PHASES = {"decode": (64, 2048), "prefill": (8, 1024)}
 """Sequences and their tokens: in the cache, or of the prompt."""
+CONTESTANTS = ("reference", "ours", "columns")
 CASES = {
     f"{model}-{phase}-{topology}": (model, phase, topology)
-    for topology in ("v5e:4x4", "v5p:4x4x4")
+    for topology in ("v5e:4x4", "v5p:4x4x4", "h100:4x8")
     for phase in PHASES
     for model in (*MODELS, *LATENT)
 }
@@ -62,6 +64,9 @@ def workload(model: str, phase: str, layers: int | None = None) -> autoshard.Wor
     if model in LATENT:
         make = mla.decode if phase == "decode" else mla.prefill
         return make(LATENT[model], batch, length, layers, experts="ragged")
+    if model == "gpt-oss-20b":
+        make = gpt_oss.decode if phase == "decode" else gpt_oss.prefill
+        return make("20b", batch, length, layers)
     config = MODELS[model] if layers is None else replace(MODELS[model], layers=layers)
     params, chosen = mixtral.abstract_params(config), config.chosen
     if phase == "prefill":
@@ -107,10 +112,15 @@ def plan_case(case: str, contestant: str, layers: int | None = None) -> tuple[au
     return plan, work
 
 
-def measure(case: str) -> dict[str, Any]:
+def measure(case: str, contestants: Sequence[str] = CONTESTANTS) -> dict[str, Any]:
     """The row of a case."""
     row: dict[str, Any] = {"row": case}
-    for name in ("reference", "columns", "ours"):
+    model, phase, topology = CASES[case]
+    slice_ = parse_topology(topology)
+    given = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(workload(model, phase).args))
+    if given > slice_.size * slice_.chip.usable_hbm_bytes:
+        return row | {"why": f"the arguments have {given / 2**30:.0f} GiB, more than {topology} has"}
+    for name in contestants:
         started, processor = time.monotonic(), time.process_time()
         try:
             plan, _ = plan_case(case, name)
@@ -122,20 +132,25 @@ def measure(case: str) -> dict[str, Any]:
         row[f"{name}_processor_seconds"] = round(time.process_time() - processor, 1)
         row[f"{name}_parallelism"] = str(plan.parallelism())
         row[f"{name}_chains"] = sum(each.primitive == CHAIN for each in plan.operations)
+        row[f"{name}_sends_rows"] = any(text.startswith("rows are sent") for text in plan.warnings)
         row |= _compiled(case, name)
     return row
 
 
 def _compiled(case: str, name: str) -> dict[str, Any]:
-    """A few layers, compiled for TPUs and replayed."""
+    """A few layers, compiled for TPUs and replayed; nothing for GPUs."""
+    if CASES[case][2].startswith("h100"):
+        return {}
     plan, work = plan_case(case, name, COMPILED_LAYERS)
+    row: dict[str, Any] = {f"{name}_few_layers": COMPILED_LAYERS, f"{name}_few_planned": plan.estimate.seconds}
     try:
         found = autoshard.audit(plan, work.fn, *work.args, target="tpu")
     except AutoshardError as error:
-        return {f"{name}_replayed": None, f"{name}_replayed_why": str(error).splitlines()[0]}
-    return {
-        f"{name}_few_planned": plan.estimate.seconds,
+        return row | {f"{name}_replayed": None, f"{name}_replayed_why": str(error).splitlines()[0]}
+    return row | {
+        f"{name}_few_sends_rows": any(text.startswith("rows are sent") for text in plan.warnings),
         f"{name}_ok": found.ok,
+        f"{name}_differences": [f"{each.kind}: {each.text}" for each in found.differences],
         f"{name}_replayed": found.replay and found.replay.seconds,
         f"{name}_flops_ratio": found.flops and found.flops / found.planned_flops,
         f"{name}_peak_ratio": found.peak_bytes and found.peak_bytes / found.planned_peak_bytes,
@@ -155,6 +170,7 @@ def main() -> None:
     """Runs the cases, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="CASE")
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--resume", action="store_true", help="run only cases without a result")
     options = parser.parse_args()
     rows = {row["row"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
@@ -162,7 +178,8 @@ def main() -> None:
     print(f"{'milliseconds':34s}" + "".join(f"{name.replace('_', ' ')[-10:]:>11s}" for name in columns))
     for case in CASES:
         if any(part in case for part in options.only) and not (options.resume and case in rows):
-            row = rows[case] = measure(case)
+            kept = {k: v for k, v in rows.get(case, {}).items() if not k.startswith(tuple(options.contestants))}
+            row = rows[case] = kept | measure(case, options.contestants)
             print(f"{case:34s}" + "".join(f" {_milliseconds(row.get(name))}" for name in columns), flush=True)
             RESULTS.write_text(json.dumps([rows[name] for name in CASES if name in rows], indent=1) + "\n")
     done = [row for row in rows.values() if row["row"] in CASES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from costmodels.factor_symbols import flatten, number, points, shards_symbol, size_symbol, tile_symbol, tiles
 from costmodels.machine.conventions import EXPERT_LOAD
 from costmodels.machine.lazy_sympy import sympy
-from costmodels.program.grouped import ROW_TILE, Grouped, grouped
+from costmodels.program.grouped import DEVIATIONS, ROW_TILE, Grouped, grouped
 from costmodels.program.program import Operation, Output, Program
 
 
@@ -54,7 +54,7 @@ def sent_rows(groups: Grouped, load: float) -> sympy.Expr:
         return sympy.Integer(0)
     rows, chips, sources = points(groups.rows), shards_symbol(groups.groups), shards_symbol(groups.tokens)
     most = rows * sympy.Min(chips, number(load), evaluate=False) / (sources * chips)
-    tiles_ = ROW_TILE * sympy.ceiling(most / ROW_TILE)
+    tiles_ = ROW_TILE * sympy.ceiling((most + DEVIATIONS * sympy.sqrt(most)) / ROW_TILE)
     return _is_sent(groups) * chips * sympy.Min(sympy.ceiling(rows / sources), tiles_, evaluate=False)
 
 

@@ -71,17 +71,8 @@ def init_layer(config: Config, key: Array) -> Params:
     return {**mixtral.init_layer(config, own), **each}
 
 
-def init_params(config: Config, key: Array) -> Params:
-    """Random parameters; the layers as a list."""
-    layer_key, rest = jax.random.split(key)
-    layers = [init_layer(config, k) for k in jax.random.split(layer_key, config.layers)]
-    return {**llama.init_params(replace(config, layers=0), rest, unrolled=True), "layers": layers}
-
-
-def abstract_params(config: Config) -> Params:
-    """The shapes and dtypes of `init_params`; nothing is allocated."""
-    one = jax.eval_shape(lambda: init_params(replace(config, layers=1), jax.random.key(0)))
-    return {**one, "layers": [dict(one["layers"][0]) for _ in range(config.layers)]}
+init_params = partial(mixtral.init_params, make_layer=init_layer)
+abstract_params = partial(mixtral.abstract_params, make_layer=init_layer)
 
 
 def abstract_cache(config: Config, batch: int, context: int) -> llama.Cache:

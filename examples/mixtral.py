@@ -18,6 +18,7 @@ Letters in shapes, beside those of `llama.py`: X experts, N experts of each toke
     autoshard search examples/mixtral.py:prefill --topology v5e:4x4 --set batch=16
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,6 +35,9 @@ GROUP = 256
 """Tokens that share the experts' buffers: the one-hot products cost GROUP × N × factor multiplications per number."""
 CAPACITY_FACTOR = 1.25
 """Room in the buffers, as a multiple of what evenly spread tokens would take (Fedus et al. 2021, arXiv 2101.03961, §2.2)."""
+
+
+MakeLayer = Callable[[Any, Array], Params]
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,16 @@ def init_layer(config: Config, key: Array) -> Params:
     return {**layer, **each, "router": random_matrix(router, (config.d_model, config.experts), config.d_model)}
 
 
-def init_params(config: Config, key: Array) -> Params:
-    """Random parameters; the layers as a list."""
+def init_params(config: Config, key: Array, make_layer: MakeLayer | None = None) -> Params:
+    """Random parameters; the layers as a list, each by `make_layer` (config, key), `init_layer` by default."""
     layer_key, rest = jax.random.split(key)
-    layers = [init_layer(config, k) for k in jax.random.split(layer_key, config.layers)]
+    layers = [(make_layer or init_layer)(config, k) for k in jax.random.split(layer_key, config.layers)]
     return {**llama.init_params(replace(config, layers=0), rest, unrolled=True), "layers": layers}
 
 
-def abstract_params(config: Config) -> Params:
+def abstract_params(config: Config, make_layer: MakeLayer | None = None) -> Params:
     """The shapes and dtypes of `init_params`; nothing is allocated."""
-    one = jax.eval_shape(lambda: init_params(replace(config, layers=1), jax.random.key(0)))
+    one = jax.eval_shape(lambda: init_params(replace(config, layers=1), jax.random.key(0), make_layer))
     return {**one, "layers": [dict(one["layers"][0]) for _ in range(config.layers)]}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import numpy as np
 
+from autoshard._util.tables import time
 from autoshard.annotating.padding import Padding
 from autoshard.naming.strategy_names import strategy_name
 from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
@@ -17,6 +18,7 @@ from costmodels.bottlenecks import regime
 from costmodels.machine.offered import not_offered
 from costmodels.machine.topology import Topology
 from costmodels.operations import OperationCost, cost_key, price
+from costmodels.overflow import overflow_chance, overflow_seconds
 from costmodels.program.grouped import grouped, rows_for_each
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, Collective, collectives, needed_layout, produced_layout, rings, states_of
@@ -246,36 +248,55 @@ def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
 
 def _expert_notes(solution: Solution) -> Iterator[str]:
     """The assumption about the router, if groups of rows are split over chips."""
-    program, choice, load = solution.problem.program, solution.choice, solution.problem.topology.pricing.expert_load
-    axes: dict[str, None] = {}
-    sending: dict[tuple[str, ...], int] = {}
+    program, choice, topology = solution.problem.program, solution.choice, solution.problem.topology
+    load, axes = topology.pricing.expert_load, dict[str, None]()
+    sending: dict[tuple[str, ...], list[_Buffers]] = {}
     for op, strategy in zip(program.operations, choice.strategies, strict=True):
         if groups := grouped(op):
             tokens = strategy.splits[groups.tokens] if groups.tokens is not None else ()
             if not tokens:
                 axes |= dict.fromkeys(strategy.splits[groups.groups])
                 continue
-            over, sizes = strategy.splits[groups.groups], solution.problem.topology.axis_sizes
-            sources, chips = (prod(sizes[axis] for axis in each) for each in (tokens, over))
-            room = rows_for_each(op.factors[0].size, sources, chips, load)
-            sending[over] = max(sending.get(over, 0), room)
-    for over, room in sending.items():
-        most = prod(solution.problem.topology.axis_sizes[axis] for axis in over)
+            over = strategy.splits[groups.groups]
+            sources, chips = (prod(topology.axis_sizes[axis] for axis in each) for each in (tokens, over))
+            sizes = op.factors[0].size, sources, chips, load
+            later = overflow_seconds(program, op, groups, strategy.splits, topology)
+            runs = program.multiplicity(op.region)
+            sending.setdefault(over, []).append(
+                _Buffers(rows_for_each(*sizes), overflow_chance(*sizes), later, later * runs)
+            )
+    for over, buffers in sending.items():
+        most = prod(topology.axis_sizes[axis] for axis in over)
         way = (
             f"rows are sent to the experts' chips over {''.join(over)}"
             if over
             else "chips compute the rows of their tokens"
         )
+        chance, later = max((each.chance, each.later) for each in buffers)
+        expected = sum(each.chance * each.later_in_all for each in buffers)
         yield (
-            f"{way}, in buffers of {min(load, most):g} times the balanced rows (capacity, expert_load), at most {room} rows"
-            " for each chip. If the router needs more in any of them, that layer gathers all tokens instead, and is slower;"
-            " the results are the same."
+            f"{way}, in buffers of {min(load, most):g} times the balanced rows (capacity, expert_load) and what random"
+            f" routers vary, at most"
+            f" {max(each.room for each in buffers)} rows for each chip. If the router needs more in any of them, that layer"
+            f" takes all rows to all chips instead, {time(later)} longer by the cost model; the results are the same. A"
+            f" router that chooses evenly at random needs more in at most {100 * chance:.2g} % of a layer's runs, which adds at"
+            f" most {time(expected)} to the expected step and is not in the planned time."
         )
     if axes:
         yield (
             f"experts are split over {''.join(axes)}: the costs assume that no chip has more than {load:g} times the mean rows"
             " (expert_load). More take longer, and the results are the same."
         )
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """The rows of a layer's buffer for each chip, the chance of an overflow, and how much longer that takes."""
+
+    room: int
+    chance: float
+    later: float
+    later_in_all: float
 
 
 def _indivisible(traced: Traced, problem: Problem) -> Iterator[str]:

@@ -32,6 +32,7 @@ from autoshard.rules.chains.evaluate import (
     rows_within,
 )
 from autoshard.rules.chains.exchange import Chips, exchange_of, run_exchanged
+from autoshard.rules.chains.slabs import run_in_slabs
 from autoshard.rules.rule import Dims, Factors, Pieces, Rule, register, whole_rule
 from costmodels.program.grouped import CHAIN, OVERFLOW, ROW_TILE
 from costmodels.program.program import Output
@@ -207,19 +208,12 @@ def _sent(eqn: Any, pieces: Pieces, tokens: int, groups: int, operands: tuple[An
     def sent() -> Any:
         return run_exchanged(exchange, jaxpr, parts, tuple(arrays), begins_, ends_)
 
-    def gathered() -> Any:
+    def in_slabs() -> Any:
         with jax.named_scope(OVERFLOW):
-            whole = [
-                lax.all_gather(a, axes, axis=0, tiled=True) if part == TOKENS else a
-                for a, part in zip(arrays, parts, strict=False)
-            ]
             own = lax.dynamic_slice_in_dim(sizes, first, held)
-            chain = _OwnRows(jaxpr, parts, pieces.size(0), exchange.room)
-            made = chain.run(tuple(whole), own, begins_[0], jnp.sum(own, dtype=np.int32))
-            made = lax.psum(made, sharing) if sharing else made
-            return lax.dynamic_slice_in_dim(made, here * chips.tokens, chips.tokens)
+            return run_in_slabs(exchange, jaxpr, parts, tuple(arrays), own, begins_[0])
 
-    return lax.cond(exchange.fits(), sent, gathered)
+    return lax.cond(exchange.fits(), sent, in_slabs)
 
 
 @dataclass(frozen=True)

@@ -23,26 +23,34 @@ A chip sends each of its rows to the chip of its group, and gets the result back
 groups are whole, nothing is sent. A chip multiplies
 
 $$R = m \\min(s_g, \\lambda) / s_t, \\qquad
-X = s_g \\min(\\lceil m / s_t \\rceil, \\lceil m \\min(s_g, \\lambda) / (s_t s_g) \\rceil_8)$$
+X = s_g \\min(\\lceil m / s_t \\rceil, \\lceil b + 3 \\sqrt b \\rceil_8), \\qquad
+b = m \\min(s_g, \\lambda) / (s_t s_g)$$
 
-rows, and sends buffers of $X$ rows, because the buffer for each chip has as many rows as that for any other: whole registers of
-8. All chips know the router's choice, and each counts the rows between any two chips: a product of one-hot arrays
-`[m, s_t]` and `[m, s_g]`, $2 m s_t s_g$ FLOPs. If a buffer of any chip is too small, all gather the tokens instead
-(`OVERFLOW`), and each adds the rows of its own groups. So results are those of the unsplit chain for any router.
+rows, and sends buffers of $X$ rows, because the buffer for each chip has as many rows as that for any other: $b$ and three
+standard deviations of a Poisson count, in whole registers of 8. All chips know the router's choice, and each counts the rows
+between any two chips: a product of one-hot arrays `[m, s_t]` and `[m, s_g]`, $2 m s_t s_g$ FLOPs. If a buffer of any chip is
+too small, all chips get all rows instead, $R / 2$ at a time (`OVERFLOW`), and each computes those of its own groups. So results
+are those of the unsplit chain for any router.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 
 from costmodels.program.program import Operation
 
 CHAIN = "ragged_chain"
 """The primitive of a chain of grouped matmuls over the same rows and groups."""
 OVERFLOW = "rows_gathered_on_overflow"
-"""The name of the path that gathers tokens where a buffer for rows to send is too small; audits leave it out by this name."""
+"""The name of the path that gathers rows where a buffer for rows to send is too small; audits leave it out by this name."""
+DEVIATIONS = 3
+"""The standard deviations of a Poisson count that the buffer for one chip has beyond the mean of the chip with the most rows.
+
+With 64 chips, 64 experts' chips and 16 rows from each to each, buffers of 1.5 times these, 24 rows, overflow for nearly all
+random routers, and those of 40 rows for 0.04 % of them (`costmodels.overflow`).
+"""
 ROW_TILE = 8
 """Rows of a register of a TPU's vector unit: a buffer has a multiple of them."""
 
@@ -126,11 +134,17 @@ def tokens_factor(op: Operation) -> int | None:
 
 def rows_for_each(rows: int, sources: int, chips: int, load: float) -> int:
     """The rows of the buffer that one of `sources` chips sends to one of `chips` chips with groups: $X / s_g$."""
-    balanced = rows * min(chips, load) / (sources * chips)
-    return min(ceil(rows / sources), ceil(balanced / ROW_TILE) * ROW_TILE)
+    most = rows * min(chips, load) / (sources * chips)
+    most += DEVIATIONS * sqrt(most)
+    return min(ceil(rows / sources), ceil(most / ROW_TILE) * ROW_TILE)
 
 
 def rows_in_all(rows: int, sources: int, chips: int, load: float) -> int:
     """The rows of the buffer in which a chip multiplies: $R$, in whole registers, and at most those that it can get."""
     balanced = ceil(rows * min(chips, load) / sources / ROW_TILE) * ROW_TILE
     return min(balanced, chips * rows_for_each(rows, sources, chips, load))
+
+
+def slab_rows(room: int) -> int:
+    """The rows of a slab on the path for an overflow, of buffers of `room` rows: half of them, in whole registers."""
+    return ceil(room / (2 * ROW_TILE)) * ROW_TILE

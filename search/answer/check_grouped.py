@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, prod, sqrt
 
 from costmodels.machine.chips import Chip
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
-from costmodels.program.grouped import CHAIN, ROW_TILE
+from costmodels.program.grouped import CHAIN, DEVIATIONS, ROW_TILE
 from costmodels.program.program import Factor, Operation, Output, Program
 
 GROUPED = ("ragged_dot_general", CHAIN)
@@ -46,7 +46,7 @@ def dispatched_seconds(program: Program, topology: Topology, op: Operation, spli
 
 
 def sent_rows(topology: Topology, op: Operation, splits: Splits) -> float:
-    """The rows of the buffers of an all-to-all: for each chip, its balanced rows times the load, in whole registers."""
+    """The rows of the buffers of an all-to-all: for each chip, the most rows and what they vary, in whole registers."""
     found = 0.0
     for factor, axes in zip(op.factors, splits, strict=True):
         if _dispatches(factor):
@@ -54,6 +54,7 @@ def sent_rows(topology: Topology, op: Operation, splits: Splits) -> float:
             chips = prod(topology.axis_sizes[axis] for axis in splits[op.inputs[-1].dims[-1][0] - 1])
             share = op.factors[0].size / sources
             most = share * min(chips, topology.pricing.expert_load) / chips
+            most += DEVIATIONS * sqrt(most)
             found += chips * min(ceil(share), ROW_TILE * ceil(most / ROW_TILE)) if sources > 1 < chips else 0.0
     return found
 
@@ -158,8 +159,11 @@ class GroupedWork:
             return inside
         first = next(use.dims for use in self.op.inputs if use.dims[:1] == ((self._groups,),))
         before, after = self.local[first[1][0]], self.local[made[1][0]]
-        tokens = self.sources * self.local[made[0][0]]
-        return max(inside + tokens * (before + after), 2 * sent * max(before, after))
+        slab = [
+            arrays_held / 2 * hidden + self.rows * width
+            for arrays_held, width in ((max(arrays - 1, 1), before), (1, after))
+        ]
+        return max(inside, *slab, 2 * sent * max(before, after))
 
     def flops(self, tile: float, least: float) -> float:
         """FLOPs of the matrix unit, in whole tiles."""

@@ -26,9 +26,9 @@ def chain_buffer_bytes(program: Program, topology: Topology, at: int, shards: np
     $n - 1$ hidden arrays and the rows at once, and later one hidden array and the results. Of these, a chip with on-chip memory
     for results keeps as much there as fits (`kept_on_chip`).
 
-    Where a chip sends its rows to the chips of their groups, it has the buffers that it sends and gets. The path that gathers
-    all tokens instead has these, and all their results, in loops, for which they are in HBM
-    (`costmodels.program.grouped.OVERFLOW`). Memory is reserved for both.
+    Where a chip sends its rows to the chips of their groups, it has the buffers that it sends and gets. The path for an
+    overflow (`costmodels.program.grouped.OVERFLOW`) is a loop, so its arrays are in HBM: those of half of the rows, and what a
+    sum over the chips takes and makes. Memory is reserved for both.
 
     **Arguments:**
 
@@ -52,8 +52,9 @@ def chain_buffer_bytes(program: Program, topology: Topology, at: int, shards: np
     if groups.tokens is None:
         return inside
     sent = evaluate(sent_rows(groups, load), op, shards) * size
-    gathered = op.factors[groups.tokens].size * size * (before + after) * (shards[:, groups.tokens] > 1)
-    return np.maximum(inside + gathered, 2 * sent * np.maximum(before, after))
+    overflow = np.maximum(held * hidden / 2 + rows * before, hidden / 2 + rows * after)
+    overflow *= shards[:, groups.tokens] > 1
+    return np.maximum.reduce([inside, overflow, 2 * sent * np.maximum(before, after)])
 
 
 def kept_on_chip(topology: Topology) -> float:

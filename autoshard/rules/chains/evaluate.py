@@ -50,10 +50,16 @@ def evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None, gathered: A
     return read(jaxpr.outvars[0])
 
 
+def equation_of(jaxpr: Any, primitive: str) -> Any:
+    """A chain's only gather of rows, or their sum by token; None without one."""
+    found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == primitive]
+    return found[0] if len(found) == 1 else None
+
+
 def numbers_of(jaxpr: Any, primitive: str) -> Any:
     """The variable with the numbers of tokens of a chain's only gather of rows, or of their sum by token; None without one."""
-    found = [eqn.invars[1] for eqn in jaxpr.eqns if eqn.primitive.name == primitive]
-    return found[0] if len(found) == 1 else None
+    found = equation_of(jaxpr, primitive)
+    return None if found is None else found.invars[1]
 
 
 def rows_within(sizes: Any, start: Any, count: int) -> Any:
