@@ -103,7 +103,7 @@ def between_elements(operation: Operation, load: float = EXPERT_LOAD) -> sympy.E
     The elementwise work passes over all hidden arrays. A gather of rows reads and writes them; to add rows, they are read, and
     those that they are added to are read and written. Without these, a chip with some of the groups copies its rows of the
     operand into a buffer, and those of the result out of it: each is read and written twice, as a buffer begins between tiles.
-    Rows that are sent are copied once more before and after.
+    Rows that are sent are copied once more before and after. Rows gathered for the elementwise work are written and read.
     """
     groups = grouped(operation)
     if groups is None or groups.hidden is None:
@@ -112,5 +112,7 @@ def between_elements(operation: Operation, load: float = EXPERT_LOAD) -> sympy.E
     sent = 2 * _is_sent(groups)
     before = number(2 * groups.gathers) + sent if groups.gathers else 4 * split
     after = number(3 * groups.adds) + sent if groups.adds else 4 * split
-    copied = before * points(groups.matrices[0].contracted) + after * points(groups.matrices[-1].columns)
-    return groups.hidden_arrays * hidden_elements(groups, load) + grouped_rows(groups, load) * copied
+    copied = before * points(groups.matrices[0].contracted)
+    copied += (after + 2 * groups.tables[1]) * points(groups.matrices[-1].columns)
+    passes = groups.hidden_arrays + 2 * groups.tables[0]
+    return passes * hidden_elements(groups, load) + grouped_rows(groups, load) * copied

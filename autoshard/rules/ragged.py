@@ -18,10 +18,15 @@ from jax.interpreters import ad, mlir
 from autoshard.rules.chains.evaluate import (
     BY_ROW,
     HIDDEN,
+    HIDDEN_TABLE,
     INDEX,
     LAST,
     MADE,
+    MADE_TABLE,
     MATRIX,
+    OFFSET,
+    OFFSET_TABLE,
+    OFFSETS,
     ROWS,
     SCALAR,
     SIZES,
@@ -133,10 +138,11 @@ ad.primitive_jvps[chain_p] = lambda primals, tangents, **params: jax.jvp(
 def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
     """`[m,e],[g,e,f],[g,f,n],[c] -> [m,n] sum={f,g}`: grouped matmuls, elementwise work on `[m,f]`, and a last one.
 
-    With the gather of the rows from tokens and their sum by token it is `[t,e],[m,1],... -> [u,n] sum={m,f,g}`. The rows, the
-    groups and the hidden columns may be split. If the groups are split, which is expert parallelism, every chip has all rows
-    or tokens, and computes the rows of its own groups through the whole chain, `ceil(R)` at a time
-    (`costmodels.program.grouped`). The result is exact for any sizes of the groups.
+    The elementwise work may take rows of `[g,f]`, such as the biases of each row's group, by their numbers. With the gather of
+    the rows from tokens and their sum by token it is `[t,e],[m,1],... -> [u,n] sum={m,f,g}`, and rows may be added to the
+    results before. The rows, the groups and the hidden columns may be split. If the groups are split, which is expert
+    parallelism, every chip has all rows or tokens, and computes the rows of its own groups through the whole chain,
+    `ceil(R)` at a time (`costmodels.program.grouped`). The result is exact for any sizes of the groups.
 
     If the results are added to as many tokens as the rows are gathered from, the tokens may be split instead of the rows, and
     the groups over the same chips: each row is sent to the chip of its group, and its result back.
@@ -157,6 +163,7 @@ def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
     sends = t >= 0 and factors.kind(t) == "dispatched"
     u = t if sends else factors.new(outputs[0].shape[0], "whole") if adds else m
     dims = {ROWS: (m, e), HIDDEN: (m, f), MADE: (m, n), INDEX: (m, m), TOKENS: (t, e)}
+    dims |= {OFFSET: (m, n), HIDDEN_TABLE: (c, f), MADE_TABLE: (c, n), OFFSET_TABLE: (c, n)}
     dims |= {MATRIX: (g, e, f), LAST: (g, f, n), SIZES: (c,), SCALAR: ()}
     sizes = [factor.size for factor in factors.done()]
     sides = tuple(
@@ -176,7 +183,14 @@ def ragged_chain(inputs, outputs, *, jaxpr, parts, **_):
 
 
 def _local_chain(eqn, rule: Rule, pieces: Pieces, *operands):
-    rows, (groups,) = 0, rule.inputs[eqn.params["parts"].index(LAST)][0]
+    parts = eqn.params["parts"]
+    rows, ((groups,), (hidden,), _) = 0, rule.inputs[parts.index(LAST)]
+    if pieces.axes(hidden):  # only one chip adds what is added to the sum over the hidden columns
+        adds = lax.axis_index(pieces.axes(hidden)) == 0
+        operands = tuple(
+            jnp.where(adds, a, jnp.zeros_like(a)) if part in OFFSETS else a
+            for a, part in zip(operands, parts, strict=True)
+        )
     *arrays, sizes = operands
     if tokens := [i for i, factor in enumerate(rule.factors) if factor.kind == "dispatched" and pieces.axes(i)]:
         return [_sent(eqn, pieces, tokens[0], groups, tuple(operands))]
@@ -188,10 +202,11 @@ def _local_chain(eqn, rule: Rule, pieces: Pieces, *operands):
     ends = jnp.cumsum(sizes, dtype=np.int32)
     count = jnp.sum(own, dtype=np.int32)
     last = lax.dynamic_index_in_dim(ends, pieces.start(groups) + pieces.size(groups) - 1, keepdims=False)
-    held, parts = pieces.size(rows), rule.factors[groups].size // pieces.size(groups)
-    room = min(held, math.ceil(pieces.expert_load * held / parts / ROW_TILE) * ROW_TILE)
-    chain = _OwnRows(eqn.params["jaxpr"], eqn.params["parts"], held, room)
-    return [chain.run(tuple(arrays), own, last - count, count)]
+    begin, held, chips = last - count, pieces.size(rows), rule.factors[groups].size // pieces.size(groups)
+    if any(part in OFFSETS for part in parts):  # the last chip has the rows of no group
+        count = jnp.where(pieces.start(groups) + pieces.size(groups) == rule.factors[groups].size, held - begin, count)
+    room = min(held, math.ceil(pieces.expert_load * held / chips / ROW_TILE) * ROW_TILE)
+    return [_OwnRows(eqn.params["jaxpr"], parts, held, room).run(tuple(arrays), own, begin, count)]
 
 
 def _sent(eqn: Any, pieces: Pieces, tokens: int, groups: int, operands: tuple[Any, ...]) -> Any:
@@ -203,7 +218,10 @@ def _sent(eqn: Any, pieces: Pieces, tokens: int, groups: int, operands: tuple[An
     first = pieces.start(groups)
     begins_, ends_ = (lax.dynamic_slice_in_dim(each, first, held) for each in (ends - sizes.astype(np.int32), ends))
     here = lax.axis_index(axes).astype(np.int32)
-    exchange = exchange_of(jaxpr, operands, chips, ends[held - 1 :: held], here, pieces.expert_load)
+    parted = ends[held - 1 :: held]
+    if any(part in OFFSETS for part in parts):  # the last chip has the rows of no group
+        parted = parted.at[-1].set(pieces.size(0))
+    exchange = exchange_of(jaxpr, operands, chips, parted, here, pieces.expert_load)
 
     def sent() -> Any:
         return run_exchanged(exchange, jaxpr, parts, tuple(arrays), begins_, ends_)
@@ -211,7 +229,7 @@ def _sent(eqn: Any, pieces: Pieces, tokens: int, groups: int, operands: tuple[An
     def in_slabs() -> Any:
         with jax.named_scope(OVERFLOW):
             own = lax.dynamic_slice_in_dim(sizes, first, held)
-            return run_in_slabs(exchange, jaxpr, parts, tuple(arrays), own, begins_[0])
+            return run_in_slabs(exchange, jaxpr, parts, tuple(arrays), own)
 
     return lax.cond(exchange.fits(), sent, in_slabs)
 

@@ -71,6 +71,8 @@ class Grouped:
     - `rows`, `groups`, `batch`: the factors of the rows, of the groups, and of batches with groups of their own.
     - `hidden`: the factor of the columns of a chain's hidden arrays; None without a chain.
     - `gathers`, `adds`: whether a chain gathers its rows from tokens, and adds them to those of tokens.
+    - `tables`: the number of arrays, with a row per group, from which the elementwise work before and after the last matmul
+      gathers rows, such as biases.
     - `tokens`: the factor of the tokens if it may be split, and rows sent to the chips of their groups; None if not.
     """
 
@@ -81,6 +83,7 @@ class Grouped:
     hidden: int | None = None
     gathers: bool = False
     adds: bool = False
+    tables: tuple[int, int] = (0, 0)
     tokens: int | None = None
 
     @property
@@ -124,7 +127,9 @@ def _chain(op: Operation) -> Grouped:
     first, last = found[0], found[-1]
     gathers = any(use.dims[1:] == (first.contracted,) and use.dims[0] != rows for use in op.inputs)
     adds = op.outputs[0].dims[0] != rows
-    return Grouped(rows, groups, (), tuple(found), last.contracted[0], gathers, adds, tokens_factor(op))
+    sides = [use.dims[1] for use in op.inputs if use.dims[:1] == ((groups + 1,),) and len(use.dims) == 2]
+    tables = sides.count(last.contracted), sides.count(last.columns)
+    return Grouped(rows, groups, (), tuple(found), last.contracted[0], gathers, adds, tables, tokens_factor(op))
 
 
 def tokens_factor(op: Operation) -> int | None:

@@ -136,13 +136,22 @@ class GroupedWork:
         first = next(use.dims for use in self.op.inputs if use.dims[:1] == ((groups,),))
         gathers = all(use.dims != ((0,), first[1]) for use in self.op.inputs)
         adds = self.op.outputs[0].dims[0] != (0,)
+        passed = self._looked_up
         if split and self.sources > 1:  # rows that are sent are copied once more on each side
             hidden += 2 * self.rows * (self.local[first[1][0]] + self.local[self.op.outputs[0].dims[1][0]]) / arrays
-        passed = arrays * hidden + self.rows * self.local[first[1][0]] * (2 if gathers else 4 * split)
+        passed += arrays * hidden + self.rows * self.local[first[1][0]] * (2 if gathers else 4 * split)
         passed += self.rows * self.local[self.op.outputs[0].dims[1][0]] * (3 if adds else 4 * split)
         rate = chip.vector_elements_per_second
         slowest = max(itemsize / chip.reached_hbm_bytes_per_second, 1 / rate if rate else 0.0)
         return passed * slowest + (arrays - 1) * chip.op_overhead_seconds + chip.vector_overhead_seconds
+
+    @property
+    def _looked_up(self) -> float:
+        """The elements that gathers of rows for each group, such as biases, write and are read from."""
+        tables = [
+            use.dims for use in self.op.inputs if len(use.dims) == 2 and use.dims[0] == self.op.inputs[-1].dims[0]
+        ]
+        return sum(2 * self.rows * prod(self.local[i] for i in dims[1]) for dims in tables)
 
     def buffers(self, sent: float, room: float) -> float:
         """The elements of a chain's buffers in HBM; those of the path for an overflow are there even if it does not run.

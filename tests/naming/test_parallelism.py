@@ -78,3 +78,20 @@ def test_attention_is_data_parallel_where_kv_heads_are_fewer_than_chips(kv_heads
     plan = autoshard.search(llama.decode_step, *args, topology="v5e:4x4", donate_argnums=1)
     assert plan.proof.status == "OPTIMAL"
     assert [row.strategy for row in plan.operations if row.strategy == attention] == [attention] * 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "names"),
+    [(64, 2048, ("batch-sharded over xy",)), (1, 32768, ("sequence-sharded over x", "sequence-sharded over y"))],
+)
+def test_fewer_heads_of_keys_than_chips(batch: int, context: int, names: tuple[str, ...]) -> None:
+    """Eight heads on 16 chips: data-parallel attention for many sequences, a split cache and a combined softmax for one."""
+    cache = shape(batch, context, 8, 128)
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return llama.attend(q, k, v, jnp.ones(context, bool))
+
+    plan = autoshard.search(step, shape(batch, 64, 128), cache, cache, topology="v5e:4x4", padding=False)
+    values = [row.strategy for row in plan.operations if row.matmul][-1]
+    assert any(name in values for name in names)
+    assert {each.kind for each in plan.estimate.collectives} == (set() if batch > 1 else {"all-reduce"})

@@ -103,16 +103,19 @@ def test_experts_over_chips_are_exact_for_every_router(which: str, shape: str) -
 BEFORE_THE_SUM = {
     "weights": (True, lambda made, bias: -made * bias),
     "calls": (True, jax.jit(lambda made, bias: (made / (2 + jnp.tanh(bias))).astype(jnp.float32))),
-    "a bias": (False, lambda made, bias: made + bias),
+    "a bias": (True, lambda made, bias: 2 * (made + bias)),
+    "taken from": (True, lambda made, bias: bias - made),
     "exp": (False, lambda made, bias: jnp.exp(made) * bias),
     "its inverse": (False, lambda made, bias: bias / (3 + made)),
     "a call used twice": (False, jax.jit(lambda made, bias: made * jnp.tanh(made) * bias)),
 }
-"""Work on the results before they are added by token, and whether it is linear in them."""
+"""Work on the results before they are added by token, and whether it is linear in them or adds to them."""
 
 
-@pytest.mark.parametrize("work", mostly_long(BEFORE_THE_SUM, "a bias", slow=("exp", "its inverse", "weights")))
-def test_only_linear_work_is_split_with_the_sum_by_token(work: str) -> None:
+@pytest.mark.parametrize(
+    "work", mostly_long(BEFORE_THE_SUM, "a bias", slow=("exp", "its inverse", "weights", "taken from"))
+)
+def test_only_linear_work_and_sums_are_split_with_the_sum_by_token(work: str) -> None:
     """Rows of no group and halves of the hidden columns do not make what a whole row makes."""
     linear, between = BEFORE_THE_SUM[work]
 

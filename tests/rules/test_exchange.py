@@ -31,14 +31,22 @@ TOKENS, WIDTH, HIDDEN, EXPERTS, CHOSEN = 32, 6, 8, 4, 2
 ROWS = TOKENS * CHOSEN
 
 
-def assigned(x: Array, chosen: Array, weights: Array, targets: Array, gate: Array, up: Array, down: Array) -> Array:
-    """Tokens `[T, E]` through the experts `chosen` `[T, N]`; the result of each is added to one of the `targets` `[T N]`."""
+def assigned(
+    x: Array, chosen: Array, weights: Array, targets: Array, gate: Array, up: Array, down: Array, *biases: Array
+) -> Array:
+    """Tokens `[T, E]` through the experts `chosen` `[T, N]`; the result of each is added to one of the `targets` `[T N]`.
+
+    There are no `biases`, or those of the hidden columns and of the results of each expert.
+    """
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=gate.shape[0]).astype(jnp.int32)
     rows = x[order // chosen.shape[1]]
-    hidden = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
-    made = lax.ragged_dot(hidden, down, sizes) * weights.reshape(-1)[order][:, None]
+    gated = lax.ragged_dot(rows, gate, sizes)
+    gated = gated + biases[0][flat[order]] if biases else gated
+    made = lax.ragged_dot(jax.nn.silu(gated) * lax.ragged_dot(rows, up, sizes), down, sizes)
+    made = made + biases[1][flat[order]] if biases else made
+    made = made * weights.reshape(-1)[order][:, None]
     return jnp.zeros_like(x).at[targets[order]].add(made)
 
 
@@ -46,7 +54,7 @@ def arrays() -> list[Array]:
     """Random tokens, weights of their experts, and matrices."""
     rng = np.random.default_rng(0)
     matrices = ((EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
-    shapes = ((TOKENS, WIDTH), (TOKENS, CHOSEN), *matrices)
+    shapes = ((TOKENS, WIDTH), (TOKENS, CHOSEN), *matrices, (EXPERTS, HIDDEN), (EXPERTS, WIDTH))
     return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import autoshard
+from autoshard.tracing.trace import trace
+from costmodels.program.grouped import grouped
 from examples import gpt_oss
 from tests.support.layout_strategies import quick
 
@@ -41,6 +43,13 @@ def test_decode_goes_on_where_prefill_ends() -> None:
     grown = jax.tree.map(lambda kept, of: kept if kept.shape == of.shape else jnp.pad(kept, added), cache, room)
     found, _ = step(params, grown, tokens[:, 6], jnp.int32(6))
     np.testing.assert_allclose(found, whole(params, tokens)[0], rtol=2e-4, atol=2e-4)
+
+
+def test_the_experts_of_a_layer_are_one_chain_with_their_biases() -> None:
+    work = gpt_oss.decode("tiny", batch=8, context=16)
+    operations = trace(work.fn, *work.args, chains=True).program.operations
+    chains = [found for op in operations if (found := grouped(op))]
+    assert [(each.gathers, each.adds, each.tables) for each in chains] == [(True, True, (2, 1))] * CONFIG.layers
 
 
 @pytest.mark.long

@@ -14,7 +14,13 @@ ROWS, HIDDEN, MADE, INDEX = "rows", "hidden", "made", "index"
 """Parts of operands with rows: `[m,e]`; `[m,f]` and `[m,n]` of elementwise work; `[m,1]`, numbers of tokens."""
 TOKENS, MATRIX, LAST, SIZES, SCALAR = "tokens", "matrix", "last", "sizes", "scalar"
 """Parts of the other operands: `[t,e]`, `[g,e,f]`, `[g,f,n]`, `[g]`, `[]`."""
-BY_ROW = (ROWS, HIDDEN, MADE, INDEX)
+OFFSET = "offset"
+"""What is added to results, `[m,n]`."""
+HIDDEN_TABLE, MADE_TABLE, OFFSET_TABLE = "hidden table", "made table", "offset table"
+"""Arrays `[g,f]`, `[g,n]` and `[g,n]` from whose rows those of `HIDDEN`, `MADE` and `OFFSET` are gathered, by an `INDEX`."""
+BY_ROW = (ROWS, HIDDEN, MADE, OFFSET, INDEX)
+OFFSETS = (OFFSET, OFFSET_TABLE)
+"""Parts that a chain adds to its results: once, if the hidden columns are split, and to rows of no group, too."""
 
 
 def evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None, gathered: Any = None) -> Any:
@@ -30,11 +36,15 @@ def evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None, gathered: A
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else known[atom]
 
+    takes = equation_of(jaxpr, "gather")
     for eqn in jaxpr.eqns:
-        if gathered is not None and eqn.primitive.name == "gather":
+        if gathered is not None and eqn is takes:
             known[eqn.outvars[0]] = gathered
             continue
         values = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "gather":  # columns may be split
+            known[eqn.outvars[0]] = eqn.primitive.bind(*values, **eqn.params | {"slice_sizes": (1, values[0].shape[1])})
+            continue
         if eqn.primitive.name == "scatter-add":
             if gathered is not None:
                 return values[2]
@@ -51,8 +61,11 @@ def evaluate(jaxpr: Any, operands: Sequence[Any], count: Any = None, gathered: A
 
 
 def equation_of(jaxpr: Any, primitive: str) -> Any:
-    """A chain's only gather of rows, or their sum by token; None without one."""
+    """A chain's only gather of the rows that it multiplies, or their sum by token; None without one."""
+    multiplied = {eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "ragged_dot_general"}
     found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == primitive]
+    if primitive == "gather":
+        found = [eqn for eqn in found if eqn.outvars[0] in multiplied]
     return found[0] if len(found) == 1 else None
 
 

@@ -14,9 +14,7 @@ from autoshard.rules.chains.exchange import Exchange
 from costmodels.program.grouped import slab_rows
 
 
-def run_in_slabs(
-    exchange: Exchange, jaxpr: Any, parts: tuple[str, ...], arrays: tuple[Any, ...], own: Any, begin: Any
-) -> Any:
+def run_in_slabs(exchange: Exchange, jaxpr: Any, parts: tuple[str, ...], arrays: tuple[Any, ...], own: Any) -> Any:
     """The result `[tokens, n]` of a chain for this chip's tokens, exact for any router and any numbers of tokens.
 
     Each slab has the same rows on all chips. Their tokens are summed over the chips: one has each token. Each chip computes
@@ -26,12 +24,14 @@ def run_in_slabs(
     **Arguments:**
 
     - `arrays`: the operands but the last, the sizes; tokens and matrices are those of this chip.
-    - `own`: the sizes of this chip's groups; `begin`: the first of their rows.
+    - `own`: the sizes of this chip's groups.
     """
     chips, count = exchange.chips, exchange.numbers.shape[0]
     tokens = next(a for a, part in zip(arrays, parts, strict=False) if part == TOKENS)
     take, add = equation_of(jaxpr, "gather"), equation_of(jaxpr, "scatter-add")
-    slab, ends = slab_rows(exchange.room), begin + jnp.sum(own, dtype=np.int32)
+    part, _ = chips.placed(exchange.here)
+    begin, end = jnp.where(part > 0, exchange.ends[part - 1], 0), exchange.ends[part]
+    slab = slab_rows(exchange.room)
 
     def step(k: Any, result: Any) -> Any:
         rows = k * slab + jnp.arange(slab, dtype=np.int32)
@@ -39,7 +39,7 @@ def run_in_slabs(
         mine, at = _own_tokens(exchange, exchange.numbers[rows])
         gathered = jnp.where((mine & known)[:, None], take.primitive.bind(tokens, at, **take.params), 0)
         gathered = lax.psum(gathered, chips.axes)
-        first, last = (jnp.clip(edge - k * slab, 0, slab) for edge in (begin, ends))
+        first, last = (jnp.clip(edge - k * slab, 0, slab) for edge in (begin, end))
         taken = [
             jnp.roll(a[rows], -first, 0) if part in BY_ROW and a.shape[0] > 1 else a
             for a, part in zip(arrays, parts, strict=False)

@@ -11,7 +11,21 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-from autoshard.rules.chains.evaluate import HIDDEN, INDEX, LAST, MADE, MATRIX, ROWS, SCALAR, SIZES, TOKENS
+from autoshard.rules.chains.evaluate import (
+    HIDDEN,
+    HIDDEN_TABLE,
+    INDEX,
+    LAST,
+    MADE,
+    MADE_TABLE,
+    MATRIX,
+    OFFSET,
+    OFFSET_TABLE,
+    ROWS,
+    SCALAR,
+    SIZES,
+    TOKENS,
+)
 from autoshard.rules.elementwise import LINEAR, NONLINEAR
 from autoshard.rules.ragged import chain_p
 from autoshard.rules.rule import inexact
@@ -66,7 +80,8 @@ def compose_chains(jaxpr: Any, eqns: Sequence[Any]) -> list[Any]:
     A chain ends with a `ragged_dot` whose rows are elementwise work on the results of others with the same sizes of the
     groups, and nothing else uses these results. It can be split by groups as a whole. Its parts cannot: elementwise work
     needs the sum of what the chips have. If the rows are gathered from tokens for the chain alone, and only added to those of
-    tokens after it, with linear elementwise work before, these steps are part of the chain.
+    tokens after it, with linear elementwise work or sums before, these steps are part of the chain. So are gathers of rows
+    for its elementwise work, such as the biases of each row's group.
     """
     found = list(eqns)
     for last in reversed([eqn for eqn in eqns if _is_grouped(eqn)]):
@@ -118,6 +133,19 @@ def _is_linear_in(eqn: Any, operand: Any) -> bool:
     return name in LINEAR or name == "mul" or (name == "div" and place == 0)
 
 
+def _offset_of(eqn: Any, operand: Any) -> Any:
+    """The array of rows that an equation adds to an operand, or takes from it or it from; None for any other equation."""
+    others = [v for v in eqn.invars if v is not operand]
+    if eqn.primitive.name not in ("add", "add_any", "sub") or len(others) != 1 or isinstance(others[0], jex.Literal):
+        return None
+    return others[0] if others[0].aval.ndim == 2 else None
+
+
+def _variables(eqn: Any) -> list[Any]:
+    """The operands of an equation; None for each literal."""
+    return [None if isinstance(v, jex.Literal) else v for v in eqn.invars]
+
+
 def _takes_rows(eqn: Any) -> bool:
     """Whether an equation gathers rows of a matrix by their numbers."""
     if eqn.primitive.name != "gather" or eqn.invars[0].aval.ndim != 2 or eqn.invars[1].aval.ndim != 2:
@@ -150,8 +178,11 @@ class _Members:
         self.depends: dict[Any, bool] = {}
         reached = list(self._reached())[::-1]
         self.takes = list(self._gathers(reached)) if reached else []
-        self.after = list(self._followers()) if reached else []
-        self.inside = [*self.takes, *reached, last, *self.after] if reached else []
+        self.offsets: set[Any] = set()
+        before = {v for eqn in (*self.takes, *reached) for v in (*_variables(eqn), *eqn.outvars)}
+        self.after = list(self._followers(before))
+        self.tables: dict[Any, str] = {}
+        self.inside = [*self.takes, *self._lookups(reached), *reached, last, *self.after] if reached else []
 
     def _reached(self) -> Iterator[Any]:
         """The equations between the first matmuls and the last, backwards."""
@@ -170,21 +201,40 @@ class _Members:
             if maker is not None and _takes_rows(maker) and mine and rows not in self.jaxpr.outvars:
                 yield maker
 
-    def _followers(self) -> Iterator[Any]:
+    def _followers(self, before: set[Any]) -> Iterator[Any]:
         """Linear elementwise work on the rows of the last matmul, zeros, and their sum into them; nothing without the sum.
 
-        Other work, such as a bias, needs the whole sum over split hidden columns, and acts on rows of no group too.
+        Arrays of rows may be added, such as biases, unless they are among those of the work `before`. Other work needs the
+        whole sum over split hidden columns.
         """
-        found, rows = [], self.last.outvars[0]
+        found, rows, offsets = [], self.last.outvars[0], set()
         while len(users := self.users.get(rows, [])) == 1 and rows not in self.jaxpr.outvars:
             (user,) = users
             if _adds_rows(user) and user.invars[2] is rows and (zeros := self._zeros(user.invars[0])) is not None:
+                self.offsets = offsets
                 yield from (*found, zeros, user)
                 return
-            if not _is_linear_in(user, rows) or user.outvars[0].aval.shape != rows.aval.shape:
+            if user.outvars[0].aval.shape != rows.aval.shape:
+                return
+            if (offset := _offset_of(user, rows)) is not None and offset not in before | offsets:
+                offsets.add(offset)
+            elif not _is_linear_in(user, rows):
                 return
             found.append(user)
             rows = user.outvars[0]
+
+    def _lookups(self, reached: Sequence[Any]) -> Iterator[Any]:
+        """The gathers of rows, one for each group, that only the elementwise work of one side uses."""
+        sides = {HIDDEN_TABLE: [eqn for eqn in reached if not self._is_first(eqn)], MADE_TABLE: self.after[:-2]}
+        for part, eqns in sides.items():
+            for v in dict.fromkeys(v for eqn in eqns for v in _variables(eqn)):
+                maker = self.makers.get(v)
+                if maker is None or not _takes_rows(maker) or v in self.jaxpr.outvars:
+                    continue
+                mine = all(any(user is eqn for eqn in eqns) for user in self.users[v])
+                if mine and maker.invars[0].aval.shape[0] == self.sizes.aval.shape[0]:
+                    self.tables[v] = OFFSET_TABLE if v in self.offsets else part
+                    yield maker
 
     def _zeros(self, atom: Any) -> Any:
         """The equation that makes an array of zeros; None for any other array."""
@@ -243,12 +293,15 @@ class _Members:
             return (ROWS, LAST if eqn is self.last else MATRIX, SIZES)
         if any(eqn is each for each in self.takes):
             return (TOKENS, INDEX)
+        if eqn.outvars[0] in self.tables:
+            return (self.tables[eqn.outvars[0]], INDEX)
         after = any(eqn is each for each in self.after)
         if after and _adds_rows(eqn):
             return (SCALAR, INDEX, MADE)
-        return [MADE if after else HIDDEN] * len(eqn.invars)
+        return [HIDDEN if not after else OFFSET if v in self.offsets else MADE for v in _variables(eqn)]
 
     def _fits(self, shape: Sequence[int], part: str) -> bool:
         """Whether an operand of elementwise work has rows and columns like its results, or one of them."""
-        whole = {HIDDEN: self.hidden, MADE: self.last.outvars[0].aval.shape}.get(part)
+        made = self.last.outvars[0].aval.shape
+        whole = {HIDDEN: self.hidden, MADE: made, OFFSET: made}.get(part)
         return whole is None or (len(shape) == 2 and all(n in (1, most) for n, most in zip(shape, whole, strict=True)))
