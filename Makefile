@@ -71,7 +71,7 @@ bench-overlap: $(VENV)/.tpu  ## compiled steps with rings against those without,
 bench-uneven: $(VENV)/.tpu  ## models whose dimensions do not divide, with and without padding: a table, and benchmarks/results/uneven.json (ARGS="--only CASE", ARGS="--audit")
 	PYTHONPATH=. $(BIN)/python benchmarks/uneven.py $(ARGS)
 
-bench-moe: $(VENV)/.tpu  ## mixtures of experts against the rules of public code: a table, and benchmarks/results/moe.json (ARGS="--only CASE", ARGS="--resume")
+bench-moe: $(VENV)/.tpu  ## mixtures of experts against the rules of public code: a table, and benchmarks/results/moe.json (ARGS="--only CASE", ARGS="--no-tpu", ARGS="--resume")
 	PYTHONPATH=. $(BIN)/python benchmarks/moe.py $(ARGS)
 
 bench-reports: $(VENV)/.tpu  ## public bug reports, rebuilt: a table, and benchmarks/results/reports.json (ARGS="--only NAME", ARGS="--no-tpu")

@@ -1,6 +1,6 @@
 """Mixtures of experts: the best plan against the rules of public JAX code.
 
-    python benchmarks/moe.py [--only CASE ...] [--contestants NAME ...] [--resume]
+    python benchmarks/moe.py [--only CASE ...] [--contestants NAME ...] [--no-tpu] [--resume]
 
 A row is a decoder of published sizes with `lax.ragged_dot`, a phase and a slice. `reference` is the planned step with the
 experts' matrices as in public code that gathers tokens, computes local experts and reduces (MaxText's ring of experts; EP of
@@ -112,8 +112,8 @@ def plan_case(case: str, contestant: str, layers: int | None = None) -> tuple[au
     return plan, work
 
 
-def measure(case: str, contestants: Sequence[str] = CONTESTANTS) -> dict[str, Any]:
-    """The row of a case."""
+def measure(case: str, contestants: Sequence[str] = CONTESTANTS, compiled: bool = True) -> dict[str, Any]:
+    """The row of a case; without what is compiled if not `compiled`."""
     row: dict[str, Any] = {"row": case}
     model, phase, topology = CASES[case]
     slice_ = parse_topology(topology)
@@ -133,7 +133,7 @@ def measure(case: str, contestants: Sequence[str] = CONTESTANTS) -> dict[str, An
         row[f"{name}_parallelism"] = str(plan.parallelism())
         row[f"{name}_chains"] = sum(each.primitive == CHAIN for each in plan.operations)
         row[f"{name}_sends_rows"] = any(text.startswith("rows are sent") for text in plan.warnings)
-        row |= _compiled(case, name)
+        row |= _compiled(case, name) if compiled else {}
     return row
 
 
@@ -171,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="CASE")
     parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
+    parser.add_argument("--no-tpu", action="store_true", help="plan only; compile nothing")
     parser.add_argument("--resume", action="store_true", help="run only cases without a result")
     options = parser.parse_args()
     rows = {row["row"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
@@ -179,7 +180,7 @@ def main() -> None:
     for case in CASES:
         if any(part in case for part in options.only) and not (options.resume and case in rows):
             kept = {k: v for k, v in rows.get(case, {}).items() if not k.startswith(tuple(options.contestants))}
-            row = rows[case] = kept | measure(case, options.contestants)
+            row = rows[case] = kept | measure(case, options.contestants, not options.no_tpu)
             print(f"{case:34s}" + "".join(f" {_milliseconds(row.get(name))}" for name in columns), flush=True)
             RESULTS.write_text(json.dumps([rows[name] for name in CASES if name in rows], indent=1) + "\n")
     done = [row for row in rows.values() if row["row"] in CASES]
