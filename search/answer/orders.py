@@ -3,8 +3,8 @@
 The matrix unit takes an operand whose two minor dimensions are the matrix's: the longest of the summed dimensions, and
 the longest of the kept ones, or those that the matmul beside it has in its matrix
 (`search.answer.matrix_dimensions`). It iterates over batch dimensions and all others. Either of the two may lie along the
-lanes, so the one that pads less does. `ragged_dot` reads its weights as [group, summed, kept], and a look-up reads
-whole rows. An array that a loop slices is stored slice by slice. Without an order, an argument is stored as its shape
+lanes, so the one that pads less does. `ragged_dot`, also in a chain, reads its weights as [group, summed, kept], and a look-up
+reads whole rows. An array that a loop slices is stored slice by slice. Without an order, an argument is stored as its shape
 and type suggest (`search.formulation.tpu_tiles.default_order`), and is re-tiled at every step if its readers need another
 order.
 
@@ -24,6 +24,7 @@ from math import prod
 
 from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
+from costmodels.program.grouped import CHAIN, grouped
 from costmodels.program.program import Operation, Program, Use
 from costmodels.program.views import CAST, RENAMES
 from search.answer.assignment import Choice, produced_layout
@@ -162,10 +163,21 @@ def _preferred_order(
     op, others = program.operations[index], (at for at in range(len(sizes)) if at not in known)
     if matrix_factors(op) is None:
         reads_rows = (op.primitive, operand) in (("gather", 0), ("ragged_dot_general", 1))
-        return (*others, *known) if reads_rows else None
+        return (*others, *known) if reads_rows or _is_of_groups(op, operand) else None
     shared = shared_dimensions(program, choice, topology.axis_sizes, index, operand)
     order = _product_order(op, operand, known, {known[i] for i in shared}, sizes)
     return (*others, *order) if order else None
+
+
+def _is_of_groups(op: Operation, operand: int) -> bool:
+    """Whether an operand of a chain of grouped matmuls has a matrix per group, or a row."""
+    groups, dims = grouped(op), op.inputs[operand].dims
+    return (
+        op.primitive == CHAIN
+        and groups is not None
+        and len(dims) > 1
+        and dims[0] in ((groups.groups,), (groups.groups + 1,))
+    )
 
 
 def _product_order(op: Operation, operand: int, dims: Order, shared: set[int], sizes: Order) -> Order | None:

@@ -137,6 +137,22 @@ MOE = (
 )
 
 
+def test_a_chain_of_grouped_products_reads_its_matrices_by_group() -> None:
+    """Hidden columns of 720 would lie along the rows by default, as 2880 pad less."""
+
+    def fn(x: Any, order: Any, sizes: Any, up: Any, bias: Any, down: Any) -> Any:
+        hidden = jnp.tanh(lax.ragged_dot(x[order], up, sizes) + bias[order])
+        return jnp.zeros_like(x).at[order].add(lax.ragged_dot(hidden, down, sizes))
+
+    numbers = (jax.ShapeDtypeStruct((64,), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32))
+    args = (SHAPE((64, 2880)), *numbers, SHAPE((8, 2880, 720)), SHAPE((8, 720)), SHAPE((8, 720, 2880)))
+    pins = [None] * 3 + [PartitionSpec("x"), None, PartitionSpec("x")]
+    plan = autoshard.search(fn, *args, topology="v5e:2x1", pins=pins, padding=False)
+    assert [op.primitive for op in plan.operations].count("ragged_chain") == 1
+    assert default_order((4, 2880, 720), 2) == (0, 2, 1)
+    assert {row.path: row.order for row in plan.arguments if row.order} == {"up": (0, 1, 2)}
+
+
 @pytest.mark.long
 @pytest.mark.tpu
 def test_the_orders_are_those_that_the_compiler_chooses() -> None:
