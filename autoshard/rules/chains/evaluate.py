@@ -15,7 +15,7 @@ ROWS, HIDDEN, MADE, INDEX = "rows", "hidden", "made", "index"
 TOKENS, MATRIX, LAST, SIZES, SCALAR = "tokens", "matrix", "last", "sizes", "scalar"
 """Parts of the other operands: `[t,e]`, `[g,e,f]`, `[g,f,n]`, `[g]`, `[]`."""
 OFFSET = "offset"
-"""What is added to results, `[m,n]`."""
+"""The part of arrays `[m,n]` that are added to results."""
 HIDDEN_TABLE, MADE_TABLE, OFFSET_TABLE = "hidden table", "made table", "offset table"
 """Arrays `[g,f]`, `[g,n]` and `[g,n]` from whose rows those of `HIDDEN`, `MADE` and `OFFSET` are gathered, by an `INDEX`."""
 BY_ROW = (ROWS, HIDDEN, MADE, OFFSET, INDEX)
