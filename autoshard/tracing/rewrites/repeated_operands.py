@@ -104,11 +104,11 @@ def _product(eqn: Any, side: int, place: int, repeat: Repeat) -> Callable[[Any, 
     return product
 
 
-# --- What is repeated
+# --- Repetitions
 
 
 def _repeat_along(atom: Any, dim: int, makers: Mapping[Any, Any]) -> Repeat | None:
-    """What an operand repeats along a dimension, seen through transposes and casts; None if it repeats nothing."""
+    """The repetition of an operand along a dimension, seen through transposes and casts; None if it repeats nothing."""
     later, at = [], dim
     while (maker := _maker(atom, makers)) is not None and maker.primitive.name in ("transpose", "convert_element_type"):
         at = maker.params["permutation"][at] if maker.primitive.name == "transpose" else at
@@ -172,7 +172,7 @@ def _again(shape: tuple[int, ...], later: Sequence[Any]) -> Callable[[Any], Any]
 
 
 def _before_broadcasts(array: Any, makers: Mapping[Any, Any]) -> tuple[Any, list[int | None]]:
-    """What is broadcast to an array, and the dimension of it that each of the array's comes from; None where it is repeated."""
+    """The array that is broadcast to another, and the dimension of it that each dimension comes from; None where it is repeated."""
     places: list[int | None] = list(range(len(array.aval.shape)))
     while (maker := _maker(array, makers)) is not None and maker.primitive.name == "broadcast_in_dim":
         source = maker.invars[0]
