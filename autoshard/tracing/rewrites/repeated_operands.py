@@ -172,7 +172,7 @@ def _again(shape: tuple[int, ...], later: Sequence[Any]) -> Callable[[Any], Any]
 
 
 def _before_broadcasts(array: Any, makers: Mapping[Any, Any]) -> tuple[Any, list[int | None]]:
-    """The array that is broadcast to another, and the dimension of it that each dimension comes from; None where it is repeated."""
+    """The array that is broadcast to another, and which of its dimensions each of the other is; None where it is repeated."""
     places: list[int | None] = list(range(len(array.aval.shape)))
     while (maker := _maker(array, makers)) is not None and maker.primitive.name == "broadcast_in_dim":
         source = maker.invars[0]
