@@ -2,14 +2,14 @@
 
 Beginning with none, the places whose source lines have the costliest differences from the plan are constrained: one, then
 two more, four more, ..., because one end of a reshard helps little without the other. This ends when the program is within
-`STEP`, `WIRE` and `PEAK` of the manual one, or at all places. Then each constraint without which the best program stays
-within these bounds, or as good as it is, is left out.
+`STEP`, `WIRE` and `PEAK` of the manual one, or at all places. Then each place without which the best program stays within
+these bounds, or as good as it is, is left out, and of the others each layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoshard.carrying.candidates import Place
 from autoshard.planning.carriage import CarriedProgram
@@ -70,7 +70,7 @@ class _Chooser:
 
     def __init__(self, compile: Compile, every: Sequence[Place], manual: CarriedProgram, most: int) -> None:
         self.compile, self.every, self.manual, self.left = compile, every, manual, most
-        self.known: dict[frozenset[int], Trial] = {}
+        self.known: dict[frozenset[Place], Trial] = {}
 
     def run(self) -> Trial:
         found = [self.trial(())]
@@ -89,25 +89,45 @@ class _Chooser:
         return [place for _, place in (found[:count] or scores)]
 
     def pruned(self, best: Trial) -> Trial:
-        """Without the constraints that are not needed, left out in ever smaller groups."""
+        """Without the places that are not needed, left out in ever smaller groups, and then without single layouts."""
         size = max(1, len(best.chosen) // 2)
-        while True:
+        while self.left > 0:
             best = self.without_groups(best, size)
-            if size == 1 or self.left <= 0:
-                return best
+            if size == 1:
+                break
             size //= 2
-
-    def without_groups(self, best: Trial, size: int) -> Trial:
-        """Without the groups of this many constraints that are not needed."""
-        needed, at = self.within(best), 0
-        while at < len(best.chosen) and self.left > 0:
-            found = self.trial((*best.chosen[:at], *best.chosen[at + size :]))
-            fits = self.within(found) if needed else self.loss(found) <= self.loss(best) * (1 + WORTH)
-            best, at = (found, at) if fits else (best, at + size)
+        for place in reversed(best.chosen):
+            best = self.without_layouts(best, place)
         return best
 
+    def without_groups(self, best: Trial, size: int) -> Trial:
+        """Without the groups of this many places that are not needed, the last chosen, which gain least, first."""
+        end = len(best.chosen)
+        while end > 0 and self.left > 0:
+            begin = max(end - size, 0)
+            best = self.better(best, (*best.chosen[:begin], *best.chosen[end:]))
+            end = begin
+        return best
+
+    def without_layouts(self, best: Trial, place: Place) -> Trial:
+        """Without the layouts of a place that are not needed, such as one that its operands give the value anyway."""
+        for layout in place.constraint.layouts if len(place.constraint.layouts) > 1 else ():
+            left = tuple(each for each in place.constraint.layouts if each != layout)
+            if not left or self.left <= 0:
+                break
+            less = replace(place, constraint=replace(place.constraint, layouts=left))
+            found = self.better(best, tuple(less if each == place else each for each in best.chosen))
+            best, place = (best, place) if found is best else (found, less)
+        return best
+
+    def better(self, best: Trial, fewer: Sequence[Place]) -> Trial:
+        """The program with fewer constraints if it is as good, else the best one."""
+        found = self.trial(fewer)
+        fits = self.within(found) if self.within(best) else self.loss(found) <= self.loss(best) * (1 + WORTH)
+        return found if fits else best
+
     def trial(self, chosen: Sequence[Place]) -> Trial:
-        key = frozenset(map(id, chosen))
+        key = frozenset(chosen)
         if key not in self.known:
             self.left -= 1
             self.known[key] = self.compile(chosen)

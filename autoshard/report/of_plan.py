@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from autoshard._util.tables import figure, percent, size, time
+from autoshard.carrying.render import export_note
 from autoshard.errors import ExportError
 from autoshard.explaining.bottlenecks import regimes
 from autoshard.explaining.explain import margin, short_name, spec_text
@@ -43,6 +44,7 @@ def plan_page_data(
             *(_audit_figures(audit) if audit is not None else ()),
         ],
         "specs": _specs(plan),
+        "carried": export_note(plan),
         "timeline": timeline(plan),
         "warnings": list(plan.warnings),
         "parallelism": str(parallelism(plan.program, plan.topology, plan.choice)) if plan.program is not None else "",

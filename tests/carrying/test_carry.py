@@ -112,6 +112,20 @@ def test_the_chosen_constraints_are_enough_and_needed(needed: set[int], data: st
     assert len({frozenset(each.constraint.values[0] for each in chosen) for chosen in compiled}) == len(compiled)
 
 
+def test_layouts_that_are_not_needed_are_left_out() -> None:
+    """Of three layouts of a place, a compiler that needs the last two gets these, in their order."""
+    layouts = tuple(Layout((axes,)) for axes in ((), ("x",), ("y",)))
+    resharded = replace(place(0), constraint=replace(place(0).constraint, layouts=layouts))
+
+    def compile(chosen: Sequence[Place]) -> Trial:
+        found = {layout for each in chosen for layout in each.constraint.layouts}
+        missing = len({*layouts[1:]} - found)
+        return Trial(tuple(chosen), program("constraints", 10.0 + missing), {"m.py:0": 1.0})
+
+    found = choose(compile, [resharded], program("manual", 10.0))
+    assert [each.constraint.layouts for each in found.chosen] == [layouts[1:]]
+
+
 @given(st.data())
 @examples(30)
 def test_between_two_constraints_there_is_one_collective(data: st.DataObject) -> None:

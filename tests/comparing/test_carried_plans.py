@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from autoshard.comparing.carried_plans import array_at, best_carried
+from autoshard.comparing.carried_plans import CarriedPlan, array_at, best_carried
 from autoshard.comparing.plans_by_sums import plans_by_sums
 from autoshard.errors import AutoshardError
 from autoshard.plan import loads
@@ -112,10 +113,21 @@ def test_a_plan_that_is_not_carried_as_planned_says_why(monkeypatch: pytest.Monk
     found = best_carried(plan, attention, *args, target="host", k=1)
     assert not found.chosen.is_as_planned
     words = found.best.warnings[-1]
-    assert words.startswith(
-        "No plan within 10% of that step is carried as planned. This one takes 2.00 s by specs, 1.0"
-    )
+    assert words.startswith("No plan within 10% of that step is carried as planned. This one takes 2.00 s by specs, ")
+    assert "µs planned, 1.00 s by manual collectives." in words
     assert f"unplanned: gathers at {line}. It concerns keys." in words
+
+
+def test_a_step_as_planned_may_take_longer_than_a_manual_one_that_is_faster_than_planned() -> None:
+    plan, _ = planned()
+    seconds = plan.estimate.seconds
+    manual = CarriedProgram("manual", seconds / 2, 1.0, 0.0, 0.0)
+    program = replace(manual, way="specs", step_seconds=1.05 * seconds)
+    found = CarriedPlan("", plan, plan, program, {}, manual)
+    assert found.is_as_planned
+    assert not replace(found, program=replace(program, step_seconds=1.2 * seconds)).is_as_planned
+    assert not replace(found, program=replace(program, wire_bytes=2.0, wire_seconds=seconds)).is_as_planned
+    assert replace(found, manual=replace(manual, step_seconds=1.1 * seconds)).is_as_planned
 
 
 def test_the_array_of_a_loop_is_the_largest_that_it_carries() -> None:

@@ -259,6 +259,7 @@ def test_the_page_has_its_command_and_specs_to_copy(tmp_path: Path, plan: Plan):
     html = (tmp_path / "plan.html").read_text()
     assert re.search(r"<code>autoshard report .*plan.json -o .*plan.html --tokens 64, on \d{4}-\d\d-\d\d</code>", html)
     assert 'data-copies="specs"' in html and embedded(html)["specs"] == plan.export("specs")
+    assert "How much of the plan these specs carry on their own is not measured" in html
 
 
 def test_the_scripts_of_a_sweep_run(tmp_path: Path):
