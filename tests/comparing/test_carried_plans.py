@@ -17,7 +17,7 @@ from autoshard.comparing.plans_by_sums import plans_by_sums
 from autoshard.errors import AutoshardError
 from autoshard.plan import loads
 from autoshard.planning.carriage import CarriedProgram
-from examples import palm
+from examples import blocks, palm
 from search.answer.assignment import moves
 from tests.support.cli import run
 from tests.support.paths import PALM, TINY
@@ -179,6 +179,26 @@ def test_padded_plans_are_refused() -> None:
     carried = autoshard.carry(plan, fn, x, w, target="host", ways=()).carriage
     assert carried is not None and [each.way for each in carried.programs] == ["manual"]
     assert "The plan pads dimensions, which these specs alone cannot do" in " ".join(plan.export("specs").split())
+
+
+SMALL = {
+    "mlp": {"batch": 16, "d_model": 16, "d_ff": 32},
+    "gated": {"batch": 16, "d_model": 16, "d_ff": 32},
+    "scanned": {"batch": 16, "layers": 2, "d_model": 16, "d_ff": 32},
+    "attention": {"batch": 4, "length": 8, "d_model": 16, "heads": 4},
+    "training": {"batch": 16, "d_model": 16, "d_ff": 32},
+}
+
+
+@pytest.mark.parametrize("block", SMALL)
+def test_blocks_by_sums_run_by_their_specs(block: str) -> None:
+    """The best plan by sums of each block of the benchmark, carried by specs, gives what the unsharded block gives."""
+    work = getattr(blocks, block)(**SMALL[block])
+    args = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, jnp.float32), work.args)
+    plan = autoshard.search(work.fn, *args, topology=well_linked("cpu:2x2"), padding=False)
+    found = next(plans_by_sums(plan, lambda name, each: (0.0, {}), 1))
+    arrays = drawn(args)
+    assert_close(found.jit(work.fn, carry="specs")(*arrays), work.fn(*arrays))
 
 
 @pytest.mark.long
