@@ -11,11 +11,11 @@ from time import monotonic
 
 from autoshard._util.tables import time
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate_pins
-from autoshard.errors import InfeasibleError
 from autoshard.planning.options import Options
-from autoshard.planning.solving import LEAST_GAIN, ProgramChoice, solve
+from autoshard.planning.solving import LEAST_GAIN, ProgramChoice, accept, attempt, solve
 from costmodels.machine.topology import Topology
 from costmodels.program.grouped import CHAIN
+from search.solve import NoPlan, Solution
 
 
 def choose_chains(function: AnnotatedFunction, topology: Topology, options: Options) -> ProgramChoice:
@@ -23,47 +23,26 @@ def choose_chains(function: AnnotatedFunction, topology: Topology, options: Opti
 
     **Raises:** `InfeasibleError` if neither fits, `PinError`.
     """
+    plain = annotate_pins(function, topology, options.pins)
     if function.chained is None:
-        return _solve(function, topology, options)
+        return ProgramChoice(plain, solve(plain, topology, options))
     started = monotonic()
-    plain = _try(function, topology, options)
+    found = attempt(plain, topology, options)
     left = None if options.time_limit is None else options.time_limit - (monotonic() - started)
     if left is not None and left <= 0:
-        return replace(_found(plain), notes=("the time limit left chains of grouped matmuls as one operation untried",))
-    chained = _try(function.chained, topology, replace(options, time_limit=left))
-    if isinstance(chained, InfeasibleError) or not _is_faster(chained, plain):
-        return _found(plain)
-    count = sum(op.primitive == CHAIN for op in chained.function.program.operations)
-    other = "does not fit" if isinstance(plain, InfeasibleError) else f"takes {time(plain.solution.check.seconds)}"
+        note = "the time limit left chains of grouped matmuls as one operation untried"
+        return ProgramChoice(plain, accept(found, plain, topology, options), notes=(note,))
+    chained = annotate_pins(function.chained, topology, options.pins)
+    composed = attempt(chained, topology, replace(options, time_limit=left))
+    if isinstance(composed, NoPlan) or not _is_faster(composed, found):
+        return ProgramChoice(plain, accept(found, plain, topology, options))
+    count = sum(op.primitive == CHAIN for op in chained.program.operations)
+    other = "does not fit" if isinstance(found, NoPlan) else f"takes {time(found.check.seconds)}"
     note = (
         f"chains of grouped matmuls ({count}) are one operation each; with each matmul on its own the best plan {other}"
     )
-    return replace(chained, notes=(note,))
+    return ProgramChoice(chained, composed, notes=(note,))
 
 
-def _solve(function: AnnotatedFunction, topology: Topology, options: Options) -> ProgramChoice:
-    pinned = annotate_pins(function, topology, options.pins)
-    return ProgramChoice(pinned, solve(pinned, topology, options))
-
-
-def _try(function: AnnotatedFunction, topology: Topology, options: Options) -> ProgramChoice | InfeasibleError:
-    try:
-        return _solve(function, topology, options)
-    except InfeasibleError as error:
-        return error
-
-
-def _found(tried: ProgramChoice | InfeasibleError) -> ProgramChoice:
-    """A choice that fits.
-
-    **Raises:** `InfeasibleError` if it does not.
-    """
-    if isinstance(tried, InfeasibleError):
-        raise tried
-    return tried
-
-
-def _is_faster(one: ProgramChoice, other: ProgramChoice | InfeasibleError) -> bool:
-    if isinstance(other, InfeasibleError):
-        return True
-    return one.solution.check.seconds < other.solution.check.seconds * (1 - LEAST_GAIN)
+def _is_faster(one: Solution, other: Solution | NoPlan) -> bool:
+    return isinstance(other, NoPlan) or one.check.seconds < other.check.seconds * (1 - LEAST_GAIN)

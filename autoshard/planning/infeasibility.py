@@ -13,6 +13,7 @@ from autoshard.errors import InfeasibleError
 from costmodels.machine.interconnects import Switch
 from costmodels.machine.topology import Topology, TopologyFormatError, complete_axes, parse_topology
 from costmodels.program.program import Program
+from search.formulation.layer_folding import classes as folded
 from search.formulation.problem import FORBIDDEN, Problem, build
 from search.memory.constraints import Row, rows
 from search.presolve.dual import Dual
@@ -102,7 +103,7 @@ def _advice(program: Program, topology: Topology, budget_bytes: float) -> str:
 
 def fits(program: Program, topology: Topology, budget_bytes: float) -> bool:
     """Whether a quick heuristic that only minimises memory finds a layout that fits; it may miss one."""
-    problem = build(program, topology, budget_bytes)
+    problem = build(program, topology, budget_bytes, folded(program))
     limits = rows(problem)
     if any(_least(row) > problem.budget_bytes for row in limits):
         return False

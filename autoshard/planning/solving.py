@@ -37,11 +37,27 @@ def solve(function: AnnotatedFunction, topology: Topology, options: Options) -> 
 
     **Raises:** `InfeasibleError`; `PinError` for pins that contradict each other.
     """
+    return accept(attempt(function, topology, options), function, topology, options)
+
+
+def attempt(function: AnnotatedFunction, topology: Topology, options: Options) -> Solution | NoPlan:
+    """The best layout of a function, or the search's answer that there is none, which is not explained yet."""
     try:
         return _search(function, topology, options)
     except NoPlan as error:
-        clash = conflict(function.program, function.pinned, topology, options.limits())
-        raise (PinError(clash) if clash else explain_infeasible(error)) from error
+        return error
+
+
+def accept(found: Solution | NoPlan, function: AnnotatedFunction, topology: Topology, options: Options) -> Solution:
+    """The layout that an attempt found.
+
+    **Raises:** `InfeasibleError`, or `PinError` for pins that contradict each other. The error looks for pins that hold
+        together and for a topology that is large enough, which may take longer than the search.
+    """
+    if not isinstance(found, NoPlan):
+        return found
+    clash = conflict(function.program, function.pinned, topology, options.limits())
+    raise (PinError(clash) if clash else explain_infeasible(found)) from found
 
 
 def solve_below(function: AnnotatedFunction, topology: Topology, options: Options, cutoff: float) -> Solution | None:
