@@ -66,6 +66,7 @@ class Overwrites:
         made_by = {self.maker[value] for value in result}
         kernels = self._reads.get(argument, {})
         during = {at for at in kernels if at in made_by and not kernels[at]}
+        during |= {at for at in made_by if any(self._is_formed_by(at, each) for each in kernels)}
         delayed = {first for first, _ in self.waits}
         after = {at for at in kernels if at not in made_by and (self.needed_until(at) >= begins or at in delayed)}
         operations = self.program.operations
@@ -78,6 +79,13 @@ class Overwrites:
             self.waits += [(maker, at) for maker in made_by for at in after]
             return None
         return begins, max(begins, *map(self.needed_until, during | after))
+
+    def _is_formed_by(self, product: int, kernel: int) -> bool:
+        """Whether a product takes in a kernel whose result nothing else reads."""
+        operations = self.program.operations
+        if operations[product].op_class != "matmul" or operations[kernel].op_class != "fused":
+            return False
+        return [reader for use in operations[kernel].outputs for reader in self.readers.get(use.value, ())] == [product]
 
     def _may_follow(self, result: Collection[int], made_by: set[int], after: set[int]) -> bool:
         """Whether these operations can all run before the result is made."""
@@ -116,30 +124,79 @@ Readers = Mapping[int, Sequence[int]]
 
 
 def formed(program: Program, readers: Readers) -> set[int]:
-    """The operands that products form themselves, from arguments that are not donated, with one reader for each step."""
-    donated = {program.arguments[argument] for argument, _ in program.donated}
-    given = {use.value for at, op in enumerate(program.operations) if at not in donated for use in op.outputs}
-    given &= {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
-    steps = set[int]()
+    """The operands that products form themselves, with one reader for each step.
+
+    They form them from arguments that are not donated, or whose memory the product's own result takes.
+    """
+    maker = {use.value: at for at, op in enumerate(program.operations) for use in op.outputs}
+    taken = {
+        program.operations[program.arguments[argument]].outputs[0].value: maker[
+            program.operations[program.results[result]].inputs[0].value
+        ]
+        for argument, result in program.donated
+    }
+    waits: dict[int, set[int]] = {}  # each step to the makers of the results that take the memory of what it is made of
     for op in program.operations:  # in their order: as many steps as a program has
-        known = all(use.value in given or use.value in steps for use in op.inputs)
-        if known and op.op_class == "fused" and op.region == 0 and not _reduces(op):
-            steps |= {use.value for use in op.outputs if len(set(readers.get(use.value, ()))) == 1}
-    return {use.value for op in program.operations if op.op_class == "matmul" for use in op.inputs} & steps
+        if op.op_class == "source":
+            waits |= {use.value: {taken[use.value]} if use.value in taken else set() for use in op.outputs}
+        elif all(use.value in waits for use in op.inputs) and op.op_class == "fused" and op.region == 0:
+            once = (
+                [] if _reduces(op) else [use.value for use in op.outputs if len(set(readers.get(use.value, ()))) == 1]
+            )
+            waits |= {value: set().union(*(waits[use.value] for use in op.inputs)) for value in once}
+    found = {
+        use.value
+        for at, op in enumerate(program.operations)
+        if op.op_class == "matmul"
+        for use in op.inputs
+        if use.value in waits and waits[use.value] <= {at} and program.operations[maker[use.value]].op_class == "fused"
+    }
+    return found | set(_widened(program, maker, taken))
 
 
-def over_products(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
-    """Each product, and the result of the one kernel that reads it, element by element, and writes over it."""
-    taken = {program.operations[program.results[result]].inputs[0].value for _, result in program.donated}
+def _widened(program: Program, maker: Mapping[int, int], donated: Collection[int]) -> Iterator[int]:
+    """The bfloat16 arguments and parts of loops' arrays that are cast for products alone, which round them again."""
+    exact = {
+        use.value
+        for op in program.operations
+        for k, use in enumerate(op.inputs)
+        if not (op.op_class == "matmul" and k in op.rounded)
+    }
+    read = {use.value for op in program.operations for use in op.inputs}
     for op in program.operations:
-        if op.op_class != "matmul" or len(op.outputs) != 1:
+        if op.primitive == "convert_element_type" and op.inputs and op.outputs[0].value in read - exact:
+            given = op.inputs[0].value
+            made_by = program.operations[maker[given]]
+            kept = made_by.primitive in ("loop_slice", "loop_constant")
+            if program.values[given].dtype == "bfloat16" and (
+                kept or (made_by.op_class == "source" and given not in donated)
+            ):
+                yield op.outputs[0].value
+
+
+def inside_kernels(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> dict[int, int]:
+    """Each product, and the result of the one kernel that reads it, element by element."""
+    taken = {program.operations[program.results[result]].inputs[0].value for _, result in program.donated}
+    found: dict[int, int] = {}
+    for op in program.operations:
+        if op.op_class == "matmul" and len(op.outputs) == 1:
+            product = op.outputs[0].value
+            last = _last_results(program, readers, is_fused, product, op.region)
+            if last is not None and len(last) == 1 and not last & taken:
+                (found[product],) = last
+    return found
+
+
+def over_carries(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+    """Each loop carry and its next value, if one elementwise kernel makes that of it, with one product at most."""
+    made = list(inside_kernels(program, readers, is_fused).values())
+    for at, op in enumerate(program.operations):
+        if op.primitive != "loop_carry" or len(op.inputs) != 2:
             continue
-        (product,) = (use.value for use in op.outputs)
-        last = _last_results(program, readers, is_fused, product, op.region)
-        if last is not None and len(last) == 1 and not last & taken:
-            (result,) = last
-            if program.values[result].bytes == program.values[product].bytes:
-                yield product, result
+        state, following = op.outputs[0], op.inputs[1].value
+        alone = list(readers[following]) == [at] and made.count(following) < 2
+        if alone and _last_results(program, readers, is_fused, state.value, state.region) == {following}:
+            yield state.value, following
 
 
 def _last_results(

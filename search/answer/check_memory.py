@@ -5,7 +5,8 @@ the connected components of a graph of values. The life of each follows from its
 operation by operation. The rules are those of XLA's buffers. Tests compare them with compiled programs:
 
 - A view (a transposition, a reshape, the slice of a stack at one index) that is only read takes no memory. Its source
-  lives until the view's readers are done. A slice that is read after a write to its stack is not a view.
+  lives until the view's readers are done. A slice that is read after a write to its stack is not a view, nor is a
+  transposition of which a gather picks, if others read its source.
 - The stacked results of a loop are allocated before it begins, and values made only for them are written into them.
   They take a donated argument's memory if nothing reads that from then on.
 - An update in place takes its operand's memory if nothing reads that any more. A loop carry takes the memory of its
@@ -24,21 +25,19 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate
 from math import prod
 
 from costmodels.machine.topology import Topology
-from costmodels.operations import matrix_factors
 from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, kept_layout, moves
-from search.answer.check_donations import Overwrites, formed, over_products
+from search.answer.check_donations import Overwrites, formed, inside_kernels, over_carries
 from search.answer.check_grouped import GroupedWork, sent_rows
 from search.answer.check_results import Life, with_results_first
-from search.answer.check_temporaries import Holds, converting, joining, returning, sorting
+from search.answer.check_temporaries import Holds, converting, joining, returning, second_scores, sorting
 from search.formulation.layouts import shards
 
 _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
@@ -67,7 +66,11 @@ def _further(program: Program, topology: Topology, choice: Choice, account: _Acc
     """The copies that reshards make, and the arrays that operations make of their own."""
     for move in moves(program, choice):
         moved = program.values[move.value].bytes
-        if move.operation is None:
+        if move.value in account.in_registers:
+            at = account.maker[move.value]
+            last = at if move.operation is None else account.copy_life(move.value, move.operation)[1]
+            yield at, last, sum(moved / shards(each, topology.axis_sizes) for each in (move.source, move.target))
+        elif move.operation is None:
             at = account.maker[move.value]
             yield at, at, moved / shards(move.source, topology.axis_sizes)
         else:
@@ -78,7 +81,7 @@ def _further(program: Program, topology: Topology, choice: Choice, account: _Acc
     yield from joining(program, topology, choice, account.readers, account.is_fused, account.formed)
     for at, op in enumerate(program.operations):
         if op.primitive == "reduce_max":
-            made, held = account.second_scores(topology, choice, at)
+            made, held = second_scores(program, topology, choice, account.maker, at)
             yield made, made, held
         elif op.primitive == CHAIN:
             yield at, at, _chain_buffers(program, topology, choice, at)
@@ -118,9 +121,33 @@ class _Account:
                 yield Life(tuple(values), first, last)
         yield from (Life((taken,), *both) for _, taken, both in overwritten if both is not None)
 
+    @cached_property
+    def _inside(self) -> dict[int, int]:
+        """Each product to the result of the kernel that takes it in."""
+        return inside_kernels(self.program, self.readers, self.is_fused)
+
+    @cached_property
+    def _carried(self) -> list[tuple[int, int]]:
+        """Each array that a loop carries, and the next one, that is written over it."""
+        return list(over_carries(self.program, self.readers, self.is_fused))
+
+    @cached_property
+    def in_registers(self) -> dict[int, int]:
+        """The products that are arrays only while they change their layout, to the results of their kernels."""
+        carried = {following for _, following in self._carried}
+        names = {value: {self.program.operations[i].primitive for i in at} for value, at in self.readers.items()}
+        stacked = {value for value, each in names.items() if each == {"loop_stack"}}
+        sizes = self.program.values
+        return {a: b for a, b in self._inside.items() if b in carried | stacked or sizes[a].bytes != sizes[b].bytes}
+
+    @cached_property
+    def _began(self) -> dict[int, int]:
+        """The results of kernels that take in products, to the first of these."""
+        return {result: self.maker[product] for product, result in reversed(self.in_registers.items())}
+
     def _begins(self, value: int) -> int:
         """The first operation of a value's life; stacked results live as long as their loop."""
-        at = self.maker[value]
+        at = min(self.maker[value], self._began.get(value, self.maker[value]))
         op = self.program.operations[at]
         if op.primitive != "loop_stack" or not op.inputs:
             return at
@@ -168,9 +195,24 @@ class _Account:
         for i, op in reversed(list(enumerate(self.program.operations))):
             if self._shows(op) or (self._is_slice(op) and self._is_read_first(op, found)):
                 (made,) = (use.value for use in op.outputs)
-                if all(self._only_reads(at, made, found) for at in self.readers.get(made, ())):
+                shared = len(self.readers[op.inputs[0].value]) > 1
+                turned = op.primitive == "transpose" and shared and self._is_gathered(made, found)
+                if not turned and all(self._only_reads(at, made, found) for at in self.readers.get(made, ())):
                     found.add(i)
         return found
+
+    def _is_gathered(self, value: int, views: set[int]) -> bool:
+        """Whether a gather picks elements of a value, or of a view of it."""
+        waiting = [value]
+        while waiting:
+            value = waiting.pop()
+            for op in map(self.program.operations.__getitem__, self.readers.get(value, ())):
+                if op.primitive == "gather" and op.inputs[0].value == value:
+                    return True
+            waiting += [
+                self.program.operations[at].outputs[0].value for at in self.readers.get(value, ()) if at in views
+            ]
+        return False
 
     def _is_slice(self, op: Operation) -> bool:
         """Whether an operation takes everything in a stack that has certain leading indices."""
@@ -221,7 +263,9 @@ class _Account:
                 yield group
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
-        yield from over_products(self.program, self.readers, self.is_fused)
+        sizes = self.program.values
+        yield from ((a, b) for a, b in self._inside.items() if sizes[a].bytes == sizes[b].bytes)
+        yield from self._carried
         for i, op in enumerate(self.program.operations):
             given = [use.value for use in op.inputs]
             made = [use.value for use in op.outputs]
@@ -281,7 +325,7 @@ class _Account:
         """Whether a value must be in memory."""
         at = self.maker[value]
         op = self.program.operations[at]
-        if op.primitive == "loop_slice" or at in self.views:
+        if op.primitive == "loop_slice" or at in self.views or value in self.in_registers:
             return False
         readers = [self.program.operations[each].primitive for each in self.readers.get(value, ())]
         turned = [each for each in self.readers.get(value, ()) if each not in self.views]
@@ -336,52 +380,6 @@ class _Account:
             if op.op_class == "matmul":
                 latest[op.region] = i
         return found
-
-    def second_scores(self, topology: Topology, choice: Choice, at: int) -> tuple[int, float]:
-        """The bytes of a second array of scores, and the product that forms them.
-
-        A TPU holds it for a maximum over more than 2,048 float32 columns of a batched product with one dimension of rows, or
-        with two, transposed or not, if one chip has several elements of two dimensions of the batch.
-        """
-        op = self.program.operations[at]
-        made, order = self._product_behind(op.inputs[0].value, list(range(len(op.inputs[0].dims))))
-        across = [order[i] for i, dim in enumerate(op.inputs[0].dims) if dim not in op.outputs[0].dims]
-        if made is None or len(across) != 1 or topology.chip.kind != "tpu":
-            return at, 0.0
-        array, maker = self.program.values[made], self.program.operations[self.maker[made]]
-        groups, dims = matrix_factors(maker), next(use.dims for use in maker.outputs if use.value == made)
-        if groups is None or not groups.batch or array.dtype != "float32":
-            return at, 0.0
-        own = groups.columns if set(dims[across[0]]) <= set(groups.columns) else groups.rows
-        others = [
-            dim for dim, n in zip(dims, array.shape, strict=True) if n > 1 and not set(dim) & {*groups.batch, *own}
-        ]
-        cuts = kept_layout(self.program, choice, made)
-        chips = [prod(topology.axis_sizes[axis] for axis in cut) for cut in cuts.dims]
-        local = [-(-n // k) for n, k in zip(array.shape, chips, strict=True)]
-        crowded = sum(n > 1 and bool(set(dim) & set(groups.batch)) for dim, n in zip(dims, local, strict=True)) > 1
-        is_long = local[across[0]] > 2048 and not set(dims[across[0]]) & set(groups.batch)
-        in_order = order == sorted(order)
-        twice = is_long and ((len(others) == 1 and in_order) or (len(others) == 2 and crowded))
-        return self.maker[made], array.bytes / shards(cuts, topology.axis_sizes) if twice else 0.0
-
-    def _product_behind(self, value: int, order: list[int]) -> tuple[int | None, list[int]]:
-        """The matmul's result from which elementwise operations and transpositions form a value.
-
-        `order` has for each dimension asked for its place in the value, and in the result its place in the product.
-        """
-        op = self.program.operations[self.maker[value]]
-        if op.op_class == "matmul":
-            return value, order
-        shaped = next(use.dims for use in op.outputs if use.value == value)
-        for use in op.inputs if op.op_class == "fused" else ():
-            same = use.dims == shaped
-            if same or (all(shaped) and Counter(use.dims) == Counter(shaped)):
-                moved = order if same else [use.dims.index(shaped[i]) for i in order]
-                found, places = self._product_behind(use.value, moved)
-                if found is not None:
-                    return found, places
-        return None, order
 
 
 def _writes(op: Operation) -> bool:

@@ -8,9 +8,11 @@ It shares no code with `search.memory.results_first`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 from costmodels.program.program import Program
+from search.answer.check_temporaries import converted_before
 
 
 class Life(NamedTuple):
@@ -40,17 +42,19 @@ def with_results_first(
     sources = {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
     returned = {program.operations[at].inputs[0].value for at in program.results if program.operations[at].inputs}
     given = {value for each in lives if not sources.isdisjoint(each.values) for value in each.values}
+    joint = _joint_kernels(program, is_fused, readers)
     rooms: list[_Room] = []
     others: list[Life] = []
     for each in lives:
         begin = program.phase_of(each.first)[0]
         if not sources.isdisjoint(each.values):
             yield each
-        elif returned.isdisjoint(each.values) or given.issuperset(each.values):
+        elif _carries(program, each) if given.issuperset(each.values) else returned.isdisjoint(each.values):
             others.append(each)
         else:
-            if not _is_copied_first(program, each, sources):
-                rooms.append(_Room(_size(program, each), begin, each.first - 1, []))
+            if not _is_copied_first(program, each, sources) and not _is_stacked_beside(program, each, given):
+                closes = min([each.first, *(joint[value] for value in each.values if value in joint)]) - 1
+                rooms.append(_Room(_size(program, each), begin, closes, []))
             yield each._replace(first=begin)
     rooms.sort(key=lambda room: room.bytes)
     ends = _kernels(program, readers, is_fused)
@@ -62,6 +66,45 @@ def with_results_first(
             yield each
         else:
             room.guests.append(stay)
+
+
+def _is_stacked_beside(program: Program, life: Life, given: set[int]) -> bool:
+    """Whether an array is a loop's stack, beside the donated argument into which it is copied at the end."""
+    stacks = {use.value for op in program.operations if op.primitive == "loop_stack" for use in op.outputs}
+    return given.issuperset(life.values) and life.values[0] in stacks
+
+
+def _carries(program: Program, life: Life) -> bool:
+    """Whether the array beside a donated argument is a loop's carry; else it is the argument's copy, made at once."""
+    made = {use.value: op.primitive for op in program.operations for use in op.outputs}
+    return made[life.values[0]] == "loop_carry"
+
+
+def _joint_kernels(
+    program: Program, is_fused: Callable[[int], bool], readers: Mapping[int, Sequence[int]]
+) -> dict[int, int]:
+    """The values made of arguments by elementwise work alone, and the first operation of their kernel.
+
+    That kernel also makes whatever else such work of the same number of elements makes of the same argument, casts included.
+    """
+    outside = {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
+    behind = {value: {value} for value in outside}
+    ends: list[tuple[int, int]] = []
+    for at, op in enumerate(program.operations):
+        given = [use.value for use in op.inputs]
+        if op.op_class != "source" and op.region == 0 and is_fused(at) and behind.keys() >= set(given):
+            made = op.outputs[0].value
+            behind[made] = set().union(*(behind[value] for value in given))
+            if any(not is_fused(reader) for reader in readers.get(made, ())):
+                ends.append((at, made))
+    first = dict(converted_before(program, readers))
+    kernels = {(array, prod(program.values[array].shape)): at for array, at in first.items()}
+    found: dict[int, int] = {}
+    for at, made in ends:
+        for array in behind[made]:
+            known = kernels.setdefault((array, prod(program.values[made].shape)), at)
+            found[made] = min(known, found.get(made, at))
+    return found
 
 
 def _is_copied_first(program: Program, life: Life, sources: set[int]) -> bool:

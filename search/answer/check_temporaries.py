@@ -7,6 +7,7 @@ loop reads in a narrower type, but does not pile up, is converted whole before t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 
@@ -69,12 +70,25 @@ def joining(
     for at, op in enumerate(program.operations):
         if op.primitive not in ("concatenate", "stack") or not ends.get(at) or op.outputs[0].value in formed:
             continue
+        if _turned(program, maker, is_fused, op):
+            continue
         for value in {use.value for use in op.inputs}:
             made, last = maker[value], max(ends[at])
             fused = is_fused(made) and all(map(is_fused, readers[value]))
             if program.operations[made].op_class != "source" and (fused or last > at):
                 held = program.values[value].bytes / shards(kept_layout(program, choice, value), topology.axis_sizes)
                 yield (made if fused else at + 1), last, held
+
+
+def _turned(program: Program, maker: Mapping[int, int], is_fused: Callable[[int], bool], join: Operation) -> bool:
+    """Whether a join puts the two parts of one array together again, in either order; the array is in memory."""
+    parts = {use.value: program.operations[maker[use.value]] for use in join.inputs}
+    if len(join.inputs) != 2 or len(parts) != 2 or {op.primitive for op in parts.values()} != {"slice"}:
+        return False
+    first, second = (op.inputs[0].value for op in parts.values())
+    if first != second or is_fused(maker[first]):
+        return False
+    return program.values[first].bytes == sum(program.values[part].bytes for part in parts)
 
 
 def _kernel_ends(
@@ -112,6 +126,19 @@ def converting(program: Program, topology: Topology, choice: Choice, readers: Ma
             during = [i for i, each in enumerate(program.operations) if loop in program.enclosing(each.region)]
             pieces = shards(kept_layout(program, choice, part), topology.axis_sizes)
             yield min(during), max(during), itemsize * prod(program.values[array].shape) / pieces
+
+
+def converted_before(program: Program, readers: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """Each array that is converted before loops to the first operation of the first of them."""
+    maker = {use.value: op for op in program.operations for use in op.outputs}
+    found: dict[int, int] = {}
+    for value, _ in _narrowed(program, readers):
+        crossed = _crossings(program, maker, value)
+        for part, array in crossed[-1:]:
+            loop = program.values[part].region
+            begins = next(i for i, op in enumerate(program.operations) if loop in program.enclosing(op.region))
+            found[array] = min(begins, found.get(array, begins))
+    return found
 
 
 def _narrowed(program: Program, readers: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, float]]:
@@ -168,3 +195,53 @@ def _cuts_constant(program: Program, maker: Mapping[int, Operation], op: Operati
     whole, piece = (program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
     at_one_index = any(whole[k:] == piece[k:] and prod(piece[:k]) == 1 for k in range(len(whole) + 1))
     return at_one_index and maker[op.inputs[0].value].primitive == "loop_constant"
+
+
+def second_scores(
+    program: Program, topology: Topology, choice: Choice, maker: Mapping[int, int], at: int
+) -> tuple[int, float]:
+    """The bytes of a second array of scores, and the product that forms them.
+
+    A TPU holds it for a maximum over more than 2,048 float32 columns of a batched product with one dimension of rows, or
+    with two, transposed or not, if one chip has several elements of two dimensions of the batch.
+    """
+    op = program.operations[at]
+    made, order = _product_behind(program, maker, op.inputs[0].value, list(range(len(op.inputs[0].dims))))
+    across = [order[i] for i, dim in enumerate(op.inputs[0].dims) if dim not in op.outputs[0].dims]
+    if made is None or len(across) != 1 or topology.chip.kind != "tpu":
+        return at, 0.0
+    array, made_by = program.values[made], program.operations[maker[made]]
+    groups, dims = matrix_factors(made_by), next(use.dims for use in made_by.outputs if use.value == made)
+    if groups is None or not groups.batch or array.dtype != "float32":
+        return at, 0.0
+    own = groups.columns if set(dims[across[0]]) <= set(groups.columns) else groups.rows
+    others = [dim for dim, n in zip(dims, array.shape, strict=True) if n > 1 and not set(dim) & {*groups.batch, *own}]
+    cuts = kept_layout(program, choice, made)
+    chips = [prod(topology.axis_sizes[axis] for axis in cut) for cut in cuts.dims]
+    local = [-(-n // k) for n, k in zip(array.shape, chips, strict=True)]
+    crowded = sum(n > 1 and bool(set(dim) & set(groups.batch)) for dim, n in zip(dims, local, strict=True)) > 1
+    is_long = local[across[0]] > 2048 and not set(dims[across[0]]) & set(groups.batch)
+    in_order = order == sorted(order)
+    twice = is_long and ((len(others) == 1 and in_order) or (len(others) == 2 and crowded))
+    return maker[made], array.bytes / shards(cuts, topology.axis_sizes) if twice else 0.0
+
+
+def _product_behind(
+    program: Program, maker: Mapping[int, int], value: int, order: list[int]
+) -> tuple[int | None, list[int]]:
+    """The matmul's result from which elementwise operations and transpositions form a value.
+
+    `order` has for each dimension asked for its place in the value, and in the result its place in the product.
+    """
+    op = program.operations[maker[value]]
+    if op.op_class == "matmul":
+        return value, order
+    shaped = next(use.dims for use in op.outputs if use.value == value)
+    for use in op.inputs if op.op_class == "fused" else ():
+        same = use.dims == shaped
+        if same or (all(shaped) and Counter(use.dims) == Counter(shaped)):
+            moved = order if same else [use.dims.index(shaped[i]) for i in order]
+            found, places = _product_behind(program, maker, use.value, moved)
+            if found is not None:
+                return found, places
+    return None, order

@@ -29,7 +29,7 @@ from search.memory.buffer import Buffer
 from search.memory.chain_buffers import chain_buffer_bytes, chains
 from search.memory.conversions import conversions
 from search.memory.donations import Donations
-from search.memory.fused_products import formed_in_products, written_over
+from search.memory.fused_products import absorbed, formed_in_products, is_stacked, overwritten_carries, written_over
 from search.memory.kernels import REDUCTIONS, is_inlined
 from search.memory.reshard_buffers import Copies
 from search.memory.result_copies import copied_bytes
@@ -111,9 +111,10 @@ def buffers(program: Program) -> tuple[Buffer, ...]:
             for use in op.inputs:
                 if _ends_here(program, use.value, i):
                     groups.join(op.outputs[0].value, use.value)
-    for product, result in written_over(program):
-        groups.join(product, result)
+    for before, after in (*written_over(program), *overwritten_carries(program)):
+        groups.join(before, after)
     starts = stack_starts(program)
+    starts |= {result: program.producers[product][0] for product, result in absorbed(program).items()}
     beside = list(_join_donated(program, groups, starts))
     joined = (_buffer(program, members, last, starts) for members in groups.found() if _takes_memory(program, members))
     return (*joined, *beside)
@@ -224,9 +225,8 @@ def _is_materialised(program: Program, value: int) -> bool:
     made_by = program.operations[program.producers[value][0]]
     if made_by.primitive == "loop_slice" or program.producers[value][0] in views(program):
         return False
-    users = program.consumers.get(value, ())
-    if users and all(program.operations[at].primitive == "loop_stack" for at, _ in users):
-        return False  # made in place in the stack
+    if is_stacked(program, value) or value in absorbed(program):
+        return False
     if made_by.primitive.startswith(REDUCTIONS) and _is_transposed(program, value):
         return True
     return not is_inlined(program, program.producers[value][0]) or _leaves_kernel(program, value)
@@ -398,22 +398,24 @@ def layouts_at(problem: Problem, value: int) -> tuple[int, tuple[Layout, ...]]:
 def _copy_terms(problem: Problem) -> Iterator[_Term]:
     """A reshard holds a second array: where it is made, or through the loop that it is made for."""
     ends = region_ends(problem.program)
-    copied: dict[tuple[TableKey, bool], Copies] = {}
+    copied: dict[tuple[TableKey, bool, bool], Copies] = {}
     for k, edge in enumerate((*problem.edges, *problem.loops)):
         if edge.table is None:
             continue
         into_hub = edge.members[0][1] is None
-        key = (edge.table.key, into_hub)
-        if key not in copied:
-            copied[key] = _copied_bytes(problem, edge.table, into_hub)
-        held = copied[key] if edge.layouts is None else copied[key].restrict(*edge.layouts)
         for value, operation in edge.members:
+            is_own = value in absorbed(problem.program)
+            key = (edge.table.key, into_hub, is_own)
+            if key not in copied:
+                copied[key] = _copied_bytes(problem, edge.table, into_hub, is_own)
+            held = copied[key] if edge.layouts is None else copied[key].restrict(*edge.layouts)
             at = problem.program.producers[value][0]
             first, last = (at, at) if operation is None else copy_life(problem.program, value, operation, ends)
+            first = at if is_own else first
             if k < len(problem.edges):
-                yield _Term(("edge", k), "edge", k, first, last, held)
+                yield _Term(("edge", k, is_own), "edge", k, first, last, held)
             else:
-                yield _Term(("loop", k), "node", edge.a, first, last, held[edge.rows, edge.columns])
+                yield _Term(("loop", k, is_own), "node", edge.a, first, last, held[edge.rows, edge.columns])
 
 
 def _result_terms(problem: Problem) -> Iterator[_Term]:
@@ -458,15 +460,20 @@ def _temporary_terms(problem: Problem) -> Iterator[_Term]:
         node, found = layouts_at(problem, value)
         held = _local_bytes(problem, program.values[value].bytes, found)
         yield _Term(("joined", node, value), "node", node, first, last, held)
-    for part, size, first, last in conversions(program) if topology.chip.kind == "tpu" else ():
+    for _, part, size, first, last in conversions(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, part)
         yield _Term(("converted", node, part, size), "node", node, first, last, _local_bytes(problem, size, found))
 
 
-def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool) -> Copies:
-    """Bytes of the second array, per layout before and after: into a hub the old array, else the new one."""
+def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool, is_own: bool) -> Copies:
+    """Bytes of the second array, per layout before and after: into a hub the old array, else the new one.
+
+    With `is_own` both, of a product that is not an array otherwise.
+    """
     bytes_of = _local_bytes(problem, table.array_bytes, table.layouts)
     none, which = np.zeros_like(bytes_of), np.arange(len(bytes_of))
+    if is_own:
+        return Copies(bytes_of, bytes_of, which, which)
     return Copies(bytes_of, none, which, which) if into_hub else Copies(none, bytes_of, which, which)
 
 

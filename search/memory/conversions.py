@@ -26,8 +26,14 @@ ROUNDED_BYTES = 2
 
 
 class Converted(NamedTuple):
-    """An array that is converted before a loop: its value in the loop, its bytes, and the loop's first and last operation."""
+    """An array that is converted before a loop, with its life.
 
+    - `whole`, `part`: its value before the loop, and the value in the loop.
+    - `bytes`: those of the converted array.
+    - `first`, `last`: the loop's first and last operation.
+    """
+
+    whole: int
     part: int
     bytes: float
     first: int
@@ -44,7 +50,7 @@ def conversions(program: Program) -> tuple[Converted, ...]:
             inside = [i for i, each in enumerate(program.operations) if region in program.enclosing(each.region)]
             key = program.values[whole].origin or whole, region, itemsize
             held = itemsize * prod(program.values[whole].shape)
-            found.setdefault(key, Converted(part, held, inside[0], inside[-1]))
+            found.setdefault(key, Converted(whole, part, held, inside[0], inside[-1]))
     return tuple(found.values())
 
 

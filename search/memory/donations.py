@@ -9,6 +9,7 @@ go. A kernel that needs nothing of the result runs before it. Measured with libt
 | `tanh(a)`; `tanh(a), a @ b` | 1 and `b`; 2 and `b` |
 | `a.T`, `tanh(a.T)`, `roll(a)`, `a @ a` | 2 |
 | `b * 2, a * 2` of donated `a` and `b` | 3 |
+| `b @ a.astype(bfloat16)`, in float32 like `a` | 2 and `b` |
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Donations:
         """
         makers = {self.program.producers[value][0] for value in taken}
         readers = dict(_readers(self.program, given))
-        found = [at for at in makers & readers.keys() if not readers[at]]
+        found = [at for at in makers if not readers.get(at, True) or self._forms_from(at, readers)]
         later = {at for at in readers.keys() - makers if self.ends(at) >= first or at in self._delayed}
         if self._writes_in_kernel(makers, readers):
             later -= {
@@ -57,6 +58,16 @@ class Donations:
             return None
         last = max((self.ends(at) for at in (*found, *later)), default=first)
         return (first, max(first, last)) if found or later else None
+
+    def _forms_from(self, product: int, readers: Collection[int]) -> bool:
+        """Whether an operation is a product that forms an operand itself, with a kernel that reads the argument."""
+        op = self.program.operations[product]
+        given = [use.value for use in op.inputs] if op.op_class == "matmul" else []
+        return any(self.program.producers[value][0] in readers and self._is_read_once(value) for value in given)
+
+    def _is_read_once(self, value: int) -> bool:
+        is_fused = self.program.operations[self.program.producers[value][0]].op_class == "fused"
+        return is_fused and len(self.program.consumers[value]) == 1
 
     def _writes_in_kernel(self, makers: Collection[int], readers: Mapping[int, bool]) -> bool:
         """Whether elementwise kernels alone make an array, of which one may write over the argument that it reads.

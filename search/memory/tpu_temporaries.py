@@ -10,6 +10,7 @@ Measured with libtpu 0.0.42 on v5e, for bfloat16 arrays of one size each:
 | `cumsum(a)` | 3 | the sums within tiles |
 | `concatenate(tanh(a), tanh(b))` or `stack`, also within `tanh` | 6 | both operands (2) |
 | the same, summed over its rows or columns | 2 | none |
+| `roll(a)`, also within `tanh` | 2 | none: both parts are read where they are |
 
 Two operands are sorted without such a copy. A concatenation in a kernel reads its operands when the kernel runs.
 """
@@ -78,7 +79,7 @@ def joined_operands(program: Program) -> tuple[Joined, ...]:
 
 
 def _joined(program: Program, at: int) -> Iterator[Joined]:
-    if program.operations[at].outputs[0].value in formed_in_products(program):
+    if program.operations[at].outputs[0].value in formed_in_products(program) or _rotates(program, at):
         return
     ends = _kernel_ends(program, at)
     if all(program.operations[end].primitive.startswith(REDUCTIONS) for end in ends):
@@ -90,6 +91,20 @@ def _joined(program: Program, at: int) -> Iterator[Joined]:
         inside = is_inlined(program, made) and all(is_inlined(program, user) for user, _ in program.consumers[value])
         if inside or max(ends) > at:
             yield Joined(value, made if inside else at + 1, max(ends))
+
+
+def _rotates(program: Program, at: int) -> bool:
+    """Whether an operation joins the two parts of an array that is in memory: the kernel reads them there."""
+    made_by = [program.operations[program.producers[use.value][0]] for use in program.operations[at].inputs]
+    if len(made_by) != 2 or any(op.primitive != "slice" for op in made_by):
+        return False
+    whole = {op.inputs[0].value for op in made_by}
+    parts = {use.value for use in program.operations[at].inputs}
+    if len(whole) > 1 or len(parts) == 1:
+        return False
+    (value,) = whole
+    is_whole = sum(program.values[part].bytes for part in parts) == program.values[value].bytes
+    return is_whole and not is_inlined(program, program.producers[value][0])
 
 
 def _kernel_ends(program: Program, at: int) -> list[int]:

@@ -3,7 +3,8 @@
 A transposition or a reshape neither computes nor moves anything if its users read the array in the other order:
 compilers give a product its operands' dimensions in the order in which they are stored. Nor does a slice of a stack
 that is complete except for its index: its users read it in the stack. A result of the program, a loop carry and an
-array updated in place are arrays of their own.
+array updated in place are arrays of their own. So is a transposed array of which a gather picks, if others read the
+array as it is: libtpu 0.0.50 copies it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,22 @@ IN_PLACE = (
 def views(program: Program) -> frozenset[int]:
     """The operations whose result is a view of their operand."""
     found: set[int] = set()
+    picked: set[int] = set()
     for i in reversed(range(len(program.operations))):
         op = program.operations[i]
+        if op.primitive == "gather":
+            picked.add(op.inputs[0].value)
+        if (
+            op.primitive == "transpose"
+            and op.outputs[0].value in picked
+            and len(program.consumers[op.inputs[0].value]) > 1
+        ):
+            continue
         shows = _renames(program, op) or (is_slice_of_stack(program, op) and _is_read_in_time(program, op, found))
         if shows and _is_only_read(program, op, found):
             found.add(i)
+            if op.outputs[0].value in picked:
+                picked.add(op.inputs[0].value)
     return frozenset(found)
 
 

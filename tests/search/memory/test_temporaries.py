@@ -64,6 +64,27 @@ CASES = {
     "formed in its product": Case(lambda a, b: jnp.tanh(a) @ jnp.tanh(b), (A, A)),
     "read while the result is written": Case(lambda a, b: jax.nn.softmax(a @ b, -1), (A, A)),
     "a sum in another order": Case(lambda s: s.sum(0).T, (S((3, 8192, 8192), f32),)),
+    "cast in its product": Case(lambda a, b: jnp.matmul(a, b, preferred_element_type=f32).astype(bf16), (A, A)),
+    "rolled": Case(lambda a: jnp.tanh(jnp.roll(a, 7, 0)), (A,)),
+    "added up": Case(
+        lambda s: lax.scan(lambda c, x: (c + x.T @ x, None), jnp.zeros_like(s[0]), s)[0], (S((3, 8192, 8192), bf16),)
+    ),
+    "stacked products": Case(
+        lambda s, a: lax.scan(lambda c, x: (c, jnp.tanh(x @ a)), 0, s)[1], (S((3, 8192, 8192), bf16), A)
+    ),
+    "copied before a loop": Case(
+        lambda a, b: (lambda c: (c, jnp.matmul(c, a.astype(bf16), preferred_element_type=f32)))(
+            lax.fori_loop(0, 3, lambda i, c: c @ b, b)
+        ),
+        (S((8192, 8192), f32), A),
+        (0,),
+    ),
+    "picked from a transposition": Case(lambda a: a.T[jnp.argmax(a, -1)], (A,)),
+    "made with a conversion": Case(
+        lambda s, a: (lax.scan(lambda c, x: (c, jnp.tanh(x @ a.astype(bf16))), 0, s)[1], jnp.tanh(a)),
+        (S((3, 8192, 8192), bf16), S((8192, 8192), f32)),
+        (0,),
+    ),
     "converted": Case(trained, (S((16, 4096, 4096), f32), S((4096, 4096), bf16)), (0,)),
 }
 
@@ -204,3 +225,37 @@ def test_branches_read_arrays_where_they_lie_and_write_into_the_result(branch: A
 def test_a_step_that_was_planned_without_cost_is_slow() -> None:
     (found,) = find_in_time(0.0, 1e-3, ())
     assert "planned without cost" in found.text
+
+
+STACK = S((3, 8, 8), bf16)
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "wanted"),
+    [
+        (lambda a, b: (a @ b).astype(bf16), (SMALL, SMALL), 3),
+        (lambda a, b: (lambda p: (p.astype(bf16), p))(a @ b), (SMALL, SMALL), 4),
+        (lambda s: lax.scan(lambda c, x: (c + x.T @ x, None), jnp.zeros_like(s[0]), s)[0], (STACK,), 2),
+        (lambda s: lax.scan(lambda c, x: (c + (x.T @ x) @ x, None), jnp.zeros_like(s[0]), s)[0], (STACK,), 3),
+        (lambda s: lax.scan(lambda c, x: (c + jnp.tanh(c @ x), None), s[0], s)[0], (STACK,), 3),
+        (lambda s: lax.scan(lambda c, x: (c, jnp.tanh(x @ x)), 0, s)[1], (STACK,), 2),
+        (lambda a, s: lax.scan(lambda c, x: (c, jnp.tanh(x @ x)), a, s), (STACK, STACK), 3),
+    ],
+)
+def test_kernels_that_take_in_a_product_write_into_carries_and_stacks(fn: Any, args: Any, wanted: int) -> None:
+    """The number of arrays that are not numbers; a product that the kernel does not take in is one."""
+    program = trace(fn, *args).program
+    found = [each for each in buffers(program) if len(program.values[each.value].shape) > 1]
+    assert len(found) == wanted
+
+
+def test_a_rolled_array_is_read_where_it_is() -> None:
+    assert joined_operands(trace(lambda a: jnp.roll(a, 3, 0), SMALL).program) == ()
+    assert len(joined_operands(trace(lambda a: jnp.roll(jnp.tanh(a), 3, 0), SMALL).program)) == 2
+
+
+def test_a_gather_copies_the_transposition_of_an_array_that_others_read() -> None:
+    pick = lambda a: a.T[jnp.arange(8)[::-1]]  # noqa: E731
+    shown = lambda fn: buffers(trace(fn, SMALL).program)[0].members  # noqa: E731
+    assert shown(pick) == (0, 1)
+    assert shown(lambda a: (pick(a), jnp.tanh(a))) == (0,)
