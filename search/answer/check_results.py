@@ -85,7 +85,7 @@ def _joint_kernels(
 ) -> dict[int, int]:
     """The values made of arguments by elementwise work alone, and the first operation of their kernel.
 
-    That kernel also makes whatever else such work of the same number of elements makes of the same argument, casts included.
+    That kernel also makes all else that such work of the same number of elements makes of the same argument, casts too.
     """
     outside = {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
     behind = {value: {value} for value in outside}

@@ -40,8 +40,15 @@ def test_layouts_do_not_matter() -> None:
     assert_layouts_do_not_matter(lambda x: (jnp.argmax(x * 2, 1), jnp.argmin(x.astype(jnp.int8), 0)), x, count=6)
 
 
+@pytest.mark.parametrize("which", [jnp.argmax, jnp.argmin])
+def test_booleans_are_split_as_numbers(which: Any) -> None:
+    """As of the first token that ends a text; rows without one have index 0."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 5, (8, 16)))
+    assert_layouts_do_not_matter(lambda x: (which(x > 3, 1), which(x > 5, 0)), x, count=6)
+
+
 def test_what_cannot_be_taken_apart_stays() -> None:
-    for x, dtype in ((jnp.zeros((4, 300)), jnp.uint8), (jnp.zeros((4, 4), bool), jnp.int32)):
+    for x, dtype in ((jnp.zeros((4, 300)), jnp.uint8), (jnp.zeros((4, 4), jnp.complex64), jnp.int32)):
         (eqn,) = jax.make_jaxpr(lambda x, dtype=dtype: lax.argmax(x, 1, dtype))(x).eqns
         assert not can_decompose(eqn)
 

@@ -40,13 +40,14 @@ def decompose(eqn: Any) -> Any:
 
     An `argmax` is the first index at which the maximum stands: a maximum, and a minimum over indices. Where the dimension
     is split, each needs an all-reduce of the result's size. A single operation would have to gather the dimension, such as
-    all logits for one token.
+    all logits for one token. Booleans are compared as numbers, because they have no maximum over chips.
     """
     (aval,) = (v.aval for v in eqn.invars)
     (axis,), dtype = eqn.params["axes"], eqn.params["index_dtype"]
     reduced = lax.reduce_max if eqn.primitive.name == "argmax" else lax.reduce_min
 
     def places(x: Any) -> Any:
+        x = lax.convert_element_type(x, np.int8) if x.dtype == bool else x
         others = [i for i in range(x.ndim) if i != axis]
         extreme = lax.broadcast_in_dim(reduced(x, axes=(axis,)), x.shape, others)
         here = lax.eq(x, extreme)
@@ -66,7 +67,7 @@ def can_decompose(eqn: Any) -> bool:
     (aval,), dtype = [v.aval for v in eqn.invars], eqn.params["index_dtype"]
     (axis,) = eqn.params["axes"]
     counts = jnp.issubdtype(dtype, np.integer) and aval.shape[axis] <= jnp.iinfo(dtype).max
-    return bool(counts) and aval.dtype != bool and not jnp.issubdtype(aval.dtype, np.complexfloating)
+    return bool(counts) and not jnp.issubdtype(aval.dtype, np.complexfloating)
 
 
 # --- Compositions
