@@ -53,12 +53,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil, floor
+from typing import NamedTuple
 
 import numpy as np
 from ortools.sat.python import cp_model
 
 from search.formulation.problem import FORBIDDEN
-from search.memory.constraints import Row
+from search.memory.constraints import NodeBytes, Row
+from search.memory.reshard_buffers import Copies
 from search.presolve.dual import Dual
 from search.presolve.limits import TOLERANCE
 
@@ -68,6 +70,15 @@ _LEAST_BYTES = 0.125
 """The finest unit of memory: one bit."""
 
 Literal = cp_model.IntVar
+
+
+class _Part(NamedTuple):
+    """Bytes above the `least`, of literals of which a plan takes one, and the `most` by which it may exceed the least."""
+
+    literals: list[Literal]
+    above: list[float]
+    least: float
+    most: float
 
 
 class Model:
@@ -97,6 +108,7 @@ class Model:
         self.slack = min(max(slack, *self._hint_excess(), 0.0), FORBIDDEN / 2)
         self.states = [self._choose_one(theta) for theta in dual.theta]
         self.reshards = [self._link_layouts(k) for k in range(len(dual.edges))]
+        self._parts: dict[NodeBytes | tuple[int, Copies], _Part] = {}
         for row in rows:
             self._bound_memory(row)
         self.unit = self._price()
@@ -195,34 +207,44 @@ class Model:
     def _bound_memory(self, row: Row) -> None:
         """4. Bytes at one point, counted from those of the hint, or else from the least of each node."""
         room = self.problem.budget_bytes
-        terms: list[tuple[Literal, float]] = []
-        for literals, held, at in self._byte_terms(row):
-            least = float(held.min() if at is None else held[at])
-            room -= least
-            terms += [(x, b - least) for x, b in zip(literals, held.tolist(), strict=True) if b != least]
+        parts = [self._above_least(item) for item in (*row.nodes, *row.edges)]
+        for part in parts:
+            room -= part.least
         if abs(room) <= TOLERANCE * self.problem.budget_bytes:
             room = 0.0  # a plan that fills the chip to the last byte, summed in another order
-        if sum(max(more, 0.0) for _, more in terms) <= room:
+        if sum(part.most for part in parts) <= room:
             return
-        unit = max(sum(abs(more) for _, more in terms) / COEFFICIENT_SUM, _LEAST_BYTES)
-        coefficients = [ceil(more / unit) for _, more in terms]
-        bytes_ = cp_model.LinearExpr.weighted_sum([x for x, _ in terms], coefficients)
-        self.model.add(bytes_ <= floor(room / unit))
+        above = [more for part in parts for more in part.above]
+        unit = max(sum(map(abs, above)) / COEFFICIENT_SUM, _LEAST_BYTES)
+        coefficients = [ceil(more / unit) for more in above]
+        literals = [x for part in parts for x in part.literals]
+        self.model.add(cp_model.LinearExpr.weighted_sum(literals, coefficients) <= floor(room / unit))
 
-    def _byte_terms(self, row: Row) -> Iterator[tuple[list[Literal], np.ndarray, int | None]]:
-        """The terms of a row: literals of which a plan takes one, the bytes of each, and the hint's choice."""
-        for i, vector in row.nodes:
-            yield self.states[i], vector[self.dual.keep[i]], None if self.hint is None else self.hint[i]
-        for k, table in row.edges:
-            edge, pairs = self.dual.edges[k], list(self.reshards[k])
-            if not pairs:
-                continue  # no pair is possible here: the model is infeasible
-            held = table[edge.window][tuple(np.array(pairs).T)]
-            at = None
-            if self.hint is not None:
-                hinted = int(edge.rows.group[self.hint[edge.a]]), int(edge.columns.group[self.hint[edge.b]])
-                at = pairs.index(hinted) if hinted in self.reshards[k] else None
-            yield list(self.reshards[k].values()), held, at
+    def _above_least(self, item: NodeBytes | tuple[int, Copies]) -> _Part:
+        """The bytes of a node or an edge; many rows have the same."""
+        if item not in self._parts:
+            literals, held, at = self._node_bytes(item) if isinstance(item, NodeBytes) else self._edge_bytes(*item)
+            least = float(held.min() if at is None else held[at]) if len(held) else 0.0
+            terms = [(x, b - least) for x, b in zip(literals, held.tolist(), strict=True) if b != least]
+            above = [more for _, more in terms]
+            self._parts[item] = _Part([x for x, _ in terms], above, least, sum(max(more, 0.0) for more in above))
+        return self._parts[item]
+
+    def _node_bytes(self, item: NodeBytes) -> tuple[list[Literal], np.ndarray, int | None]:
+        """The literals of which a plan takes one, the bytes of each, and the hint's choice."""
+        i = item.node
+        return self.states[i], item.bytes[self.dual.keep[i]], None if self.hint is None else self.hint[i]
+
+    def _edge_bytes(self, k: int, table: Copies) -> tuple[list[Literal], np.ndarray, int | None]:
+        """The same of an edge; no literals where no pair is possible, which makes the model infeasible."""
+        edge, pairs = self.dual.edges[k], list(self.reshards[k])
+        if not pairs:
+            return [], np.zeros(0), None
+        held, at = table[edge.window][tuple(np.array(pairs).T)], None
+        if self.hint is not None:
+            hinted = int(edge.rows.group[self.hint[edge.a]]), int(edge.columns.group[self.hint[edge.b]])
+            at = pairs.index(hinted) if hinted in self.reshards[k] else None
+        return list(self.reshards[k].values()), held, at
 
     def _price(self) -> float:
         """The objective, above the dual's bound; returns the seconds of one unit."""

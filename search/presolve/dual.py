@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from search.formulation.problem import FORBIDDEN, Problem
-from search.memory.constraints import Row
+from search.memory.constraints import NodeBytes, Row
 from search.memory.reshard_buffers import Copies
 from search.presolve.messages import DualEdge
 
@@ -67,10 +66,10 @@ class Dual:
         self._left = [np.zeros(len(problem.nodes[e.a].states)) for e in problem.edges]
         self._right = [np.zeros(len(problem.nodes[e.b].states)) for e in problem.edges]
         self.order = sorted(range(len(problem.nodes)), key=self._place)
-        self.rank = np.empty(len(self.order), dtype=int)
-        self.rank[self.order] = np.arange(len(self.order))
+        self._rank = np.argsort(self.order).tolist()
         self._priced: tuple[np.ndarray, dict[int, np.ndarray], dict[int, list[Any]]] = (np.zeros(len(rows)), {}, {})
         self.edges: list[DualEdge] = []
+        self._undecided: dict[int, list[DualEdge]] = {}  # found on demand, by node
         self._rebuild()
 
     def _place(self, i: int) -> tuple[float, int]:
@@ -89,7 +88,7 @@ class Dual:
             else:
                 edges.append(DualEdge(e, extra, left, right, self.keep))
                 made.append(k)
-        self.edges = edges
+        self.edges, self._undecided = edges, {}
         self.theta = []
         for i, node in enumerate(self.problem.nodes):
             theta = node.cost + extra_nodes.get(i, 0.0)
@@ -167,18 +166,24 @@ class Dual:
             left = edge.left[kept[edge.a]] if edge.a in kept else edge.left
             right = edge.right[kept[edge.b]] if edge.b in kept else edge.right
             self.edges[k] = DualEdge(self.problem.edges[k], edge.extra, left, right, self.keep)
+            self._undecided.pop(edge.a, None)
+            self._undecided.pop(edge.b, None)
         self._settle(touched)
 
     @contextmanager
     def held(self, node: int, states: np.ndarray) -> Iterator[None]:
         """Temporarily keeps only these states of one node, then restores everything."""
-        before = self.keep, self.theta, self.edges
-        self.keep, self.theta, self.edges = list(self.keep), list(self.theta), [copy(edge) for edge in self.edges]
+        before = self.keep, self.theta, self.edges, self._undecided
+        messages = [(edge, edge.messages) for edge in self.edges if not edge.separable]
+        self.keep, self.theta, self.edges = list(self.keep), list(self.theta), list(self.edges)
+        self._undecided = dict(self._undecided)
         try:
             self.narrow(node, states)
             yield
         finally:
-            self.keep, self.theta, self.edges = before
+            self.keep, self.theta, self.edges, self._undecided = before
+            for edge, old in messages:
+                edge.messages = old
 
     def snapshot(self) -> Snapshot:
         """The messages and surviving states, to restore later."""
@@ -206,13 +211,14 @@ class Dual:
         self._pass(self.order[::-1], forward=False)
 
     def _pass(self, order: Sequence[int], forward: bool) -> None:
+        rank = self._rank
         for i in order:
-            theta = self.theta[i]
+            theta, here = self.theta[i], rank[i]
             ahead, behind = [], 0
             for edge in self.undecided(i):
-                theta = theta + edge.take(i)
-                other = edge.b if edge.a == i else edge.a
-                if (self.rank[other] > self.rank[i]) == forward:
+                if edge.taken != i:
+                    theta = theta + edge.take(i)
+                if (rank[edge.b if edge.a == i else edge.a] > here) == forward:
                     ahead.append(edge)
                 else:
                     behind += 1
@@ -225,12 +231,18 @@ class Dual:
 
     def undecided(self, node: int) -> list[DualEdge]:
         """The edges of a node that still carry messages: several layouts survive at both ends."""
-        return [edge for k in self.problem.incident[node] if not (edge := self.edges[k]).separable]
+        found = self._undecided.get(node)
+        if found is None:
+            edges = map(self.edges.__getitem__, self.problem.incident[node])
+            found = self._undecided[node] = [edge for edge in edges if not edge.separable]
+        return found
 
     def bound(self) -> float:
         """The lower bound, in seconds."""
         constant = -float(self.multipliers.sum()) * self.problem.budget_bytes
-        return constant + sum(float(theta.min()) for theta in self.theta) + sum(edge.least for edge in self.edges)
+        starts = np.cumsum([0, *map(len, self.theta)])[:-1]
+        least = np.minimum.reduceat(np.concatenate(self.theta), starts) if self.theta else np.zeros(0)
+        return constant + sum(least.tolist()) + sum(edge.least for edge in self.edges if edge.taken < 0)
 
     def objective(self, states: np.ndarray) -> float:
         """Seconds of one step under a choice of states, plus the multipliers' cost of bytes over the budget."""
@@ -246,9 +258,10 @@ class Dual:
 
     def excess_of(self, node: int) -> np.ndarray:
         """For each surviving state of one node: the rise of the bound if it is chosen."""
-        found = self.theta[node] - self.theta[node].min()
+        found = self.theta[node] - np.minimum.reduce(self.theta[node])
         for edge in self.undecided(node):
-            found = found + (edge.minima(node) - edge.least)
+            if edge.taken != node:
+                found = found + (edge.minima(node) - edge.least)
         return found
 
     def pair_excess(self, k: int) -> np.ndarray:
@@ -277,20 +290,23 @@ class Dual:
 
     def _propagate_once(self) -> bool:
         keep, struck = list(self.keep), 0
+        bytes_of: dict[NodeBytes, tuple[float, float]] = {}
         ranges: dict[tuple[int, Copies], tuple[float, float]] = {}
         for row in self.rows:
-            nodes = {i: vector[keep[i]] for i, vector in row.nodes}
+            bytes_of |= {item: _range_of(item, keep) for item in row.nodes if item not in bytes_of}
             ranges |= {key: self._range(*key) for key in row.edges if key not in ranges}
-            least = [float(found.min()) for found in nodes.values()] + [ranges[key][0] for key in row.edges]
-            room = self.problem.budget_bytes - sum(least)
+            room = self.problem.budget_bytes
+            room -= sum([*(bytes_of[item][0] for item in row.nodes), *(ranges[key][0] for key in row.edges)])
             if room < 0:
                 self.fits = False
                 return False
-            for i, held in nodes.items():
-                fits = held - held.min() <= room
-                if not fits.all():
+            for item in row.nodes:
+                if bytes_of[item][1] - bytes_of[item][0] > room:
+                    i, held = item.node, item.bytes[keep[item.node]]
+                    fits = held - held.min() <= room
                     struck += int((~fits).sum())
                     keep[i] = keep[i][fits]
+                    bytes_of = {known: found for known, found in bytes_of.items() if known.node != i}
             for key in row.edges:
                 if ranges[key][1] - ranges[key][0] > room:
                     struck += self._ban(*key, room)
@@ -341,3 +357,9 @@ class Dual:
     def within(self, width: float) -> list[np.ndarray]:
         """Per node the states whose choice alone lifts the bound by at most `width` seconds."""
         return [keep[excess <= width] for keep, excess in zip(self.keep, self.excess(), strict=True)]
+
+
+def _range_of(item: NodeBytes, keep: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The least and most bytes of a node's surviving states."""
+    held = item.bytes[keep[item.node]]
+    return float(held.min()), float(held.max())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,32 @@ _CHUNK = 100_000
 """Pairs compared at a time."""
 
 
-class Groups:
-    """States of one end of an edge grouped by the layout they share."""
+Messages = tuple[np.ndarray, np.ndarray, float | None, int]
+"""Those of `DualEdge.left` and `right`, the least cost of a pair if it is known, and the end whose minima are 0."""
 
-    def __init__(self, layouts_of: np.ndarray) -> None:
-        self.unique, self.group = np.unique(layouts_of, return_inverse=True)
-        self._order = np.argsort(self.group, kind="stable")
-        self._starts = np.searchsorted(self.group[self._order], np.arange(len(self.unique)))
-        self._alone = len(self.unique) == len(self.group)
+
+class Groups:
+    """States of one end of an edge grouped by the layout they share.
+
+    **Arguments:**
+
+    - `layouts_of`: the layout of each state; `count`: the number of layouts there are.
+    """
+
+    def __init__(self, layouts_of: np.ndarray, count: int) -> None:
+        used = np.zeros(count, dtype=bool)
+        used[layouts_of] = True
+        self.unique = np.flatnonzero(used)
+        self.group = (np.cumsum(used) - 1)[layouts_of]
+        self._alone = len(self.unique) == len(layouts_of)
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.group, kind="stable")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.searchsorted(self.group[self._order], np.arange(len(self.unique)))
 
     def minimum(self, vector: np.ndarray) -> np.ndarray:
         """The smallest entry of each group."""
@@ -44,7 +63,8 @@ class DualEdge:
     """An edge's share of the costs: `table[p, q] - left[s] - right[t]` for states `s`, `t` in layout groups `p`, `q`.
 
     `extra` is added to the edge's own costs: anything indexed like a matrix of all pairs of layouts. `separable` says
-    that one end has a single layout left: the edge's messages are then final.
+    that one end has a single layout left: the edge's messages are then final. `taken` is the end whose `minima` are all
+    0, as they were taken last, or -1.
     """
 
     def __init__(
@@ -56,13 +76,15 @@ class DualEdge:
         keep: Sequence[np.ndarray],
     ) -> None:
         self.a, self.b = edge.a, edge.b
-        self.rows, self.columns = Groups(edge.rows[keep[edge.a]]), Groups(edge.columns[keep[edge.b]])
+        rows, columns = edge.matrix.shape
+        self.rows, self.columns = Groups(edge.rows[keep[edge.a]], rows), Groups(edge.columns[keep[edge.b]], columns)
         self.left, self.right = left, right
         self._ends = keep[edge.a], keep[edge.b]
         self._weight, self._matrix, self.extra = edge.weight, edge.matrix, extra
-        self._all_columns = len(self.columns.unique) == edge.matrix.shape[1]
+        self._all_columns = len(self.columns.unique) == columns
         self._kept = self._looked_up(0, len(self.rows.unique)) if self.size <= _KEPT else None
         self._least: float | None = None
+        self.taken = -1
         self._strength: float | None = None
         self.separable = len(self.rows.unique) == 1 or len(self.columns.unique) == 1
 
@@ -74,8 +96,17 @@ class DualEdge:
     def after(self, left: np.ndarray, right: np.ndarray) -> DualEdge:
         """The same edge with other messages."""
         found = copy(self)
-        found.left, found.right, found._least = left, right, None
+        found.left, found.right, found._least, found.taken = left, right, None, -1
         return found
+
+    @property
+    def messages(self) -> Messages:
+        """The messages to both ends, with what is known of them: to be set again, as no array is changed in place."""
+        return self.left, self.right, self._least, self.taken
+
+    @messages.setter
+    def messages(self, old: Messages) -> None:
+        self.left, self.right, self._least, self.taken = old
 
     @property
     def size(self) -> int:
@@ -140,6 +171,8 @@ class DualEdge:
 
     def minima(self, node: int) -> np.ndarray:
         """For each state of one end, the smallest cost over the states of the other."""
+        if self.taken == node:
+            return np.zeros(len(self.left if node == self.a else self.right))
         if node == self.a:
             return self.least_over_columns(self.right)[self.rows.group] - self.left
         return self.least_over_rows(self.left)[self.columns.group] - self.right
@@ -152,7 +185,7 @@ class DualEdge:
         else:
             whole = self.least_over_rows(self.left)[self.columns.group]
             found, self.right = whole - self.right, whole
-        self._least = 0.0
+        self._least, self.taken = 0.0, node
         return found
 
     def give(self, node: int, cost: np.ndarray) -> None:
@@ -161,7 +194,7 @@ class DualEdge:
             self.left = self.left - cost
         else:
             self.right = self.right - cost
-        self._least = None
+        self._least, self.taken = None, -1
 
     @property
     def least(self) -> float:

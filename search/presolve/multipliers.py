@@ -122,8 +122,11 @@ def _solve_master(plans: Sequence[Seen], most: float, budget_bytes: float) -> Be
     proven = model.add_variable(ub=(most - least) / unit if np.isfinite(most) else np.inf)
     limits = []
     for plan, beyond in zip(plans, (over[:, rows] / budget_bytes).tolist(), strict=True):
-        cost = mathopt.LinearSum(price * part for price, part in zip(prices, beyond, strict=True))
-        limits.append(model.add_linear_constraint(proven - cost <= (plan.seconds - least) / unit))
+        limit = model.add_linear_constraint(ub=(plan.seconds - least) / unit)
+        limit.set_coefficient(proven, 1.0)
+        for price, part in zip(prices, beyond, strict=True):
+            limit.set_coefficient(price, -part)
+        limits.append(limit)
     model.maximize(proven)
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL:

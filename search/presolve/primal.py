@@ -181,68 +181,49 @@ def _conditional_costs(edge: DualEdge, node: int, other: int) -> np.ndarray:
     return edge.row(edge.rows.group[other])[edge.columns.group] - edge.left[other] - edge.right
 
 
-def improve(
-    problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray, held: int = -1
-) -> np.ndarray:
-    """Changes one node at a time, except the held one, to its best state until none improves.
+def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    """Changes one node at a time to its best state until none improves.
 
     **Arguments:**
 
     - `penalty`: seconds per byte of each row.
     """
     states = states.copy()
-    priced = [(_Held(problem, row), rate) for row, rate in zip(rows, penalty, strict=True) if rate > 0]
-    doubtful = set(range(len(problem.nodes))) - {held}
+    own, copies = _priced(problem, rows, penalty)
+    doubtful = set(range(len(problem.nodes)))
     for _ in range(POLICY.improvements):
         changed = set()
         for i in sorted(doubtful):
-            cost = _conditional(problem, states, i)
-            for row, rate in priced:
-                cost = cost + rate * row.given(states, i)
+            cost = own[i].copy()
+            for k in problem.incident[i]:
+                edge = problem.edges[k]
+                if edge.a == i:
+                    at = edge.rows, edge.columns[states[edge.b]]
+                else:
+                    at = edge.rows[states[edge.a]], edge.columns
+                cost += edge.weight * edge.matrix[at]
+                if k in copies:
+                    cost += copies[k][at]
             best = int(np.argmin(cost))
             if cost[best] < cost[states[i]] - 1e-15:
                 states[i] = best
                 changed.add(i)
         if not changed:
             break
-        doubtful = problem.around(changed) - {held}
+        doubtful = problem.around(changed)
     return states
 
 
-def _conditional(problem: Problem, states: np.ndarray, i: int) -> np.ndarray:
-    cost = problem.nodes[i].cost.copy()
-    for k in problem.incident[i]:
-        edge = problem.edges[k]
-        if edge.a == i:
-            cost += edge.weight * edge.matrix[edge.rows, edge.columns[states[edge.b]]]
-        else:
-            cost += edge.weight * edge.matrix[edge.rows[states[edge.a]], edge.columns]
-    return cost
-
-
-class _Held:
-    """The terms of a row, by node."""
-
-    def __init__(self, problem: Problem, row: Row) -> None:
-        self.problem = problem
-        self.nodes = dict(row.nodes)
-        self.edges: dict[int, list[tuple[int, Copies]]] = {}
-        for k, table in row.edges:
-            self.edges.setdefault(problem.edges[k].a, []).append((k, table))
-            self.edges.setdefault(problem.edges[k].b, []).append((k, table))
-
-    def given(self, states: np.ndarray, i: int) -> np.ndarray:
-        """Bytes that depend on a node, for each of its states, with all others fixed."""
-        held = np.zeros(len(self.problem.nodes[i].states))
-        if i in self.nodes:
-            held = held + self.nodes[i]
-        for k, table in self.edges.get(i, ()):
-            edge = self.problem.edges[k]
-            if edge.a == i:
-                held = held + table[edge.rows, edge.columns[states[edge.b]]]
-            else:
-                held = held + table[edge.rows[states[edge.a]], edge.columns]
-        return held
+def _priced(problem: Problem, rows: tuple[Row, ...], penalty: np.ndarray) -> tuple[list[np.ndarray], dict[int, Copies]]:
+    """Per node the cost of each state with that of its bytes, and per edge the cost of its copies' bytes, over all rows."""
+    own, copies = [node.cost for node in problem.nodes], dict[int, Copies]()
+    for row, rate in zip(rows, penalty.tolist(), strict=True):
+        if rate > 0:
+            for i, held in row.nodes:
+                own[i] = own[i] + rate * held
+            for k, table in row.edges:
+                copies[k] = copies[k] + rate * table if k in copies else rate * table
+    return own, copies
 
 
 def overflow(problem: Problem, rows: tuple[Row, ...], states: np.ndarray) -> np.ndarray:
