@@ -26,6 +26,7 @@ and the final value."""
 _ARITHMETIC = ("matmul", "fused")
 
 
+@cached_analysis
 def sharers(program: Program, value: int) -> int:
     """The number of arrays that share the on-chip memory with a value, itself included; 0 if it never stays there."""
     made, users = _producer_through_views(program, value), [*_users(program, value)]

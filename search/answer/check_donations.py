@@ -181,9 +181,9 @@ def inside_kernels(program: Program, readers: Readers, is_fused: Callable[[int],
     for op in program.operations:
         if op.op_class == "matmul" and len(op.outputs) == 1:
             product = op.outputs[0].value
-            last = _last_results(program, readers, is_fused, product, op.region)
-            if last is not None and len(last) == 1 and not last & taken:
-                (found[product],) = last
+            last = _last_result(program, readers, is_fused, product, op.region)
+            if last is not None and last not in taken:
+                found[product] = last
     return found
 
 
@@ -195,14 +195,14 @@ def over_carries(program: Program, readers: Readers, is_fused: Callable[[int], b
             continue
         state, following = op.outputs[0], op.inputs[1].value
         alone = list(readers[following]) == [at] and made.count(following) < 2
-        if alone and _last_results(program, readers, is_fused, state.value, state.region) == {following}:
+        if alone and _last_result(program, readers, is_fused, state.value, state.region) == following:
             yield state.value, following
 
 
-def _last_results(
+def _last_result(
     program: Program, readers: Readers, is_fused: Callable[[int], bool], value: int, region: int
-) -> set[int] | None:
-    """The results of the kernels that read a value; none if one of them does not keep its order."""
+) -> int | None:
+    """The one result of the kernels that read a value; None if there are several, or if one does not keep its order."""
     found, waiting, seen = set[int](), [value], {value}
     while waiting:
         value = waiting.pop()
@@ -215,10 +215,12 @@ def _last_results(
             after = readers.get(made, ())
             if not after or not all(map(is_fused, after)):
                 found.add(made)
+                if len(found) > 1:
+                    return None
             elif made not in seen:
                 seen.add(made)
                 waiting.append(made)
-    return found
+    return min(found, default=None)
 
 
 def _reduces(op: Operation) -> bool:

@@ -110,10 +110,10 @@ def taken_in(program: Program) -> Iterator[tuple[int, int]]:
     donated = {program.operations[program.results[result]].inputs[0].value for _, result in program.donated}
     for op in program.operations:
         if op.op_class == "matmul" and len(op.outputs) == 1:
-            ends = set(_ends(program, op.outputs[0].value, op.region))
-            results = {each for each in ends if each is not None} - donated
-            if len(ends) == len(results) == 1:
-                yield op.outputs[0].value, results.pop()
+            product = op.outputs[0].value
+            result = _end(program, product, op.region)
+            if result is not None and result not in donated:
+                yield product, result
 
 
 def overwritten_carries(program: Program) -> Iterator[tuple[int, int]]:
@@ -126,24 +126,26 @@ def overwritten_carries(program: Program) -> Iterator[tuple[int, int]]:
         if op.primitive == "loop_carry" and len(op.inputs) == 2:
             carry, following = op.outputs[0], op.inputs[1].value
             once = len(program.consumers[following]) == 1 and products[following] <= 1
-            if once and set(_ends(program, carry.value, carry.region)) == {following}:
+            if once and _end(program, carry.value, carry.region) == following:
                 yield carry.value, following
 
 
-def _ends(program: Program, product: int, region: int) -> Iterator[int | None]:
-    """The results of the kernels that read a product or a carry; None if one reads it in another order, or is none."""
-    waiting, seen = [product], {product}
+def _end(program: Program, product: int, region: int) -> int | None:
+    """The one result of the kernels that read a product or a carry; None if there are several, or one changes the order."""
+    found, waiting, seen = set[int](), [product], {product}
     while waiting:
         value = waiting.pop()
         for at, position in program.consumers.get(value, ()):
             op = program.operations[at]
             if op.region != region or not is_inlined(program, at) or not is_in_place(op, position):
-                yield None
-                return
+                return None
             made = op.outputs[0].value
             users = [user for user, _ in program.consumers.get(made, ())]
             if not users or not all(is_inlined(program, user) for user in users):
-                yield made
+                found.add(made)
+                if len(found) > 1:
+                    return None
             elif made not in seen:
                 seen.add(made)
                 waiting.append(made)
+    return min(found, default=None)

@@ -239,7 +239,8 @@ def _small(groups: list[int], states: int) -> bool:
 
 def _fullest(rows: tuple[Row, ...], part: float) -> list[Row]:
     """A part of the rows: those with the most bytes, with the mean of each node's states."""
-    full = [-sum(float(held.mean()) for _, held in row.nodes) for row in rows]
+    mean = {item: float(item.bytes.mean()) for item in dict.fromkeys(item for row in rows for item in row.nodes)}
+    full = [-sum(map(mean.__getitem__, row.nodes)) for row in rows]
     return [rows[r] for r in np.argsort(full, kind="stable")[: ceil(part * len(rows))]]
 
 
