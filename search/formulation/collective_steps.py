@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import compress, permutations, product
 from math import lcm, prod
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -138,6 +139,37 @@ def _tiles(step: CollectiveStep, shape: Sequence[int], itemsize: float, topology
     return not as_lanes or local[step.target_dim] * itemsize % SCATTER_LANE_BYTES == 0
 
 
+@dataclass(frozen=True)
+class StepsOf(Sequence[CollectiveStep]):
+    """Steps `number` of a larger graph, between layouts of this one; `place` gives the dimensions their places.
+
+    They are made when they are looked at: with four mesh axes a graph has 100,000, of which plans take a few.
+    """
+
+    steps: Sequence[CollectiveStep]
+    number: np.ndarray
+    layouts: tuple[Layout, ...]
+    source: np.ndarray
+    target: np.ndarray
+    place: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    @overload
+    def __getitem__(self, k: int) -> CollectiveStep: ...
+
+    @overload
+    def __getitem__(self, k: slice) -> tuple[CollectiveStep, ...]: ...
+
+    def __getitem__(self, k: int | slice) -> CollectiveStep | tuple[CollectiveStep, ...]:
+        if isinstance(k, slice):
+            return tuple(map(self.__getitem__, range(len(self))[k]))
+        step = self.steps[self.number[k]]
+        ends = self.layouts[self.source[k]], self.layouts[self.target[k]]
+        return CollectiveStep(step.kind, step.axes, *ends, self.place[step.source_dim], self.place[step.target_dim])
+
+
 class StepGraph(NamedTuple):
     """Layouts of a shape and the steps between them; arrays that divide in the same way share them.
 
@@ -149,7 +181,7 @@ class StepGraph(NamedTuple):
 
     layouts: tuple[Layout, ...]
     index: Mapping[Layout, int]
-    steps: tuple[CollectiveStep, ...]
+    steps: Sequence[CollectiveStep]
     source: np.ndarray
     target: np.ndarray
     fraction: np.ndarray
@@ -165,12 +197,14 @@ class StepGraph(NamedTuple):
         number, at = np.cumsum(kept) - 1, np.flatnonzero(kept)
         steps = np.flatnonzero(kept[self.source] & kept[self.target])
         found = tuple(self.layouts[i] for i in at.tolist())
+        source, target = number[self.source[steps]], number[self.target[steps]]
+        same = (*range(len(found[0].dims)), -1)
         return StepGraph(
             found,
             {layout: i for i, layout in enumerate(found)},
-            tuple(self.steps[k] for k in steps.tolist()),
-            number[self.source[steps]],
-            number[self.target[steps]],
+            StepsOf(self.steps, steps, found, source, target, same),
+            source,
+            target,
             self.fraction[steps],
             self.partial[at],
             number[self.images[:, at]],
@@ -207,22 +241,17 @@ def _spread(graph: StepGraph, dims: tuple[int, ...], rank: int) -> StepGraph:
     """The graph of arrays of a rank whose other dimensions are never split."""
     if len(dims) == rank:
         return graph
-    place = dict(enumerate(dims)) | {-1: -1}
     inside = {dim: i for i, dim in enumerate(dims)}
     found = tuple(
         Layout(tuple(layout.dims[inside[dim]] if dim in inside else () for dim in range(rank)), layout.partial)
         for layout in graph.layouts
     )
-    ends = zip(graph.steps, graph.source.tolist(), graph.target.tolist(), strict=True)
-    steps = tuple(
-        CollectiveStep(step.kind, step.axes, found[i], found[j], place[step.source_dim], place[step.target_dim])
-        for step, i, j in ends
-    )
+    place = (*dims, -1)
     return graph._replace(
         layouts=found,
         index={layout: i for i, layout in enumerate(found)},
-        steps=steps,
-        target_dim=np.array([step.target_dim for step in steps], dtype=np.intp),
+        steps=StepsOf(graph.steps, np.arange(len(graph.steps)), found, graph.source, graph.target, place),
+        target_dim=np.array(place, dtype=np.intp)[graph.target_dim],
     )
 
 
@@ -284,15 +313,26 @@ def _permutes(
     found: Sequence[Layout], counts: Sequence[tuple[int, ...]], sizes: Mapping[str, int]
 ) -> list[tuple[CollectiveStep, int, int]]:
     """Exchanges of whole shards between chips: two layouts with the same number of shards in every dimension."""
-    alike: dict[tuple, list[tuple[int, Places]]] = {}
+    alike: dict[tuple, list[int]] = {}
     for i, layout in enumerate(found):
         if prod(counts[i]) > 1:
-            alike.setdefault((counts[i], layout.partial), []).append((i, _places(layout, sizes)))
-    pairs = ((a, b) for group in alike.values() for a in group for b in group if a is not b)
-    return [
-        (CollectiveStep("collective-permute", _moved_axes(at, to), found[i], found[j]), i, j)
-        for (i, at), (j, to) in pairs
-    ]
+            alike.setdefault((counts[i], layout.partial), []).append(i)
+    names, none = sorted(sizes), (-1, 0)
+    places = [_places(layout, sizes) for layout in found]
+    number: dict[tuple[int, int], int] = {}
+    at = np.array([[number.setdefault(each.get(axis, none), len(number)) for axis in names] for each in places])
+    axes_of = [tuple(compress(names, bits)) for bits in product((False, True), repeat=len(names))]
+    bit = 1 << np.arange(len(names))[::-1]
+    steps = []
+    for group in alike.values():
+        moved = (at[group, None, :] != at[None, group, :]) @ bit
+        for i, row in zip(group, moved.tolist(), strict=True):
+            steps += [
+                (CollectiveStep("collective-permute", axes_of[which], found[i], found[j]), i, j)
+                for j, which in zip(group, row, strict=True)
+                if i != j
+            ]
+    return steps
 
 
 def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
@@ -301,10 +341,7 @@ def permuted_axes(a: Layout, b: Layout, sizes: Mapping[str, int]) -> Axes:
     The coordinates of a dimension's axes, major to minor, form a shard's number along it. An axis that has the same
     place in that number in both layouts separates shards that keep its coordinate.
     """
-    return _moved_axes(_places(a, sizes), _places(b, sizes))
-
-
-def _moved_axes(before: Places, after: Places) -> Axes:
+    before, after = _places(a, sizes), _places(b, sizes)
     return tuple(sorted(axis for axis in {*before, *after} if before.get(axis) != after.get(axis)))
 
 

@@ -151,13 +151,14 @@ def _classes(layouts_of: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.
 
 def _least_pairs(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """The least entry of a matrix for each pair of classes."""
-    row_order, column_order = (np.argsort(each[1], kind="stable") for each in (rows, columns))
-    starts = [
-        np.searchsorted(each[1][order], np.arange(int(each[1].max()) + 1))
-        for each, order in ((rows, row_order), (columns, column_order))
-    ]
-    found = np.minimum.reduceat(matrix[rows[0][row_order]], starts[0], axis=0)
-    return np.minimum.reduceat(found.take(columns[0][column_order], axis=1), starts[1], axis=1)
+    return np.ascontiguousarray(_least_rows(np.ascontiguousarray(_least_rows(matrix, rows).T), columns).T)
+
+
+def _least_rows(matrix: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Per class the least entries of its rows of a matrix."""
+    order = np.argsort(classes[1], kind="stable")
+    starts = np.searchsorted(classes[1][order], np.arange(int(classes[1].max()) + 1))
+    return np.minimum.reduceat(matrix[classes[0][order]], starts, axis=0)
 
 
 def _coarse_rows(rows: Rows, keep: Sequence[np.ndarray], merged: Sequence[np.ndarray]) -> Rows:
