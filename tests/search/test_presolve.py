@@ -57,6 +57,30 @@ def test_no_better_plan_has_a_state_that_is_struck_out(program, topology, sweeps
     assert least_without(problem, dual.keep, seconds) >= incumbent * (1 - ALIKE)
 
 
+@examples(15)
+@given(small_programs(), st.sampled_from(MESHES), st.integers(0, 3), st.integers(0, 99))
+def test_messages_that_are_left_out_of_sweeps_are_zero(program, topology, sweeps, seed):
+    """What an edge remembers of its messages is what they are, also after a trial with fewer states of a node."""
+    problem = small(program, topology, 10.0)
+    dual = begun(problem, rows(problem), sweeps)
+    before = [dual.excess_of(i) for i in range(len(problem.nodes))]
+    node = seed % len(problem.nodes)
+    with dual.held(node, dual.keep[node][-1:]):
+        dual.sweep()
+        messages_are_remembered(dual)
+    messages_are_remembered(dual)
+    after = [dual.excess_of(i) for i in range(len(problem.nodes))]
+    assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def messages_are_remembered(dual: Dual) -> None:
+    for k, edge in enumerate(dual.edges):
+        if edge.taken >= 0:
+            left, right = edge.rows.minimum(-edge.left), edge.columns.minimum(-edge.right)
+            least = (edge.table() + left[:, None] + right).min(axis=1 if edge.taken == edge.a else 0)
+            np.testing.assert_allclose(least, 0.0, atol=1e-9 * max(dual.bound(), 1e-9), err_msg=str(k))
+
+
 @examples(60)
 @given(small_programs(), st.sampled_from(MESHES), st.floats(0.3, 1.2))
 def test_no_plan_that_fits_has_a_state_that_is_propagated_away(program, topology, part):
