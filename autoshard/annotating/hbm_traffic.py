@@ -20,7 +20,7 @@ import dataclasses
 from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY
 from costmodels.program.program import Operation, Output, Program, Use
-from costmodels.program.views import CAST, is_view
+from costmodels.program.views import CAST, is_view, uses_through
 from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice
 
 
@@ -119,11 +119,8 @@ def _producer_through_casts(program: Program, value: int) -> int:
 
 def _leaves(program: Program, value: int) -> bool:
     """Whether an operation outside a fused chain uses a value, directly or through views."""
-    users = [program.operations[at] for at, _ in program.consumers.get(value, ())]
-    return any(
-        any(_leaves(program, use.value) for use in op.outputs) if _is_view(program, op) else op.op_class != "fused"
-        for op in users
-    )
+    uses = uses_through(program, value, lambda at: _is_view(program, program.operations[at]))
+    return any(program.operations[at].op_class != "fused" for at, _ in uses)
 
 
 class _Depths:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Program
-from costmodels.program.views import CAST, is_view
+from costmodels.program.views import CAST, is_view, uses_through
 
 CARRY = "loop_carry"
 """The primitive of a loop carry. Operands: the initial value and the value of an iteration. Results: the carry inside the loop,
@@ -108,10 +108,5 @@ def _producer_through_views(program: Program, value: int) -> int | None:
 
 def _users(program: Program, value: int) -> Iterator[int]:
     """The operations that use a value or a view of it."""
-    for at, _ in program.consumers.get(value, ()):
-        op = program.operations[at]
-        if is_view(op):
-            for use in op.outputs:
-                yield from _users(program, use.value)
-        else:
-            yield at
+    for at, _ in uses_through(program, value, lambda at: is_view(program.operations[at])):
+        yield at

@@ -6,7 +6,9 @@ rename is a bitcast or a relayout, a broadcast is fused into its reader, a part 
 
 from __future__ import annotations
 
-from costmodels.program.program import Operation
+from collections.abc import Callable, Iterator
+
+from costmodels.program.program import Operation, Program
 
 CAST = "convert_element_type"
 
@@ -23,3 +25,21 @@ IDENTITIES = frozenset({"copy", "stop_gradient", "name"})
 def is_view(op: Operation) -> bool:
     """Whether an operation is fused and computes nothing: no FLOPs, no HBM traffic of its own."""
     return op.op_class == "fused" and not op.flops_per_point
+
+
+def uses_through(program: Program, value: int, is_passed: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+    """The uses of a value, and of the results of those that are passed: operations, and which of their operands it is.
+
+    **Arguments:**
+
+    - `is_passed`: whether to take the uses of an operation's results instead of the operation. Chains may have any length.
+    """
+    waiting, seen = [value], {value}
+    while waiting:
+        for at, position in program.consumers.get(waiting.pop(), ()):
+            if not is_passed(at):
+                yield at, position
+                continue
+            made = {use.value for use in program.operations[at].outputs} - seen
+            seen |= made
+            waiting += sorted(made)

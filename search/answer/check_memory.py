@@ -161,14 +161,15 @@ class _Account:
 
     def _last_iteration_end(self, at: int) -> int:
         """The end of a reader's need: a view ends with its own readers, a loop with its last operation."""
-        op = self.program.operations[at]
-        if at in self.views:
-            return max(
-                (self._last_iteration_end(other) for other in self.readers.get(op.outputs[0].value, ())), default=at
-            )
-        entered = {use.region for use in op.outputs} - {op.region}
-        ends = [self._ends[region] for region in entered] if op.op_class == "boundary" else []
-        return max(ends, default=at)
+        last, readers = at, [at]
+        while readers:
+            op = self.program.operations[at := readers.pop()]
+            if at in self.views:
+                readers += self.readers.get(op.outputs[0].value, ())
+                continue
+            entered = {use.region for use in op.outputs} - {op.region}
+            last = max(last, at, *(self._ends[region] for region in entered if op.op_class == "boundary"))
+        return last
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -336,13 +337,14 @@ class _Account:
 
     def _leaves(self, value: int) -> bool:
         """Whether an unfused operation reads a value or a view of it, and does not form it."""
-        for at in self.readers.get(value, ()) if value not in self.formed else ():
-            if at in self.views:
-                leaves = self._leaves(self.program.operations[at].outputs[0].value)
-            else:
-                leaves = not self.is_fused(at)
-            if leaves:
-                return True
+        shown = [value]
+        while shown:
+            value = shown.pop()
+            for at in self.readers.get(value, ()) if value not in self.formed else ():
+                if at in self.views:
+                    shown.append(self.program.operations[at].outputs[0].value)
+                elif not self.is_fused(at):
+                    return True
         return False
 
     @cached_property

@@ -233,15 +233,16 @@ def _product_behind(
 
     `order` has for each dimension asked for its place in the value, and in the result its place in the product.
     """
-    op = program.operations[maker[value]]
-    if op.op_class == "matmul":
-        return value, order
-    shaped = next(use.dims for use in op.outputs if use.value == value)
-    for use in op.inputs if op.op_class == "fused" else ():
-        same = use.dims == shaped
-        if same or (all(shaped) and Counter(use.dims) == Counter(shaped)):
-            moved = order if same else [use.dims.index(shaped[i]) for i in order]
-            found, places = _product_behind(program, maker, use.value, moved)
-            if found is not None:
-                return found, places
+    behind, known = [(value, order)], {value}
+    while behind:
+        value, order = behind.pop()
+        op = program.operations[maker[value]]
+        if op.op_class == "matmul":
+            return value, order
+        shaped = next(use.dims for use in op.outputs if use.value == value)
+        for use in op.inputs[::-1] if op.op_class == "fused" else ():
+            same = use.dims == shaped
+            if use.value not in known and (same or (all(shaped) and Counter(use.dims) == Counter(shaped))):
+                known.add(use.value)
+                behind.append((use.value, order if same else [use.dims.index(shaped[i]) for i in order]))
     return None, order

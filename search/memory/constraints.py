@@ -21,6 +21,7 @@ import numpy as np
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Program
+from costmodels.program.views import uses_through
 from search.formulation.layouts import Layout, shards
 from search.formulation.problem import Problem, Slot
 from search.formulation.reshard import ReshardTable, TableKey
@@ -209,8 +210,8 @@ def _need_end(program: Program, operation: int, ends: dict[int, int]) -> int:
     """The end of the need for an operand of this operation: of a view, when nothing reads the view any more."""
     op = program.operations[operation]
     if operation in views(program):
-        users = program.consumers.get(op.outputs[0].value, ())
-        return max((_need_end(program, at, ends) for at, _ in users), default=operation)
+        uses = uses_through(program, op.outputs[0].value, views(program).__contains__)
+        return max((_need_end(program, at, ends) for at, _ in uses), default=operation)
     inner = [use.region for use in op.outputs if use.region != op.region]
     if op.op_class == "boundary" and inner:
         return max(ends.get(region, operation) for region in inner)
@@ -240,11 +241,13 @@ def _is_transposed(program: Program, value: int) -> bool:
 
 def _leaves_kernel(program: Program, value: int) -> bool:
     """Whether an unfused operation, a loop or the caller needs a value, as it is or as a view."""
-    return value not in formed_in_products(program) and any(
-        _leaves_kernel(program, program.operations[at].outputs[0].value)
-        if at in views(program)
-        else not is_inlined(program, at)
-        for at, _ in program.consumers.get(value, ())
+    formed = formed_in_products(program)
+
+    def is_passed(at: int) -> bool:
+        return at in views(program) and program.operations[at].outputs[0].value not in formed
+
+    return value not in formed and any(
+        at not in views(program) and not is_inlined(program, at) for at, _ in uses_through(program, value, is_passed)
     )
 
 

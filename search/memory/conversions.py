@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
-from costmodels.program.views import CAST, RENAMES
+from costmodels.program.views import CAST, RENAMES, uses_through
 from search.memory.views import is_slice_of_stack
 
 ROUNDED_BYTES = 2
@@ -85,11 +85,9 @@ def _is_only_narrowed(program: Program, value: int) -> bool:
 
 
 def _are_narrowed(program: Program, value: int) -> bool:
-    for at, position in program.consumers.get(value, ()):
+    for at, position in uses_through(program, value, lambda at: program.operations[at].primitive in RENAMES):
         op = program.operations[at]
-        if op.primitive in RENAMES:
-            narrowed = _are_narrowed(program, op.outputs[0].value)
-        elif op.primitive == CAST:
+        if op.primitive == CAST:
             users = (program.operations[user] for user, _ in program.consumers.get(op.outputs[0].value, ()))
             narrowed = bool(_narrowed_bytes(program, op, 0)) and all(user.primitive != "loop_stack" for user in users)
         else:

@@ -87,17 +87,18 @@ def product_of(program: Program, value: int) -> int | None:
 
 def _product_and_dims(program: Program, value: int) -> tuple[int, tuple[int, ...]] | None:
     """That product, and per dimension of the value its dimension in the product."""
-    at, position = program.producers[value]
-    op, dims = program.operations[at], program.operations[at].outputs[position].dims
-    if op.op_class == "matmul":
-        return value, tuple(range(len(dims)))
-    if op.op_class != "fused":
-        return None
-    for use in op.inputs:
-        order = _order_of(use.dims, dims)
-        before = None if order is None else _product_and_dims(program, use.value)
-        if order is not None and before is not None:
-            return before[0], tuple(before[1][dim] for dim in order)
+    waiting, seen = [(value, tuple(range(len(program.values[value].shape))))], {value}
+    while waiting:
+        value, places = waiting.pop()
+        at, position = program.producers[value]
+        op, dims = program.operations[at], program.operations[at].outputs[position].dims
+        if op.op_class == "matmul":
+            return value, places
+        for use in reversed(op.inputs) if op.op_class == "fused" else ():  # the first operand is looked at first
+            order = _order_of(use.dims, dims) if use.value not in seen else None
+            if order is not None:
+                seen.add(use.value)
+                waiting.append((use.value, tuple(order[dim] for dim in places)))
     return None
 
 

@@ -13,7 +13,7 @@ from math import prod
 
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program
-from costmodels.program.views import BROADCASTS, RENAMES
+from costmodels.program.views import BROADCASTS, RENAMES, uses_through
 
 IN_PLACE = (
     "dynamic_update_slice",
@@ -74,8 +74,7 @@ def _is_read_in_time(program: Program, op: Operation, known: set[int]) -> bool:
 
 
 def _last_read(program: Program, op: Operation, known: set[int]) -> int:
-    users = [at for at, _ in program.consumers.get(op.outputs[0].value, ())]
-    return max((_last_read(program, program.operations[at], known) if at in known else at for at in users), default=-1)
+    return max((at for at, _ in uses_through(program, op.outputs[0].value, known.__contains__)), default=-1)
 
 
 def _renames(program: Program, op: Operation) -> bool:

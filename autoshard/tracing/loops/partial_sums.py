@@ -95,12 +95,15 @@ def _is_useful(operations: Sequence[Operation], readers: _Readers, op: Operation
 
 def _takes_partial(operations: Sequence[Operation], readers: _Readers, at: int, operand: int) -> bool:
     """Whether an operation takes an operand as a partial sum; a view or a cast does if all readers of its result do."""
-    op = operations[at]
-    if not any(operand in group for group in op.linear):
-        return False
-    if op.primitive != CAST and not is_view(op):
-        return True
-    return all(_takes_partial(operations, readers, *reader) for reader in readers.get(op.outputs[0].value, ()))
+    waiting = [(at, operand)]
+    while waiting:
+        at, operand = waiting.pop()
+        op = operations[at]
+        if not any(operand in group for group in op.linear):
+            return False
+        if op.primitive == CAST or is_view(op):
+            waiting += readers.get(op.outputs[0].value, ())
+    return True
 
 
 def _can_be_partial(operations: Sequence[Operation], makers: Mapping[int, int], op: Operation) -> bool:
