@@ -133,10 +133,11 @@ def _made_early(program: Program) -> dict[int, int]:
         if op.op_class == "source":
             read |= {use.value: frozenset((use.value,)) for use in op.outputs}
         elif op.region == 0 and is_inlined(program, at) and all(use.value in read for use in op.inputs):
-            (made,) = (use.value for use in op.outputs)
-            read[made] = frozenset[int]().union(*(read[use.value] for use in op.inputs))
-            size = prod(program.values[made].shape)
-            is_end = not all(is_inlined(program, user) for user, _ in program.consumers.get(made, ()))
-            for source in read[made] if is_end else ():
-                early[made] = min(kernels.setdefault((source, size), at), early.get(made, at))
+            sources = frozenset[int]().union(*(read[use.value] for use in op.inputs))
+            read |= {use.value: sources for use in op.outputs}
+            for made in (use.value for use in op.outputs):
+                size = prod(program.values[made].shape)
+                is_end = not all(is_inlined(program, user) for user, _ in program.consumers.get(made, ()))
+                for source in sources if is_end else ():
+                    early[made] = min(kernels.setdefault((source, size), at), early.get(made, at))
     return early

@@ -181,8 +181,10 @@ def _conditional_costs(edge: DualEdge, node: int, other: int) -> np.ndarray:
     return edge.row(edge.rows.group[other])[edge.columns.group] - edge.left[other] - edge.right
 
 
-def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """Changes one node at a time to its best state until none improves.
+def improve(
+    problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty: np.ndarray, held: int = -1
+) -> np.ndarray:
+    """Changes one node at a time, except the held one, to its best state until none improves.
 
     **Arguments:**
 
@@ -190,7 +192,7 @@ def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty
     """
     states = states.copy()
     own, copies = _priced(problem, rows, penalty)
-    doubtful = set(range(len(problem.nodes)))
+    doubtful = set(range(len(problem.nodes))) - {held}
     for _ in range(POLICY.improvements):
         changed = set()
         for i in sorted(doubtful):
@@ -210,7 +212,7 @@ def improve(problem: Problem, rows: tuple[Row, ...], states: np.ndarray, penalty
                 changed.add(i)
         if not changed:
             break
-        doubtful = problem.around(changed)
+        doubtful = problem.around(changed) - {held}
     return states
 
 

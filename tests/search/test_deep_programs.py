@@ -80,7 +80,9 @@ def few_frames() -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.parametrize(("fn", "args"), CASES, ids=[fn.__name__ for fn, _ in CASES])
-def test_a_deep_program_is_searched(fn: Callable[..., Any], args: tuple[Any, ...], few_frames: Callable[[], None]) -> None:
+def test_a_deep_program_is_searched(
+    fn: Callable[..., Any], args: tuple[Any, ...], few_frames: Callable[[], None]
+) -> None:
     few_frames()
     plan = autoshard.search(fn, *args, topology="v5e:2x2", baselines=False)
     assert plan.proof.status == "OPTIMAL"

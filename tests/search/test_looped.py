@@ -125,7 +125,7 @@ def test_paths_with_ends_are_the_cheapest(text: str, shape: tuple[int, ...]):
     for i, j in reachable[rng.permutation(len(reachable))[:300]]:
         path = table.path(table.layouts[i], table.layouts[j])
         assert sum(price[step] for step in path) == pytest.approx(table.seconds[i, j], rel=1e-8)
-        ends = [table.graph.steps[k] if k >= 0 else None for k in (table.ends.first[i, j], table.ends.last[i, j])]
+        ends = [table.graph.steps[int(k)] if k >= 0 else None for k in (table.ends.first[i, j], table.ends.last[i, j])]
         assert [step in (None, path[at]) if path else step is None for at, step in zip((0, -1), ends, strict=True)]
         if path and path[-1].kind == "all-gather":
             assert ends[1] == path[-1]

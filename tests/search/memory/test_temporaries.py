@@ -259,3 +259,8 @@ def test_a_gather_copies_the_transposition_of_an_array_that_others_read() -> Non
     shown = lambda fn: buffers(trace(fn, SMALL).program)[0].members  # noqa: E731
     assert shown(pick) == (0, 1)
     assert shown(lambda a: (pick(a), jnp.tanh(a))) == (0,)
+
+
+def test_an_operation_may_make_several_arrays_of_an_argument() -> None:
+    plan = autoshard.search(lambda x: jnp.split(jnp.tanh(x), 2), SMALL, topology="v5e:1x1")
+    assert [array.shape for array in plan.results] == [(4, 8), (4, 8)]
