@@ -29,12 +29,17 @@ _NEGLIGIBLE = 1e-12
 
 def tail(trials: int, chance: float, most: int) -> float:
     """The probability of more than `most` successes in independent trials: the binomial distribution's upper tail, summed."""
-    if most >= trials or chance <= 0.0:
-        return 0.0
-    if chance >= 1.0:
+    if most < 0:
         return 1.0
-    if most < trials * chance:  # the shorter sum
-        return 1.0 - tail(trials, 1.0 - chance, trials - most - 1)
+    if most < trials * chance:  # the other tail is the shorter sum
+        return 1.0 - _upper_sum(trials, 1.0 - chance, trials - most - 1)
+    return _upper_sum(trials, chance, most)
+
+
+def _upper_sum(trials: int, chance: float, most: int) -> float:
+    """The terms of more than `most` successes, from the first one on, from which they fall."""
+    if most >= trials or not 0.0 < chance < 1.0:
+        return float(most < trials and chance >= 1.0)
     first = most + 1
     ways = lgamma(trials + 1) - lgamma(first + 1) - lgamma(trials - first + 1)
     term = found = exp(ways + first * log(chance) + (trials - first) * log(1.0 - chance))
