@@ -49,8 +49,8 @@ UNROLLED = (
     Case("llama", "8b", "prefill", {"size": "8b", "batch": 4, "unrolled": True}, "v5e:2x4", "tpu"),
 )
 BLOCKS = {
-    **{f"block-{name}": Case("blocks", "", name, {}, "v5e:2x4", "tpu") for name in ("mlp", "gated", "scanned")},
-    **{f"block-{name}": Case("blocks", "", name, {}, "v5e:2x4", "tpu") for name in ("attention", "training")},
+    f"block-{name}": Case("blocks", "", name, {}, "v5e:2x4", "tpu")
+    for name in ("mlp", "gated", "scanned", "attention", "training")
 }
 _LLAMA = {"size": "8b", "batch": 64, "layers": 2}
 _PREFILL = {"size": "8b", "batch": 8, "layers": 2}

@@ -178,6 +178,8 @@ def main() -> None:
         counts += f" {row['solver_status']:>8s} {row['peak_gib']:5.2f}"
         spent = f"{row['ours']:7.2f} {row['processor_seconds']:6.1f}"
         print(f"{row['row']:{wide}s} {target:>8s} {spent} {row['gap']:6.3g} {counts}", flush=True)
+    if all(row["ours"] is None for row in rows):
+        raise SystemExit("No case ran: the results are left as they are.")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "search.json").write_text(json.dumps(rows, indent=1) + "\n")
     plotted([row for row in rows if row.get("grows") and row["ours"] is not None])

@@ -16,10 +16,10 @@ from autoshard.plan import Plan
 from autoshard.planning import records_of
 from autoshard.planning.baselines import FAMILIES, MOST_SECONDS
 from autoshard.planning.baselines import solve_baseline as solved_family
-from autoshard.planning.infeasibility import conflict, explain_infeasible
+from autoshard.planning.infeasibility import refusal
 from autoshard.planning.recording import apply_orders
 from autoshard.planning.records import ArrayPlan
-from autoshard.rules.pin import PinError, Pins
+from autoshard.rules.pin import Pins
 from costmodels.program.program import Program
 from search.answer.assignment import needed_layout, produced_layout
 from search.answer.check import check
@@ -117,8 +117,7 @@ def _other_plan(
             solved_family(family, program, topology, limits) if family else search(program, topology, limits, progress)
         )
     except NoPlan as error:
-        clash = conflict(program, pinned, topology, limits)
-        raise (PinError(clash) if clash else explain_infeasible(error)) from error
+        raise refusal(error, program, pinned, topology, limits) from error
     return relaid(plan, found)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from autoshard._util.tables import size
 from autoshard.annotating.pins import Pin, keep_pins
 from autoshard.errors import InfeasibleError
+from autoshard.rules.pin import PinError
 from costmodels.machine.interconnects import Switch
 from costmodels.machine.topology import Topology, TopologyFormatError, complete_axes, parse_topology
 from costmodels.program.program import Program
@@ -51,6 +52,14 @@ def explain_infeasible(error: NoPlan) -> InfeasibleError:
         f" The live arrays at the peak, in {program.operations[fullest.point].name}, are:{listed}\n"
         f"{_advice(program, problem.topology, problem.budget_bytes)}"
     )
+
+
+def refusal(
+    error: NoPlan, program: Program, pinned: Sequence[Pin], topology: Topology, limits: Limits
+) -> InfeasibleError | PinError:
+    """The user's error for a search that found no plan, with the pins if they contradict each other."""
+    clash = conflict(program, pinned, topology, limits)
+    return PinError(clash) if clash else explain_infeasible(error)
 
 
 def conflict(program: Program, pinned: Sequence[Pin], topology: Topology, limits: Limits) -> str:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from math import inf
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
-from autoshard.planning.infeasibility import conflict, explain_infeasible
+from autoshard.planning.infeasibility import refusal
 from autoshard.planning.options import Options
-from autoshard.rules.pin import PinError
 from costmodels.machine.topology import Topology
 from costmodels.program.grouped import grouped
 from search.formulation.strategies import Strategy
@@ -56,8 +55,7 @@ def accept(found: Solution | NoPlan, function: AnnotatedFunction, topology: Topo
     """
     if not isinstance(found, NoPlan):
         return found
-    clash = conflict(function.program, function.pinned, topology, options.limits())
-    raise (PinError(clash) if clash else explain_infeasible(found)) from found
+    raise refusal(found, function.program, function.pinned, topology, options.limits()) from found
 
 
 def solve_below(function: AnnotatedFunction, topology: Topology, options: Options, cutoff: float) -> Solution | None:

@@ -93,10 +93,10 @@ def _joint_kernels(
     for at, op in enumerate(program.operations):
         given = [use.value for use in op.inputs]
         if op.op_class != "source" and op.region == 0 and is_fused(at) and behind.keys() >= set(given):
-            made = op.outputs[0].value
-            behind[made] = set().union(*(behind[value] for value in given))
-            if any(not is_fused(reader) for reader in readers.get(made, ())):
-                ends.append((at, made))
+            for made in (use.value for use in op.outputs):
+                behind[made] = set().union(*(behind[value] for value in given))
+                if any(not is_fused(reader) for reader in readers.get(made, ())):
+                    ends.append((at, made))
     first = dict(converted_before(program, readers))
     kernels = {(array, prod(program.values[array].shape)): at for array, at in first.items()}
     found: dict[int, int] = {}

@@ -25,19 +25,18 @@ from autoshard.tracing.jaxprs import live_equations
 
 @dataclass(frozen=True)
 class Repeat:
-    """An operand that repeats the dimension `dim` of another array.
+    """An operand that repeats one dimension of another array.
 
     **Attributes:**
 
     - `source`: the array that is repeated.
-    - `apply`: makes the operand without its repetition from `source`; its dimension `dim` has the `kept` size.
-    - `dim`, `kept`, `groups`: the repeated dimension, its size in `source`, and how often it is repeated.
+    - `apply`: makes the operand without its repetition from `source`; the repeated dimension has the `kept` size.
+    - `kept`, `groups`: the size of the dimension in `source`, and how often it is repeated.
     - `is_inner`: whether one element's repetitions are neighbours, as `jnp.repeat` has them; `jnp.tile` has not.
     """
 
     source: Any
     apply: Callable[[Any], Any]
-    dim: int
     kept: int
     groups: int
     is_inner: bool
@@ -117,11 +116,11 @@ def _repeat_along(atom: Any, dim: int, makers: Mapping[Any, Any]) -> Repeat | No
     if maker is None:
         return None
     if maker.primitive.name == "tile":
-        return _tiling(maker, at, dim, later)
+        return _tiling(maker, at, later)
     if maker.primitive.name == "reshape":
         merged = _merged_pair(maker, at)
-        return _broadcast(maker.invars[0], merged, dim, later, makers) if merged else None
-    return _broadcast(atom, (at,), dim, later, makers)
+        return _broadcast(maker.invars[0], merged, later, makers) if merged else None
+    return _broadcast(atom, (at,), later, makers)
 
 
 def _maker(atom: Any, makers: Mapping[Any, Any]) -> Any:
@@ -135,17 +134,15 @@ def _merged_pair(eqn: Any, at: int) -> tuple[int, int] | None:
     return (at, at + 1) if same and len(before) == len(after) + 1 and eqn.params["dimensions"] is None else None
 
 
-def _tiling(eqn: Any, at: int, dim: int, later: Sequence[Any]) -> Repeat | None:
+def _tiling(eqn: Any, at: int, later: Sequence[Any]) -> Repeat | None:
     """The repetition by `jnp.tile` of an array along one dimension and no other."""
     groups, shape = eqn.params["reps"][at], eqn.invars[0].aval.shape
     if groups == 1 or any(times != 1 for place, times in enumerate(eqn.params["reps"]) if place != at):
         return None
-    return Repeat(eqn.invars[0], _again(shape, later), dim, shape[at], groups, False)
+    return Repeat(eqn.invars[0], _again(shape, later), shape[at], groups, False)
 
 
-def _broadcast(
-    expanded: Any, pair: tuple[int, ...], dim: int, later: Sequence[Any], makers: Mapping[Any, Any]
-) -> Repeat | None:
+def _broadcast(expanded: Any, pair: tuple[int, ...], later: Sequence[Any], makers: Mapping[Any, Any]) -> Repeat | None:
     """The repetition of an array that is broadcast along one dimension of a pair, or along the only one given, and no other."""
     source, places = _before_broadcasts(expanded, makers)
     shape = expanded.aval.shape
@@ -155,12 +152,11 @@ def _broadcast(
     (at,) = spread
     kept = next((shape[other] for other in pair if other != at), 1)
     unrepeated = (*shape[:at], *((1,) if len(pair) == 1 else ()), *shape[at + 1 :])
-
-    return Repeat(source, _again(unrepeated, later), dim, kept, shape[at], at == pair[-1])
+    return Repeat(source, _again(unrepeated, later), kept, shape[at], at == pair[-1])
 
 
 def _again(shape: tuple[int, ...], later: Sequence[Any]) -> Callable[[Any], Any]:
-    """Transposes and casts, the last first, of an array of a shape that has other dimensions of size 1 at most."""
+    """The function that brings an array to a shape and then runs transposes and casts on it, of which the last comes first."""
 
     def apply(array: Any) -> Any:
         array = array if array.shape == shape else lax.reshape(array, shape)
