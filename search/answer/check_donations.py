@@ -6,6 +6,7 @@ It follows kernels from their ends to what they read, and shares no code with `s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from costmodels.program.program import Operation, Program
@@ -189,12 +190,12 @@ def inside_kernels(program: Program, readers: Readers, is_fused: Callable[[int],
 
 def over_carries(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
     """Each loop carry and its next value, if one elementwise kernel makes that of it, with one product at most."""
-    made = list(inside_kernels(program, readers, is_fused).values())
+    made = Counter(inside_kernels(program, readers, is_fused).values())
     for at, op in enumerate(program.operations):
         if op.primitive != "loop_carry" or len(op.inputs) != 2:
             continue
         state, following = op.outputs[0], op.inputs[1].value
-        alone = list(readers[following]) == [at] and made.count(following) < 2
+        alone = list(readers[following]) == [at] and made[following] < 2
         if alone and _last_result(program, readers, is_fused, state.value, state.region) == following:
             yield state.value, following
 

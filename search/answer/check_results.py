@@ -38,21 +38,27 @@ def with_results_first(
     readers: Mapping[int, Sequence[int]],
     is_fused: Callable[[int], bool],
 ) -> Iterator[Life]:
-    """The lives of the arrays that lie beside each other, with results from the beginning of their phase."""
+    """The lives of the arrays that lie beside each other, with results from the beginning of their phase.
+
+    An array beside a donated argument is a loop's carry, a stack that is copied into the argument at the end, or the argument's
+    copy, made at once.
+    """
     sources = {use.value for op in program.operations if op.op_class == "source" for use in op.outputs}
     returned = {program.operations[at].inputs[0].value for at in program.results if program.operations[at].inputs}
     given = {value for each in lives if not sources.isdisjoint(each.values) for value in each.values}
     joint = _joint_kernels(program, is_fused, readers)
+    primitive = {use.value: op.primitive for op in program.operations for use in op.outputs}
     rooms: list[_Room] = []
     others: list[Life] = []
     for each in lives:
         begin = program.phase_of(each.first)[0]
+        beside = primitive[each.values[0]] if given.issuperset(each.values) else ""  # of a donated argument
         if not sources.isdisjoint(each.values):
             yield each
-        elif _carries(program, each) if given.issuperset(each.values) else returned.isdisjoint(each.values):
+        elif beside == "loop_carry" or (not beside and returned.isdisjoint(each.values)):
             others.append(each)
         else:
-            if not _is_copied_first(program, each, sources) and not _is_stacked_beside(program, each, given):
+            if beside != "loop_stack" and not _is_copied_first(program, each, sources):
                 closes = min([each.first, *(joint[value] for value in each.values if value in joint)]) - 1
                 rooms.append(_Room(_size(program, each), begin, closes, []))
             yield each._replace(first=begin)
@@ -66,18 +72,6 @@ def with_results_first(
             yield each
         else:
             room.guests.append(stay)
-
-
-def _is_stacked_beside(program: Program, life: Life, given: set[int]) -> bool:
-    """Whether an array is a loop's stack, beside the donated argument into which it is copied at the end."""
-    stacks = {use.value for op in program.operations if op.primitive == "loop_stack" for use in op.outputs}
-    return given.issuperset(life.values) and life.values[0] in stacks
-
-
-def _carries(program: Program, life: Life) -> bool:
-    """Whether the array beside a donated argument is a loop's carry; else it is the argument's copy, made at once."""
-    made = {use.value: op.primitive for op in program.operations for use in op.outputs}
-    return made[life.values[0]] == "loop_carry"
 
 
 def _joint_kernels(
