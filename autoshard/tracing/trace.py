@@ -29,6 +29,7 @@ from autoshard.tracing.loops.partial_sums import with_partial_boundaries
 from autoshard.tracing.pytrees import argument_paths
 from autoshard.tracing.source_lines import user_line
 from autoshard.tracing.walk import Tracer
+from autoshard.workload import Workload
 from costmodels.program.program import Program
 
 
@@ -50,6 +51,9 @@ def trace(
 
     **Raises:** `TraceError` if JAX cannot trace the function with these arguments; `UnsupportedPrimitiveError`.
     """
+    if not callable(fn):
+        hint = ": pass its `fn` and `*args`" if isinstance(fn, Workload) else ""
+        raise TraceError(f"The function must be callable, got {type(fn).__name__}{hint}.")
     try:
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     except Exception as error:

@@ -122,13 +122,15 @@ def _failing(x: Array) -> Array:
     raise ValueError("my own words")
 
 
-REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
+REFUSED: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "nonzero": (jnp.nonzero, (X,), "nonzero could not be traced .* size argument"),
     "masked": (lambda x: x[x > 0.5], (X,), "could not be traced .* boolean indices must be concrete"),
     "branching": (lambda x: x if x.sum() > 0 else -x, (X,), "could not be traced .* boolean conversion"),
     "text": (lambda x, kind: x, (X, "relu"), "kind must be an array, got 'relu' .str."),
     "function": (lambda x, f: f(x), (X, partial(jnp.sin)), "must be an array, got .*bind it beforehand"),
     "ordered": (_ordered, (X,), "debug_print at test_hostile.py:.* must have ordered=False, got ordered=True"),
+    "workload": (autoshard.Workload(jnp.sin, (X,)), (), "must be callable, got Workload: pass its `fn` and"),
+    "array": (X, (), "must be callable, got ArrayImpl"),
     "failing": (_failing, (X,), "could not be traced with these arguments: my own words"),
 }
 
