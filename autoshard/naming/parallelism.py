@@ -1,6 +1,7 @@
 """The parallelism of a whole plan in the terms of the literature, derived from its layouts alone.
 
-The use of a mesh axis for most of the work of the matmuls by a weight:
+The use of a mesh axis for most of the work of the matmuls by a weight; without such matmuls, of the others; without any, of
+all operations:
 
 | name | the axis splits | source |
 |---|---|---|
@@ -12,6 +13,7 @@ The use of a mesh axis for most of the work of the matmuls by a weight:
 | tensor parallel | the weights where they are used | Shoeybi et al. 2019, arXiv 1909.08053 |
 | ... with sharded activations | the activations between these matmuls as well | Korthikanti et al. 2022, arXiv 2205.05198 |
 | expert parallel | the experts of a mixture | Lepikhin et al. 2020, arXiv 2006.16668 |
+| split | any dimension, in a program without matmuls | |
 | repeated | nothing: its chips repeat each other's work | |
 
 Weights that are stored sharded but gathered once for the whole step count as replicated, which is ZeRO-2 at most. Names of
@@ -98,6 +100,7 @@ class _Layouts:
         self.program, self.topology, self.choice = program, topology, choice
         self.by_weight: dict[int, tuple[int, list[str]]] = {}
         self.attention: dict[int, list[str]] = {}
+        self.parameters: dict[int, list[str]] = {}
         self.gradients: list[int] = []
         for i, (kind, weight, roles) in self._products():
             if weight is not None:
@@ -106,6 +109,8 @@ class _Layouts:
                 self.gradients.append(i)
             elif kind == "attention":
                 self.attention[i] = roles
+            else:
+                self.parameters[i] = roles
 
     def _products(self) -> Iterator[tuple[int, tuple[str, int | None, list[str]]]]:
         """Every matmul with its roles."""
@@ -122,9 +127,7 @@ class _Layouts:
 
     def use_of(self, axis: str) -> tuple[str, float, list[str]]:
         """The name of an axis' main use, its share of the work, and other uses with their shares."""
-        work: defaultdict[str, float] = defaultdict(float)
-        for i, (_, roles) in self.by_weight.items():
-            work[self._role(i, roles, axis)] += self._work(i)
+        work = self._work_by_kind(axis)
         total = sum(work.values())
         if not total:
             return "repeated", 1.0, []
@@ -135,6 +138,15 @@ class _Layouts:
         (best, part), *rest = sorted(merged.items(), key=lambda each: -each[1])
         others = [f"{_PLAIN[role]} in {100 * more / total:.0f} %" for role, more in rest if more >= MINOR_PART * total]
         return self._name(best, axis), part / total, others
+
+    def _work_by_kind(self, axis: str) -> dict[str, float]:
+        """The work of the matmuls by weights, by the kind of what the axis splits; if there are none, of other operations."""
+        by_weight = {i: roles for i, (_, roles) in self.by_weight.items()}
+        every = {i: ["any"] * len(op.factors) for i, op in enumerate(self.program.operations) if op.flops_per_point}
+        work: defaultdict[str, float] = defaultdict(float)
+        for i, roles in (by_weight or {**self.attention, **self.parameters} or every).items():
+            work[self._role(i, roles, axis)] += self._work(i)
+        return work
 
     def _role(self, i: int, roles: Sequence[str], axis: str) -> str:
         pairs = zip(roles, self.choice.strategies[i].splits, strict=True)
@@ -258,6 +270,12 @@ _KINDS = {
     "contracted": "tensor",
     "output": "tensor",
     "experts": "experts",
+    "batch-sharded": "data",
+    "query-sharded": "sequence",
+    "sequence-sharded": "sequence",
+    "head-sharded": "tensor",
+    "head-size-sharded": "tensor",
+    "any": "split",
     "": "repeated",
 }
 _OF_ATTENTION = {"batch-sharded": "data", "query-sharded": "sequence", "sequence-sharded": "sequence"}
@@ -266,5 +284,6 @@ _PLAIN = {
     "sequence": "sequence parallel",
     "tensor": "tensor parallel",
     "experts": "expert parallel",
+    "split": "split",
     "repeated": "repeated",
 }

@@ -57,9 +57,18 @@ def test_pinned_layouts_have_the_names_that_they_are_known_by(tokens: P, up: P, 
     assert str(plan.parallelism()) == name
 
 
-def test_a_program_without_products_has_none() -> None:
-    plan = autoshard.search(lambda x: x + 1, shape(), topology="v5e:8x1")
-    assert plan.parallelism().names == ("repeated",)
+@pytest.mark.parametrize(("size", "name"), [((), "repeated"), ((1024, 4096), "split")], ids=["scalar", "matrix"])
+def test_a_program_without_products_is_split_or_repeated(size: tuple[int, ...], name: str) -> None:
+    plan = autoshard.search(lambda x: x + 1, shape(*size), topology="v5e:8x1")
+    assert plan.parallelism().names == (name,)
+
+
+def test_attention_without_weights_is_named_by_what_it_splits() -> None:
+    def scores(q, k):
+        return jnp.einsum("bhtk,bhsk->bhts", q, k)
+
+    plan = autoshard.search(scores, shape(8, 8, 256, 64), shape(8, 8, 256, 64), topology="v5e:8x1")
+    assert plan.parallelism().names == ("data parallel",)
 
 
 def test_an_explained_plan_names_its_parallelism() -> None:

@@ -29,14 +29,13 @@ def test_a_product_that_sums_over_nothing_multiplies_elements(left, right, types
     """`y` and `z` are summed on both sides, and have one element."""
     left, (dtype, made) = [*left, "y", "z"], types
     rng = np.random.default_rng(seed)
-    arrays = [jnp.asarray(rng.integers(-9, 9, [SIZES[c] for c in dims]), dtype) / 1 for dims in (left, right)]
-    arrays = [each.astype(dtype) for each in arrays]
-    both = [c for c in left if c in right]
-    summed = [tuple(dims.index(c) for c in "yz") for dims in (left, right)]
-    batch = [tuple(dims.index(c) for c in both if c not in "yz") for dims in (left, right)]
+    arrays = [jnp.asarray(rng.integers(-9, 9, [SIZES[c] for c in dims]), dtype) for dims in (left, right)]
+    summed = tuple(left.index(c) for c in "yz"), tuple(right.index(c) for c in "yz")
+    batch = [c for c in left if c in right and c not in "yz"]
+    shared = tuple(map(left.index, batch)), tuple(map(right.index, batch))
 
     def product(x, y):
-        return lax.dot_general(x, y, (summed, batch), preferred_element_type=made)
+        return lax.dot_general(x, y, (summed, shared), preferred_element_type=made)
 
     (eqn,) = jax.make_jaxpr(product)(*arrays).eqns
     assert is_elementwise_product(eqn)
