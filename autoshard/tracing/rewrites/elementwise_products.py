@@ -30,7 +30,7 @@ def multiplication(eqn: Any) -> Any:
     avals = [each.aval for each in eqn.invars]
     free = [[d for d in range(aval.ndim) if d not in (*summed[k], *batch[k])] for k, aval in enumerate(avals)]
     starts = len(batch[0]), len(batch[0]) + len(free[0])
-    dtype = _product_type(*avals, made)
+    dtype = _product_type(avals[0], avals[1], made)
 
     def spread(array: Any, k: int) -> Any:
         places = (*range(len(batch[0])), *range(starts[k], starts[k] + len(free[k])))
