@@ -127,11 +127,13 @@ def padded_flops(operation: Operation, load_rows: float = 0.0, load: float = EXP
     found = matrix_factors(operation)
     if found is None:
         return flops(operation)
-    rows, columns = found.rows, found.columns
+    given = {factor for use in operation.inputs for factor in flatten(use.dims)}
+    placed = tuple(i for i in found.batch if i not in given)  # where a convolution's window stands: its rows
+    batch, rows, columns = [i for i in found.batch if i in given], (*found.rows, *placed), found.columns
     least = number(load_rows) if load_rows else tile_symbol() / 2
     sides = (_streamed_rows(rows, least) * tiles(columns), _streamed_rows(columns, least) * tiles(rows))
     shape = sympy.Min(*sides, evaluate=False)
-    return number(operation.flops_per_point) * points(found.batch) * tiles(found.contracted) * shape
+    return number(operation.flops_per_point) * points(batch) * tiles(found.contracted) * shape
 
 
 def _streamed_rows(factors: Sequence[int], least: sympy.Expr) -> sympy.Expr:

@@ -74,7 +74,19 @@ def _window_rule(inputs, outputs, params, linear=()):
     )
     factors, before, after = _windows(inputs[0], outputs[0], *shifted)
     sides = tuple(before if aval.shape else () for aval in inputs)
-    return Rule(factors.done(), sides, (after,) * len(outputs), linear)
+    return Rule(
+        factors.done(),
+        sides,
+        (after,) * len(outputs),
+        linear,
+        flops_per_point=_work(before, after, params["window_dimensions"], inputs[0]),
+    )
+
+
+def _work(full: Dims, windowed: Dims, window, whole) -> float:
+    """The operations per point of the factors: a window has its own elements, not all of the array's."""
+    crossed = [n for n, dim, other in zip(whole.shape, full, windowed, strict=True) if dim != other]
+    return prod(window) / max(1, prod(crossed))
 
 
 @register("reduce_window", "reduce_window_max", "reduce_window_min", "select_and_gather_add")
@@ -94,4 +106,5 @@ def select_and_scatter_add(inputs, outputs, *, window_dimensions, window_strides
     """`[a,c],[a,b] -> [a,b]`: each element of the first operand is added at its window's maximum."""
     shifted = ((window_dimensions, 1), (window_strides, 1), (padding, (0, 0)))
     factors, full, picked = _windows(outputs[0], inputs[0], *shifted)
-    return Rule(factors.done(), (picked, full), (full,), (frozenset({0}),))
+    work = _work(full, picked, window_dimensions, outputs[0])
+    return Rule(factors.done(), (picked, full), (full,), (frozenset({0}),), flops_per_point=work)

@@ -125,7 +125,8 @@ def matrix_work(op: Operation, local: list[float], topology: Topology) -> float:
     places = [[any(i in dim for dim in use.dims) for use in (*op.inputs, *op.outputs[:1])] for i in range(len(local))]
     size = {"batch": 1.0, "rows": 1.0, "columns": 1.0, "summed": 1.0}
     for n, (left, right, result) in zip(local, places, strict=True):
-        size["summed" if not result else "batch" if left == right else "rows" if left else "columns"] *= n
+        role = "batch" if left and right else "columns" if right else "rows"  # rows are also where windows stand
+        size[role if result else "summed"] *= n
     rows, columns = size["rows"], size["columns"]
     streamed = min(max(a, least) * tile * ceil(b / tile) for a, b in ((rows, columns), (columns, rows)))
     return op.flops_per_point * size["batch"] * tile * ceil(size["summed"] / tile) * streamed

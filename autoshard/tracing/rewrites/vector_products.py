@@ -1,6 +1,6 @@
 """Products that the vector unit computes, as multiplications and sums of elements.
 
-`jnp.einsum` makes a `dot_general` of each pair of its operands, also where that is no matrix product:
+`jnp.einsum` makes a `dot_general` of each pair of its operands, also where that is not a matrix product:
 
 - Nothing is summed: gates and masks such as `"bhcls,bclhs->bclhs"`, outer products such as `"i,j->ij"`.
 - Each operand has batch and summed dimensions only: inner products such as `"bthd,bthd->bth"`.
