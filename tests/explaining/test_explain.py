@@ -226,6 +226,13 @@ def test_who_decided_is_said() -> None:
     assert sum(proof.account()[key] for key in ("presolve_seconds", "solver_seconds")) == proof.wall_seconds
 
 
+def test_a_step_that_costs_nothing_is_explained() -> None:
+    """Nothing but a reversal: the solver's bound is 0, of which no share can be taken."""
+    free = autoshard.search(lambda x: jnp.flip(x, 1), jax.ShapeDtypeStruct((2, 64), jnp.float32), topology="v5e:2x1")
+    assert free.estimate.seconds == 0
+    assert "a bound 0.0 % below the plan" in free.explain()
+
+
 def test_what_is_not_proven_is_said() -> None:
     found = render(replace(plan(), proof=Proof("FEASIBLE", 3e-3, 2.7e-3, 0.1, 60.0)))
     assert "  proof        FEASIBLE: no plan is faster than 2.70 ms (gap 10.0 %)\n" in found
