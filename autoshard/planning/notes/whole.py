@@ -1,6 +1,6 @@
 """Work that is not shared among the chips because its rule keeps a dimension whole, with its price.
 
-An operation may be whole on every chip, as random numbers of one sequence. Or one of its dimensions is: then what the chips
+An operation may be replicated, as random numbers of one sequence. Or one of its dimensions stays whole: then what the chips
 compute alike, and the collectives that join its shards, are the price (docs/rules.md, "Dimensions that stay whole").
 """
 
