@@ -151,7 +151,7 @@ def _refusal(op: Operation, at: int, extent: int) -> str:
         return f"{op.name} counts positions in a dimension that would have padding inside"
     if op.primitive not in ACCEPTING:
         return f"{op.name} does not accept padding"
-    if factor.kind == "parallel" or (factor.kind == "sum" and op.primitive in LOOKED_UP):
+    if factor.kind == "parallel" or (factor.kind in ("sum", "or") and op.primitive in LOOKED_UP):
         return ""
     if factor.kind == "exchanged":
         return ""

@@ -110,7 +110,7 @@ def _deciders(proof: Proof) -> Iterator[str]:
     if not proof.solver:
         yield f"               {proof.states:,} strategies and layouts{parts}, {proof.wall_seconds:.1f} s{stopped}"
         return
-    below = (proof.objective_seconds - proof.presolve_bound_seconds) / proof.objective_seconds
+    below = 1 - proof.presolve_bound_seconds / proof.objective_seconds if proof.objective_seconds else 0.0
     left = f"{proof.states - proof.fixed_by_presolve:,} of {proof.states:,} strategies and layouts"
     size = f"{proof.booleans:,} booleans, {proof.constraints:,} constraints"
     bound = f"a bound {percent(max(below, 0.0))} below the plan"

@@ -11,6 +11,7 @@ import numpy as np
 from autoshard._util.tables import time
 from autoshard.annotating.padding import Padding
 from autoshard.naming.strategy_names import strategy_name
+from autoshard.planning.notes.whole import COSTED, whole_notes
 from autoshard.planning.records import ArrayPlan, Estimate, OperationPlan, PlannedCollective
 from autoshard.planning.runner_up import Alternatives
 from autoshard.tracing.blocks import Literal, Traced
@@ -27,14 +28,8 @@ from search.formulation.problem import Problem
 from search.memory.constraints import rows
 from search.solve import Solution
 
-_COSTED = ("matmul", "memory", "fused")
 _MATTERS = 0.01
 """The fraction of all arguments' bytes from which an argument's indivisible dimension is worth a warning."""
-_WHY_WHOLE = dict.fromkeys(
-    ("random_bits", "rng_bit_generator"),
-    "threefry keys (jax.random.key(seed), with jax_threefry_partitionable) would be split",
-)
-"""Per primitive that no strategy can split: what would be split in its place."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # --- arrays
@@ -173,7 +168,7 @@ def _operation(problem: Problem, choice: Choice, i: int, others: Alternatives) -
     program, topology = problem.program, problem.topology
     op, strategy = program.operations[i], choice.strategies[i]
     runs = program.multiplicity(op.region)
-    costed = op.op_class in _COSTED
+    costed = op.op_class in COSTED
     totals = _totals(program, topology, choice, i)
     matmul = op.op_class == "matmul"
     return OperationPlan(
@@ -196,7 +191,7 @@ def _operation(problem: Problem, choice: Choice, i: int, others: Alternatives) -
 def _totals(program: Program, topology: Topology, choice: Choice, i: int) -> dict[str, float]:
     """The quantities of `OperationCost` for all runs of an operation in one step."""
     op, strategy = program.operations[i], choice.strategies[i]
-    if op.op_class not in _COSTED:
+    if op.op_class not in COSTED:
         return {f.name: 0.0 for f in fields(OperationCost)}
     pieces = np.array([[float(prod(topology.axis_sizes[axis] for axis in split)) for split in strategy.splits]])
     shards, pricing = pieces.reshape(1, len(op.factors)), topology.pricing
@@ -236,7 +231,7 @@ def warnings(traced: Traced, solution: Solution) -> tuple[str, ...]:
     return (
         *problem.program.warnings,
         *_indivisible(traced, problem),
-        *_whole(solution),
+        *whole_notes(solution),
         *filter(None, [not_offered(problem.topology)]),
         *_assumptions(problem.topology),
         *_expert_notes(solution),
@@ -327,29 +322,6 @@ def _is_replicated(program: Program, value: int, dimension: int) -> bool:
         any(program.operations[op].factors[f].kind == "whole" for f in factors)
         for op, factors in zip(at, uses, strict=True)
     )
-
-
-def _whole(solution: Solution) -> Iterator[str]:
-    """Operations that no strategy can split, with their share of the step: operations, slices of the results, and bytes."""
-    program, topology, check = solution.problem.program, solution.problem.topology, solution.check
-    if topology.size == 1:
-        return
-    sliced: dict[int, float] = {}
-    for each in solution.slices:
-        sliced[each.value] = sliced.get(each.value, 0.0) + float(each.seconds)
-    for op in program.operations:
-        if op.op_class not in _COSTED or any(factor.kind != "whole" and factor.size > 1 for factor in op.factors):
-            continue
-        once = price(program, op, np.ones((1, len(op.factors))), topology.chip)
-        seconds = float(once.seconds[0]) * program.multiplicity(op.region)
-        seconds += sum(sliced.get(use.value, 0.0) for use in op.outputs)
-        made = sum(program.values[use.value].bytes for use in op.outputs)
-        if seconds >= _MATTERS * check.seconds or made >= _MATTERS * solution.problem.budget_bytes:
-            hint = f"; {_WHY_WHOLE[op.primitive]}" if op.primitive in _WHY_WHOLE else ""
-            yield (
-                f"{op.name} is computed whole on every chip: {seconds * 1e3:.4g} ms of the step's {check.seconds * 1e3:.4g},"
-                f" {made / 2**20:.4g} MiB of results per chip{hint}."
-            )
 
 
 def _assumptions(topology: Topology) -> Iterator[str]:

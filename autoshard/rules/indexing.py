@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, register, summable
+from autoshard.rules.rule import Factors, Pieces, Rule, local_shape, picked_kind, register, summable
 from autoshard.rules.shape import cut_dims, element, shift, single_elements, window_dims
 from costmodels.program.program import FactorKind, Output
 
@@ -75,8 +75,7 @@ def _local_dynamic_slice(eqn, rule: Rule, pieces: Pieces, operand, *starts):
 def dynamic_slice(inputs, outputs, **_):
     """`[a,b,c],[] -> [a,d,1] sum={b,c}`: as `slice`; a dimension that the window spans may be split."""
     factors = Factors()
-    single = "sum" if summable(inputs[0]) else "whole"
-    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, single)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, picked_kind(inputs[0]))
     starts = ((),) * (len(inputs) - 1)
     linear = (frozenset({0}),)
     return Rule(factors.done(), (left, *starts), (right,), linear, flops_per_point=0.0, local=_local_dynamic_slice)
@@ -189,14 +188,14 @@ def gather(inputs, outputs, *, dimension_numbers, slice_sizes, mode, **_):
     """`[v,e],[b] -> [b,e] sum={v}`: a looked-up dimension may be split; each chip answers for its own shard.
 
     Dimensions that the window spans pass through. A dimension in which single rows are looked up is a `sum` factor: chips
-    without the row contribute zeros, so the sum over chips is the row.
+    without the row contribute zeros, so the sum over chips is the row. Of booleans it is an `or`.
     """
     operand, indices = inputs
     numbers = dimension_numbers
     factors = Factors()
     rows = {i: (factors.new(n),) for i, n in enumerate(indices.shape[:-1])}
     batching = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
-    singly = _single_row_dims(numbers, slice_sizes) if summable(operand) else ()
+    singly = _single_row_dims(numbers, slice_sizes)
     left: list[tuple[int, ...]] = []
     offsets: list[tuple[int, ...]] = []
     for i, n in enumerate(operand.shape):
@@ -204,7 +203,7 @@ def gather(inputs, outputs, *, dimension_numbers, slice_sizes, mode, **_):
         if i in batching:
             left.append(rows[batching[i]])
         elif i in singly:
-            left.append((factors.new(n, "sum"),))
+            left.append((factors.new(n, picked_kind(operand)),))
         else:
             left.append((factors.new(n, "parallel" if taken_whole else "whole"),))
         if i not in batching and i not in numbers.collapsed_slice_dims:

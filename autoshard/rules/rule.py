@@ -202,6 +202,11 @@ def summable(aval: Any) -> bool:
     return not is_key(aval) and aval.dtype != bool
 
 
+def picked_kind(aval: Any) -> FactorKind:
+    """The kind of a split dimension of which an index picks elements: the chips without them contribute zeros, or False."""
+    return "or" if aval.dtype == bool else "sum" if summable(aval) else "whole"
+
+
 def inexact(aval: Any) -> bool:
     """Whether an array holds floating-point numbers, real or complex, 4- and 8-bit ones included."""
     return jnp.issubdtype(aval.dtype, np.inexact)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autoshard.rules.rule import Dims, Factors, Pieces, Rule, local_shape, register, summable, whole_rule
+from autoshard.rules.rule import Dims, Factors, Pieces, Rule, local_shape, picked_kind, register, whole_rule
 from costmodels.program.program import FactorKind
 
 _FIRST = (frozenset({0}),)
@@ -179,7 +179,7 @@ def window_dims(
     """Dimensions of an array and of a window of it: equal ones, except those in `shifted`, are shared and may be split.
 
     If the window is a single element of a longer dimension, only one chip holds it and the dimension may be split as
-    well. `single` is then the factor's kind: `sum` for reads (the other chips contribute zeros), `parallel` for writes. A
+    well. `single` is then the factor's kind: `sum` or `or` for reads (`picked_kind`), `parallel` for writes. A
     longer window may be split too: each chip reads or writes its part. A window of half the dimension or more is cheaper
     to read after a gather, so its dimension stays whole.
     """
@@ -193,7 +193,7 @@ def window_dims(
             left.append((factors.new(n, single),))
             right.append(())
         else:
-            left.append((factors.new(n, single if single != "sum" or 2 * m < n else "whole"),))
+            left.append((factors.new(n, single if single == "parallel" or 2 * m < n else "whole"),))
             right.append((factors.new(m, "whole"),))
     return tuple(left), tuple(right)
 
@@ -248,8 +248,7 @@ def _local_slice(eqn, rule: Rule, pieces: Pieces, operand, *_):
 def slice_(inputs, outputs, **_):
     """`[a,b,c] -> [a,d,1] sum={b,c}`: along a split dimension each chip contributes its part of the window, and zeros."""
     factors = Factors()
-    single = "sum" if summable(inputs[0]) else "whole"
-    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, single)
+    left, right = window_dims(factors, inputs[0].shape, outputs[0].shape, picked_kind(inputs[0]))
     return Rule(factors.done(), (left,), (right,), _FIRST, flops_per_point=0.0, local=_local_slice)
 
 

@@ -18,7 +18,8 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 - A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups, in on-chip memory
   as far as half of it goes.
 - A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
-- A TPU holds further arrays for sorts, running sums, concatenations and conversions (`search.answer.check_temporaries`).
+- A TPU holds further arrays for sorts, running sums, columns, concatenations, stacks and conversions
+  (`search.answer.check_temporaries`).
 - Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
 - A value that enters a loop lives until the loop ends. Arguments live as long as their phase.
 """
@@ -37,7 +38,7 @@ from search.answer.assignment import Choice, kept_layout, moves
 from search.answer.check_donations import Overwrites, formed, inside_kernels, over_carries
 from search.answer.check_grouped import GroupedWork, sent_rows
 from search.answer.check_results import Life, with_results_first
-from search.answer.check_temporaries import Holds, converting, joining, returning, second_scores, sorting
+from search.answer.check_temporaries import Holds, second_scores, temporaries
 from search.formulation.layouts import shards
 
 _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
@@ -75,10 +76,9 @@ def _further(program: Program, topology: Topology, choice: Choice, account: _Acc
             yield at, at, moved / shards(move.source, topology.axis_sizes)
         else:
             yield *account.copy_life(move.value, move.operation), moved / shards(move.target, topology.axis_sizes)
-    yield from returning(program, topology, choice, account.maker)
-    yield from sorting(program, topology, choice)
-    yield from converting(program, topology, choice, account.readers)
-    yield from joining(program, topology, choice, account.readers, account.is_fused, account.formed)
+    yield from temporaries(
+        program, topology, choice, account.maker, account.readers, account.is_fused, account.views, account.formed
+    )
     for at, op in enumerate(program.operations):
         if op.primitive == "reduce_max":
             made, held = second_scores(program, topology, choice, account.maker, at)

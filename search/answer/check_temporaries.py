@@ -1,6 +1,7 @@
 """The checker's own account of arrays that a TPU makes beside operands and results (measured, `search.memory.tpu_temporaries`).
 
-A sort of one array holds a copy of it and an index per element, a selection and a running sum hold a copy. What a
+A sort of one array holds a copy of it and an index per element, a selection and a running sum hold a copy. So does what picks
+or writes columns by several indices, beside a slice of a stack. What a
 concatenation joins is an array until the kernel that joins it ends, unless reductions alone use the concatenation. What a
 loop reads in a narrower type, but does not pile up, is converted whole before the outermost loop that does not change it.
 """
@@ -22,11 +23,31 @@ Holds = Iterator[tuple[int, int, float]]
 """The first and the last operation of an array's life, and its bytes on one chip."""
 
 
+def temporaries(
+    program: Program,
+    topology: Topology,
+    choice: Choice,
+    maker: Mapping[int, int],
+    readers: Mapping[int, Sequence[int]],
+    is_fused: Callable[[int], bool],
+    views: Collection[int],
+    formed: Collection[int],
+) -> Holds:
+    """All arrays that a TPU makes beside operands and results, but for scores."""
+    if topology.chip.kind == "tpu":
+        yield from returning(program, topology, choice, maker)
+        yield from sorting(program, topology, choice)
+        yield from indexing(program, topology, choice, maker, readers)
+        yield from stacking(program, topology, choice, maker, readers, is_fused, views)
+        yield from converting(program, topology, choice, readers)
+        yield from joining(program, topology, choice, readers, is_fused, formed)
+
+
 def sorting(program: Program, topology: Topology, choice: Choice) -> Holds:
     """The arrays that sorts, selections and running sums make."""
     for at, op in enumerate(program.operations):
         alone = op.primitive == "sort" and len(op.inputs) == 1
-        if topology.chip.kind == "tpu" and (alone or op.primitive == "top_k" or op.primitive[:3] == "cum"):
+        if alone or op.primitive == "top_k" or op.primitive[:3] == "cum":
             array = program.values[op.inputs[0].value]
             pieces = shards(needed_layout(program, choice, at, 0), topology.axis_sizes)
             held, elements = array.bytes / pieces, prod(array.shape) / pieces
@@ -34,9 +55,129 @@ def sorting(program: Program, topology: Topology, choice: Choice) -> Holds:
                 yield at, at, held + (4 * elements if alone else 0)
 
 
+def indexing(
+    program: Program,
+    topology: Topology,
+    choice: Choice,
+    maker: Mapping[int, int],
+    readers: Mapping[int, Sequence[int]],
+) -> Holds:
+    """The copies of arrays of which an operation picks or writes columns, in an order in which columns are together."""
+    for at, op in enumerate(program.operations):
+        if op.primitive != "gather" and not op.primitive.startswith("scatter"):
+            continue
+        picks = op.primitive == "gather"
+        array, places, parts = op.inputs[0], op.inputs[1], (op.outputs[0] if picks else op.inputs[2])
+        indices = {i for dim in places.dims[:-1] for i in dim}
+        shown = {i for dim in parts.dims for i in dim}
+        uncut = [k for k, dim in enumerate(array.dims) if dim and shown.issuperset(dim) and indices.isdisjoint(dim)]
+        batched = any(not indices.isdisjoint(dim) for dim in array.dims)
+        by_column = bool(array.dims and array.dims[-1]) and shown.isdisjoint(array.dims[-1])
+        if not uncut or batched or not by_column or all(op.factors[i].size == 1 for i in indices):
+            continue
+        made_by = program.operations[maker[array.value]]
+        own = made_by.op_class in ("matmul", "fused", "memory") and len(readers[array.value]) == 1
+        value = program.values[array.value]
+        cuts = needed_layout(program, choice, at, 0)
+        held = value.bytes / shards(cuts, topology.axis_sizes)
+        if held > topology.chip.on_chip_bytes and not (picks and own):
+            lanes = -(-value.shape[uncut[-1]] // prod(topology.axis_sizes[axis] for axis in cuts.dims[uncut[-1]]))
+            padded = -(-lanes // 128) * 128 / lanes
+            yield at, at, held * (padded + 1 if made_by.primitive == "loop_slice" else padded)
+
+
+def stacking(
+    program: Program,
+    topology: Topology,
+    choice: Choice,
+    maker: Mapping[int, int],
+    readers: Mapping[int, Sequence[int]],
+    is_fused: Callable[[int], bool],
+    views: Collection[int],
+) -> Holds:
+    """The arrays that loops make of what they write into stacks in another memory order."""
+    totals = _totals_of_rows(program)
+    seen: set[tuple[int, int, int, int]] = set()
+    for op in program.operations:
+        piles = op.primitive == "loop_stack"
+        writes = op.primitive == "dynamic_update_slice" or op.primitive in _SCATTERS
+        in_loop = "loop" in {program.regions[each].kind for each in program.enclosing(op.region)}
+        if not op.inputs or not (piles or (writes and in_loop)):
+            continue
+        part = op.inputs[0 if piles else 1 if op.primitive == "dynamic_update_slice" else 2].value
+        at = maker[part]
+        read = _read_by_kernel(program, maker, is_fused, part)
+        turns = any(each for each in read.values())
+        for value, order in read.items():
+            made_by = program.operations[maker[value]]
+            cut = made_by.primitive == "loop_slice" or _cuts_stack(program, made_by)
+            alone = made_by.op_class == "matmul" and len(readers[value]) == 1
+            copy = order == 2 or (order == 1 and not cut)
+            arrays = int(copy and not alone and (piles or at in views)) + int(turns and cut)
+            held, first = value, at
+            if not arrays and piles and made_by.op_class == "matmul" and value in totals:
+                stacked = all(program.operations[each].primitive == "loop_stack" for each in readers[part])
+                arrays = 1 if stacked or program.values[part].bytes >= program.values[value].bytes else 2
+                held, first = part, min(at, max(readers[value]))
+            size = program.values[held].bytes / shards(kept_layout(program, choice, held), topology.axis_sizes)
+            if arrays and size > topology.chip.on_chip_bytes and (held, arrays, first, at) not in seen:
+                seen.add((held, arrays, first, at))
+                yield first, at, arrays * size
+
+
+_SCATTERS = ("scatter", *(f"scatter-{how}" for how in ("add", "sub", "mul", "min", "max")))
+
+
+def _read_by_kernel(
+    program: Program, maker: Mapping[int, int], is_fused: Callable[[int], bool], part: int
+) -> dict[int, int]:
+    """The arrays of a value's size of which a kernel makes it: 0 in their order, 1 with the last dimension last, else 2."""
+    found: dict[int, int] = {}
+    behind, known = [(part, 0)], {(part, 0)}
+    while behind:
+        value, order = behind.pop()
+        op = program.operations[maker[value]]
+        reduces = op.primitive.startswith(("reduce_", "arg"))
+        if op.primitive == "loop_slice" or _cuts_stack(program, op) or reduces or not is_fused(maker[value]):
+            found[value] = max(order, found.get(value, 0))
+            continue
+        if op.primitive == "transpose":
+            before, after = (
+                [i for dim in use.dims for i in dim if op.factors[i].size > 1] for use in (op.inputs[0], op.outputs[0])
+            )
+            ends = op.inputs[0].dims[-1] == op.outputs[0].dims[-1]
+            order = max(order, 0 if before == after else 1 if ends else 2)
+        for use in op.inputs:
+            if (use.value, order) not in known and _count(program, use.value) == _count(program, value):
+                known.add((use.value, order))
+                behind.append((use.value, order))
+    return found
+
+
+def _totals_of_rows(program: Program) -> set[int]:
+    """The values of whose last dimension alone a kernel makes one number."""
+    found: set[int] = set()
+    for op in reversed(program.operations):
+        if op.op_class != "fused" or not op.inputs:
+            continue
+        made, given = op.outputs[0], op.inputs[0]
+        if not op.primitive.startswith(("reduce_", "arg")):
+            same = {use.value for use in op.inputs if _count(program, use.value) == _count(program, made.value)}
+            found |= same if made.value in found else set()
+            continue
+        left = {i for dim in made.dims for i in dim}
+        if [k for k, dim in enumerate(given.dims) if not left.issuperset(dim)] == [len(given.dims) - 1]:
+            found.add(given.value)
+    return found
+
+
+def _count(program: Program, value: int) -> int:
+    return prod(program.values[value].shape)
+
+
 def returning(program: Program, topology: Topology, choice: Choice, maker: Mapping[int, int]) -> Holds:
     """The second arrays of results: products that a TPU writes in other tiles than those of an argument of their shape."""
-    for at in program.results if topology.chip.kind == "tpu" else ():
+    for at in program.results:
         for value in (use.value for use in program.operations[at].inputs):
             array, made_by = program.values[value], program.operations[maker[value]]
             groups = matrix_factors(made_by)
@@ -66,7 +207,7 @@ def joining(
 ) -> Holds:
     """The operands of concatenations, where they are not arrays already, and products do not form them."""
     maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
-    ends = _kernel_ends(program, readers, is_fused) if topology.chip.kind == "tpu" else {}
+    ends = _kernel_ends(program, readers, is_fused)
     for at, op in enumerate(program.operations):
         if op.primitive not in ("concatenate", "stack") or not ends.get(at) or op.outputs[0].value in formed:
             continue
@@ -114,7 +255,7 @@ def converting(program: Program, topology: Topology, choice: Choice, readers: Ma
     """The arrays that are converted before the loops that use them, or slices of them."""
     maker = {use.value: op for op in program.operations for use in op.outputs}
     seen: set[tuple[int, int, float]] = set()
-    for value, itemsize in _narrowed(program, readers) if topology.chip.kind == "tpu" else ():
+    for value, itemsize in _narrowed(program, readers):
         crossed = _crossings(program, maker, value)
         if not crossed:
             continue
@@ -190,11 +331,15 @@ _RENAMED = ("reshape", "squeeze", "expand_dims", "transpose")
 
 def _cuts_constant(program: Program, maker: Mapping[int, Operation], op: Operation) -> bool:
     """Whether an operation takes one index of an array that a loop does not change."""
+    return _cuts_stack(program, op) and maker[op.inputs[0].value].primitive == "loop_constant"
+
+
+def _cuts_stack(program: Program, op: Operation) -> bool:
+    """Whether an operation takes one index of an array's leading dimensions."""
     if op.primitive != "dynamic_slice" or op.op_class != "fused":
         return False
     whole, piece = (program.values[use.value].shape for use in (op.inputs[0], op.outputs[0]))
-    at_one_index = any(whole[k:] == piece[k:] and prod(piece[:k]) == 1 for k in range(len(whole) + 1))
-    return at_one_index and maker[op.inputs[0].value].primitive == "loop_constant"
+    return any(whole[k:] == piece[k:] and prod(piece[:k]) == 1 for k in range(len(whole) + 1))
 
 
 def second_scores(

@@ -32,8 +32,8 @@ from search.memory.conversions import conversions
 from search.memory.donations import Donations
 from search.memory.fused_products import absorbed, formed_in_products, is_stacked, overwritten_carries, written_over
 from search.memory.kernels import REDUCTIONS, is_inlined
+from search.memory.order_copies import copied_bytes, stack_copies
 from search.memory.reshard_buffers import Copies
-from search.memory.result_copies import copied_bytes
 from search.memory.results_first import results_first
 from search.memory.softmax_copies import score_maxima, second_array_bytes
 from search.memory.tpu_temporaries import joined_operands, operations_with_temporaries, temporary_bytes
@@ -451,7 +451,7 @@ def _chain_terms(problem: Problem) -> Iterator[_Term]:
 
 
 def _temporary_terms(problem: Problem) -> Iterator[_Term]:
-    """The arrays that a TPU makes for sorts, running sums, operands of concatenations and conversions before loops."""
+    """The arrays that a TPU makes for sorts, running sums, columns, joins, stacks and conversions before loops."""
     program, topology = problem.program, problem.topology
     for at in operations_with_temporaries(program):
         node = problem.of_operation[at]
@@ -463,6 +463,12 @@ def _temporary_terms(problem: Problem) -> Iterator[_Term]:
         node, found = layouts_at(problem, value)
         held = _local_bytes(problem, program.values[value].bytes, found)
         yield _Term(("joined", node, value), "node", node, first, last, held)
+    for value, count, first, last in stack_copies(program) if topology.chip.kind == "tpu" else ():
+        node, found = layouts_at(problem, value)
+        held = _local_bytes(problem, program.values[value].bytes, found)
+        held = count * np.where(held > topology.chip.on_chip_bytes, held, 0.0)
+        if held.any():
+            yield _Term(("stacked", node, value, count), "node", node, first, last, held)
     for _, part, size, first, last in conversions(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, part)
         yield _Term(("converted", node, part, size), "node", node, first, last, _local_bytes(problem, size, found))

@@ -11,6 +11,9 @@ Measured with libtpu 0.0.42 on v5e, for bfloat16 arrays of one size each:
 | `concatenate(tanh(a), tanh(b))` or `stack`, also within `tanh` | 6 | both operands (2) |
 | the same, summed over its rows or columns | 2 | none |
 | `roll(a)`, also within `tanh` | 2 | none: both parts are read where they are |
+| `a[:, i]`, `a.at[:, i].set(b)` | 2, and `b` | a copy in another memory order |
+| `x[:, i]` of the slices `x` of a stack, in a loop | the stack and 2 | the slice and its copy |
+| `a[i]`, `a[i, j]`, `(a @ b)[:, i]`, `take_along_axis(a, i, -1)` | their own | none |
 
 Two operands are sorted without such a copy. A concatenation in a kernel reads its operands when the kernel runs.
 """
@@ -18,7 +21,7 @@ Two operands are sorted without such a copy. A concatenation in a kernel reads i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple
 
 from costmodels.machine.topology import Topology
@@ -29,11 +32,13 @@ from search.memory.fused_products import formed_in_products
 from search.memory.kernels import REDUCTIONS, is_inlined
 
 INDEX_BYTES = 4
+LANES = 128
+"""Elements of a row of a tile: a dimension that comes last in the copy is padded to a multiple of them."""
 JOINS = ("concatenate", "stack")
 
 
 def temporary_bytes(program: Program, topology: Topology, operation: int, layout: Layout) -> float:
-    """Bytes of the arrays that a sort, a selection or a running sum makes on one chip; 0 where they stay on the chip.
+    """Bytes of the arrays that an operation makes of its first operand on one chip; 0 where they stay on the chip.
 
     **Arguments:**
 
@@ -43,20 +48,47 @@ def temporary_bytes(program: Program, topology: Topology, operation: int, layout
     elements = prod(local_shape(value.shape, layout, topology.axis_sizes))
     if topology.chip.kind != "tpu" or elements * value.itemsize <= topology.chip.on_chip_bytes:
         return 0.0
-    own = INDEX_BYTES if program.operations[operation].primitive == "sort" else 0
-    return elements * (value.itemsize + own)
+    op = program.operations[operation]
+    window = _window(op)
+    if window is not None:
+        is_slice = program.operations[program.producers[op.inputs[0].value][0]].primitive == "loop_slice"
+        lanes = local_shape(value.shape, layout, topology.axis_sizes)[window]
+        return elements * value.itemsize * (ceil(lanes / LANES) * LANES / lanes + is_slice)
+    return elements * (value.itemsize + (INDEX_BYTES if op.primitive == "sort" else 0))
 
 
 @cached_analysis
 def operations_with_temporaries(program: Program) -> tuple[int, ...]:
-    """Sorts of one array, selections of the largest elements, and running sums."""
-    return tuple(i for i, op in enumerate(program.operations) if _has_temporaries(op))
+    """Sorts of one array, selections of the largest elements, running sums, and columns picked or written by index."""
+    return tuple(i for i, op in enumerate(program.operations) if _has_temporaries(program, op))
 
 
-def _has_temporaries(op: Operation) -> bool:
+def _has_temporaries(program: Program, op: Operation) -> bool:
     if op.primitive == "sort":
         return len(op.inputs) == 1
+    if _window(op) is not None:
+        return not (op.primitive == "gather" and _is_made_for(program, op.inputs[0].value))
     return op.primitive == "top_k" or op.primitive.startswith("cum")
+
+
+def _is_made_for(program: Program, value: int) -> bool:
+    """Whether one operation alone reads a value, which is then made in the memory order that it wants."""
+    made_by = program.operations[program.producers[value][0]]
+    return made_by.op_class not in ("source", "boundary") and len(program.consumers[value]) == 1
+
+
+def _window(op: Operation) -> int | None:
+    """The last whole dimension of an array that is read or written at several indices along its last one; None without one."""
+    if op.primitive != "gather" and not op.primitive.startswith("scatter"):
+        return None
+    array, indices, windows = op.inputs[0], op.inputs[1], op.outputs[0] if op.primitive == "gather" else op.inputs[2]
+    kept = {factor for dim in windows.dims for factor in dim}
+    chosen = {factor for dim in indices.dims[:-1] for factor in dim}
+    several = prod(op.factors[factor].size for factor in chosen) > 1
+    whole = [i for i, dim in enumerate(array.dims) if dim and set(dim) <= kept - chosen]
+    last = array.dims[-1] if array.dims else ()
+    shared = {factor for dim in array.dims for factor in dim} & chosen
+    return whole[-1] if whole and several and last and not set(last) & kept and not shared else None
 
 
 class Joined(NamedTuple):

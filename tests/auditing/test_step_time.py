@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoshard import Audit
 from autoshard.auditing import bounds
-from autoshard.auditing.audit import compare
-from autoshard.auditing.findings import CompileTarget
 from autoshard.auditing.planned_times import attribute_time
 from autoshard.auditing.replay import Costly
-from tests.support.auditing.made_up import plan_of_nothing
-
-SLOW = """\
-HloModule jit_f, is_scheduled=true
-
-%turned (x: f32[64,64]) -> f32[64,64] {
-  %x = f32[64,64]{1,0} parameter(0)
-  ROOT %t = f32[64,64]{1,0} transpose(%x), dimensions={1,0}
-}
-
-ENTRY %main (x.1: f32[64,64]) -> f32[64,64] {
-  %x.1 = f32[64,64]{1,0} parameter(0)
-  ROOT %copy_fusion = f32[64,64]{1,0} fusion(%x.1), kind=kLoop, calls=%turned, \
-metadata={op_name="jit(f)/layer/transpose" source_file="/home/user/model.py" source_line=7}, \
-backend_config={"estimated_cycles":"1050000"}
-}
-"""
-
-
-def timed(planned_seconds: float, target: CompileTarget = "tpu") -> Audit:
-    """A program of one instruction that takes a millisecond, beside a plan of so many seconds."""
-    nothing = plan_of_nothing()
-    return compare(replace(nothing, estimate=replace(nothing.estimate, seconds=planned_seconds)), SLOW, target)
+from tests.support.auditing.made_up import timed
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ import pytest
 
 import autoshard
 from autoshard import load
+from autoshard.auditing.bounds import SLOWER
 from costmodels.machine.chips import catalogue
 from costmodels.machine.conventions import Pricing
+from tests.support.auditing.made_up import timed
 from tests.support.cli import refused, run
 from tests.support.paths import PALM, ROOT, TINY
 
@@ -108,12 +110,20 @@ def test_audit_as_tables_and_as_json(plan_file: Path) -> None:
     assert data["ok"] is True and data["target"] == "host"
 
 
-@pytest.mark.long
+@pytest.mark.parametrize(("planned_seconds", "exit_code"), [(0.99e-3 / SLOWER, 1), (1.01e-3 / SLOWER, 0)])
 def test_a_program_that_is_much_slower_than_planned_is_an_answer_that_is_no(
-    plan_file: Path, monkeypatch: pytest.MonkeyPatch
+    plan_file: Path, monkeypatch: pytest.MonkeyPatch, planned_seconds: float, exit_code: int
 ) -> None:
-    monkeypatch.setattr("autoshard.auditing.audit.Audit.is_slow", True)
-    assert run("audit", plan_file, PALM, *TINY).exit_code == 1
+    """The layout is as planned, and a step takes a millisecond: exit status, text and JSON say so, and name the cause."""
+    monkeypatch.setattr("autoshard.auditing.audit.audit", lambda *_, **__: timed(planned_seconds))
+    said = run("audit", plan_file, PALM, *TINY)
+    assert said.exit_code == exit_code and "as planned" in said.stdout and "NOT as planned" not in said.stdout
+    told = said.stdout.count("times the planned")
+    assert told == (2 if exit_code else 0), "in the verdict and beside the cause"
+    assert ("1.00 ms of transpose at model.py:7" in " ".join(said.stdout.split())) == bool(exit_code)
+    written = run("audit", plan_file, PALM, *TINY, "--json")
+    data = json.loads(written.stdout)
+    assert (written.exit_code, data["ok"], data["slow"]) == (exit_code, True, bool(exit_code))
 
 
 @pytest.mark.long

@@ -145,11 +145,47 @@ Warnings
   - sort at model.py:3 has no sharding rule: its arrays are replicated
 """
 
+LOCAL_SLICES = """
+Local slices (110 µs: read and written in HBM, nothing is sent)
+  axes  shard  runs     time  array, for operation
+  ────  ─────  ────  ───────  ───────────────────────────────────
+  xy    2 MiB     8   100 µs  tanh (model.py:9), where it is made
+  y     1 MiB     1  10.0 µs  x (model.py:5) for add (model.py:9)
+"""
 SYMBOLIC = "      FLOPs per chip and run: 2 · a · b/yz · c/x = 4.194e+06 where a = 64, b = 256, c = 128"
 
 
 def test_a_plan_as_text() -> None:
     assert render(plan()) == WHOLE
+
+
+def test_local_slices_get_rows() -> None:
+    """They are not among the collectives, and their seconds are a part of the step that the head names."""
+    slices = (
+        PlannedCollective("slice", ("y",), 2**20, 1, 1e-5, "x (model.py:5) for add (model.py:9)"),
+        PlannedCollective("slice", ("y", "x"), 2**21, 8, 1e-4, "tanh (model.py:9), where it is made"),
+    )
+    made_up = plan()
+    text = render(replace(made_up, estimate=replace(made_up.estimate, slices=slices)))
+    assert "3.00 ms = 1.75 ms on the chip + 1.14 ms of collectives + 110 µs of local slices" in text
+    assert LOCAL_SLICES in text
+    assert "in all: 9 all-gathers, 516 KiB, 1.05 ms; 8 all-reduces, 32 KiB, 200 µs" in text
+
+
+def test_a_planned_slice_has_its_row() -> None:
+    """Of an array that is pinned whole on every chip, a chip cuts the part that it works on."""
+    found = autoshard.search(
+        lambda x, w: jnp.tanh(x @ w),
+        jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4096, 8192), jnp.bfloat16),
+        topology="v5e:2x1",
+        pins={"x": jax.P(), "w": jax.P()},
+    )
+    (row,) = found.estimate.slices
+    assert row.bytes == 4096 * 4096 * 2 / 2 and 0 < row.seconds == found.estimate.slice_seconds
+    rows = found.explain().split("Local slices (")[1].split("\n\n")[0].splitlines()
+    assert rows[0].startswith(time(row.seconds)) and len(rows) == 4
+    assert rows[3].split()[:3] == ["x", "16", "MiB"] and "x for dot_general" in rows[3]
 
 
 def test_formulas_when_asked_for() -> None:
@@ -188,6 +224,13 @@ def test_who_decided_is_said() -> None:
         "  solver       CP-SAT 9.15.6755: OPTIMAL, 737 booleans, 520 constraints, 4 branches, 0.1 s",
     ]
     assert sum(proof.account()[key] for key in ("presolve_seconds", "solver_seconds")) == proof.wall_seconds
+
+
+def test_a_step_that_costs_nothing_is_explained() -> None:
+    """Nothing but a reversal: the solver's bound is 0, of which no share can be taken."""
+    free = autoshard.search(lambda x: jnp.flip(x, 1), jax.ShapeDtypeStruct((2, 64), jnp.float32), topology="v5e:2x1")
+    assert free.estimate.seconds == 0
+    assert "a bound 0.0 % below the plan" in free.explain()
 
 
 def test_what_is_not_proven_is_said() -> None:

@@ -83,7 +83,7 @@ dot_general                  [a,b,c],[c,d,b] -> [a,d] sum={b,c}
 dot_general                  [a,b],[b,c] -> [a,c] sum={b}
 dynamic_slice                [a,b,c],[],[],[] -> [a,d,1] sum={b,c} whole={d} linear=[[0]]
 dynamic_slice                [a,b,c],[],[],[] -> [d,e,1] sum={b,c} whole={a,d,e} linear=[[0]]
-dynamic_slice                [a,b],[],[] -> [a,1] whole={b} linear=[[0]]
+dynamic_slice                [a,b],[],[] -> [a,1] or={b} linear=[[0]]
 dynamic_update_slice         [a,b,c],[a,d,1],[],[],[] -> [a,b,c] whole={d} linear=[[0, 1]]
 dynamic_update_slice         [a,b,c],[d,e,1],[],[],[] -> [a,b,c] whole={d,e} linear=[[0, 1]]
 eig                          [a,b,c] -> [a,d],[a,e,f],[a,g,h] whole={b,c,d,e,f,g,h}
@@ -105,7 +105,7 @@ gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d}
 gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d} linear=[[0]]
 gather                       [a,b],[c,d,e] -> [c,d,b] sum={a} whole={e} linear=[[0]]
 gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d}
-gather                       [a,b],[c,d] -> [c,b] whole={a,d}
+gather                       [a,b],[c,d] -> [c,b] or={a} whole={d}
 gather                       [a,b,c],[d,e] -> [d,b] sum={a,c} whole={e}
 gather                       [a,b],[a,c,d] -> [a,c] sum={b} whole={d}
 gather                       [a,b],[c,d] -> [c,b] sum={a} whole={d}
@@ -138,6 +138,7 @@ max                          [a,b],[a,b] -> [a,b]
 min                          [a,b],[a,b] -> [a,b]
 mul                          [a,b],[a,b] -> [a,b] linear=[[0], [1]]
 mul                          [a,b],[1,b] -> [a,b] linear=[[0], [1]]
+mulhi                        [a,b],[a,b] -> [a,b]
 name                         [a,b] -> [a,b] linear=[[0]]
 ne                           [a,b],[a,b] -> [a,b]
 neg                          [a,b] -> [a,b] linear=[[0]]
@@ -229,7 +230,7 @@ sin                          [a,b] -> [a,b]
 sinh                         [a,b] -> [a,b]
 slice                        [a,b,c] -> [a,d,1] sum={b,c} whole={d} linear=[[0]]
 slice                        [a,b,c] -> [a,d,1] sum={b,c} whole={d} linear=[[0]]
-slice                        [a,b] -> [a,1] whole={b} linear=[[0]]
+slice                        [a,b] -> [a,1] or={b} linear=[[0]]
 sort                         [a,b] -> [a,b] whole={b}
 sort                         [a,b],[a,b] -> [a,b],[a,b] whole={a}
 split                        [a,b] -> [a,c],[a,d] whole={b,c,d} linear=[[0]]

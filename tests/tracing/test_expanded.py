@@ -1,4 +1,4 @@
-"""An argmax is planned as the parts that may be split, and is the same number."""
+"""Operations that are planned as the parts that may be split: an argmax, a linear solve, a product of scaled blocks."""
 
 from __future__ import annotations
 
@@ -51,6 +51,41 @@ def test_what_cannot_be_taken_apart_stays() -> None:
     for x, dtype in ((jnp.zeros((4, 300)), jnp.uint8), (jnp.zeros((4, 4), jnp.complex64), jnp.int32)):
         (eqn,) = jax.make_jaxpr(lambda x, dtype=dtype: lax.argmax(x, 1, dtype))(x).eqns
         assert not can_decompose(eqn)
+
+
+def test_a_linear_solve_is_the_function_that_solves() -> None:
+    """Right-hand sides and batches of `jnp.linalg.solve` are split; so is a solver of one's own."""
+    rng = np.random.default_rng(0)
+    a = jnp.asarray(np.eye(4) * 4 + rng.normal(size=(8, 4, 4)), jnp.float32)
+    b = jnp.asarray(rng.normal(size=(8, 4, 8)), jnp.float32)
+    assert autoshard.census(jnp.linalg.solve, a, b).conservative == ()
+    assert_layouts_do_not_matter(jnp.linalg.solve, a, b, count=2)
+
+    def halved(c: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.custom_linear_solve(lambda y: c * y, x, lambda _, y: y / c)
+
+    assert_layouts_do_not_matter(halved, b[0] + 9, b[1], count=2)
+
+
+SCALED = getattr(lax, "scaled_dot", None)
+
+
+@pytest.mark.skipif(SCALED is None, reason="this JAX has no scaled_dot")
+def test_a_product_of_scaled_blocks_is_split_like_any_other() -> None:
+    """Bit for bit the one of one chip where the contracted dimension stays whole."""
+    rng = np.random.default_rng(0)
+    numbers = (((2,), (2,)), ((0,), (0,)))
+    a, b = (jnp.asarray(rng.normal(size=(4, 8, 64)), jnp.float8_e4m3fn) for _ in range(2))
+    scales = [jnp.asarray(2.0 ** rng.integers(-2, 3, (4, 8, 2)), jnp.float8_e8m0fnu) for _ in range(2)]
+
+    def product(a: Any, b: Any, s: Any, t: Any) -> Any:
+        assert SCALED is not None
+        return SCALED(a, b, lhs_scale=s, rhs_scale=t, dimension_numbers=numbers, preferred_element_type=jnp.float32)
+
+    (eqn,) = jax.make_jaxpr(product)(a, b, *scales).eqns
+    np.testing.assert_array_equal(jaxpr_as_fun(decompose(eqn))(a, b, *scales)[0], product(a, b, *scales))
+    assert autoshard.census(product, a, b, *scales).conservative == ()
+    assert_layouts_do_not_matter(product, a, b, *scales, count=2)
 
 
 def test_greedy_decoding_does_not_gather_its_logits() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,17 +32,28 @@ from autoshard.rules.rule import inexact
 from autoshard.tracing.equations import rebuild_jaxpr
 from autoshard.tracing.jaxprs import CALLS, callee
 
-EXPANDED = ("argmax", "argmin")
-
 
 def decompose(eqn: Any) -> Any:
-    """A closed jaxpr of the same function as an equation, from operations that may be split.
+    """A closed jaxpr of the same function as an equation that `can_decompose`, from operations that may be split."""
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    return jax.make_jaxpr(_EXPANSIONS[eqn.primitive.name](eqn))(*avals)
 
-    An `argmax` is the first index at which the maximum stands: a maximum, and a minimum over indices. Where the dimension
-    is split, each needs an all-reduce of the result's size. A single operation would have to gather the dimension, such as
-    all logits for one token. Booleans are compared as numbers, because they have no maximum over chips.
+
+def can_decompose(eqn: Any) -> bool:
+    """Whether `decompose` supports an equation and the types of its operands."""
+    if eqn.primitive.name not in ("argmax", "argmin"):
+        return eqn.primitive.name in _EXPANSIONS
+    (aval,), (axis, *more), dtype = [v.aval for v in eqn.invars], eqn.params["axes"], eqn.params["index_dtype"]
+    counts = not more and jnp.issubdtype(dtype, np.integer) and aval.shape[axis] <= jnp.iinfo(dtype).max
+    return bool(counts) and not jnp.issubdtype(aval.dtype, np.complexfloating)
+
+
+def _place(eqn: Any) -> Callable[..., Any]:
+    """An `argmax` is the first index at which the maximum stands: a maximum, and a minimum over indices.
+
+    Where the dimension is split, each needs an all-reduce of the result's size. A single operation would have to gather the
+    dimension, such as all logits for one token. Booleans are compared as numbers, because they have no maximum over chips.
     """
-    (aval,) = (v.aval for v in eqn.invars)
     (axis,), dtype = eqn.params["axes"], eqn.params["index_dtype"]
     reduced = lax.reduce_max if eqn.primitive.name == "argmax" else lax.reduce_min
 
@@ -57,17 +68,36 @@ def decompose(eqn: Any) -> Any:
         past = lax.full(x.shape, x.shape[axis], dtype)
         return lax.reduce_min(lax.select_n(here, past, place), axes=(axis,))
 
-    return jax.make_jaxpr(places)(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return places
 
 
-def can_decompose(eqn: Any) -> bool:
-    """Whether `decompose` supports an equation and the type of its operand."""
-    if eqn.primitive.name not in EXPANDED or len(eqn.params["axes"]) != 1:
-        return False
-    (aval,), dtype = [v.aval for v in eqn.invars], eqn.params["index_dtype"]
-    (axis,) = eqn.params["axes"]
-    counts = jnp.issubdtype(dtype, np.integer) and aval.shape[axis] <= jnp.iinfo(dtype).max
-    return bool(counts) and not jnp.issubdtype(aval.dtype, np.complexfloating)
+def _solution(eqn: Any) -> Callable[..., Any]:
+    """A `custom_linear_solve`, such as `jnp.linalg.solve`, is the function that solves; the others are for gradients."""
+    lengths, solve = eqn.params["const_lengths"], eqn.params["jaxprs"].solve
+    begin, end = lengths.matvec + lengths.vecmat, sum(lengths)
+    return lambda *operands: jex.jaxpr_as_fun(solve)(*operands[begin : begin + lengths.solve], *operands[end:])
+
+
+def _scaled_product(eqn: Any) -> Callable[..., Any]:
+    """A `scaled_dot` of blocks with scales, as XLA computes it without a kernel of its own: in bfloat16, the scales applied."""
+    numbers, dtype = eqn.params["dimension_numbers"], eqn.params["preferred_element_type"]
+
+    def scaled(x: Any, scale: Any) -> Any:
+        for i, (n, m) in enumerate(zip(x.shape, scale.shape, strict=True)):
+            scale = jnp.repeat(scale, n // m, axis=i) if n != m else scale
+        return x.astype(jnp.bfloat16) * scale.astype(jnp.bfloat16)
+
+    return lambda a, b, a_scale, b_scale: lax.dot_general(
+        scaled(a, a_scale), scaled(b, b_scale), numbers, preferred_element_type=dtype
+    )
+
+
+_EXPANSIONS: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "argmax": _place,
+    "argmin": _place,
+    "custom_linear_solve": _solution,
+    "scaled_dot": _scaled_product,
+}
 
 
 # --- Compositions

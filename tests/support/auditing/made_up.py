@@ -27,6 +27,29 @@ def plan_of_nothing() -> Plan:
     return autoshard.search(lambda x: x, jax.ShapeDtypeStruct((64, 64), jnp.float32), topology=V4)
 
 
+MILLISECOND = """\
+HloModule jit_f, is_scheduled=true
+
+%turned (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  ROOT %t = f32[64,64]{1,0} transpose(%x), dimensions={1,0}
+}
+
+ENTRY %main (x.1: f32[64,64]) -> f32[64,64] {
+  %x.1 = f32[64,64]{1,0} parameter(0)
+  ROOT %copy_fusion = f32[64,64]{1,0} fusion(%x.1), kind=kLoop, calls=%turned, \
+metadata={op_name="jit(f)/layer/transpose" source_file="/home/user/model.py" source_line=7}, \
+backend_config={"estimated_cycles":"1050000"}
+}
+"""
+
+
+def timed(planned_seconds: float, target: CompileTarget = "tpu") -> Audit:
+    """A program of one instruction that takes a millisecond, beside a plan of so many seconds."""
+    nothing = plan_of_nothing()
+    return compare(replace(nothing, estimate=replace(nothing.estimate, seconds=planned_seconds)), MILLISECOND, target)
+
+
 def p(kind: str, axes: str, bytes: float, count: int = 1) -> PlannedCollective:
     each = float(seconds(kind, [V4.axis(axis) for axis in axes], bytes))
     return PlannedCollective(kind, tuple(axes), bytes, count, count * each, "w for dot_general")

@@ -255,6 +255,7 @@ EXAMPLES = [
     Example("log2", _absent("log2"), F84),
     Example("lt_to", jex.lt_to_p.bind, F84, F84),
     Example("mul", lax.mul, F84, F(1, 4)),
+    Example("mulhi", _absent("mulhi"), I84, I84),
     Example("name", lambda x: checkpoint_name(x, "x"), F84),
     Example("not", lax.bitwise_not, I84),
     Example("one_minus_square", _absent("one_minus_square"), F84),
