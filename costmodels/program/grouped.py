@@ -16,8 +16,8 @@ the pairs of a tile and a group with rows in it. Its tiles have the rows of the 
 
 A chain is several such matmuls with elementwise work between them, on the same rows and groups (`ragged_chain`). Its hidden
 arrays have $R$ rows: the results of the first matmuls, and what is made of them for the last. It may gather its rows from those
-of tokens first, and add its results to those of tokens. If its groups are split, its rows lie in a buffer of whole registers of 8
-rows, $R = \\min(m, \\lceil \\lambda m / s_g \\rceil_8)$.
+of tokens first, and add its results to those of tokens. If its groups are split, its rows lie in a buffer of whole registers of
+8 rows, $R = \\min(m, \\lceil \\lambda m / s_g \\rceil_8)$.
 
 Such a chain may split its tokens over $s_t$ chips, and the groups over $s_g$ of these: all, or those along some of the axes.
 A chip sends each of its rows to the chip of its group, and gets the result back: two all-to-alls over $s_g$ chips. If the
