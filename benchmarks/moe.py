@@ -168,7 +168,7 @@ def refusal(case: str) -> str:
 def measure(
     case: str, contestants: Sequence[str] = CONTESTANTS, planned: bool = True, compiled: bool = True
 ) -> dict[str, Any]:
-    """What is planned of a case, and what is compiled."""
+    """Plans a case, and compiles and replays a few layers of it."""
     if why := refusal(case):
         return {"why": why}
     row: dict[str, Any] = {}

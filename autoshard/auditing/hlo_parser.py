@@ -30,7 +30,7 @@ _CALLED = re.compile(
 )
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _UNKNOWN_CYCLES = 2**63 - 1
-"""What libtpu 0.0.50 writes for a scatter that the sparse cores of a v5p run: it has no estimate of it."""
+"""The cycles that libtpu 0.0.50 writes for a scatter on the sparse cores of a v5p, of which it has no estimate."""
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
 _TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
