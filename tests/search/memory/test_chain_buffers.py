@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import autoshard
 from autoshard.tracing.trace import trace
 from costmodels.grouped_costs import grouped_rows
 from costmodels.machine.topology import parse_topology
-from costmodels.operations import evaluate
+from costmodels.operations import evaluate, flops
 from costmodels.program.grouped import grouped, own_rows, rows_in_all
 from examples.mixtral import ragged_experts
 from search.answer.check_grouped import GroupedWork
@@ -68,6 +69,9 @@ def test_a_chain_multiplies_the_rows_of_its_buffer(load: float) -> None:
         emitted = own_rows(100, chips, load) if sources == 1 else rows_in_all(100, sources, chips, load)
         local = [factor.size / n for factor, n in zip(op.factors, shards[0], strict=True)]
         assert counted == emitted == GroupedWork(op, local, load).rows
+        if sources == 1:
+            whole = op.flops_per_point * prod(factor.size for factor in op.factors)
+            assert evaluate(flops(op, load), op, shards) == pytest.approx(whole * emitted / 100)
 
 
 @pytest.mark.tpu
