@@ -42,20 +42,35 @@ def _counted(groups: Grouped, least: sympy.Expr) -> sympy.Expr:
 def grouped_rows(groups: Grouped, load: float) -> sympy.Expr:
     """$R$: the rows that the chip with the most rows multiplies, in $d_i$ and $s_i$ (`costmodels.program.grouped`)."""
     rows, chips = points(groups.rows), shards_symbol(groups.groups)
-    if groups.tokens is None:
+    if groups.hidden is None:
         return sympy.Min(rows, number(load) * rows / chips, evaluate=False)
+    balanced = number(load) * rows / chips
+    if groups.tokens is None:
+        return sympy.Min(rows, _registers(balanced), evaluate=False)
     parts = sympy.Max(chips, shards_symbol(groups.tokens), evaluate=False)
-    return rows * sympy.Min(chips, number(load), evaluate=False) / parts
+    balanced = rows * sympy.Min(chips, number(load), evaluate=False) / parts
+    return sympy.Min(rows, _registers(balanced), _buffer_rows(groups, load), evaluate=False)
 
 
 def sent_rows(groups: Grouped, load: float) -> sympy.Expr:
     """$X$: the rows of the buffers that a chip sends to the chips of the groups, in $d_i$ and $s_i$; 0 if tokens are whole."""
     if groups.tokens is None:
         return sympy.Integer(0)
+    return _is_sent(groups) * _buffer_rows(groups, load)
+
+
+def _buffer_rows(groups: Grouped, load: float) -> sympy.Expr:
+    """$X$, whether or not the tokens are split."""
+    assert groups.tokens is not None
     rows, chips, sources = points(groups.rows), shards_symbol(groups.groups), shards_symbol(groups.tokens)
     most = rows * sympy.Min(chips, number(load), evaluate=False) / (sources * chips)
-    tiles_ = ROW_TILE * sympy.ceiling((most + DEVIATIONS * sympy.sqrt(most)) / ROW_TILE)
-    return _is_sent(groups) * chips * sympy.Min(sympy.ceiling(rows / sources), tiles_, evaluate=False)
+    room = _registers(most + DEVIATIONS * sympy.sqrt(most))
+    return chips * sympy.Min(sympy.ceiling(rows / sources), room, evaluate=False)
+
+
+def _registers(rows: sympy.Expr) -> sympy.Expr:
+    """Rows in whole registers."""
+    return ROW_TILE * sympy.ceiling(rows / ROW_TILE)
 
 
 def _is_sent(groups: Grouped) -> sympy.Expr:

@@ -55,6 +55,7 @@ from costmodels.grouped_costs import (
     between_elements,
     counting_flops,
     grouped_flops,
+    grouped_rows,
     hidden_bytes,
     hidden_elements,
     moved_points,
@@ -85,8 +86,9 @@ def flops(operation: Operation, load: float = EXPERT_LOAD) -> sympy.Expr:
     most, counted = 1, 0
     if groups := grouped(operation):
         most = sympy.Min(shards_symbol(groups.groups), number(load), evaluate=False)
-        if groups.tokens is not None:  # both factors are split over the same chips
-            most *= sympy.Min(shards_symbol(groups.groups), shards_symbol(groups.tokens), evaluate=False)
+        if groups.hidden is not None:  # the rows of a chain's buffer
+            split = [shards_symbol(f) for f in (groups.groups, groups.tokens) if f is not None]
+            most = sympy.Mul(*split) * grouped_rows(groups, load) / points(groups.rows)
         counted = counting_flops(groups)
     return number(operation.flops_per_point) * points(range(len(operation.factors))) * most + counted
 

@@ -81,7 +81,7 @@ def find_overflow_paths(count: int) -> list[Finding]:
     """The paths for rows that do not fit into their buffers, if there are some."""
     if not count:
         return []
-    text = f"conditionals that gather all rows if a buffer for rows is too small: {count}; that branch is not counted"
+    text = f"conditionals for the case that a buffer for rows is too small: {count}; that branch is not counted"
     return [Finding("path for an overflow", text, 0.0, 0.0)]
 
 

@@ -123,7 +123,7 @@ def collectives(text: str, mesh_axes: Mapping[str, int]) -> tuple[CompiledCollec
 def estimated_cycles(text: str) -> int | None:
     """Core cycles of one run by the TPU compiler's own estimates, loops multiplied; None if there are none.
 
-    Collectives carry no estimate. Of a conditional the costliest branch is counted.
+    Collectives carry no estimate, nor does what the compiler cannot estimate. Of a conditional the costliest branch is counted.
     """
     if '"estimated_cycles"' not in text:
         return None
@@ -134,8 +134,7 @@ def estimated_cycles(text: str) -> int | None:
 def _cycles(scope: Scope, module: Module) -> int:
     total = 0
     for inst in scope.computation.instructions.values():
-        if estimate := re.search(r'"estimated_cycles":"?(\d+)', inst.attributes):
-            total += int(estimate[1])
+        total += inst.cycles or 0
         if inst.opcode == "while":
             rounds, _ = trip_count(inst, scope, module)
             total += rounds * sum(_cycles(inner, module) for inner in _regions(inst, scope, module))

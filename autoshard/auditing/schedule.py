@@ -26,7 +26,6 @@ from autoshard.auditing.hlo_costs import matmuls_in, moved_bytes
 from autoshard.auditing.hlo_parser import Instruction, Module, Scope, follow, trip_count, users
 from costmodels.machine.topology import Topology
 
-_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _MOST_REACHED = 32
 """The number of instructions searched for the line that uses an asynchronous copy."""
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
@@ -173,7 +172,7 @@ class _Reader:
         ]
 
     def _sends(self, inst: Instruction, scope: Scope, sites: list[Site]) -> Iterator[Step]:
-        if _CYCLES.search(inst.attributes):  # a fusion with other work; collectives' own bytes do not count
+        if inst.cycles is not None:  # a fusion with other work; collectives' own bytes do not count
             yield from self._work(inst, scope)
         for site in sites:
             chain = chain_of(site)
@@ -198,10 +197,9 @@ class _Reader:
         return Send(shown, found.seconds, found.links, asynchronous)
 
     def _work(self, inst: Instruction, scope: Scope) -> Iterator[Work]:
-        found = _CYCLES.search(inst.attributes)
         busy = self._hbm_seconds(inst, scope)
-        clock = self.topology.chip.clock_hertz
-        seconds = int(found[1]) / clock if found and clock else max(busy, self._matmul_seconds(inst, scope))
+        cycles, clock = inst.cycles, self.topology.chip.clock_hertz
+        seconds = cycles / clock if cycles is not None and clock else max(busy, self._matmul_seconds(inst, scope))
         if seconds:
             yield Work(self._label(inst, scope), seconds, min(busy, seconds))
 

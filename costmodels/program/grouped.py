@@ -16,13 +16,14 @@ the pairs of a tile and a group with rows in it. Its tiles have the rows of the 
 
 A chain is several such matmuls with elementwise work between them, on the same rows and groups (`ragged_chain`). Its hidden
 arrays have $R$ rows: the results of the first matmuls, and what is made of them for the last. It may gather its rows from those
-of tokens first, and add its results to those of tokens.
+of tokens first, and add its results to those of tokens. If its groups are split, its rows lie in a buffer of whole registers of
+8 rows, $R = \\min(m, \\lceil \\lambda m / s_g \\rceil_8)$.
 
 Such a chain may split its tokens over $s_t$ chips, and the groups over $s_g$ of these: all, or those along some of the axes.
 A chip sends each of its rows to the chip of its group, and gets the result back: two all-to-alls over $s_g$ chips. If the
 groups are whole, nothing is sent. A chip multiplies
 
-$$R = m \\min(s_g, \\lambda) / s_t, \\qquad
+$$R = \\min(\\lceil m \\min(s_g, \\lambda) / s_t \\rceil_8, X), \\qquad
 X = s_g \\min(\\lceil m / s_t \\rceil, \\lceil b + 3 \\sqrt b \\rceil_8), \\qquad
 b = m \\min(s_g, \\lambda) / (s_t s_g)$$
 
@@ -43,8 +44,11 @@ from costmodels.program.program import Operation
 
 CHAIN = "ragged_chain"
 """The primitive of a chain of grouped matmuls over the same rows and groups."""
-OVERFLOW = "rows_gathered_on_overflow"
-"""The name of the path that gathers rows where a buffer for rows to send is too small; audits leave it out by this name."""
+OVERFLOW = "rows_beyond_a_buffer"
+"""The name of the path where a buffer for rows is too small: all rows are gathered, or the buffer is filled again.
+
+Audits leave it out by this name.
+"""
 DEVIATIONS = 3
 """The standard deviations of a Poisson count that the buffer for one chip has beyond the mean of the chip with the most rows.
 
@@ -137,6 +141,11 @@ def tokens_factor(op: Operation) -> int | None:
     return next((i for i, factor in enumerate(op.factors) if factor.kind == "dispatched"), None)
 
 
+def own_rows(rows: int, chips: int, load: float) -> int:
+    """The rows of the buffer of one of `chips` chips with groups, where all of them have all rows: $R$."""
+    return min(rows, ceil(load * rows / chips / ROW_TILE) * ROW_TILE)
+
+
 def rows_for_each(rows: int, sources: int, chips: int, load: float) -> int:
     """The rows of the buffer that one of `sources` chips sends to one of `chips` chips with groups: $X / s_g$."""
     most = rows * min(chips, load) / (sources * chips)
@@ -145,7 +154,7 @@ def rows_for_each(rows: int, sources: int, chips: int, load: float) -> int:
 
 
 def rows_in_all(rows: int, sources: int, chips: int, load: float) -> int:
-    """The rows of the buffer in which a chip multiplies: $R$, in whole registers, and at most those that it can get."""
+    """The rows of the buffer in which a chip multiplies rows that it is sent: $R$."""
     balanced = ceil(rows * min(chips, load) / sources / ROW_TILE) * ROW_TILE
     return min(balanced, chips * rows_for_each(rows, sources, chips, load))
 

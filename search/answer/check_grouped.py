@@ -81,12 +81,17 @@ class GroupedWork:
 
     @property
     def rows(self) -> float:
-        """The rows of the chip with the most."""
+        """The rows of the chip with the most; of a chain those of its buffer, in whole registers."""
         held = prod(self.local[i] for i in self._rows)
         chips = self.op.factors[self._groups].size / self.local[self._groups]
-        if self.sources > 1:
-            return held * min(self.load, chips) / self.sources
-        return min(held, self.load * held / chips)
+        if self.op.primitive != CHAIN:
+            return min(held, self.load * held / chips)
+        if self.sources == 1:
+            return min(held, ROW_TILE * ceil(self.load * held / chips / ROW_TILE))
+        room = ROW_TILE * ceil(held * min(self.load, chips) / self.sources / ROW_TILE)
+        each = held * min(self.load, chips) / (self.sources * chips)
+        sent = ROW_TILE * ceil((each + DEVIATIONS * sqrt(each)) / ROW_TILE)
+        return min(held, room, chips * min(ceil(held / self.sources), sent))
 
     @property
     def sources(self) -> float:

@@ -104,3 +104,12 @@ def test_cycles_are_multiplied_by_loops_and_never_counted_inside_a_fusion():
     )
     assert estimated_cycles(text) == 118 * 100 + 100
     assert estimated_cycles(loop("")) is None
+
+
+def test_what_the_compiler_cannot_estimate_has_no_cycles():
+    """libtpu 0.0.50 writes the largest integer for scatters that it offloads to sparse cores."""
+    known, unknown = (f', backend_config={{"window_config":{{"estimated_cycles":"{n}"}}}}' for n in (100, 2**63 - 1))
+    text = (
+        loop("").replace("add(%i, %step)", f"add(%i, %step){known}").replace("copy(%start)", f"copy(%start){unknown}")
+    )
+    assert estimated_cycles(text) == 118 * 100

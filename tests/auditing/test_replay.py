@@ -334,3 +334,11 @@ def test_a_queued_copy_goes_on_while_a_shorter_branch_waits_for_the_slowest() ->
     slowest = Work(Label("f", "fusion", "", ""), 10.0, 0.0)
     found = replay_steps((Copy(queued, 5.0), Branches(((slowest,), ())), Wait(queued.name)))
     assert (found.seconds, found.copy_seconds) == (10.0, 0.0)
+
+
+def test_an_instruction_of_unknown_cycles_takes_the_time_of_its_bytes() -> None:
+    text = program("ROOT " + work("f", "p", 10))
+    cycles = f'"estimated_cycles":"{round(10 * CLOCK / 1e6)}"'
+    assert cycles in text
+    found = replayed(text.replace(cycles, f'"estimated_cycles":"{2**63 - 1}"'))
+    assert microseconds(found) == pytest.approx(COPY)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import Array, lax
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
 import autoshard
@@ -164,6 +165,19 @@ def test_a_chain_is_planned_run_saved_and_differentiated(tmp_path: Any) -> None:
 
     assert_equal(jax.tree.leaves(jax.jit(jax.grad(partial(loss, run)))(args)), jax.grad(partial(loss, routed))(args))
     assert plan.formulas().at(plan.formulas().total.seconds) == pytest.approx(plan.estimate.seconds, rel=1e-6)
+
+
+def test_the_first_filling_of_a_buffer_is_outside_of_a_loop() -> None:
+    """The compiler copies nothing into on-chip memory ahead of a loop's work."""
+    args = _random(*ARGS)
+    waiting = [(jax.make_jaxpr(_by_experts(routed, *args).jit(routed))(*args).jaxpr, False)]
+    inside = []
+    for jaxpr, held in waiting:  # grows during the iteration
+        for eqn in jaxpr.eqns:
+            inside += [held] * (eqn.primitive.name == "ragged_dot_general")
+            below = held or eqn.primitive.name in ("while", "cond")
+            waiting += [(each, below) for each in jaxprs_in_params(eqn.params)]
+    assert sorted(inside) == [False] * 3 + [True] * 3
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import jax
@@ -12,8 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard.tracing.trace import trace
+from costmodels.grouped_costs import grouped_rows
 from costmodels.machine.topology import parse_topology
+from costmodels.operations import evaluate, flops
+from costmodels.program.grouped import grouped, own_rows, rows_in_all
 from examples.mixtral import ragged_experts
+from search.answer.check_grouped import GroupedWork
 from search.memory.chain_buffers import chain_buffer_bytes, chains
 
 MIB = 2**20
@@ -47,6 +52,26 @@ def test_the_buffers_in_hbm_are_those_beyond_on_chip_memory(rows: int, chip: str
     (at,) = chains(program)
     whole = np.ones((1, len(program.operations[at].factors)))
     assert chain_buffer_bytes(program, parse_topology(chip), at, whole) == pytest.approx(expected * MIB)
+
+
+@pytest.mark.parametrize("load", [1.0, 1.1, 1.5, 4.0])
+def test_a_chain_multiplies_the_rows_of_its_buffer(load: float) -> None:
+    """Those that the cost model, the checker and the emitted program count: whole registers, and no more than there are."""
+    fn, args = mixture(50, 64, 32, 16, 2)
+    program = trace(fn, *args, chains=True).program
+    op = program.operations[chains(program)[0]]
+    groups = grouped(op)
+    assert groups is not None and groups.tokens is not None
+    for chips, sources in ((1, 1), (2, 1), (16, 1), (2, 2), (4, 8), (16, 16)):
+        shards = np.ones((1, len(op.factors)))
+        shards[0, [groups.groups, groups.tokens]] = chips, sources
+        (counted,) = evaluate(grouped_rows(groups, load), op, shards)
+        emitted = own_rows(100, chips, load) if sources == 1 else rows_in_all(100, sources, chips, load)
+        local = [factor.size / n for factor, n in zip(op.factors, shards[0], strict=True)]
+        assert counted == emitted == GroupedWork(op, local, load).rows
+        if sources == 1:
+            whole = op.flops_per_point * prod(factor.size for factor in op.factors)
+            assert evaluate(flops(op, load), op, shards) == pytest.approx(whole * emitted / 100)
 
 
 @pytest.mark.tpu
