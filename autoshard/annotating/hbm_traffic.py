@@ -1,7 +1,7 @@
 """HBM traffic of fused operations: the operands and results that pass through HBM, and their width there.
 
-A chain of fused operations reads its sources and writes its sinks. Its intermediates stay on the chip. Four rules follow
-the compilers:
+A chain of fused operations reads each of its sources once and writes its sinks. Its intermediates stay on the chip. Four
+rules follow the compilers:
 
 - Views (broadcasts, reshapes, transpositions) and casts have no traffic of their own. A read through a cast has the
   width in HBM: int8 weights that are cast for a matmul are read as int8. A result whose uses are all casts is written
@@ -32,11 +32,15 @@ def annotate_traffic(traced: Traced) -> Traced:
 def with_traffic(program: Program) -> Program:
     """Gives fused operations their HBM traffic, and all operations the widths of their operands and results."""
     operations, depths = list(program.operations), _Depths(program)
+    chains, read = _chains(program), set[tuple[int, int, int]]()
     for i, op in enumerate(operations):
         traffic = op.traffic
         if op.op_class == "fused":
             chain = op.flops_per_point and not _is_view(program, op)
-            traffic = (*_reads(program, depths, i, op), *_writes(program, op)) if chain else ()
+            reads = (_source_read(program, depths, i, use.value) for use in op.inputs) if chain else ()
+            new = {k: (value, chains[i], depths.before[i]) for k, value in enumerate(reads) if value is not None}
+            traffic = (*(k for k, key in new.items() if key not in read), *(_writes(program, op) if chain else ()))
+            read.update(new.values())
         elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
             traffic = ()
         elif op.primitive == CARRY and _is_copied(program, op):
@@ -77,13 +81,28 @@ def _is_copied(program: Program, carry: Operation) -> bool:
     return (op.op_class == "source" and begins[0] not in given) or len(program.consumers[begins[0]]) > 1
 
 
-def _reads(program: Program, depths: _Depths, i: int, op: Operation) -> list[int]:
-    return [
-        k
-        for k, use in enumerate(op.inputs)
-        if not _is_fused_result(program, source := _producer_through_casts(program, use.value))
-        or depths.reread(source, i)
-    ]
+def _source_read(program: Program, depths: _Depths, i: int, value: int) -> int | None:
+    """The array that an operation of a chain reads as an operand; None if the chain has it on the chip."""
+    source = _producer_through_casts(program, value)
+    return source if not _is_fused_result(program, source) or depths.reread(source, i) else None
+
+
+def _chains(program: Program) -> list[int]:
+    """Per operation the chain that it is in, as the first of the fused operations that are joined by their results."""
+    first = list(range(len(program.operations)))
+
+    def root(at: int) -> int:
+        while first[at] != at:
+            first[at] = at = first[first[at]]
+        return at
+
+    for i, op in enumerate(program.operations):
+        for use in op.inputs if op.op_class == "fused" else ():
+            maker = program.producers[use.value][0]
+            if program.operations[maker].op_class == "fused":
+                one, other = sorted((root(i), root(maker)))
+                first[other] = one
+    return [root(i) for i in range(len(first))]
 
 
 def _writes(program: Program, op: Operation) -> list[Output]:
