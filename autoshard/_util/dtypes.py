@@ -1,4 +1,4 @@
-"""Names and sizes of types; NumPy makes a name anew each time it is asked for one."""
+"""Names and sizes of types: NumPy makes each name again whenever it is asked for it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, Move, kept_layout, moves
 from search.answer.check_donations import Overwrites, formed, inside_kernels, kernel_results, over_carries
-from search.answer.check_grouped import GroupedWork, sent_rows
+from search.answer.check_grouped import chain_buffers
 from search.answer.check_results import Life, with_results_first
 from search.answer.check_temporaries import Holds, converting, joining, returning, second_scores, sorting
 from search.formulation.layouts import shards
@@ -69,9 +69,7 @@ def alive_bytes(
     return [max(both) for both in zip(filled(lives), filled(reserved), strict=True)]
 
 
-def _further(
-    program: Program, topology: Topology, choice: Choice, account: _Account, moved: Iterable[Move]
-) -> Holds:
+def _further(program: Program, topology: Topology, choice: Choice, account: _Account, moved: Iterable[Move]) -> Holds:
     """The copies that reshards make, and the arrays that operations make of their own."""
     for move in moved:
         whole = program.values[move.value].bytes
@@ -93,18 +91,7 @@ def _further(
             made, held = second_scores(program, topology, choice, account.maker, at)
             yield made, made, held
         elif op.primitive == CHAIN:
-            yield at, at, _chain_buffers(program, topology, choice, at)
-
-
-def _chain_buffers(program: Program, topology: Topology, choice: Choice, at: int) -> float:
-    """The bytes of the hidden arrays of a chain of grouped matmuls, and of its rows before and after the matmuls."""
-    op, splits = program.operations[at], choice.strategies[at].splits
-    pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
-    local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
-    work = GroupedWork(op, local, topology.pricing.expert_load)
-    size, chip = program.values[op.outputs[0].value].itemsize, topology.chip
-    room = chip.prefetch_bytes / size if chip.on_chip_bytes else 0.0
-    return work.buffers(sent_rows(topology, op, splits), room) * size
+            yield at, at, chain_buffers(program, topology, choice, at)
 
 
 class _Account:

@@ -135,7 +135,7 @@ def overwritten_carries(program: Program) -> Iterator[tuple[int, int]]:
 def _kernel_results(program: Program) -> dict[int, int]:
     """Each value to the one result of the kernels that read it, if there is one, and if none changes the order.
 
-    Readers come after what they read. A loop's carry, which does not, is no kernel.
+    Readers come after what they read, except carries of loops, which are not kernels.
     """
     results: dict[int, int] = {}
     for op in reversed(program.operations):

@@ -173,7 +173,9 @@ class _Move:
 
     def applied(self, changed: frozenset[int]) -> States:
         """The states after the change of these nodes."""
-        return [image if i in changed and (image := self._image(i)) is not None else s for i, s in enumerate(self.states)]
+        return [
+            image if i in changed and (image := self._image(i)) is not None else s for i, s in enumerate(self.states)
+        ]
 
     def _image(self, node: int) -> int | None:
         return self.orders.image(node, self.states[node], self.change)
