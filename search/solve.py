@@ -65,8 +65,8 @@ def search(
 
     **Raises:** `NoPlan` when no plan fits the chips' memory, none is allowed, or none is below the cutoff.
     """
-    classes = tie(folded(program) if fold else identity_classes(program), ties)
     with seldom_collected():
+        classes = tie(folded(program) if fold else identity_classes(program), ties)
         problem = build(program, topology, limits.budget_bytes(topology), classes)
         if allow is not None:
             problem = forbid_strategies(problem, allow)

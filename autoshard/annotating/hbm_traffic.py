@@ -21,9 +21,11 @@ from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY
 from costmodels.program.program import Operation, Output, Program, Use
 from costmodels.program.views import CAST, is_view, uses_through
+from search.collector import seldom_collected
 from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice
 
 
+@seldom_collected()
 def annotate_traffic(traced: Traced) -> Traced:
     """Gives the operations of a traced function their HBM traffic."""
     return dataclasses.replace(traced, program=with_traffic(traced.program))
@@ -49,7 +51,8 @@ def with_traffic(program: Program) -> Program:
         outputs = tuple(
             _with_hbm_width(program, use, Output(k) in traffic, read=False) for k, use in enumerate(op.outputs)
         )
-        operations[i] = dataclasses.replace(op, traffic=traffic, inputs=inputs, outputs=outputs)
+        if (traffic, inputs, outputs) != (op.traffic, op.inputs, op.outputs):
+            operations[i] = dataclasses.replace(op, traffic=traffic, inputs=inputs, outputs=outputs)
     return dataclasses.replace(program, operations=tuple(operations))
 
 

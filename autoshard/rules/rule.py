@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
+from autoshard._util.dtypes import dtype_name
 from costmodels.program.program import Factor, FactorKind, OpClass, Output
 
 Dims = tuple[tuple[int, ...], ...]
@@ -194,7 +196,7 @@ def rule_for(primitive: str, inputs: Sequence[Any], outputs: Sequence[Any], para
 
 def is_key(aval: Any) -> bool:
     """Whether an array holds PRNG keys: they are few, and no arithmetic is defined on them."""
-    return str(aval.dtype).startswith("key<")
+    return dtype_name(aval.dtype).startswith("key<")
 
 
 def summable(aval: Any) -> bool:
@@ -209,7 +211,12 @@ def picked_kind(aval: Any) -> FactorKind:
 
 def inexact(aval: Any) -> bool:
     """Whether an array holds floating-point numbers, real or complex, 4- and 8-bit ones included."""
-    return jnp.issubdtype(aval.dtype, np.inexact)
+    return _is_inexact(aval.dtype)
+
+
+@cache
+def _is_inexact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, np.inexact)
 
 
 def local_shape(dims: Dims, pieces: Pieces) -> tuple[int, ...]:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from autoshard._util.dtypes import dtype_name, itemsize_of
 from autoshard._util.identity import IdentityMap
 from autoshard.tracing.blocks import Atom, Carry, Entry, Literal, LiteralEntry, StackedResult
 from autoshard.tracing.closed_over import closed_over
 from autoshard.tracing.jaxprs import distinct_arrays, is_held
-from autoshard.tracing.source_lines import itemsize_of
 from costmodels.program.program import Factor, OpClass, Operation, Output, Region, Use, Value
 
 
@@ -46,7 +46,8 @@ class Builder:
 
     def add_value(self, aval: Any, name: str, region: int, origin: int | None = None) -> int:
         """A new value with the shape and type of `aval`."""
-        self.values.append(Value(name, tuple(aval.shape), str(aval.dtype), itemsize_of(aval.dtype), region, origin))
+        dtype = aval.dtype
+        self.values.append(Value(name, tuple(aval.shape), dtype_name(dtype), itemsize_of(dtype), region, origin))
         return len(self.values) - 1
 
     def add_region(self, region: Region) -> int:

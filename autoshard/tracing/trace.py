@@ -31,8 +31,10 @@ from autoshard.tracing.source_lines import user_line
 from autoshard.tracing.walk import Tracer
 from autoshard.workload import Workload
 from costmodels.program.program import Program
+from search.collector import seldom_collected
 
 
+@seldom_collected()
 def trace(
     fn: Callable[..., Any],
     *args: Any,

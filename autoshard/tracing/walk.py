@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jax.extend import core as jex
 
+from autoshard._util.dtypes import dtype_name
 from autoshard.errors import TraceError, UnsupportedPrimitiveError
 from autoshard.rules import Rule, named_kernel, rule_of_equation
 from autoshard.rules.pin import pinned_by
@@ -40,7 +40,7 @@ from autoshard.tracing.rewrites.repeated_operands import group_repeats
 from autoshard.tracing.rewrites.vector_products import elementwise_form, is_vector_product
 from autoshard.tracing.shard_maps import global_form, mesh_text
 from autoshard.tracing.source_lines import is_jax_own, source_of
-from costmodels.program.program import Operation, Output, Region, Use
+from costmodels.program.program import Operation, Output, Pinned, Region, Use
 
 
 class Tracer:
@@ -146,12 +146,11 @@ class Tracer:
         index = self.builder.reserve()
         origin = self._origin(name, operands)
         results = tuple(self.builder.add_value(v.aval, f"{name} ({where})", region, origin) for v in eqn.outvars)
-        op = self._costed(eqn, rule, operands, results, region, where)
-        self.builder.operations[index] = dataclasses.replace(op, pinned=pinned)
+        self.builder.operations[index] = self._costed(eqn, rule, operands, results, region, where, pinned)
         self.scalars.note(name, operands, results)
         return OpStep(index, eqn, rule, operands, results, self.call or eqn)
 
-    def _costed(self, eqn, rule: Rule, operands, results, region, where) -> Operation:
+    def _costed(self, eqn, rule: Rule, operands, results, region, where, pinned: Pinned | None) -> Operation:
         """The operation as the search sees it, without literal operands."""
         place = {k: n for n, k in enumerate(k for k, atom in enumerate(operands) if not isinstance(atom, Literal))}
         sums = all(self.builder.values[value].dtype.startswith(("float", "bfloat", "complex")) for value in results)
@@ -165,7 +164,7 @@ class Tracer:
         )
         inputs = tuple(Use(operands[k], rule.inputs[k], region) for k in place)
         outputs = tuple(Use(value, dims, region) for value, dims in zip(results, rule.outputs, strict=True))
-        dtype = next((str(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)), "")
+        dtype = next((dtype_name(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)), "")
         return Operation(
             self._label(eqn, operands, where),
             eqn.primitive.name,
@@ -180,6 +179,7 @@ class Tracer:
             dtype,
             where,
             rule.exact,
+            pinned,
             rounded=tuple(place[k] for k in rule.rounded if k in place),
         )
 

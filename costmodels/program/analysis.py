@@ -20,7 +20,7 @@ def cached_analysis(compute: Callable[Concatenate[S, P], T]) -> Callable[Concate
     @wraps(compute)
     def look_up(subject: S, *args: P.args, **options: P.kwargs) -> T:
         answers: dict[Any, Any] = vars(subject).setdefault("_analyses", {})
-        key = (compute, *args, *options.items())
+        key = (compute, *args, *options.items()) if args or options else compute
         if key not in answers:
             answers[key] = compute(subject, *args, **options)
         return answers[key]

@@ -132,7 +132,7 @@ class Operation:
         """The operand or the result at a place of `traffic`."""
         return self.outputs[place.index] if isinstance(place, Output) else self.inputs[place]
 
-    @property
+    @cached_property
     def signature(self) -> tuple[object, ...]:
         """The properties that determine the strategies: factors, dimensions and linearity, without names and values."""
         return (
@@ -190,7 +190,12 @@ class Program:
 
     def multiplicity(self, region: int) -> float:
         """The number of runs of a region in one step of the program."""
-        return prod(self.regions[each].count for each in self.enclosing(region))
+        return self._multiplicities[region]
+
+    @cached_property
+    def _multiplicities(self) -> tuple[float, ...]:
+        regions = range(len(self.regions))
+        return tuple(prod(self.regions[each].count for each in self.enclosing(region)) for region in regions)
 
     @cached_property
     def producers(self) -> dict[int, tuple[int, int]]:

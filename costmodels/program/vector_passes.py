@@ -93,6 +93,7 @@ def _fused_into_matmuls(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
+@cached_analysis
 def _reduces(operation: Operation) -> bool:
     """Whether elements are reduced, sliced, or concatenated from several arrays."""
     kept = {factor for use in operation.outputs for dim in use.dims for factor in dim}

@@ -99,8 +99,8 @@ def moves(program: Program, choice: Choice) -> Iterator[Move]:
     for value, uses in sorted(program.consumers.items()):
         if value not in program.producers:
             continue
-        home = kept_layout(program, choice, value)
         made = produced_layout(program, choice, value)
+        home = choice.hubs.get(value) or made
         if made != home:
             yield Move(value, made, home, program.values[value].region, None, None)
         for operation, operand in uses:

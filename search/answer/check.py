@@ -8,13 +8,13 @@ The modules beside it named `check_*` count the seconds of operations (`check_op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Operation, Program
-from search.answer.assignment import Choice, Strategy, moves, needed_layout, produced_layout
+from search.answer.assignment import Choice, Move, Strategy, moves, needed_layout, produced_layout
 from search.answer.check_grouped import own_splits
 from search.answer.check_inside import inside_seconds
 from search.answer.check_memory import alive_bytes
@@ -52,7 +52,8 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
         compute, memory = compute + runs * cost.compute, memory + runs * cost.memory
     wire = 0.0
     cheapest = CheapestReshard(program, topology)
-    for move in moves(program, choice):
+    moved = tuple(moves(program, choice))
+    for move in moved:
         price = cheapest(move)
         if price is None:
             faults.append(f"{program.values[move.value].name}: no collectives lead from {move.source} to {move.target}")
@@ -62,7 +63,7 @@ def check(program: Program, topology: Topology, choice: Choice) -> Check:
         )
         wire += (price - hidden) * program.multiplicity(move.region)
     wire += sum(inside_seconds(program, topology, choice, i) for i in range(len(program.operations)))
-    peak, at = _peak(program, topology, choice)
+    peak, at = _peak(program, topology, choice, moved)
     return Check(total + wire, compute, memory, wire, peak, at, tuple(faults))
 
 
@@ -101,8 +102,8 @@ def _new_elements(op: Operation) -> int:
     return prod(op.factors[i].size for i in {i for use in op.outputs for dim in use.dims for i in dim} - given)
 
 
-def _peak(program: Program, topology: Topology, choice: Choice) -> tuple[float, int]:
+def _peak(program: Program, topology: Topology, choice: Choice, moved: Sequence[Move]) -> tuple[float, int]:
     """The most bytes alive at any point, and that point."""
-    alive = alive_bytes(program, topology, choice)
+    alive = alive_bytes(program, topology, choice, moved)
     peak = max(alive, default=0.0)
     return peak, alive.index(peak) if alive else 0

@@ -163,9 +163,9 @@ def _widened(program: Program, maker: Mapping[int, int], donated: Collection[int
         for k, use in enumerate(op.inputs)
         if not (op.op_class == "matmul" and k in op.rounded)
     }
-    read = {use.value for op in program.operations for use in op.inputs}
+    rounded = {use.value for op in program.operations for use in op.inputs} - exact
     for op in program.operations:
-        if op.primitive == "convert_element_type" and op.inputs and op.outputs[0].value in read - exact:
+        if op.primitive == "convert_element_type" and op.inputs and op.outputs[0].value in rounded:
             given = op.inputs[0].value
             made_by = program.operations[maker[given]]
             kept = made_by.primitive in ("loop_slice", "loop_constant")
@@ -175,53 +175,39 @@ def _widened(program: Program, maker: Mapping[int, int], donated: Collection[int
                 yield op.outputs[0].value
 
 
-def inside_kernels(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> dict[int, int]:
+def kernel_results(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> dict[int, int]:
+    """Each value to the one result of the kernels that read it, if each keeps its order; in one walk from the end."""
+    found: dict[int, set[int | None]] = {}
+    for at, op in reversed(list(enumerate(program.operations))):
+        ends: set[int | None] = {None}
+        if is_fused(at):
+            made = op.outputs[0].value
+            after = readers.get(made, ())
+            ends = found[made] if after and all(map(is_fused, after)) else {made}
+        for k, use in enumerate(op.inputs):
+            kept = len(ends) == 1 and op.region == program.values[use.value].region and _keeps_order(op, k)
+            found.setdefault(use.value, set()).update(ends if kept else {None})
+    return {value: end for value, ends in found.items() for end in ends if len(ends) == 1 and end is not None}
+
+
+def inside_kernels(program: Program, results: Mapping[int, int]) -> dict[int, int]:
     """Each product, and the result of the one kernel that reads it, element by element."""
     taken = {program.operations[program.results[result]].inputs[0].value for _, result in program.donated}
-    found: dict[int, int] = {}
-    for op in program.operations:
-        if op.op_class == "matmul" and len(op.outputs) == 1:
-            product = op.outputs[0].value
-            last = _last_result(program, readers, is_fused, product, op.region)
-            if last is not None and last not in taken:
-                found[product] = last
-    return found
+    products = (op.outputs[0].value for op in program.operations if op.op_class == "matmul" and len(op.outputs) == 1)
+    return {each: results[each] for each in products if each in results and results[each] not in taken}
 
 
-def over_carries(program: Program, readers: Readers, is_fused: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+def over_carries(
+    program: Program, readers: Readers, results: Mapping[int, int], inside: Mapping[int, int]
+) -> Iterator[tuple[int, int]]:
     """Each loop carry and its next value, if one elementwise kernel makes that of it, with one product at most."""
-    made = Counter(inside_kernels(program, readers, is_fused).values())
+    made = Counter(inside.values())
     for at, op in enumerate(program.operations):
         if op.primitive != "loop_carry" or len(op.inputs) != 2:
             continue
-        state, following = op.outputs[0], op.inputs[1].value
-        alone = list(readers[following]) == [at] and made[following] < 2
-        if alone and _last_result(program, readers, is_fused, state.value, state.region) == following:
-            yield state.value, following
-
-
-def _last_result(
-    program: Program, readers: Readers, is_fused: Callable[[int], bool], value: int, region: int
-) -> int | None:
-    """The one result of the kernels that read a value; None if there are several, or if one does not keep its order."""
-    found, waiting, seen = set[int](), [value], {value}
-    while waiting:
-        value = waiting.pop()
-        for at in readers.get(value, ()):
-            op = program.operations[at]
-            kept = all(_keeps_order(op, k) for k, use in enumerate(op.inputs) if use.value == value)
-            if op.region != region or not is_fused(at) or not kept:
-                return None
-            made = op.outputs[0].value
-            after = readers.get(made, ())
-            if not after or not all(map(is_fused, after)):
-                found.add(made)
-                if len(found) > 1:
-                    return None
-            elif made not in seen:
-                seen.add(made)
-                waiting.append(made)
-    return min(found, default=None)
+        state, following = op.outputs[0].value, op.inputs[1].value
+        if list(readers[following]) == [at] and made[following] < 2 and results.get(state) == following:
+            yield state, following
 
 
 def _reduces(op: Operation) -> bool:

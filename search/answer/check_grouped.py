@@ -11,6 +11,7 @@ from costmodels.machine.collectives import seconds_on
 from costmodels.machine.topology import Topology
 from costmodels.program.grouped import CHAIN, DEVIATIONS, ROW_TILE
 from costmodels.program.program import Factor, Operation, Output, Program
+from search.answer.assignment import Choice
 
 GROUPED = ("ragged_dot_general", CHAIN)
 Splits = Sequence[tuple[str, ...]]
@@ -205,3 +206,14 @@ class GroupedWork:
             lengths = [prod(self.local[i] for i in side) for side in sides if side]
             found.append(prod(tile * ceil(n / tile) for n in lengths) * prod(self.local[i] for i in batch))
         return found
+
+
+def chain_buffers(program: Program, topology: Topology, choice: Choice, at: int) -> float:
+    """The bytes of the hidden arrays of a chain of grouped matmuls, and of its rows before and after the matmuls."""
+    op, splits = program.operations[at], choice.strategies[at].splits
+    pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
+    local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
+    work = GroupedWork(op, local, topology.pricing.expert_load)
+    size, chip = program.values[op.outputs[0].value].itemsize, topology.chip
+    room = chip.prefetch_bytes / size if chip.on_chip_bytes else 0.0
+    return work.buffers(sent_rows(topology, op, splits), room) * size

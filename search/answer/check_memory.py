@@ -26,17 +26,17 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from itertools import accumulate
 from math import prod
 
 from costmodels.machine.topology import Topology
 from costmodels.program.grouped import CHAIN
 from costmodels.program.program import Operation, Program
-from search.answer.assignment import Choice, kept_layout, moves
-from search.answer.check_donations import Overwrites, formed, inside_kernels, over_carries
-from search.answer.check_grouped import GroupedWork, sent_rows
+from search.answer.assignment import Choice, Move, kept_layout, moves
+from search.answer.check_donations import Overwrites, formed, inside_kernels, kernel_results, over_carries
+from search.answer.check_grouped import chain_buffers
 from search.answer.check_results import Life, with_results_first
 from search.answer.check_temporaries import Holds, second_scores, temporaries
 from search.formulation.layouts import shards
@@ -44,15 +44,22 @@ from search.formulation.layouts import shards
 _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
 
 
-def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[float]:
-    """The bytes that one chip holds during each operation of the program, in order."""
+def alive_bytes(
+    program: Program, topology: Topology, choice: Choice, moved: Sequence[Move] | None = None
+) -> list[float]:
+    """The bytes that one chip holds during each operation of the program, in order.
+
+    **Arguments:**
+
+    - `moved`: the plan's `moves`, if they are known.
+    """
     account, sizes = _Account(program), topology.axis_sizes
-    further = list(_further(program, topology, choice, account))
+    further = list(_further(program, topology, choice, account, moves(program, choice) if moved is None else moved))
+    local = cache(lambda value: program.values[value].bytes / shards(kept_layout(program, choice, value), sizes))
 
     def filled(lives: Iterable[Life]) -> Iterator[float]:
         changes = [0.0] * (len(program.operations) + 1)
-        arrays = ((min(values), first, last) for values, first, last in lives)
-        held = [(i, j, program.values[v].bytes / shards(kept_layout(program, choice, v), sizes)) for v, i, j in arrays]
+        held = [(first, last, local(min(values))) for values, first, last in lives]
         for first, last, size in (*held, *further):
             changes[first] += size
             changes[last + 1] -= size
@@ -63,19 +70,19 @@ def alive_bytes(program: Program, topology: Topology, choice: Choice) -> list[fl
     return [max(both) for both in zip(filled(lives), filled(reserved), strict=True)]
 
 
-def _further(program: Program, topology: Topology, choice: Choice, account: _Account) -> Holds:
+def _further(program: Program, topology: Topology, choice: Choice, account: _Account, moved: Iterable[Move]) -> Holds:
     """The copies that reshards make, and the arrays that operations make of their own."""
-    for move in moves(program, choice):
-        moved = program.values[move.value].bytes
+    for move in moved:
+        whole = program.values[move.value].bytes
         if move.value in account.in_registers:
             at = account.maker[move.value]
             last = at if move.operation is None else account.copy_life(move.value, move.operation)[1]
-            yield at, last, sum(moved / shards(each, topology.axis_sizes) for each in (move.source, move.target))
+            yield at, last, sum(whole / shards(each, topology.axis_sizes) for each in (move.source, move.target))
         elif move.operation is None:
             at = account.maker[move.value]
-            yield at, at, moved / shards(move.source, topology.axis_sizes)
+            yield at, at, whole / shards(move.source, topology.axis_sizes)
         else:
-            yield *account.copy_life(move.value, move.operation), moved / shards(move.target, topology.axis_sizes)
+            yield *account.copy_life(move.value, move.operation), whole / shards(move.target, topology.axis_sizes)
     yield from temporaries(
         program, topology, choice, account.maker, account.readers, account.is_fused, account.views, account.formed
     )
@@ -84,18 +91,7 @@ def _further(program: Program, topology: Topology, choice: Choice, account: _Acc
             made, held = second_scores(program, topology, choice, account.maker, at)
             yield made, made, held
         elif op.primitive == CHAIN:
-            yield at, at, _chain_buffers(program, topology, choice, at)
-
-
-def _chain_buffers(program: Program, topology: Topology, choice: Choice, at: int) -> float:
-    """The bytes of the hidden arrays of a chain of grouped matmuls, and of its rows before and after the matmuls."""
-    op, splits = program.operations[at], choice.strategies[at].splits
-    pieces = [prod(topology.axis_sizes[axis] for axis in split) for split in splits]
-    local = [factor.size / n for factor, n in zip(op.factors, pieces, strict=True)]
-    work = GroupedWork(op, local, topology.pricing.expert_load)
-    size, chip = program.values[op.outputs[0].value].itemsize, topology.chip
-    room = chip.prefetch_bytes / size if chip.on_chip_bytes else 0.0
-    return work.buffers(sent_rows(topology, op, splits), room) * size
+            yield at, at, chain_buffers(program, topology, choice, at)
 
 
 class _Account:
@@ -122,14 +118,19 @@ class _Account:
         yield from (Life((taken,), *both) for _, taken, both in overwritten if both is not None)
 
     @cached_property
+    def _results(self) -> dict[int, int]:
+        """Each value that kernels read element by element to their one result."""
+        return kernel_results(self.program, self.readers, self.is_fused)
+
+    @cached_property
     def _inside(self) -> dict[int, int]:
         """Each product to the result of the kernel that takes it in."""
-        return inside_kernels(self.program, self.readers, self.is_fused)
+        return inside_kernels(self.program, self._results)
 
     @cached_property
     def _carried(self) -> list[tuple[int, int]]:
         """Each array that a loop carries, and the next one, that is written over it."""
-        return list(over_carries(self.program, self.readers, self.is_fused))
+        return list(over_carries(self.program, self.readers, self._results, self._inside))
 
     @cached_property
     def in_registers(self) -> dict[int, int]:

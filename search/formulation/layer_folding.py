@@ -240,10 +240,11 @@ def _neighbourhood(program: Program, i: int, partner: int | None) -> list[list[t
 def _connected_operations(program: Program, found: Sequence[int], repeated: set[int]) -> list[int]:
     """The operations that values connect with a fold, in order."""
     queue = [i for i in range(len(program.operations)) if found[i] in repeated]
-    seen = set(queue)
+    seen, seen_values = set(queue), set[int]()
     while queue:
         op = program.operations[queue.pop()]
-        values = [use.value for use in (*op.inputs, *op.outputs)]
+        values = {use.value for use in (*op.inputs, *op.outputs)} - seen_values
+        seen_values |= values
         near = {program.producers[value][0] for value in values if value in program.producers}
         near.update(at for value in values for at, _ in program.consumers.get(value, ()))
         queue += near - seen

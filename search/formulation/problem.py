@@ -14,7 +14,7 @@ sums, so depth does not enter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -143,7 +143,7 @@ class Problem:
         return total + sum(edge_seconds(edge, states) for edge in self.edges)
 
 
-def edge_seconds(edge: Edge, states: Sequence[int] | np.ndarray) -> float:
+def edge_seconds(edge: Edge, states: Sequence[int] | Mapping[int, int] | np.ndarray) -> float:
     """Seconds of one edge under a choice of states."""
     return edge.weight * float(edge.matrix[edge.rows[states[edge.a]], edge.columns[states[edge.b]]])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import chain
 from operator import add
@@ -429,17 +429,22 @@ def _result_terms(problem: Problem) -> Iterator[_Term]:
             needed = problem.spaces[node].inputs[0]
             held = np.array([copied_bytes(problem.program, problem.topology, at, found) for found in needed])
             if held.any():
-                yield _Term(("result", at), "node", node, at, at, held)
+                yield _node_term("result", node, at, at, held)
 
 
 def _score_terms(problem: Problem) -> Iterator[_Term]:
     """Long float32 scores are held twice before their softmax; that is counted at the product that forms them."""
-    for at, scores in score_maxima(problem.program).items():
+    program, tables = problem.program, dict[tuple, np.ndarray]()
+    for scores in score_maxima(program).values():
         node, found = layouts_at(problem, scores.value)
-        held = np.array([second_array_bytes(problem.program, problem.topology, scores, layout) for layout in found])
-        if held.any():
-            made = problem.program.producers[scores.value][0]
-            yield _Term(("scores", at), "node", node, made, made, held)
+        array = program.values[scores.value]
+        key = (node, replace(scores, value=0), array.shape, array.itemsize)
+        if key not in tables:
+            held = (second_array_bytes(program, problem.topology, scores, layout) for layout in found)
+            tables[key] = np.array(list(held))
+        if tables[key].any():
+            made = program.producers[scores.value][0]
+            yield _node_term("scores", node, made, made, tables[key])
 
 
 def _chain_terms(problem: Problem) -> Iterator[_Term]:
@@ -447,7 +452,7 @@ def _chain_terms(problem: Problem) -> Iterator[_Term]:
     for at in chains(problem.program):
         node = problem.of_operation[at]
         held = chain_buffer_bytes(problem.program, problem.topology, at, problem.spaces[node].shards)
-        yield _Term(("chain", node, problem.program.operations[at].outputs[0].value), "node", node, at, at, held)
+        yield _node_term("chain", node, at, at, held)
 
 
 def _temporary_terms(problem: Problem) -> Iterator[_Term]:
@@ -458,20 +463,25 @@ def _temporary_terms(problem: Problem) -> Iterator[_Term]:
         needed = problem.spaces[node].inputs[0]
         held = np.array([temporary_bytes(program, topology, at, found) for found in needed])
         if held.any():
-            yield _Term(("temporary", at), "node", node, at, at, held)
+            yield _node_term("temporary", node, at, at, held)
     for value, first, last in joined_operands(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, value)
         held = _local_bytes(problem, program.values[value].bytes, found)
-        yield _Term(("joined", node, value), "node", node, first, last, held)
+        yield _node_term("joined", node, first, last, held)
     for value, count, first, last in stack_copies(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, value)
         held = _local_bytes(problem, program.values[value].bytes, found)
         held = count * np.where(held > topology.chip.on_chip_bytes, held, 0.0)
         if held.any():
-            yield _Term(("stacked", node, value, count), "node", node, first, last, held)
+            yield _node_term("stacked", node, first, last, held)
     for _, part, size, first, last in conversions(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, part)
-        yield _Term(("converted", node, part, size), "node", node, first, last, _local_bytes(problem, size, found))
+        yield _node_term("converted", node, first, last, _local_bytes(problem, size, found))
+
+
+def _node_term(kind: str, node: int, first: int, last: int, held: np.ndarray) -> _Term:
+    """Further bytes of a node. The copies of a layer hold the same bytes, so their terms are equal."""
+    return _Term((kind, node, held.tobytes()), "node", node, first, last, held)
 
 
 def _copied_bytes(problem: Problem, table: ReshardTable, into_hub: bool, is_own: bool) -> Copies:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from costmodels.program.analysis import cached_analysis
-from costmodels.program.program import Operation, Program
+from costmodels.program.program import Operation, Program, Use
 from costmodels.program.views import CAST
 from search.memory.kernels import REDUCTIONS, is_in_place, is_inlined
 
@@ -108,12 +108,12 @@ def is_stacked(program: Program, value: int) -> bool:
 def taken_in(program: Program) -> Iterator[tuple[int, int]]:
     """Each product and the result of the one elementwise kernel that reads it."""
     donated = {program.operations[program.results[result]].inputs[0].value for _, result in program.donated}
+    results = _kernel_results(program)
     for op in program.operations:
         if op.op_class == "matmul" and len(op.outputs) == 1:
             product = op.outputs[0].value
-            result = _end(program, product, op.region)
-            if result is not None and result not in donated:
-                yield product, result
+            if product in results and results[product] not in donated:
+                yield product, results[product]
 
 
 def overwritten_carries(program: Program) -> Iterator[tuple[int, int]]:
@@ -122,30 +122,42 @@ def overwritten_carries(program: Program) -> Iterator[tuple[int, int]]:
     The kernel may take in one product. A second one is an array of its own until it is added.
     """
     products = Counter(result for _, result in taken_in(program))
+    results = _kernel_results(program)
     for op in program.operations:
         if op.primitive == "loop_carry" and len(op.inputs) == 2:
-            carry, following = op.outputs[0], op.inputs[1].value
+            carry, following = op.outputs[0].value, op.inputs[1].value
             once = len(program.consumers[following]) == 1 and products[following] <= 1
-            if once and _end(program, carry.value, carry.region) == following:
-                yield carry.value, following
+            if once and results.get(carry) == following:
+                yield carry, following
 
 
-def _end(program: Program, product: int, region: int) -> int | None:
-    """The one result of the kernels that read a product or a carry; None if there are several, or one changes the order."""
-    found, waiting, seen = set[int](), [product], {product}
-    while waiting:
-        value = waiting.pop()
-        for at, position in program.consumers.get(value, ()):
-            op = program.operations[at]
-            if op.region != region or not is_inlined(program, at) or not is_in_place(op, position):
-                return None
-            made = op.outputs[0].value
-            users = [user for user, _ in program.consumers.get(made, ())]
-            if not users or not all(is_inlined(program, user) for user in users):
-                found.add(made)
-                if len(found) > 1:
-                    return None
-            elif made not in seen:
-                seen.add(made)
-                waiting.append(made)
-    return min(found, default=None)
+@cached_analysis
+def _kernel_results(program: Program) -> dict[int, int]:
+    """Each value to the one result of the kernels that read it, if there is one, and if none changes the order.
+
+    Readers come after what they read, except carries of loops, which are not kernels.
+    """
+    results: dict[int, int] = {}
+    for op in reversed(program.operations):
+        for use in op.outputs:
+            result = _kernel_result(program, use, results)
+            if result is not None:
+                results[use.value] = result
+    return results
+
+
+def _kernel_result(program: Program, read: Use, results: dict[int, int]) -> int | None:
+    """The one result of the kernels that read a value; `results` has those of the values made after it."""
+    result = None
+    for at, position in program.consumers.get(read.value, ()):
+        op = program.operations[at]
+        if op.region != read.region or not is_inlined(program, at) or not is_in_place(op, position):
+            return None
+        made = op.outputs[0].value
+        users = program.consumers.get(made, ())
+        is_end = not users or not all(is_inlined(program, user) for user, _ in users)
+        end = made if is_end else results.get(made)
+        if end is None or result not in (None, end):
+            return None
+        result = end
+    return result

@@ -20,7 +20,7 @@ REDUCTIONS = ("reduce_", "arg")
 
 def is_in_place(op: Operation, position: int) -> bool:
     """Whether an operation may write its result where it reads an operand."""
-    if op.primitive in (*IN_PLACE, "loop_carry"):
+    if op.primitive in IN_PLACE or op.primitive == "loop_carry":
         return position == 0
     if op.op_class != "fused" or op.primitive in PARTS or op.primitive.startswith(("cum", *REDUCTIONS)):
         return False
@@ -39,7 +39,8 @@ def is_inlined(program: Program, operation: int) -> bool:
 
     - `operation`: its number.
     """
-    return program.operations[operation].op_class == "fused" or operation in _comparisons(program)
+    op = program.operations[operation]
+    return op.op_class == "fused" or (op.primitive.startswith("scatter") and operation in _comparisons(program))
 
 
 @cached_analysis

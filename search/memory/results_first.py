@@ -86,7 +86,7 @@ def _inside(
     rooms.sort(key=lambda each: program.values[each.value].bytes)
     sizes = [program.values[each.value].bytes for each in rooms]
     closes = [min(each.first, *(early.get(value, each.first) for value in each.members)) for each in rooms]
-    taken: list[list[tuple[int, int]]] = [[] for _ in rooms]
+    taken: list[list[tuple[int, int]]] = [[] for _ in rooms]  # in order, as they do not overlap
     latest = max(closes, default=0)
     found: set[Buffer] = set()
     for each in sorted(buffers, key=lambda each: (-program.values[each.value].bytes, each.first)):
@@ -95,8 +95,9 @@ def _inside(
             continue
         for k in range(bisect_left(sizes, program.values[each.value].bytes), len(rooms)):
             is_before = begins[rooms[k].value] <= first and last < closes[k]
-            if is_before and all(last < start or end < first for start, end in taken[k]):
-                taken[k].append((first, last))
+            place = bisect_left(taken[k], (last + 1,)) if is_before else 0
+            if is_before and (not place or taken[k][place - 1][1] < first):
+                taken[k].insert(place, (first, last))
                 found.add(each)
                 break
     return found

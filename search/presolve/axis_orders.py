@@ -8,7 +8,7 @@ fewer dimensions out of order: x before y may cost more than y before x everywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import permutations
 
@@ -61,11 +61,14 @@ class _Known:
             self._index[node] = {state: s for s, state in enumerate(self.problem.nodes[node].states)}
         return self._index[node]
 
-    def seconds(self, number: int, edge: Edge, states: States) -> float:
-        """Seconds of the edge of a number under a choice of states."""
-        key = (number, states[edge.a], states[edge.b])
+    def is_costlier(self, number: int, edge: Edge, new: tuple[int, int], old: tuple[int, int]) -> bool:
+        """Whether the edge of a number costs more with new states of its ends than with the old ones."""
+        return self._at(number, edge, new) > self._at(number, edge, old) * (1 + _SAME)
+
+    def _at(self, number: int, edge: Edge, ends: tuple[int, int]) -> float:
+        key = (number, *ends)
         if key not in self._seconds:
-            self._seconds[key] = edge_seconds(edge, states)
+            self._seconds[key] = edge_seconds(edge, {edge.a: ends[0], edge.b: ends[1]})
         return self._seconds[key]
 
 
@@ -77,6 +80,7 @@ class _Orders:
         self.place = {axis: order.index(axis) if axis in order else -1 for axis in problem.topology.axis_sizes}
         self.counted: dict[tuple[int, int], int] = {}
         self.images: dict[tuple[int, int, Change], int | None] = {}
+        self._moves: list[_Move] | None = None
 
     def tidied(self, states: States) -> States:
         """The states after all changes that cost nothing."""
@@ -117,39 +121,13 @@ class _Orders:
 
     def improved(self, states: States, node: int) -> States:
         """The states after the change of a node that leaves the fewest dimensions out of order; as they are if none does."""
-        found = (self._changed(states, node, change) for change in self.changes)
-        better = [(self._total(new, states), new) for new in found if new is not None]
-        least = min(better, key=lambda pair: pair[0], default=(0, states))
-        return least[1] if least[0] < 0 else states
+        if self._moves is None or self._moves[0].states is not states:
+            self._moves = [_Move(self, states, change) for change in self.changes]
+        closures = [(move, move.closure(node)) for move in self._moves]
+        move, changed = min(closures, key=lambda pair: pair[0].disorder(pair[1]))
+        return move.applied(changed) if move.disorder(changed) < 0 else states
 
-    def _total(self, new: States, old: States) -> int:
-        """The dimensions out of order, more than before."""
-        changed = [i for i, (one, other) in enumerate(zip(new, old, strict=True)) if one != other]
-        return sum(self.disorder(i, new[i]) - self.disorder(i, old[i]) for i in changed)
-
-    def _changed(self, states: States, node: int, change: Change) -> States | None:
-        """The states with a change of one node and of the neighbours that would otherwise cost more; None if it costs more."""
-        new, changed, waiting = states.copy(), {node}, [node]
-        while waiting:
-            i = waiting.pop()
-            if (image := self._image(i, states[i], change)) is None:
-                return None
-            new[i] = image
-            for other in self._costlier(i, new, states):
-                if other not in changed:
-                    changed.add(other)
-                    waiting.append(other)
-        whole = {i for each in changed for i in self._costlier(each, new, states)}
-        return None if whole else new
-
-    def _costlier(self, node: int, new: States, old: States) -> Iterator[int]:
-        """The neighbours of a node whose edge with it costs more than before."""
-        for k in self.problem.incident[node]:
-            edge = self.problem.edges[k]
-            if self.known.seconds(k, edge, new) > self.known.seconds(k, edge, old) * (1 + _SAME):
-                yield edge.b if edge.a == node else edge.a
-
-    def _image(self, node: int, state: int, change: Change) -> int | None:
+    def image(self, node: int, state: int, change: Change) -> int | None:
         """The state that a change makes of a node's state; None if there is none, or if it costs more."""
         if (node, state, change) not in self.images:
             found = self.known.index(node).get(change(self.problem.nodes[node].states[state]))
@@ -158,6 +136,69 @@ class _Orders:
                 None if found is None or cost[found] > cost[state] * (1 + _SAME) else found
             )
         return self.images[node, state, change]
+
+
+class _Move:
+    """One change of any of the states: a node takes the neighbours along whose edge with it would otherwise cost more."""
+
+    def __init__(self, orders: _Orders, states: States, change: Change) -> None:
+        self.orders, self.states, self.change = orders, states, change
+        self.problem, self.known = orders.problem, orders.known
+        self._followers: dict[int, list[int]] = {}
+        self._closures: dict[int, frozenset[int]] = {}
+        self._disorder: dict[frozenset[int], float] = {}
+
+    def closure(self, node: int) -> frozenset[int]:
+        """The nodes that change with a node, up to one that cannot."""
+        changed, waiting = {node}, [node]
+        while waiting and self._image(waiting[-1]) is not None:
+            i = waiting.pop()
+            changed.update(self._closures.get(i, ()))
+            new = [other for other in self._following(i) if other not in changed]
+            changed.update(new)
+            waiting += new
+        self._closures[node] = frozenset(changed)
+        return self._closures[node]
+
+    def disorder(self, changed: frozenset[int]) -> float:
+        """The dimensions out of order, more than before; infinite if a node cannot change, or if an edge then costs more."""
+        if changed not in self._disorder:
+            self._disorder[changed] = np.inf
+            edges = {k for i in changed for k in self.problem.incident[i]}
+            if None not in map(self._image, changed) and all(self._is_kept(k, changed) for k in edges):
+                old, new = self.states, self.applied(changed)
+                count = self.orders.disorder
+                self._disorder[changed] = sum(count(i, new[i]) - count(i, old[i]) for i in changed)
+        return self._disorder[changed]
+
+    def applied(self, changed: frozenset[int]) -> States:
+        """The states after the change of these nodes."""
+        return [
+            image if i in changed and (image := self._image(i)) is not None else s for i, s in enumerate(self.states)
+        ]
+
+    def _image(self, node: int) -> int | None:
+        return self.orders.image(node, self.states[node], self.change)
+
+    def _following(self, node: int) -> list[int]:
+        """The neighbours whose edge with a node costs more if it changes alone."""
+        if node not in self._followers:
+            self._followers[node] = [
+                edge.b if edge.a == node else edge.a
+                for k in self.problem.incident[node]
+                if self._costs_more(k, edge := self.problem.edges[k], edge.a == node, edge.b == node)
+            ]
+        return self._followers[node]
+
+    def _is_kept(self, k: int, changed: frozenset[int]) -> bool:
+        """Whether an edge costs no more; with one end that changes it does not, or the other would change, too."""
+        edge = self.problem.edges[k]
+        return edge.a not in changed or edge.b not in changed or not self._costs_more(k, edge, True, True)
+
+    def _costs_more(self, k: int, edge: Edge, changes_a: bool, changes_b: bool) -> bool:
+        old = (self.states[edge.a], self.states[edge.b])
+        a, b = self._image(edge.a) if changes_a else old[0], self._image(edge.b) if changes_b else old[1]
+        return a is not None and b is not None and self.known.is_costlier(k, edge, (a, b), old)
 
 
 ENDS = ("source", "sink")
