@@ -59,7 +59,8 @@ class Branching:
         self.branches += 1
         lower = max(open_[-1].least, self._refine())
         rest = len(open_) - 1
-        self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, {self.dual.pairs()} pairs")
+        pairs, best = self.dual.pairs(), self.ascent.objective
+        self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, best {best:.6e} s, {pairs} pairs")
         first = self._more_promising(open_, lower)
         if self._is_open(lower) and first is not None:
             later = self.dual.snapshot()
@@ -67,7 +68,7 @@ class Branching:
             open_[-1:] = [later, open_.pop(first)]
             return
         split = None
-        if self._is_open(lower) and self.dual.pairs() > self._small(lower):
+        if self._is_open(lower) and pairs > self._small(lower):
             split = self._next_split()
             lower = max(lower, self.dual.bound())
         if split is None and self._is_open(lower):
@@ -99,7 +100,7 @@ class Branching:
         It is too coarse if costs differ widely, or if CP-SAT did not finish.
         """
         before = self.dual.snapshot()
-        proven = self.decide(lower, POLICY.branch_seconds)
+        proven = self.decide(lower, POLICY.part_seconds)
         if not self._precise(proven) and not self.ascent.late:
             self.dual.load(before)
             split = self._next_split()

@@ -41,12 +41,10 @@ class Probing:
         self.ascent, self.dual, self.weights = ascent, ascent.dual, weights
 
     def split(self, mixed: Mixture) -> Split | None:
-        """The decision to branch on, once no more sides can be dropped; `None` if none is left or needed."""
-        rounds = 0
+        """The decision to branch on, of those of which no side was dropped; `None` if none is left or needed."""
         while splits := self._splits(mixed):
             found = [split for split in splits if not self._drop_side(split)]
-            rounds += bool(found)
-            if len(found) == len(splits) or rounds == POLICY.probing_rounds:
+            if found:
                 return max(found, key=lambda split: split.contested)  # the first, if none is contested
             self.dual.sweep()
             self.dual.sweep()

@@ -16,6 +16,19 @@ from search.memory.constraints import Row
 from search.presolve.dual import Dual
 
 NAME = f"CP-SAT {ortools.__version__}"
+_PARAMETERS = {
+    "num_workers": 1,
+    "random_seed": 1,
+    "linearization_level": 2,
+    "cp_model_probing_level": 0,
+    "symmetry_level": 0,
+}
+"""One worker, and all constraints in the linear relaxation: the model is nearly integral, and clauses alone do not see it.
+
+A branch of a Mamba block's gradient, of 7,442 booleans, is closed in 1.2 s of a processor and 6 conflicts, instead of not
+in 21 s and 17,521 conflicts; one of 3,292 booleans in 0.4 s instead of 9.2. Probing and symmetry, which presolve has
+used up, double the time.
+"""
 _MEGABYTES = 1500
 """The memory that CP-SAT may take."""
 _GRACE_SECONDS = 2.0
@@ -44,8 +57,8 @@ def solve(
     started = time.monotonic()
     built = Model(dual, rows, hint, slack, max(lower, -1e300))
     solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 1
+    for name, value in _PARAMETERS.items():
+        setattr(solver.parameters, name, value)
     solver.parameters.max_deterministic_time = deterministic_seconds
     solver.parameters.max_time_in_seconds = wall_seconds
     solver.parameters.max_memory_in_mb = _MEGABYTES

@@ -171,13 +171,14 @@ class Task:
             keep = self._surviving(found)
             if not all(map(len, keep)):
                 return ascent.objective
+            before = ascent.objective
             answer = self._answer_on_part(found, keep, lower, seconds)
             if answer.states is not None:
                 value = self.problem.objective(answer.states)
                 ascent.offer(answer.states[list(found.presolved.kept)], value, answer.states)
             proven = max(proven, min(answer.bound_seconds, ascent.objective))
-            if answer.status != "OPTIMAL" or _is_precise(ascent.objective, proven):
-                break
+            if answer.status != "OPTIMAL" or _is_precise(ascent.objective, proven) or ascent.objective == before:
+                break  # only a better plan makes the unit finer: without one, the same model would follow
         return proven
 
     def _answer_on_part(self, found: Found, keep: Sequence[np.ndarray], lower: float, seconds: float) -> Answer:
@@ -237,7 +238,7 @@ class Task:
             left = self._surviving_states(found, incumbent, most_pairs)
             if left is None or not (settled or left.complete):
                 return found
-            seconds = self.limits.deterministic_seconds if settled else POLICY.first_seconds
+            seconds = self.limits.deterministic_seconds if settled else POLICY.part_seconds
             answer = self._ask_cp_sat(left, incumbent, ascent, ascent.bound, seconds)
             if left.complete:
                 ascent.bound = max(ascent.bound, min(answer.bound_seconds, ascent.objective))

@@ -6,12 +6,14 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, event, given
 from hypothesis import strategies as st
 
-from costmodels.machine.topology import Topology
+from costmodels.machine.topology import Topology, parse_topology
 from search.answer.solution import Limits
 from search.cpsat import branching
 from search.cpsat.branching import Branching
@@ -25,9 +27,11 @@ from search.presolve.dual import Dual
 from search.presolve.multipliers import raise_bound
 from search.presolve.policy import POLICY
 from search.presolve.primal import decode, overflow
+from search.solve import search
 from tests.support.effort import examples
 from tests.support.enumeration import best, enumerable, fitting, seconds_of_all
 from tests.support.programs import MESHES, TOPOLOGIES, programs, small_programs
+from tests.support.tracing import trace
 
 ROUNDING = 2e-9
 """Seconds by which a sum changes when it is formed anew beside the price of the impossible."""
@@ -248,3 +252,18 @@ def test_no_prices_prove_more_of_the_plans_seen_than_the_best(program, topology,
         prices = told.multipliers * np.array([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in told.multipliers])
         prices = prices + random.choice([0.0, 1e-12, 1e-9]) * (np.arange(len(prices)) == random.randrange(len(prices)))
         assert proven(prices) <= told.seconds * (1 + 1e-5)
+
+
+def test_cp_sat_sees_that_memory_is_nearly_a_linear_program():
+    """A tenth of a second of its clock proves six residual layers within 0.6 of their peak; clauses alone find no plan."""
+
+    def layers(weights, x):
+        for up, down in weights:
+            x = x + jnp.tanh(x @ up) @ down
+        return x
+
+    up, down, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 2048), (2048, 512), (32, 512)))
+    program, where = trace(layers, [(up, down)] * 6, x).program, parse_topology("v5e:2x2")
+    free = search(program, where)
+    limits = Limits(memory_bytes=0.6 * free.check.peak_bytes, solver="cp-sat", deterministic_seconds=0.1)
+    assert search(program, where, limits).proof.solver_status == "OPTIMAL"
