@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import autoshard
 from autoshard.auditing.hlo_collectives import collectives
 from autoshard.auditing.matching import match_collectives
 from autoshard.auditing.planned_times import distinct_rings, is_ring, ring_parts
+from autoshard.candidates import Candidate, compile_variants
 from autoshard.emitting.collectives.rings import gather_in_ring, multiply_pieces, scatter_in_ring
 from autoshard.emitting.program import emit
 from autoshard.planning.records import PlannedCollective
@@ -247,6 +249,24 @@ def test_a_plan_may_be_emitted_without_its_rings():
     without = replace(plan, emission=replace(plan.emission, rings=False))
     audit = autoshard.audit(without, columns, *args)
     assert {each.kind for each in audit.collectives} == {"all-gather"} and audit.ok, str(audit)
+
+
+def test_verify_compiles_a_plan_without_its_rings(monkeypatch: pytest.MonkeyPatch):
+    """As a way to emit it, where the compiler reports cycles."""
+    tried = []
+    audit: Any = SimpleNamespace(compute_seconds=1.0, collective_seconds=0.0, step_seconds=1.0, ok=True, is_slow=False)
+
+    def compiled(plan: Any, *_: Any) -> Candidate[Any]:
+        tried.append(plan.emission.rings)
+        return Candidate(0, plan, audit)
+
+    monkeypatch.setattr("autoshard.candidates.compile_plan", compiled)
+    monkeypatch.setattr("autoshard.candidates.choose_formats", lambda plan, *_: plan)
+    for pricing, expected in ((Pricing(overlap="looped"), [False]), (Pricing(), [])):
+        plan, args = plan_of(replace(rings_only("cpu:4"), pricing=pricing))
+        list(compile_variants(Candidate(1, plan, audit), columns, args, "host", lambda _: None))
+        assert [each for each in tried if each is not None] == expected
+        tried.clear()
 
 
 def test_a_plan_with_rings_is_saved_and_says_so(tmp_path):
