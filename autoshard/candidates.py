@@ -25,6 +25,7 @@ from autoshard.errors import AutoshardError, InfeasibleError
 from autoshard.planning.emission import Emission
 from autoshard.planning.records import PlanRecord
 from costmodels.program.program import Program
+from search.answer.assignment import rings
 
 P = TypeVar("P", bound=PlanRecord)
 Say = Callable[[str], None]
@@ -152,7 +153,7 @@ def pick_fastest(first: Candidate[P], others: Iterable[Candidate[P]]) -> Candida
 def compile_variants(
     first: Candidate[P], fn: Callable[..., Any], args: Sequence[Any], target: CompileTarget, say: Say
 ) -> Iterator[Candidate[P]]:
-    """The other ways to emit a plan, compiled: other formats, barriers, and on-chip memory for an operation, in this order.
+    """The other ways to emit a plan, compiled: formats, rings, barriers, and on-chip memory for an operation, in this order.
 
     Each step begins with the fastest way so far. There are none if the compiler reports no cycles.
     """
@@ -164,7 +165,7 @@ def compile_variants(
             found.append(replace(_with_formats(formats, first.plan, fn, args, target, say), place=first.place))
             yield found[-1]
     program = bind.trace_as_planned(first.plan, fn, args).program
-    for change in (_other_residual_barriers, _other_score_barriers, _more_scoped_memory):
+    for change in (_without_rings, _other_residual_barriers, _other_score_barriers, _more_scoped_memory):
         best = pick_fastest(first, found).plan
         emission = change(program, best)
         if emission is not None:
@@ -172,6 +173,12 @@ def compile_variants(
             say(f"compiling with {emission_words(plan)}")
             found.append(replace(compile_plan(plan, fn, args, target), place=first.place))
             yield found[-1]
+
+
+def _without_rings(program: Program, plan: PlanRecord) -> Emission | None:
+    """With all collectives at once; None if the plan has no rings."""
+    has_some = plan.emission.rings is not False and bool(rings(program, plan.topology, plan.choice))
+    return replace(plan.emission, rings=False) if has_some else None
 
 
 def _other_residual_barriers(program: Program, plan: PlanRecord) -> Emission | None:

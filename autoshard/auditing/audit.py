@@ -39,7 +39,7 @@ from autoshard.auditing.hlo_costs import flops_formed_again, matmul_flops
 from autoshard.auditing.hlo_interface import read_arguments
 from autoshard.auditing.hlo_parser import parse
 from autoshard.auditing.matching import Pair, axes_of, match_collectives
-from autoshard.auditing.planned_times import attribute_time, overlaps, planned_seconds, ring_parts
+from autoshard.auditing.planned_times import attribute_time, distinct_rings, overlaps, planned_seconds, ring_parts
 from autoshard.auditing.record import AuditRecord
 from autoshard.auditing.render import render
 from autoshard.auditing.replay import replay
@@ -163,6 +163,7 @@ def compare(
     - `carry`: the way in which the program carries the plan.
     """
     topology, estimate = plan.topology, plan.estimate
+    arrays = arrays or [(-1 - i, "") for i in range(len(estimate.collectives))]
     compiled = tuple(c for c in hlo_collectives.collectives(text, topology.axis_sizes) if axes_of(c, topology))
     planned, pairs = _pair_with(plan, compiled, target, arrays, carry)
     due, done = findings.planned_flops(plan.operations), matmul_flops(text) if text else {}
@@ -171,7 +172,8 @@ def compare(
     replayed = replay(text, topology) if text and target == "tpu" else None
     costs = attribute_time(replayed.costly, planned_seconds(plan.operations)) if replayed else ()
     found += findings.find_in_time(estimate.seconds, replayed.seconds, costs) if replayed else ()
-    beside = overlaps(estimate.collectives, topology, replayed) if replayed and carry == "manual" else ()
+    sent = [each for each, _ in distinct_rings(estimate.collectives, arrays, topology)]
+    beside = overlaps(sent, topology, replayed) if replayed and _has_rings(plan, carry) else ()
     found += findings.find_in_overlap(beside, estimate.seconds)
     return Audit(
         target=target,
@@ -203,16 +205,14 @@ def _pair_with(
     arrays: Sequence[tuple[int, str]],
     carry: Carry,
 ) -> tuple[tuple[PlannedCollective, ...], tuple[Pair, ...]]:
-    """The planned collectives among several chips, and all of them beside the compiled ones.
-
-    Only the program that is written by hand has rings.
-    """
+    """The planned collectives among several chips, and all of them beside the compiled ones."""
     of = plan.estimate.collectives
-    known = arrays or [(-1 - i, "") for i in range(len(of))]
+    has_rings = _has_rings(plan, carry)
+    emitted = distinct_rings(of, arrays, plan.topology) if has_rings else zip(of, arrays, strict=True)
     rows = [
         (part, *array)
-        for each, array in zip(of, known, strict=True)
-        for part in (ring_parts(each, plan.topology) if carry == "manual" else (each,))
+        for each, array in emitted
+        for part in (ring_parts(each, plan.topology) if has_rings else (each,))
         if axes_of(part, plan.topology)
     ]
     planned = tuple(each for each, _, _ in rows)
@@ -220,6 +220,11 @@ def _pair_with(
     narrow = [target == "tpu" and dtype == "float32" for _, _, dtype in rows]
     values = [value for _, value, _ in rows]
     return planned, match_collectives(planned, values, compiled, plan.topology, widths, narrow)
+
+
+def _has_rings(plan: PlanRecord, carry: Carry) -> bool:
+    """Whether the program runs the plan's rings: only the one that is written by hand does, unless it is emitted without."""
+    return carry == "manual" and plan.emission.rings is not False
 
 
 def _findings(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autoshard.auditing.hlo_collectives import COLLECTIVE_KINDS
 from autoshard.auditing.replay import Costly, Replay, Transferred
@@ -22,6 +23,9 @@ from costmodels.machine.collectives import seconds_on
 from costmodels.machine.rings import hop_seconds
 from costmodels.machine.topology import Topology
 from search.formulation.overlap import LOOPED_KINDS
+
+Array = tuple[int, str]
+"""The number and the type of an array."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,28 @@ def ring_parts(planned: PlannedCollective, topology: Topology) -> tuple[PlannedC
     return (*(hop,) * hops, other) if rest else (hop,) * hops
 
 
+def distinct_rings(
+    planned: Sequence[PlannedCollective], arrays: Sequence[Array], topology: Topology
+) -> list[tuple[PlannedCollective, Array]]:
+    """The planned collectives that are emitted, each with its array: matmuls that take one gathered array share its ring.
+
+    **Arguments:**
+
+    - `arrays`: number and type of the array that each collective sends.
+    """
+    found: dict[Any, tuple[PlannedCollective, Array]] = {}
+    for k, (each, array) in enumerate(zip(planned, arrays, strict=True)):
+        shared = each.kind == "all-gather" and is_ring(each, topology)
+        found.setdefault((array, each.axes, each.bytes) if shared else k, (each, array))
+    return list(found.values())
+
+
 def overlaps(planned: Sequence[PlannedCollective], topology: Topology, replayed: Replay) -> tuple[Overlap, ...]:
     """Planned and replayed overlap of all rings; those of one axis and size cannot be told apart and are one entry.
 
     **Arguments:**
 
-    - `planned`: the plan's collectives, not yet in parts.
+    - `planned`: the plan's collectives, not yet in parts; a ring that matmuls share once (`distinct_rings`).
     """
     found: dict[tuple[str, int], list[PlannedCollective]] = {}
     for each in planned:

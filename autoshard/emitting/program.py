@@ -49,6 +49,7 @@ from autoshard.tracing.blocks import (
     StackedResult,
     Traced,
 )
+from costmodels.machine.rings import has_two_ways
 from costmodels.machine.topology import Topology
 from costmodels.program.program import Program
 from search.answer.assignment import Choice, Ring, collectives, kept_layout, needed_layout, produced_layout, rings
@@ -114,7 +115,8 @@ class Scope:
             others = others[1:] if value in self.scattered else others
             with jax.named_scope(f"ring {ring.step.source}->{target}"):
                 piece = self.runner.run(others, piece)
-                self.arrived[value, target] = gather_in_ring(ring.step, piece, self.runner.sizes)
+                two_ways = has_two_ways(self.runner.topology.axis(ring.step.axes[0]))
+                self.arrived[value, target] = gather_in_ring(ring.step, piece, self.runner.sizes, two_ways)
         return self.arrived[value, target]
 
     def stored(self, value: int) -> Any:
@@ -148,7 +150,7 @@ class Runner:
         self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
         barriers = (residual_barriers, score_barriers)
         self.resting = frozenset[int]().union(*(f(traced.program, choice, topology, emission) for f in barriers))
-        self.rings = rings(traced.program, topology, choice)
+        self.rings = {} if emission.rings is False else rings(traced.program, topology, choice)
         self.waits = find_conversion_barriers(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:

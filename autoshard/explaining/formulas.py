@@ -16,7 +16,7 @@ from costmodels.dimensions import Dimensions
 from costmodels.grouped_costs import between_elements, sent_rows
 from costmodels.machine.chips import Chip
 from costmodels.machine.lazy_sympy import sympy
-from costmodels.machine.rings import has_two_ways, summands, waiting_times
+from costmodels.machine.rings import has_two_ways, piece_slowdown, summands, waiting_times
 from costmodels.machine.topology import Topology
 from costmodels.operations import (
     arriving_bytes,
@@ -53,7 +53,7 @@ from search.answer.assignment import Choice, Move, moves, products_at, products_
 from search.formulation.collective_steps import CollectiveStep
 from search.formulation.intra_op import intra_op_collectives
 from search.formulation.layouts import Axes
-from search.formulation.rings import are_rings, piece_factor
+from search.formulation.rings import are_rings, is_summed, piece_factor
 from search.formulation.strategies import output_layout
 
 _ZERO = sympy.Integer(0)
@@ -361,12 +361,12 @@ def _saved_seconds(
     axis, chips = topology.axis(axes[0]), pieces(axes[:1])
     table = _table(dimensions, choice, product)
     whole = _matmul_seconds(program, dimensions, topology, product, table)
-    cut = shards_symbol(piece_factor(op, 0 if side is None else side, dim))
-    work = chips * _matmul_seconds(program, dimensions, topology, product, table | {cut: table[cut] * chips})
-    times = waiting_times(chips, has_two_ways(axis), work, hop_seconds(axis.name, payload / chips, topology))
-    taken = sympy.Max(*times, evaluate=False)
-    if axes[1:]:
-        taken += collective_seconds(kind, axes[1:], payload / chips, topology)
+    cut = shards_symbol(factor := piece_factor(op, 0 if side is None else side, dim))
+    work = _matmul_seconds(program, dimensions, topology, product, table | {cut: table[cut] * chips})
+    work *= chips * piece_slowdown(topology.chip, side != "result", is_summed(op, factor))
+    hop = hop_seconds(axis.name, payload / chips, topology)
+    taken = sympy.Max(*waiting_times(chips, has_two_ways(axis), work, hop), evaluate=False)
+    taken += collective_seconds(kind, axes[1:], payload / chips, topology) if axes[1:] else _ZERO
     if kind == "reduce-scatter":
         count, piece = summands(axis.size), payload / chips
         passes = [(count + 1) * piece / rate("W_hbm")]

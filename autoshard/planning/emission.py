@@ -17,6 +17,8 @@ class Emission:
       (`autoshard.emitting.tpu_workarounds.residual_barriers`).
     - `score_barriers`: whether the projections of long attention scores on TPUs get barriers; None for a decision by their
       length (`autoshard.emitting.tpu_workarounds.score_barriers`).
+    - `rings`: whether the rings of a plan are emitted; False for their collectives at once instead, None for rings
+      (`autoshard.emitting.collectives.rings`).
     - `scoped_memory_kib`: the on-chip memory that one operation of a TPU program may use; None for the compiler's default
       (`autoshard.emitting.tpu_workarounds.scoped_memory`).
     """
@@ -25,6 +27,7 @@ class Emission:
     residual_barriers: bool | None = None
     score_barriers: bool | None = None
     scoped_memory_kib: int | None = None
+    rings: bool | None = None
 
     def words(self) -> str:
         """The choices that differ from the default, as text; empty if none does."""
@@ -35,6 +38,8 @@ class Emission:
         ):
             if has_barriers is not None:
                 found.append(f"{'' if has_barriers else 'no '}barriers {where}")
+        if self.rings is not None:
+            found.append(f"{'' if self.rings else 'no '}rings beside matmuls")
         if self.scoped_memory_kib is not None:
             found.append(f"{size(self.scoped_memory_kib * 1024)} of on-chip memory for an operation")
         return ", ".join(found)

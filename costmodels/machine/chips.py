@@ -72,6 +72,8 @@ class Chip:
     - `converted_elements_per_second`: the rate at which operands of matmuls are converted from narrower types; 0 by default.
     - `vector_overhead_seconds`, `stream_overhead_seconds`: the start-up time of a loop on the vector unit, and the wait of
       a matmul for operands that are not fetched ahead; 0 by default.
+    - `piece_loss`, `summed_piece_loss`: the part of their time that the pieces of a gathered operand of a matmul take more
+      beside a ring, for rows and for what is summed over; 0 by default (`costmodels.machine.rings`).
     - `clock_hertz`: converts a compiler's cycles to seconds; None if unknown.
     - `catalogued`: the sources of the numbers; read it through `constants`.
     """
@@ -97,6 +99,8 @@ class Chip:
     converted_elements_per_second: float = 0.0
     vector_overhead_seconds: float = 0.0
     stream_overhead_seconds: float = 0.0
+    piece_loss: float = 0.0
+    summed_piece_loss: float = 0.0
     dcn_egress_bytes_per_second: float = 0.0
     dcn_hop_seconds: float = 0.0
     clock_hertz: float | None = None
@@ -231,6 +235,8 @@ _OPTIONAL = (
     "converted_elements_per_second",
     "vector_overhead_seconds",
     "stream_overhead_seconds",
+    "piece_loss",
+    "summed_piece_loss",
     "dcn_egress_bytes_per_second",
     "dcn_hop_seconds",
 )

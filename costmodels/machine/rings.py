@@ -2,8 +2,8 @@
 
 The ring runs over one axis of $n$ chips. Each chip multiplies its own piece of a gathered operand, and then the pieces of
 its neighbours as they arrive. Of a reduce-scattered result it computes the pieces of other chips first, and sends each sum
-to the next chip. From `TWO_WAYS` chips on, pieces travel both ways around, so there are $\\lfloor n/2 \\rfloor$ rounds of
-two hops.
+to the next chip. From `TWO_WAYS` chips on, sums travel both ways around, and gathered pieces where the axis is closed, so
+there are $\\lfloor n/2 \\rfloor$ rounds of two hops.
 
 With $t$ seconds for all $n$ pieces of the matmul and $h$ for a hop, the pair takes
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from costmodels.machine.chips import Chip
 from costmodels.machine.topology import Axis
 
 TWO_WAYS = 4
@@ -64,6 +65,27 @@ def waiting_times(chips: Any, two_ways: bool, work: Any, hop: Any) -> tuple[Any,
     return work, hop + work * (chips - 1) / chips, rounds * hop + work * last / chips
 
 
+def piece_slowdown(chip: Chip, is_gathered: bool, is_summed: bool) -> float:
+    """The time of a ring's pieces over that of matmuls of their size alone.
+
+    The TPU compiler chooses other tiles for a matmul that adds to the sum of the pieces before it, or whose result is
+    written to its place in the whole (`benchmarks/ring_pieces.py`). The pieces of a reduce-scattered result take 1.01 to 1.03
+    times as long on v4 and v5e, and 1.06 times on v5p (libtpu 0.0.42), which is not costed.
+
+    **Arguments:**
+
+    - `is_gathered`: whether the ring gathers an operand.
+    - `is_summed`: whether what is gathered is summed over, so that the results of the pieces are added up.
+    """
+    if not is_gathered:
+        return 1.0
+    return 1.0 + (chip.summed_piece_loss if is_summed else chip.piece_loss)
+
+
 def summands(chips: int) -> int:
-    """Arrays that the separate sums of a reduce-scatter read: the own piece, and the sum of each way."""
-    return 3 if chips >= TWO_WAYS else 2 * (chips - 1)
+    """Arrays that the separate sums of a reduce-scatter read.
+
+    They are the own piece and the last sum to arrive. With both ways around an odd number of chips two sums arrive last;
+    one way around each sum is separate.
+    """
+    return 2 + chips % 2 if chips >= TWO_WAYS else 2 * (chips - 1)

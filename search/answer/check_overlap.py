@@ -97,13 +97,16 @@ def _ring_saves(
     splits = [(*axes, axis.name) if i == cut else axes for i, axes in enumerate(strategy.splits)]
     cost, one = (operation_seconds(program, topology, op, each) for each in (strategy.splits, splits))
     piece = one.running + one.start
+    if gathers_:  # pieces that are written to their places, or added up, take longer
+        is_kept = any(cut in dim for dim in op.outputs[0].dims)
+        piece *= 1 + (topology.chip.piece_loss if is_kept else topology.chip.summed_piece_loss)
     closing = 1 if axis.kind == "switch" or axis.ring else chips - 1
     hop = payload / chips / axis.bytes_per_second + closing * axis.hop_seconds + axis.launch_seconds
     arrivals = [k // 2 + 1 if axis.ring and chips > 3 else k + 1 for k in range(chips - 1)]  # in hops, of each piece
     taken = max([chips * piece, *(hop * at + piece * (chips - 1 - k) for k, at in enumerate(arrivals))])
     taken += float(seconds_on(topology, step.kind, step.axes[1:], payload / chips))
     if not gathers_:
-        arrays = 2 * (chips - 1) if chips < 4 else 3
+        arrays = 2 * (chips - 1) if chips < 4 else 2 if chips % 2 == 0 else 3
         chip, elements = topology.chip, payload / chips / program.values[move.value].itemsize
         passes = arrays * elements / chip.vector_elements_per_second if chip.vector_elements_per_second else 0.0
         taken += max(passes, (arrays + 1) * payload / chips / chip.reached_hbm_bytes_per_second)

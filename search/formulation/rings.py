@@ -20,7 +20,7 @@ import numpy as np
 
 from costmodels.machine.collectives import seconds_on
 from costmodels.machine.conventions import Pricing
-from costmodels.machine.rings import has_two_ways, hop_seconds, summands, waiting_times
+from costmodels.machine.rings import has_two_ways, hop_seconds, piece_slowdown, summands, waiting_times
 from costmodels.machine.topology import Topology
 from costmodels.operations import price
 from costmodels.program.program import Operation, Program
@@ -113,14 +113,23 @@ def piece_seconds(
 ) -> np.ndarray:
     """Seconds of all pieces of a product: each is a run of its own, with a start, tiles and reads of its own.
 
+    Those of a gathered operand take longer than that by a loss of the chip (`costmodels.machine.rings`).
+
     **Arguments:**
 
     - `dim`: the dimension of the operand or result in which the ring gathers or scatters.
     - `shards`: `[strategies, factors]`, the number of shards of each factor without the ring.
     """
     cut = np.array(shards, dtype=float)
-    cut[:, piece_factor(op, side, dim)] *= chips
-    return chips * price(program, op, cut, topology.chip).seconds
+    factor = piece_factor(op, side, dim)
+    cut[:, factor] *= chips
+    slowdown = piece_slowdown(topology.chip, side != "result", is_summed(op, factor))
+    return chips * price(program, op, cut, topology.chip).seconds * slowdown
+
+
+def is_summed(op: Operation, factor: int) -> bool:
+    """Whether a product sums over a factor."""
+    return all(factor not in dim for dim in op.outputs[0].dims)
 
 
 class StepRings(NamedTuple):

@@ -340,6 +340,7 @@ EMISSIONS = [
     Emission("compiler"),
     Emission(residual_barriers=False),
     Emission(score_barriers=True),
+    Emission(rings=False),
     Emission("rule", score_barriers=False, scoped_memory_kib=LARGE_KIB),
 ]
 

@@ -46,6 +46,8 @@ OPTIONAL = (
     "converted_elements_per_second",
     "vector_overhead_seconds",
     "stream_overhead_seconds",
+    "piece_loss",
+    "summed_piece_loss",
     "dcn_egress_bytes_per_second",
     "dcn_hop_seconds",
 )
@@ -63,7 +65,7 @@ def test_constants_are_the_attributes(c: Chip):
 
 @each_chip
 def test_every_key_says_its_unit(c: Chip):
-    units = r"(bytes|seconds|hertz|per_second)$|per_second\.\w+$|(matrix_tile|axes|chips_per_node)$|_efficiency$"
+    units = r"(bytes|seconds|hertz|per_second)$|per_second\.\w+$|(matrix_tile|axes|chips_per_node)$|_(efficiency|loss)$"
     assert all(re.search(units, name) for name in c.constants)
 
 

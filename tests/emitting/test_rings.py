@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +19,8 @@ from jax.sharding import PartitionSpec
 import autoshard
 from autoshard.auditing.hlo_collectives import collectives
 from autoshard.auditing.matching import match_collectives
-from autoshard.auditing.planned_times import is_ring, ring_parts
+from autoshard.auditing.planned_times import distinct_rings, is_ring, ring_parts
+from autoshard.candidates import Candidate, compile_variants
 from autoshard.emitting.collectives.rings import gather_in_ring, multiply_pieces, scatter_in_ring
 from autoshard.emitting.program import emit
 from autoshard.planning.records import PlannedCollective
@@ -38,7 +41,9 @@ FORMS = (("all-gather", 0, "r"), ("all-gather", 0, "s"), ("all-gather", 1, "s"),
 SCATTERS = (("reduce-scatter", "result", "r"), ("reduce-scatter", "result", "c"))
 
 
-def run_form(form: tuple[str, Any, str], mesh_shape: str, sizes: dict[str, int], dtype: str) -> tuple[Any, Any, Any]:
+def run_form(
+    form: tuple[str, Any, str], mesh_shape: str, sizes: dict[str, int], dtype: str, two_ways: bool
+) -> tuple[Any, Any, Any]:
     """A product beside a ring over all axes of a mesh: its result, that of one device, and the compiled collectives."""
     kind, side, letter = form
     topology = cpu_topology(mesh_shape)
@@ -59,7 +64,7 @@ def run_form(form: tuple[str, Any, str], mesh_shape: str, sizes: dict[str, int],
         if kind == "all-gather":
             dim = (LEFT, RIGHT)[side].index(letter)
             step = CollectiveStep(kind, axes, whole, whole, source_dim=dim)
-            found = gather_in_ring(step, (a, b)[side], of)
+            found = gather_in_ring(step, (a, b)[side], of, two_ways)
             return multiply_pieces(op, side, found, (a, b)[1 - side], multiply)
         step = CollectiveStep(kind, axes, whole, whole, target_dim="rc".index(letter))
         return scatter_in_ring(op, step, (a, b), of, multiply)
@@ -79,7 +84,7 @@ def run_form(form: tuple[str, Any, str], mesh_shape: str, sizes: dict[str, int],
 
 @pytest.mark.parametrize("form", (*FORMS, *SCATTERS), ids=lambda form: "-".join(map(str, form)))
 def test_every_form_both_ways_around(form):
-    assert_form(form, "6", (1, 2, 1), "float32")
+    assert_form(form, "6", (1, 2, 1), "float32", True)
 
 
 @pytest.mark.long
@@ -88,17 +93,20 @@ def test_every_form_both_ways_around(form):
     mesh_shape=st.sampled_from(MESHES),
     scale=st.tuples(*[st.integers(1, 3)] * 3),
     dtype=st.sampled_from(("float32", "bfloat16")),
+    two_ways=st.booleans(),
 )
 @examples(30)
-def test_every_form_equals_the_product_and_sends_what_the_collective_sends(form, mesh_shape, scale, dtype):
-    assert_form(form, mesh_shape, scale, dtype)
+def test_every_form_equals_the_product_and_sends_what_the_collective_sends(form, mesh_shape, scale, dtype, two_ways):
+    assert_form(form, mesh_shape, scale, dtype, two_ways)
 
 
-def assert_form(form: tuple[str, Any, str], mesh_shape: str, scale: tuple[int, int, int], dtype: str) -> None:
+def assert_form(
+    form: tuple[str, Any, str], mesh_shape: str, scale: tuple[int, int, int], dtype: str, two_ways: bool
+) -> None:
     """Rows, columns or what is summed over; one to three axes, one or both ways around."""
     chips = prod(cpu_topology(mesh_shape).axis_sizes.values())
     sizes = {letter: n * chips for letter, n in zip("rsc", scale, strict=True)}
-    found, left, (right, sent) = run_form(form, mesh_shape, sizes, dtype)
+    found, left, (right, sent) = run_form(form, mesh_shape, sizes, dtype, two_ways)
     expected = np.asarray(left, np.float32) @ np.asarray(right, np.float32)
     rounding = 0.0 if dtype == "float32" else 2**-8 * (chips + 1) * np.abs(expected).max()  # small integers are exact
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0.0, atol=rounding)
@@ -113,6 +121,28 @@ def assert_form(form: tuple[str, Any, str], mesh_shape: str, scale: tuple[int, i
     assert {float(each.bytes) for each in hops} <= widened and {each.axes for each in hops} == {axes[:1]}
     rest = [each for each in sent if each.kind != "collective-permute"]
     assert [each.kind for each in rest] == ([form[0]] if len(axes) > 1 else [])
+
+
+@pytest.mark.parametrize(("two_ways", "ahead"), [(True, (0, -1, 1, -2)), (False, (0, -1, -2, -3))])
+@pytest.mark.parametrize(("letter", "sums"), [("r", 0), ("s", 3)])
+def test_pieces_are_added_up_in_the_order_in_which_they_arrive(two_ways, ahead, letter, sums):
+    """Each sum passes a barrier before the next product is added, so that no compiler takes another order."""
+    left, right = jnp.zeros((8, 8)), jnp.zeros((8, 8))
+    op = next(op for op in trace(jnp.matmul, left, right).program.operations if op.op_class == "matmul")
+    dim, whole = LEFT.index(letter), Layout(((), ()))
+    step = CollectiveStep("all-gather", ("x",), whole, whole, source_dim=dim)
+    came = []
+
+    def on_chip(a: Any, b: Any) -> Any:
+        found = gather_in_ring(step, a, {"x": 4}, two_ways)
+        came.append(found.ahead)
+        return multiply_pieces(op, 0, found, b, jnp.matmul)
+
+    cut = PartitionSpec(*("x" if each == letter else None for each in LEFT))
+    mesh = mesh_of(cpu_topology("4"))
+    mapped = jax.shard_map(on_chip, mesh=mesh, in_specs=(cut, PartitionSpec()), out_specs=cut, check_vma=False)
+    text = str(jax.make_jaxpr(mapped)(left, right))
+    assert came[0] == ahead and text.count("optimization_barrier") == sums
 
 
 # --- in plans
@@ -188,6 +218,55 @@ def test_two_products_share_one_ring():
     hops = [each for each in audit.collectives if each.kind == "collective-permute"]
     assert sum(each.count for each in hops) == 3 and {each.bytes for each in hops} == {512 * 128 * 4}
     assert audit.ok, str(audit)
+
+
+@pytest.mark.parametrize(("closed", "ways"), [(True, 2), (False, 1)])
+def test_pieces_travel_both_ways_only_where_the_ways_use_links_of_their_own(closed: bool, ways: int):
+    """On a line each hop closes the ring the other way, so a second way around would wait for the first."""
+    line = parse_topology("v5e:4x1")
+    axes = (replace(line.axes[0], wraparound=closed), line.axes[1])
+    topology = replace(line, axes=axes, pricing=Pricing(overlap="looped"))
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 8192), (8192, 16384), (8192, 16384))]
+    plan = autoshard.search(columns, *args, topology=topology)
+    assert any(is_ring(each, topology) for each in plan.estimate.collectives)
+    traced = trace(columns, *args)
+    mesh = mesh_of(cpu_topology("4x1"))
+    lowered = jax.jit(emit(traced, plan.choice, topology, mesh)).lower(*args).as_text()
+    assert len(set(re.findall(r"source_target_pairs = dense<(\[\[.*?\]\])>", lowered))) == ways
+
+
+def test_two_products_that_share_a_ring_send_it_once():
+    row = PlannedCollective("all-gather", ("x",), 64.0, 1.0, 1.0, "", 2.0)
+    whole = replace(row, hidden_seconds=0.0)
+    topology = rings_only("cpu:4")
+    pairs = [(row, (1, "bfloat16")), (row, (1, "bfloat16")), (row, (2, "bfloat16")), *[(whole, (1, "bfloat16"))] * 2]
+    planned, arrays = zip(*pairs, strict=True)
+    assert distinct_rings(planned, arrays, topology) == [pairs[0], *pairs[2:]]
+
+
+def test_a_plan_may_be_emitted_without_its_rings():
+    plan, args = plan_of(rings_only("cpu:4"))
+    without = replace(plan, emission=replace(plan.emission, rings=False))
+    audit = autoshard.audit(without, columns, *args)
+    assert {each.kind for each in audit.collectives} == {"all-gather"} and audit.ok, str(audit)
+
+
+def test_verify_compiles_a_plan_without_its_rings(monkeypatch: pytest.MonkeyPatch):
+    """As a way to emit it, where the compiler reports cycles."""
+    tried = []
+    audit: Any = SimpleNamespace(compute_seconds=1.0, collective_seconds=0.0, step_seconds=1.0, ok=True, is_slow=False)
+
+    def compiled(plan: Any, *_: Any) -> Candidate[Any]:
+        tried.append(plan.emission.rings)
+        return Candidate(0, plan, audit)
+
+    monkeypatch.setattr("autoshard.candidates.compile_plan", compiled)
+    monkeypatch.setattr("autoshard.candidates.choose_formats", lambda plan, *_: plan)
+    for pricing, expected in ((Pricing(overlap="looped"), [False]), (Pricing(), [])):
+        plan, args = plan_of(replace(rings_only("cpu:4"), pricing=pricing))
+        list(compile_variants(Candidate(1, plan, audit), columns, args, "host", lambda _: None))
+        assert [each for each in tried if each is not None] == expected
+        tried.clear()
 
 
 def test_a_plan_with_rings_is_saved_and_says_so(tmp_path):

@@ -38,7 +38,9 @@ def pieces_first(text: str | Topology, faster: float = 1.0, **pricing) -> Topolo
         replace(axis, bytes_per_second=axis.bytes_per_second * faster, hop_seconds=0.0, launch_seconds=0.0)
         for axis in plain.axes
     )
-    chip = replace(plain.chip, op_overhead_seconds=0.0, stream_overhead_seconds=0.0)
+    chip = replace(
+        plain.chip, op_overhead_seconds=0.0, stream_overhead_seconds=0.0, piece_loss=0.1, summed_piece_loss=0.2
+    )
     return replace(plain, chip=chip, axes=axes, pricing=Pricing(**{"overlap": "looped", **pricing}))
 
 
@@ -166,12 +168,30 @@ def test_a_scattered_product_takes_its_pieces_or_the_hops_and_the_last_sum(inner
     piece_of = autoshard.search(jnp.matmul, *_piece(inner), topology=pieces_first("v4:1x1x1"))
     piece = next(op for op in piece_of.operations if op.matmul).seconds
     axis, sent = topology.axis("x"), 2 * 512 * 8192
-    hop, last = sent / 4 / axis.bytes_per_second, 3 * sent / 8 / topology.chip.vector_elements_per_second
+    hop, last = sent / 4 / axis.bytes_per_second, 2 * sent / 8 / topology.chip.vector_elements_per_second
     assert (4 * piece > 3 * hop + piece) == (inner == 65_536)
     taken = max(4 * piece, 3 * hop + piece) + last
     assert plan.estimate.seconds == pytest.approx(taken, rel=1e-9) and taken > product.seconds
     (scatter,) = plan.estimate.collectives
     assert scatter.kind == "reduce-scatter" and scatter.hidden_seconds > 0
+    assert plan.formulas().at(plan.formulas().total.seconds) == pytest.approx(plan.estimate.seconds, rel=1e-9)
+
+
+@pytest.mark.parametrize(("spec", "loss"), [(("x",), 0.1), ((None, "x"), 0.2)])
+def test_a_gathered_product_takes_its_pieces_with_their_loss(spec: tuple[str | None, ...], loss: float):
+    """Rows are written to their places; what is summed over is added up. The work decides in both."""
+    given, columns = jax.sharding.PartitionSpec(*spec), jax.sharding.PartitionSpec(None, "x")
+
+    def product(a, b):
+        return autoshard.pin(autoshard.pin(a, given) @ autoshard.pin(b, columns), columns)
+
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8192, 8192), (8192, 65_536))]
+    topology = pieces_first("v4:4x1x1")
+    plan = autoshard.search(product, *args, topology=topology)
+    (gather,) = plan.estimate.collectives
+    assert gather.kind == "all-gather" and gather.hidden_seconds > 0
+    product_seconds = next(op for op in plan.operations if op.matmul).seconds
+    assert plan.estimate.seconds == pytest.approx((1 + loss) * product_seconds, rel=1e-2)
     assert plan.formulas().at(plan.formulas().total.seconds) == pytest.approx(plan.estimate.seconds, rel=1e-9)
 
 

@@ -1,15 +1,26 @@
 """A matmul beside its all-gather or reduce-scatter: pieces of the matmul, and permutes between neighbours, unrolled.
 
 The model and the forms are those of `costmodels.machine.rings`: the ring runs over the most major axis of the collective,
-from four chips on both ways around. The other axes are gathered before it, or scattered after it, at once.
+both ways around where the two ways use links of their own. The other axes are gathered before it, or scattered after it, at
+once. Measured with libtpu 0.0.42, schedules replayed:
 
 - A piece of a gathered operand is multiplied as it arrives, and its result written to its place in the whole. Several
-  matmuls share the pieces. If the gathered dimension is summed over, the results of the pieces are added up. No barrier
-  keeps the order of these sums: it would keep them out of the matmuls, which costs more than one exposed hop (a gather
-  beside 4096 x 8192 x 4096 on v5e: 1.56 ms without, 1.95 ms with barriers).
-- The pieces of a scattered result are computed in the order in which they are sent, the own piece last. Behind a barrier the
-  last sum is an operation of its own: libtpu 0.0.42 fuses it with the last matmul, which then waits for the last hop
-  (a scatter beside 4096 x 8192 x 8192 on v4: 2.78 ms fused, 2.49 ms apart).
+  matmuls share the pieces. If the gathered dimension is summed over, each result is added to the sum before it, which passes
+  a barrier. Without barriers the compiler may begin with a piece that has yet to arrive: two layers of PaLM 540B's prefill
+  on v4 4x4x4 take 4.79 ms without and 4.40 ms with them. The sum must be the second operand of the addition, or the
+  compiler does not fuse all additions into the matmuls (a gather beside 4096 x 8192 x 4096 on v5e: 1.95 instead of 1.58 ms).
+- Sums of more than two dimensions have the order in memory of an argument. Otherwise the compiler may compute them in an order
+  for which it copies the stacked weights before a loop: two layers of Llama 3 405B's prefill on v5e 4x4 take 15.0
+  instead of 13.0 ms.
+- On a line, where every hop takes the links of both ways, gathered pieces go one way, so that they arrive in turn: the same
+  layers take 13.0 ms both ways and 12.0 ms one way.
+- The pieces of a scattered result are computed in the order in which they are sent, the own piece last. From four chips
+  on sums travel both ways around, also on lines, because the sums of one way wait for each other (2048 x 7168 x 8192 on v5e:
+  1,390 µs on the core both ways, 1,577 µs one way). With an even number of chips the shorter way's sum is fused into the own
+  piece, so that the compiler computes all other pieces before it: otherwise it leaves the first hop exposed (2048 x 7168 x
+  8192 on v4: 1,141 instead of 1,330 µs).
+- Behind a barrier the last sum is an operation of its own: the compiler fuses it with the last matmul, which then waits for
+  the last hop (a scatter beside 4096 x 8192 x 8192 on v4: 2.78 ms fused, 2.49 ms apart).
 """
 
 from __future__ import annotations
@@ -21,6 +32,7 @@ from typing import Any
 from jax import lax
 
 from autoshard.emitting.collectives.reshard_steps import run_step
+from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
 from costmodels.machine.rings import TWO_WAYS
 from costmodels.program.program import Operation
 from search.formulation.collective_steps import CollectiveStep
@@ -45,20 +57,20 @@ class Arrived:
         return _place(self.axis, self.ahead[k], self.chips) * self.pieces[k].shape[self.dim]
 
 
-def gather_in_ring(step: CollectiveStep, piece: Any, sizes: Mapping[str, int]) -> Arrived:
-    """Sends a shard around the ring of an all-gather."""
+def gather_in_ring(step: CollectiveStep, piece: Any, sizes: Mapping[str, int], two_ways: bool) -> Arrived:
+    """Sends a shard around the ring of an all-gather, `two_ways` around or one."""
     axis, chips = step.axes[0], sizes[step.axes[0]]
     if step.axes[1:]:
         piece = run_step(_over_rest(step), piece, sizes)
     ahead, pieces = [0], [piece]
     before = after = piece
     for k in range(1, chips):
-        if chips >= TWO_WAYS and k % 2 == 0:
+        if two_ways and k % 2 == 0:
             after = _hop(after, axis, chips, -1)
             ahead, pieces = [*ahead, k // 2], [*pieces, after]
         else:
             before = _hop(before, axis, chips, 1)
-            ahead, pieces = [*ahead, -((k + 1) // 2 if chips >= TWO_WAYS else k)], [*pieces, before]
+            ahead, pieces = [*ahead, -((k + 1) // 2 if two_ways else k)], [*pieces, before]
     return Arrived(axis, step.source_dim, chips, tuple(ahead), tuple(pieces))
 
 
@@ -80,9 +92,10 @@ def multiply_pieces(op: Operation, side: int, found: Arrived, other: Any, multip
     results = []
     for k, piece in enumerate(found.pieces):
         match = other if at is None else lax.dynamic_slice_in_dim(other, found.start(k), piece.shape[found.dim], at)
-        results.append(multiply(piece, match) if side == 0 else multiply(match, piece))
+        result = multiply(piece, match) if side == 0 else multiply(match, piece)
+        results.append(result if at is None or _is_matrix(result) else with_argument_layout(result, always=True))
         if to is None and k:
-            results = [results[0] + results[1]]
+            results = [results[1] + lax.optimization_barrier(results[0])]
     return results[0] if to is None else _written(found, to, results)
 
 
@@ -117,7 +130,10 @@ def _sum_both_ways(axis: str, chips: int, piece: Callable[[int], Any]) -> Any:
         onward = piece(far - k) + _hop(onward, axis, chips, 1)
         if k < near:
             back = piece(k - near) + _hop(back, axis, chips, -1)
-    return _sum_apart(piece(0), _hop(onward, axis, chips, 1), _hop(back, axis, chips, -1))
+    own, last = piece(0), _hop(back, axis, chips, -1)
+    if near < far:  # the way back is a hop shorter, so its sum arrives before the last one
+        own, last = own + last, None
+    return _sum_apart(own, _hop(onward, axis, chips, 1), *([] if last is None else [last]))
 
 
 def _sum_apart(*summands: Any) -> Any:
@@ -157,6 +173,11 @@ def _written(found: Arrived, dim: int, pieces: Sequence[Any]) -> Any:
     for ahead, piece in zip(found.ahead, pieces, strict=True):
         whole = lax.dynamic_update_slice_in_dim(whole, piece, _place(found.axis, ahead, found.chips) * size, dim)
     return whole
+
+
+def _is_matrix(piece: Any) -> bool:
+    """Whether an array has at most two dimensions of more than one element."""
+    return sum(size > 1 for size in piece.shape) <= 2
 
 
 def _dim_of(dims: Sequence[Sequence[int]], factor: int) -> int | None:
