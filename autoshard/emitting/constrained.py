@@ -15,7 +15,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 
 from autoshard.emitting.memory_orders import Order
-from autoshard.emitting.program import Runner, Scope
+from autoshard.emitting.program import Runner
+from autoshard.emitting.scope import Scope
 from autoshard.emitting.sharding import spec_of
 from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
 from autoshard.emitting.tpu_workarounds.vector_matmul import product
@@ -51,7 +52,7 @@ class GlobalRunner(Runner):
     def reshard(self, value: int, piece: Any, source: Layout, target: Layout) -> Any:
         """The array, constrained to the source, the layouts between its collectives and the target, each if it is chosen."""
         empty = 0 in self.program.values[value].shape
-        steps = () if empty or value not in self.constrained else self._path(value, source, target)
+        steps = () if empty or value not in self.constrained else self.path(value, source, target)
         for layout in dict.fromkeys((source, *(step.target for step in steps), target)):
             if (value, layout) in self.chosen:
                 piece = lax.with_sharding_constraint(piece, NamedSharding(self.mesh, spec_of(layout)))

@@ -17,8 +17,7 @@ from jax.extend import source_info_util
 from jax.sharding import PartitionSpec
 
 from autoshard.annotating.masks import Cut
-from autoshard.emitting.collectives.reshard_steps import run_step
-from autoshard.emitting.collectives.rings import Arrived, gather_in_ring, join, multiply_pieces, scatter_in_ring
+from autoshard.emitting.collectives.rings import Arrived, multiply_pieces, scatter_in_ring
 from autoshard.emitting.local_operation import StrategyPieces, all_reduce_inside, run_locally
 from autoshard.emitting.memory_orders import (
     Order,
@@ -28,6 +27,7 @@ from autoshard.emitting.memory_orders import (
     to_program_order,
 )
 from autoshard.emitting.padding import masked, resize_cut
+from autoshard.emitting.scope import Resharder, Scope
 from autoshard.emitting.sharding import spec_of
 from autoshard.emitting.tpu_workarounds.argument_copies import copy_argument
 from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
@@ -37,7 +37,6 @@ from autoshard.emitting.tpu_workarounds.score_barriers import score_barriers
 from autoshard.planning.emission import BY_DEFAULT, Emission
 from autoshard.tracing.blocks import (
     Atom,
-    BarrierStep,
     Block,
     BranchStep,
     Carry,
@@ -49,89 +48,13 @@ from autoshard.tracing.blocks import (
     StackedResult,
     Traced,
 )
-from costmodels.machine.rings import has_two_ways
 from costmodels.machine.topology import Topology
-from costmodels.program.program import Program
 from search.answer.assignment import Choice, Ring, collectives, kept_layout, needed_layout, produced_layout, rings
 from search.formulation.layouts import Layout, local_shape
-from search.formulation.reshard import reshard_table
 from search.memory.views import IN_PLACE
 
 
-class Scope:
-    """The arrays of one block: per value, its shard in each layout made so far."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.arrays: dict[int, dict[Layout, Any]] = {}
-        self.arrived: dict[tuple[int, Layout], Arrived] = {}
-        self.scattered: dict[int, Ring] = {}
-
-    def put(self, value: int, piece: Any) -> None:
-        """Stores a produced value, resharded to the layout in which it is kept."""
-        runner = self.runner
-        made, home = (
-            produced_layout(runner.program, runner.choice, value),
-            kept_layout(runner.program, runner.choice, value),
-        )
-        piece = runner.reshard(value, piece, made, home)
-        self.arrays[value] = {home: lax.optimization_barrier(piece) if value in runner.resting else piece}
-
-    def get(self, atom: Atom, layout: Layout, hidden: bool = False) -> Any:
-        """A value's shard in the layout that a use needs, or a literal; `hidden` if a matmul may hide the reshard."""
-        if isinstance(atom, Literal):
-            return atom.value
-        found = self.arrays[atom]
-        if layout not in found:
-            home = next(iter(found))
-            piece = found[home]
-            if hidden and home != layout and atom in self.runner.copied:
-                piece = copy_argument(piece)
-            if (atom, layout) in self.arrived:
-                found[layout] = join(self.arrived[atom, layout])
-            elif atom in self.scattered:
-                found[layout] = self.runner.run(self.scattered[atom].others, piece)
-            else:
-                found[layout] = self.runner.reshard(atom, piece, home, layout)
-        return found[layout]
-
-    def put_scattered(self, value: int, piece: Any, ring: Ring) -> None:
-        """Stores a product that its ring has scattered."""
-        if ring.move.operation is None:
-            self.arrays[value] = {ring.move.target: self.runner.run(ring.others, piece)}
-        else:  # the other steps run where the value is needed
-            self.arrays[value] = {ring.step.target: piece}
-            self.scattered[value] = ring
-
-    def get_pieces(self, value: int, ring: Ring) -> Any:
-        """The pieces of a value in a ring, which other products may share, or the whole shard if there is one."""
-        target, found = ring.step.target, self.arrays[value]
-        if target in found:
-            return found[target]
-        if (value, target) not in self.arrived:
-            piece, others = self.stored(value), ring.others
-            if value in self.runner.copied:
-                piece = copy_argument(piece)
-            others = others[1:] if value in self.scattered else others
-            with jax.named_scope(f"ring {ring.step.source}->{target}"):
-                piece = self.runner.run(others, piece)
-                two_ways = has_two_ways(self.runner.topology.axis(ring.step.axes[0]))
-                self.arrived[value, target] = gather_in_ring(ring.step, piece, self.runner.sizes, two_ways)
-        return self.arrived[value, target]
-
-    def stored(self, value: int) -> Any:
-        """A value's shard in the layout in which it is kept."""
-        return next(iter(self.arrays[value].values()))
-
-    def add_barrier(self, step: BarrierStep) -> None:
-        """Passes the values through an `optimization_barrier`, so XLA cannot merge later recomputation with earlier results."""
-        homes = {value: next(iter(self.arrays[value])) for value in step.values}
-        plain = [v for v in homes if not jnp.issubdtype(self.stored(v).dtype, jax.dtypes.extended)]
-        for value, piece in zip(plain, lax.optimization_barrier([self.stored(v) for v in plain]), strict=True):
-            self.arrays[value] = {homes[value]: piece}
-
-
-class Runner:
+class Runner(Resharder):
     """Runner of a traced program under a choice, on local shards; to be called inside `shard_map`."""
 
     def __init__(
@@ -142,14 +65,17 @@ class Runner:
         emission: Emission = BY_DEFAULT,
         orders: Sequence[Order] = (),
     ) -> None:
-        self.traced, self.choice, self.topology = traced, choice, topology
-        self.program: Program = traced.program
-        self.sizes = topology.axis_sizes
-        self.orders = orders_of_values(traced.program, orders)
         values = (*traced.argument_values, *traced.constant_values)
-        self.copied = frozenset(values) if topology.chip.kind == "tpu" else frozenset()
         barriers = (residual_barriers, score_barriers)
-        self.resting = frozenset[int]().union(*(f(traced.program, choice, topology, emission) for f in barriers))
+        super().__init__(
+            traced.program,
+            choice,
+            topology,
+            copied=frozenset(values) if topology.chip.kind == "tpu" else frozenset(),
+            resting=frozenset[int]().union(*(f(traced.program, choice, topology, emission) for f in barriers)),
+        )
+        self.traced = traced
+        self.orders = orders_of_values(traced.program, orders)
         self.rings = {} if emission.rings is False else rings(traced.program, topology, choice)
         self.waits = find_conversion_barriers(traced.program) if collectives(traced.program, topology, choice) else {}
 
@@ -179,32 +105,8 @@ class Runner:
         if self.topology.chip.kind != "tpu" or 0 in self.program.values[value].shape:
             return False
         made, home = (each(self.program, self.choice, value) for each in (produced_layout, kept_layout))
-        steps = [*self._path(value, made, home), *self._path(value, home, layout)]
+        steps = [*self.path(value, made, home), *self.path(value, home, layout)]
         return bool(steps) and steps[-1].kind != "slice"
-
-    def reshard(self, value: int, piece: Any, source: Layout, target: Layout) -> Any:
-        """Runs the planned collectives of a reshard."""
-        if source == target:
-            return piece
-        array = self.program.values[value]
-        if 0 in array.shape:  # JAX does not lower a gather of an empty array
-            return jnp.zeros(local_shape(array.shape, target, self.sizes), piece.dtype)
-        with jax.named_scope(f"{source}->{target}"):
-            return self.run(self._path(value, source, target), piece)
-
-    def run(self, steps: Sequence[Any], piece: Any) -> Any:
-        """Runs some steps of a reshard."""
-        for step in steps:
-            piece = run_step(step, piece, self.sizes)
-        return piece
-
-    def _path(self, value: int, source: Layout, target: Layout) -> Sequence[Any]:
-        """The steps of a reshard."""
-        if source == target:
-            return ()
-        array = self.program.values[value]
-        table = reshard_table(array.shape, array.itemsize, self.topology, bool(source.partial or target.partial))
-        return table.path(source, target)
 
     def block(self, block: Block, scope: Scope) -> None:
         """Runs a block's steps in order."""

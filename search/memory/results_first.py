@@ -26,7 +26,7 @@ from dataclasses import replace
 from math import prod
 
 from costmodels.program.program import Program
-from search.memory.buffer import Buffer
+from search.memory.buffers import Buffer
 from search.memory.conversions import conversions
 from search.memory.kernels import REDUCTIONS, is_inlined
 

@@ -13,9 +13,7 @@ FOLDERS = ("autoshard", "search", "costmodels", "tests", "examples", "benchmarks
 CROWDED = {"benchmarks"}
 """Folders of scripts, each of which answers one question."""
 LONG = {
-    "autoshard/emitting/program.py",
     "search/formulation/problem.py",
-    "search/memory/constraints.py",
 }
 """Modules that are to be split; one that no longer is long must leave this list."""
 

@@ -11,7 +11,7 @@ from jax import lax
 
 import autoshard
 from autoshard.auditing.findings import find_in_time
-from search.memory.constraints import buffers
+from search.memory.buffers import buffers
 from search.memory.conversions import conversions
 from search.memory.results_first import results_first
 from search.memory.tpu_temporaries import joined_operands
