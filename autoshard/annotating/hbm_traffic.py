@@ -1,11 +1,12 @@
 """HBM traffic of fused operations: the operands and results that pass through HBM, and their width there.
 
-A chain of fused operations reads each of its sources once and writes its sinks. Its intermediates stay on the chip. Four
-rules follow the compilers:
+A chain of fused operations reads its sources and writes its sinks. Its intermediates stay on the chip. Five rules follow the
+compilers:
 
 - Views (broadcasts, reshapes, transpositions) and casts have no traffic of their own. A read through a cast has the
   width in HBM: int8 weights that are cast for a matmul are read as int8. A result whose uses are all casts is written
   at the widest of their widths.
+- Operations that can run at once read an array once, as parts of one kernel, such as the updates of an optimizer.
 - A slice computed by arithmetic is written directly into its stack.
 - A stack that a loop updates in place is copied before the loop if its old contents are used elsewhere.
 - A sum must end before its result can be used. Operations after it read the values of the chain before it again: a softmax
@@ -16,6 +17,7 @@ rules follow the compilers:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY
@@ -34,15 +36,15 @@ def annotate_traffic(traced: Traced) -> Traced:
 def with_traffic(program: Program) -> Program:
     """Gives fused operations their HBM traffic, and all operations the widths of their operands and results."""
     operations, depths = list(program.operations), _Depths(program)
-    chains, read = _chains(program), set[tuple[int, int, int]]()
+    passes, read = _passes(program), set[tuple[int, tuple[int, int]]]()
     for i, op in enumerate(operations):
         traffic = op.traffic
         if op.op_class == "fused":
             chain = op.flops_per_point and not _is_view(program, op)
-            reads = (_source_read(program, depths, i, use.value) for use in op.inputs) if chain else ()
-            new = {k: (value, chains[i], depths.before[i]) for k, value in enumerate(reads) if value is not None}
-            traffic = (*(k for k, key in new.items() if key not in read), *(_writes(program, op) if chain else ()))
-            read.update(new.values())
+            reads = {k: (source, passes[i]) for k, source in _reads(program, depths, i)} if chain else {}
+            new = {key: k for k, key in reversed(reads.items()) if key not in read}
+            traffic = (*sorted(new.values()), *(_writes(program, op) if chain else ()))
+            read.update(new)
         elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
             traffic = ()
         elif op.primitive == CARRY and _is_copied(program, op):
@@ -84,28 +86,24 @@ def _is_copied(program: Program, carry: Operation) -> bool:
     return (op.op_class == "source" and begins[0] not in given) or len(program.consumers[begins[0]]) > 1
 
 
-def _source_read(program: Program, depths: _Depths, i: int, value: int) -> int | None:
-    """The array that an operation of a chain reads as an operand; None if the chain has it on the chip."""
-    source = _producer_through_casts(program, value)
-    return source if not _is_fused_result(program, source) or depths.reread(source, i) else None
+def _reads(program: Program, depths: _Depths, i: int) -> Iterator[tuple[int, int]]:
+    """The operands of an operation in a chain that are not on the chip, each with the array that it is a view or cast of."""
+    for k, use in enumerate(program.operations[i].inputs):
+        source = _producer_through_casts(program, use.value)
+        if not _is_fused_result(program, source) or depths.reread(source, i):
+            yield k, source
 
 
-def _chains(program: Program) -> list[int]:
-    """Per operation the chain that it is in, as the first of the fused operations that are joined by their results."""
-    first = list(range(len(program.operations)))
-
-    def root(at: int) -> int:
-        while first[at] != at:
-            first[at] = at = first[first[at]]
-        return at
-
-    for i, op in enumerate(program.operations):
-        for use in op.inputs if op.op_class == "fused" else ():
-            maker = program.producers[use.value][0]
-            if program.operations[maker].op_class == "fused":
-                one, other = sorted((root(i), root(maker)))
-                first[other] = one
-    return [root(i) for i in range(len(first))]
+def _passes(program: Program) -> list[tuple[int, int]]:
+    """Per operation the most unfused operations on a path to it, and the reductions since; equal ones can be one kernel."""
+    passes, made = list[tuple[int, int]](), dict[int, tuple[int, int]]()
+    for op in program.operations:
+        level, reductions = max((made.get(use.value, (0, 0)) for use in op.inputs), default=(0, 0))
+        passes.append((level, reductions))
+        for use in op.outputs:
+            further = (level, reductions + _reduces(program, op, use))
+            made[use.value] = further if op.op_class == "fused" else (level + 1, 0)
+    return passes
 
 
 def _writes(program: Program, op: Operation) -> list[Output]:
