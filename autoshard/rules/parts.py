@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +102,8 @@ def concatenate(inputs, outputs, *, dimension, **_):
     """`[a,b],[a,b] -> [a,bc] exchanged={b}`: equal parts may be split; unequal parts stay whole: `[a,b],[a,c] -> [a,d]`."""
     factors, joined, parts = _parts(outputs[0], inputs, dimension)
     linear = (frozenset(range(len(inputs))),)
-    return Rule(factors.done(), parts, (joined,), linear, flops_per_point=0.0, local=_local_concatenate)
+    once = prod(outputs[0].shape) / max(1, prod(factor.size for factor in factors.done()))  # each element is written
+    return Rule(factors.done(), parts, (joined,), linear, flops_per_point=once, local=_local_concatenate)
 
 
 @register("split")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import autoshard
 from autoshard.annotating.hbm_traffic import annotate_traffic
 from autoshard.tracing.trace import trace
 
@@ -42,3 +43,22 @@ def test_the_first_argument_is_read_once_a_pass(name: str) -> None:
     value = program.operations[program.arguments[0]].outputs[0].value
     read = [op for op in program.operations for k in op.traffic if isinstance(k, int) and op.inputs[k].value == value]
     assert len(read) == expected
+
+
+def test_joined_arrays_are_read_and_written() -> None:
+    """On v5e the compiler takes 450 µs to join two arrays of 32 MiB, which passes 67 Mi elements through the vector unit."""
+    half = jax.ShapeDtypeStruct((8, 1024, 2048), jnp.bfloat16)
+    plan = autoshard.search(lambda x, y: jnp.concatenate((x, y), 1), half, half, topology="v5e:1x1")
+    assert 350e-6 < plan.estimate.seconds < 550e-6
+
+
+def test_unequal_parts_cost_as_much_as_their_elements() -> None:
+    def joined(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.concatenate((x, y), 0)
+
+    first, last = jax.ShapeDtypeStruct((1, 4096), jnp.float32), jax.ShapeDtypeStruct((4095, 4096), jnp.float32)
+    half = jax.ShapeDtypeStruct((2048, 4096), jnp.float32)
+    seconds = [
+        autoshard.search(joined, *args, topology="v5e:1x1").estimate.seconds for args in ((first, last), (half, half))
+    ]
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.01)
