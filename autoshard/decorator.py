@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from autoshard._util.elapsed import Say, elapsed
-from autoshard.emitting.attached import topology_of, topology_of_mesh
+from autoshard.annotating.attached import topology_of, topology_of_mesh
 from autoshard.emitting.padded_step import PaddedStep
 from autoshard.emitting.sharding import mesh_in_context
 from autoshard.errors import AutoshardError, TraceError

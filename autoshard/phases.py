@@ -11,7 +11,7 @@ from typing import Any
 from autoshard._util.paths import dotted
 from autoshard._util.tables import time
 from autoshard.annotating.annotated_function import AnnotatedFunction
-from autoshard.emitting.attached import topology_of
+from autoshard.annotating.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.phase_padding import PhaseChoice, Sharing, choose_joint_padding
 from autoshard.pipeline import annotated_function

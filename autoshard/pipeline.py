@@ -8,8 +8,8 @@ from os import PathLike
 from typing import Any, get_args
 
 from autoshard.annotating.annotated_function import AnnotatedFunction, annotate
+from autoshard.annotating.attached import topology_of
 from autoshard.annotating.dimension_names import Names, symbols_of
-from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError
 from autoshard.plan import Plan
 from autoshard.planning.chains import choose_chains

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from autoshard._util.tables import columns, percent, size, time
-from autoshard.emitting import bind, placing, sharding
-from autoshard.emitting.formats import formats as formats_of
-from autoshard.emitting.jitted import Formats, jit_plan
-from autoshard.emitting.meshes import AxisNames, on_mesh
 from autoshard.planning.carriage import Carry
-from autoshard.planning.files import plan_file
 from autoshard.planning.records import PlanRecord
 
 if TYPE_CHECKING:
+    from autoshard.emitting.jitted import Formats
+    from autoshard.emitting.meshes import AxisNames
     from autoshard.explaining.formulas import Formulas
     from autoshard.naming.parallelism import Parallelism
 
@@ -39,15 +36,21 @@ class Plan(PlanRecord):
     @property
     def in_specs(self) -> tuple[Any, ...]:
         """The arguments' `PartitionSpec`s, shaped like the arguments."""
+        from autoshard.emitting import sharding
+
         return sharding.in_specs(self)
 
     @property
     def out_specs(self) -> Any:
         """The results' `PartitionSpec`s, shaped like the result."""
+        from autoshard.emitting import sharding
+
         return sharding.out_specs(self)
 
     def shardings(self, mesh: Mesh, axes: AxisNames | None = None) -> tuple[tuple[Any, ...], Any]:
         """The arguments' and the results' `NamedSharding`s on a mesh; `axes` as for `jit`."""
+        from autoshard.emitting import sharding
+
         return sharding.shardings(self, mesh, axes)
 
     # --- execution -----------------------------------------------------------------------------------------------
@@ -59,6 +62,8 @@ class Plan(PlanRecord):
 
         **Raises:** `TopologyError` if the number of devices differs from the plan's number of chips.
         """
+        from autoshard.emitting import sharding
+
         return sharding.make_mesh(self, devices)
 
     def apply(
@@ -72,6 +77,8 @@ class Plan(PlanRecord):
         **Raises:** when called, `PlanMismatchError` if the plan is not for this function and these arguments, `TopologyError`
         if the mesh does not fit the plan.
         """
+        from autoshard.emitting import bind
+
         return bind.bind_plan(self, fn, mesh, axes=axes)
 
     def jit(
@@ -105,6 +112,10 @@ class Plan(PlanRecord):
         partitioner with the constraints that `autoshard.carry` chose, "specs" has shardings of arguments and results only.
         By default it is the way with the fastest program of those that `autoshard.carry` compiled, else "manual".
         """
+        from autoshard.emitting import sharding
+        from autoshard.emitting.jitted import jit_plan
+        from autoshard.emitting.meshes import on_mesh
+
         mesh = mesh or sharding.current_mesh(self)
         return jit_plan(on_mesh(self, mesh, axes), fn, mesh, formats, carry)
 
@@ -114,7 +125,10 @@ class Plan(PlanRecord):
         The layout of a format is None if the array has the device's default order, and on devices of another kind than the
         plan's chips. `mesh` and `axes` as for `jit`.
         """
-        return formats_of(self, mesh or sharding.current_mesh(self), axes)
+        from autoshard.emitting import sharding
+        from autoshard.emitting.formats import formats
+
+        return formats(self, mesh or sharding.current_mesh(self), axes)
 
     def place(
         self,
@@ -140,6 +154,8 @@ class Plan(PlanRecord):
         **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` if there is no such
         argument; `TopologyError` if the mesh does not fit the plan.
         """
+        from autoshard.emitting import placing, sharding
+
         return placing.place(self, tree, mesh or sharding.current_mesh(self), argument, donate, axes)
 
     def unpad(self, tree: Any, argument: str | int | None = None) -> Any:
@@ -156,6 +172,8 @@ class Plan(PlanRecord):
         **Raises:** `PlanMismatchError` with the paths, shapes and types that differ; `ExportError` if there is no such
         argument.
         """
+        from autoshard.emitting import placing
+
         return placing.unpad(self, tree, argument)
 
     def abstract_args(
@@ -179,6 +197,8 @@ class Plan(PlanRecord):
         **Raises:** `ExportError` if there is no such argument, or for types that only JAX can make (PRNG keys);
         `TopologyError` if the mesh does not fit the plan.
         """
+        from autoshard.emitting import placing, sharding
+
         return placing.abstract_args(self, mesh or sharding.current_mesh(self), argument, axes)
 
     # --- text and files -----------------------------------------------------------------------------------------
@@ -280,6 +300,8 @@ def loads(text: str | bytes, where: str = "The plan") -> Plan:
 
     **Raises:** `PlanMismatchError`.
     """
+    from autoshard.planning.files import plan_file
+
     return Plan.of(plan_file.loads(text, where))
 
 
@@ -289,4 +311,6 @@ def load(path: str | PathLike[str]) -> Plan:
     **Raises:** `PlanMismatchError`, with the reason, for anything that is not a plan of this version or an older one;
     `OSError` if there is no such file.
     """
+    from autoshard.planning.files import plan_file
+
     return Plan.of(plan_file.load(path))

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
+from autoshard.annotating.attached import topology_of
 from autoshard.annotating.dimension_names import Names, name_dimensions, primes, with_numbers
 from autoshard.annotating.fingerprint import fingerprint
-from autoshard.emitting.attached import topology_of
 from autoshard.errors import AutoshardError, TraceError
 from autoshard.pipeline import annotated_function, plan_function
 from autoshard.plan import Plan

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from autoshard.emitting.attached import topology_of
+from autoshard.annotating.attached import topology_of
 from autoshard.sweep import engines
 from autoshard.sweep.extras import MissingExtra, require
 from autoshard.sweep.points import Point, Run

@@ -17,11 +17,11 @@ import jax
 from autoshard._util.files import write_whole
 from autoshard._util.tables import percent, table
 from autoshard._util.tables import time as duration
+from autoshard.annotating.attached import topology_of
 from autoshard.calibrating.microbenchmarks import Ranges, cases
 from autoshard.calibrating.step_check import StepCheck
 from autoshard.calibrating.timing import Patience, shortest
 from autoshard.emitting import targets
-from autoshard.emitting.attached import topology_of
 from autoshard.errors import TopologyError
 from costmodels.fitting import Residual, Timing, fit_topology, predict, residuals
 from costmodels.machine.chips import Constant

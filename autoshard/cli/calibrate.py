@@ -37,12 +37,12 @@ def calibrate(
     """
     from json import dumps
 
+    from autoshard.annotating.attached import topology_of
     from autoshard.calibrating.calibration import calibrate as measure
     from autoshard.calibrating.microbenchmarks import QUICK, Ranges
     from autoshard.calibrating.step_check import check_step
     from autoshard.calibrating.timing import HASTE, Patience
     from autoshard.emitting import targets
-    from autoshard.emitting.attached import topology_of
 
     with common.report_errors(verbose, json):
         common.check_output(output, force)

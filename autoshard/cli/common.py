@@ -128,7 +128,7 @@ def with_conventions(topology: str, bandwidth: str | None, overlap: str | None) 
 
     **Raises:** `TopologyError`; `Misuse` for unknown conventions.
     """
-    from autoshard.emitting.attached import topology_of
+    from autoshard.annotating.attached import topology_of
 
     part = None if overlap is None else _value(overlap)  # a number or a name
     asked = {key: value for key, value in (("bandwidth", bandwidth), ("overlap", part)) if value is not None}

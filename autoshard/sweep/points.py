@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autoshard.annotating.annotated_function import AnnotatedFunction
-from autoshard.emitting.attached import topology_of
+from autoshard.annotating.attached import topology_of
 from autoshard.errors import TopologyError
 from autoshard.pipeline import annotated_function
 from autoshard.planning.files.plan_cache import key_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -20,8 +21,12 @@ DEMO = ROOT / "examples" / "demo.py"
 
 @cache
 def ran(directory: Path) -> str:
-    """What the demo prints, run from another directory."""
-    found = subprocess.run([sys.executable, str(DEMO)], cwd=directory, capture_output=True, text=True)
+    """What the demo prints, run from another directory.
+
+    `readline`, which pytest imports, sets COLUMNS for child processes only. `os.environ` lacks it.
+    """
+    command = [sys.executable, str(DEMO)]
+    found = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=dict(os.environ))
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 

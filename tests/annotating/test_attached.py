@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 import autoshard
-from autoshard.emitting.attached import name_of
+from autoshard.annotating.attached import name_of
 from tests.support.plans import (
     planned_block,
 )
