@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from autoshard._util.elapsed import Say, elapsed
+from autoshard._util.identity import IdentityMap
 from autoshard.annotating.attached import topology_of, topology_of_mesh
 from autoshard.emitting.padded_step import PaddedStep
 from autoshard.emitting.sharding import mesh_in_context
@@ -198,7 +199,7 @@ class _Planner:
     quiet: bool = False
     known: dict[Hashable, _Bound] = field(default_factory=dict)
     last: _Bound | None = None
-    _ran: set[int] = field(default_factory=set)
+    _ran: IdentityMap[None] = field(default_factory=IdentityMap)
 
     def run(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         call, bound = self.bound(args, keywords)
@@ -212,9 +213,9 @@ class _Planner:
 
     def _shown(self, bound: _Bound) -> AbstractContextManager[Any]:
         """Shows the first run of a plan, which compiles it."""
-        if id(bound) in self._ran:
+        if bound in self._ran:
             return nullcontext()
-        self._ran.add(id(bound))
+        self._ran[bound] = None
         return self._elapsed(f"compiling {bound.plan.name} for {bound.plan.topology.name}", "compiled")
 
     def bound(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Call, _Bound]:

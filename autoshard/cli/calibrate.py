@@ -19,7 +19,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.toml", help="Write the topology to this file.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: common.Force = False,
     check: Annotated[
         str | None,
         typer.Option("--check", metavar="FILE.py:NAME", help="Plan and run this step, and compare its time."),

@@ -49,6 +49,12 @@ PinOptions = Annotated[
         help="Fix a layout: 'params.*.wq=None,x,yz', axes by dimension; may be repeated.",
     ),
 ]
+TopologyName = Annotated[
+    str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
+Reserve = Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory to reserve on each chip.")]
+Memory = Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory limit per chip.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Bandwidth = Annotated[
     str | None,
@@ -106,6 +112,11 @@ def progress(doing: str, verbose: bool = False) -> Iterator[Callable[[str], None
         return
     with elapsed(doing) as say:
         yield say
+
+
+def in_bytes(gib: float | None) -> float | None:
+    """GiB in bytes; None stays None."""
+    return None if gib is None else gib * 2**30
 
 
 def check_output(path: Path | None, force: bool) -> None:

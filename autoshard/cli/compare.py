@@ -34,7 +34,7 @@ def why_not(
     plan: common.PlanFile,
     family: Annotated[str, typer.Argument(metavar="[LAYOUT]", help="A baseline layout, such as 'Megatron 1D'.")] = "",
     pin: common.PinOptions = None,
-    memory: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory limit per chip.")] = None,
+    memory: common.Memory = None,
     time_limit: _Limit = None,
     json: common.AsJson = False,
     width: common.Width = None,

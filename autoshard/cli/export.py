@@ -38,7 +38,7 @@ def export(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: common.Force = False,
     verbose: common.Verbose = False,
 ) -> None:
     """Write the layouts of a plan's arguments in a format of other libraries.

@@ -30,7 +30,7 @@ def report(
         bool,
         typer.Option("--plans", help="Write a page for each plan of a sweep's frontier, with a link from its point."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: common.Force = False,
     verbose: common.Verbose = False,
 ) -> None:
     """Write one self-contained page about a plan or a sweep.

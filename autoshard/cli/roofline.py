@@ -18,7 +18,7 @@ def roofline(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The output: .png, .svg, .pdf, or .html with tables.")
     ],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: common.Force = False,
     verbose: common.Verbose = False,
 ) -> None:
     """Draw the rooflines of plans, one panel each: every operation, its bottleneck, and its distance to the roof.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,55 +42,62 @@ class Alone(StrEnum):
     specs = "specs"
 
 
+_TimeLimit = Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the remaining gap.")]
+_Baselines = Annotated[
+    bool, typer.Option("--baselines", help="Compare with baselines: data parallel, Megatron 1D, ...")
+]
+_Padding = Annotated[
+    bool,
+    typer.Option(help="Pad dimensions that the mesh axes do not divide, where that is faster; not with --carry."),
+]
+_Solver = Annotated[
+    Solver, typer.Option(help="CP-SAT after presolve, or alone: a reference for small functions and meshes.")
+]
+_Verify = Annotated[
+    Compiler | None,
+    typer.Option(help="Compile the best plans, and take the one with the fastest compiled program."),
+]
+_TopK = Annotated[int, typer.Option(metavar="K", min=1, help="Number of plans that --verify or --carry compiles.")]
+_Against = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PINS",
+        help="With --verify: compile the best plan with these pins too, such as 'cache.*=None,xy; tokens=x'.",
+    ),
+]
+_Carry = Annotated[
+    Alone | None,
+    typer.Option(help="Compile plans by their specs alone, and take the one with the fastest step."),
+]
+_Calibration = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.toml", help="With --verify: write a topology with the compiler's efficiencies."),
+]
+_Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")]
+_Fold = Annotated[bool, typer.Option(help="Use one layout for all layers of an unrolled model.")]
+
+
 def search(
     target: common.Target,
-    topology: Annotated[
-        str, typer.Option("--topology", "-t", metavar="CHIP:AxBxC", help="v4:4x4x4, h100:4x8, a TOML file, or auto.")
-    ],
+    topology: common.TopologyName,
     sizes: common.Settings = None,
     dims: common.Dims = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    output: _Output = None,
+    force: common.Force = False,
     json: common.AsJson = False,
-    time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Stop then, with the remaining gap.")
-    ] = None,
-    reserve: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory to reserve on each chip.")] = None,
-    memory: Annotated[float | None, typer.Option(metavar="GIB", min=0, help="Memory limit per chip.")] = None,
+    time_limit: _TimeLimit = None,
+    reserve: common.Reserve = None,
+    memory: common.Memory = None,
     pin: common.PinOptions = None,
-    fold: Annotated[bool, typer.Option(help="Use one layout for all layers of an unrolled model.")] = True,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="Compare with baselines: data parallel, Megatron 1D, ...")
-    ] = False,
-    padding: Annotated[
-        bool,
-        typer.Option(help="Pad dimensions that the mesh axes do not divide, where that is faster; not with --carry."),
-    ] = True,
-    solver: Annotated[
-        Solver, typer.Option(help="CP-SAT after presolve, or alone: a reference for small functions and meshes.")
-    ] = Solver.presolved,
-    verify: Annotated[
-        Compiler | None,
-        typer.Option(help="Compile the best plans, and take the one with the fastest compiled program."),
-    ] = None,
-    top_k: Annotated[
-        int, typer.Option(metavar="K", min=1, help="Number of plans that --verify or --carry compiles.")
-    ] = 4,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PINS",
-            help="With --verify: compile the best plan with these pins too, such as 'cache.*=None,xy; tokens=x'.",
-        ),
-    ] = None,
-    carry: Annotated[
-        Alone | None,
-        typer.Option(help="Compile plans by their specs alone, and take the one with the fastest step."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.toml", help="With --verify: write a topology with the compiler's efficiencies."),
-    ] = None,
+    fold: _Fold = True,
+    baselines: _Baselines = False,
+    padding: _Padding = True,
+    solver: _Solver = Solver.presolved,
+    verify: _Verify = None,
+    top_k: _TopK = 4,
+    against: _Against = None,
+    carry: _Carry = None,
+    calibration: _Calibration = None,
     bandwidth: common.Bandwidth = None,
     overlap: common.Overlap = None,
     verbose: common.Verbose = False,
@@ -102,7 +109,6 @@ def search(
     With --verify the exit status is 1 if no plan compiles or the best is much slower than planned, and 3 if the compiler
     refused the first plan and a smaller one compiled.
     """
-    from autoshard.comparing.verify import verify as compile_best
     from autoshard.emitting.targets import host_devices
     from autoshard.pipeline import search as search_plan
 
@@ -121,12 +127,12 @@ def search(
                 topology=where,
                 donate_argnums=work.donate_argnums,
                 name=work.name,
-                reserve_bytes=None if reserve is None else reserve * 2**30,
+                reserve_bytes=common.in_bytes(reserve),
                 time_limit=time_limit,
                 progress=say,
                 pins=common.pins(pin),
                 fold=fold,
-                memory_bytes=None if memory is None else memory * 2**30,
+                memory_bytes=common.in_bytes(memory),
                 baselines=baselines,
                 solver=solver.value,
                 padding=padding and carry is None,
@@ -134,16 +140,7 @@ def search(
             )
             verified = None
             if verify is not None:
-                verified = compile_best(
-                    plan,
-                    work.fn,
-                    *work.args,
-                    target=verify.value,
-                    k=top_k,
-                    time_limit=time_limit,
-                    progress=say,
-                    pins={text: common.pins(text.split(";")) or {} for text in against or ()},
-                )
+                verified = _verified(plan, work, verify, top_k, against or (), time_limit, say)
                 plan = verified.best
             if carry is not None:
                 plan = _best_carried(plan, work, top_k, time_limit, say)
@@ -160,6 +157,24 @@ def _check_options(
         raise common.Misuse("--against needs --verify: it names layouts to compile.")
     if carry is not None and verify is not None:
         raise common.Misuse("--carry and --verify both choose among compiled plans; give one of them.")
+
+
+def _verified(
+    plan: Plan,
+    work: Workload,
+    compiler: Compiler,
+    most: int,
+    against: Sequence[str],
+    time_limit: float | None,
+    say: Callable[[str], None],
+) -> Verification:
+    """The best plans and those with the pins of `against`, compiled."""
+    from autoshard.comparing.verify import verify
+
+    pins = {text: common.pins(text.split(";")) or {} for text in against}
+    return verify(
+        plan, work.fn, *work.args, target=compiler.value, k=most, time_limit=time_limit, progress=say, pins=pins
+    )
 
 
 def _best_carried(plan: Plan, work: Workload, most: int, time_limit: float | None, say: Callable[[str], None]) -> Plan:

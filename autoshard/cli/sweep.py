@@ -198,7 +198,7 @@ def ask(
     save: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan of the answer; one file per phase.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    force: common.Force = False,
     json: common.AsJson = False,
     width: common.Width = None,
     verbose: common.Verbose = False,
