@@ -14,6 +14,7 @@ from jax import lax
 from autoshard.emitting.collectives.min_max_reduce import reduce_over_chips
 from autoshard.emitting.collectives.reshard_steps import run_step
 from autoshard.emitting.memory_orders import Order
+from autoshard.emitting.tpu_workarounds.slab_gathers import look_up
 from autoshard.emitting.tpu_workarounds.vector_matmul import product
 from autoshard.rules import Rule
 from costmodels.machine.topology import Topology
@@ -78,6 +79,11 @@ class StrategyPieces:
         numbers = np.arange(prod(self.sizes[axis] for axis in axes)).reshape([self.sizes[axis] for axis in axes])
         place = np.argsort(np.transpose(numbers, [axes.index(axis) for axis in in_order]).ravel())
         return lax.ppermute(piece, in_order, [(int(place[a]), int(place[b])) for a, b in pairs])
+
+    def look_up(self, primitive: Any, operand: Any, indices: Any, params: Mapping[str, Any]) -> Any:
+        if self.on_tpu:
+            return look_up(primitive, operand, indices, params)
+        return primitive.bind(operand, indices, **params)
 
 
 def run_locally(eqn: Any, rule: Rule, pieces: StrategyPieces, operands: Sequence[Any]) -> Sequence[Any]:

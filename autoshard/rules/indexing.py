@@ -230,12 +230,12 @@ def _local_gather(eqn, rule: Rule, pieces: Pieces, operand, indices):
     params["slice_sizes"] = tuple(window)
     split = _column_factors(rule, pieces, numbers.start_index_map, _single_row_dims(numbers, sizes))
     if not split:
-        return [eqn.primitive.bind(operand, indices, **params)]
+        return [pieces.look_up(eqn.primitive, operand, indices, params)]
     indices = _to_signed(indices)
     if params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         indices = _clip(indices, [shape[i] - sizes[i] for i in numbers.start_index_map])
     own = _localise(rule, pieces, split, indices)
-    found = eqn.primitive.bind(operand, own.indices, **{**params, **_UNORDERED})
+    found = pieces.look_up(eqn.primitive, operand, own.indices, {**params, **_UNORDERED})
     rows = [i for i in range(found.ndim) if i not in numbers.offset_dims]
     return [jnp.where(lax.broadcast_in_dim(own.answered, found.shape, rows), found, jnp.zeros_like(found))]
 

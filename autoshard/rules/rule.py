@@ -7,7 +7,7 @@ shapes adds a `local` function that runs it on one chip's shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -68,6 +68,10 @@ class Pieces(Protocol):
 
     def permuted(self, factor: int, piece: Any, pairs: Sequence[tuple[int, int]]) -> Any:
         """The shard from another chip along an `exchanged` factor; `pairs` are (sender, receiver)."""
+        ...
+
+    def look_up(self, primitive: Any, operand: Any, indices: Any, params: Mapping[str, Any]) -> Any:
+        """A `gather` with these parameters, in the form that suits the plan's chips."""
         ...
 
 

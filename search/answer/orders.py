@@ -133,7 +133,7 @@ def readers(program: Program, choice: Choice, topology: Topology, source: int) -
             op = program.operations[index]
             if op.op_class == "sink":
                 continue
-            if not _shows(op, operand):
+            if not _shows(op, operand) and not _takes_slabs(op, operand):
                 part = prod(program.values[at].shape) / prod(shape)
                 order = _preferred_order(program, choice, topology, index, operand, dims, sizes)
                 yield Reader(index, order, held * part * program.multiplicity(op.region))
@@ -146,6 +146,14 @@ def readers(program: Program, choice: Choice, topology: Topology, source: int) -
 def _shows(op: Operation, operand: int) -> bool:
     """Whether an operation's result is its operand, or a part of it."""
     return op.primitive in _AROUND or (operand == 0 and op.primitive in (*_SHOWN, *IN_PLACE))
+
+
+def _takes_slabs(op: Operation, operand: int) -> bool:
+    """Whether a look-up copies slabs of several whole dimensions, which it does in any order of them."""
+    if (op.primitive, operand) != ("gather", 0):
+        return False
+    kept = {factor for output in op.outputs for dim in output.dims for factor in dim}
+    return sum(bool(dim) and set(dim) <= kept for dim in op.inputs[0].dims) > 1
 
 
 def _dims_after(op: Operation, operand: int, result: Use, dims: Dims) -> Dims:

@@ -112,3 +112,15 @@ def test_an_all_to_all_of_an_array_with_a_dimension_of_one_element(split: int, j
     ours = cycles(lambda x: run_step(step, x, {"x": 4}))
     tiled = cycles(lambda x: lax.all_to_all(x, "x", split, joined, tiled=True))
     assert 0 < 3 * ours < tiled
+
+
+def test_slabs_behind_several_dimensions_need_one_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(cache: Any, parents: Any) -> Any:
+        return jnp.take_along_axis(cache, parents[None, :, :, None, None, None], axis=2, mode="clip")
+
+    args = S((4, 8, 4, 2, 512, 128), bf16), S((8, 4), jnp.int32)
+    plan = autoshard.search(chosen, *args, topology="v5e:1x1")
+    rewritten = audit(plan, chosen, *args).compute_seconds
+    monkeypatch.setattr(local_operation, "look_up", lambda primitive, *args: primitive.bind(*args[:2], **args[2]))
+    plain = audit(plan, chosen, *args).compute_seconds
+    assert rewritten is not None and plain is not None and plain > 2 * rewritten
