@@ -8,8 +8,8 @@ a factor.
 
 A stretch counts as layers when its copies agree operation by operation (the computation and its shapes), when operands
 come from the same place in each (the same position of the same copy, or of the copy before; one array for all; or from
-before all copies: an argument, or a value that the forward pass saved for a backward pass), and when each copy is fed
-by the one before.
+before all copies: an argument, or a value that the forward pass saved for a backward pass, in each transposed alike), and
+when each copy is fed by the one before.
 
 Operations outside the stretches share a class if their operands and users do, in the same way: the copies' arguments
 and results, and an optimizer's work on each layer's parameters.
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodels.program.program import Operation, Program
+from costmodels.program.views import RENAMES
 from search.formulation.colour_refinement import refine
 
 _PERIODS = 24
@@ -162,7 +163,22 @@ class _Search:
             made, remade = self._producer(a.value), self._producer(b.value)
             if remade - made != period and not (made < start and (remade < start or at < start + period)):
                 return False
+            if remade < start and self._transposes(a.value) != self._transposes(b.value):
+                return False
         return True
+
+    def _transposes(self, value: int) -> tuple[object, ...]:
+        """The transpositions, by their signatures, among the views that made a value of another."""
+        found: list[object] = []
+        operations = self.program.operations
+        while (producer := self.program.producers.get(value)) is not None:
+            op = operations[producer[0]]
+            if op.primitive not in RENAMES or len(op.inputs) != 1:
+                break
+            if op.primitive == "transpose":
+                found.append(op.signature)
+            value = op.inputs[0].value
+        return tuple(found)
 
     def _producer(self, value: int) -> int:
         """The place in the body where a value is made; before the body, for an argument."""
