@@ -124,13 +124,15 @@ def compile_case(case: Case, most: int, plans: int, keep: Path | None) -> Iterat
             "as_planned": chosen.is_as_planned,
             "words": list(tried.words()),
         }
-        if tried.constrained and tried.constrained.manual and tried.constrained.plan.carriage:
-            other = tried.constrained
+        other = tried.constrained
+        if other is not None:
+            carriage, manual = other.plan.carriage, other.manual
+            assert carriage is not None and manual is not None
             ours["constrained"] = {
                 "plan": other.name,
-                "count": other.plan.carriage.count,
+                "count": carriage.count,
                 "planned_ms": other.plan.estimate.seconds * 1e3,
-                "manual_ms": other.manual.step_seconds * 1e3,
+                "manual_ms": manual.step_seconds * 1e3,
                 "as_planned": other.is_as_planned,
                 **figures(other.program),
             }
