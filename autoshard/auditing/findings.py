@@ -316,12 +316,14 @@ def _find_in_donations(
 # --- time
 
 
-def find_in_time(planned: float, replayed: float, costs: Sequence[AuditedCost]) -> Iterator[Finding]:
+def find_in_time(
+    planned: float, replayed: float, costs: Sequence[AuditedCost], slower: float = bounds.SLOWER
+) -> Iterator[Finding]:
     """A step that is much slower than planned, with the instructions that take the most unplanned time.
 
-    The audit does not fail by it; `Audit.is_slow` reports it.
+    The audit does not fail by it; `Audit.is_slow` reports it. `slower` is the multiple of the planned time above which it is.
     """
-    if replayed > bounds.SLOWER * planned:
+    if replayed > slower * planned:
         ratio = f"{replayed / planned:.2f} times the planned {time(planned)}" if planned else "planned without cost"
         causes = _causes(costs, bounds.NOTICEABLE * planned)
         text = f"a step takes {time(replayed)}, {ratio}"

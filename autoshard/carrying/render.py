@@ -93,20 +93,25 @@ def export_note(plan: PlanRecord) -> str:
     if manual is None:
         planned = time(plan.estimate.seconds)
         sent = f"they send {size(specs.wire_bytes)}"
-        return (
-            f"{where}, these specs alone take {time(specs.step_seconds)} a step, planned with {planned}; {sent}. {add}"
-        )
+        share = f"{where}, these specs alone take {time(specs.step_seconds)} a step, planned with {planned}; {sent}."
+        return f"{share} {_lines_to_add(found) or add}"
     peak = f", the peak {size(specs.peak_bytes)} for {size(manual.peak_bytes)}" if specs.peak_bytes else ""
     share = (
         f"{where}, these specs alone take {time(specs.step_seconds)} a step where the planned program takes"
         f" {time(manual.step_seconds)}; they send {size(specs.wire_bytes)} for {size(manual.wire_bytes)}{peak}."
     )
-    if not found.constraints:
-        return f"{share} {add}"
-    lines = "; ".join(f"{line_of(each)}: {calls_of(each, each.variable or 'value')}" for each in found.constraints)
-    return f"{share} To add, for {time(_seconds(found))} a step: {lines}."
+    return f"{share} {_lines_to_add(found) or add}"
 
 
-def _seconds(found: Carriage) -> float:
+def _lines_to_add(found: Carriage) -> str:
+    """The constraints to add to the source, with the step that they give; empty if none is compiled."""
     program = found.program("constraints")
-    return program.step_seconds if program else float("inf")
+    if program is None or program.why:
+        return ""
+    if found.constraints:
+        lines = "; ".join(f"{line_of(each)}: {calls_of(each, each.variable or 'value')}" for each in found.constraints)
+        return f"To add, for {time(program.step_seconds)} a step: {lines}."
+    return (
+        f'To add: `plan.jit(fn, carry="constraints")` needs no constraint, updates loops in place and keeps memory orders'
+        f" in them: {time(program.step_seconds)} a step."
+    )

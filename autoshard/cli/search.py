@@ -67,7 +67,9 @@ _Against = Annotated[
 ]
 _Carry = Annotated[
     Alone | None,
-    typer.Option(help="Compile plans by their specs alone, and take the one with the fastest step."),
+    typer.Option(
+        help="Compile plans by their specs alone, and take the fastest step; add constraints if specs do not suffice."
+    ),
 ]
 _Calibration = Annotated[
     Path | None,
@@ -178,7 +180,7 @@ def _verified(
 
 
 def _best_carried(plan: Plan, work: Workload, most: int, time_limit: float | None, say: Callable[[str], None]) -> Plan:
-    """The plan whose specs alone take the shortest step; the comparison goes to standard error."""
+    """The plan whose specs alone, or with the least constraints, take the shortest step; the comparison goes to stderr."""
     from autoshard.carrying.carry import target_of
     from autoshard.comparing.carried_plans import best_carried
 

@@ -8,8 +8,9 @@ from math import inf, isfinite
 from typing import Any
 
 from autoshard._util.tables import WIDTH, item, table, time
+from autoshard.auditing.audit import AuditError
 from autoshard.auditing.findings import CompileTarget
-from autoshard.carrying.carry import Carrier, compiler_of, with_own_formats
+from autoshard.carrying.carry import Carrier, carry, compiler_of, with_own_formats
 from autoshard.carrying.choose import within
 from autoshard.comparing.other_plans import best_plans, plain_plans
 from autoshard.comparing.plans_by_sums import plans_by_sums
@@ -26,6 +27,11 @@ CLOSE = 0.10
 """The part by which a step may exceed the planned one, or that of the plan's manual program, if it is carried as planned.
 
 A plan that is carried as planned may also take this much more than the fastest program.
+"""
+FEW = 12
+"""The number of programs compiled to choose the least constraints, if specs alone do not carry a plan.
+
+The scanned decode steps of PaLM 8B and Llama 3 8B (v5e 2x4, plans by sums) are carried by the first, without constraints.
 """
 
 
@@ -64,20 +70,28 @@ class CarriedPlan:
 
 @dataclass(frozen=True)
 class CarriedPlans:
-    """The compiled plans, the fastest first; the chosen one is compared with its manual program."""
+    """The compiled plans, the fastest first; the chosen one is compared with its manual program.
+
+    If specs alone carry no plan as planned, `constrained` is a plan with the least constraints found, often none: its
+    program updates loops in place and keeps memory orders in them, which specs of a function as it is written cannot.
+    """
 
     way: Carry
     target: CompileTarget
     plans: tuple[CarriedPlan, ...]
     chosen: CarriedPlan
     best_planned_seconds: float
+    constrained: CarriedPlan | None = None
 
     @property
     def best(self) -> Plan:
-        """The chosen plan with its carriage. Warnings say whether it is carried as planned.
+        """The chosen plan with its carriage, or the constrained one if that is faster. Warnings say how it is carried.
 
         **Raises:** `AutoshardError` if no plan compiles in this way.
         """
+        other = self.constrained
+        if other and other.program.step_seconds < self.chosen.program.step_seconds:
+            return replace(other.plan, warnings=(*other.plan.warnings, *self.words()))
         if not isfinite(self.chosen.program.step_seconds):
             raise AutoshardError(
                 f"None of the {len(self.plans)} compiled plans can be carried by {self.way}: {self.chosen.program.why}"
@@ -95,14 +109,13 @@ class CarriedPlans:
         )
         if manual is None:
             return
-        both = (
-            f"{time(found.program.step_seconds)} by {self.way}, {time(found.plan.estimate.seconds)} planned,"
-            f" {time(manual.step_seconds)} by manual collectives"
-        )
+        both = _steps(found, self.way, manual)
         if found.is_as_planned:
             yield f"It is carried as planned: {both}."
             return
         yield f"No plan within {CLOSE:.0%} of that step is carried as planned. This one takes {both}. {_reason(found)}"
+        if self.constrained and self.constrained.manual and isfinite(self.constrained.program.step_seconds):
+            yield _words_of_constraints(self.constrained, self.constrained.manual)
 
     def __str__(self) -> str:
         rows = [
@@ -120,6 +133,27 @@ class CarriedPlans:
         if isfinite(self.chosen.program.step_seconds):
             lines = [*lines, *(line for words in self.words() for line in item(words, WIDTH))]
         return "\n".join(lines) + "\n"
+
+
+def _steps(found: CarriedPlan, way: str, manual: CarriedProgram) -> str:
+    """The step of a program beside the planned and the manual one."""
+    return (
+        f"{time(found.program.step_seconds)} by {way}, {time(found.plan.estimate.seconds)} planned,"
+        f" {time(manual.step_seconds)} by manual collectives"
+    )
+
+
+def _words_of_constraints(found: CarriedPlan, manual: CarriedProgram) -> str:
+    """Whether the least constraints carry a plan, and how many they are."""
+    carriage = found.plan.carriage
+    count = carriage.count if carriage else 0
+    how = "as planned" if found.is_as_planned else "not as planned"
+    calls = f"{count} calls of with_sharding_constraint" if count else "no constraint"
+    return (
+        f'plan.jit(fn, carry="constraints") carries {found.name} {how} with {calls}:'
+        f" {_steps(found, 'constraints', manual)}. It updates loops in place and keeps memory orders in them, which the"
+        " function as it is written does not."
+    )
 
 
 def _verdict(each: CarriedPlan) -> str:
@@ -179,7 +213,7 @@ def best_carried(
     The plans are, for specs, up to `k` plans that need no collectives but sums (`plans_by_sums`); then the k best ones and
     baselines near them, unless they are planned to take longer than the fastest program so far. For TPUs, specs are
     compiled with the formats that the compiler chooses for the arguments of the function as it is written; the plan keeps
-    them.
+    them. If specs carry no plan as planned, the best plan by sums is compiled with the least constraints that carry it.
 
     **Arguments:**
 
@@ -193,6 +227,7 @@ def best_carried(
         raise AutoshardError("way must be 'specs' or 'manual', got 'constraints': use autoshard.carry for one plan.")
     refuse_padding(plan, way)
     found: dict[Any, CarriedPlan] = {}
+    by_sums: list[Plan] = []
 
     def compile(name: str, each: Plan) -> tuple[float, Mapping[str, float]]:
         key = each.choice.strategies
@@ -204,7 +239,7 @@ def best_carried(
         return found[key].program.step_seconds, found[key].costs
 
     if way == "specs":
-        list(plans_by_sums(plan, compile, k, time_limit))
+        by_sums += plans_by_sums(plan, compile, k, time_limit)
     for place, each in enumerate(best_plans(plan, k, time_limit, progress), 1):
         if each.estimate.seconds < _fastest(found.values()):
             compile("the best plan" if place == 1 else f"place {place}", each)
@@ -215,7 +250,30 @@ def best_carried(
     compared = list(_compared(ranked, way, lambda each: Carrier(each, fn, args, target, progress).try_way("manual")[0]))
     ranked[: len(compared)] = compared
     chosen = next((each for each in compared if each.is_as_planned), ranked[0])
-    return CarriedPlans(way, target, tuple(ranked), chosen, plan.estimate.seconds)
+    constrained = None
+    if way == "specs" and not chosen.is_as_planned:
+        first = found[by_sums[0].choice.strategies] if by_sums else chosen
+        constrained = _with_least_constraints(first, fn, args, target, progress)
+    return CarriedPlans(way, target, tuple(ranked), chosen, plan.estimate.seconds, constrained)
+
+
+def _with_least_constraints(
+    found: CarriedPlan, fn: Callable[..., Any], args: Sequence[Any], target: CompileTarget, say: Callable[[str], None]
+) -> CarriedPlan | None:
+    """The plan in its own formats with the least constraints that carry it; none if its manual program is refused.
+
+    Its carriage lacks the manual program, so that the fastest of the partitioner's is the default.
+    """
+    say(f"choosing the least constraints for {found.name}")
+    try:
+        plan = carry(found.planned, fn, *args, target=target, ways=("constraints", "specs"), most=FEW, progress=say)
+    except AuditError:
+        return None
+    assert plan.carriage is not None
+    by_way = {each.way: each for each in plan.carriage.programs}
+    manual = by_way.pop("manual")
+    plan = replace(plan, carriage=replace(plan.carriage, programs=tuple(by_way.values())))
+    return CarriedPlan(found.name, plan, found.planned, by_way["constraints"], {}, manual)
 
 
 def _fastest(found: Iterable[CarriedPlan]) -> float:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import autoshard
 from autoshard.auditing.findings import Finding
+from autoshard.auditing.planned_times import AuditedCost
 from autoshard.carrying import written
 from autoshard.carrying.candidates import Place, between, places
 from autoshard.carrying.carry import cause_of
@@ -143,19 +144,26 @@ def test_between_two_constraints_there_is_one_collective(data: st.DataObject) ->
 
 def test_the_cause_is_the_costliest_difference() -> None:
     plan, _ = planned()
-    slow = Finding("slower than planned", "copies", 0.0, 1.0)
     wire, small = Finding("unplanned", "gathers", 8.0, 1.0, True), Finding("unplanned", "a scalar", 4.0, 0.0)
 
-    def cause(differences: Sequence[Finding], on_core: float, on_wire: float) -> str:
+    def cause(differences: Sequence[Finding], on_core: float, on_wire: float, slower: float | None) -> str:
         collectives = plan.estimate.collective_seconds + on_wire
-        costs = (SimpleNamespace(unplanned_seconds=on_core), SimpleNamespace(unplanned_seconds=-1.0))
-        audit: Any = SimpleNamespace(differences=differences, costs=costs, collective_seconds=collectives)
+        copy: Any = SimpleNamespace(scope="a/copy", opcode="copy", source="m.py:3", name="copy.1", runs=4)
+        costs = (AuditedCost(copy, on_core), AuditedCost(copy, -1.0))
+        step = None if slower is None else slower * plan.estimate.seconds
+        audit: Any = SimpleNamespace(
+            differences=differences, costs=costs, collective_seconds=collectives, step_seconds=step
+        )
         return cause_of(plan, audit)
 
-    assert cause((small, wire, slow), 2.0, 1.0) == "slower than planned: copies"
-    assert cause((small, wire, slow), 1.0, 2.0) == "unplanned: gathers"
-    assert cause((small, slow), 1.0, 2.0) == "slower than planned: copies"
-    assert cause((small,), 2.0, 1.0) == ""
+    named = "the most that is not planned: 2.00 s of copy at m.py:3"
+    assert named in (text := cause((small, wire), 2.0, 1.0, 1.2)) and text.startswith(
+        "slower than planned: a step takes "
+    )
+    assert cause((small, wire), 1.0, 2.0, 1.2) == "unplanned: gathers"
+    assert cause((small,), 1.0, 2.0, 1.2).startswith("slower than planned: ")
+    assert cause((small, wire), 2.0, 1.0, 1.05) == "unplanned: gathers"
+    assert cause((small,), 2.0, 1.0, 1.05) == cause((small,), 2.0, 1.0, None) == ""
 
 
 def test_no_more_programs_are_compiled_than_asked_for() -> None:
