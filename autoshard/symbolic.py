@@ -69,7 +69,7 @@ class SymbolicTrace:
         except DimensionError as error:
             raise AutoshardError(f"These sizes cannot be bound: {error}.") from error
         dimensions = replace(self.dimensions, sizes={**self.dimensions.sizes, **sizes})
-        target = self.target.with_program(program, dimensions=dimensions)
+        target = self.target.with_program(program, naming=lambda: dimensions)
         return replace(self, target=target, dimensions=dimensions)
 
     def search(
@@ -120,7 +120,7 @@ def trace_symbolic(
     options = Options(donate_argnums, name, strict, dims=dims, shapes=tuple(shapes))
     target = annotated_function(fn, with_numbers(args, dict(sizes or {})), options)
     dimensions, fixed = _verify(fn, args, target, options)
-    target = replace(target, dimensions=dimensions)
+    target = replace(target, naming=lambda: dimensions)
     return SymbolicTrace(target, dimensions, fixed, replace(options, shapes=()))
 
 

@@ -3,9 +3,10 @@
     python benchmarks/determinism.py                                # 20 runs a case, benchmarks/results/determinism.json
     python benchmarks/determinism.py --runs 4 --other PYTHON        # and as many under the JAX of another Python
 
-Each run is a process with its own hash seed. Every second one runs beside twice as many busy processes as there are
-processors. A run is the digest of the traced program, every choice, the verdict, and the seconds to twelve digits.
-`reference` is one plan for each case, `ours` the number of different ones.
+Each run is a process with its own hash seed. Every second one runs beside as many busy processes as make twice the number of
+processors with those that run already. A run is the digest of the traced program, every choice, the verdict, and the seconds
+to twelve digits. `reference` is one plan for each case, `ours` the number of different ones, `load` the least and the most
+processes that ran or waited for a processor (the average of a minute).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _burn() -> None:
 
 @contextmanager
 def _busy(many: int) -> Iterator[None]:
-    """Processes that compute for as long as the block runs."""
+    """Processes that compute for as long as the block runs; none for a number below 1."""
     burners = [multiprocessing.Process(target=_burn, daemon=True) for _ in range(many)]
     for each in burners:
         each.start()
@@ -75,7 +76,7 @@ def isolated(name: str, python: str, run: int) -> str:
     """One search in a process of its own, or the last line of its error."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX")}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(run)}
-    with _busy(2 * (os.cpu_count() or 1) if run % 2 else 0):
+    with _busy(2 * (os.cpu_count() or 1) - int(os.getloadavg()[0]) if run % 2 else 0):
         command = [python, __file__, "--case", name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return (done.stdout if done.returncode == 0 else done.stderr or "no output").strip().splitlines()[-1]
@@ -83,9 +84,15 @@ def isolated(name: str, python: str, run: int) -> str:
 
 def row_of(name: str, pythons: list[str], runs: int) -> dict[str, Any]:
     """How many plans the runs of one case found, and which."""
-    found = Counter(isolated(name, python, run) for python in pythons for run in range(runs))
+    found: Counter[str] = Counter()
+    loads: list[float] = []
+    for python in pythons:
+        for run in range(runs):
+            found[isolated(name, python, run)] += 1
+            loads.append(round(os.getloadavg()[0], 1))
     plans = {each.split(" ", 1)[-1] for each in found}
-    return {"row": name, "reference": 1, "ours": len(plans), "runs": sum(found.values()), "found": dict(found)}
+    row = {"row": name, "reference": 1, "ours": len(plans), "runs": len(loads), "load": [min(loads), max(loads)]}
+    return {**row, "found": dict(found)}
 
 
 def main() -> None:

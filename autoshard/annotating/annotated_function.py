@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import Any
 
 from autoshard.annotating.dimension_names import Names, name_dimensions
@@ -25,16 +26,14 @@ class AnnotatedFunction(TracedFunction):
 
     **Attributes:**
 
-    - `dimensions`: the sizes of the program by name.
-    - `fingerprint`: the fingerprint of the program with its pins.
+    - `naming`: the sizes of the program by name, found when first asked for: most padded programs are only searched.
     - `names`, `shapes`: the user's names of dimensions, and symbolic shapes of the flat arguments, as for `annotate`.
     - `pinned`: the pins in the program.
     - `padding`: the padded dimensions of the program.
     - `chained`: the same function with its chains of grouped matmuls as one operation each, if it has some.
     """
 
-    dimensions: Dimensions
-    fingerprint: str
+    naming: Callable[[], Dimensions]
     names: Names | None = None
     shapes: tuple[Sequence[Any], ...] = ()
     pinned: tuple[Pin, ...] = ()
@@ -46,6 +45,16 @@ class AnnotatedFunction(TracedFunction):
         """The annotated program."""
         return self.traced.program
 
+    @property
+    def dimensions(self) -> Dimensions:
+        """The sizes of the program by name."""
+        return self.naming()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the program with its pins."""
+        return fingerprint(self.program)
+
     def padded(self, padding: Sequence[Padding]) -> AnnotatedFunction:
         """The same function, without pins, with longer dimensions."""
         if not padding:
@@ -53,15 +62,8 @@ class AnnotatedFunction(TracedFunction):
         traced = pad_traced(self.traced, padding)
         program = traced.program
         names = self._padded_names(paddings_by_value(program, padding)) if self.names or self.shapes else {}
-        dimensions = name_dimensions(program, traced.argument_values, traced.paths, names)
-        return replace(
-            self,
-            traced=traced,
-            dimensions=dimensions,
-            fingerprint=fingerprint(program),
-            padding=tuple(padding),
-            chained=None,
-        )
+        naming = cache(partial(name_dimensions, program, traced.argument_values, traced.paths, names))
+        return replace(self, traced=traced, naming=naming, padding=tuple(padding), chained=None)
 
     def _padded_names(self, paddings: Mapping[int, Sequence[Padding]]) -> Names:
         """The names of the arguments' dimensions, in which padded ones have names of their own, such as `F_1024`."""
@@ -74,9 +76,8 @@ class AnnotatedFunction(TracedFunction):
         return {path: words for path, words in found.items() if words}
 
     def with_program(self, program: Program, **changes: Any) -> AnnotatedFunction:
-        """The same function with another program, and its fingerprint."""
-        traced = replace(self.traced, program=program)
-        return replace(self, traced=traced, fingerprint=fingerprint(program), **changes)
+        """The same function with another program."""
+        return replace(self, traced=replace(self.traced, program=program), **changes)
 
 
 def annotate(
@@ -95,8 +96,7 @@ def annotate(
     dimensions = name_dimensions(traced.program, traced.argument_values, traced.paths, dims, tuple(shapes))
     return AnnotatedFunction(
         **vars(replace(function, traced=traced)),
-        dimensions=dimensions,
-        fingerprint=fingerprint(traced.program),
+        naming=lambda: dimensions,
         names=dims,
         shapes=tuple(shapes),
     )

@@ -25,8 +25,8 @@ class Branching:
 
     A branch restricts one heavily used layout to some of its states (`search.cpsat.branching_rule`). Each side is
     swept again with multipliers of its own, and dropped when its bound reaches the best plan known. The search is
-    depth first, beginning with the side of the relaxed plan, unless another branch promises much better plans.
-    `unproven` is the least bound of the branches left undecided by the limits or by an interruption.
+    depth first, beginning with the side of the relaxed plan. `unproven` is the least bound of the branches left
+    undecided by the limits or by an interruption.
     """
 
     def __init__(self, ascent: Ascent, decide: Decide) -> None:
@@ -61,12 +61,6 @@ class Branching:
         rest = len(open_) - 1
         pairs, best = self.dual.pairs(), self.ascent.objective
         self.ascent.say(f"branch {self.branches}, {rest} open: bound {lower:.6e} s, best {best:.6e} s, {pairs} pairs")
-        first = self._more_promising(open_, lower)
-        if self._is_open(lower) and first is not None:
-            later = self.dual.snapshot()
-            later.least = lower
-            open_[-1:] = [later, open_.pop(first)]
-            return
         split = None
         if self._is_open(lower) and pairs > self._small(lower):
             split = self._next_split()
@@ -74,17 +68,6 @@ class Branching:
         if split is None and self._is_open(lower):
             lower, split = self._finish(lower)
         open_[-1:] = [] if split is None else self._sides(split, lower)
-
-    def _more_promising(self, open_: Sequence[Snapshot], lower: float) -> int | None:
-        """The open branch that promises much better plans than the last one can hold.
-
-        A good plan may close that one unopened.
-        """
-        if len(open_) < 2 or not np.isfinite(self.ascent.objective):
-            return None
-        first = min(range(len(open_) - 1), key=lambda at: open_[at].least)
-        promised = open_[first].least
-        return first if lower - promised > POLICY.promising_part * (self.ascent.objective - promised) else None
 
     def _small(self, lower: float) -> int:
         """The most pairs that a branch with this bound may have to go to CP-SAT."""

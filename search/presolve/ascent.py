@@ -175,17 +175,4 @@ class Ascent:
                 self.leanest = worst, improved.states
             if improved.fits:
                 break
-            if limits is self.rows and price.any() and improved.seconds < self.objective:
-                self._repair(improved, price)
         return relaxed
-
-    def _repair(self, plan: Seen, price: np.ndarray) -> None:
-        """Raises the multipliers of the rows that overflow until they fit, and keeps the result if it is better."""
-        least = float(price.max())
-        for _ in range(POLICY.repairs):
-            if plan.fits:
-                return
-            price = np.where(plan.over > 0, np.maximum(price * POLICY.repair_factor, least), price)
-            plan = self.look(improve(self.problem, self.rows, plan.states, price))
-            if plan.seconds >= self.objective:
-                return

@@ -282,8 +282,8 @@ class Dual:
     def propagate(self) -> None:
         """Fixes what cannot fit: states or pairs whose bytes, beside the least of all others, overflow a row.
 
-        Without the pairs, the bound of PaLM's prefill of 64 prompts on v4 4x4x4 is 12.276 s instead of 12.279 s, the
-        optimum, and it is not proven in 45 s instead of 4.
+        Without the pairs PaLM's prefill of 64 prompts on v4 4x4x4 takes 2.2 s of a processor and three branches, instead of
+        1.6 s and none.
         """
         while self._propagate_once():
             pass

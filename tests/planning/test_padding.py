@@ -14,9 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 import autoshard
 from autoshard._util.tables import size
+from autoshard.annotating import annotated_function
+from autoshard.annotating.dimension_names import name_dimensions
 from autoshard.planning.padding import Found
 from autoshard.planning.padding_costs import padding_cost
 from autoshard.planning.records import ArrayPlan
+from costmodels.dimensions import Dimensions
+from costmodels.program.program import Program
 from tests.support.models import Block, arguments, function
 
 BLOCK = Block(batch=1, context=64, d_model=510, d_ff=1023, kv_heads=3, queries_per_kv=1, d_head=170, vocab=513)
@@ -162,6 +166,19 @@ def test_a_donated_cache_in_several_copies_is_named_with_its_memory() -> None:
     )
     held = next(size(array.bytes_per_chip) for array in found.arguments if array.path == "cache['k']")
     assert f"cache['k'] is replicated 4x over x: {held} per chip" in found.explain()
+
+
+def test_padded_programs_are_named_only_if_they_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[int] = []
+
+    def counted(program: Program, *args: Any) -> Dimensions:
+        named.append(len(program.operations))
+        return name_dimensions(program, *args)
+
+    monkeypatch.setattr(annotated_function, "name_dimensions", counted)
+    found = autoshard.search(function(BLOCK), *arguments(BLOCK), topology=CHIPS, donate_argnums=1)
+    assert found.padding
+    assert len(named) == 2  # the function as it is written, and the plan's
 
 
 def test_what_divides_is_searched_once() -> None:
