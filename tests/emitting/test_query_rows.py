@@ -76,9 +76,10 @@ def test_few_rows_get_rows_of_zeros(fn: Any, args: list[Any], products: int) -> 
     assert all(each.rows < ROWS and each.chips == 1 for each in found.values())
 
 
-def test_rows_of_other_chips_have_none() -> None:
+@pytest.mark.parametrize("topology", ["h100:1", "v6e:1x1"])
+def test_rows_of_other_chips_have_none(topology: str) -> None:
     args = [*shapes(512, 1, 4, 2048), POSITION]
-    assert not found_in(grouped, *args, topology="h100:1")
+    assert not found_in(grouped, *args, topology=topology)
 
 
 @pytest.mark.parametrize("rows", [2, 4])
