@@ -24,10 +24,12 @@ from autoshard.auditing.hlo_parser import (
     trip_count,
     tuple_parts,
 )
+from autoshard.emitting.tpu_workarounds.query_rows import ROWS_OF_ZEROS
 from autoshard.emitting.tpu_workarounds.vector_matmul import ROW_OF_ZEROS
 
 _ARRAY = re.compile(r"\b([a-z]\w*\[[\d,<= ]*\])(\{[^{}]*\})?")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+_SOME_ROWS = re.compile("/" + ROWS_OF_ZEROS.format(r"(\d+)", r"(\d+)") + "/")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _STARTED_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -170,7 +172,10 @@ def _dot_flops(inst: Instruction, scope: Scope) -> float:
 
 
 def _needed_part(inst: Instruction, rows: int) -> float:
-    """The part of a matmul that its program needs: half if one of two rows is zero, which a compiler may leave out."""
+    """The part of a matmul that its program needs, without rows of zeros, which a compiler may leave out."""
+    if found := _SOME_ROWS.search(inst.attributes):
+        needed, padded = (int(each) for each in found.groups())
+        return needed / padded if rows == padded else 1.0
     return 0.5 if rows == 2 and f"/{ROW_OF_ZEROS}/" in inst.attributes else 1.0
 
 

@@ -32,6 +32,7 @@ from autoshard.emitting.sharding import spec_of
 from autoshard.emitting.tpu_workarounds.argument_copies import copy_argument
 from autoshard.emitting.tpu_workarounds.argument_layout import with_argument_layout
 from autoshard.emitting.tpu_workarounds.conversion_barriers import find_conversion_barriers
+from autoshard.emitting.tpu_workarounds.query_rows import find_few_rows
 from autoshard.emitting.tpu_workarounds.residual_barriers import residual_barriers
 from autoshard.emitting.tpu_workarounds.score_barriers import score_barriers
 from autoshard.planning.emission import BY_DEFAULT, Emission
@@ -77,6 +78,7 @@ class Runner(Resharder):
         self.traced = traced
         self.orders = orders_of_values(traced.program, orders)
         self.rings = {} if emission.rings is False else rings(traced.program, topology, choice)
+        self.few_rows = find_few_rows(traced, choice, topology)
         self.waits = find_conversion_barriers(traced.program) if collectives(traced.program, topology, choice) else {}
 
     def __call__(self, *pieces: Any) -> list[Any]:
@@ -129,13 +131,20 @@ class Runner(Resharder):
         cuts = self.traced.cuts.get(step.operation, ())
         whole = {cut.factor: step.rule.factors[cut.factor] for cut in cuts}
         factors = tuple(whole.get(k, factor) for k, factor in enumerate(op.factors))
+        few = self.few_rows.get(step.operation)
+        factors = factors if few is None else few.factors(factors)
         pieces = StrategyPieces(step.rule, factors, strategy, self.topology, order_of_operand(op, self.orders))
         ring = self._ring(step)
         operands = self._masked(step, pieces, self._cut(step, cuts, self._operands(step, scope, ring)))
         if ring is not None:
             self._run_ring(step, pieces, operands, ring, scope)
             return
-        results = run_locally(step.eqn, step.rule, pieces, operands)
+        if few is None:
+            results = run_locally(step.eqn, step.rule, pieces, operands)
+        else:
+            with few.name():
+                results = run_locally(step.eqn, step.rule, pieces, few.operands(step.rule, operands))
+            results = few.results(step.rule, results)
         for value, piece, dims in zip(step.results, results, step.rule.outputs, strict=True):
             scope.put(value, resize_cut(all_reduce_inside(step.rule, strategy, piece), dims, cuts, longer=True))
 
