@@ -182,7 +182,7 @@ def formulas_of(program: Program, dimensions: Dimensions, topology: Topology, ch
 
 def _operation(program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, i: int) -> Cost:
     op = program.operations[i]
-    if not op.flops_per_point and not op.traffic:
+    if not op.flops_per_point and not op.traffic and not ends_pass(program, op):
         return Cost()
     table = _table(dimensions, choice, i)
     moved = _moved(program, topology, i, table)

@@ -25,7 +25,7 @@ class OnChip(NamedTuple):
 
 def operation_seconds(program: Program, topology: Topology, op: Operation, splits: Sequence[Sequence[str]]) -> OnChip:
     """Seconds of one run on one chip (derived in `costmodels.operations`)."""
-    if not op.flops_per_point and not op.traffic:
+    if not op.flops_per_point and not op.traffic and not ends_pass(program, op):
         return OnChip()
     sizes = topology.axis_sizes
     local = [
