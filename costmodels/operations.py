@@ -12,8 +12,9 @@ Model", "All About Rooflines"), where $C$ and $W$ are the achieved rates (the pe
 is the start-up time of an operation.
 
 The vector unit loads and stores arrays at a rate $E$ of elements, in HBM or on the chip
-(`costmodels.program.vector_passes`). An elementwise operation or a reduction takes
-$\\max(\\text{flops}/C, \\text{bytes}/W, n/E) + o$ for $n$ elements. The results of a matmul are stored after they are
+(`costmodels.program.vector_passes`). An elementwise operation takes
+$\\max(\\text{flops}/C, \\text{bytes}/W, n/E) + o$ for $n$ elements, and a reduction
+$\\max(\\text{flops}/C, \\text{bytes}/W + n/E) + o$. The results of a matmul are stored after they are
 computed. If HBM bounds the matmul, this adds to the time:
 $\\max(\\text{padded flops}/C, \\text{bytes}/W + n/E) + o$, within 10 % of libtpu's cycles for products of 8 to 350 rows with
 matrices of 1 to 64 Mi elements on v4 to v6e. Without a rate $E$ there is no such term.
@@ -73,7 +74,14 @@ from costmodels.program.asynchronous import (
 from costmodels.program.grouped import grouped
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Operation, Program
-from costmodels.program.vector_passes import REGISTER, converted_operands, ends_pass, is_streamed, vector_uses
+from costmodels.program.vector_passes import (
+    REGISTER,
+    converted_operands,
+    ends_pass,
+    is_streamed,
+    vector_uses,
+    waits_for_reads,
+)
 
 Array = np.ndarray
 
@@ -232,7 +240,7 @@ def cost_key(program: Program, operation: Operation) -> tuple[object, ...]:
     uses = ((index, operation.use(index)) for index in operation.traffic)
     static = static_operands(program, operation)
     moved = tuple((index, use.stored_itemsize, sharers(program, use.value), index in static) for index, use in uses)
-    passes = (vector_uses(program, operation), ends_pass(program, operation))
+    passes = (vector_uses(program, operation), ends_pass(program, operation), waits_for_reads(program, operation))
     return (moved, passes, is_streamed(program, operation), is_fetched_ahead(program, operation))
 
 
@@ -314,7 +322,8 @@ def price(
             (converted, chip.converted_elements_per_second),
         )
     )
-    core, read = np.maximum(compute, conversion), memory + vector if matmul else np.maximum(memory, vector)
+    waits = matmul or waits_for_reads(program, operation)
+    core, read = np.maximum(compute, conversion), memory + vector if waits else np.maximum(memory, vector)
     longest, start = np.maximum(core, read), start_seconds(program, operation, chip)
     if reads_while_starting(program, operation, chip):
         start = np.maximum(np.maximum(core, vector) + start, read) - longest

@@ -223,6 +223,7 @@ def operation_seconds(
     matmul: bool,
     dtype: str,
     beside: Expr | int = 0,
+    waits: bool = False,
 ) -> Expr:
     """Seconds of one run of an operation without its start: `costmodels.operations.price` as a formula.
 
@@ -232,11 +233,12 @@ def operation_seconds(
     - `moved`: HBM bytes.
     - `elements`, `converted`: elements that the vector unit loads and stores, and that it converts for a matmul.
     - `beside`: the start of a matmul whose operands are read meanwhile.
+    - `waits`: whether reads from HBM add to the time of the vector unit, as in reductions.
     """
     compute, memory = done / (matmul_rate(dtype) if matmul else rate("C_vector")), moved / rate("W_hbm")
     vector, conversion = elements / rate("E_vector"), converted / rate("E_convert")
     core = [side + beside for side in (compute, conversion, vector if beside else 0) if side != 0]
-    terms = (*core, memory + vector) if matmul else (compute, memory, vector)
+    terms = (*core, memory + vector) if matmul or waits else (*core, memory, vector)
     sides = [side for side in terms if side != 0]
     return sympy.Max(*sides, evaluate=False) if len(sides) > 1 else sympy.Add(*sides)
 

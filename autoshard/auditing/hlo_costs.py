@@ -5,7 +5,8 @@ convolution counts the products that it really forms, without those with padding
 zeros. A matmul of grouped rows is a custom call, and counts as the compiler estimates it. An instruction at the top of
 a computation reads its operands and writes its results. If its layout says `S(1)` and the like, an array is in on-chip
 memory and costs no traffic. A fusion that only takes a slice of an operand reads the slice, and one that updates a slice
-in place writes it. Reads and writes of collectives are left out, as in a plan.
+in place writes it. So a scatter, which reads the rows too: the compiler keeps its array in place, and copies it before by an
+instruction of its own if the old contents are used later. Reads and writes of collectives are left out, as in a plan.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _SOME_ROWS = re.compile("/" + ROWS_OF_ZEROS.format(r"(\d+)", r"(\d+)") + "/")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _STARTED_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "dynamic-update-slice-start": 1, "scatter": 2}
+"""The instructions that write a part of their first operand in place, and which of their operands is written there."""
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
     *("partition-id", "replica-id", "iota", "opt-barrier", "optimization-barrier", "async-start", "async-done"),
@@ -267,9 +270,10 @@ def read_bytes(inst: Instruction, scope: Scope, module: Module) -> dict[str, flo
     if inst.opcode in _SLICES:
         source = operands.get(inst.operands[0])
         return {source.name: float(shape_bytes(inst.shape))} if source and hbm_shape_bytes(source.shape) else {}
-    if inst.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
-        update = operands.get(inst.operands[1])
-        return {update.name: float(hbm_shape_bytes(update.shape))} if update else {}
+    if inst.opcode in _UPDATES:
+        update = written_operand(inst, scope)
+        given = {update.name: float(hbm_shape_bytes(update.shape))} if update else {}
+        return given | ({inst.operands[0]: _read_rows(inst, scope)} if inst.opcode == "scatter" else {})
     return {name: float(hbm_shape_bytes(found.shape)) for name, found in operands.items()}
 
 
@@ -280,8 +284,8 @@ def _written_bytes(inst: Instruction, scope: Scope, module: Module) -> float:
         return hbm_shape_bytes(_copy_result(inst))
     if inst.opcode == "fusion":
         return _fusion_writes(inst, scope, module)
-    if inst.opcode in ("dynamic-update-slice", "dynamic-update-slice-start"):
-        update = scope.operand(inst.operands[1])
+    if inst.opcode in _UPDATES:
+        update = written_operand(inst, scope)
         target = scope.operand(inst.operands[0])
         return float(shape_bytes(update.shape)) if update and target and hbm_shape_bytes(target.shape) else 0.0
     return float(hbm_shape_bytes(inst.shape))
@@ -332,8 +336,10 @@ def _fusion_read_bytes(array: Instruction, scope: Scope, module: Module) -> floa
             total += sum(_fusion_read_bytes(each, within, module) for each in inside if int(each.arguments) in mine)
         elif user.opcode in _SLICES and user.operands[0] == array.name:
             total += shape_bytes(user.shape)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+        elif user.opcode not in _UPDATES or user.operands[0] != array.name:
             return shape_bytes(array.shape)
+        elif user.opcode == "scatter":
+            total += _read_rows(user, scope)
     if array.name == scope.computation.root:
         outer = scope.parent
         followed = outer is not None and outer.caller is not None and outer.caller.opcode == "fusion"
@@ -351,5 +357,20 @@ def _fusion_write_bytes(root: Instruction, scope: Scope, module: Module) -> floa
     if root.opcode == "fusion":
         within = module.computations[root.called()[0]]
         return _fusion_write_bytes(within.instructions[within.root], Scope(within, root, scope), module)
-    update = scope.operand(root.operands[1]) if root.opcode == "dynamic-update-slice" else None
+    update = written_operand(root, scope)
     return shape_bytes(update.shape) if update else shape_bytes(root.shape)
+
+
+def written_operand(inst: Instruction, scope: Scope) -> Instruction | None:
+    """The operand that an instruction writes into its first one, in place; None for instructions that do not."""
+    at = _UPDATES.get(inst.opcode)
+    if at is None or (inst.opcode == "scatter" and len(inst.operands) != 3):  # of several arrays at once
+        return None
+    return scope.operand(inst.operands[at])
+
+
+def _read_rows(scatter: Instruction, scope: Scope) -> float:
+    """Bytes of the rows that a scatter changes, which it reads before; at most those of the array."""
+    update, target = written_operand(scatter, scope), scope.operand(scatter.operands[0])
+    whole = float(hbm_shape_bytes(target.shape)) if target else 0.0
+    return min(float(shape_bytes(update.shape)), whole) if update else whole

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoshard.auditing.hlo_costs import executed_instructions, hbm_shape_bytes, read_bytes
+from autoshard.auditing.hlo_costs import executed_instructions, hbm_shape_bytes, read_bytes, written_operand
 from autoshard.auditing.hlo_parser import Instruction, Module, Scope, follow, parse, shape_bytes, tuple_parts
 
 _ALIASED = re.compile(r"\{([\d, ]*)\}: \((\d+), \{[^}]*\}, (?:may|must)-alias\)")
@@ -94,14 +94,13 @@ def _add(total: dict[str, float], name: str | None, bytes: float) -> None:
 
 def _updates(inst: Instruction, scope: Scope, module: Module) -> Iterator[tuple[str | None, float]]:
     """The arguments that an instruction updates in place in HBM, and the bytes that it writes there."""
-    if inst.opcode not in ("fusion", "dynamic-update-slice"):
+    if inst.opcode not in ("fusion", "dynamic-update-slice", "scatter"):
         return
     parts = tuple_parts(inst.shape) if inst.shape.startswith("(") else [inst.shape]
     for k, shape in enumerate(parts):
         found, _, where = follow(inst.name, scope, module, k if len(parts) > 1 else None)
-        if found is not None and found.opcode == "dynamic-update-slice" and hbm_shape_bytes(shape):
-            update = where.operand(found.operands[1])
-            yield _argument(found.operands[0], where, module), shape_bytes(update.shape) if update else 0.0
+        if found is not None and (update := written_operand(found, where)) and hbm_shape_bytes(shape):
+            yield _argument(found.operands[0], where, module), shape_bytes(update.shape)
 
 
 def _argument(name: str, scope: Scope, module: Module, index: int | None = None) -> str | None:
@@ -119,7 +118,7 @@ def _argument(name: str, scope: Scope, module: Module, index: int | None = None)
 def _stored(name: str, scope: Scope, module: Module, index: int | None) -> tuple[Instruction | None, int | None, Scope]:
     """`follow`, also through updates in place and out of the loops inside the scope that keep an array."""
     found, index, scope = follow(name, scope, module, index)
-    if found is not None and found.opcode == "dynamic-update-slice":
+    if found is not None and written_operand(found, scope) is not None:
         return _stored(found.operands[0], scope, module, None)
     if found is not None and found.opcode == "while" and index is not None and _is_kept(found, index, scope, module):
         return _stored(found.operands[0], scope, module, index)

@@ -34,7 +34,7 @@ from costmodels.operations import (
 from costmodels.program.asynchronous import is_deferred, is_fused_into_reads, is_lender, lenders, static_operands
 from costmodels.program.grouped import grouped
 from costmodels.program.program import Operation, Program
-from costmodels.program.vector_passes import REGISTER, ends_pass, is_streamed
+from costmodels.program.vector_passes import REGISTER, ends_pass, is_streamed, waits_for_reads
 from costmodels.symbols import (
     Expr,
     asynchronous_seconds,
@@ -182,7 +182,7 @@ def formulas_of(program: Program, dimensions: Dimensions, topology: Topology, ch
 
 def _operation(program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, i: int) -> Cost:
     op = program.operations[i]
-    if not op.flops_per_point and not op.traffic:
+    if not op.flops_per_point and not op.traffic and not ends_pass(program, op):
         return Cost()
     table = _table(dimensions, choice, i)
     moved = _moved(program, topology, i, table)
@@ -197,7 +197,7 @@ def _operation(program: Program, dimensions: Dimensions, topology: Topology, cho
         seconds = _matmul_seconds(program, dimensions, topology, i, table)
     else:
         elements = substitute(vector_elements(program, op), table) if chip.vector_elements_per_second else _ZERO
-        running = operation_seconds(done, moved, elements, _ZERO, False, op.dtype)
+        running = operation_seconds(done, moved, elements, _ZERO, False, op.dtype, waits=waits_for_reads(program, op))
         seconds = running + _start(program, dimensions, i, chip)
     return Cost(work, moved, local_seconds=seconds + _between(program, op, table, topology))
 

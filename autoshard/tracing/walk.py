@@ -37,6 +37,7 @@ from autoshard.tracing.loops.invariants import hoist, variables_read
 from autoshard.tracing.loops.trip_counts import Scalars, trip_count
 from autoshard.tracing.rewrites.decompositions import can_decompose, compose_chains, decompose
 from autoshard.tracing.rewrites.repeated_operands import group_repeats
+from autoshard.tracing.rewrites.row_updates import row_form, writes_windows
 from autoshard.tracing.rewrites.vector_products import elementwise_form, is_vector_product
 from autoshard.tracing.shard_maps import global_form, mesh_text
 from autoshard.tracing.source_lines import is_jax_own, source_of
@@ -82,6 +83,8 @@ class Tracer:
             return self._call(eqn, decompose(eqn), operands, region, steps)
         if is_vector_product(eqn):
             return self._call(eqn, elementwise_form(eqn), operands, region, steps)
+        if writes_windows(eqn):
+            return self._call(eqn, row_form(eqn), operands, region, steps)
         if name == "optimization_barrier":
             steps.append(BarrierStep(eqn, _values(operands)))
             return operands

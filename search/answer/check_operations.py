@@ -10,7 +10,14 @@ from costmodels.machine.topology import Topology
 from costmodels.program.asynchronous import is_fetched_ahead, is_fused_into_reads, static_operands
 from costmodels.program.on_chip import sharers
 from costmodels.program.program import Operation, Program, Use
-from costmodels.program.vector_passes import REGISTER, converted_operands, ends_pass, is_streamed, vector_uses
+from costmodels.program.vector_passes import (
+    REGISTER,
+    converted_operands,
+    ends_pass,
+    is_streamed,
+    vector_uses,
+    waits_for_reads,
+)
 from search.answer.check_grouped import GROUPED, GroupedWork
 
 
@@ -25,7 +32,7 @@ class OnChip(NamedTuple):
 
 def operation_seconds(program: Program, topology: Topology, op: Operation, splits: Sequence[Sequence[str]]) -> OnChip:
     """Seconds of one run on one chip (derived in `costmodels.operations`)."""
-    if not op.flops_per_point and not op.traffic:
+    if not op.flops_per_point and not op.traffic and not ends_pass(program, op):
         return OnChip()
     sizes = topology.axis_sizes
     local = [
@@ -78,7 +85,8 @@ def _vector(program: Program, topology: Topology, op: Operation, local: list[flo
     passes = _vector_seconds(program, topology, op, local)
     is_large = prod(factor.size for factor in op.factors) >= REGISTER
     start = topology.chip.vector_overhead_seconds if is_large and ends_pass(program, op) else 0.0
-    return OnChip(work, memory, max(work, memory, passes), start)
+    read = memory + passes if waits_for_reads(program, op) else max(memory, passes)
+    return OnChip(work, memory, max(work, read), start)
 
 
 def _fused(program: Program, topology: Topology, op: Operation, local: list[float], memory: float) -> OnChip:
