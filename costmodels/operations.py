@@ -244,6 +244,11 @@ def cost_key(program: Program, operation: Operation) -> tuple[object, ...]:
     return (moved, passes, is_streamed(program, operation), is_fetched_ahead(program, operation))
 
 
+def is_free(program: Program, operation: Operation) -> bool:
+    """Whether an operation takes no time on a chip: it computes and moves nothing, and starts no loop of the vector unit."""
+    return not operation.flops_per_point and not operation.traffic and not ends_pass(program, operation)
+
+
 @lru_cache(maxsize=4096)
 def _compile(expression: sympy.Expr, factors: int) -> Callable[..., Array]:
     symbols = [size_symbol(i) for i in range(factors)] + [shards_symbol(i) for i in range(factors)]

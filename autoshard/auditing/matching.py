@@ -32,6 +32,8 @@ _SPELLINGS = (*((kind, kind) for kind in _KINDS), ("reduce-scatter", "all-reduce
 
 _MOVES = ("all-gather", "all-to-all", "collective-permute")
 """Kinds that leave all values unchanged."""
+_PICKS = ("max", "min")
+"""Reductions whose result is one of the values."""
 _HALF = ("bf16", "f16")
 _NARROWER = 0.75
 """The part of its bytes below which a collective must have been sent in a narrower type."""
@@ -108,8 +110,8 @@ def pair_collectives(
     ]
     found = [_Lot(c, c.kind, axes_of(c, topology), float(c.bytes), c.count) for c in compiled]
     pairing = _Pairing(lots, found, [])
-    halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in _MOVES]
-    narrowed = _Pairing(halves, [lot for lot in found if lot.of.dtype in _HALF], pairing.pairs)
+    halves = [lot for lot, half in zip(lots, narrow, strict=False) if half and lot.kind in (*_MOVES, "all-reduce")]
+    narrowed = _Pairing(halves, [lot for lot in found if _may_be_narrower(lot.of)], pairing.pairs)
     if halves:  # by their types, before two of half the bytes count as the parts of one
         wide = [lot for lot in found if lot.of.dtype == "f32"]
         _Pairing(
@@ -128,6 +130,11 @@ def pair_collectives(
     narrowed.run()
     alone = [Pair((lot.of,), (), lot.left, arrays=(lot.array,)) for lot in lots if lot.left]
     return (*pairing.pairs, *alone, *(Pair((), (lot.of,), lot.left) for lot in found if lot.left))
+
+
+def _may_be_narrower(each: CompiledCollective) -> bool:
+    """Whether a collective sends 16-bit floats and computes nothing with them, so its values may be those of float32."""
+    return each.dtype in _HALF and (each.kind in _MOVES or each.reduction in _PICKS)
 
 
 def _send_halves(lots: Sequence[_Lot]) -> None:

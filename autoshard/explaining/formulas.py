@@ -1,8 +1,7 @@
 """The cost of a plan in closed form: per operation, per kind of operation, per region, and for the whole step.
 
 The formulas are those of the search (`costmodels.operations`, `costmodels.machine.collectives`), with named dimensions
-for factor sizes, products of axis sizes for shard counts, and symbols for the rates of the chip and its links. At the plan's
-own numbers they are its estimate.
+for factor sizes, products of axis sizes for shard counts, and symbols for rates. At the plan's numbers they are its estimate.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from costmodels.operations import (
     converted_elements,
     flops,
     hbm_bytes,
+    is_free,
     on_chip_symbol,
     padded_flops,
     prefetched_bytes,
@@ -182,7 +182,7 @@ def formulas_of(program: Program, dimensions: Dimensions, topology: Topology, ch
 
 def _operation(program: Program, dimensions: Dimensions, topology: Topology, choice: Choice, i: int) -> Cost:
     op = program.operations[i]
-    if not op.flops_per_point and not op.traffic and not ends_pass(program, op):
+    if is_free(program, op):
         return Cost()
     table = _table(dimensions, choice, i)
     moved = _moved(program, topology, i, table)
@@ -380,8 +380,8 @@ def _matmul_seconds(
 ) -> Expr:
     """Seconds of a matmul with these sizes and shard counts."""
     start = _start(program, dimensions, i, topology.chip)
-    beside = start if reads_while_starting(program, program.operations[i], topology.chip) else _ZERO
-    return _running(program, topology, i, table, beside) + start - beside
+    hidden = start if reads_while_starting(program, program.operations[i], topology.chip) else _ZERO
+    return _running(program, topology, i, table, hidden) + start - hidden
 
 
 def _running(program: Program, topology: Topology, i: int, table: dict[Expr, Expr], beside: Expr = _ZERO) -> Expr:

@@ -22,7 +22,7 @@ from itertools import compress
 import numpy as np
 
 from costmodels.machine.topology import Topology
-from costmodels.operations import cost_key
+from costmodels.operations import cost_key, is_free
 from costmodels.program.asynchronous import is_deferred, is_lender, lenders
 from costmodels.program.program import CLOSED_INSIDE, Operation, Pinned, Program
 from search.formulation.all_pairs import FORBIDDEN as FORBIDDEN
@@ -235,7 +235,7 @@ class _Builder:
         runs: dict[tuple, float] = {}
         first: dict[tuple, Operation] = {}
         for node, op in zip(self.of_operation, self.program.operations, strict=True):
-            if op.flops_per_point or op.traffic or any(factor.kind in CLOSED_INSIDE for factor in op.factors):
+            if not is_free(self.program, op) or any(factor.kind in CLOSED_INSIDE for factor in op.factors):
                 key = (node, cost_key(self.program, op))
                 runs[key] = runs.get(key, 0.0) + self.program.multiplicity(op.region)
                 first.setdefault(key, op)

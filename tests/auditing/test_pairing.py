@@ -238,6 +238,16 @@ def test_what_a_matmul_reads_as_bfloat16_may_be_sent_as_such(monkeypatch: pytest
     assert found.saved_bytes().get(("x",), 0.0) == (4096 * KIB * 3 / 4 if dtype == "bf16" else 0.0)
 
 
+@pytest.mark.parametrize("reduction, kind", (("max", ["same plan at lower cost"]), ("add", ["missing", "unplanned"])))
+def test_a_maximum_may_be_sent_as_bfloat16_and_a_sum_may_not(monkeypatch: pytest.MonkeyPatch, reduction, kind) -> None:
+    """A maximum in float32 is planned beside a minimum of as many bytes of integers."""
+    narrow = replace(c(AR, "x", 4096 * KIB), dtype="bf16", reduction=reduction)
+    compiled = [replace(c(AR, "x", 8192 * KIB), dtype="s32", reduction="min"), narrow]
+    arrays = [(1, "float32"), (2, "int32")]
+    found = compared(monkeypatch, [p(AR, "x", 8192 * KIB)] * 2, compiled, arrays=arrays)
+    assert sorted(kinds(found)) == kind
+
+
 def test_two_that_are_sent_as_bfloat16_are_not_the_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor are they those that send as many bytes of integers."""
     compiled = [replace(c(AG, "x", size), dtype=dtype) for size, dtype in ((8192 * KIB, "s32"), (4096 * KIB, "bf16"))]

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -73,6 +73,9 @@ class _Chip:
         senders = np.array([sender for sender, _ in sorted(pairs, key=lambda pair: pair[1])])
         own = self.start(factor) // self.size(factor)
         return self.gathered(factor, piece)[jnp.asarray(senders)[own]]
+
+    def look_up(self, primitive: Any, operand: Any, indices: Any, params: Mapping[str, Any]) -> Any:
+        return primitive.bind(operand, indices, **params)
 
 
 def _number(axes: Sequence[str], place: dict[str, Any]) -> Any:
