@@ -159,7 +159,7 @@ def matmuls_in(inst: Instruction, scope: Scope, module: Module) -> Iterator[tupl
     elif inst.opcode == "custom-call" and "$gemm" in inst.structure:
         yield inst, _gemm_flops(inst, scope)
     elif inst.opcode == "custom-call" and "ragged_dot_tiling" in inst.attributes:
-        yield inst, _estimated_flops(inst)
+        yield inst, estimated_flops(inst)
 
 
 def _dot_flops(inst: Instruction, scope: Scope) -> float:
@@ -191,8 +191,8 @@ def _gemm_flops(inst: Instruction, scope: Scope) -> float:
     return 2.0 * math.prod(_sizes(result)) * math.prod(sizes[i] for i in summed if i < len(sizes))
 
 
-def _estimated_flops(inst: Instruction) -> float:
-    """The TPU compiler's own estimate of a matmul of grouped rows: that of all its rows, with one matrix each."""
+def estimated_flops(inst: Instruction) -> float:
+    """The estimate that a kernel carries, 0 if it has none: a matmul of grouped rows, of all its rows with one matrix each."""
     found = _ESTIMATE.search(inst.attributes)
     return float(found[1]) if found else 0.0
 

@@ -22,7 +22,7 @@ from autoshard.auditing.hlo_collectives import (
     read_collective,
     starts_chain,
 )
-from autoshard.auditing.hlo_costs import matmuls_in, moved_bytes
+from autoshard.auditing.hlo_costs import estimated_flops, matmuls_in, moved_bytes
 from autoshard.auditing.hlo_parser import Instruction, Module, Scope, follow, trip_count, users
 from costmodels.machine.topology import Topology
 
@@ -204,8 +204,8 @@ class _Reader:
             yield Work(self._label(inst, scope), seconds, min(busy, seconds))
 
     def _matmul_seconds(self, inst: Instruction, scope: Scope) -> float:
-        """Seconds of the matmuls of an instruction without cycles, such as those of grouped rows."""
-        flops = sum(each for _, each in matmuls_in(inst, scope, self.module))
+        """Seconds of the matmuls of an instruction without cycles: those of grouped rows, and kernels by their estimates."""
+        flops = sum(each for _, each in matmuls_in(inst, scope, self.module)) or estimated_flops(inst)
         return flops / self.topology.chip.reached_matmul_flops_per_second("bfloat16")
 
     def _hbm_seconds(self, inst: Instruction, scope: Scope) -> float:

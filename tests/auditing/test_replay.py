@@ -307,6 +307,14 @@ def test_what_carries_no_estimate_takes_its_bytes() -> None:
     assert found.core_seconds * 1e6 == pytest.approx(2 * COPY + 1, rel=1e-3)
 
 
+def test_a_kernel_without_cycles_takes_the_time_of_its_own_estimate() -> None:
+    """Libtpu 0.0.42 makes attention without masks a kernel, of which it estimates FLOPs but no cycles."""
+    estimate = 'backend_config={"cost_estimate":{"flops":"1000000000000","transcendentals":"0"}}'
+    kernel = f'%k = f32[1048576]{{0:T(1024)}} custom-call(%p), custom_call_target="tpu_custom_call", {estimate}'
+    found = replayed(program(lines(kernel, "ROOT " + work("f", "k", 1))))
+    assert found.core_seconds == pytest.approx(1e12 / CUBE.chip.reached_matmul_flops_per_second("bfloat16"), rel=1e-3)
+
+
 def test_a_program_without_estimates_is_not_replayed() -> None:
     assert replay(program("ROOT %n = f32[1048576]{0} negate(%p)"), CUBE) is None
 
