@@ -17,9 +17,8 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 - Results are allocated before the program begins, and other arrays lie in their memory before (`search.answer.check_results`).
 - A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups, in on-chip memory
   as far as half of it goes.
-- A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
-- A TPU holds further arrays for sorts, running sums, columns, concatenations, stacks and conversions
-  (`search.answer.check_temporaries`), and the stacks of loops in tiles (`search.answer.check_tiles`).
+- A TPU holds long float32 scores of attention twice (`search.memory.softmax_copies`).
+- A TPU holds further arrays for sorts, columns, joins and stacks (`search.answer.check_temporaries`, `check_tiles`).
 - Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
 - A value that enters a loop lives until the loop ends. Arguments live as long as their phase.
 """
@@ -56,10 +55,8 @@ def alive_bytes(
     """
     account, sizes = _Account(program), topology.axis_sizes
     tiles = StackTiles(program, topology, choice, account.maker, account.readers)
-    further = [
-        *tiles.copies(),
-        *_further(program, topology, choice, account, moves(program, choice) if moved is None else moved),
-    ]
+    moved = list(moves(program, choice)) if moved is None else moved
+    further = [*tiles.copies(), *_further(program, topology, choice, account, moved)]
     local = cache(lambda value: program.values[value].bytes / shards(kept_layout(program, choice, value), sizes))
 
     def filled(lives: Iterable[Life]) -> Iterator[float]:
