@@ -2,8 +2,8 @@
 
 It shares the definition of a plan (strategies, layouts, steps, looped collectives) and the physical prices with the
 solver, but none of its arrays. Costs are plain arithmetic over factors.
-The modules beside it named `check_*` count the seconds of operations (`check_operations`), the collectives within them
-(`check_inside`), reshards (`check_reshards`) and what hides them (`check_overlap`), and the memory (`check_memory`).
+The modules beside it named `check_*` count the seconds of operations and the collectives within them
+(`check_operations`), reshards (`check_reshards`) and what hides them (`check_overlap`), and the memory (`check_memory`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from costmodels.machine.topology import Topology
 from costmodels.program.program import Operation, Program
 from search.answer.assignment import Choice, Move, Strategy, moves, needed_layout, produced_layout
 from search.answer.check_grouped import own_splits
-from search.answer.check_inside import inside_seconds
 from search.answer.check_memory import alive_bytes
-from search.answer.check_operations import operation_seconds
+from search.answer.check_operations import inside_seconds, operation_seconds
 from search.answer.check_overlap import looped_seconds, seconds_beside
 from search.answer.check_reshards import CheapestReshard
 from search.formulation.layouts import divides

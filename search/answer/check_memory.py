@@ -17,9 +17,8 @@ operation by operation. The rules are those of XLA's buffers. Tests compare them
 - Results are allocated before the program begins, and other arrays lie in their memory before (`search.answer.check_results`).
 - A chain of grouped matmuls holds its hidden arrays, and a copy of the rows of a chip's own groups, in on-chip memory
   as far as half of it goes.
-- A TPU holds long float32 scores of attention twice (measured, `search.memory.softmax_copies`).
-- A TPU holds further arrays for sorts, running sums, columns, concatenations, stacks and conversions
-  (`search.answer.check_temporaries`).
+- A TPU holds long float32 scores of attention twice (`search.memory.softmax_copies`).
+- A TPU holds further arrays for sorts, columns, joins and stacks (`search.answer.check_temporaries`, `check_tiles`).
 - Fused values live in registers, unless an unfused operation, a loop or the caller needs them.
 - A value that enters a loop lives until the loop ends. Arguments live as long as their phase.
 """
@@ -39,6 +38,7 @@ from search.answer.check_donations import Overwrites, formed, inside_kernels, ke
 from search.answer.check_grouped import chain_buffers
 from search.answer.check_results import Life, with_results_first
 from search.answer.check_temporaries import Holds, second_scores, temporaries
+from search.answer.check_tiles import StackTiles
 from search.formulation.layouts import shards
 
 _SHOWN = {"transpose", "reshape", "squeeze", "broadcast_in_dim"}
@@ -54,12 +54,14 @@ def alive_bytes(
     - `moved`: the plan's `moves`, if they are known.
     """
     account, sizes = _Account(program), topology.axis_sizes
-    further = list(_further(program, topology, choice, account, moves(program, choice) if moved is None else moved))
+    tiles = StackTiles(program, topology, choice, account.maker, account.readers)
+    moved = list(moves(program, choice)) if moved is None else moved
+    further = [*tiles.copies(), *_further(program, topology, choice, account, moved)]
     local = cache(lambda value: program.values[value].bytes / shards(kept_layout(program, choice, value), sizes))
 
     def filled(lives: Iterable[Life]) -> Iterator[float]:
         changes = [0.0] * (len(program.operations) + 1)
-        held = [(first, last, local(min(values))) for values, first, last in lives]
+        held = [(first, last, local(min(values)) + tiles.padding(values)) for values, first, last in lives]
         for first, last, size in (*held, *further):
             changes[first] += size
             changes[last + 1] -= size

@@ -209,7 +209,9 @@ def joining(
     maker = {use.value: i for i, op in enumerate(program.operations) for use in op.outputs}
     ends = _kernel_ends(program, readers, is_fused)
     for at, op in enumerate(program.operations):
-        if op.primitive not in ("concatenate", "stack") or not ends.get(at) or op.outputs[0].value in formed:
+        pads = op.primitive == "pad" and is_fused(maker[op.inputs[0].value]) and _scatters(program, maker, op)
+        joins = pads or op.primitive in ("concatenate", "stack")
+        if not joins or not ends.get(at) or op.outputs[0].value in formed:
             continue
         if _turned(program, maker, is_fused, op):
             continue
@@ -219,6 +221,11 @@ def joining(
             if program.operations[made].op_class != "source" and (fused or last > at):
                 held = program.values[value].bytes / shards(kept_layout(program, choice, value), topology.axis_sizes)
                 yield (made if fused else at + 1), last, held
+
+
+def _scatters(program: Program, maker: Mapping[int, int], op: Operation) -> bool:
+    """Whether a scatter makes an operation's first operand."""
+    return program.operations[maker[op.inputs[0].value]].primitive.startswith("scatter")
 
 
 def _turned(program: Program, maker: Mapping[int, int], is_fused: Callable[[int], bool], join: Operation) -> bool:

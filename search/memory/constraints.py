@@ -25,9 +25,16 @@ from search.memory.buffers import Buffer, buffers, copy_life, region_ends
 from search.memory.chain_buffers import chain_buffer_bytes, chains
 from search.memory.conversions import conversions
 from search.memory.fused_products import absorbed
-from search.memory.order_copies import copied_bytes, stack_copies
+from search.memory.order_copies import (
+    copied_bytes,
+    padded_bytes,
+    resliced_bytes,
+    sliced_stacks,
+    stack_copies,
+    stacks_of_loops,
+)
 from search.memory.reshard_buffers import Copies
-from search.memory.results_first import results_first
+from search.memory.results_first import is_given, is_result, results_first
 from search.memory.softmax_copies import score_maxima, second_array_bytes
 from search.memory.tpu_temporaries import joined_operands, operations_with_temporaries, temporary_bytes
 
@@ -202,6 +209,20 @@ def _buffer_terms(problem: Problem, lives: Iterable[Buffer]) -> Iterator[_Term]:
         if key not in tables:
             tables[key] = _local_bytes(problem, key[2], layouts_at(problem, buffer.value)[1])
         yield _Term(("node", *key), "node", node, buffer.first, buffer.last, tables[key])
+        yield from _padding_terms(problem, buffer)
+
+
+def _padding_terms(problem: Problem, buffer: Buffer) -> Iterator[_Term]:
+    """The padding of a loop's stack in tiles, and its copy as a result."""
+    program, topology = problem.program, problem.topology
+    stack = next((value for value in buffer.members if value in stacks_of_loops(program)), None)
+    if stack is None or topology.chip.kind != "tpu" or is_given(program, buffer):
+        return
+    node, found = layouts_at(problem, stack)
+    is_returned = is_result(program, buffer)
+    held = np.array([padded_bytes(program, topology, stack, layout, is_returned) for layout in found])
+    if held.any():
+        yield _node_term("padding", node, buffer.first, buffer.last, held)
 
 
 def _local_bytes(problem: Problem, array_bytes: float, found: tuple[Layout, ...]) -> np.ndarray:
@@ -298,6 +319,12 @@ def _temporary_terms(problem: Problem) -> Iterator[_Term]:
         held = count * np.where(held > topology.chip.on_chip_bytes, held, 0.0)
         if held.any():
             yield _node_term("stacked", node, first, last, held)
+    for sliced in sliced_stacks(program) if topology.chip.kind == "tpu" else ():
+        node, found = layouts_at(problem, sliced.value)
+        held = np.array([resliced_bytes(program, topology, sliced, each) for each in found]).reshape(-1, 2)
+        if held.any():
+            yield _node_term("resliced", node, sliced.first, sliced.last, held[:, 1])
+            yield _node_term("resliced", node, sliced.first, sliced.first, held[:, 0] - held[:, 1])
     for _, part, size, first, last in conversions(program) if topology.chip.kind == "tpu" else ():
         node, found = layouts_at(problem, part)
         yield _node_term("converted", node, first, last, _local_bytes(problem, size, found))

@@ -19,6 +19,17 @@ libtpu 0.0.42 on v5e, for bfloat16 slices `x` [8192, 8192] of a stack, another m
 | the same of a float32 product, in bfloat16 | the product and 1 |
 
 Slices of up to 32 MiB, and some of 64, stay on the chip.
+
+A stack's tiles have two dimensions of its slices, which pads stacks of small slices (`search.formulation.tpu_tiles`). A
+result is copied into the order of an argument, if that is padded less. An array that a loop reads slice by slice is copied
+into the order of a stack, if it is padded more there. Measured with libtpu 0.0.50 on v5e, in MiB:
+
+| bfloat16 stack | elements | tiles |
+|---|---|---|
+| [4096, 32, 16, 64], written or read | 256 | 512 |
+| [16384, 200, 20] | 125 | 192: the 20 are the rows |
+| [8192, 2, 3, 2560] | 240 | 240 |
+| float32 [8388608, 8] | 256 | 4,096 |
 """
 
 from __future__ import annotations
@@ -31,11 +42,12 @@ from costmodels.machine.topology import Topology
 from costmodels.operations import matrix_factors
 from costmodels.program.analysis import cached_analysis
 from costmodels.program.program import Operation, Program, Use
+from costmodels.program.views import RENAMES
 from search.formulation.layouts import Layout, local_shape
-from search.formulation.tpu_tiles import argument_tile
+from search.formulation.tpu_tiles import argument_tile, least_ratio, stack_ratio
 from search.memory.fused_products import is_stacked
 from search.memory.kernels import REDUCTIONS, is_in_place, is_inlined
-from search.memory.views import IN_PLACE, is_slice_of_stack, views
+from search.memory.views import IN_PLACE, is_slice_of_stack, is_whole_slice, views
 
 KEPT, TURNED, MOVED = 0, 1, 2
 """The order in which a kernel writes what it reads: the same, another that ends with the same dimension, or any other."""
@@ -78,6 +90,72 @@ def stack_copies(program: Program) -> tuple[StackCopy, ...]:
     for op in program.operations:
         found |= dict.fromkeys(_copies_for(program, op))
     return tuple(found)
+
+
+class SlicedStack(NamedTuple):
+    """An array that a loop reads slice by slice, and the first and the last operation of its copy in a stack's order.
+
+    `replaces`: whether nothing reads the array itself once it is copied.
+    """
+
+    value: int
+    first: int
+    last: int
+    replaces: bool
+
+
+@cached_analysis
+def sliced_stacks(program: Program) -> tuple[SlicedStack, ...]:
+    """The arrays that loops read slice by slice, without those that loops stacked, or that have been sliced before."""
+    found = dict[SlicedStack, None]()
+    for at, op in enumerate(program.operations):
+        if op.primitive != "loop_slice":
+            continue
+        value = source = op.inputs[0].value
+        made_by = program.operations[program.producers[source][0]]
+        while made_by.primitive in RENAMES and made_by.inputs:
+            source = made_by.inputs[0].value
+            made_by = program.operations[program.producers[source][0]]
+        if made_by.op_class != "boundary":
+            region = op.outputs[0].region
+            last = max(i for i, each in enumerate(program.operations) if region in program.enclosing(each.region))
+            alone = source == value and made_by.op_class != "source" and len(program.consumers[value]) == 1
+            found[SlicedStack(value, at, last, alone)] = None
+    return tuple(found)
+
+
+@cached_analysis
+def stacks_of_loops(program: Program) -> frozenset[int]:
+    """The values that loops write slice by slice: stacked results, and what an update in place writes at one leading index."""
+    return frozenset(op.outputs[0].value for op in program.operations if _writes_slices(program, op))
+
+
+def _writes_slices(program: Program, op: Operation) -> bool:
+    if op.primitive != "dynamic_update_slice":
+        return op.primitive == "loop_stack" and bool(op.inputs)
+    whole, part = (program.values[use.value].shape for use in op.inputs[:2])
+    return _is_in_loop(program, op) and part[:1] == (1,) != whole[:1] and is_whole_slice(whole, part)
+
+
+def padded_bytes(program: Program, topology: Topology, value: int, layout: Layout, is_result: bool) -> float:
+    """Further bytes of a loop's stack on one chip: by which its tiles exceed its elements, and of its copy as a result."""
+    array = program.values[value]
+    sizes = local_shape(array.shape, layout, topology.axis_sizes)
+    ratio, least = stack_ratio(sizes, array.itemsize), least_ratio(sizes, array.itemsize)
+    return array.itemsize * prod(sizes) * (ratio - 1 + (least if is_result and ratio > least else 0))
+
+
+def resliced_bytes(program: Program, topology: Topology, sliced: SlicedStack, layout: Layout) -> tuple[float, float]:
+    """Further bytes on one chip while an array is copied for the loop that slices it, and from then on.
+
+    None if the copy stays on the chip, or if no other order pads the array less.
+    """
+    array = program.values[sliced.value]
+    sizes = local_shape(array.shape, layout, topology.axis_sizes)
+    held, ratio = array.itemsize * prod(sizes), stack_ratio(sizes, array.itemsize)
+    if ratio <= least_ratio(sizes, array.itemsize) or held * ratio <= topology.chip.on_chip_bytes:
+        return 0.0, 0.0
+    return held * ratio, held * (ratio - sliced.replaces)
 
 
 def _copies_for(program: Program, op: Operation) -> Iterator[StackCopy]:

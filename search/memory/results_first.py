@@ -33,8 +33,8 @@ from search.memory.kernels import REDUCTIONS, is_inlined
 
 def results_first(program: Program, buffers: Sequence[Buffer]) -> Iterator[tuple[Buffer, ...]]:
     """The buffers if results live from the beginning of their phase, without those in results' memory; none if equal."""
-    donated = {value for each in buffers if _is_given(program, each) for value in each.members}
-    results = {each.value: each for each in buffers if each.value not in donated and _is_result(program, each)}
+    donated = {value for each in buffers if is_given(program, each) for value in each.members}
+    results = {each.value: each for each in buffers if each.value not in donated and is_result(program, each)}
     results |= {each.value: each for each in buffers if _is_second_array(program, each, donated)}
     begins = {value: program.phase_of(each.first)[0] for value, each in results.items()}
     inside = _inside(program, buffers, results, begins)
@@ -46,7 +46,7 @@ def results_first(program: Program, buffers: Sequence[Buffer]) -> Iterator[tuple
 def _is_second_array(program: Program, buffer: Buffer, donated: set[int]) -> bool:
     """Whether a buffer is beside a donated argument, which is copied at once; a loop's carry is copied after its loop."""
     made_by = program.operations[program.producers[buffer.value][0]]
-    return buffer.value in donated and not _is_given(program, buffer) and made_by.primitive != "loop_carry"
+    return buffer.value in donated and not is_given(program, buffer) and made_by.primitive != "loop_carry"
 
 
 def _is_stack_beside(program: Program, buffer: Buffer, buffers: Sequence[Buffer]) -> bool:
@@ -55,13 +55,13 @@ def _is_stack_beside(program: Program, buffer: Buffer, buffers: Sequence[Buffer]
     return made_by.primitive == "loop_stack" and any(buffer.value in each.members for each in buffers if each != buffer)
 
 
-def _is_given(program: Program, buffer: Buffer) -> bool:
+def is_given(program: Program, buffer: Buffer) -> bool:
     """Whether a buffer holds an argument or a constant."""
     made = (program.producers[value][0] for value in buffer.members if value in program.producers)
     return any(program.operations[at].op_class == "source" for at in made)
 
 
-def _is_result(program: Program, buffer: Buffer) -> bool:
+def is_result(program: Program, buffer: Buffer) -> bool:
     """Whether a buffer holds a result."""
     readers = (at for value in buffer.members for at, _ in program.consumers.get(value, ()))
     return any(program.operations[at].op_class == "sink" for at in readers)

@@ -10,6 +10,7 @@ Measured with libtpu 0.0.42 on v5e, for bfloat16 arrays of one size each:
 | `cumsum(a)` | 3 | the sums within tiles |
 | `concatenate(tanh(a), tanh(b))` or `stack`, also within `tanh` | 6 | both operands (2) |
 | the same, summed over its rows or columns | 2 | none |
+| a scatter of one number to each row, padded | 2 | the scatter |
 | `roll(a)`, also within `tanh` | 2 | none: both parts are read where they are |
 | `a[:, i]`, `a.at[:, i].set(b)` | 2, and `b` | a copy in another memory order |
 | `x[:, i]` of the slices `x` of a stack, in a loop | the stack and 2 | the slice and its copy |
@@ -103,11 +104,23 @@ class Joined(NamedTuple):
 def joined_operands(program: Program) -> tuple[Joined, ...]:
     """Fused operands of concatenations from their operations to the ends of the kernels that join them.
 
-    Operands that are arrays anyway are needed from the concatenation to there.
+    So are padded scatters, such as the gradient of labels' logits, if there is a label for all positions but one. Operands that
+    are arrays anyway are needed from the concatenation to there.
     """
     return tuple(
-        each for i, op in enumerate(program.operations) if op.primitive in JOINS for each in _joined(program, i)
+        each
+        for i, op in enumerate(program.operations)
+        if op.primitive in JOINS or _pads_scatter(program, op)
+        for each in _joined(program, i)
     )
+
+
+def _pads_scatter(program: Program, op: Operation) -> bool:
+    """Whether an operation pads the result of a scatter that would run in its kernel otherwise."""
+    if op.primitive != "pad":
+        return False
+    made = program.producers[op.inputs[0].value][0]
+    return program.operations[made].primitive.startswith("scatter") and is_inlined(program, made)
 
 
 def _joined(program: Program, at: int) -> Iterator[Joined]:

@@ -81,12 +81,23 @@ def right_words(x: Any, weights: Any, words: Any) -> Any:
     return jax.grad(loss)(weights)
 
 
+def next_words(x: Any, weights: Any, words: Any) -> Any:
+    """The gradient of all words' logits but the last one's: it is padded, so it is an array beside the others' gradients."""
+
+    def loss(weights: Any, x: Any) -> Any:
+        logits = jnp.einsum("bte,ev->btv", x, weights, preferred_element_type=f32)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits, -1)[:, :-1], words[:, 1:, None], -1).mean()
+
+    return jax.grad(loss, (0, 1))(weights, x)
+
+
 RESIDUAL = llama.Config(layers=12, d_model=4096, d_ff=1024, heads=4, kv_heads=1, vocab=2048)
 """An unrolled model whose layers add to one sum: what it ends with is not to be a sum of its own of all that they added."""
 
 CASES = {
     "residual": Case(llama.prefill_step, (llama.abstract_params(RESIDUAL, unrolled=True), S((1, 1024), jnp.int32))),
     "right words": Case(right_words, (S((4, 1024, 128), bf16), S((128, 32000), bf16), S((4, 1024), jnp.int32))),
+    "next words": Case(next_words, (S((4, 1024, 1024), bf16), S((1024, 32000), bf16), S((4, 1024), jnp.int32))),
     "unrolled": Case(unrolled, ((S((8, 2048, 16, 128), bf16), S((8, 16, 128, 2048), bf16)), S((256, 2048), bf16))),
     "odd vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50257), f32))),
     "even vocabulary": Case(logits, (S((4, 1024, 512), f32), S((512, 50304), f32))),
