@@ -208,7 +208,7 @@ scatter-add                  [a,b],[c,d],[c,b] -> [a,b] sum={c} whole={d} linear
 scatter-add                  [a,b],[c],[b] -> [a,b] whole={c} linear=[[0, 2]]
 scatter-add                  [a,b],[c,d],[c,b] -> [a,b] sum={c} whole={d} linear=[[0, 2]]
 scatter-add                  [a,b],[a,c,d],[a,c] -> [a,b] sum={c} whole={d} linear=[[0, 2]]
-scatter-add                  [a,b,c],[d,e],[d,a,f] -> [a,b,c] sum={d} whole={c,e,f} linear=[[0, 2]]
+scatter-add                  [a,b,c],[d,e,f],[d,e,a] -> [a,b,c] sum={d,e} whole={f} linear=[[0, 2]]
 scatter-max                  [a,b],[c,d],[c,b] -> [a,b] whole={c,d}
 scatter-max                  [a,b],[c],[b] -> [a,b] whole={c}
 scatter-min                  [a,b],[c,d],[c,b] -> [a,b] whole={c,d}
