@@ -1,8 +1,10 @@
 """HBM traffic of fused operations: the operands and results that pass through HBM, and their width there.
 
-A chain of fused operations reads its sources and writes its sinks. Its intermediates stay on the chip. Five rules follow the
+A chain of fused operations reads its sources and writes its sinks. Its intermediates stay on the chip. Six rules follow the
 compilers:
 
+- Elementwise work on stored arrays that only matmuls read, such as weights times their scales, is part of these matmuls
+  (`costmodels.program.operand_chains`). They read the stored arrays.
 - Views (broadcasts, reshapes, transpositions) and casts have no traffic of their own. A read through a cast has the
   width in HBM: int8 weights that are cast for a matmul are read as int8. A result whose uses are all casts is written
   at the widest of their widths.
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 
 from autoshard.tracing.blocks import Traced
 from costmodels.program.on_chip import CARRY
+from costmodels.program.operand_chains import operand_chains, read_itemsize
 from costmodels.program.program import Operation, Output, Program, Use
 from costmodels.program.views import CAST, is_view, uses_through
 from search.collector import seldom_collected
@@ -45,6 +48,7 @@ def with_traffic(program: Program) -> Program:
             new = {key: k for k, key in reversed(reads.items()) if key not in read}
             traffic = (*sorted(new.values()), *(_writes(program, op) if chain else ()))
             read.update(new)
+            traffic = () if i in operand_chains(program) else traffic
         elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
             traffic = ()
         elif op.primitive == CARRY and _is_copied(program, op):
@@ -191,6 +195,8 @@ def _with_hbm_width(program: Program, use: Use, moves: bool, read: bool) -> Use:
 
 def _width_read(program: Program, value: int) -> float:
     source = _producer_through_casts(program, value)
+    if program.producers[source][0] in operand_chains(program):
+        return read_itemsize(program, value)
     in_hbm = _producer(program, source).op_class not in ("fused", "matmul")
     stored = program.values[source].itemsize
     return stored if in_hbm else min(stored, program.values[value].itemsize)

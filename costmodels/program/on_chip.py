@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from costmodels.program.analysis import cached_analysis
+from costmodels.program.operand_chains import operand_chains
 from costmodels.program.program import Program
 from costmodels.program.views import CAST, is_view, uses_through
 
@@ -30,7 +31,7 @@ _ARITHMETIC = ("matmul", "fused")
 def sharers(program: Program, value: int) -> int:
     """The number of arrays that share the on-chip memory with a value, itself included; 0 if it never stays there."""
     made, users = _producer_through_views(program, value), [*_users(program, value)]
-    if made is None or not users:
+    if made is None or not users or made in operand_chains(program):
         return 0
     carries = _carries(program)
     if any(program.operations[at].primitive == CARRY for at in (made, *users)):

@@ -32,7 +32,8 @@ READS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
     "updates of an optimizer": (updated, (X, X, X), 1),
     "a norm reads again after its sum": (normalised, (X,), 2),
     "an index reads again after its maximum": (lambda x: jnp.argmax(x, -1), (X,), 2),
-    "a residual sum reads again after the matmul": (lambda x, w: x + jnp.tanh(x) @ w, (X, MATRIX), 2),
+    "a residual sum reads again after the matmul": (lambda x, w: x + jax.nn.softmax(x) @ w, (X, MATRIX), 3),
+    "a matmul reads what is work on its operand": (lambda x, w: x + jnp.tanh(x) @ w, (X, MATRIX), 1),
 }
 
 
