@@ -76,6 +76,17 @@ def test_what_elementwise_operations_read_too_keeps_its_order() -> None:
     assert order_of(step, SHAPE((1024, 8, 128)), SHAPE((8, 1024))) == ()
 
 
+def test_a_look_up_of_slabs_takes_them_in_the_order_of_other_readers() -> None:
+    """A beam search takes the caches `[S, H, D]` of the chosen beams, and rows of a table as they lie."""
+
+    def step(cache: jax.Array, x: jax.Array, parents: jax.Array) -> Any:
+        chosen = jnp.take_along_axis(cache, parents[:, :, None, None, None], axis=1)
+        return jnp.einsum("bkhd,bkshd->bkhs", x, cache), chosen
+
+    parents = jax.ShapeDtypeStruct((8, 4), jnp.int32)
+    assert order_of(step, SHAPE((8, 4, 1024, 2, 128)), SHAPE((8, 4, 2, 128)), parents) == (0, 1, 3, 2, 4)
+
+
 def attend(x: jax.Array, wq: jax.Array, wo: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """Many heads share keys and values `[S, D]`."""
     scores = jnp.einsum("thd,sd->hts", jnp.einsum("te,ehd->thd", x, wq), keys, preferred_element_type=jnp.float32)
