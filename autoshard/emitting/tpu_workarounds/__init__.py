@@ -2,8 +2,8 @@
 
 - `vector_matmul`: the compiler sums a vector-matrix product on the vector unit. The vector gets a row of zeros, which sends
   the product to the matrix unit: a decode step of Llama 7B on v5e:4x4 takes 9.2 instead of 73.7 ms on the chip.
-- `query_rows`: on v5e, the compiler makes small tiles of two to four float32 score rows, and reads the keys at 0.77 of HBM's rate.
-  The rows get rows of zeros, up to eight: attention of 512 heads of four rows takes 928 instead of 1,071 µs.
+- `query_rows`: on v5e, the compiler makes small tiles of two to four float32 score rows, and reads the keys slowly. The
+  rows get rows of zeros, up to eight: attention of 512 heads of four rows takes 928 instead of 1,071 µs.
 - `slab_gathers`: the compiler copies each dimension before an index apart. Slabs behind several dimensions are looked up by one
   index: 0.9 instead of 4.7 ms for 256 MiB of caches on v5e.
 - `residual_barriers`: the compiler keeps all terms of a long 16-bit sum to its end. A barrier follows every eighth addition:
@@ -21,7 +21,7 @@
   argument passes through a `select`, so it is an operation's result.
 
 No upstream issue for any of them was found. `tests/emitting/test_workarounds.py` compiles a construct with and without
-`vector_matmul`, `slab_gathers`, `residual_barriers` and `score_barriers`, and `tests/emitting/test_query_rows.py` with and without
+`vector_matmul`, `slab_gathers`, `residual_barriers` and `score_barriers`. `tests/emitting/test_query_rows.py` does so for
 `query_rows`. A test fails once the compiler no longer needs the rewrite, which can then be removed. No small construct shows
 the last three: with libtpu 0.0.42, eight layers of conversions on v5e:2x2, and a carried cache of 25 heads of 64, have the
 same peak with and without. They have not been tried yet on the whole models for which they were written.
