@@ -43,12 +43,11 @@ def with_traffic(program: Program) -> Program:
     for i, op in enumerate(operations):
         traffic = op.traffic
         if op.op_class == "fused":
-            chain = op.flops_per_point and not _is_view(program, op)
+            chain = op.flops_per_point and not _is_view(program, op) and i not in operand_chains(program)
             reads = {k: (source, passes[i]) for k, source in _reads(program, depths, i)} if chain else {}
             new = {key: k for k, key in reversed(reads.items()) if key not in read}
             traffic = (*sorted(new.values()), *(_writes(program, op) if chain else ()))
             read.update(new)
-            traffic = () if i in operand_chains(program) else traffic
         elif _writes_slice(program, op) and _is_made_for(program, op.inputs[1].value):
             traffic = ()
         elif op.primitive == CARRY and _is_copied(program, op):

@@ -33,6 +33,7 @@ READS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
     "a norm reads again after its sum": (normalised, (X,), 2),
     "an index reads again after its maximum": (lambda x: jnp.argmax(x, -1), (X,), 2),
     "a residual sum reads again after the matmul": (lambda x, w: x + jax.nn.softmax(x) @ w, (X, MATRIX), 3),
+    "a sum reads it apart from a matmul": (lambda x, w: (w @ (2 * x).T, jnp.sum(x)), (X, MATRIX), 1),
     "a matmul reads what is work on its operand": (lambda x, w: x + jnp.tanh(x) @ w, (X, MATRIX), 1),
 }
 

@@ -63,6 +63,18 @@ def test_one_index_finds_the_same_slabs(drawn: tuple[Any, Any, Any]) -> None:
     np.testing.assert_array_equal(rewritten(operand, indices, eqn), gather(operand, indices))
 
 
+def test_indices_of_a_byte_find_slabs_among_more() -> None:
+    numbers = lax.GatherDimensionNumbers((0, 2, 3), (1,), (1,))
+    operand = np.random.default_rng(0).normal(size=(2, 300, *SLAB)).astype(np.float32)
+    indices = np.array([[7], [255]], np.uint8)
+
+    def gather(operand: Any, indices: Any) -> Any:
+        return lax.gather(operand, indices, numbers, (2, 1, *SLAB), mode="promise_in_bounds")
+
+    (eqn,) = jax.make_jaxpr(gather)(operand, indices).jaxpr.eqns
+    np.testing.assert_array_equal(rewritten(operand, jnp.asarray(indices), eqn), operand[:, [7, 255]])
+
+
 def reshapes_before_gathers(fn: Any, *args: Any) -> bool:
     """Whether the look-up of a function's gather goes by one index."""
     (eqn,) = (each for each in jax.make_jaxpr(fn)(*args).jaxpr.eqns if each.primitive.name == "gather")

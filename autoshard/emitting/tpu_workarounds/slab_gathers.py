@@ -58,6 +58,7 @@ def _one_index(shape: Sequence[int], leading: int, numbers: Any, indices: Any) -
     whole = [i for i in first if i not in numbers.operand_batching_dims]
     dims = numbers.offset_dims[: len(whole)]
     batch_rank = indices.ndim - 1
+    indices = indices if indices.dtype.itemsize >= 4 else indices.astype(np.int32)  # a byte does not hold every bound
     batch = [i for i in range(len(whole) + batch_rank) if i not in dims]
     result: list[int] = [0] * (len(whole) + batch_rank)
     for at, dim in zip(dims, whole, strict=True):
