@@ -32,12 +32,9 @@ def operand_chains(program: Program) -> frozenset[int]:
     inside: set[int] = set()
     for i in reversed(range(len(program.operations))):
         op = program.operations[i]
-        if (lengths[i] or op.primitive in (CAST, "transpose")) and all(
-            _multiplies(user) or at in inside
-            for use in op.outputs
-            for at, _ in program.consumers.get(use.value, ())
-            for user in (program.operations[at],)
-        ):
+        users = [at for use in op.outputs for at, _ in program.consumers.get(use.value, ())]
+        is_link = lengths[i] or op.primitive in (CAST, "transpose")
+        if is_link and all(at in inside or _multiplies(program.operations[at]) for at in users):
             inside.add(i)
     chains: set[int] = set()
     for i in sorted(inside):
